@@ -1,0 +1,171 @@
+"""The entry points of every backend: partial attention over a key shard, over gathered columns, and their gradients.
+
+Layout: q [B, S_q, H, D], k and v [B, S_k, H_kv, D], out [B, S_q, H, D], lse [B, H, S_q] (natural log); query head h
+uses KV head h // (H // H_kv). out, lse and gradients are in the accumulator dtype promote(input, float32). Rows with
+nothing to attend have out 0 and lse -inf. Backends: "reference" (float64 dense mask, the definition of correct),
+"blockwise" (torch, any device), "triton" (GPU).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gathered import gather_columns, scatter_columns
+from .mask import AttentionMask
+from .merge import accumulator_dtype, merge
+
+__all__ = [
+    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "accumulator_dtype", "block_backward", "block_forward",
+    "block_index", "column_backward", "column_forward", "column_index", "full_attention", "gather_columns", "merge",
+    "scatter_columns",
+]
+
+# Imported at first use: triton cannot be imported everywhere.
+BACKENDS = {"reference": ".reference", "blockwise": ".blockwise", "triton": ".triton_backend"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockIndex:
+    """What one backend needs to find the active tiles of one (query shard, key shard) task. `data` is its own."""
+
+    backend: str
+    data: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnIndex:
+    """What one backend needs to mask the gathered columns for one query shard. `data` is its own."""
+
+    backend: str
+    data: Any
+
+
+def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor, *, backend: str) -> BlockIndex:
+    """The index of one task's block part, built once and used by forward and backward.
+
+    q_positions [S_q], k_positions [S_k]: int32 or int64 global positions of the local tokens, ascending.
+    Raises ValueError when the backend is unknown or cannot do this mask or placement.
+    """
+    for name, positions in (("q_positions", q_positions), ("k_positions", k_positions)):
+        _check_positions(name, positions)
+    return BlockIndex(backend=backend, data=_backend(backend).block_index(mask, q_positions, k_positions))
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float,
+                  backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks."""
+    _check_qkv(q, k, v)
+    return _backend(backend).block_forward(q, k, v, _data(index, backend), scale=scale)
+
+
+def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockIndex, *,
+                   scale: float, backend: str, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+    """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
+
+    lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out).
+    """
+    _check_qkv(q, k, v)
+    _backend(backend).block_backward(grad_out, q, k, v, lse, delta, _data(index, backend), scale=scale, grad_q=grad_q,
+                                     grad_k=grad_k, grad_v=grad_v)
+
+
+def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> ColumnIndex:
+    """The index of one query shard's column part. Raises ValueError when the backend cannot do it."""
+    _check_positions("q_positions", q_positions)
+    return ColumnIndex(backend=backend, data=_backend(backend).column_index(mask, q_positions))
+
+
+def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnIndex, *, scale: float,
+                   backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the column part: attention over gathered column_k, column_v [B, H, C, D] (per query head)."""
+    return _backend(backend).column_forward(q, column_k, column_v, _data(index, backend), scale=scale)
+
+
+def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
+                    index: ColumnIndex, *, scale: float, backend: str, grad_q: Tensor, grad_column_k: Tensor,
+                    grad_column_v: Tensor) -> None:
+    """Add the column part into grad_q [B, S_q, H, D] and grad_column_k, grad_column_v [B, H, C, D]."""
+    _backend(backend).column_backward(grad_out, q, column_k, column_v, lse, delta, _data(index, backend), scale=scale,
+                                      grad_q=grad_q, grad_column_k=grad_column_k, grad_column_v=grad_column_v)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float,
+                   backend: str) -> tuple[Tensor, Tensor]:
+    """Attention of a whole sequence on one device, differentiable in q, k, v: block part + column part.
+
+    Token t of the tensors is global position t; S may exceed mask.seq_len_tokens (padding). Returns out in q's dtype
+    and lse in the accumulator dtype; lse carries no gradient.
+    """
+    _check_qkv(q, k, v)
+    out, lse = _FullAttention.apply(q, k, v, mask, scale, backend)  # pyright: ignore[reportGeneralTypeIssues]
+    return out, lse
+
+
+class _FullAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float,
+                backend: str) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(q.shape[1], device=q.device)
+        index = block_index(mask, positions, positions, backend=backend)
+        out, lse = block_forward(q, k, v, index, scale=scale, backend=backend)
+        columns = None
+        if mask.column_capacity:
+            columns = column_index(mask, positions, backend=backend)
+            column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
+            part = column_forward(q, column_k, column_v, columns, scale=scale, backend=backend)
+            out, lse = merge(out, lse, *part)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.given = mask, scale, backend, positions, index, columns
+        ctx.mark_non_differentiable(lse)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        mask, scale, backend, positions, index, columns = ctx.given
+        grad_out = grads[0]
+        delta = (grad_out.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
+        block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, grad_q=grad_q,
+                       grad_k=grad_k, grad_v=grad_v)
+        if columns is not None:
+            column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
+            grad_column_k, grad_column_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device)
+                                            for x in (column_k, column_v))
+            column_backward(grad_out, q, column_k, column_v, lse, delta, columns, scale=scale, backend=backend,
+                            grad_q=grad_q, grad_column_k=grad_column_k, grad_column_v=grad_column_v)
+            scatter_columns(grad_column_k, mask, positions, grad=grad_k)
+            scatter_columns(grad_column_v, mask, positions, grad=grad_v)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def _backend(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    return importlib.import_module(BACKENDS[name], __package__)
+
+
+def _data(index: BlockIndex | ColumnIndex, backend: str) -> Any:
+    if index.backend != backend:
+        raise ValueError(f"index: built for backend {index.backend!r}, used with {backend!r}")
+    return index.data
+
+
+def _check_positions(name: str, positions: Tensor) -> None:
+    if positions.dim() != 1 or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: shape {tuple(positions.shape)}, dtype {positions.dtype} is not int32 or int64 [S]")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} are not [B, S, H, D]")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q, k: shapes {tuple(q.shape)}, {tuple(k.shape)} differ in B or D, or H is no multiple of H_kv")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")

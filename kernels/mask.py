@@ -1,0 +1,146 @@
+"""One layer's patterns as tensors, and the only definition of who attends whom.
+
+Shape legend of this package: B batch, S tokens of a shard (S_q, S_k), H query heads, H_kv key/value heads, D head
+dim, C column capacity, N mask blocks of the whole sequence, T tiles of a shard, W ranks.
+
+Token query i (block I) attends key j (block J) iff i and j are valid, j <= i, their documents are equal where given,
+and ((I, J) is an active block pair of the head, or j is one of the head's columns). A rank's work splits in two
+disjoint parts: the *block part* (the block pair is active) and the *column part* (j is a column and the block pair is
+not active). Merged by their lse they make the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMask:
+    """One layer's patterns in global coordinates, identical on every rank.
+
+    seq_len_tokens: valid tokens; positions beyond are padding: they attend nothing and are never attended.
+    block_size: tokens of a mask block (64 or 128 on GPUs, any positive number elsewhere).
+    active: bool [H, N] (block diagonals, Toeplitz) or bool [H, N, N] (active[head, query block, key block]).
+    columns: int32 [H, C], sorted token positions of each head, padded at the end with seq_len_tokens; or None.
+    documents: int32 [>= seq_len_tokens], the document of each global token position; or None.
+    Raises ValueError when shapes or dtypes do not fit together (values are not read: that would stall a GPU).
+    """
+
+    seq_len_tokens: int
+    block_size: int
+    active: Tensor
+    columns: Tensor | None = None
+    documents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len_tokens < 1:
+            raise ValueError(f"AttentionMask.seq_len_tokens: {self.seq_len_tokens} is not positive")
+        if self.block_size < 1:
+            raise ValueError(f"AttentionMask.block_size: {self.block_size} is not positive")
+        _check_active(self.active, blocks=self.blocks)
+        if self.columns is not None:
+            _check_columns(self.columns, heads=self.heads)
+        if self.documents is not None:
+            _check_documents(self.documents, seq_len_tokens=self.seq_len_tokens)
+
+    @property
+    def heads(self) -> int:
+        """H, the query heads."""
+        return self.active.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """N, the mask blocks of the sequence: ceil(seq_len / block_size)."""
+        return -(-self.seq_len_tokens // self.block_size)
+
+    @property
+    def is_toeplitz(self) -> bool:
+        """True where `active` holds block diagonals, False where it holds block pairs."""
+        return self.active.dim() == 2
+
+    @property
+    def column_capacity(self) -> int:
+        """C, the columns that a head can hold (0 without columns)."""
+        return 0 if self.columns is None else self.columns.shape[1]
+
+    def to(self, device: torch.device | str) -> AttentionMask:
+        """The same mask on another device."""
+        move = {name: getattr(self, name) for name in ("active", "columns", "documents")}
+        return replace(self, **{name: None if t is None else t.to(device) for name, t in move.items()})
+
+
+def _check_active(active: Tensor, *, blocks: int) -> None:
+    if active.dtype != torch.bool:
+        raise ValueError(f"AttentionMask.active: dtype {active.dtype} is not bool")
+    if active.dim() not in (2, 3) or any(size != blocks for size in active.shape[1:]):
+        raise ValueError(f"AttentionMask.active: shape {tuple(active.shape)} is neither [H, {blocks}] nor "
+                         f"[H, {blocks}, {blocks}]")
+
+
+def _check_columns(columns: Tensor, *, heads: int) -> None:
+    if columns.dtype != torch.int32:
+        raise ValueError(f"AttentionMask.columns: dtype {columns.dtype} is not int32")
+    if columns.dim() != 2 or columns.shape[0] != heads:
+        raise ValueError(f"AttentionMask.columns: shape {tuple(columns.shape)} is not [{heads}, C]")
+
+
+def _check_documents(documents: Tensor, *, seq_len_tokens: int) -> None:
+    if documents.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"AttentionMask.documents: dtype {documents.dtype} is not int32")
+    if documents.dim() != 1 or documents.shape[0] < seq_len_tokens:
+        raise ValueError(f"AttentionMask.documents: shape {tuple(documents.shape)} does not hold one document for each "
+                         f"of {seq_len_tokens} tokens")
+
+
+def document_of(mask: AttentionMask, positions: Tensor) -> Tensor | None:
+    """Documents of global token positions (any shape); padding reads the last valid token's. None without documents."""
+    if mask.documents is None:
+        return None
+    return mask.documents[positions.long().clamp(max=mask.seq_len_tokens - 1)]
+
+
+def allowed_pairs(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """bool [S_q, S_k]: both valid, causal, of one document. What every pattern is cut by, the same for all heads."""
+    q, k = q_positions.long()[:, None], k_positions.long()[None, :]
+    allowed = (k <= q) & (q < mask.seq_len_tokens) & (k < mask.seq_len_tokens)
+    if mask.documents is not None:
+        same = document_of(mask, q_positions)[:, None] == document_of(mask, k_positions)[None, :]  # pyright: ignore[reportOptionalSubscript]
+        allowed = allowed & same
+    return allowed
+
+
+def active_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
+    """bool, broadcast of q_blocks and k_blocks: is this pair of global mask blocks active (padding blocks: any value)."""
+    q, k = q_blocks.clamp(max=mask.blocks - 1), k_blocks.clamp(max=mask.blocks - 1)
+    if mask.is_toeplitz:
+        return mask.active[head][(q - k).clamp(min=0)] & (q >= k)
+    return mask.active[head][q, k]
+
+
+def block_part(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """bool [S_q, S_k]: the pairs that the block part of one head attends."""
+    q_blocks, k_blocks = q_positions.long() // mask.block_size, k_positions.long() // mask.block_size
+    active = active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
+    return allowed_pairs(mask, q_positions, k_positions) & active
+
+
+def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
+    """bool [S_q, C]: the pairs (query, column slot) that the column part of one head attends. Empty slots: none."""
+    if mask.columns is None:
+        return torch.zeros(q_positions.shape[0], 0, dtype=torch.bool, device=q_positions.device)
+    columns = mask.columns[head].long()
+    q_blocks, k_blocks = q_positions.long() // mask.block_size, columns // mask.block_size
+    active = active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
+    return allowed_pairs(mask, q_positions, columns) & ~active
+
+
+def whole(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """bool [S_q, S_k]: the pairs that one head attends, by blocks or by columns: the definition itself."""
+    attended = block_part(mask, head, q_positions, k_positions)
+    if mask.columns is None:
+        return attended
+    is_column = torch.isin(k_positions.long(), mask.columns[head].long())[None, :]
+    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column)

@@ -1,0 +1,25 @@
+"""Merging two partial attentions over disjoint keys by their log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """promote(dtype, float32): the dtype of out, lse and gradients while they are accumulated."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of two partials over disjoint keys: out [B, S, H, D], lse [B, H, S], natural log.
+
+    A partial with lse -inf counts nothing; where both are -inf the result is out 0, lse -inf (no NaN).
+    The inputs are left unchanged.
+    """
+    top = torch.maximum(lse_a, lse_b)
+    lse = torch.logaddexp(lse_a, lse_b)
+    lse = torch.where(top == -torch.inf, top, lse)
+    shift = torch.where(top == -torch.inf, torch.zeros_like(lse), lse)
+    weight_a, weight_b = (torch.exp(part - shift).transpose(1, 2).unsqueeze(-1) for part in (lse_a, lse_b))
+    return out_a * weight_a + out_b * weight_b, lse
