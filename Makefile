@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python >= 3.11, gcc and git; they set up everything else in .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The repository's folders must not become top-level modules (`kernels` belongs to somebody else).
+export PYTHONSAFEPATH := 1
+# Where there is no torch to reuse and no NVIDIA GPU. It may hold options as well:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+export TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.PHONY: help setup demo test test-gpu lint format package clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## .venv with everything (also done by the targets below)
+
+$(STAMP): pyproject.toml .ci/setup
+	@.ci/setup
+	@touch $@
+
+demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/report.html
+	@$(BIN)/sparsering demo
+
+test: $(STAMP)  ## all tests that need no GPU
+	$(BIN)/pytest -m "not gpu" --durations=15
+
+test-gpu: $(STAMP)  ## the tests that need NVIDIA GPUs
+	$(BIN)/pytest -m gpu --durations=15
+
+lint: $(STAMP)  ## ruff, pyright, import direction
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -q tests/test_imports.py
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+package: $(STAMP)  ## wheel and source distribution into dist/
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
+
+clean:  ## remove everything that make made
+	rm -rf .venv .typings build dist demo-out *.egg-info

@@ -1,0 +1,40 @@
+"""sparsering: record a model's dynamic sparse attention, plan how to spread it over GPUs, run that plan.
+
+The public face. Names are imported when they are first used, so that `sparsering.kernels` works where pydantic and
+simpy are not installed, and `sparsering.planner` works where torch is not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .traces.errors import InputError as InputError
+    from .traces.pattern import BlockMask as BlockMask
+    from .traces.pattern import LayerPattern as LayerPattern
+    from .traces.pattern import VerticalSlash as VerticalSlash
+    from .traces.timeline import Timeline as Timeline
+
+__version__ = "0.1.0"
+
+# public name -> module below this package that defines it
+_HOMES = {
+    "BlockMask": "traces.pattern",
+    "InputError": "traces.errors",
+    "LayerPattern": "traces.pattern",
+    "Timeline": "traces.timeline",
+    "VerticalSlash": "traces.pattern",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

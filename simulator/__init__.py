@@ -1,0 +1,1 @@
+"""Schedules played in simulated time on a described cluster, and the reports about it. Never imports torch."""

@@ -1,0 +1,59 @@
+"""What every test shares: Triton's interpreter where there is no GPU, few threads, repeatable hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def _has_cuda() -> bool:
+    # The device file is asked first: importing torch takes seconds that most tests do not need.
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return torch.cuda.is_available()
+
+
+HAS_CUDA = _has_cuda()
+
+if not HAS_CUDA:
+    # Read by triton when it is imported, so it is set before any test module is.
+    os.environ["TRITON_INTERPRET"] = "1"
+# Read by torch when it is imported; inherited by the processes that tests start, which share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what is marked `gpu` on a machine without one."""
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of worked cases, made by other code."""
+    return GOLDEN
