@@ -1,0 +1,27 @@
+"""The one home of errors that a user can cause. Everything here ends a command with exit code 2 and one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Input that cannot be used: names the file (or argument), the field and the offending value in one line.
+
+    The command line prints the message alone and exits with code 2; library callers can catch it as a ValueError.
+    """
+
+    def __init__(self, problem: str, *, source: str | Path | None = None, field: str | None = None) -> None:
+        where = ": ".join(str(part) for part in (source, field) if part is not None)
+        message = " ".join(problem.split())
+        super().__init__(f"{where}: {message}" if where else message)
+        self.source = None if source is None else str(source)
+        self.field = field
+
+
+class UnsupportedError(InputError):
+    """A valid request that this version does not carry out, said before any work is done."""
+
+
+class ScheduleError(AssertionError):
+    """A schedule that breaks a rule of `planner.check`; the message names rank, phase and the object."""

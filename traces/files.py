@@ -1,0 +1,115 @@
+"""Reading and writing files so that nothing is lost and nothing corrupt is believed.
+
+Every file that this package writes goes through `write_atomically`: a temporary name beside the target, fsync,
+rename, fsync of the folder. Digests are SHA-256 in lower-case hexadecimal.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+MAX_JSON_BYTES = 1 << 30
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of the file's bytes in hexadecimal; InputError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return sorted-key compact UTF-8 JSON, the form that digests are taken of. NaN and infinity raise ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name beside `path`, fsync it and rename it into place.
+
+    A reader sees the old file or the whole new one, also after a crash. Missing folders are made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", source=path) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"cannot be written: {error.strerror}", source=path) from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; a name ending in `.gz` is compressed reproducibly (no time stamp)."""
+    data = json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the file's bytes; InputError when it is missing, unreadable or larger than `max_bytes`."""
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > max_bytes:
+            raise InputError(f"is {size_bytes} bytes; at most {max_bytes} are read", source=path)
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read JSON (gzip when the name ends in `.gz`); InputError in one line when it is truncated or not JSON."""
+    data = read_bytes(path, max_bytes=max_bytes)
+    if path.suffix == ".gz":
+        data = _decompress(data, path, max_bytes)
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not valid JSON ({error})", source=path) from error
+
+
+def _decompress(data: bytes, path: Path, max_bytes: int) -> bytes:
+    decoder = zlib.decompressobj(wbits=31)
+    try:
+        plain = decoder.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise InputError(f"is not a valid gzip file ({error})", source=path) from error
+    if len(plain) > max_bytes:
+        raise InputError(f"decompresses to more than {max_bytes} bytes", source=path)
+    if not decoder.eof:
+        raise InputError("is a truncated gzip file", source=path)
+    return plain
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

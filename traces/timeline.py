@@ -1,0 +1,189 @@
+"""Timelines: spans of (rank, stream) in one schema, whether simulated or measured.
+
+On disk a timeline is Chrome/Perfetto trace JSON (`.json` or `.json.gz`): pid = rank, one tid per stream, `phase` as an
+argument, flow arrows from a send to its receive, times in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import read_json, write_json
+
+TIMELINE_SCHEMA_VERSION = 1
+COMPUTE_STREAM = "compute"
+SOURCES = ("simulated", "measured")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One piece of work on one stream of one rank. Times in microseconds since the timeline began.
+
+    stream: "compute" or the communicator's name; direction: "forward" or "backward"; category: "compute" or
+    the transfer kind; nbytes: bytes that this rank sent and received in the span (0 for compute).
+    """
+
+    rank: int
+    stream: str
+    name: str
+    category: str
+    direction: str
+    phase: int
+    start_us: float
+    duration_us: float
+    nbytes: int = 0
+
+    @property
+    def end_us(self) -> float:
+        """When the span ends."""
+        return self.start_us + self.duration_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """An arrow from the span that sent data to the span that received it, by (rank, stream, time)."""
+
+    source_rank: int
+    source_stream: str
+    source_us: float
+    destination_rank: int
+    destination_stream: str
+    destination_us: float
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """Spans and flows of one layer's forward and backward on all ranks, with where they come from."""
+
+    source: str
+    world_size: int
+    spans: tuple[Span, ...]
+    flows: tuple[Flow, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise InputError(f"must be one of {SOURCES}, not {self.source!r}", field="source")
+        for span in self.spans:
+            if not 0 <= span.rank < self.world_size or span.duration_us < 0:
+                raise InputError(f"{span} does not fit {self.world_size} ranks", field="spans")
+
+    @property
+    def makespan_us(self) -> float:
+        """From the first start to the last end."""
+        if not self.spans:
+            return 0.0
+        return max(span.end_us for span in self.spans) - min(span.start_us for span in self.spans)
+
+    def save(self, path: Path) -> None:
+        """Write Chrome trace JSON, atomically."""
+        write_json(path, to_chrome(self))
+
+    @staticmethod
+    def load(path: Path) -> Timeline:
+        """Read Chrome trace JSON written by `save`; InputError names the file and what is wrong."""
+        return from_chrome(read_json(path), source=path)
+
+
+def to_chrome(timeline: Timeline) -> dict[str, Any]:
+    """Return the timeline as a Chrome trace object."""
+    tids = _stream_ids(timeline.spans)
+    events: list[dict[str, Any]] = []
+    for rank in range(timeline.world_size):
+        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+        for stream, tid in tids.items():
+            events.append({"ph": "M", "pid": rank, "tid": tid, "name": "thread_name", "args": {"name": stream}})
+    for span in timeline.spans:
+        events.append(_span_event(span, tids[span.stream]))
+    for number, flow in enumerate(timeline.flows):
+        common = {"cat": "flow", "id": number, "name": flow.name}
+        events.append(
+            common | {"ph": "s", "pid": flow.source_rank, "tid": tids[flow.source_stream], "ts": flow.source_us}
+        )
+        events.append(
+            common
+            | {"ph": "f", "bp": "e", "pid": flow.destination_rank, "tid": tids[flow.destination_stream]}
+            | {"ts": flow.destination_us}
+        )
+    header = {"schema_version": TIMELINE_SCHEMA_VERSION, "source": timeline.source, "world_size": timeline.world_size}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": header | {"metadata": timeline.metadata}}
+
+
+def _span_event(span: Span, tid: int) -> dict[str, Any]:
+    arguments = {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes}
+    return {
+        "ph": "X",
+        "pid": span.rank,
+        "tid": tid,
+        "name": span.name,
+        "cat": span.category,
+        "ts": span.start_us,
+        "dur": span.duration_us,
+        "args": arguments,
+    }
+
+
+def _stream_ids(spans: Sequence[Span]) -> dict[str, int]:
+    names = sorted({span.stream for span in spans} - {COMPUTE_STREAM})
+    return {name: tid for tid, name in enumerate([COMPUTE_STREAM, *names])}
+
+
+def from_chrome(document: Any, *, source: str | Path) -> Timeline:
+    """Build a Timeline from a Chrome trace object written by `to_chrome`."""
+    try:
+        header = document["otherData"]
+        version = header["schema_version"]
+        if version != TIMELINE_SCHEMA_VERSION:
+            raise InputError(
+                f"is {version!r}; this version reads {TIMELINE_SCHEMA_VERSION}", source=source, field="schema_version"
+            )
+        events = document["traceEvents"]
+        streams = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+        return Timeline(
+            source=header["source"],
+            world_size=header["world_size"],
+            spans=tuple(_span_of(event, streams) for event in events if event["ph"] == "X"),
+            flows=tuple(_flows_of(events, streams)),
+            metadata=header["metadata"],
+        )
+    except InputError as error:
+        raise InputError(str(error), source=None if error.source else source) from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"is not a timeline of this tool ({type(error).__name__}: {error})", source=source) from error
+
+
+def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:
+    arguments = event["args"]
+    return Span(
+        rank=event["pid"],
+        stream=streams[event["tid"]],
+        name=event["name"],
+        category=event["cat"],
+        direction=arguments["direction"],
+        phase=arguments["phase"],
+        start_us=float(event["ts"]),
+        duration_us=float(event["dur"]),
+        nbytes=arguments["nbytes"],
+    )
+
+
+def _flows_of(events: list[dict[str, Any]], streams: dict[int, str]) -> list[Flow]:
+    starts = {event["id"]: event for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    return [
+        Flow(
+            source_rank=starts[number]["pid"],
+            source_stream=streams[starts[number]["tid"]],
+            source_us=float(starts[number]["ts"]),
+            destination_rank=ends[number]["pid"],
+            destination_stream=streams[ends[number]["tid"]],
+            destination_us=float(ends[number]["ts"]),
+            name=starts[number]["name"],
+        )
+        for number in sorted(starts)
+    ]
