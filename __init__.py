@@ -26,9 +26,12 @@ _HOMES = {
     "Timeline": "traces.timeline",
     "VerticalSlash": "traces.pattern",
 }
+_HOUSES = ("kernels", "planner", "runtime", "simulator", "traces")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOUSES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -37,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_HOUSES})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
+
 from sparsering import __version__, cli
 from sparsering.traces.errors import InputError
-from typer.testing import CliRunner
 
 RUNNER = CliRunner()
 
