@@ -1,0 +1,124 @@
+"""Clusters: the hardware as data, read from YAML. Bandwidths are per direction; 1 GB/s = 1,000 bytes per microsecond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..traces.errors import InputError
+from ..traces.files import read_bytes
+
+CLUSTER_SCHEMA_VERSION = 1
+PRESETS = Path(__file__).parent / "presets"
+MAX_CLUSTER_BYTES = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Gpu(_Strict):
+    """One GPU and what kernels reach on it: efficiencies are shares of the peak, launch overhead is per task."""
+
+    name: str
+    memory_bytes: int = Field(gt=0)
+    peak_flops_per_us: float = Field(gt=0)
+    multiprocessors: int = Field(gt=0)
+    programs_per_multiprocessor: int = Field(default=1, gt=0)
+    block_forward_efficiency: float = Field(gt=0, le=1)
+    block_backward_efficiency: float = Field(gt=0, le=1)
+    column_efficiency: float = Field(gt=0, le=1)
+    launch_overhead_us: float = Field(ge=0)
+    communication_slowdown: float = Field(
+        default=0.0, ge=0, lt=1, description="share of compute speed lost while this GPU communicates"
+    )
+
+
+class Link(_Strict):
+    """A kind of link. bandwidth_bytes_per_us: of one port, each way. latency_us: of one group call."""
+
+    name: str
+    bandwidth_bytes_per_us: float = Field(gt=0)
+    latency_us: float = Field(ge=0)
+
+
+class Nics(Link):
+    """The node's network cards: GPUs share them evenly, place p of a node uses card p * nics_per_node // gpus."""
+
+    nics_per_node: int = Field(gt=0)
+
+
+class Cluster(_Strict):
+    """Nodes of equal GPUs. Rank r is GPU r % gpus_per_node of node r // gpus_per_node."""
+
+    schema_version: Literal[1] = CLUSTER_SCHEMA_VERSION
+    name: str
+    origin: Literal["measured", "datasheet"]
+    nodes: int = Field(gt=0, le=4096)
+    gpus_per_node: int = Field(gt=0, le=256)
+    gpu: Gpu
+    intra_node: Link
+    inter_node: Nics | None = None
+    notes: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """GPUs of the cluster."""
+        return self.nodes * self.gpus_per_node
+
+    def node_of(self, rank: int) -> int:
+        """Return the node that holds `rank`."""
+        return rank // self.gpus_per_node
+
+    def nic_of(self, rank: int) -> int:
+        """Return the network card, within its node, that `rank` uses."""
+        assert self.inter_node is not None
+        return rank % self.gpus_per_node * self.inter_node.nics_per_node // self.gpus_per_node
+
+
+def preset_names() -> list[str]:
+    """Return the names of the cluster presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_cluster(name_or_path: str | Path) -> Cluster:
+    """Read a cluster from a YAML file or by preset name; InputError names file, field and value."""
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        preset = PRESETS / f"{name_or_path}.yaml"
+        if not preset.exists():
+            raise InputError(f"no such file or preset; presets are {', '.join(preset_names())}", source=path)
+        path = preset
+    try:
+        document = yaml.safe_load(read_bytes(path, max_bytes=MAX_CLUSTER_BYTES))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"is not valid YAML ({error})", source=path) from error
+    return parse_cluster(document, source=path)
+
+
+def parse_cluster(document: object, *, source: str | Path) -> Cluster:
+    """Build a Cluster from parsed YAML; InputError names the field and the value."""
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > CLUSTER_SCHEMA_VERSION:
+        raise InputError(
+            f"is {version}; this version reads up to {CLUSTER_SCHEMA_VERSION}", source=source, field="schema_version"
+        )
+    try:
+        cluster = Cluster.model_validate(document)
+    except ValidationError as error:
+        raise validation_error(error, source) from error
+    if cluster.nodes > 1 and cluster.inter_node is None:
+        raise InputError("is needed for more than one node", source=source, field="inter_node")
+    return cluster
+
+
+def validation_error(error: ValidationError, source: str | Path) -> InputError:
+    """Return pydantic's first complaint as one line that names file, field and value."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or None
+    value = repr(first["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return InputError(f"{first['msg']}, not {shown}", source=source, field=place)
