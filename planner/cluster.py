@@ -1,4 +1,4 @@
-"""Clusters: the hardware as data, read from YAML. Bandwidths are per direction; 1 GB/s = 1,000 bytes per microsecond."""
+"""Clusters: hardware as data, read from YAML. Bandwidths are per direction; 1 GB/s is 1,000 bytes per microsecond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task costs. The planner and the simulator ask this protocol; a measured table can stand in for the datasheet."""
+"""What a task costs: planner and simulator ask this protocol; a measured table can stand in for the datasheet."""
 
 from __future__ import annotations
 

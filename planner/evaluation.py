@@ -20,8 +20,8 @@ class Evaluation:
     """Predicted times of one schedule (one direction of one layer).
 
     makespan_us: from the first start to the last end; compute_us [W]: each rank's tasks; exposed_us [W]: time a rank's
-    compute stream waited, launches and idle end included, so compute + exposed = makespan; phase_us [W, phases]: compute
-    of every phase; timeline: only when the evaluator was asked for one.
+    compute stream waited, launches and idle end included, so compute + exposed = makespan; phase_us [W, phases]:
+    compute of every phase; timeline: only when the evaluator was asked for one.
     """
 
     makespan_us: float

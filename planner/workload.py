@@ -147,25 +147,55 @@ def _aligned_row_lengths(
 def _straddling_row_lengths(
     pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int
 ) -> NDArray[np.int64]:
-    world, blocks = placement.world_size, pattern.num_blocks
+    kinds, kind_of_rank = _tile_kinds(pattern, placement, tiles)
     query, key = active_pairs(pattern, head)
-    bits = sparse.csr_array((np.ones(query.size, dtype=np.int64), (query, key)), shape=(blocks, blocks))
-    kinds: list[sparse.csr_array] = []
-    kind_of_rank: list[int] = []
-    keys: dict[bytes, int] = {}
-    for rank in range(world):  # ranks whose tiles touch the same blocks (token striping: all of them) are counted once
-        tile_blocks = _tile_blocks(pattern, placement, rank, tiles)
-        number = keys.setdefault(tile_blocks.tobytes(), len(kinds))
-        if number == len(kinds):
-            ones = np.ones(tile_blocks.shape[0], dtype=np.int64)
-            kinds.append(sparse.csr_array((ones, (tile_blocks[:, 0], tile_blocks[:, 1])), shape=(tiles, blocks)))
-        kind_of_rank.append(number)
     lengths = np.zeros((len(kinds), tiles, len(kinds)), dtype=np.int64)
     for q, query_tiles in enumerate(kinds):
-        touched = query_tiles @ bits
         for k, key_tiles in enumerate(kinds):
-            lengths[q, :, k] = np.diff((touched @ key_tiles.T).tocsr().indptr)
-    return lengths[np.array(kind_of_rank)][:, :, np.array(kind_of_rank)]
+            lengths[q, :, k] = _count_tile_pairs(query, key, query_tiles, key_tiles, pattern.num_blocks, tiles)
+    return lengths[kind_of_rank][:, :, kind_of_rank]
+
+
+def _tile_kinds(
+    pattern: LayerPattern, placement: Placement, tiles: int
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Return the distinct (tile, mask block) incidence lists and which of them each rank has.
+
+    Ranks whose tiles touch the same blocks (token striping: all of them) are counted once.
+    """
+    kinds: list[NDArray[np.int64]] = []
+    numbers: dict[bytes, int] = {}
+    kind_of_rank = np.zeros(placement.world_size, dtype=np.int64)
+    for rank in range(placement.world_size):
+        incidence = _tile_blocks(pattern, placement, rank, tiles)
+        kind_of_rank[rank] = numbers.setdefault(incidence.tobytes(), len(kinds))
+        if kind_of_rank[rank] == len(kinds):
+            kinds.append(incidence)
+    return kinds, kind_of_rank
+
+
+def _count_tile_pairs(
+    query: NDArray[np.int64],
+    key: NDArray[np.int64],
+    query_tiles: NDArray[np.int64],
+    key_tiles: NDArray[np.int64],
+    blocks: int,
+    tiles: int,
+) -> NDArray[np.int64]:
+    """Return int64 [T]: for every query tile, the key tiles that share an active block pair with it."""
+    if max(np.bincount(query_tiles[:, 1]).max(), np.bincount(key_tiles[:, 1]).max()) == 1:  # a block lies in one tile
+        query_tile, key_tile = (np.full(blocks, -1, dtype=np.int64) for _ in range(2))
+        query_tile[query_tiles[:, 1]] = query_tiles[:, 0]
+        key_tile[key_tiles[:, 1]] = key_tiles[:, 0]
+        owned = (query_tile[query] >= 0) & (key_tile[key] >= 0)
+        pairs = np.bincount(query_tile[query[owned]] * tiles + key_tile[key[owned]], minlength=tiles * tiles)
+        return np.count_nonzero(pairs.reshape(tiles, tiles), axis=1)
+    bits = sparse.csr_array((np.ones(query.size, dtype=np.int64), (query, key)), shape=(blocks, blocks))
+    incidence = [
+        sparse.csr_array((np.ones(len(touched), dtype=np.int64), tuple(touched.T)), shape=(tiles, blocks))
+        for touched in (query_tiles, key_tiles)
+    ]
+    return np.diff((incidence[0] @ bits @ incidence[1].T).tocsr().indptr).astype(np.int64)
 
 
 def _tile_blocks(pattern: LayerPattern, placement: Placement, rank: int, tiles: int) -> NDArray[np.int64]:
