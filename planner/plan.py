@@ -1,0 +1,234 @@
+"""The plan file: placement, schedules, pattern and kernel settings, predictions and a digest, as strict JSON.
+
+The digest is the SHA-256 of the canonical JSON without `digest`, `predictions` and `provenance`: two plans with the
+same digest make ranks do the same. Loading proves the digest and that this version still expands the named layouts to
+the same schedules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..traces.errors import InputError
+from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
+from ..traces.pattern import num_blocks
+from .cluster import validation_error
+from .layouts import SIMULATED_ONLY, AttentionShape, build
+from .placement import Placement
+from .schedule import Direction, Schedule
+
+PLAN_SCHEMA_VERSION = 1
+MAX_PLAN_BYTES = 256 << 20
+UNDIGESTED = ("digest", "predictions", "provenance")
+
+DType = Literal["bfloat16", "float16", "float32", "float64"]
+ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelShape(_Strict):
+    """What a plan needs to know of the model."""
+
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+
+class PlacementSpec(_Strict):
+    """A placement in the file. units: unit numbers in rank-major order, ranks * units per rank of them."""
+
+    name: str
+    world_size: int = Field(gt=0, le=65536)
+    granularity_tokens: int = Field(gt=0)
+    units: tuple[int, ...]
+
+
+class LayoutSpec(_Strict):
+    """A layout by name and parameters, and the SHA-256 of the schedule it expands to."""
+
+    layout: str
+    parameters: dict[str, int]
+    schedule_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class PatternSpec(_Strict):
+    """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector."""
+
+    source: Literal["trace", "choose"]
+    selector: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    trace_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
+class KernelSpec(_Strict):
+    """Kernel settings that every rank must share."""
+
+    backend: Literal["reference", "blockwise", "triton", "flash4"] = "triton"
+
+
+class Plan(_Strict):
+    """One file that says what every rank does. Build with `make_plan`, read with `load_plan`."""
+
+    schema_version: Literal[1] = PLAN_SCHEMA_VERSION
+    model: ModelShape
+    seq_len_tokens: int = Field(gt=0)
+    block_size: int = Field(gt=0)
+    dtype: DType
+    columns_capacity: int = Field(ge=0)
+    placement: PlacementSpec
+    forward: LayoutSpec
+    backward: LayoutSpec
+    pattern: PatternSpec
+    kernels: KernelSpec
+    predictions: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the plan is for."""
+        return self.placement.world_size
+
+    def compute_digest(self) -> str:
+        """Return the SHA-256 of everything that decides what ranks do."""
+        return sha256_of_bytes(canonical_json(self.model_dump(mode="json", exclude=set(UNDIGESTED))))
+
+    def attention_shape(self) -> AttentionShape:
+        """Return the sizes that the schedules are built from."""
+        element_bytes = ELEMENT_BYTES[self.dtype]
+        return AttentionShape(
+            world_size=self.world_size,
+            tokens_per_rank=len(self.placement.units) // self.world_size * self.placement.granularity_tokens,
+            heads=self.model.heads,
+            kv_heads=self.model.kv_heads,
+            head_dim=self.model.head_dim,
+            element_bytes=element_bytes,
+            accumulator_bytes=max(4, element_bytes),
+            columns_capacity=self.columns_capacity,
+        )
+
+    def make_placement(self) -> Placement:
+        """Return the placement; InputError when the units are no permutation or do not cover the sequence."""
+        if len(self.placement.units) % self.world_size:
+            raise InputError(f"{len(self.placement.units)} units over {self.world_size} ranks", field="placement.units")
+        return Placement(
+            name=self.placement.name,
+            seq_len_tokens=self.seq_len_tokens,
+            granularity_tokens=self.placement.granularity_tokens,
+            units=np.array(self.placement.units, dtype=np.int64).reshape(self.world_size, -1),
+        )
+
+    def schedule(self, direction: Direction) -> Schedule:
+        """Expand the schedule of one direction; InputError when it is not the one that was planned."""
+        spec = self.forward if direction == "forward" else self.backward
+        schedule = build(spec.layout, spec.parameters, shape=self.attention_shape(), direction=direction)
+        if schedule.sha256() != spec.schedule_sha256:
+            raise InputError(
+                f"layout {spec.layout!r} {spec.parameters} no longer expands to the schedule that was planned",
+                field=f"{direction}.schedule_sha256",
+            )
+        return schedule
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+    def require(self, *, world_size: int | None = None, model: ModelShape | None = None,
+                seq_len_tokens: int | None = None, dtype: str | None = None) -> None:  # fmt: skip
+        """Refuse, before any work, a run that the plan was not made for: InputError names the field and both values."""
+        wanted = {"world_size": world_size, "model": model, "seq_len_tokens": seq_len_tokens, "dtype": dtype}
+        for field, value in wanted.items():
+            planned = getattr(self, field)
+            if value is not None and value != planned:
+                raise InputError(f"the plan is for {planned}, not for {value}", field=field)
+
+    def require_executable(self) -> None:
+        """Refuse layouts that can only be simulated."""
+        for direction, spec in (("forward", self.forward), ("backward", self.backward)):
+            if spec.layout in SIMULATED_ONLY:
+                raise InputError(f"{spec.layout!r} can be simulated but not run", field=f"{direction}.layout")
+
+
+def make_plan(
+    *,
+    model: ModelShape,
+    seq_len_tokens: int,
+    block_size: int,
+    dtype: DType,
+    columns_capacity: int,
+    placement: Placement,
+    forward: tuple[str, dict[str, int]],
+    backward: tuple[str, dict[str, int]],
+    pattern: PatternSpec,
+    kernels: KernelSpec,
+    predictions: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Plan:
+    """Build a plan, expand its schedules for their hashes, and seal it with its digest.
+
+    forward, backward: (layout name, parameters).
+    """
+    plan = Plan(
+        model=model,
+        seq_len_tokens=seq_len_tokens,
+        block_size=block_size,
+        dtype=dtype,
+        columns_capacity=columns_capacity,
+        placement=PlacementSpec(
+            name=placement.name,
+            world_size=placement.world_size,
+            granularity_tokens=placement.granularity_tokens,
+            units=tuple(int(unit) for unit in placement.units.reshape(-1)),
+        ),
+        forward=LayoutSpec(layout=forward[0], parameters=forward[1], schedule_sha256="0" * 64),
+        backward=LayoutSpec(layout=backward[0], parameters=backward[1], schedule_sha256="0" * 64),
+        pattern=pattern,
+        kernels=kernels,
+        predictions=predictions or {},
+        provenance=provenance or {},
+    )
+    shape, sealed = plan.attention_shape(), {}
+    directions: tuple[tuple[Direction, LayoutSpec], ...] = (("forward", plan.forward), ("backward", plan.backward))
+    for direction, spec in directions:
+        digest = build(spec.layout, spec.parameters, shape=shape, direction=direction).sha256()
+        sealed[direction] = spec.model_copy(update={"schedule_sha256": digest})
+    plan = plan.model_copy(update=sealed)
+    return plan.model_copy(update={"digest": plan.compute_digest()})
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and verify a plan file: schema, digest, permutation. InputError names file, field and value."""
+    document = read_json(path, max_bytes=MAX_PLAN_BYTES)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > PLAN_SCHEMA_VERSION:
+        raise InputError(
+            f"is {version}; this version reads up to {PLAN_SCHEMA_VERSION}", source=path, field="schema_version"
+        )
+    try:
+        plan = Plan.model_validate(document)
+    except ValidationError as error:
+        raise validation_error(error, path) from error
+    if plan.digest != plan.compute_digest():
+        raise InputError(f"does not match the content (computed {plan.compute_digest()})", source=path, field="digest")
+    _check_contents(plan, path)
+    return plan
+
+
+def _check_contents(plan: Plan, path: Path) -> None:
+    try:
+        placement = plan.make_placement()
+        plan.attention_shape()
+        blocks = num_blocks(plan.seq_len_tokens, plan.block_size)
+        if plan.columns_capacity > blocks * plan.block_size:
+            raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
+        assert placement.world_size == plan.world_size
+    except InputError as error:
+        raise InputError(str(error), source=path) from error
