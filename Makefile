@@ -12,7 +12,7 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: help setup demo test test-gpu lint format package clean
+.PHONY: help setup demo test test-gpu lint format map package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(STAMP)  ## ruff, pyright, import direction
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+map:  ## rewrite the map in docs/architecture.md
+	@python3 docs/write_map.py
 
 package: $(STAMP)  ## wheel and source distribution into dist/
 	$(BIN)/python -m pip install --quiet build
