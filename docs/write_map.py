@@ -1,4 +1,4 @@
-"""Rewrites the map in docs/architecture.md: one line a file, the first sentence of its docstring. `make map` runs it."""
+"""Rewrites the map in docs/architecture.md: for each file the first sentence of its docstring. `make map` runs it."""
 
 from __future__ import annotations
 
