@@ -1,0 +1,293 @@
+"""Which key tiles each query tile visits, and the reverse: the indexes behind the Triton kernels.
+
+A *row* is a local query tile (or, transposed, a local key tile); it visits local tiles of the other side. Every local
+tile must be exactly one mask block, so a visited tile needs no element mask, except the row's own block (causality and
+the ragged tail meet only there), which is kept apart as the row's `diagonal`.
+
+Two sources of one format: *Toeplitz*, where the other side's blocks are an arithmetic progression (block striping, or
+the whole sequence): rows of one residue share one sorted list of diagonals, and an entry is a number of strides; and
+*CSR*, one list of tiles per row, for block masks and irregular placements. Everything that depends on the mask is
+computed on its device; Toeplitz indexes and small CSR ones never wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .mask import AttentionMask, document_of
+
+# Above this many (head, row, tile) triples, CSR entries are counted first: less memory, one host synchronisation.
+CSR_DENSE_LIMIT = 1 << 23
+ROW_FIELDS = 4  # start, count, base, diagonal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileLists:
+    """For each (head, row): the tiles of the other side that it visits, its own block excepted.
+
+    rows int32 [H, T, 4]: start and count of the row's entries, base, and the local tile of the row's own block (-1 if
+    that pair is not active or not here). A visited tile is base + sign * entry. entries int32 [E].
+    order int32 [T]: rows by falling work, all heads taken together: long rows first, neighbours together.
+    """
+
+    rows: Tensor
+    entries: Tensor
+    order: Tensor
+    sign: int
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.rows, self.entries, self.order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The tiles of one shard: their mask blocks, on the host and on the device, and its valid tokens (a prefix)."""
+
+    blocks: np.ndarray
+    device_blocks: Tensor
+    tokens: int
+    last_block_tokens: int
+
+    def stride(self) -> int | None:
+        """The common difference of the blocks (1 for a single tile), or None where there is none."""
+        if len(self.blocks) < 2:
+            return 1
+        steps = np.diff(self.blocks)
+        return int(steps[0]) if (steps == steps[0]).all() else None
+
+    def valid_tiles(self, mask: AttentionMask) -> int:
+        """Tiles that hold at least one valid token: a prefix."""
+        return int((self.blocks < mask.blocks).sum())
+
+    def valid_tokens(self, mask: AttentionMask) -> int:
+        """Tokens before the padding."""
+        b = mask.block_size
+        sizes = np.full(len(self.blocks), b)
+        if len(sizes):
+            sizes[-1] = self.last_block_tokens
+        return int(np.clip(mask.seq_len_tokens - self.blocks * b, 0, sizes).sum())
+
+
+_SIDES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def side_of(positions: Tensor, block_size: int, *, name: str) -> Side:
+    """The tiles of a shard from its token positions [S]. Reading them waits for the device once per tensor.
+
+    Raises ValueError when a local tile of block_size tokens is not exactly one mask block.
+    """
+    known = _SIDES.setdefault(positions, {})
+    key = (block_size, 0 if positions.is_inference() else positions._version)
+    if key not in known:
+        known[key] = _read_side(positions, block_size, name)
+    return known[key]
+
+
+def _read_side(positions: Tensor, block_size: int, name: str) -> Side:
+    host = positions.detach().cpu().numpy().astype(np.int64)
+    blocks = host[::block_size] // block_size
+    expected = (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: len(host)]
+    if not (host == expected).all() or (np.diff(blocks) <= 0).any():
+        at = int(np.flatnonzero(host != expected)[0]) if (host != expected).any() else 0
+        raise ValueError(f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
+                         f"position {host[at]}); the triton backend needs a granularity that is a multiple of them")
+    tail = len(host) - (len(blocks) - 1) * block_size if len(blocks) else 0
+    device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(positions.device)
+    return Side(blocks=blocks, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTask:
+    """The index of one (query shard, key shard) task of a mask, on the mask's device."""
+
+    mask: AttentionMask
+    q_side: Side
+    k_side: Side
+    q_valid_tokens: int
+    k_valid_tokens: int
+    q_documents: Tensor | None
+    k_documents: Tensor | None
+
+    @cached_property
+    def queries(self) -> TileLists:
+        """Rows are query tiles."""
+        return _lists(self.mask, self.q_side, self.k_side, transposed=False)
+
+    @cached_property
+    def keys(self) -> TileLists:
+        """Rows are key tiles: for dK and dV."""
+        return _lists(self.mask, self.k_side, self.q_side, transposed=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held by both directions."""
+        return self.queries.nbytes + self.keys.nbytes
+
+
+def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockTask:
+    """The index of one task from the global positions of its tokens, [S_q] and [S_k].
+
+    Raises ValueError when the local tiles are not whole mask blocks.
+    """
+    q_side = side_of(q_positions, mask.block_size, name="q_positions")
+    k_side = side_of(k_positions, mask.block_size, name="k_positions")
+    q_documents, k_documents = (_local_documents(mask, p) for p in (q_positions, k_positions))
+    return BlockTask(mask=mask, q_side=q_side, k_side=k_side, q_valid_tokens=q_side.valid_tokens(mask),
+                     k_valid_tokens=k_side.valid_tokens(mask), q_documents=q_documents, k_documents=k_documents)
+
+
+def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
+    documents = document_of(mask, positions.to(mask.active.device))
+    return None if documents is None else documents.to(torch.int32)
+
+
+def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> TileLists:
+    if mask.is_toeplitz and others.stride() is not None:
+        lists = _toeplitz_lists(mask, rows, others, transposed=transposed)
+    else:
+        lists = _csr_lists(mask, rows, others, transposed=transposed)
+    starts, counts, base, entries, sign = lists
+    diagonal = _diagonal_tiles(mask, rows, others)
+    work = counts.sum(0) + (diagonal >= 0).sum(0)
+    order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
+    fields = torch.stack([starts, counts, base.expand_as(counts), diagonal], dim=-1).to(torch.int32)
+    return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=sign)
+
+
+def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
+    """[H, T]: the other side's local tile of each row's own block where that pair is active, else -1."""
+    device = mask.active.device
+    at = np.searchsorted(others.blocks, rows.blocks)
+    found = at < len(others.blocks)
+    found[found] = others.blocks[at[found]] == rows.blocks[found]
+    tiles = torch.from_numpy(np.where(found & (rows.blocks < mask.blocks), at, -1)).to(device)
+    blocks = rows.device_blocks.to(device).long().clamp(max=mask.blocks - 1)
+    active = mask.active[:, :1].expand(-1, len(rows.blocks)) if mask.is_toeplitz else mask.active[:, blocks, blocks]
+    return torch.where(active, tiles[None, :], -1)
+
+
+def _toeplitz_lists(mask: AttentionMask, rows: Side, others: Side, *,
+                    transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Rows of one residue share a sorted list of diagonals d = residue + stride * entry; no row list is stored.
+
+    Forward, u = (I - first - d) / stride = m - entry; transposed, u = (J + d - first) / stride = entry - m, with
+    residue and m the remainder and quotient of the row's distance from the other side's first block.
+    """
+    stride = others.stride()
+    assert stride is not None
+    device, heads = mask.active.device, mask.heads
+    length = -(-mask.blocks // stride)
+    entries, before = _residue_lists(mask.active, stride, length)
+    first, valid = (int(others.blocks[0]) if len(others.blocks) else 0), others.valid_tiles(mask)
+    blocks = rows.device_blocks.to(device).long()
+    distance = first - blocks if transposed else blocks - first
+    residue = distance % stride
+    m = torch.div(distance - residue, stride, rounding_mode="floor")
+    low, high = (m, m + valid) if transposed else (m - valid + 1, m + 1)
+    low, high = low.clamp(0, length), high.clamp(0, length)
+    high = torch.where(blocks < mask.blocks, torch.maximum(low, high), low)
+    lists = residue[None, :].expand(heads, -1)
+    head = torch.arange(heads, device=device)[:, None]
+    skipped = before[head, lists, low[None, :]]
+    counts = before[head, lists, high[None, :]] - skipped
+    starts = (head * stride + lists) * (length + 1) + skipped
+    return starts, counts, (-m if transposed else m)[None, :], entries, (1 if transposed else -1)
+
+
+def _residue_lists(active: Tensor, stride: int, length: int) -> tuple[Tensor, Tensor]:
+    """Entries [H * stride * (length + 1)] and, [H, stride, length + 1], how many entries of a list lie below e.
+
+    Diagonal 0 is left out (it is the rows' `diagonal`). The last slot of each list takes what is not active.
+    """
+    heads, blocks = active.shape
+    spread = torch.zeros(heads, length * stride, dtype=torch.bool, device=active.device)
+    spread[:, 1:blocks] = active[:, 1:]
+    spread = spread.view(heads, length, stride).transpose(1, 2)
+    before = torch.zeros(heads, stride, length + 1, dtype=torch.int64, device=active.device)
+    torch.cumsum(spread, dim=-1, out=before[:, :, 1:])
+    slot = torch.where(spread, before[:, :, :-1], length)
+    entries = torch.zeros(heads, stride, length + 1, dtype=torch.int32, device=active.device)
+    values = torch.arange(length, dtype=torch.int32, device=active.device).expand_as(slot)
+    entries.scatter_(2, slot, values)
+    return entries.flatten(), before
+
+
+def _csr_lists(mask: AttentionMask, rows: Side, others: Side, *,
+               transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """One list of local tiles per (head, row), ascending."""
+    pairs = _active_tiles(mask, rows, others, transposed=transposed)
+    counts = pairs.sum(-1)
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    if pairs.numel() <= CSR_DENSE_LIMIT:
+        # The last slot takes what is not active.
+        slot = torch.where(pairs, (ends - counts)[..., None] + pairs.cumsum(-1) - 1, pairs.numel())
+        entries = torch.zeros(pairs.numel() + 1, dtype=torch.int32, device=pairs.device)
+        tiles = torch.arange(pairs.shape[-1], dtype=torch.int32, device=pairs.device).expand_as(slot)
+        entries.scatter_(0, slot.flatten(), tiles.flatten())
+    else:
+        entries = torch.cat([head.nonzero()[:, 1].to(torch.int32) for head in pairs])
+    return ends - counts, counts, torch.zeros_like(counts[:1]), entries, 1
+
+
+def _active_tiles(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> Tensor:
+    """bool [H, T rows, T others]: strictly causal active pairs of valid blocks."""
+    device, last = mask.active.device, mask.blocks - 1
+    row = rows.device_blocks.to(device).long()[:, None]
+    other = others.device_blocks.to(device).long()[None, :]
+    query, key = (other, row) if transposed else (row, other)
+    causal = (query > key) & (query <= last)
+    query, key = query.clamp(max=last), key.clamp(max=last)
+    active = mask.active[:, (query - key).clamp(min=0)] if mask.is_toeplitz else mask.active[:, query, key]
+    return active & causal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnTask:
+    """The index of one query shard's column part.
+
+    columns int32 [H, C] (sorted; empty slots hold seq_len_tokens); reach int32 [H, T]: how many leading columns lie
+    before the end of each query tile; first_tile int32 [H, ceil(C / COLUMN_TILE)]: the first query tile that reaches
+    any of COLUMN_TILE columns (T if none); order int32 [T]: long rows first.
+    """
+
+    mask: AttentionMask
+    q_side: Side
+    q_valid_tokens: int
+    columns: Tensor
+    reach: Tensor
+    first_tile: Tensor
+    order: Tensor
+    q_documents: Tensor | None
+    column_documents: Tensor | None
+
+
+COLUMN_TILE = 64
+
+
+def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
+    """The index of the column part of one query shard, from its global positions [S_q].
+
+    Raises ValueError when the mask has no columns or the local tiles are not whole mask blocks.
+    """
+    if mask.columns is None:
+        raise ValueError("mask.columns: None, so there is no column part")
+    q_side = side_of(q_positions, mask.block_size, name="q_positions")
+    columns = mask.columns.contiguous()
+    blocks = q_side.device_blocks.to(columns.device)
+    ends = ((blocks + 1) * mask.block_size).clamp(max=mask.seq_len_tokens).to(torch.int32)
+    reach = torch.searchsorted(columns, ends[None, :].expand(mask.heads, -1).contiguous(), out_int32=True)
+    leading = columns[:, ::COLUMN_TILE].contiguous()
+    first_tile = torch.searchsorted(ends, leading, right=True, out_int32=True)
+    return ColumnTask(
+        mask=mask, q_side=q_side, q_valid_tokens=q_side.valid_tokens(mask), columns=columns, reach=reach,
+        first_tile=first_tile, order=torch.arange(len(blocks) - 1, -1, -1, dtype=torch.int32, device=columns.device),
+        q_documents=_local_documents(mask, q_positions),
+        column_documents=_local_documents(mask, columns))

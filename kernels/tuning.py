@@ -1,0 +1,73 @@
+"""Launch settings per architecture: tile sizes, warps, pipeline stages, and how tiles are loaded.
+
+The settings are data, found by benchmarks/kernels.py --sweep and explained in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+FORWARD, GRAD_Q, GRAD_KV = "forward", "grad_q", "grad_kv"
+COLUMN_FORWARD, COLUMN_GRAD_Q, COLUMN_GRAD_KV = "column_forward", "column_grad_q", "column_grad_kv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """M query rows, N keys, warps and stages of one kernel; tma: loads by tensor descriptors (sm_90 and later)."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+# Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
+SM90 = {
+    FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
+    GRAD_Q: Launch(m=64, n=128, warps=4, stages=1, tma=True),
+    GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
+    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
+    COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
+    COLUMN_GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
+}
+# A100: pointer loads (cp.async). Checked for shared memory and spills only: no such GPU was at hand.
+SM80 = {
+    FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
+    GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=False),
+    GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
+    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
+    COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=False),
+    COLUMN_GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
+}
+OVERRIDES: dict[str, Launch] = {}
+
+
+def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, itemsize: int) -> Launch:
+    """Settings of one kernel on compute capability 80, 90, 100 ...; 0 means Triton's interpreter.
+
+    Tiles never exceed a mask block. 32-bit inputs halve N and use one stage, for shared memory.
+    """
+    if kernel in OVERRIDES:
+        return OVERRIDES[kernel]
+    found = (SM90 if capability >= 90 else SM80)[kernel]
+    if capability == 0:
+        found = replace(found, tma=False)
+    found = replace(found, m=min(found.m, block_size), n=min(found.n, block_size))
+    if found.m * found.n <= 64 * 64:
+        found = replace(found, warps=min(found.warps, 4) if capability >= 90 else found.warps)
+    if itemsize > 2:
+        found = replace(found, m=min(found.m, 32), n=min(found.n, 32), warps=4, stages=1, tma=False)
+    return found
+
+
+@lru_cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability as a number (80, 90 ...), 0 on the CPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
