@@ -17,39 +17,41 @@ def gather_columns(k: Tensor, mask: AttentionMask, k_positions: Tensor) -> Tenso
     k [B, S_k, H_kv, D] (keys or values); k_positions [S_k] ascending global positions. Empty slots are zero. The sum
     over the ranks of a partition of the sequence holds every column.
     """
+    if not k.shape[1] or not mask.column_capacity:
+        return k.new_zeros(k.shape[0], mask.heads, mask.column_capacity, k.shape[3])
     rows, owned = _owned_rows(mask, k_positions)
-    batch, _, kv_heads, dim = k.shape
-    capacity = mask.column_capacity
-    if not k_positions.shape[0]:
-        return k.new_zeros(batch, mask.heads, capacity, dim)
-    heads = torch.arange(mask.heads, device=k.device)[:, None] // (mask.heads // kv_heads)
-    gathered = k[:, rows, heads]
+    gathered = k[:, rows, _kv_heads(mask, k)]
     return torch.where(owned[None, :, :, None], gathered, gathered.new_zeros(()))
 
 
 def scatter_columns(grad_columns: Tensor, mask: AttentionMask, k_positions: Tensor, *, grad: Tensor) -> None:
-    """Add the owner's rows of grad_columns [B, H, C, D], summed over a KV head's query heads, into grad [B, S_k, H_kv, D]."""
-    if not k_positions.shape[0] or not mask.column_capacity:
+    """Add the owner's rows of grad_columns [B, H, C, D], summed over the query heads of a KV head, into grad.
+
+    grad [B, S_k, H_kv, D]; k_positions as given to gather_columns.
+    """
+    if not grad.shape[1] or not mask.column_capacity:
         return
     rows, owned = _owned_rows(mask, k_positions)
-    group = mask.heads // grad.shape[2]
-    heads = (torch.arange(mask.heads, device=grad.device)[:, None] // group).expand_as(rows)
     added = torch.where(owned[None, :, :, None], grad_columns, grad_columns.new_zeros(())).to(grad.dtype)
-    flat = (rows * grad.shape[2] + heads).flatten()
-    # One row can be a column of several query heads of its KV head: index_add_ sums them.
-    total = torch.zeros(grad.shape[0], grad.shape[1] * grad.shape[2], grad.shape[3], dtype=grad.dtype, device=grad.device)
-    total.index_add_(1, flat, added.flatten(1, 2))
-    grad += total.view(grad.shape)
+    batch = torch.arange(grad.shape[0], device=grad.device)[:, None, None]
+    # A row may be a column of several query heads of its KV head. Accumulating by index sorts first on a GPU, so the
+    # result does not depend on the order in which threads arrive.
+    grad.index_put_((batch, rows[None], _kv_heads(mask, grad)[None]), added, accumulate=True)
+
+
+def _kv_heads(mask: AttentionMask, k: Tensor) -> Tensor:
+    """int64 [H, 1]: the KV head of each query head."""
+    return torch.arange(mask.heads, device=k.device)[:, None] // (mask.heads // k.shape[2])
 
 
 def _owned_rows(mask: AttentionMask, k_positions: Tensor) -> tuple[Tensor, Tensor]:
-    """For each column slot [H, C]: the local row that holds it (any row if none), and whether one does."""
-    if mask.columns is None:
-        empty = torch.zeros(mask.heads, 0, dtype=torch.long, device=k_positions.device)
-        return empty, empty.bool()
-    positions = k_positions.long().contiguous()
-    columns = mask.columns.long()
-    rows = torch.searchsorted(positions, columns).clamp(max=max(positions.shape[0] - 1, 0))
-    if not positions.shape[0]:
-        return rows, torch.zeros_like(rows, dtype=torch.bool)
-    return rows, (positions[rows] == columns) & (columns < mask.seq_len_tokens)
+    """For each column slot [H, C]: the local row that holds it, and whether one does.
+
+    Slots owned elsewhere point at rows spread over the shard: many equal ones would be added one after another.
+    """
+    assert mask.columns is not None
+    positions, columns = k_positions.long().contiguous(), mask.columns.long().contiguous()
+    rows = torch.searchsorted(positions, columns).clamp_(max=positions.shape[0] - 1)
+    owned = (positions[rows] == columns) & (columns < mask.seq_len_tokens)
+    anywhere = torch.arange(columns.shape[1], device=columns.device) % positions.shape[0]
+    return torch.where(owned, rows, anywhere), owned
