@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..traces.errors import InputError, UnsupportedError
 from .schedule import (
@@ -561,4 +562,4 @@ def _split(items: range, pieces: int) -> list[range]:
     cuts = [0]
     for piece in range(pieces if items else 0):
         cuts.append(cuts[-1] + size + (piece >= pieces - extra))
-    return [items[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [items[start:stop] for start, stop in pairwise(cuts)]
