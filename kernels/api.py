@@ -21,13 +21,15 @@ from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
 
 __all__ = [
-    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "accumulator_dtype", "block_backward", "block_forward",
+    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "Partial", "accumulator_dtype", "block_backward", "block_forward",
     "block_index", "column_backward", "column_forward", "column_index", "full_attention", "gather_columns", "merge",
     "scatter_columns",
 ]
 
 # Imported at first use: triton cannot be imported everywhere.
 BACKENDS = {"reference": ".reference", "blockwise": ".blockwise", "triton": ".triton_backend"}
+
+Partial = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,14 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor, *
     return BlockIndex(backend=backend, data=_backend(backend).block_index(mask, q_positions, k_positions))
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float,
-                  backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks."""
+def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, backend: str,
+                  into: Partial | None = None) -> Partial:
+    """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks.
+
+    into: (out, lse) of earlier partials over other keys; they are merged, and may be overwritten: use what returns.
+    """
     _check_qkv(q, k, v)
-    return _backend(backend).block_forward(q, k, v, _data(index, backend), scale=scale)
+    return _backend(backend).block_forward(q, k, v, _data(index, backend), scale=scale, into=into)
 
 
 def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockIndex, *,
@@ -81,10 +86,13 @@ def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> C
     return ColumnIndex(backend=backend, data=_backend(backend).column_index(mask, q_positions))
 
 
-def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnIndex, *, scale: float,
-                   backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the column part: attention over gathered column_k, column_v [B, H, C, D] (per query head)."""
-    return _backend(backend).column_forward(q, column_k, column_v, _data(index, backend), scale=scale)
+def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnIndex, *, scale: float, backend: str,
+                   into: Partial | None = None) -> Partial:
+    """(out, lse) of the column part: attention over gathered column_k, column_v [B, H, C, D] (per query head).
+
+    into: as in block_forward.
+    """
+    return _backend(backend).column_forward(q, column_k, column_v, _data(index, backend), scale=scale, into=into)
 
 
 def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
@@ -118,8 +126,7 @@ class _FullAttention(torch.autograd.Function):
         if mask.column_capacity:
             columns = column_index(mask, positions, backend=backend)
             column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
-            part = column_forward(q, column_k, column_v, columns, scale=scale, backend=backend)
-            out, lse = merge(out, lse, *part)
+            out, lse = column_forward(q, column_k, column_v, columns, scale=scale, backend=backend, into=(out, lse))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = mask, scale, backend, positions, index, columns
         ctx.mark_non_differentiable(lse)
@@ -166,6 +173,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} are not [B, S, H, D]")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q, k: shapes {tuple(q.shape)}, {tuple(k.shape)} differ in B or D, or H is no multiple of H_kv")
+        raise ValueError(f"q, k: shapes {tuple(q.shape)}, {tuple(k.shape)} differ in B or D, or H % H_kv is not 0")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .blockwise_columns import column_backward, column_forward, column_index
 from .mask import AttentionMask, active_block_pairs, document_of
-from .merge import accumulator_dtype
+from .merge import accumulator_dtype, merge_into
 from .softmax import partial_attention, partial_gradients
 
 __all__ = ["block_backward", "block_forward", "block_index", "column_backward", "column_forward", "column_index"]
@@ -78,7 +78,8 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -
         q_documents=document_of(mask, q_positions), k_documents=document_of(mask, k_positions))
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, scale: float,
+                  into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """See api.block_forward."""
     q_heads, k_heads, v_heads = (_by_head(x) for x in (q, k, v))
     out = torch.zeros_like(q_heads)
@@ -89,7 +90,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, sca
         part, part_lse = partial_attention(_scores(queries, keys, tile, index, scale=scale), values)
         _unstack(out, heads, tile, part)
         _unstack(lse, heads, tile, part_lse)
-    return out.transpose(1, 2).contiguous(), lse
+    return merge_into(into, out.transpose(1, 2).contiguous(), lse)
 
 
 def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .mask import AttentionMask, active_block_pairs, document_of
-from .merge import accumulator_dtype
+from .merge import accumulator_dtype, merge_into
 from .softmax import partial_attention, partial_gradients
 
 # Query rows of one matmul.
@@ -59,7 +59,7 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> BlockwiseColumnInd
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: BlockwiseColumnIndex, *,
-                   scale: float) -> tuple[Tensor, Tensor]:
+                   scale: float, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """See api.column_forward."""
     dtype = accumulator_dtype(q.dtype)
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
@@ -69,7 +69,7 @@ def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: Blockwi
         part, part_lse = partial_attention(_scores(queries, keys, tile, index, scale=scale), values)
         out[:, tile.rows, tile.head] = part
         lse[:, tile.head, tile.rows] = part_lse
-    return out, lse
+    return merge_into(into, out, lse)
 
 
 def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
@@ -98,13 +98,12 @@ def _tiles(head: int, columns: Tensor, q_positions: Tensor, inactive: Tensor,
            run_of_row: Tensor) -> Iterator[ColumnTile]:
     # A run without inactive columns has no work; a tile of such runs is left out.
     busy = inactive.any(1)[run_of_row[:q_positions.shape[0]]]
-    lasts = q_positions[TILE_ROWS - 1::TILE_ROWS].long().contiguous()
-    if q_positions.shape[0] % TILE_ROWS:
-        lasts = torch.cat([lasts, q_positions[-1:].long()])
-    slots = torch.searchsorted(columns, lasts, right=True).tolist()
-    for number, (rows_busy, count) in enumerate(zip(busy.split(TILE_ROWS), slots, strict=True)):
+    starts = torch.arange(0, q_positions.shape[0], TILE_ROWS, device=q_positions.device)
+    lasts = q_positions[(starts + TILE_ROWS - 1).clamp(max=q_positions.shape[0] - 1)].long()
+    slots = torch.searchsorted(columns, lasts, right=True)
+    for start, count in zip(starts.tolist(), slots.tolist(), strict=True):
+        rows_busy = busy[start:start + TILE_ROWS]
         if count and bool(rows_busy.any()):
-            start = number * TILE_ROWS
             yield ColumnTile(head=head, rows=slice(start, start + rows_busy.shape[0]), slots=count)
 
 

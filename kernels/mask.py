@@ -113,7 +113,7 @@ def allowed_pairs(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor)
 
 
 def active_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
-    """bool, broadcast of q_blocks and k_blocks: is this pair of global mask blocks active (padding blocks: any value)."""
+    """bool, q_blocks broadcast with k_blocks: is this pair of global mask blocks active (of padding: any value)."""
     q, k = q_blocks.clamp(max=mask.blocks - 1), k_blocks.clamp(max=mask.blocks - 1)
     if mask.is_toeplitz:
         return mask.active[head][(q - k).clamp(min=0)] & (q >= k)

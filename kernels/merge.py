@@ -23,3 +23,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     shift = torch.where(top == -torch.inf, torch.zeros_like(lse), lse)
     weight_a, weight_b = (torch.exp(part - shift).transpose(1, 2).unsqueeze(-1) for part in (lse_a, lse_b))
     return out_a * weight_a + out_b * weight_b, lse
+
+
+def merge_into(into: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) merged with earlier partials, or as they are where there are none."""
+    return (out, lse) if into is None else merge(*into, out, lse)

@@ -7,13 +7,17 @@ dQ = scale * dS K, dK = scale * dS^T Q.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .mask import AttentionMask, block_part, column_part, whole
-from .merge import accumulator_dtype
+from .merge import accumulator_dtype, merge_into
+
+# bool [S_q, S_k] of one head.
+Attended = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +60,11 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -
     return ReferenceIndex(mask=mask, q_positions=q_positions, k_positions=k_positions)
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: ReferenceIndex, *, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, index: ReferenceIndex, *, scale: float,
+                  into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """See api.block_forward; computed in float64, returned in the accumulator dtype."""
     out, lse = _forward(q, k, v, index.attended, scale=scale, per_query_head=False)
-    return out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype))
+    return merge_into(into, out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype)))
 
 
 def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
@@ -75,11 +80,11 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> ReferenceIndex:
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ReferenceIndex, *,
-                   scale: float) -> tuple[Tensor, Tensor]:
+                   scale: float, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """See api.column_forward."""
     k, v = column_k.transpose(1, 2), column_v.transpose(1, 2)
     out, lse = _forward(q, k, v, index.attended, scale=scale, per_query_head=True)
-    return out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype))
+    return merge_into(into, out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype)))
 
 
 def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
@@ -101,7 +106,7 @@ def _rows(x: Tensor, batch: int, head: int, used: Tensor) -> Tensor:
     return torch.where(used[:, None], rows, torch.zeros_like(rows))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, attended, *, scale: float,
+def _forward(q: Tensor, k: Tensor, v: Tensor, attended: Attended, *, scale: float,
              per_query_head: bool) -> tuple[Tensor, Tensor]:
     batch_size, q_tokens, heads, dim = q.shape
     out = torch.zeros(batch_size, q_tokens, heads, dim, dtype=torch.float64, device=q.device)
@@ -118,8 +123,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, attended, *, scale: float,
     return out, lse
 
 
-def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, attended, *, scale: float,
-              per_query_head: bool, grads: list[Tensor]) -> None:
+def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, attended: Attended, *,
+              scale: float, per_query_head: bool, grads: list[Tensor]) -> None:
     batch_size, _, heads, _ = q.shape
     grad_q, grad_k, grad_v = grads
     for head in range(heads):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,50 +11,8 @@ from sparsering.kernels import api
 from sparsering.kernels.mask import AttentionMask, block_part, column_part, whole
 from sparsering.kernels.reference import reference_attention, reference_gradients
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = ["attention-documents", "attention-empty-rows", "attention-ragged-length", "attention-sparse-gqa"]
-EXACT = {"rtol": 0.0, "atol": 1e-10}
+from .kernel_cases import CASES, assert_exact, load_case
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One worked case: tensors [1, S, H, D], its mask, scale, and the expected arrays by name."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    grad_out: torch.Tensor
-    mask: AttentionMask
-    scale: float
-    expected: dict[str, torch.Tensor]
-    density: float
-    pairs: list[int]
-
-
-def _ragged(flat: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-
-
-def load_case(name: str) -> Case:
-    """Read one golden attention case."""
-    with np.load(GOLDEN / f"{name}.npz") as z:
-        data = {key: z[key] for key in z.files}
-    seq_len, heads, _ = data["q"].shape
-    blocks = -(-seq_len // int(data["block_size"]))
-    active = torch.zeros(heads, blocks, dtype=torch.bool)
-    for head, diagonals in enumerate(_ragged(data["diagonals"], data["diagonals_offsets"])):
-        active[head, torch.from_numpy(diagonals).long()] = True
-    lists = _ragged(data["columns"], data["columns_offsets"])
-    columns = torch.full((heads, max(len(c) for c in lists) + 2), seq_len, dtype=torch.int32)
-    for head, positions in enumerate(lists):
-        columns[head, :len(positions)] = torch.from_numpy(positions).int()
-    documents = torch.from_numpy(data["documents"]).int() if "documents" in data else None
-    mask = AttentionMask(seq_len_tokens=seq_len, block_size=int(data["block_size"]), active=active, columns=columns,
-                         documents=documents)
-    q, k, v, grad_out = (torch.from_numpy(data[key])[None] for key in ("q", "k", "v", "grad_out"))
-    expected = {key: torch.from_numpy(data[key])[None] for key in ("out", "lse", "dq", "dk", "dv")}
-    return Case(q=q, k=k, v=v, grad_out=grad_out, mask=mask, scale=float(data["scale"]), expected=expected,
-                density=float(data["density"]), pairs=data["active_pairs"].tolist())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,7 +21,7 @@ def test_agrees_with_the_worked_case(name):
     out, lse = reference_attention(case.q, case.k, case.v, case.mask, scale=case.scale)
     grads = reference_gradients(case.grad_out, case.q, case.k, case.v, case.mask, scale=case.scale)
     for key, value in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True):
-        torch.testing.assert_close(value, case.expected[key], **EXACT)
+        assert_exact(value, case.expected[key])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,7 +66,7 @@ def test_gradients_agree_with_autograd_through_a_dense_softmax():
         out.backward(case.grad_out[0, :, head])
     grads = reference_gradients(case.grad_out, case.q, case.k, case.v, case.mask, scale=case.scale)
     for leaf, grad in zip(leaves, grads, strict=True):
-        torch.testing.assert_close(leaf.grad, grad, **EXACT)
+        assert_exact(leaf.grad, grad)
 
 
 def test_block_part_and_column_part_are_disjoint_and_make_the_whole():
