@@ -10,10 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .planner.cluster import Cluster as Cluster
+    from .planner.cluster import load_cluster as load_cluster
+    from .planner.plan import Plan as Plan
+    from .planner.plan import load_plan as load_plan
     from .traces.errors import InputError as InputError
     from .traces.pattern import BlockMask as BlockMask
     from .traces.pattern import LayerPattern as LayerPattern
     from .traces.pattern import VerticalSlash as VerticalSlash
+    from .traces.store import Trace as Trace
     from .traces.timeline import Timeline as Timeline
 
 __version__ = "0.1.0"
@@ -21,10 +26,15 @@ __version__ = "0.1.0"
 # public name -> module below this package that defines it
 _HOMES = {
     "BlockMask": "traces.pattern",
+    "Cluster": "planner.cluster",
     "InputError": "traces.errors",
     "LayerPattern": "traces.pattern",
+    "Plan": "planner.plan",
     "Timeline": "traces.timeline",
+    "Trace": "traces.store",
     "VerticalSlash": "traces.pattern",
+    "load_cluster": "planner.cluster",
+    "load_plan": "planner.plan",
 }
 _HOUSES = ("kernels", "planner", "runtime", "simulator", "traces")
 

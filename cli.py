@@ -86,8 +86,8 @@ VERBS = {
 
 # service -> (module, name): what one house offers to verbs of houses that must not import it.
 SERVICES = {
-    "evaluator": ("simulator.evaluator", "SimulatorEvaluator"),
-    "simulate": ("simulator.evaluator", "simulate_plan"),
+    "evaluator": ("simulator.engine", "simulate"),
+    "simulate_layer": ("simulator.engine", "simulate_layer"),
     "write_report": ("simulator.report", "write_report"),
 }
 
