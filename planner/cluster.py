@@ -43,6 +43,9 @@ class Link(_Strict):
     name: str
     bandwidth_bytes_per_us: float = Field(gt=0)
     latency_us: float = Field(ge=0)
+    switch_bandwidth_bytes_per_us: float | None = Field(
+        default=None, gt=0, description="what all ports together carry (of one node, or between nodes); absent: no limit"
+    )
 
 
 class Nics(Link):

@@ -1,0 +1,129 @@
+"""What happened in a simulated run, as an Evaluation and, on request, as a Timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..planner.evaluation import Evaluation
+from ..planner.schedule import Direction, GroupCall, Task
+from ..planner.timing import NS_PER_US, legs_of
+from ..traces.timeline import COMPUTE_STREAM, Flow, Span, Timeline
+
+TransferTimes = Mapping[tuple[str, str], tuple[int, int]]  # (communicator, transfer id) -> began to move, arrived
+
+
+class Recorder:
+    """Collects what every rank computed and transferred. Times in nanoseconds."""
+
+    def __init__(self, direction: Direction, world_size: int) -> None:
+        self._direction = direction
+        self._world_size = world_size
+        self._tasks: list[tuple[int, int, Task, int, int]] = []
+        self._calls: list[tuple[int, int, GroupCall, tuple[int, ...], int, int]] = []
+        self._end_ns = 0
+
+    def computed(self, rank: int, phase: int, task: Task, start_ns: int, end_ns: int) -> None:
+        """Note a task."""
+        self._tasks.append((rank, phase, task, start_ns, end_ns))
+
+    def transferred(
+        self, rank: int, phase: int, call: GroupCall, group: tuple[int, ...], start_ns: int, end_ns: int
+    ) -> None:
+        """Note a group call, from its turn on its communicator to its end."""
+        self._calls.append((rank, phase, call, group, start_ns, end_ns))
+        self.ended(end_ns)
+
+    def ended(self, time_ns: int) -> None:
+        """Note that something ended."""
+        self._end_ns = max(self._end_ns, time_ns)
+
+    def evaluation(self, phases: int, buffer_bytes: int, transfers: TransferTimes | None) -> Evaluation:
+        """Return the run; with a timeline when the times of its transfers are given."""
+        phase_ns = np.zeros((self._world_size, phases), dtype=np.int64)
+        for rank, phase, _, start_ns, end_ns in self._tasks:
+            phase_ns[rank, phase] += end_ns - start_ns
+        return Evaluation(
+            makespan_us=self._end_ns / NS_PER_US,
+            compute_us=phase_ns.sum(axis=1) / NS_PER_US,
+            phase_us=phase_ns / NS_PER_US,
+            peak_buffer_bytes=buffer_bytes,
+            timeline=None if transfers is None else self._timeline(transfers),
+        )
+
+    def _timeline(self, transfers: TransferTimes) -> Timeline:
+        spans = [self._task_span(*record) for record in self._tasks]
+        spans += [self._call_span(*record) for record in self._calls]
+        return Timeline(
+            source="simulated",
+            world_size=self._world_size,
+            spans=tuple(sorted(spans, key=lambda span: (span.start_us, span.rank, span.stream))),
+            flows=tuple(flow for rank, _, call, *_ in self._calls for flow in _sends(rank, call, transfers)),
+        )
+
+    def _task_span(self, rank: int, phase: int, task: Task, start_ns: int, end_ns: int) -> Span:
+        return Span(
+            rank=rank,
+            stream=COMPUTE_STREAM,
+            name="columns" if task.key is None else f"q{task.query} k{task.key}",
+            category="compute",
+            direction=self._direction,
+            phase=phase,
+            start_us=start_ns / NS_PER_US,
+            duration_us=(end_ns - start_ns) / NS_PER_US,
+        )
+
+    def _call_span(
+        self, rank: int, phase: int, call: GroupCall, group: tuple[int, ...], start_ns: int, end_ns: int
+    ) -> Span:
+        legs = [leg for transfer in call.transfers for leg in legs_of(transfer, group)]
+        return Span(
+            rank=rank,
+            stream=call.communicator,
+            name=_call_name(rank, call),
+            category=call.transfers[0].kind,
+            direction=self._direction,
+            phase=phase,
+            start_us=start_ns / NS_PER_US,
+            duration_us=(end_ns - start_ns) / NS_PER_US,
+            nbytes=sum(leg.nbytes for leg in legs for end in (leg.source, leg.destination) if end == rank),
+        )
+
+
+def _call_name(rank: int, call: GroupCall) -> str:
+    count = len(call.transfers)
+    if count > 2:
+        return f"{call.transfers[0].kind} {count} transfers"
+    parts = []
+    for transfer in call.transfers:
+        verb = "sum" if transfer.transport == "all_reduce" else "send" if transfer.source == rank else "receive"
+        parts.append(f"{verb} {transfer.shard}" if transfer.shard else verb)
+    return f"{call.transfers[0].kind} {', '.join(parts)}"
+
+
+def _sends(rank: int, call: GroupCall, transfers: TransferTimes) -> Iterator[Flow]:
+    """Yield an arrow for everything that the call sends: from its first byte to the last nanosecond of its arrival."""
+    for transfer in call.transfers:
+        if transfer.source == rank:
+            began_ns, arrived_ns = transfers[transfer.communicator, transfer.id]
+            yield Flow(
+                source_rank=rank,
+                source_stream=transfer.communicator,
+                source_us=began_ns / NS_PER_US,
+                destination_rank=transfer.destination,
+                destination_stream=transfer.communicator,
+                destination_us=max(began_ns, arrived_ns - 1) / NS_PER_US,  # an end bound to a slice lies inside it
+                name=transfer.id,
+            )
+
+
+def followed_by(first: Timeline, second: Timeline, *, start_us: float) -> Timeline:
+    """Return one timeline in which `second` begins at `start_us` of `first`."""
+    spans = tuple(replace(span, start_us=span.start_us + start_us) for span in second.spans)
+    flows = tuple(
+        replace(flow, source_us=flow.source_us + start_us, destination_us=flow.destination_us + start_us)
+        for flow in second.flows
+    )
+    return replace(first, spans=first.spans + spans, flows=first.flows + flows)
