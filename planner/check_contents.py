@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .check_rules import SUMS, Rules, Site, describe, is_own
+from .check_rules import SUMS, Rules, Site, is_own
 from .schedule import COLUMNS_HOME, GroupCall, Phase, Schedule, ShardId, Task, Transfer
 
 OWN_COLUMNS = "the rank's own columns"
@@ -67,7 +67,7 @@ class _Walk:
         for task in phase.tasks:
             self._compute(task)
 
-    def _site(self, about: str) -> Site:
+    def _site(self, about: Task | Transfer | str) -> Site:
         return Site(self.rank, self.phase, about)
 
     def _touch(self, name: str, *, fresh: bool = False) -> None:
@@ -91,7 +91,7 @@ class _Walk:
         self.in_flight |= {transfer.id: transfer for transfer in call.transfers}
 
     def _launch_sum(self, transfer: Transfer) -> None:
-        site, name = self._site(f"transfer {transfer.id}"), transfer.buffer
+        site, name = self._site(transfer), transfer.buffer
         expected = OWN_COLUMNS if self.schedule.direction == "forward" else COLUMN_GRADIENTS
         self._require_idle(site, name)
         self._require_content(site, name, expected)
@@ -99,7 +99,7 @@ class _Walk:
         self._touch(name)
 
     def _launch_send(self, transfer: Transfer) -> None:
-        site, name = self._site(f"transfer {transfer.id}"), transfer.source_buffer
+        site, name = self._site(transfer), transfer.source_buffer
         assert transfer.shard is not None
         if is_own(name):
             site.require(transfer.shard.sequence_part == self.rank, f"{name} does not hold {transfer.shard}")
@@ -120,7 +120,7 @@ class _Walk:
         site.require(incoming.accumulate_into is None, f"sends {incoming.id} on before it is added")
 
     def _launch_receive(self, transfer: Transfer) -> None:
-        site, name = self._site(f"transfer {transfer.id}"), transfer.buffer
+        site, name = self._site(transfer), transfer.buffer
         self._require_idle(site, name)
         slot = self.slots[name]
         if transfer.kind in SUMS and slot.content is not None:
@@ -171,7 +171,7 @@ class _Walk:
     # tasks
 
     def _compute(self, task: Task) -> None:
-        site = self._site(describe(task))
+        site = self._site(task)
         self._read(site, task.query_buffer, task.query)
         self._read(site, task.key_buffer, task.key)
         self._add(site, task.out_buffer, task.query)
@@ -180,9 +180,9 @@ class _Walk:
 
     def _read(self, site: Site, name: str, shard: ShardId | None) -> None:
         if shard is not None and is_own(name):
-            site.require(shard.sequence_part == self.rank, f"{name} does not hold {shard}")
+            if shard.sequence_part != self.rank:
+                raise site.broken(f"{name} does not hold {shard}")
             return
-        site.require(name in self.slots, f"buffer {name} is not stated")
         slot = self.slots[name]
         if slot.incoming is not None:
             raise site.broken(f"reads {name} before {slot.incoming.id} has arrived")
@@ -192,12 +192,13 @@ class _Walk:
     def _add(self, site: Site, name: str, content: Content) -> None:
         """Add a contribution to the partial sum in a buffer, which an empty one starts."""
         if isinstance(content, ShardId) and is_own(name):
-            site.require(content.sequence_part == self.rank, f"{name} is no home of {content}")
+            if content.sequence_part != self.rank:
+                raise site.broken(f"{name} is no home of {content}")
             return
-        site.require(name in self.slots, f"buffer {name} is not stated")
         self._require_idle(site, name)
         slot = self.slots[name]
-        site.require(slot.content in (None, content), f"{name} holds {slot.content}, not {content}")
+        if slot.content not in (None, content):
+            raise site.broken(f"{name} holds {slot.content}, not {content}")
         self._touch(name, fresh=slot.content is None)
         slot.content = content
 
@@ -211,7 +212,8 @@ class _Walk:
 
     def _require_content(self, site: Site, name: str, expected: Content) -> None:
         held = self.slots[name].content
-        site.require(held == expected, f"{name} holds {'nothing' if held is None else held}, not {expected}")
+        if held != expected:
+            raise site.broken(f"{name} holds {'nothing' if held is None else held}, not {expected}")
 
     def _check_end(self) -> None:
         for name, transfer in self.in_flight.items():

@@ -49,10 +49,13 @@ def broken(problem: str, *, rank: int | None = None, phase: int | None = None, a
     return ScheduleError(f"{', '.join(where)}: {problem}" if where else problem)
 
 
-def describe(task: Task) -> str:
-    """Name a task in one word or two."""
-    key = "columns" if task.key is None else f"{task.key}"
-    return f"task {task.query}x{key} heads {task.heads[0]}:{task.heads[1]}"
+def describe(about: Task | Transfer | str) -> str:
+    """Name a task or a transfer in a few words."""
+    if isinstance(about, Transfer):
+        return f"transfer {about.id}"
+    if isinstance(about, Task):
+        return f"task {about.query}x{about.key or 'columns'} heads {about.heads[0]}:{about.heads[1]}"
+    return about
 
 
 def is_own(buffer: str) -> bool:
@@ -62,15 +65,15 @@ def is_own(buffer: str) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in one rank's program."""
+    """A place in one rank's program; named only when a rule is broken there."""
 
     rank: int
     phase: int
-    about: str
+    about: Task | Transfer | str
 
     def broken(self, problem: str) -> ScheduleError:
         """Return the error for a rule broken here."""
-        return broken(problem, rank=self.rank, phase=self.phase, about=self.about)
+        return broken(problem, rank=self.rank, phase=self.phase, about=describe(self.about))
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ScheduleError unless the rule holds."""
@@ -107,7 +110,7 @@ class Rules:
             for call in phase.group_calls:
                 self._check_call(rank, phase.index, call)
             for task in phase.tasks:
-                self._check_task(Site(rank, phase.index, describe(task)), task)
+                self._check_task(Site(rank, phase.index, task), task)
 
     def _check_statements(self) -> None:
         world = self.schedule.world_size
@@ -137,7 +140,7 @@ class Rules:
         site.require(rank in self.groups[call.communicator], "the rank is in no group of this communicator")
         site.require(bool(call.transfers), "launches nothing")
         for transfer in call.transfers:
-            at = Site(rank, phase, f"transfer {transfer.id}")
+            at = Site(rank, phase, transfer)
             at.require(transfer.communicator == call.communicator, f"launched on {call.communicator}")
             self._check_ends(at, transfer)
             self._check_buffers(at, transfer)
@@ -191,11 +194,13 @@ class Rules:
         first, last = task.heads
         group_heads = self.schedule.num_heads // self.head_groups
         lowest = task.query.head_group * group_heads
-        site.require(self._exists(task.query), f"there is no shard {task.query}")
+        if not self._exists(task.query):
+            raise site.broken(f"there is no shard {task.query}")
         site.require(lowest <= first < last <= lowest + group_heads, "heads are not of the shard's head group")
-        site.require((task.key is None) == (task.kind == "columns"), f"kind {task.kind} with key {task.key}")
+        if (task.key is None) != (task.kind == "columns"):
+            raise site.broken(f"kind {task.kind} with key {task.key}")
         if task.key is not None:
-            site.require(self._exists(task.key), f"there is no shard {task.key}")
+            site.require(self._exists(task.key), "there is no such key shard")
             site.require(task.key.head_group == task.query.head_group, "query and key differ in head group")
         block = task.kind == "block"
         self._check_used(site, task.query_buffer, "q")
@@ -208,9 +213,10 @@ class Rules:
             site.require(task.grad_buffer != task.key_buffer, f"gradients overwrite the keys in {task.key_buffer}")
 
     def _check_used(self, site: Site, name: str, kind: TransferKind) -> None:
-        held = self.buffers[name].kind if name in self.buffers else OWN.get(name)
-        site.require(held is not None, f"buffer {name} is not stated")
-        site.require(held == kind, f"buffer {name} is for {held}, not {kind}")
+        implied = OWN.get(name) if kind != "columns" else None  # columns are summed, so their buffers have a size
+        held = self.buffers[name].kind if name in self.buffers else implied
+        if held != kind:
+            raise site.broken(f"buffer {name} is {f'for {held}, not {kind}' if held else 'not stated'}")
 
 
 def every_phase(schedule: Schedule) -> Iterator[tuple[int, Phase]]:

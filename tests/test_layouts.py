@@ -1,0 +1,261 @@
+"""Layouts: what builders make is proved by `check`, played in random orders, and one small ring is known by heart."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsering.planner.check import check
+from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.schedule import DIRECTIONS, Direction, GroupCall, Schedule, Transfer
+from sparsering.traces.errors import InputError, UnsupportedError
+
+
+def shape(world_size: int, columns: int = 0) -> AttentionShape:
+    return AttentionShape(
+        world_size=world_size,
+        tokens_per_rank=128,
+        heads=2 * world_size,
+        kv_heads=2,
+        head_dim=64,
+        columns_capacity=columns,
+    )
+
+
+def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
+    yield from (("ring", {"prefetch": depth}) for depth in (1, 2, 3, 9))
+    yield from (("gather", {"chunks": chunks}) for chunks in (1, 2, 3, 9))
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    yield from (("hierarchical", {"inner_size": size}) for size in divisors)
+    yield "ulysses", {}
+
+
+TABLE = [
+    pytest.param(world_size, layout, parameters, id=f"{layout}-{world_size}-{'-'.join(map(str, parameters.values()))}")
+    for world_size in (1, 2, 3, 4, 6, 8)
+    for layout, parameters in layouts(world_size)
+]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("world_size", "layout", "parameters"), TABLE)
+def test_every_layout_is_proved(world_size: int, layout: str, parameters: dict[str, int], direction: Direction) -> None:
+    for columns in (0, 64) if layout != "ulysses" else (0,):
+        schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
+        report = check(schedule)
+        assert report.peak_bytes <= schedule.buffer_bytes
+        groups = world_size if layout == "ulysses" else 1
+        assert report.tasks == groups * world_size**2 + world_size * bool(columns)
+
+
+@pytest.mark.parametrize(("layout", "parameters"), [("hierarchical", {"inner_size": 8}), ("gather", {"chunks": 4})])
+def test_32_ranks_are_proved_in_seconds(layout: str, parameters: dict[str, int]) -> None:
+    schedule = build(layout, parameters, shape=shape(32, 64), direction="backward")
+    start = time.process_time()
+    report = check(schedule)
+    assert time.process_time() - start < 5
+    # 31 of 32 K/V and as many dK/dV to move per rank, and one sum of columns
+    assert report.transfers == 2 * 32 * 31 + 1
+
+
+def test_report_of_a_ring() -> None:
+    made = shape(4, 64)
+    report = check(build("ring", {"prefetch": 2}, shape=made, direction="backward"))
+    assert report.sent_bytes == {
+        "ring": (3 * made.kv_bytes,) * 4,
+        "ring_grad": (3 * made.dkv_bytes,) * 4,
+        "columns": (made.columns_bytes("backward"),) * 4,
+    }
+    assert report.transfers == 4 * 6 + 1
+    assert report.phases == 6
+    assert report.peak_bytes == 3 * made.kv_bytes + 3 * made.dkv_bytes
+
+
+# One program by heart
+
+
+def events(schedule: Schedule, rank: int) -> list[tuple[int, str]]:
+    """Return (phase, event) of a rank's program, in the order in which it is played."""
+    told = []
+    for phase in schedule.phases(rank):
+        told += [(phase.index, f"wait {name}") for name in phase.waits]
+        for call in phase.group_calls:
+            moves = (f"{t.id} {t.source_buffer}->{t.buffer}+{t.accumulate_into}" for t in call.transfers)
+            told.append((phase.index, f"{call.communicator}: {', '.join(moves)}"))
+        for task in phase.tasks:
+            told.append((phase.index, f"{task.kind} {task.query}x{task.key} {task.key_buffer} {task.grad_buffer}"))
+    return told
+
+
+def test_a_ring_of_two_forward_with_columns() -> None:
+    schedule = build("ring", {"prefetch": 1}, shape=shape(2, 64), direction="forward")
+    assert events(schedule, 0) == [
+        (0, "ring: kv/0.0/0>1/1 kv:home->kv:0+None, kv/1.0/1>0/1 kv:home->kv:0+None"),
+        (0, "columns: columns/-/all/0 columns:home->columns:home+None"),
+        (0, "block 0.0x0.0 kv:home None"),
+        (1, "wait kv/0.0/0>1/1"),
+        (1, "wait kv/1.0/1>0/1"),
+        (1, "wait columns/-/all/0"),
+        (1, "columns 0.0xNone columns:home None"),
+        (1, "block 0.0x1.0 kv:0 None"),
+    ]
+
+
+def test_a_ring_of_three_backward() -> None:
+    schedule = build("ring", {"prefetch": 1}, shape=shape(3), direction="backward")
+    assert events(schedule, 0) == [
+        (0, "ring: kv/0.0/0>1/1 kv:home->kv:0+None, kv/2.0/2>0/1 kv:home->kv:0+None"),
+        (0, "block 0.0x0.0 kv:home dkv:home"),
+        (1, "wait kv/0.0/0>1/1"),
+        (1, "wait kv/2.0/2>0/1"),
+        (1, "ring: kv/2.0/0>1/2 kv:0->kv:1+None, kv/1.0/2>0/2 kv:0->kv:1+None"),
+        (1, "block 0.0x2.0 kv:0 dkv:1"),
+        (2, "wait kv/2.0/0>1/2"),
+        (2, "wait kv/1.0/2>0/2"),
+        (2, "ring_grad: dkv/2.0/0>1/2 dkv:1->landing:0+dkv:0, dkv/1.0/2>0/2 dkv:1->landing:0+dkv:0"),
+        (2, "block 0.0x1.0 kv:1 dkv:0"),
+        (3, "wait dkv/2.0/0>1/2"),
+        (3, "wait dkv/1.0/2>0/2"),
+        (3, "ring_grad: dkv/1.0/0>1/3 dkv:0->landing:0+dkv:home, dkv/0.0/2>0/3 dkv:0->landing:0+dkv:home"),
+        (4, "wait dkv/1.0/0>1/3"),
+        (4, "wait dkv/0.0/2>0/3"),
+    ]
+
+
+# Played
+
+
+Content = Counter[tuple[str, int, int]]
+
+
+class Player:
+    """Plays a schedule with contents that can be counted, transfers moving at random moments between launch and wait.
+
+    Knows nothing of `check`: it waits, copies and adds, and fails on a deadlock.
+    """
+
+    def __init__(self, schedule: Schedule, chance: random.Random) -> None:
+        self.schedule, self.chance = schedule, chance
+        self.world = range(schedule.world_size)
+        self.held: list[dict[str, Content]] = [{"kv:home": Counter({("kv", r, 0): 1})} for r in self.world]
+        self.place = [0 for _ in self.world]
+        self.queues: dict[tuple[int, str], list[GroupCall]] = {}
+        self.moved: dict[str, Content] = {}
+        self.done: set[tuple[int, str]] = set()
+        if schedule.direction == "backward":
+            for held in self.held:
+                held["columns:home"] = Counter({("columns", r, 0): 1 for r in self.world})
+        else:
+            for rank, held in enumerate(self.held):
+                held["columns:home"] = Counter({("columns", rank, 0): 1})
+
+    def play(self) -> None:
+        while any(self.place[rank] < len(self.schedule.phases(rank)) for rank in self.world):
+            ready = [rank for rank in self.world if self._may_begin(rank)]
+            ready_moves = self._moves()
+            assert ready or ready_moves, "deadlock"
+            pick = self.chance.randrange(len(ready) + len(ready_moves))
+            if pick < len(ready):
+                self._begin(ready[pick])
+            else:
+                self._move(ready_moves[pick - len(ready)])
+
+    def _may_begin(self, rank: int) -> bool:
+        phases = self.schedule.phases(rank)
+        left = self.place[rank] < len(phases)
+        return left and all((rank, name) in self.done for name in phases[self.place[rank]].waits)
+
+    def _begin(self, rank: int) -> None:
+        phase, held = self.schedule.phases(rank)[self.place[rank]], self.held[rank]
+        self.place[rank] += 1
+        transfers = {t.id: t for p in self.schedule.phases(rank) for c in p.group_calls for t in c.transfers}
+        for transfer in (transfers[name] for name in phase.waits):
+            if transfer.accumulate_into and transfer.source != rank:
+                into = "dcolumns:sum" if transfer.kind == "columns" else transfer.accumulate_into
+                held[into] = held.get(into, Counter()) + held.pop(transfer.buffer)
+        for call in phase.group_calls:
+            self.queues.setdefault((rank, call.communicator), []).append(call)
+        for task in phase.tasks:
+            key = task.key.sequence_part if task.key else -1
+            assert set(held[task.key_buffer]) == (
+                {("kv", key, 0)} if task.key else {("columns", r, 0) for r in self.world}
+            )
+            if task.grad_buffer:
+                held.setdefault(task.grad_buffer, Counter())[("grad", task.query.sequence_part, key)] += 1
+
+    def _moves(self) -> list[Transfer]:
+        heads = {key: queue[0] for key, queue in self.queues.items() if queue}
+        found: dict[str, list[int]] = {}
+        transfers: dict[str, Transfer] = {}
+        for (rank, _), call in heads.items():
+            for transfer in call.transfers:
+                if transfer.id not in self.moved:
+                    found.setdefault(transfer.id, []).append(rank)
+                    transfers[transfer.id] = transfer
+        ends = {name: len(self.world) if t.kind == "columns" else 2 for name, t in transfers.items()}
+        return [transfers[name] for name in sorted(found) if len(found[name]) == ends[name]]
+
+    def _move(self, transfer: Transfer) -> None:
+        if transfer.kind == "columns":
+            content = sum((self.held[rank][transfer.buffer] for rank in self.world), Counter())
+            for rank in self.world:
+                self.held[rank][transfer.buffer] = Counter(content)
+        else:
+            source = self.held[transfer.source]
+            moves = transfer.kind == "dkv"
+            content = source.pop(transfer.source_buffer) if moves else source[transfer.source_buffer]
+            assert transfer.buffer not in self.held[transfer.destination] or not moves, "gradients overwritten"
+            self.held[transfer.destination][transfer.buffer] = Counter(content)
+        self.moved[transfer.id] = content
+        for (rank, _), queue in self.queues.items():
+            if queue and all(t.id in self.moved for t in queue[0].transfers):
+                self.done |= {(rank, t.id) for t in queue.pop(0).transfers}
+
+
+@given(data=st.data())
+def test_layouts_played_in_random_orders_bring_all_gradients_home(data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, 6))
+    layout, parameters = data.draw(st.sampled_from([each for each in layouts(world_size) if each[0] != "ulysses"]))
+    direction = data.draw(st.sampled_from(DIRECTIONS))
+    columns = data.draw(st.sampled_from([0, 64]))
+    schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
+    player = Player(schedule, data.draw(st.randoms(use_true_random=False)))
+    player.play()
+    for rank, held in enumerate(player.held):
+        if direction == "backward":
+            assert held["dkv:home"] == Counter(("grad", query, rank) for query in range(world_size))
+            if columns:
+                assert held["dcolumns:sum"] == Counter(("grad", query, -1) for query in range(world_size))
+
+
+# Refusals
+
+
+def test_what_builders_refuse() -> None:
+    with pytest.raises(InputError, match="prefetch: must be at least 1, not 0"):
+        build("ring", {"prefetch": 0}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
+        build("gather", {"chunks": 0}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="inner_size: 3 does not divide 4 ranks"):
+        build("hierarchical", {"inner_size": 3}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="layout: 'star' is not one of"):
+        build("star", {}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="parameters"):
+        build("ring", {"chunks": 2}, shape=shape(4), direction="forward")
+    with pytest.raises(UnsupportedError, match="columns"):
+        build("ulysses", {}, shape=shape(4, 64), direction="forward")
+    with pytest.raises(InputError, match="kv_heads: 4 heads are not a multiple of 3 KV heads"):
+        AttentionShape(world_size=1, tokens_per_rank=1, heads=4, kv_heads=3, head_dim=1)
+
+
+def test_the_hash_names_the_expanded_schedule() -> None:
+    one = build("ring", {"prefetch": 1}, shape=shape(4), direction="forward")
+    same = build("ring", {"prefetch": 1}, shape=shape(4), direction="forward")
+    other = build("ring", {"prefetch": 2}, shape=shape(4), direction="forward")
+    assert one.sha256() == same.sha256() != other.sha256()
