@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Tests share helpers that live beside them (rank_pool, ring_cases, …); the safe path keeps this folder off sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from rank_pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -57,3 +64,18 @@ def repository() -> Path:
 def golden() -> Path:
     """The folder of worked cases, made by other code."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def rank_pools() -> Iterator[Callable[[int], RankPool]]:
+    """Gloo process groups by world size, each started at its first use and kept to the end."""
+    pools: dict[int, RankPool] = {}
+
+    def pool_of(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield pool_of
+    for pool in pools.values():
+        pool.close()

@@ -1,0 +1,150 @@
+"""Sparse attention over many ranks, as a plan says: one differentiable call per layer.
+
+Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.api import AttentionMask, accumulator_dtype
+from ..planner.plan import Plan
+from ..planner.schedule import DIRECTIONS
+from ..traces.errors import InputError
+from .buffers import BufferPool, Pair
+from .comm import Channels
+from .measure import Recorder
+from .mesh import Mesh, agree
+from .ring import play
+from .stages import BackwardStage, ForwardStage, Indexes
+
+Chooser = Callable[[Tensor, Tensor], AttentionMask]
+
+
+class PlannedAttention:
+    """A plan bound to this rank: channels, buffers and token positions, shared by all layers.
+
+    Making it is collective: all ranks must hold the same plan (their digests are compared before the first collective).
+    channels: those of another plan to share; recorder: where to note what every call does.
+    Raises InputError when the plan is for another world size or cannot be executed.
+    """
+
+    _made = 0
+
+    def __init__(
+        self, plan: Plan, mesh: Mesh, *, channels: Channels | None = None, recorder: Recorder | None = None
+    ) -> None:
+        plan.require(world_size=mesh.world_size)
+        plan.require_executable()
+        PlannedAttention._made += 1
+        agree(mesh, f"plan digest ({PlannedAttention._made})", plan.digest)
+        self.plan, self.mesh, self.recorder = plan, mesh, recorder
+        self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
+        self._channels = channels or Channels(mesh, timed=recorder is not None)
+        self.channels = self._channels.bind(list(self.schedules.values()))
+        self.pool = BufferPool(mesh.device)
+        placement = plan.make_placement()
+        self.positions = [
+            torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)
+        ]
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Chooser, *, scale: float | None = None
+    ) -> Tensor:
+        """Return out [B, S, H, D] of this rank's queries. See `with_lse`."""
+        return self.with_lse(q, k, v, mask, scale=scale)[0]
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Chooser, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out [B, S, H, D] in q's dtype, lse [B, H, S] in the accumulator's, not differentiable).
+
+        q [B, S, H, D], k and v [B, S, H_kv, D]: this rank's shard, in the order of `positions[rank]`. mask: the layer's
+        patterns, equal on all ranks, or a function of (q, k) that chooses them while K and V are already on their way.
+        Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's.
+        """
+        self._check(q, k, v)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
+        return out, lse
+
+    def slots(self, direction: str, k: Tensor) -> dict[str, Pair]:
+        """Return the slots of one direction for K/V shaped like `k`."""
+        dtypes = {"kv": k.dtype, "dkv": accumulator_dtype(k.dtype)}
+        return self.pool.slots(self.schedules[direction], k.shape, dtypes)
+
+    def close(self) -> None:
+        """Finish all channels."""
+        self._channels.close()
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        model, tokens = self.plan.model, self.positions[0].numel()
+        for name, tensor, heads in (("q", q, model.heads), ("k", k, model.kv_heads), ("v", v, model.kv_heads)):
+            wanted = (tokens, heads, model.head_dim)
+            if tensor.dim() != 4 or tuple(tensor.shape[1:]) != wanted or tensor.shape[0] != q.shape[0]:
+                raise InputError(
+                    f"shape {tuple(tensor.shape)} is not [B, {wanted[0]}, {wanted[1]}, {wanted[2]}]", field=name
+                )
+            if tensor.dtype != self.dtype:
+                raise InputError(f"{tensor.dtype} is not the plan's {self.dtype}", field=name)
+            if tensor.device != self.mesh.device:
+                raise InputError(f"is on {tensor.device}, this rank works on {self.mesh.device}", field=name)
+
+
+class _RingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        planned: PlannedAttention,
+        mask: AttentionMask | Chooser,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q, kv = q.contiguous(), (k.contiguous(), v.contiguous())
+        indexes = Indexes(
+            source=(lambda: mask) if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
+            positions=planned.positions,
+            rank=planned.mesh.rank,
+            backend=planned.plan.kernels.backend,
+            columns_capacity=planned.plan.columns_capacity,
+        )
+        stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k), indexes=indexes, scale=scale)
+        play(planned.schedules["forward"], planned.mesh.rank, stage, planned.channels, planned.recorder)
+        assert stage.result is not None
+        accumulated, lse = stage.result
+        out = accumulated.to(q.dtype)
+        ctx.save_for_backward(q, *kv, out, lse, stage.gathered)
+        ctx.given = planned, indexes, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, gathered = ctx.saved_tensors
+        planned, indexes, scale = ctx.given
+        dtype = accumulator_dtype(q.dtype)
+        grad_out = grads[0].contiguous()
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+        stage = BackwardStage(
+            q=q,
+            kv=(k, v),
+            grad_out=grad_out,
+            lse=lse,
+            delta=delta,
+            slots=planned.slots("backward", k),
+            indexes=indexes,
+            scale=scale,
+            grad_q=torch.zeros_like(q, dtype=dtype),
+            grad_kv=(torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)),
+            gathered=gathered,
+        )
+        play(planned.schedules["backward"], planned.mesh.rank, stage, planned.channels, planned.recorder)
+        grad_k, grad_v = stage.grad_kv
+        return stage.grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

@@ -1,0 +1,229 @@
+"""Channels: one communicator on this rank. Groups of messages posted on one channel run first in, first out.
+
+On GPUs a channel is a side stream over an NCCL process group: a group starts once the compute stream has reached the
+point of the post, and nothing here ever blocks the host. On CPUs it is a thread over a gloo process group.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..planner.schedule import Communicator, Schedule
+from .mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Message:
+    """One tensor to send to, or receive from, global rank `peer`; or to sum in place over the whole group."""
+
+    operation: Literal["send", "receive", "all_reduce"]
+    tensor: Tensor
+    peer: int = -1
+
+
+class Pending(Protocol):
+    """A posted group of messages."""
+
+    started: Any
+    ended: Any
+
+    def wait(self) -> None:
+        """Let what follows on the caller's stream (or thread) see the messages complete."""
+        ...
+
+
+class Channel(Protocol):
+    """Where groups of messages are posted."""
+
+    def post(self, messages: Sequence[Message]) -> Pending:
+        """Start the messages together, after everything posted here before."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was posted and free the channel's thread or stream."""
+        ...
+
+
+class CommunicationError(RuntimeError):
+    """A group of messages failed: names the communicator and the peers."""
+
+
+def _transmit(group: dist.ProcessGroup, messages: Sequence[Message]) -> list[dist.Work]:
+    """Hand the messages to torch.distributed in one batch per kind."""
+    works: list[dist.Work] = []
+    point_to_point = [
+        dist.P2POp(dist.isend if m.operation == "send" else dist.irecv, m.tensor, m.peer, group)
+        for m in messages
+        if m.operation != "all_reduce"
+    ]
+    if point_to_point:
+        works += dist.batch_isend_irecv(point_to_point)
+    for message in messages:
+        if message.operation == "all_reduce":
+            work = dist.all_reduce(message.tensor, group=group, async_op=True)
+            assert work is not None
+            works.append(work)
+    return works
+
+
+@dataclass(eq=False)
+class _HostPending:
+    messages: Sequence[Message]
+    name: str
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    started: int = 0
+    ended: int = 0
+
+    def wait(self) -> None:
+        self.done.wait()
+        if self.error is not None:
+            peers = sorted({m.peer for m in self.messages if m.peer >= 0})
+            raise CommunicationError(f"communicator {self.name!r} with ranks {peers}: {self.error}") from self.error
+
+
+class HostChannel:
+    """A gloo channel. One thread plays the posted groups in order, so that compute goes on meanwhile."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self._name, self._group = name, group
+        self._posted: queue.SimpleQueue[_HostPending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=f"sparsering-{name}", daemon=True)
+        self._thread.start()
+
+    def post(self, messages: Sequence[Message]) -> _HostPending:
+        """Queue the messages behind what was posted before."""
+        pending = _HostPending(messages=tuple(messages), name=self._name)
+        self._posted.put(pending)
+        return pending
+
+    def close(self) -> None:
+        """Let the thread end once the queue is empty."""
+        self._posted.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (pending := self._posted.get()) is not None:
+            pending.started = time.perf_counter_ns()
+            try:
+                for work in _transmit(self._group, pending.messages):
+                    work.wait()
+            except Exception as error:  # handed to whoever waits
+                pending.error = error
+            pending.ended = time.perf_counter_ns()
+            pending.done.set()
+
+
+@dataclass(eq=False)
+class _DevicePending:
+    messages: Sequence[Message]
+    started: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.ended)
+
+
+class DeviceChannel:
+    """An NCCL channel on a stream of its own."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool) -> None:
+        self._group, self._timed = group, timed
+        self._stream = torch.cuda.Stream(device, priority=-1)  # transfers start before queued compute fills the GPU
+
+    def post(self, messages: Sequence[Message]) -> _DevicePending:
+        """Enqueue the messages behind the compute stream's work so far and everything posted here before."""
+        started, ended = (torch.cuda.Event(enable_timing=self._timed) for _ in range(2))
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            started.record()
+            for work in _transmit(self._group, messages):
+                work.wait()
+            ended.record()
+        return _DevicePending(messages=tuple(messages), started=started, ended=ended)
+
+    def close(self) -> None:
+        """Wait for what was posted."""
+        self._stream.synchronize()
+
+
+class Channels:
+    """The channels of this rank, made once and shared by all layers and plans that use the same communicators.
+
+    Process groups are made in the same order on every rank, so `bind` is collective. `timed` makes GPU channels record
+    timing events.
+    """
+
+    def __init__(self, mesh: Mesh, *, timed: bool = False) -> None:
+        self._mesh, self._timed = mesh, timed
+        self._channels: dict[Communicator, Channel] = {}
+
+    def bind(self, schedules: Sequence[Schedule]) -> dict[str, Channel]:
+        """Return the channels of the schedules' communicators by name, opening those that are not open yet."""
+        named: dict[str, Communicator] = {}
+        for schedule in schedules:
+            for communicator in schedule.communicators:
+                assert named.setdefault(communicator.name, communicator).groups == communicator.groups
+        for communicator in named.values():
+            if communicator not in self._channels:
+                self._open(communicator)
+        return {name: self._channels[communicator] for name, communicator in named.items()}
+
+    def close(self) -> None:
+        """Close all channels; the process groups end with the default one."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+
+    def _open(self, communicator: Communicator) -> None:
+        for ranks in communicator.groups:
+            group = dist.new_group(list(ranks), timeout=self._mesh.timeout, backend=self._mesh.backend)
+            if self._mesh.rank in ranks:
+                self._channels[communicator] = self._channel(communicator.name, group)
+                self._warm_up(self._channels[communicator], ranks)
+
+    def _channel(self, name: str, group: dist.ProcessGroup) -> Channel:
+        if self._mesh.device.type == "cuda":
+            return DeviceChannel(group, self._mesh.device, timed=self._timed)
+        return HostChannel(name, group)
+
+    def _warm_up(self, channel: Channel, ranks: tuple[int, ...]) -> None:
+        """Connect the channel now, and to the end, so that the first layer does not pay for it."""
+        place = ranks.index(self._mesh.rank)
+        token, landed = (torch.zeros(1, device=self._mesh.device) for _ in range(2))
+        channel.post([Message(operation="all_reduce", tensor=token)]).wait()
+        if len(ranks) > 1:
+            following, previous = ranks[(place + 1) % len(ranks)], ranks[place - 1]
+            sends = Message(operation="send", tensor=token, peer=following)
+            channel.post([sends, Message(operation="receive", tensor=landed, peer=previous)]).wait()
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)
+
+
+AllReduce = Callable[[Tensor], Tensor]
+
+
+def reducers(mesh: Mesh) -> tuple[AllReduce, AllReduce]:
+    """Return (sum, maximum) over all ranks on a process group of their own: what choosing patterns needs."""
+    if mesh.world_size == 1:
+        return (lambda tensor: tensor), (lambda tensor: tensor)
+    group = dist.new_group(list(range(mesh.world_size)), timeout=mesh.timeout, backend=mesh.backend)
+
+    def reduce_with(operation: dist.ReduceOp.RedOpType) -> AllReduce:
+        def reduce(tensor: Tensor) -> Tensor:
+            result = tensor.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(result, op=operation, group=group)
+            return result
+
+        return reduce
+
+    return reduce_with(dist.ReduceOp.SUM), reduce_with(dist.ReduceOp.MAX)

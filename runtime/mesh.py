@@ -1,0 +1,109 @@
+"""Joining the other ranks: the only place in the runtime that reads environment variables.
+
+Ranks agree on the plan through the store (no collective) before anything else is sent.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..traces.errors import InputError
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This process among its peers: its rank, its device, and the store that all share."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: dist.Store
+    timeout: timedelta
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend that moves this device's tensors."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one rank of several (RANK and WORLD_SIZE are set)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Mesh:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe, or the one that exists.
+
+    device: "cpu" or "cuda"; the default is CUDA where there is one. InputError when the environment is incomplete.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    timeout = timedelta(seconds=timeout_s)
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        return Mesh(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=_device(kind, local),
+            store=store,
+            timeout=timeout,
+        )
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    chosen = _device(kind, local)
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=dist.PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=chosen if kind == "cuda" else None,
+    )
+    return Mesh(rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(mesh: Mesh, topic: str, value: str) -> None:
+    """Compare `value` with every rank's through the store; InputError names the first rank that differs.
+
+    topic must be new for every call. A rank that never says its value is named too, after the mesh's timeout.
+    """
+    prefix = f"sparsering/{topic}"
+    mesh.store.set(f"{prefix}/{mesh.rank}", value)
+    values: list[str] = []
+    for rank in range(mesh.world_size):
+        try:
+            mesh.store.wait([f"{prefix}/{rank}"], mesh.timeout)
+        except (dist.DistStoreError, RuntimeError) as error:
+            raise InputError(f"rank {rank} did not say its {topic} in {mesh.timeout}", field=topic) from error
+        values.append(mesh.store.get(f"{prefix}/{rank}").decode())
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise InputError(f"{kind!r} is neither 'cpu' nor 'cuda'", field="device")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"local rank {local_rank} has no GPU; there are {torch.cuda.device_count()}", field="device")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,125 @@
+"""Playing a schedule: the same phases that the simulator plays, on real tensors, streams and processes.
+
+Nothing here knows how the schedule was made. A `Stage` (forward or backward of one layer) says what a buffer's tensors
+are and how a task is computed; `play` does the rest in the order that planner/schedule.py defines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Task, Transfer
+from .comm import Channel, Message, Pending
+from .measure import Record, Recorder
+
+
+class Stage(Protocol):
+    """One direction of one layer on this rank."""
+
+    def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that this transfer reads on its source."""
+        ...
+
+    def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that this transfer fills on its destination."""
+        ...
+
+    def compute(self, task: Task) -> None:
+        """Compute one task on the current stream."""
+        ...
+
+    def sent(self, transfer: Transfer) -> None:
+        """Learn that a transfer from here is complete: moved content is gone."""
+        ...
+
+    def received(self, transfer: Transfer) -> None:
+        """Learn that a transfer to here has landed, and add it where it belongs."""
+        ...
+
+
+class Channels(Protocol):
+    """Finds a communicator's channel by name."""
+
+    def __getitem__(self, name: str) -> Channel:
+        """Return the channel."""
+        ...
+
+
+def play(schedule: Schedule, rank: int, stage: Stage, channels: Channels, recorder: Recorder | None = None) -> None:
+    """Play one rank's phases. On GPUs this only enqueues; the caller's current stream is the compute stream."""
+    player = _Player(schedule, rank, stage, channels, recorder)
+    for phase in schedule.phases(rank):
+        player.play(phase)
+    assert not player.in_flight, f"rank {rank} never waited for {sorted(player.in_flight)}"
+
+
+class _Player:
+    def __init__(
+        self, schedule: Schedule, rank: int, stage: Stage, channels: Channels, recorder: Recorder | None
+    ) -> None:
+        self.rank, self.stage, self.channels, self.recorder = rank, stage, channels, recorder
+        self.direction = schedule.direction
+        self.in_flight: dict[str, tuple[Transfer, Pending]] = {}
+
+    def play(self, phase: Phase) -> None:
+        for name in phase.waits:
+            self._wait(name)
+        for call in phase.group_calls:
+            self._launch(call, phase.index)
+        for task in phase.tasks:
+            self._compute(task, phase.index)
+
+    def _wait(self, name: str) -> None:
+        transfer, pending = self.in_flight.pop(name)
+        pending.wait()
+        if transfer.source in (self.rank, ALL_RANKS):
+            self.stage.sent(transfer)
+        if transfer.destination in (self.rank, ALL_RANKS):
+            self.stage.received(transfer)
+
+    def _launch(self, call: GroupCall, phase: int) -> None:
+        messages = [message for transfer in call.transfers for message in self._messages(transfer)]
+        pending = self.channels[call.communicator].post(messages)
+        for transfer in call.transfers:
+            self.in_flight[transfer.id] = (transfer, pending)
+        if self.recorder is not None:
+            self.recorder.records.append(
+                Record(
+                    stream=call.communicator,
+                    name=_call_name(call),
+                    category=call.transfers[0].kind,
+                    direction=self.direction,
+                    phase=phase,
+                    nbytes=sum(message.tensor.nbytes for message in messages),
+                    marks=pending,
+                )
+            )
+
+    def _messages(self, transfer: Transfer) -> list[Message]:
+        if transfer.source == ALL_RANKS:
+            return [Message(operation="all_reduce", tensor=tensor) for tensor in self.stage.outgoing(transfer)]
+        if transfer.source == self.rank:
+            tensors = self.stage.outgoing(transfer)
+            return [Message(operation="send", tensor=tensor, peer=transfer.destination) for tensor in tensors]
+        tensors = self.stage.incoming(transfer)
+        return [Message(operation="receive", tensor=tensor, peer=transfer.source) for tensor in tensors]
+
+    def _compute(self, task: Task, phase: int) -> None:
+        if self.recorder is None:
+            self.stage.compute(task)
+            return
+        started = self.recorder.mark()
+        self.stage.compute(task)
+        self.recorder.add_compute(_task_name(task), "compute", self.direction, phase, started)
+
+
+def _call_name(call: GroupCall) -> str:
+    kinds: Mapping[str, None] = dict.fromkeys(transfer.kind for transfer in call.transfers)
+    return " ".join(kinds)
+
+
+def _task_name(task: Task) -> str:
+    return f"q{task.query} columns" if task.key is None else f"q{task.query} k{task.key}"

@@ -1,0 +1,65 @@
+"""Jobs for tests/rank_pool.py: what every rank does, called as `function(mesh, **arguments)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsering.planner.plan import Plan
+from sparsering.runtime.attention import PlannedAttention
+from sparsering.runtime.comm import Channels
+from sparsering.runtime.mesh import Mesh
+from sparsering.runtime.patterns import mask_of
+from sparsering.traces.pattern import LayerPattern
+
+_shared: list[Channels] = []
+
+
+def _planned(plan: Plan, mesh: Mesh) -> PlannedAttention:
+    """Bind a plan over the channels of earlier jobs: making process groups is slow."""
+    if not _shared:
+        _shared.append(Channels(mesh))
+    return PlannedAttention(plan, mesh, channels=_shared[0])
+
+
+def attention(
+    mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int, batch: int = 1, poison: bool = True
+) -> dict[str, Any]:
+    """Run one layer forward and backward; return this rank's out, lse, dq, dk, dv as numpy arrays."""
+    planned = _planned(plan, mesh)
+    tokens, model = sum(p.numel() for p in planned.positions), plan.model
+    tensors = global_tensors(tokens, (model.heads, model.kv_heads), model.head_dim, seed=seed, batch=batch)
+    positions = planned.positions[mesh.rank].cpu()
+    q, k, v, grad_out = (tensor[:, positions].to(mesh.device, planned.dtype) for tensor in tensors)
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    if poison:  # what a schedule forgets to fill shows up as NaN
+        for direction in ("forward", "backward"):
+            for pair in planned.slots(direction, k).values():
+                for part in pair:
+                    part.fill_(float("nan"))
+    mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    out, lse = planned.with_lse(q, k, v, mask)
+    out.backward(grad_out)
+    results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    return {name: _numpy(value) for name, value in results.items() if value is not None}
+
+
+def global_tensors(
+    tokens: int, heads: tuple[int, int], head_dim: int, *, seed: int, batch: int = 1
+) -> list[torch.Tensor]:
+    """Return q, k, v, grad_out of the whole padded sequence, float64; padding rows are junk that must not matter.
+
+    heads: (query heads, K/V heads).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, tokens, count, head_dim, generator=generator, dtype=torch.float64)
+        for count in (heads[0], heads[1], heads[1], heads[0])
+    ]
+
+
+def _numpy(value: torch.Tensor) -> np.ndarray:
+    return value.detach().double().cpu().numpy()

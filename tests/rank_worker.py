@@ -1,0 +1,43 @@
+"""One rank of a pool of tests/rank_pool.py: joins the process group, then runs jobs until told to stop."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from multiprocessing.connection import Client
+from pathlib import Path
+
+
+def _jobs():
+    path = Path(__file__).with_name("rank_jobs.py")
+    spec = importlib.util.spec_from_file_location("rank_jobs", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rank_jobs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Serve jobs."""
+    import torch
+
+    torch.set_num_threads(1)
+    from sparsering.runtime.mesh import join, leave
+
+    mesh = join(device=sys.argv[2], timeout_s=120)
+    jobs = _jobs()
+    connection = Client(sys.argv[1], family="AF_UNIX")
+    connection.send(mesh.rank)
+    while (job := connection.recv()) is not None:
+        name, arguments = job
+        try:
+            connection.send((True, getattr(jobs, name)(mesh, **arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

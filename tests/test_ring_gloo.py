@@ -1,0 +1,76 @@
+"""Every placement × layout on real gloo processes, in float64, against the reference: 1e-8 on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from rank_pool import RankFailure, RankPool
+from ring_cases import CASES, PATTERNS, Case, expected, make_case_plan
+
+TOLERANCE = 1e-8
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[int], RankPool]) -> None:
+    plan = make_case_plan(case)
+    pattern = PATTERNS[case.pattern].pattern
+    results = rank_pools(case.world_size).run("attention", plan=plan, pattern=pattern, seed=7)
+    placement = plan.make_placement()
+    wanted = expected(case.pattern, placement.padded_tokens, seed=7)
+    for rank, result in enumerate(results):
+        rows = placement.positions(rank)
+        valid = rows < pattern.seq_len_tokens
+        for name, whole in wanted.items():
+            mine = whole[:, :, rows] if name == "lse" else whole[:, rows]
+            difference = _largest_difference(result[name], mine)
+            assert difference <= TOLERANCE, f"rank {rank}, {name}: off by {difference}"
+        assert not np.isnan(result["out"]).any()
+        assert (result["out"][:, ~valid] == 0).all() and np.isneginf(result["lse"][:, :, ~valid]).all()
+
+
+def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:
+    """The oracle can fail: another pattern gives results far from the reference's."""
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    plan = make_case_plan(case)
+    results = rank_pools(2).run("attention", plan=plan, pattern=PATTERNS["gqa"].mutated(), seed=7)
+    placement = plan.make_placement()
+    wanted = expected("gqa", placement.padded_tokens, seed=7)
+    rows = placement.positions(1)
+    assert _largest_difference(results[1]["out"], wanted["out"][:, rows]) > 1e-3
+
+
+def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> None:
+    case = Case(world_size=3, placement="zigzag", granularity_tokens=64, layout="gather", parameters={"chunks": 2},
+                pattern="gqa")  # fmt: skip
+    plan = make_case_plan(case)
+    placement = plan.make_placement()
+    results = rank_pools(3).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=3, batch=2)
+    wanted = expected("gqa", placement.padded_tokens, seed=3, batch=2)
+    for rank, result in enumerate(results):
+        rows = placement.positions(rank)
+        for name in ("out", "dq", "dk", "dv"):
+            assert _largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
+
+
+def test_a_plan_for_another_world_size_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
+    case = Case(world_size=3, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    with pytest.raises(RankFailure, match="world_size: the plan is for 3, not for 2"):
+        rank_pools(2).run("attention", plan=make_case_plan(case), pattern=PATTERNS["gqa"].pattern, seed=0)
+
+
+def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[int], RankPool]) -> None:
+    common = {"world_size": 2, "placement": "striped", "granularity_tokens": 64, "pattern": "gqa"}
+    plans = [make_case_plan(Case(layout=layout, parameters={}, **common)) for layout in ("ring", "gather")]
+    arguments = [{"plan": plan, "pattern": PATTERNS["gqa"].pattern, "seed": 0} for plan in plans]
+    with pytest.raises(RankFailure, match=r"plan digest \(\d+\): rank 1 has"):
+        rank_pools(2).run_each("attention", arguments)
+
+
+def _largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+    """Return the largest difference; equal infinities differ by 0, NaN never passes."""
+    with np.errstate(invalid="ignore"):
+        difference = np.where(left == right, 0.0, np.abs(left - right))
+    return float(np.nan_to_num(difference, nan=np.inf).max())
