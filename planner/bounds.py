@@ -1,0 +1,85 @@
+"""Lower bounds on the time of one layer, to say how far a plan is from the optimum.
+
+No schedule in which every rank computes its own queries and sees every K/V shard can beat these: neither the mean
+compute over ranks, nor the time in which the bytes that must move cross the slowest links. Head-parallel layouts move
+other bytes; the communication bound does not speak of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .cluster import Cluster
+from .cost import CostModel
+from .layouts import AttentionShape
+from .schedule import DIRECTIONS, Direction, ShardId, Task
+from .workload import TaskWork, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Microseconds that one direction of one layer takes at least."""
+
+    compute_us: float
+    communication_us: float
+
+    @property
+    def total_us(self) -> float:
+        """The larger of the two: at best one hides the other."""
+        return max(self.compute_us, self.communication_us)
+
+
+def lower_bound(
+    *, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape, direction: Direction
+) -> Bound:
+    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement."""
+    return Bound(
+        compute_us=compute_bound_us(workload, cost, direction),
+        communication_us=communication_bound_us(cluster, shape, direction),
+    )
+
+
+def step_bound_us(*, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape) -> float:
+    """Return the bound of forward + backward of one layer."""
+    bounds = [
+        lower_bound(workload=workload, cluster=cluster, cost=cost, shape=shape, direction=direction)
+        for direction in DIRECTIONS
+    ]
+    return sum(bound.total_us for bound in bounds)
+
+
+def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
+    """Return the time of an even share of the work, as one block task and one column task with rows for all programs.
+
+    It holds for cost models in which cutting a task never makes it quicker. One tile pair of columns is given back,
+    since the busiest rank need not be the one that launches columns.
+    """
+    world, heads = workload.world_size, workload.active.shape[2]
+    rows = -(-workload.tokens_per_rank // workload.block_size) * heads
+
+    def share_us(kind_pairs: int, task: Task) -> float:
+        work = TaskWork(tile_pairs=kind_pairs // world, rows_with_work=rows, longest_row=0)
+        return cost.task_us(work, task, direction) if work.tile_pairs else 0.0
+
+    block = Task(query=ShardId(sequence_part=0), key=ShardId(sequence_part=0), heads=(0, heads), key_buffer="")
+    columns = Task(query=ShardId(sequence_part=0), key=None, heads=(0, heads), key_buffer="", kind="columns")
+    block_us = share_us(int(workload.active.sum()), block)
+    columns_us = share_us(int(workload.columns.sum()), columns)
+    given_back_us = share_us(world, columns) if block_us and columns_us else 0.0
+    return block_us + columns_us - given_back_us
+
+
+def communication_bound_us(cluster: Cluster, shape: AttentionShape, direction: Direction) -> float:
+    """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
+
+    Every rank receives W - 1 shards and, summed along the way at best, every shard's gradient leaves W - 1 ranks.
+    Between n nodes of g ranks at least (n - 1) g shards enter each node on average. Columns are left out.
+    """
+    shard_bytes = shape.kv_bytes + (shape.dkv_bytes if direction == "backward" else 0)
+    port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return (cluster.world_size - 1) * shard_bytes / port_bytes_per_us
+    nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
+    node_us = (cluster.nodes - 1) * cluster.gpus_per_node * shard_bytes / nics_bytes_per_us
+    both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
+    return max(node_us, (cluster.world_size - 1) * shard_bytes / both_bytes_per_us)

@@ -1,0 +1,151 @@
+"""What the search looks at: every placement and layout that makes sense for a length and a cluster, and plain ones.
+
+A *plain* layout is what people use without a planner (contiguous, zigzag or striped ring, striping with an all-gather,
+a striped hierarchical ring); each plan is compared with all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.errors import InputError
+from .cluster import Cluster
+from .layouts import LAYOUTS, SIMULATED_ONLY
+from .placement import REGULAR_PLACEMENTS, Placement, balanced
+
+GRANULARITY_BLOCKS = (1, 2, 4, 8)
+RING_PREFETCH = (1, 2, 3)
+GATHER_CHUNKS = (1, 2, 4)
+MAX_INNER_SIZES = 6
+# Coarser units than a block may pad the sequence, but by no more than this.
+MAX_PADDING = 1.125
+# Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
+MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
+WHOLE_BLOCK_BACKENDS = frozenset({"triton", "flash4"})
+PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class PlacementChoice:
+    """A placement by name and unit."""
+
+    name: str
+    granularity_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.granularity_tokens} tokens)"
+
+    def build(
+        self, *, seq_len_tokens: int, world_size: int, block_size: int, block_load: NDArray[np.float64]
+    ) -> Placement:
+        """Return the placement. block_load: work of each mask block as queries; only "balanced" looks at it."""
+        sizes = {"seq_len_tokens": seq_len_tokens, "world_size": world_size}
+        if self.name != "balanced":
+            return REGULAR_PLACEMENTS[self.name](granularity_tokens=self.granularity_tokens, **sizes)
+        blocks_per_unit = self.granularity_tokens // block_size
+        assert blocks_per_unit * block_size == self.granularity_tokens, "balanced units are whole blocks"
+        load = np.add.reduceat(block_load, np.arange(0, block_load.size, blocks_per_unit))
+        return balanced(granularity_tokens=self.granularity_tokens, unit_load=load, **sizes)
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class LayoutChoice:
+    """A layout by name and its parameters, sorted."""
+
+    layout: str
+    parameters: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name} {value}" for name, value in self.parameters)
+        return f"{self.layout} ({shown})" if shown else self.layout
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Baseline:
+    """A plain layout, the same in both directions. all_gather: whether it is block striping with an all-gather."""
+
+    placement: PlacementChoice
+    layout: LayoutChoice
+
+    @property
+    def all_gather(self) -> bool:
+        """Whether this is block striping with an all-gather."""
+        return self.placement.name == "striped" and self.layout.layout == "gather"
+
+    def __str__(self) -> str:
+        return f"{self.placement}, {self.layout}"
+
+
+def _layout(name: str, **parameters: int) -> LayoutChoice:
+    return LayoutChoice(layout=name, parameters=tuple(sorted(parameters.items())))
+
+
+def placement_choices(
+    *, seq_len_tokens: int, world_size: int, block_size: int, names: Sequence[str] | None = None
+) -> list[PlacementChoice]:
+    """Return the placements worth a look, the plainest first; InputError for an unknown name in `names`."""
+    _known(names, PLACEMENTS, "placement")
+    choices = [
+        PlacementChoice(name=name, granularity_tokens=block_size) for name in ("striped", "zigzag", "contiguous")
+    ]
+    for blocks in GRANULARITY_BLOCKS:
+        granularity = blocks * block_size
+        padded = -(-seq_len_tokens // (world_size * granularity)) * world_size * granularity
+        if blocks == 1 or padded <= MAX_PADDING * seq_len_tokens:
+            choices += [PlacementChoice(name=name, granularity_tokens=granularity) for name in ("striped", "balanced")]
+    choices.append(PlacementChoice(name="striped", granularity_tokens=1))
+    return [choice for choice in dict.fromkeys(choices) if names is None or choice.name in names]
+
+
+def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> list[LayoutChoice]:
+    """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`."""
+    _known(names, tuple(LAYOUTS), "layout")
+    peers = max(cluster.world_size - 1, 1)
+    chunks = sorted({min(count, peers) for count in (*GATHER_CHUNKS, peers)})
+    choices = [_layout("gather", chunks=count) for count in chunks]
+    choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
+    choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
+    choices.append(_layout("ulysses"))
+    return [choice for choice in choices if names is None or choice.layout in names]
+
+
+def inner_sizes(cluster: Cluster) -> list[int]:
+    """Return sizes of the inner ring: proper divisors of the world, those nearest to a node first."""
+    world = cluster.world_size
+    divisors = [size for size in range(2, world) if world % size == 0]
+    return sorted(divisors, key=lambda size: (abs(math.log2(size / cluster.gpus_per_node)), size))[:MAX_INNER_SIZES]
+
+
+def baselines(*, cluster: Cluster, block_size: int) -> list[Baseline]:
+    """Return the plain layouts of the cluster, block striping with an all-gather first."""
+    striped, zigzag, contiguous = (
+        PlacementChoice(name=name, granularity_tokens=block_size) for name in ("striped", "zigzag", "contiguous")
+    )
+    found = [Baseline(placement=striped, layout=layout) for layout in layout_choices(cluster=cluster, names=["gather"])]
+    ring = _layout("ring", prefetch=1)
+    found += [Baseline(placement=placement, layout=ring) for placement in (striped, zigzag, contiguous)]
+    if cluster.gpus_per_node in inner_sizes(cluster):
+        found.append(Baseline(placement=striped, layout=_layout("hierarchical", inner_size=cluster.gpus_per_node)))
+    return found
+
+
+def why_not_executable(
+    placement: PlacementChoice, layout: LayoutChoice, *, backend: str, block_size: int
+) -> str | None:
+    """Return why the backend cannot execute this, in a few words; None when it can."""
+    if layout.layout in SIMULATED_ONLY:
+        return "simulated only"
+    if backend in WHOLE_BLOCK_BACKENDS and placement.granularity_tokens % block_size:
+        return f"{backend} needs whole blocks"
+    return None
+
+
+def _known(names: Sequence[str] | None, known: Sequence[str], field: str) -> None:
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"{name!r} is not one of {', '.join(known)}", field=field)

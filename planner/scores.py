@@ -1,0 +1,237 @@
+"""Scores of candidates: every (placement, layout, direction) on every sampled layer, with what is costly kept.
+
+A step is forward plus backward of one layer; times are means over the sampled layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.errors import UnsupportedError
+from .bounds import step_bound_us
+from .candidates import LayoutChoice, PlacementChoice, why_not_executable
+from .cluster import Cluster
+from .cost import CostModel
+from .evaluation import Evaluation, Evaluator, imbalance
+from .layouts import AttentionShape, build
+from .memory import LayerMemory, layer_memory
+from .placement import Placement
+from .plan import ELEMENT_BYTES, DType, ModelShape
+from .sampling import Sample, TraceSummary
+from .schedule import Direction, Schedule
+from .workload import Workload, workload
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """All that a search is given. memory_limit_bytes: for one layer's attention on one GPU."""
+
+    cluster: Cluster
+    cost: CostModel
+    model: ModelShape
+    seq_len_tokens: int
+    block_size: int
+    dtype: DType
+    backend: str
+    memory_limit_bytes: int
+    samples: tuple[Sample, ...]
+    summary: TraceSummary
+
+    def shape(self, placement: Placement) -> AttentionShape:
+        """Return the sizes of transfers under a placement."""
+        element_bytes = ELEMENT_BYTES[self.dtype]
+        return AttentionShape(
+            world_size=placement.world_size,
+            tokens_per_rank=placement.tokens_per_rank,
+            heads=self.model.heads,
+            kv_heads=self.model.kv_heads,
+            head_dim=self.model.head_dim,
+            element_bytes=element_bytes,
+            accumulator_bytes=max(4, element_bytes),
+            columns_capacity=self.summary.columns_capacity,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Score:
+    """One direction of one candidate. evaluations: one per sampled layer; why_not: why it cannot be executed."""
+
+    evaluations: tuple[Evaluation, ...]
+    memory: LayerMemory
+    why_not: str | None
+    fits_memory: bool
+
+    @cached_property
+    def makespan_us(self) -> float:
+        """Mean over the layers."""
+        return float(np.mean([evaluation.makespan_us for evaluation in self.evaluations]))
+
+    @property
+    def eligible(self) -> bool:
+        """Whether this direction can be executed within the memory limit."""
+        return self.why_not is None and self.fits_memory
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """Forward and backward of one candidate, with layouts that may differ."""
+
+    placement: PlacementChoice
+    forward_layout: LayoutChoice
+    backward_layout: LayoutChoice
+    forward: Score
+    backward: Score
+    evaluator: str
+
+    @property
+    def why_not(self) -> str | None:
+        """Why the step cannot be executed; None when it can."""
+        return self.forward.why_not or self.backward.why_not
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether both directions keep to the memory limit."""
+        return self.forward.fits_memory and self.backward.fits_memory
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the step can be executed within the memory limit."""
+        return self.forward.eligible and self.backward.eligible
+
+    @property
+    def step_time_us(self) -> float:
+        """Forward + backward of one layer."""
+        return self.forward.makespan_us + self.backward.makespan_us
+
+    @property
+    def memory_bytes(self) -> int:
+        """The larger need of the two directions."""
+        return max(self.forward.memory.total_bytes, self.backward.memory.total_bytes)
+
+    @property
+    def peak_buffer_bytes(self) -> int:
+        """The larger peak of the two directions."""
+        return max(one.peak_buffer_bytes for one in (*self.forward.evaluations, *self.backward.evaluations))
+
+    @property
+    def exposed_us(self) -> float:
+        """Time that a rank waits in a step: mean over ranks and layers."""
+        return self.step_time_us - float(np.mean([compute.mean() for compute, _ in self._layers()]))
+
+    @property
+    def worker_imbalance(self) -> float:
+        """Maximum over ranks of a layer's compute over the mean; mean over layers."""
+        return float(np.mean([imbalance(compute) for compute, _ in self._layers()]))
+
+    @property
+    def step_imbalance(self) -> float:
+        """Sum over phases of both directions of the maximum over ranks, over that of the means; mean over layers."""
+        ratios = []
+        for _, phases in self._layers():
+            mean = phases.mean(axis=0).sum()
+            ratios.append(phases.max(axis=0).sum() / mean if mean else 1.0)
+        return float(np.mean(ratios))
+
+    def _layers(self) -> Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Yield (compute [W], compute of all phases of both directions [W, phases]) per sampled layer."""
+        for one, other in zip(self.forward.evaluations, self.backward.evaluations, strict=True):
+            yield one.compute_us + other.compute_us, np.concatenate([one.phase_us, other.phase_us], axis=1)
+
+
+@dataclass(kw_only=True, eq=False)
+class ScoreBoard:
+    """Scores under one problem, each computed once. Placements, workloads and schedules are shared by evaluators."""
+
+    problem: Problem
+    _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
+    _workloads: dict[tuple[PlacementChoice, int], Workload] = field(default_factory=dict)
+    _schedules: dict[tuple[LayoutChoice, Direction, int], Schedule] = field(default_factory=dict)
+    _scores: dict[tuple[str, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
+
+    def placement(self, choice: PlacementChoice) -> Placement:
+        """Return the placement of a choice."""
+        if choice not in self._placements:
+            self._placements[choice] = choice.build(
+                seq_len_tokens=self.problem.seq_len_tokens,
+                world_size=self.problem.cluster.world_size,
+                block_size=self.problem.block_size,
+                block_load=self.problem.summary.block_load,
+            )
+        return self._placements[choice]
+
+    def workload(self, choice: PlacementChoice, sample: int) -> Workload:
+        """Return the work of a sampled layer under a placement."""
+        key = (choice, sample)
+        if key not in self._workloads:
+            self._workloads[key] = workload(self.problem.samples[sample].pattern, self.placement(choice))
+        return self._workloads[key]
+
+    def schedule(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction) -> Schedule:
+        """Return the schedule; UnsupportedError where the layout does not apply."""
+        shape = self.problem.shape(self.placement(choice))
+        key = (layout, direction, shape.tokens_per_rank)
+        if key not in self._schedules:
+            self._schedules[key] = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
+        return self._schedules[key]
+
+    def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
+        """Whether the layout can be built for these sizes at all."""
+        try:
+            self.schedule(choice, layout, "forward")
+        except UnsupportedError:
+            return False
+        return True
+
+    def score(
+        self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction, name: str, evaluator: Evaluator
+    ) -> Score:
+        """Return the score of one direction under the evaluator of that name."""
+        key = (name, choice, layout, direction)
+        if key not in self._scores:
+            schedule, problem = self.schedule(choice, layout, direction), self.problem
+            memory = layer_memory(schedule, problem.shape(self.placement(choice)))
+            self._scores[key] = Score(
+                evaluations=tuple(
+                    evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)
+                    for sample in range(len(problem.samples))
+                ),
+                memory=memory,
+                why_not=why_not_executable(choice, layout, backend=problem.backend, block_size=problem.block_size),
+                fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
+            )
+        return self._scores[key]
+
+    def step(
+        self, choice: PlacementChoice, forward: LayoutChoice, backward: LayoutChoice, name: str, evaluator: Evaluator
+    ) -> Step:
+        """Return forward and backward of a candidate under the evaluator of that name."""
+        return Step(
+            placement=choice,
+            forward_layout=forward,
+            backward_layout=backward,
+            forward=self.score(choice, forward, "forward", name, evaluator),
+            backward=self.score(choice, backward, "backward", name, evaluator),
+            evaluator=name,
+        )
+
+    def bound_us(self) -> float:
+        """Return the lower bound of a step: the least over the placements looked at, mean over layers."""
+        problem = self.problem
+        bounds = [
+            [
+                step_bound_us(
+                    workload=self.workload(choice, sample),
+                    cluster=problem.cluster,
+                    cost=problem.cost,
+                    shape=problem.shape(placement),
+                )
+                for choice, placement in self._placements.items()
+            ]
+            for sample in range(len(problem.samples))
+        ]
+        return float(np.mean([min(values) for values in bounds]))

@@ -1,0 +1,218 @@
+"""Picks a candidate: every candidate under a quick evaluator, the best few and all plain layouts under a good one.
+
+Placement is shared by both directions, layouts are chosen for each. The pick is the quickest step that the backend can
+execute within the memory limit; equal times go to the plainer candidate. No plain layout that is eligible is quicker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from ..traces.errors import InputError
+from .candidates import (
+    MAX_TOKEN_STRIPING_TOKENS,
+    Baseline,
+    LayoutChoice,
+    PlacementChoice,
+    baselines,
+    layout_choices,
+    placement_choices,
+)
+from .evaluation import Evaluator
+from .layouts import SIMULATED_ONLY
+from .sampling import Progress, no_progress
+from .scores import Problem, ScoreBoard, Step
+
+FINAL_PLACEMENTS = 3
+FINAL_LAYOUTS = 2
+QUICK = "recurrence"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rated:
+    """A candidate with one layout in both directions, and the plain layout that it is, if it is one."""
+
+    step: Step
+    baseline: Baseline | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """What was found. table: every candidate with one layout in both directions, under its best evaluator."""
+
+    pick: Step
+    table: tuple[Rated, ...]
+    bound_us: float
+    notes: tuple[str, ...]
+
+    @property
+    def baselines(self) -> tuple[Rated, ...]:
+        """The plain layouts."""
+        return tuple(rated for rated in self.table if rated.baseline is not None)
+
+    @property
+    def best_baseline(self) -> Rated | None:
+        """The quickest plain layout that can be executed within the memory limit."""
+        return min(
+            (rated for rated in self.baselines if rated.step.eligible),
+            key=lambda rated: rated.step.step_time_us,
+            default=None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A placement and a layout, used in both directions."""
+
+    placement: PlacementChoice
+    layout: LayoutChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Layouts that one placement may be combined with in each direction, and their times."""
+
+    forward: dict[LayoutChoice, float] = field(default_factory=dict)
+    backward: dict[LayoutChoice, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a layout for both directions."""
+        return bool(self.forward and self.backward)
+
+    @property
+    def best_us(self) -> float:
+        """The best time of a step."""
+        return min(self.forward.values()) + min(self.backward.values())
+
+
+def select(
+    problem: Problem,
+    *,
+    quick: Evaluator,
+    final: Evaluator | None = None,
+    final_name: str = "simulator",
+    layouts: Sequence[str] | None = None,
+    placements: Sequence[str] | None = None,
+    progress: Progress = no_progress,
+) -> Selection:
+    """Return the best candidate; InputError when none can be executed within the memory limit.
+
+    final: evaluates the best few and all plain layouts; None: `quick` has the last word.
+    layouts, placements: names to restrict the pick to; plain layouts are compared with all the same.
+    """
+    board = ScoreBoard(problem=problem)
+    pairs, notes = _pairs(board, layouts, placements)
+    plain = {
+        Pair(placement=one.placement, layout=one.layout): one
+        for one in baselines(cluster=problem.cluster, block_size=problem.block_size)
+    }
+    steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], QUICK, quick, "estimating", progress)
+    options = _eligible_options(pairs, steps)
+    if not any(one.complete for one in options.values()):
+        raise _none_eligible(problem, [steps[pair] for pair in pairs])
+    name, evaluator = QUICK, quick
+    if final is not None:
+        name, evaluator = final_name, final
+        steps |= _rate(board, list(plain), name, final, "simulating plain layouts", progress)
+        options = _finalists(options, steps, [pair for pair in plain if pair in pairs])
+    pick = _pick(board, options, name, evaluator, progress)
+    table = tuple(Rated(step=step, baseline=plain.get(pair)) for pair, step in steps.items())
+    return Selection(pick=pick, table=table, bound_us=board.bound_us(), notes=tuple(notes))
+
+
+def _pairs(
+    board: ScoreBoard, layouts: Sequence[str] | None, placements: Sequence[str] | None
+) -> tuple[list[Pair], list[str]]:
+    """Return the candidates that apply, plainest first, and what was left out and why."""
+    problem, notes = board.problem, []
+    world = problem.cluster.world_size
+    choices = placement_choices(
+        seq_len_tokens=problem.seq_len_tokens, world_size=world, block_size=problem.block_size, names=placements
+    )
+    if problem.seq_len_tokens > MAX_TOKEN_STRIPING_TOKENS and any(one.granularity_tokens == 1 for one in choices):
+        choices = [one for one in choices if one.granularity_tokens > 1]
+        notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
+    pairs = []
+    for layout in layout_choices(cluster=problem.cluster, names=layouts):
+        # A layout that computes whole sequences does the same work under every placement: one stands for all.
+        relevant = choices[:1] if layout.layout in SIMULATED_ONLY else choices
+        applicable = [choice for choice in relevant if board.applies(choice, layout)]
+        pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
+        if relevant and not applicable:
+            notes.append(f"{layout} does not apply to these sizes")
+    if not pairs:
+        raise InputError("nothing is left to choose from: " + "; ".join(notes), field="layout, placement")
+    order = {choice: number for number, choice in enumerate(choices)}
+    return sorted(pairs, key=lambda pair: order[pair.placement]), notes
+
+
+def _rate(
+    board: ScoreBoard, pairs: Sequence[Pair], name: str, evaluator: Evaluator, stage: str, progress: Progress
+) -> dict[Pair, Step]:
+    steps = {}
+    for number, pair in enumerate(pairs):
+        steps[pair] = board.step(pair.placement, pair.layout, pair.layout, name, evaluator)
+        progress(stage, number + 1, len(pairs))
+    return steps
+
+
+def _eligible_options(pairs: Sequence[Pair], steps: dict[Pair, Step]) -> dict[PlacementChoice, Options]:
+    """Return what can be executed within the memory limit, by placement, in the order of `pairs`."""
+    found: dict[PlacementChoice, Options] = {}
+    for pair in pairs:
+        options = found.setdefault(pair.placement, Options())
+        if steps[pair].forward.eligible:
+            options.forward[pair.layout] = steps[pair].forward.makespan_us
+        if steps[pair].backward.eligible:
+            options.backward[pair.layout] = steps[pair].backward.makespan_us
+    return found
+
+
+def _finalists(
+    options: dict[PlacementChoice, Options], steps: dict[Pair, Step], plain: Sequence[Pair]
+) -> dict[PlacementChoice, Options]:
+    """Return the best few layouts of each direction for the best few placements, and the eligible plain layouts."""
+    found = _eligible_options(plain, steps)
+    complete = [choice for choice in options if options[choice].complete]
+    for choice in sorted(complete, key=lambda choice: options[choice].best_us)[:FINAL_PLACEMENTS]:
+        kept = found.setdefault(choice, Options())
+        for all_of_them, of_them in (
+            (options[choice].forward, kept.forward),
+            (options[choice].backward, kept.backward),
+        ):
+            best = sorted(all_of_them, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
+            of_them.update((layout, all_of_them[layout]) for layout in best)
+    return found
+
+
+def _pick(
+    board: ScoreBoard, options: dict[PlacementChoice, Options], name: str, evaluator: Evaluator, progress: Progress
+) -> Step:
+    """Return the quickest mixture; the directions' layouts may differ, the placement is shared.
+
+    Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
+    equals. Scores that are there already are not computed again.
+    """
+    complete = {choice: one for choice, one in options.items() if one.complete}
+    steps = []
+    for number, (choice, one) in enumerate(complete.items()):
+        mixtures = sorted(product(one.forward, one.backward), key=lambda both: both[0] != both[1])
+        steps += [board.step(choice, forward, backward, name, evaluator) for forward, backward in mixtures]
+        progress("choosing", number + 1, len(complete))
+    return min(steps, key=lambda step: step.step_time_us)
+
+
+def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:
+    executable = [step for step in steps if step.why_not is None]
+    if not executable:
+        reasons = ", ".join(sorted({step.why_not for step in steps if step.why_not}))
+        return InputError(f"no candidate can be executed: {reasons}", field="backend")
+    least = min(executable, key=lambda step: step.memory_bytes)
+    return InputError(
+        f"{problem.memory_limit_bytes} is too little for any candidate; the least, {least.placement} with "
+        f"{least.forward_layout}, needs {least.memory_bytes} bytes for one layer",
+        field="memory_limit_bytes",
+    )

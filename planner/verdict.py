@@ -1,0 +1,111 @@
+"""What a plan predicts, as plain JSON values, and one sentence on whether planning was worth it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .scores import Problem, Step
+from .selection import Rated, Selection
+
+WORTH_IT = 0.01  # a smaller gain is within what predictions can tell apart
+
+
+def predictions(problem: Problem, selection: Selection, *, restricted: bool) -> dict[str, Any]:
+    """Return the `predictions` of a plan file: of the pick, of its distance to the bound, of all candidates."""
+    pick, best = selection.pick, selection.best_baseline
+    return {
+        "verdict": verdict(selection, restricted=restricted),
+        "evaluator": pick.evaluator,
+        "unvalidated": problem.cluster.origin == "datasheet",
+        **step_figures(pick),
+        "exposed_us": round(pick.exposed_us, 3),
+        "exposed_fraction": round(pick.exposed_us / pick.step_time_us, 6) if pick.step_time_us else 0.0,
+        "peak_buffer_bytes": pick.peak_buffer_bytes,
+        "memory_bytes": pick.memory_bytes,
+        "memory_limit_bytes": problem.memory_limit_bytes,
+        "bound_us": round(selection.bound_us, 3),
+        "gap": round(pick.step_time_us / selection.bound_us - 1.0, 6) if selection.bound_us else 0.0,
+        "best_baseline": str(best.baseline) if best else None,
+        "best_baseline_us": round(best.step.step_time_us, 3) if best else None,
+        "sampled_layers": [[sample.training_step, sample.layer] for sample in problem.samples],
+        "candidates": [candidate_row(rated) for rated in selection.table],
+        "notes": _notes(problem, selection),
+    }
+
+
+def step_figures(step: Step) -> dict[str, float]:
+    """Return times and imbalances of a step, rounded to nanoseconds and millionths."""
+    return {
+        "forward_us": round(step.forward.makespan_us, 3),
+        "backward_us": round(step.backward.makespan_us, 3),
+        "step_time_us": round(step.step_time_us, 3),
+        "worker_imbalance": round(step.worker_imbalance, 6),
+        "step_imbalance": round(step.step_imbalance, 6),
+    }
+
+
+def candidate_row(rated: Rated) -> dict[str, Any]:
+    """Return one row of the table of candidates; both directions have the same layout there."""
+    step = rated.step
+    return {
+        "placement": step.placement.name,
+        "granularity_tokens": step.placement.granularity_tokens,
+        "layout": step.forward_layout.layout,
+        "parameters": dict(step.forward_layout.parameters),
+        "baseline": rated.baseline is not None,
+        "executable": step.why_not is None,
+        "why_not": step.why_not,
+        "fits_memory": step.fits_memory,
+        "memory_bytes": step.memory_bytes,
+        "evaluator": step.evaluator,
+        **step_figures(step),
+    }
+
+
+def describe(step: Step) -> str:
+    """Return the candidate in words."""
+    if step.forward_layout == step.backward_layout:
+        return f"{step.placement}, {step.forward_layout}"
+    return f"{step.placement}, forward {step.forward_layout}, backward {step.backward_layout}"
+
+
+def verdict(selection: Selection, *, restricted: bool = False) -> str:
+    """Return one sentence: how much planning gains over the best plain layout, or that it would not help.
+
+    restricted: the pick was restricted to some placements or layouts, and so may lose to a plain one.
+    """
+    best = selection.best_baseline
+    if best is None:
+        return "No plain layout fits the memory limit; this plan does."
+    ratio = best.step.step_time_us / selection.pick.step_time_us if selection.pick.step_time_us else 1.0
+    if restricted and ratio < 1.0 - WORTH_IT:
+        return f"The plain layout {best.baseline} would be {1 / ratio:.2f}× quicker than this restricted plan."
+    if ratio >= 1.0 + WORTH_IT:
+        return f"Planning gains {ratio:.2f}× over the best plain layout ({best.baseline})."
+    gather = _best_all_gather(selection)
+    if gather is not None and gather.step.step_time_us <= (1.0 + WORTH_IT) * selection.pick.step_time_us:
+        return (
+            "Plain block striping with an all-gather is already best; planning would gain less than 1 %: "
+            f"use it ({gather.baseline})."
+        )
+    return f"A plain layout is already best; planning would gain less than 1 %: use {best.baseline}."
+
+
+def _best_all_gather(selection: Selection) -> Rated | None:
+    gathers = [
+        rated
+        for rated in selection.baselines
+        if rated.baseline is not None and rated.baseline.all_gather and rated.step.eligible
+    ]
+    return min(gathers, key=lambda rated: rated.step.step_time_us, default=None)
+
+
+def _notes(problem: Problem, selection: Selection) -> list[str]:
+    """Return what a reader should know of how the numbers came about."""
+    summary = problem.summary
+    notes = [f"times are means over {len(problem.samples)} sampled of {summary.recorded_layers} recorded layers"]
+    if summary.loaded_layers < summary.recorded_layers:
+        notes.append(f"balanced placements weigh {summary.loaded_layers} of them, evenly spread")
+    if problem.cluster.origin == "datasheet":
+        notes.append(f"{problem.cluster.name} is a datasheet: its times are not validated by measurements")
+    return [*notes, *selection.notes]
