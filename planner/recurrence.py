@@ -41,7 +41,7 @@ def recurrence(schedule: Schedule, workload: Workload, cluster: Cluster, cost: C
     """Predict one schedule; an `Evaluator`. ScheduleError when it can never finish."""
     check_sizes(schedule, workload, cluster)
     phase_ns = _phase_compute_ns(schedule, workload, cost)
-    system = _System(schedule=schedule, cluster=cluster)
+    system = EventSystem(schedule=schedule, cluster=cluster)
     for rank in range(schedule.world_size):
         system.add_rank(rank, phase_ns[rank])
     makespan_ns = int(system.solve().max(initial=0))
@@ -64,7 +64,7 @@ def _phase_compute_ns(schedule: Schedule, workload: Workload, cost: CostModel) -
 
 
 @dataclass(kw_only=True)
-class _System:
+class EventSystem:
     """Nodes and weighted edges; the time of a node is the longest path to it."""
 
     schedule: Schedule
@@ -75,6 +75,7 @@ class _System:
     durations: dict[int, int] = field(default_factory=dict)
     joined: Counter[int] = field(default_factory=Counter)
     expected: dict[int, tuple[int, str]] = field(default_factory=dict)
+    phase_edges: list[int] = field(default_factory=list)  # where each phase's compute stands in `edges`, rank by rank
 
     def node(self) -> int:
         self.nodes += 1
@@ -91,6 +92,7 @@ class _System:
                 tail[call.communicator] = self._add_call(rank, call, begin, tail.get(call.communicator))
                 end_of.update((transfer.id, tail[call.communicator]) for transfer in call.transfers)
             following = self.node()
+            self.phase_edges.append(len(self.edges))
             self.edges.append((begin, following, int(phase_ns[number])))
             begin = following
 
@@ -134,14 +136,19 @@ class _System:
 
     def solve(self) -> NDArray[np.int64]:
         """Return int64 [nodes]: the time of every node."""
+        edges = self.weighted_edges()
+        return longest_paths(self.nodes, edges[:, 0], edges[:, 1], edges[:, 2])
+
+    def weighted_edges(self) -> NDArray[np.int64]:
+        """Return int64 [edges, 3]: source, target and weight; ScheduleError when a transfer lacks an end."""
         for node, (ends, name) in self.expected.items():
             if self.joined[node] != ends:
                 raise ScheduleError(f"transfer {name} has {self.joined[node]} of {ends} ends")
         edges = np.array(self.edges, dtype=np.int64).reshape(-1, 3)
         duration = np.zeros(self.nodes, dtype=np.int64)
         duration[list(self.durations)] = list(self.durations.values())
-        weight = np.where(edges[:, 2] < 0, duration[edges[:, 1]], edges[:, 2])
-        return longest_paths(self.nodes, edges[:, 0], edges[:, 1], weight)
+        edges[:, 2] = np.where(edges[:, 2] < 0, duration[edges[:, 1]], edges[:, 2])
+        return edges
 
 
 def longest_paths(

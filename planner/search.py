@@ -11,10 +11,10 @@ from ..traces.files import canonical_json, sha256_of_bytes
 from ..traces.manifest import library_versions
 from ..traces.store import Trace
 from .cluster import Cluster
+from .compiled import CompiledRecurrence
 from .cost import CostModel, DatasheetCost
 from .evaluation import Evaluator
 from .plan import DType, KernelSpec, ModelShape, Plan, make_plan
-from .recurrence import recurrence
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
 from .scores import Problem, ScoreBoard, Step
 from .selection import select
@@ -68,7 +68,7 @@ def plan_trace(
     spec = pattern_spec(trace, pattern, problem.samples)
     selection = select(
         problem,
-        quick=recurrence,
+        quick=CompiledRecurrence(),
         final=evaluator,
         final_name=evaluator_name,
         layouts=layouts,
