@@ -1,0 +1,159 @@
+"""Published per-head settings, as the research code stores them: one JSON list of layers, each an object of heads.
+
+A head is `["vertical_and_slash", columns, slashes, score]` (fixed budgets) or
+`["flex_vertical_and_slash", [p, cap], [p, cap], score]` (smallest set of mass p, at most cap; columns, then slashes).
+The score is what the publisher measured, larger is better; it is kept, not used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .errors import InputError
+from .files import read_bytes
+
+MAX_PUBLISHED_BYTES = 256 << 20
+MAX_BUDGET_TOKENS = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedBudget:
+    """Fixed budgets of one head: so many token columns, so many slashes (token distances)."""
+
+    columns: int
+    slashes: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexBudget:
+    """Budgets by mass of one head: the smallest set that keeps this share of attention, at most the cap."""
+
+    columns_mass: float
+    columns_cap: int
+    slashes_mass: float
+    slashes_cap: int
+    score: float
+
+
+HeadBudget: TypeAlias = FixedBudget | FlexBudget
+
+
+def read_published(
+    path: Path | str, *, layers: int | None = None, heads: int | None = None
+) -> tuple[tuple[HeadBudget, ...], ...]:
+    """Return [layer][head] settings. InputError names file, layer, head and value.
+
+    layers, heads: the model's; a file of another shape is refused. Without them any rectangular shape is taken.
+    """
+    source = Path(path)
+    try:
+        raw = json.loads(read_bytes(source, max_bytes=MAX_PUBLISHED_BYTES), object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"is not valid JSON ({error})", source=source) from error
+    if not isinstance(raw, list) or not raw:
+        raise InputError("must be a non-empty list of layers", source=source)
+    if layers is not None and len(raw) != layers:
+        raise InputError(f"has {len(raw)} layers, the model has {layers}", source=source, field="layers")
+    count = heads if heads is not None else len(raw[0]) if isinstance(raw[0], dict) else 0
+    return tuple(_read_layer(value, layer, count, source) for layer, value in enumerate(raw))
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeated key {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+def _read_layer(value: Any, layer: int, heads: int, source: Path) -> tuple[HeadBudget, ...]:
+    if not isinstance(value, dict):
+        raise InputError("must be an object of heads", source=source, field=f"layer {layer}")
+    expected = [str(head) for head in range(heads)]
+    if not value or sorted(value) != sorted(expected):
+        stray = sorted(set(value) ^ set(expected))
+        raise InputError(
+            f"must have heads 0 to {heads - 1}, differs in {', '.join(stray[:4]) or 'all'}",
+            source=source,
+            field=f"layer {layer}",
+        )
+    return tuple(_Reader(source, f"layer {layer}, head {head}").head(value[head]) for head in expected)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    source: Path
+    field: str
+
+    def head(self, value: Any) -> HeadBudget:
+        if not isinstance(value, list) or len(value) != 4:
+            raise self.fail(f"must be [name, columns, slashes, score], not {_short(value)}")
+        name, columns, slashes, score = value
+        if name == "vertical_and_slash":
+            return FixedBudget(
+                columns=self.budget(columns, "columns"),
+                slashes=self.budget(slashes, "slashes"),
+                score=self.number(score, "score"),
+            )
+        if name == "flex_vertical_and_slash":
+            columns_mass, columns_cap = self.mass_and_cap(columns, "columns")
+            slashes_mass, slashes_cap = self.mass_and_cap(slashes, "slashes")
+            return FlexBudget(
+                columns_mass=columns_mass,
+                columns_cap=columns_cap,
+                slashes_mass=slashes_mass,
+                slashes_cap=slashes_cap,
+                score=self.number(score, "score"),
+            )
+        raise self.fail(f"pattern {_short(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
+
+    def mass_and_cap(self, value: Any, name: str) -> tuple[float, int]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise self.fail(f"{name} must be [p, cap], not {_short(value)}")
+        mass = self.number(value[0], f"{name} p")
+        if not 0.0 < mass <= 1.0:
+            raise self.fail(f"{name} p must be above 0 and at most 1, not {mass}")
+        return mass, self.budget(value[1], f"{name} cap")
+
+    def budget(self, value: Any, name: str) -> int:
+        if type(value) is not int or not 1 <= value <= MAX_BUDGET_TOKENS:
+            raise self.fail(f"{name} must be a whole number from 1, not {_short(value)}")
+        return value
+
+    def number(self, value: Any, name: str) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.fail(f"{name} must be a finite number, not {_short(value)}")
+        return float(value)
+
+    def fail(self, problem: str) -> InputError:
+        return InputError(problem, source=self.source, field=self.field)
+
+
+def summarize(settings: Sequence[Sequence[HeadBudget]]) -> dict[str, int]:
+    """Return how many heads have each setting, most frequent first: `{"1000 columns, 6096 slashes": 512, …}`."""
+    counts: dict[str, int] = {}
+    for layer in settings:
+        for head in layer:
+            counts[_label(head)] = counts.get(_label(head), 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _label(head: HeadBudget) -> str:
+    if isinstance(head, FixedBudget):
+        return f"{head.columns} columns, {head.slashes} slashes"
+    return (
+        f"columns of mass {head.columns_mass} up to {head.columns_cap}, "
+        f"slashes of mass {head.slashes_mass} up to {head.slashes_cap}"
+    )
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:60]

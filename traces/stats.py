@@ -1,0 +1,147 @@
+"""What a trace says: density, kept mass, how load spreads over block rows, how much patterns change between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
+from .rows import HeadRow, head_density
+from .store import Trace
+
+
+def density_per_head(pattern: LayerPattern) -> NDArray[np.float64]:
+    """Return float64 [H]: each head's active causal blocks over N(N+1)/2, columns excluded."""
+    return np.array([head_density(head, pattern.num_blocks) for head in pattern.heads])
+
+
+def columns_per_head(pattern: LayerPattern) -> NDArray[np.int64]:
+    """Return int64 [H]: token columns of each head."""
+    return np.array([head.columns.size for head in pattern.heads], dtype=np.int64)
+
+
+def load_per_block_row(pattern: LayerPattern) -> NDArray[np.int64]:
+    """Return int64 [N]: active key blocks of each query block, summed over heads; columns and documents left aside."""
+    return np.stack([_row_counts(head, pattern.num_blocks) for head in pattern.heads]).sum(axis=0)
+
+
+def _row_counts(head: HeadPattern, blocks: int) -> NDArray[np.int64]:
+    if isinstance(head, BlockMask):
+        return head.bits.sum(axis=1, dtype=np.int64)
+    # Diagonal d reaches every query block from d on.
+    return np.cumsum(np.bincount(head.diagonals, minlength=blocks)[:blocks]).astype(np.int64)
+
+
+def jaccard(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
+    """Return |A and B| / |A or B| of two sets given as arrays without repeats; 1 for two empty ones."""
+    shared = np.intersect1d(first, second, assume_unique=True).size
+    union = first.size + second.size - shared
+    return 1.0 if union == 0 else shared / union
+
+
+def block_overlap(first: HeadPattern, second: HeadPattern, blocks: int) -> float:
+    """Return the Jaccard overlap of two heads' active block pairs; 1 for two empty ones."""
+    if isinstance(first, VerticalSlash) and isinstance(second, VerticalSlash):
+        lengths = blocks - np.arange(blocks)
+        shared = lengths[np.intersect1d(first.diagonals, second.diagonals)].sum()
+        union = lengths[np.union1d(first.diagonals, second.diagonals)].sum()
+    else:
+        bits = first.block_bits(blocks), second.block_bits(blocks)
+        shared, union = np.count_nonzero(bits[0] & bits[1]), np.count_nonzero(bits[0] | bits[1])
+    return 1.0 if union == 0 else float(shared / union)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOverlap:
+    """How alike two training steps are, as means over heads: Jaccard of columns and of active block pairs."""
+
+    columns: float
+    blocks: float
+
+
+def step_overlap(trace: Trace, first_step: int, second_step: int) -> StepOverlap:
+    """Compare two recorded training steps, head by head. InputError when a step was not recorded."""
+    columns: list[float] = []
+    pairs: list[float] = []
+    for layer in trace.layers:
+        first, second = trace.layer_pattern(first_step, layer), trace.layer_pattern(second_step, layer)
+        for a, b in zip(first.heads, second.heads, strict=True):
+            columns.append(jaccard(a.columns, b.columns))
+            pairs.append(block_overlap(a, b, first.num_blocks))
+    return StepOverlap(columns=float(np.mean(columns)), blocks=float(np.mean(pairs)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One layer over all its heads and the training steps asked for. Masses are None where none was recorded."""
+
+    layer: int
+    selectors: tuple[str, ...]
+    density_mean: float
+    density_min: float
+    density_max: float
+    columns_mean: float
+    columns_max: int
+    kept_mass_probe_mean: float | None
+    kept_mass_sampled_mean: float | None
+    kept_mass_sampled_min: float | None
+
+
+def summarize(trace: Trace, *, steps: Iterable[int] | None = None) -> tuple[LayerSummary, ...]:
+    """Return one summary per recorded layer, over the given training steps (all by default)."""
+    chosen = trace.steps if steps is None else tuple(steps)
+    if not chosen:
+        raise InputError("holds no training step yet", source=trace.folder)
+    gathered: dict[int, list[HeadRow]] = {layer: [] for layer in trace.layers}
+    for step in chosen:  # step by step: a part is read and verified once
+        for row in trace.heads(step):
+            gathered[row.layer].append(row)
+    return tuple(_summarize_layer(layer, rows) for layer, rows in gathered.items())
+
+
+def _summarize_layer(layer: int, rows: list[HeadRow]) -> LayerSummary:
+    densities = [row.density for row in rows]
+    columns = [row.pattern.columns.size for row in rows]
+    sampled = _known(row.choice.kept_mass_sampled for row in rows)
+    probe = _known(row.choice.kept_mass_probe for row in rows)
+    return LayerSummary(
+        layer=layer,
+        selectors=tuple(sorted({row.choice.selector for row in rows})),
+        density_mean=float(np.mean(densities)),
+        density_min=min(densities),
+        density_max=max(densities),
+        columns_mean=float(np.mean(columns)),
+        columns_max=max(columns),
+        kept_mass_probe_mean=float(np.mean(probe)) if probe else None,
+        kept_mass_sampled_mean=float(np.mean(sampled)) if sampled else None,
+        kept_mass_sampled_min=min(sampled) if sampled else None,
+    )
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """Return the whole trace as plain JSON values: header, steps, digest, what is unlisted, one row per layer."""
+    header = trace.header.model_dump(mode="json")
+    overlaps = [
+        {"from": a, "to": b, **vars(step_overlap(trace, a, b))}
+        for a, b in pairwise(trace.steps)
+    ]
+    return {
+        "trace": str(trace.folder),
+        "digest": trace.digest(),
+        **header,
+        "steps": list(trace.steps),
+        "unlisted_parts": list(trace.unlisted_parts),
+        "bytes": sum(part.bytes for part in trace.manifest.parts),
+        "layers": [vars(row) | {"selectors": list(row.selectors)} for row in summarize(trace)] if trace.steps else [],
+        "step_overlap": overlaps,
+    }

@@ -1,0 +1,290 @@
+"""Seeded patterns of the kinds that trained models show, for planning and tests without a model.
+
+Every generator draws one layer of any length, number of heads and block size; the same seed gives the same layer.
+`density` is the asked share of active causal block pairs (diagonal blocks whole, columns excluded); what comes out is
+near it, and at least the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .manifest import ModelShape, TraceHeader, library_versions, parse_model
+from .pattern import BlockMask, LayerPattern, VerticalSlash, dense, num_blocks
+from .rows import HeadChoice
+from .store import Trace, TraceWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSettings:
+    """What a generator draws from; each kind uses (and a trace records) only the fields that concern it.
+
+    density:        asked share of active causal block pairs
+    columns:        token columns per head (vertical-slash, skewed)
+    sink_tokens:    columns at the start of the sequence (sink-window)
+    window_tokens:  sliding window (sink-window)
+    chunk_tokens:   key chunk that a gate chooses (moba-block), a multiple of block_size
+    skew:           how many times denser the dense heads are (skewed)
+    dense_heads:    share of heads that are dense (skewed)
+    mean_document_tokens: average document (packed-documents)
+    """
+
+    seq_len_tokens: int
+    heads: int
+    block_size: int = 128
+    density: float = 0.05
+    columns: int = 1024
+    sink_tokens: int = 30
+    window_tokens: int = 1024
+    chunk_tokens: int = 512
+    skew: float = 8.0
+    dense_heads: float = 0.125
+    mean_document_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len_tokens", "block_size", "heads", "window_tokens", "chunk_tokens", "mean_document_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"must be at least 1, not {getattr(self, name)}", field=name)
+        for name in ("columns", "sink_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"must not be negative, is {getattr(self, name)}", field=name)
+        for name in ("density", "dense_heads"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise InputError(f"must be above 0 and at most 1, not {getattr(self, name)}", field=name)
+        if not self.skew >= 1:
+            raise InputError(f"must be at least 1, not {self.skew}", field="skew")
+
+    @property
+    def blocks(self) -> int:
+        """Mask blocks of the sequence."""
+        return num_blocks(self.seq_len_tokens, self.block_size)
+
+    def layer(self, heads: list[VerticalSlash] | list[BlockMask]) -> LayerPattern:
+        """Return the heads as a layer of this length and block size."""
+        return LayerPattern(seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, heads=tuple(heads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Where randomness comes from: one stream for a layer, one that all layers of a training step share."""
+
+    layer: np.random.Generator
+    step: np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """One kind of synthetic pattern and the settings that it uses beside shape and block size."""
+
+    make: Callable[[SyntheticSettings, Draw], LayerPattern]
+    uses: tuple[str, ...]
+
+
+def synthesize(
+    kind: str, settings: SyntheticSettings, *, seed: int = 0, training_step: int = 0, layer: int = 0
+) -> LayerPattern:
+    """Return one layer's pattern of a kind in `GENERATORS`; equal arguments give equal patterns."""
+    draw = Draw(
+        layer=np.random.default_rng([seed, training_step, layer]), step=np.random.default_rng([seed, training_step])
+    )
+    return _generator(kind).make(settings, draw)
+
+
+def write_synthetic_trace(
+    folder: Path | str,
+    kind: str,
+    settings: SyntheticSettings,
+    *,
+    layers: int = 1,
+    steps: int = 1,
+    seed: int = 0,
+    kv_heads: int | None = None,
+    head_dim: int = 128,
+) -> Trace:
+    """Write a trace of `steps` training steps and `layers` layers of one kind, and return it opened.
+
+    kv_heads defaults to one for eight query heads where that divides, else to the number of query heads.
+    An existing trace of the same header is continued.
+    """
+    uses = _generator(kind).uses
+    if layers < 1 or steps < 1:
+        raise InputError(f"at least one layer and step are needed, not {layers} and {steps}", field="layers, steps")
+    choice = HeadChoice(selector=f"synthetic-{kind}", settings={name: getattr(settings, name) for name in uses})
+    with TraceWriter(folder, _header(kind, settings, layers, seed, kv_heads, head_dim)) as writer:
+        for training_step in range(writer.next_step, writer.next_step + steps):
+            with writer.step(training_step) as part:
+                for layer in range(layers):
+                    pattern = synthesize(kind, settings, seed=seed, training_step=training_step, layer=layer)
+                    part.append(layer, pattern, [choice] * settings.heads)
+    return Trace.open(folder)
+
+
+def _header(
+    kind: str, settings: SyntheticSettings, layers: int, seed: int, kv_heads: int | None, head_dim: int
+) -> TraceHeader:
+    heads = settings.heads
+    model: dict[str, Any] = {
+        "model_id": f"synthetic-{kind}",
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads or (heads // 8 if heads % 8 == 0 else heads),
+        "head_dim": head_dim,
+    }
+    parse_model(ModelShape, model)
+    return parse_model(
+        TraceHeader,
+        {
+            "model": model,
+            "recorded_layers": list(range(layers)),
+            "seq_len_tokens": settings.seq_len_tokens,
+            "block_size": settings.block_size,
+            "origin": "synthetic",
+            "seed": seed,
+            "versions": library_versions("sparsering", "numpy", "pyarrow"),
+        },
+    )
+
+
+def _generator(kind: str) -> Generator:
+    if kind not in GENERATORS:
+        raise InputError(f"{kind!r} is not one of {', '.join(GENERATORS)}", field="kind")
+    return GENERATORS[kind]
+
+
+def _dense(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    return dense(seq_len_tokens=settings.seq_len_tokens, block_size=settings.block_size, heads=settings.heads)
+
+
+def _sink_window(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    """StreamingLLM's shape (arXiv 2309.17453): the first tokens as columns, and a sliding window of whole blocks."""
+    window_blocks = min(-(-settings.window_tokens // settings.block_size) + 1, settings.blocks)
+    head = VerticalSlash(
+        columns=np.arange(min(settings.sink_tokens, settings.seq_len_tokens), dtype=np.int32),
+        diagonals=np.arange(window_blocks, dtype=np.int32),
+    )
+    return settings.layer([head] * settings.heads)
+
+
+def _vertical_slash(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    heads = [_vertical_slash_head(settings, settings.density, draw.layer) for _ in range(settings.heads)]
+    return settings.layer(heads)
+
+
+def _vertical_slash_head(settings: SyntheticSettings, density: float, rng: np.random.Generator) -> VerticalSlash:
+    """MInference's shape (arXiv 2407.02490): some slashes beside the main diagonal, the others anywhere.
+
+    A slash lies half a block past a whole block distance, so that it touches two diagonals. Three tenths of the asked
+    pairs are local; diagonals are taken in the order drawn until their lengths add up to the density.
+    """
+    blocks = settings.blocks
+    asked_pairs = density * blocks * (blocks + 1) / 2
+    lengths = blocks - np.arange(blocks)
+    local = 1 + int(np.searchsorted(np.cumsum(lengths), 0.3 * asked_pairs))
+    slashes = np.concatenate([np.arange(min(local, blocks)), rng.permutation(np.arange(local, blocks))])
+    touched = np.stack([slashes, slashes + 1], axis=1).ravel()
+    touched = touched[touched < blocks]
+    in_order = touched[np.sort(np.unique(touched, return_index=True)[1])]
+    kept = 1 + int(np.searchsorted(np.cumsum(lengths[in_order]), asked_pairs))
+    columns = rng.choice(
+        settings.seq_len_tokens, size=min(settings.columns, settings.seq_len_tokens), replace=False, shuffle=False
+    )
+    return VerticalSlash(columns=columns.astype(np.int32), diagonals=in_order[:kept].astype(np.int32))
+
+
+def _skewed(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    """Vertical-slash heads of which a few, anywhere in the layer, are `skew` times denser; the mean is `density`."""
+    heads = settings.heads
+    dense_heads = min(heads, max(1, round(settings.dense_heads * heads)))
+    light_heads = heads - dense_heads
+    dense = min(1.0, settings.skew * settings.density * heads / (dense_heads * settings.skew + light_heads))
+    light = (settings.density * heads - dense * dense_heads) / max(light_heads, 1)
+    densities = np.full(heads, light)
+    densities[draw.layer.permutation(heads)[:dense_heads]] = dense
+    return settings.layer([_vertical_slash_head(settings, float(share), draw.layer) for share in densities])
+
+
+def _xattention(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    return settings.layer([_xattention_head(settings, draw.layer) for _ in range(settings.heads)])
+
+
+def _xattention_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
+    """Block masks as a cumulative threshold leaves them (XAttention, arXiv 2503.16428).
+
+    Key blocks differ in how often they are wanted (heavy tail), query blocks in how many they want, near ones are
+    wanted more; the first block and the diagonal always stay.
+    """
+    blocks = settings.blocks
+    wanted = rng.pareto(1.5, blocks).astype(np.float32)[None, :] + np.float32(0.05)
+    rows = rng.lognormal(0.0, 0.5, blocks).astype(np.float32)[:, None]
+    distance = np.abs(np.arange(blocks)[:, None] - np.arange(blocks)[None, :]).astype(np.float32)
+    causal = np.tri(blocks, dtype=bool)
+    weight = np.where(causal, wanted * rows / np.sqrt(1 + distance), np.float32(0))
+    asked_pairs = settings.density * causal.sum()
+    bits = rng.random((blocks, blocks), dtype=np.float32) < _scaled_to_sum(weight, asked_pairs)
+    bits[:, 0] = True
+    np.fill_diagonal(bits, True)
+    return BlockMask(bits=bits)
+
+
+def _scaled_to_sum(weight: NDArray[np.float32], total: float) -> NDArray[np.float32]:
+    """Return probabilities proportional to `weight`, cut at 1, whose sum comes near `total`."""
+    probability = np.minimum(weight * (total / weight.sum()), 1)
+    for _ in range(8):  # what the cut removed is given to the others
+        probability = np.minimum(probability * (total / probability.sum()), 1)
+    return probability
+
+
+def _moba_block(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    if settings.chunk_tokens % settings.block_size:
+        raise InputError(
+            f"{settings.chunk_tokens} is no multiple of block_size {settings.block_size}", field="chunk_tokens"
+        )
+    return settings.layer([_moba_head(settings, draw.layer) for _ in range(settings.heads)])
+
+
+def _moba_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
+    """A gate that keeps the same number of key chunks for every query block, its own among them (MoBA's idea,
+    arXiv 2502.13189, by blocks of queries rather than by token)."""
+    blocks, blocks_per_chunk = settings.blocks, settings.chunk_tokens // settings.block_size
+    own = np.arange(blocks) // blocks_per_chunk
+    chunks = int(own[-1]) + 1
+    score = rng.gumbel(size=(1, chunks)) + rng.gumbel(size=(blocks, chunks))
+    causal = np.arange(chunks)[None, :] <= own[:, None]
+    score[~causal] = -np.inf
+    score[np.arange(blocks), own] = np.inf
+    rank = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
+    kept_pairs = np.array([np.minimum(own + 1, kept).sum() for kept in range(1, chunks + 1)]) * blocks_per_chunk
+    kept = 1 + int(np.searchsorted(kept_pairs[:-1], settings.density * blocks * (blocks + 1) / 2))
+    chosen = (rank < kept) & causal
+    return BlockMask(bits=np.repeat(chosen, blocks_per_chunk, axis=1)[:, :blocks] & np.tri(blocks, dtype=bool))
+
+
+def _packed_documents(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+    """Dense attention inside packed documents of log-normal lengths, the same ones for all layers of a step."""
+    mean = settings.mean_document_tokens
+    draws = -(-2 * settings.seq_len_tokens // mean) + 8
+    lengths = 1 + draw.step.lognormal(np.log(mean) - 0.5, 1.0, draws).astype(np.int64)
+    lengths = np.append(lengths, settings.seq_len_tokens)  # the last document takes what is left
+    documents = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)[: settings.seq_len_tokens]
+    layer = _dense(settings, draw)
+    return LayerPattern(
+        seq_len_tokens=layer.seq_len_tokens, block_size=layer.block_size, heads=layer.heads, documents=documents
+    )
+
+
+GENERATORS = {
+    "dense": Generator(make=_dense, uses=()),
+    "sink-window": Generator(make=_sink_window, uses=("sink_tokens", "window_tokens")),
+    "vertical-slash": Generator(make=_vertical_slash, uses=("density", "columns")),
+    "skewed": Generator(make=_skewed, uses=("density", "columns", "skew", "dense_heads")),
+    "xattention": Generator(make=_xattention, uses=("density",)),
+    "moba-block": Generator(make=_moba_block, uses=("density", "chunk_tokens")),
+    "packed-documents": Generator(make=_packed_documents, uses=("mean_document_tokens",)),
+}
