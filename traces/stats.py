@@ -131,10 +131,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
 def describe(trace: Trace) -> dict[str, Any]:
     """Return the whole trace as plain JSON values: header, steps, digest, what is unlisted, one row per layer."""
     header = trace.header.model_dump(mode="json")
-    overlaps = [
-        {"from": a, "to": b, **vars(step_overlap(trace, a, b))}
-        for a, b in pairwise(trace.steps)
-    ]
+    overlaps = [{"from": a, "to": b, **vars(step_overlap(trace, a, b))} for a, b in pairwise(trace.steps)]
     return {
         "trace": str(trace.folder),
         "digest": trace.digest(),
