@@ -12,6 +12,7 @@ from sparsering.runtime.attention import PlannedAttention
 from sparsering.runtime.comm import Channels
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
+from sparsering.runtime.verify import Verdict, verify
 from sparsering.traces.pattern import LayerPattern
 
 _shared: list[Channels] = []
@@ -45,6 +46,25 @@ def attention(
     out.backward(grad_out)
     results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return {name: _numpy(value) for name, value in results.items() if value is not None}
+
+
+def verified(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int) -> list[Verdict]:
+    """Run one layer forward and backward in the plan's type and verify it on this rank."""
+    planned = _planned(plan, mesh)
+    generator = torch.Generator(mesh.device).manual_seed(seed)
+    tokens, model = sum(p.numel() for p in planned.positions), plan.model
+    heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads, "grad_out": model.heads}
+    inputs = {
+        name: torch.randn(1, tokens, count, model.head_dim, generator=generator, device=mesh.device).to(planned.dtype)
+        for name, count in heads.items()
+    }
+    own = {name: tensor[:, planned.positions[mesh.rank]] for name, tensor in inputs.items()}
+    q, k, v = (own[name].requires_grad_() for name in "qkv")
+    mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    out, lse = planned.with_lse(q, k, v, mask)
+    out.backward(own["grad_out"])
+    results = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    return verify(planned, mask, inputs, results, model.head_dim**-0.5)  # pyright: ignore[reportArgumentType]
 
 
 def global_tensors(

@@ -155,3 +155,32 @@ def expected(pattern_name: str, tokens: int, *, seed: int, batch: int = 1, head_
     out, lse = reference_attention(q, k, v, mask, scale=head_dim**-0.5)
     dq, dk, dv = reference_gradients(grad_out, q, k, v, mask, scale=head_dim**-0.5)
     return {name: t.numpy() for name, t in {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items()}
+
+
+def anchor_pattern(
+    *,
+    seq_len_tokens: int,
+    density: float,
+    columns: int,
+    heads: int = 16,
+    block_size: int = 128,
+    documents: int = 0,
+    block_mask_heads: int = 0,
+    seed: int = 0,
+) -> LayerPattern:
+    """Return local and far diagonals of about `density` and random columns; the last heads are block masks."""
+    generator = np.random.default_rng(seed)
+    blocks = -(-seq_len_tokens // block_size)
+    local, far = max(1, int(blocks * density * 0.3)), int(blocks * density * 0.35)
+    made: list[HeadPattern] = []
+    for head in range(heads):
+        if head >= heads - block_mask_heads:
+            made.append(_random_blocks(blocks, density, seed + head))
+            continue
+        slashes = np.union1d(np.arange(local), generator.permutation(blocks)[:far])
+        diagonals = np.union1d(slashes, slashes + 1)
+        chosen = np.sort(generator.permutation(seq_len_tokens)[:columns])
+        made.append(VerticalSlash(columns=chosen.astype(np.int32), diagonals=diagonals[diagonals < blocks]))
+    cuts = np.sort(generator.permutation(seq_len_tokens)[: max(documents - 1, 0)])
+    ids = np.searchsorted(cuts, np.arange(seq_len_tokens), side="right").astype(np.int32) if documents else None
+    return LayerPattern(seq_len_tokens=seq_len_tokens, block_size=block_size, heads=tuple(made), documents=ids)

@@ -55,6 +55,17 @@ def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> Non
             assert _largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_ranks_verify_themselves(dtype: str, rank_pools: Callable[[int], RankPool]) -> None:
+    """The verification that `sparsering run --verify` offers passes on every rank, in every type."""
+    case = Case(world_size=2, placement="zigzag", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    for verdicts in rank_pools(2).run(
+        "verified", plan=make_case_plan(case, dtype=dtype), pattern=PATTERNS["gqa"].pattern, seed=5
+    ):
+        assert [verdict.name for verdict in verdicts] == ["out", "lse", "dq", "dk", "dv"]
+        assert all(verdict.ok for verdict in verdicts), verdicts
+
+
 def test_a_plan_for_another_world_size_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
     case = Case(world_size=3, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
     with pytest.raises(RankFailure, match="world_size: the plan is for 3, not for 2"):
