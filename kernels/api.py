@@ -21,9 +21,9 @@ from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
 
 __all__ = [
-    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "Partial", "accumulator_dtype", "block_backward", "block_forward",
-    "block_index", "column_backward", "column_forward", "column_index", "full_attention", "gather_columns", "merge",
-    "scatter_columns",
+    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "Partial", "accumulator_dtype", "block_backward",
+    "block_forward", "block_index", "column_backward", "column_forward", "column_index", "full_attention",
+    "gather_columns", "merge", "scatter_columns",
 ]
 
 # Imported at first use: triton cannot be imported everywhere.

@@ -14,7 +14,6 @@ from sparsering.kernels.reference import reference_attention, reference_gradient
 from .kernel_cases import CASES, assert_exact, load_case
 
 
-
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_worked_case(name):
     case = load_case(name)
