@@ -183,7 +183,7 @@ def _count_tile_pairs(
     tiles: int,
 ) -> NDArray[np.int64]:
     """Return int64 [T]: for every query tile, the key tiles that share an active block pair with it."""
-    if max(np.bincount(query_tiles[:, 1]).max(), np.bincount(key_tiles[:, 1]).max()) == 1:  # a block lies in one tile
+    if max(_most_tiles(query_tiles), _most_tiles(key_tiles)) <= 1:  # a block lies in one tile
         query_tile, key_tile = (np.full(blocks, -1, dtype=np.int64) for _ in range(2))
         query_tile[query_tiles[:, 1]] = query_tiles[:, 0]
         key_tile[key_tiles[:, 1]] = key_tiles[:, 0]
@@ -196,6 +196,11 @@ def _count_tile_pairs(
         for touched in (query_tiles, key_tiles)
     ]
     return np.diff((incidence[0] @ bits @ incidence[1].T).tocsr().indptr).astype(np.int64)
+
+
+def _most_tiles(incidence: NDArray[np.int64]) -> int:
+    """Return in how many tiles a block lies at most; 0 for a rank that owns only padding."""
+    return int(np.bincount(incidence[:, 1]).max(initial=0))
 
 
 def _tile_blocks(pattern: LayerPattern, placement: Placement, rank: int, tiles: int) -> NDArray[np.int64]:

@@ -1,0 +1,80 @@
+"""Cluster files: presets, and one clear line for everything that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparsering.planner.cluster import load_cluster, parse_cluster, preset_names
+from sparsering.planner.timing import Port, capacity_bytes_per_us, link_of, route
+from sparsering.tests import tiny
+from sparsering.traces.errors import InputError
+
+
+def test_presets_are_the_users_clusters() -> None:
+    sizes = {name: (load_cluster(name).nodes, load_cluster(name).gpus_per_node) for name in preset_names()}
+    expected = {"a100-nvlink-8": (1, 8), "a100-hdr-4x8": (4, 8), "h200-nvlink-8": (1, 8), "local-cpu-4": (1, 4)}
+    assert expected.items() <= sizes.items()
+    for name in preset_names():
+        cluster = load_cluster(name)
+        assert cluster.name == name
+        assert cluster.origin == "datasheet"
+        assert cluster.notes
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return tiny.cluster().model_dump(mode="json") | changes
+
+
+def test_a_file_says_the_same_as_what_it_was_written_from(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(document(name="mine")))
+    assert load_cluster(path) == parse_cluster(document(name="mine"), source="here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "c.yaml: nodes: Input should be greater than 0, not 0"),
+        ({"gpus": 8}, "c.yaml: gpus: Extra inputs are not permitted, not 8"),
+        ({"schema_version": 2}, "c.yaml: schema_version: is 2; this version reads up to 1"),
+        ({"origin": "rumour"}, "c.yaml: origin: Input should be 'measured' or 'datasheet', not 'rumour'"),
+        ({"inter_node": None, "nodes": 2}, "c.yaml: inter_node: is needed for more than one node"),
+        (
+            {"intra_node": {"name": "x", "bandwidth_bytes_per_us": float("inf"), "latency_us": 1}},
+            "c.yaml: intra_node.bandwidth_bytes_per_us: Input should be a finite number, not inf",
+        ),
+    ],
+)
+def test_impossible_values_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_cluster(document(**changes), source="c.yaml")
+    assert str(caught.value) == message
+
+
+def test_an_unknown_name_lists_the_presets() -> None:
+    with pytest.raises(InputError, match=r"h900: no such file or preset; presets are a100-hdr-4x8, a100-nvlink-8, "):
+        load_cluster("h900")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"- a\n"])
+def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_cluster(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_routes_go_through_ports_within_a_node_and_cards_between() -> None:
+    cluster = tiny.cluster(nodes=2, gpus=4, nics=2, nic_bandwidth=300.0)
+    assert route(cluster, 1, 2) == (Port("gpu-out", 0, 1), Port("gpu-in", 0, 2))
+    assert route(cluster, 1, 6) == (Port("nic-out", 0, 0), Port("nic-in", 1, 1))
+    assert capacity_bytes_per_us(cluster, Port("nic-out", 0, 0)) == 300.0
+    assert link_of(cluster, 1, 6) is cluster.inter_node
+    assert route(tiny.cluster(switch=10.0), 0, 1)[-1] == Port("gpu-switch", 0)
+    assert [cluster.nic_of(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
