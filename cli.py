@@ -1,6 +1,6 @@
-"""The command line: it only registers verbs. What a verb does lives in its house's `commands.py`.
+"""The command line: it only registers verbs. What a verb does lives in its house.
 
-Adding a verb is a row in `VERBS` and a typer-annotated function of that name in `<house>/commands.py`. A verb's
+Adding a verb is a row in `VERBS` and a typer-annotated function in the house's `commands.py` or `<verb>_command.py`. A verb's
 module is imported when the verb is used, so `sparsering --help` is quick, and `plan` or `simulate` work where torch
 is not installed.
 
@@ -43,7 +43,7 @@ class Verb:
 
 VERBS = {
     "capture": Verb(
-        module="runtime.commands",
+        module="runtime.capture_command",
         function="capture",
         help="Record what a model attends to on your text (needs torch).",
     ),
@@ -63,7 +63,7 @@ VERBS = {
         help="Play a plan in simulated time; write its timeline.",
     ),
     "run": Verb(
-        module="runtime.commands",
+        module="runtime.run_command",
         function="run",
         help="Execute a plan here and measure its timeline (needs torch).",
     ),
@@ -73,7 +73,7 @@ VERBS = {
         help="Set two timelines side by side, phase by phase.",
     ),
     "demo": Verb(
-        module="runtime.commands",
+        module="runtime.demo_command",
         function="demo",
         help="The whole road on this machine, no GPU (needs torch).",
     ),

@@ -41,7 +41,8 @@ class PlannedAttention:
         plan.require(world_size=mesh.world_size)
         plan.require_executable()
         PlannedAttention._made += 1
-        agree(mesh, f"plan digest ({PlannedAttention._made})", plan.digest)
+        self.topic = f"plan {PlannedAttention._made}"  # ranks make plans in the same order
+        agree(mesh, f"{self.topic} digest", plan.digest)
         self.plan, self.mesh, self.recorder = plan, mesh, recorder
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
         self._channels = channels or Channels(mesh, timed=recorder is not None)

@@ -220,7 +220,7 @@ def reducers(mesh: Mesh) -> tuple[AllReduce, AllReduce]:
 
     def reduce_with(operation: dist.ReduceOp.RedOpType) -> AllReduce:
         def reduce(tensor: Tensor) -> Tensor:
-            result = tensor.clone(memory_format=torch.contiguous_format)
+            result = tensor.contiguous()  # may be overwritten: see kernels.probe.Collectives
             dist.all_reduce(result, op=operation, group=group)
             return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -105,12 +104,8 @@ class Recorder:
 
 def collect_timeline(mesh: Mesh, spans: Sequence[Span], *, topic: str, metadata: dict[str, Any]) -> Timeline | None:
     """Bring all ranks' spans to rank 0 through the store; None on the others. `topic` must be new for every call."""
-    own = json.dumps([asdict(span) for span in spans]).encode()
-    mesh.store.set(f"sparsering/timeline/{topic}/{mesh.rank}", own)
-    if mesh.rank:
+    collected = mesh.collect(topic, [asdict(span) for span in spans])
+    if collected is None:
         return None
-    everyone: list[Span] = []
-    for rank in range(mesh.world_size):
-        text = mesh.store.get(f"sparsering/timeline/{topic}/{rank}")
-        everyone += [Span(**span) for span in json.loads(text)]
+    everyone = [Span(**fields) for rank_spans in collected for fields in rank_spans]
     return Timeline(source="measured", world_size=mesh.world_size, spans=tuple(everyone), metadata=metadata)

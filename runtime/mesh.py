@@ -5,9 +5,11 @@ Ranks agree on the plan through the store (no collective) before anything else i
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,28 @@ class Mesh:
     def backend(self) -> str:
         """The torch.distributed backend that moves this device's tensors."""
         return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def collect(self, topic: str, value: Any) -> list[Any] | None:
+        """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""
+        self.store.set(f"sparsering/collect/{topic}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return None
+        return [
+            json.loads(self.store.get(f"sparsering/collect/{topic}/{rank}").decode()) for rank in range(self.world_size)
+        ]
+
+    def broadcast(self, topic: str, value: Any) -> Any:
+        """Return rank 0's JSON value on every rank, through the store. `topic` must be new."""
+        key = f"sparsering/broadcast/{topic}"
+        if self.rank == 0:
+            self.store.set(key, json.dumps(value))
+        return json.loads(self.store.get(key).decode())
+
+
+def inherited_environment(*, world_size: int) -> dict[str, str]:
+    """Return the environment for ranks that this process starts: its own, the cores shared out among them."""
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
 
 
 def is_rank() -> bool:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from ..kernels.choose import ALONE, Collectives, ShardTensors
 from ..kernels.mask import AttentionMask
+from ..planner.plan import Plan
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern, VerticalSlash
+from .comm import reducers
+from .mesh import Mesh
+from .selectors import complete_settings, select
 
 
 def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.device) -> AttentionMask:
@@ -45,3 +53,50 @@ def _columns(pattern: LayerPattern, capacity: int) -> np.ndarray:
     for number, head in enumerate(pattern.heads):
         columns[number, : head.columns.size] = head.columns
     return columns
+
+
+def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
+    """Return the mask with exactly `columns_capacity` column slots; InputError when it needs more."""
+    if mask.column_capacity == columns_capacity:
+        return mask
+    if mask.column_capacity > columns_capacity:
+        raise InputError(
+            f"the selector may choose {mask.column_capacity} columns; the plan has room for {columns_capacity}",
+            field="columns_capacity",
+        )
+    heads, missing = mask.heads, columns_capacity - mask.column_capacity
+    empty = torch.full((heads, missing), mask.seq_len_tokens, dtype=torch.int32, device=mask.active.device)
+    return replace(mask, columns=empty if mask.columns is None else torch.cat([mask.columns, empty], dim=1))
+
+
+def _collectives(mesh: Mesh) -> Collectives:
+    total, largest = reducers(mesh)
+    return Collectives(all_reduce_sum=total, all_reduce_max=largest)
+
+
+def chooser_of(
+    plan: Plan, mesh: Mesh, positions: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor], AttentionMask]:
+    """Return a function of this rank's (q, k) that chooses the layer's mask with the plan's selector. Collective.
+
+    positions: int64 [S] of this rank's tokens. Raises InputError when the plan replays a trace.
+    """
+    spec = plan.pattern
+    if spec.source != "choose" or spec.selector is None:
+        raise InputError("the plan replays a trace: give the trace", field="pattern.source")
+    selector, settings = spec.selector, complete_settings(spec.selector, spec.settings)
+    collectives = _collectives(mesh) if mesh.world_size > 1 else ALONE
+
+    def choose(q: torch.Tensor, k: torch.Tensor) -> AttentionMask:
+        shard = ShardTensors(
+            q=q.detach(),
+            k=k.detach(),
+            positions=positions,
+            seq_len_tokens=plan.seq_len_tokens,
+            block_size=plan.block_size,
+            granularity_tokens=plan.placement.granularity_tokens,
+        )
+        mask = select(selector, settings, shard, scale=q.shape[-1] ** -0.5, collectives=collectives)
+        return with_capacity(mask, plan.columns_capacity)
+
+    return choose

@@ -1,0 +1,70 @@
+"""Starting ranks on this host: the same command again, once per rank, with the rank's environment."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from ..traces.errors import InputError
+
+POLL_S = 0.05
+GRACE_S = 15.0
+
+
+def launch_ranks(arguments: Sequence[str], *, world_size: int, environment: dict[str, str]) -> int:
+    """Run `python -m sparsering.cli <arguments>` as ranks 0 … world_size - 1 and return the first failure's exit code.
+
+    Rank 0 keeps this process's stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by
+    themselves, then are stopped. environment: what every rank starts with.
+    """
+    if world_size < 1:
+        raise InputError(f"must be at least 1, not {world_size}", field="world_size")
+    port = _free_port()
+    module = f"{__package__.rpartition('.')[0]}.cli" if __package__ else "sparsering.cli"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=environment | _rank_environment(rank, world_size, port),
+            stdout=None if rank == 0 else sys.stderr,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        return _join(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _join(processes: list[subprocess.Popen[bytes]]) -> int:
+    failed_at, code = None, 0
+    while any(process.poll() is None for process in processes):
+        codes = [process.poll() for process in processes]
+        if failed_at is None and any(codes):
+            failed_at = time.monotonic()
+            code = next(value for value in codes if value)
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            return code
+        time.sleep(POLL_S)
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

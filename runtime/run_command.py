@@ -1,0 +1,109 @@
+"""The verb `run`: execute a plan on real processes and measure it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..planner.plan import Plan, load_plan
+from ..traces.errors import InputError
+from ..traces.pattern import LayerPattern
+from ..traces.store import Trace
+from .execute import RunOptions, RunResult, execute
+from .launch import launch_ranks
+from .mesh import inherited_environment, is_rank, join, leave
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(help="The plan file.")],
+    trace: Annotated[Path | None, typer.Option(help="The trace whose patterns are replayed.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the trace; default: the middle one recorded.")] = None,
+    step: Annotated[int | None, typer.Option(help="Training step of the trace; default: the last.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the timeline goes (.json.gz).")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured repeats; the median's timeline is kept.")] = 3,
+    warmups: Annotated[int, typer.Option(min=0, help="Repeats before measuring.")] = 1,
+    verify: Annotated[bool, typer.Option(help="Check out, lse and all gradients in float64 on every rank.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="How long a rank waits for the others.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random q, k, v and gradient.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Execute one layer of a plan, forward and backward, on real processes, and measure its timeline.
+
+    Joins the other ranks when RANK is set (torchrun); otherwise starts all ranks on this host. Exit code 1 when
+    --verify finds an error too large.
+    """
+    loaded = load_plan(plan)
+    loaded.require_executable()
+    pattern = _replayed(loaded, trace, step, layer)
+    options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed)
+    if not is_rank():
+        raise typer.Exit(_start(loaded, [str(plan)], trace, layer, step, output, options, device, timeout_s, as_json))
+    mesh = join(device=device, timeout_s=timeout_s)
+    console = Console(stderr=True, quiet=bool(mesh.rank))
+    try:
+        with console.status("starting") as status:
+            result = execute(loaded, mesh, pattern, options, lambda text: status.update(text))
+        if result is not None:
+            _report(loaded, result, output, as_json)
+        passed = mesh.broadcast("verified", result is None or all(v.ok for v in result.verdicts))
+    finally:
+        leave()
+    raise typer.Exit(0 if passed else 1)
+
+
+def _replayed(plan: Plan, folder: Path | None, step: int | None, layer: int | None) -> LayerPattern | None:
+    if folder is None:
+        if plan.pattern.source == "trace":
+            raise InputError("the plan replays a trace: give it with --trace", field="--trace")
+        return None
+    trace = Trace.open(folder)
+    if plan.pattern.trace_sha256 not in (None, trace.digest()):
+        raise InputError(f"is {trace.digest()[:16]}…, the plan was made for {str(plan.pattern.trace_sha256)[:16]}…",
+                         source=folder, field="digest")  # fmt: skip
+    steps, layers = trace.steps, trace.layers
+    chosen_step = steps[-1] if step is None else step
+    chosen_layer = layers[len(layers) // 2] if layer is None else layer
+    if chosen_step not in steps or chosen_layer not in layers:
+        raise InputError(f"has no step {chosen_step}, layer {chosen_layer}", source=folder)
+    pattern = trace.layer_pattern(chosen_step, chosen_layer)
+    plan.require(seq_len_tokens=pattern.seq_len_tokens)
+    return pattern
+
+
+def _start(
+    plan: Plan, arguments: list[str], trace: Path | None, layer: int | None, step: int | None, output: Path | None,
+    options: RunOptions, device: str | None, timeout_s: float, as_json: bool,
+) -> int:  # fmt: skip
+    given = {"--trace": trace, "--layer": layer, "--step": step, "--output": output, "--device": device}
+    for name, value in given.items():
+        arguments += [] if value is None else [name, str(value)]
+    arguments += ["--repeats", str(options.repeats), "--warmups", str(options.warmups), "--seed", str(options.seed)]
+    arguments += ["--timeout-s", str(timeout_s)] + ["--verify"] * options.verify + ["--json"] * as_json
+    environment = inherited_environment(world_size=plan.world_size)
+    return launch_ranks(["run", *arguments], world_size=plan.world_size, environment=environment)
+
+
+def _report(plan: Plan, result: RunResult, output: Path | None, as_json: bool) -> None:
+    if output is not None:
+        result.timeline.save(output)
+    summary = result.summary()
+    if as_json:
+        typer.echo(json.dumps(summary | {"plan_digest": plan.digest}))
+        return
+    table = Table(title=f"{plan.forward.layout} over {plan.world_size} ranks, {plan.placement.name} placement")
+    for heading in ("", "figure"):
+        table.add_column(heading)
+    table.add_row("step time (median), µs", f"{summary['step_time_us']:.0f}")
+    if summary["peak_bytes"]:
+        table.add_row("peak memory, bytes", str(summary["peak_bytes"]))
+    for name in dict.fromkeys(verdict.name for verdict in result.verdicts):
+        worst = max((v for v in result.verdicts if v.name == name), key=lambda v: v.error / max(v.tolerance, 1e-300))
+        mark = "ok" if worst.ok else "FAILED"
+        table.add_row(f"{name}, largest error", f"{worst.error:.2e} (allowed {worst.tolerance:.2e}) {mark}")
+    Console().print(table)
