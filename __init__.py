@@ -51,3 +51,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_HOUSES})
+
+
+def plan_trace(trace: Trace, cluster: Cluster, **settings: Any) -> Plan:
+    """Return the best plan for a trace on a cluster, the simulator having the last word.
+
+    Settings and errors are those of `planner.search.plan_trace`, which alone would judge by its own recurrence: the
+    planner does not import the simulator, so it is handed over here.
+    """
+    from .planner.search import plan_trace as search
+    from .simulator.engine import simulate
+
+    return search(trace, cluster, **{"evaluator": simulate, **settings})
