@@ -7,15 +7,15 @@ and the cluster; a workload only changes how long tasks take. Equal to `recurren
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..traces.errors import ScheduleError
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation
-from .recurrence import EventSystem
+from .recurrence import EventSystem, longest_paths
 from .schedule import Direction, Schedule, Task
 from .timing import NS_PER_US, check_sizes, task_ns
 from .workload import Workload
@@ -63,8 +63,8 @@ class _TaskTable:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _CompiledSchedule:
     """A schedule's events. tasks: the distinct ones; task_of, cell_of: per task played, which, and in which cell of
-    [W, phases]; phase_cells: the cells whose compute stands at `phase_edges`; levels: edges by the level of their
-    source, so that one pass in order settles all times.
+    [W, phases]; phase_cells: the cells whose compute stands at `phase_edges`; levels: nodes with all the edges into
+    them, so that one pass in order settles all times.
     """
 
     schedule: Schedule
@@ -77,7 +77,7 @@ class _CompiledSchedule:
     phase_edges: NDArray[np.int64]
     edges: NDArray[np.int64]
     nodes: int
-    levels: list[NDArray[np.int64]]
+    levels: list[_Level]
 
     @classmethod
     def of(cls, schedule: Schedule, cluster: Cluster) -> _CompiledSchedule:
@@ -114,11 +114,11 @@ class _CompiledSchedule:
         """Return the prediction under one workload."""
         phase_ns = np.zeros(self.cells[0] * self.cells[1], dtype=np.int64)
         np.add.at(phase_ns, self.cell_of, table.times_ns(self.tasks)[self.task_of])
-        source, target, weight = self.edges[:, 0], self.edges[:, 1], self.edges[:, 2].copy()
+        weight = self.edges[:, 2].copy()
         weight[self.phase_edges] = phase_ns[self.phase_cells]
         time = np.zeros(self.nodes, dtype=np.int64)
         for level in self.levels:
-            np.maximum.at(time, target[level], time[source[level]] + weight[level])
+            time[level.nodes] = np.maximum.reduceat(time[level.sources] + weight[level.edges], level.starts)
         phase_us = phase_ns.reshape(self.cells) / NS_PER_US
         return Evaluation(
             makespan_us=int(time.max(initial=0)) / NS_PER_US,
@@ -128,25 +128,32 @@ class _CompiledSchedule:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Level:
+    """Nodes whose predecessors are all in earlier levels. edges: those into `nodes`, from `starts` on one node's."""
+
+    nodes: NDArray[np.int64]
+    edges: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
 def _key(task: Task) -> TaskKey:
     return task.query.sequence_part, -1 if task.key is None else task.key.sequence_part, *task.heads
 
 
-def _levels(nodes: int, edges: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return edge numbers grouped by the level of their source; ScheduleError when the edges close a circle."""
-    order = np.argsort(edges[:, 0], kind="stable")
-    offset = np.concatenate([[0], np.cumsum(np.bincount(edges[:, 0], minlength=nodes))])
-    missing = np.bincount(edges[:, 1], minlength=nodes)
-    settled, ready, levels = 0, np.flatnonzero(missing == 0), []
-    while ready.size:
-        settled += ready.size
-        counts = offset[ready + 1] - offset[ready]
-        places = np.arange(counts.sum()) + np.repeat(offset[ready] - np.cumsum(counts) + counts, counts)
-        levels.append(order[places])
-        reached = edges[order[places], 1]
-        np.subtract.at(missing, reached, 1)
-        touched = np.unique(reached)
-        ready = touched[missing[touched] == 0]
-    if settled != nodes:
-        raise ScheduleError(f"the schedule cannot finish: {nodes - settled} of its {nodes} events wait in a circle")
+def _levels(nodes: int, edges: NDArray[np.int64]) -> list[_Level]:
+    """Return all nodes that have predecessors, by the longest chain to them; those without begin at 0.
+
+    A node's weights do not matter here, so chains are counted with every edge as 1.
+    """
+    source, target = edges[:, 0], edges[:, 1]
+    depth = longest_paths(nodes, source, target, np.ones(len(edges), dtype=np.int64))
+    order = np.lexsort((target, depth[target]))
+    cuts = np.searchsorted(depth[target[order]], np.arange(1, depth.max(initial=0) + 2))
+    levels = []
+    for first, last in pairwise(cuts):
+        into = order[first:last]
+        reached, starts = np.unique(target[into], return_index=True)
+        levels.append(_Level(nodes=reached, edges=into, sources=source[into], starts=starts))
     return levels

@@ -19,11 +19,12 @@ from ..traces.pattern import num_blocks
 from .cluster import validation_error
 from .layouts import SIMULATED_ONLY, AttentionShape, build
 from .placement import Placement
-from .schedule import Direction, Schedule
+from .schedule import DIRECTIONS, Direction, Schedule
 
 PLAN_SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
 UNDIGESTED = ("digest", "predictions", "provenance")
+RECORD = "record_sha256"  # in the file only: SHA-256 of predictions and provenance
 
 DType = Literal["bfloat16", "float16", "float32", "float64"]
 ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -138,8 +139,9 @@ class Plan(_Strict):
         return schedule
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON, atomically."""
-        write_json(path, self.model_dump(mode="json"))
+        """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""
+        document = self.model_dump(mode="json")
+        write_json(path, document | {RECORD: _record_sha256(document)})
 
     def require(self, *, world_size: int | None = None, model: ModelShape | None = None,
                 seq_len_tokens: int | None = None, dtype: str | None = None) -> None:  # fmt: skip
@@ -212,20 +214,29 @@ def load_plan(path: Path) -> Plan:
         raise InputError(
             f"is {version}; this version reads up to {PLAN_SCHEMA_VERSION}", source=path, field="schema_version"
         )
+    record = document.pop(RECORD, None) if isinstance(document, dict) else None
     try:
         plan = Plan.model_validate(document)
     except ValidationError as error:
         raise validation_error(error, path) from error
     if plan.digest != plan.compute_digest():
         raise InputError(f"does not match the content (computed {plan.compute_digest()})", source=path, field="digest")
+    if record != (computed := _record_sha256(plan.model_dump(mode="json"))):
+        raise InputError(f"does not match predictions and provenance (computed {computed})", source=path, field=RECORD)
     _check_contents(plan, path)
     return plan
+
+
+def _record_sha256(document: dict[str, Any]) -> str:
+    return sha256_of_bytes(canonical_json({name: document[name] for name in ("predictions", "provenance")}))
 
 
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
         placement = plan.make_placement()
-        plan.attention_shape()
+        for direction in DIRECTIONS:
+            spec = plan.forward if direction == "forward" else plan.backward
+            build(spec.layout, spec.parameters, shape=plan.attention_shape(), direction=direction)
         blocks = num_blocks(plan.seq_len_tokens, plan.block_size)
         if plan.columns_capacity > blocks * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")

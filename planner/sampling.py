@@ -82,9 +82,11 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
 
 
 def evenly_spread(items: Sequence, count: int) -> list:
-    """Return `count` items in order, first and last among them; all when there are no more."""
+    """Return `count` items in order, first and last among them, or the middle one; all when there are no more."""
     if len(items) <= count:
         return list(items)
+    if count == 1:
+        return [items[len(items) // 2]]
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
 
 

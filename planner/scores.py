@@ -58,8 +58,17 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Rater:
+    """An evaluator with the name that it goes by, and the numbers of the samples that it is shown."""
+
+    name: str
+    evaluator: Evaluator
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
-    """One direction of one candidate. evaluations: one per sampled layer; why_not: why it cannot be executed."""
+    """One direction of one candidate. evaluations: one per layer shown to the rater; why_not: not to be executed."""
 
     evaluations: tuple[Evaluation, ...]
     memory: LayerMemory
@@ -86,7 +95,7 @@ class Step:
     backward_layout: LayoutChoice
     forward: Score
     backward: Score
-    evaluator: str
+    rater: Rater
 
     @property
     def why_not(self) -> str | None:
@@ -187,18 +196,16 @@ class ScoreBoard:
             return False
         return True
 
-    def score(
-        self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction, name: str, evaluator: Evaluator
-    ) -> Score:
-        """Return the score of one direction under the evaluator of that name."""
-        key = (name, choice, layout, direction)
+    def score(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction, rater: Rater) -> Score:
+        """Return the score of one direction."""
+        key = (rater.name, choice, layout, direction)
         if key not in self._scores:
             schedule, problem = self.schedule(choice, layout, direction), self.problem
             memory = layer_memory(schedule, problem.shape(self.placement(choice)))
             self._scores[key] = Score(
                 evaluations=tuple(
-                    evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)
-                    for sample in range(len(problem.samples))
+                    rater.evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)
+                    for sample in rater.samples
                 ),
                 memory=memory,
                 why_not=why_not_executable(choice, layout, backend=problem.backend, block_size=problem.block_size),
@@ -206,21 +213,19 @@ class ScoreBoard:
             )
         return self._scores[key]
 
-    def step(
-        self, choice: PlacementChoice, forward: LayoutChoice, backward: LayoutChoice, name: str, evaluator: Evaluator
-    ) -> Step:
-        """Return forward and backward of a candidate under the evaluator of that name."""
+    def step(self, choice: PlacementChoice, forward: LayoutChoice, backward: LayoutChoice, rater: Rater) -> Step:
+        """Return forward and backward of a candidate."""
         return Step(
             placement=choice,
             forward_layout=forward,
             backward_layout=backward,
-            forward=self.score(choice, forward, "forward", name, evaluator),
-            backward=self.score(choice, backward, "backward", name, evaluator),
-            evaluator=name,
+            forward=self.score(choice, forward, "forward", rater),
+            backward=self.score(choice, backward, "backward", rater),
+            rater=rater,
         )
 
-    def bound_us(self) -> float:
-        """Return the lower bound of a step: the least over the placements looked at, mean over layers."""
+    def bound_us(self, samples: tuple[int, ...]) -> float:
+        """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""
         problem = self.problem
         bounds = [
             [
@@ -232,6 +237,6 @@ class ScoreBoard:
                 )
                 for choice, placement in self._placements.items()
             ]
-            for sample in range(len(problem.samples))
+            for sample in samples
         ]
         return float(np.mean([min(values) for values in bounds]))

@@ -10,12 +10,14 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, sha256_of_bytes
 from ..traces.manifest import library_versions
 from ..traces.store import Trace
+from .check import check
 from .cluster import Cluster
 from .compiled import CompiledRecurrence
 from .cost import CostModel, DatasheetCost
 from .evaluation import Evaluator
 from .plan import DType, KernelSpec, ModelShape, Plan, make_plan
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
+from .schedule import DIRECTIONS
 from .scores import Problem, ScoreBoard, Step
 from .selection import select
 from .verdict import predictions
@@ -90,7 +92,8 @@ def cluster_sha256(cluster: Cluster) -> str:
 
 
 def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
-    return make_plan(
+    """Return the plan of the pick, its schedules proved."""
+    plan = make_plan(
         model=problem.model,
         seq_len_tokens=problem.seq_len_tokens,
         block_size=problem.block_size,
@@ -102,6 +105,9 @@ def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
         kernels=KernelSpec.model_validate({"backend": problem.backend}),
         **parts,
     )
+    for direction in DIRECTIONS:
+        check(plan.schedule(direction))
+    return plan
 
 
 def _memory_limit_bytes(cluster: Cluster, limit_bytes: int | None, fraction: float) -> int:

@@ -22,11 +22,12 @@ from .candidates import (
 )
 from .evaluation import Evaluator
 from .layouts import SIMULATED_ONLY
-from .sampling import Progress, no_progress
-from .scores import Problem, ScoreBoard, Step
+from .sampling import Progress, evenly_spread, no_progress
+from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
+SIMULATED_RANKS = 64  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
 
@@ -109,18 +110,27 @@ def select(
         Pair(placement=one.placement, layout=one.layout): one
         for one in baselines(cluster=problem.cluster, block_size=problem.block_size)
     }
-    steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], QUICK, quick, "estimating", progress)
+    rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
+    steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], rater, "estimating", progress)
     options = _eligible_options(pairs, steps)
     if not any(one.complete for one in options.values()):
         raise _none_eligible(problem, [steps[pair] for pair in pairs])
-    name, evaluator = QUICK, quick
     if final is not None:
-        name, evaluator = final_name, final
-        steps |= _rate(board, list(plain), name, final, "simulating plain layouts", progress)
+        rater = Rater(name=final_name, evaluator=final, samples=_simulated_samples(problem))
+        steps |= _rate(board, list(plain), rater, "simulating plain layouts", progress)
         options = _finalists(options, steps, [pair for pair in plain if pair in pairs])
-    pick = _pick(board, options, name, evaluator, progress)
+    pick = _pick(board, options, rater, progress)
+    for choice, one in options.items():  # scores of both directions are there already
+        both = [layout for layout in one.forward if layout in one.backward]
+        steps |= {Pair(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both}
     table = tuple(Rated(step=step, baseline=plain.get(pair)) for pair, step in steps.items())
-    return Selection(pick=pick, table=table, bound_us=board.bound_us(), notes=tuple(notes))
+    return Selection(pick=pick, table=table, bound_us=board.bound_us(rater.samples), notes=tuple(notes))
+
+
+def _simulated_samples(problem: Problem) -> tuple[int, ...]:
+    """Return fewer of the sampled layers on larger clusters: a simulation takes long there."""
+    count = max(1, SIMULATED_RANKS // problem.cluster.world_size)
+    return tuple(evenly_spread(range(len(problem.samples)), count))
 
 
 def _pairs(
@@ -149,12 +159,10 @@ def _pairs(
     return sorted(pairs, key=lambda pair: order[pair.placement]), notes
 
 
-def _rate(
-    board: ScoreBoard, pairs: Sequence[Pair], name: str, evaluator: Evaluator, stage: str, progress: Progress
-) -> dict[Pair, Step]:
+def _rate(board: ScoreBoard, pairs: Sequence[Pair], rater: Rater, stage: str, progress: Progress) -> dict[Pair, Step]:
     steps = {}
     for number, pair in enumerate(pairs):
-        steps[pair] = board.step(pair.placement, pair.layout, pair.layout, name, evaluator)
+        steps[pair] = board.step(pair.placement, pair.layout, pair.layout, rater)
         progress(stage, number + 1, len(pairs))
     return steps
 
@@ -188,9 +196,7 @@ def _finalists(
     return found
 
 
-def _pick(
-    board: ScoreBoard, options: dict[PlacementChoice, Options], name: str, evaluator: Evaluator, progress: Progress
-) -> Step:
+def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress) -> Step:
     """Return the quickest mixture; the directions' layouts may differ, the placement is shared.
 
     Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
@@ -200,7 +206,7 @@ def _pick(
     steps = []
     for number, (choice, one) in enumerate(complete.items()):
         mixtures = sorted(product(one.forward, one.backward), key=lambda both: both[0] != both[1])
-        steps += [board.step(choice, forward, backward, name, evaluator) for forward, backward in mixtures]
+        steps += [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
         progress("choosing", number + 1, len(complete))
     return min(steps, key=lambda step: step.step_time_us)
 

@@ -13,9 +13,10 @@ WORTH_IT = 0.01  # a smaller gain is within what predictions can tell apart
 def predictions(problem: Problem, selection: Selection, *, restricted: bool) -> dict[str, Any]:
     """Return the `predictions` of a plan file: of the pick, of its distance to the bound, of all candidates."""
     pick, best = selection.pick, selection.best_baseline
+    rated_samples = [problem.samples[number] for number in pick.rater.samples]
     return {
         "verdict": verdict(selection, restricted=restricted),
-        "evaluator": pick.evaluator,
+        "evaluator": pick.rater.name,
         "unvalidated": problem.cluster.origin == "datasheet",
         **step_figures(pick),
         "exposed_us": round(pick.exposed_us, 3),
@@ -27,7 +28,7 @@ def predictions(problem: Problem, selection: Selection, *, restricted: bool) -> 
         "gap": round(pick.step_time_us / selection.bound_us - 1.0, 6) if selection.bound_us else 0.0,
         "best_baseline": str(best.baseline) if best else None,
         "best_baseline_us": round(best.step.step_time_us, 3) if best else None,
-        "sampled_layers": [[sample.training_step, sample.layer] for sample in problem.samples],
+        "sampled_layers": [[sample.training_step, sample.layer] for sample in rated_samples],
         "candidates": [candidate_row(rated) for rated in selection.table],
         "notes": _notes(problem, selection),
     }
@@ -57,7 +58,7 @@ def candidate_row(rated: Rated) -> dict[str, Any]:
         "why_not": step.why_not,
         "fits_memory": step.fits_memory,
         "memory_bytes": step.memory_bytes,
-        "evaluator": step.evaluator,
+        "evaluator": step.rater.name,
         **step_figures(step),
     }
 
@@ -103,7 +104,7 @@ def _best_all_gather(selection: Selection) -> Rated | None:
 def _notes(problem: Problem, selection: Selection) -> list[str]:
     """Return what a reader should know of how the numbers came about."""
     summary = problem.summary
-    notes = [f"times are means over {len(problem.samples)} sampled of {summary.recorded_layers} recorded layers"]
+    notes = [f"times are means over {len(selection.pick.rater.samples)} of {summary.recorded_layers} recorded layers"]
     if summary.loaded_layers < summary.recorded_layers:
         notes.append(f"balanced placements weigh {summary.loaded_layers} of them, evenly spread")
     if problem.cluster.origin == "datasheet":

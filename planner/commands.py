@@ -1,0 +1,259 @@
+"""The verbs `plan` and `check`. Prints tables for people and, with --json, one document for machines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..traces.errors import InputError, ScheduleError
+from ..traces.store import Trace
+from .candidates import PLACEMENTS
+from .check import CheckReport
+from .check import check as prove
+from .cluster import load_cluster, preset_names
+from .layouts import LAYOUTS
+from .plan import DType, KernelSpec, Plan, load_plan
+from .sampling import Progress as Report
+from .schedule import DIRECTIONS, Direction, Schedule
+from .search import DEFAULT_MEMORY_FRACTION, plan_trace
+
+SHOWN_CANDIDATES = 12
+BACKENDS = get_args(KernelSpec.model_fields["backend"].annotation)
+EVALUATORS = ("simulator", "recurrence")
+PROVED = (
+    "every (query shard, key shard, head) computed exactly once",
+    "every dK/dV and output contribution home exactly once",
+    "nothing used before it arrives or overwritten while in use",
+    "no buffer beyond those stated",
+    "no deadlock: launches, waits and buffer releases close no circle",
+)
+
+
+def plan(
+    context: typer.Context,
+    trace: Annotated[Path, typer.Option(help="Folder of a trace.")],
+    cluster: Annotated[str, typer.Option(help=f"YAML file or preset: {', '.join(preset_names())}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    dtype: Annotated[str, typer.Option(help=f"Of q, k, v: {', '.join(get_args(DType))}.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.")] = "triton",
+    memory_limit_bytes: Annotated[
+        int | None, typer.Option(help="For one layer's attention on one GPU; overrides the fraction.")
+    ] = None,
+    memory_fraction: Annotated[
+        float, typer.Option(help="The same, as a share of the GPU's memory.")
+    ] = DEFAULT_MEMORY_FRACTION,
+    steps: Annotated[str | None, typer.Option(help="Training steps to evaluate, as 0,10; default: the last.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to evaluate, as 0,17; default: four, spread.")] = None,
+    evaluator: Annotated[str, typer.Option(help="Has the last word: simulator or recurrence.")] = "simulator",
+    layout: Annotated[
+        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(LAYOUTS)}.")
+    ] = None,
+    placement: Annotated[
+        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(PLACEMENTS)}.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="trace: replay its patterns; choose: choose anew as it did.")] = "trace",
+    seed: Annotated[int, typer.Option(help="Recorded in the plan's provenance.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Find the best placement and layout for a trace and a cluster, and write the plan."""
+    for field, value, known in (
+        ("--dtype", dtype, get_args(DType)),
+        ("--backend", backend, BACKENDS),
+        ("--evaluator", evaluator, EVALUATORS),
+    ):
+        _one_of(field, value, known)
+    with _progress() as report:
+        made = plan_trace(
+            Trace.open(trace),
+            load_cluster(cluster),
+            evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]  # checked above
+            backend=backend,
+            memory_limit_bytes=memory_limit_bytes,
+            memory_fraction=memory_fraction,
+            steps=_numbers("--steps", steps),
+            layers=_numbers("--layers", layers),
+            layouts=layout,
+            placements=placement,
+            pattern=pattern,
+            seed=seed,
+            command=shlex.join(["sparsering", *sys.argv[1:]]),
+            progress=report,
+        )
+    made.save(output)
+    if as_json:
+        typer.echo(json.dumps({"plan": str(output), **_summary(made), "predictions": made.predictions}))
+    else:
+        _show_plan(made, output)
+
+
+def check(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Prove that a plan computes everything once, in time, within its buffers, and cannot deadlock."""
+    made = load_plan(plan)
+    reports = {}
+    with _progress() as report:
+        for number, direction in enumerate(DIRECTIONS):
+            reports[direction] = _proved(plan, made, direction)
+            report("proving", number + 1, len(DIRECTIONS))
+    if as_json:
+        figures = {direction: _figures(made.schedule(direction), one) for direction, one in reports.items()}
+        typer.echo(json.dumps({"plan": str(plan), **_summary(made), "proved": list(PROVED), "figures": figures}))
+    else:
+        _show_proof(made, reports)
+
+
+def _proved(path: Path, made: Plan, direction: Direction) -> CheckReport:
+    try:
+        return prove(made.schedule(direction))
+    except ScheduleError as error:
+        raise InputError(str(error), source=path, field=direction) from error
+    except InputError as error:
+        raise InputError(str(error), source=path) from error
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{value!r} is not one of {', '.join(known)}", field=field)
+
+
+def _numbers(field: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a list of whole numbers such as 0,10", field=field) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Show one bar per stage on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        stages: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done)
+
+        yield report
+
+
+def _summary(made: Plan) -> dict[str, Any]:
+    """Return what identifies a plan and what it does, in a few JSON values."""
+    return {
+        "digest": made.digest,
+        "world_size": made.world_size,
+        "seq_len_tokens": made.seq_len_tokens,
+        "placement": {
+            "name": made.placement.name,
+            "granularity_tokens": made.placement.granularity_tokens,
+        },
+        "forward": {"layout": made.forward.layout, "parameters": made.forward.parameters},
+        "backward": {"layout": made.backward.layout, "parameters": made.backward.parameters},
+        "backend": made.kernels.backend,
+    }
+
+
+def _figures(schedule: Schedule, report: CheckReport) -> dict[str, Any]:
+    return {
+        "schedule_sha256": schedule.sha256(),
+        "tasks": report.tasks,
+        "transfers": report.transfers,
+        "phases": report.phases,
+        "peak_bytes": report.peak_bytes,
+        "buffer_bytes": schedule.buffer_bytes,
+        "sent_bytes": {name: max(values) for name, values in report.sent_bytes.items()},
+    }
+
+
+def _show_plan(made: Plan, output: Path) -> None:
+    console, told = Console(), made.predictions
+    console.print(_candidates_table(told))
+    console.print(f"[bold]{escape(told['verdict'])}[/bold]")
+    mark = ", unvalidated" if told["unvalidated"] else ""
+    console.print(
+        f"picked: {_in_words(made)}\n"
+        f"step {told['step_time_us']:,.0f} µs (forward {told['forward_us']:,.0f}, backward {told['backward_us']:,.0f}; "
+        f"{told['evaluator']}{mark}), {told['gap']:.1%} above the lower bound of {told['bound_us']:,.0f} µs\n"
+        f"worker imbalance {told['worker_imbalance']:.3f}, step imbalance {told['step_imbalance']:.3f}, "
+        f"exposed {told['exposed_fraction']:.1%}\n"
+        f"memory of one layer {told['memory_bytes'] / 1e6:,.0f} MB, {told['peak_buffer_bytes'] / 1e6:,.0f} MB of it "
+        f"buffers; limit {told['memory_limit_bytes'] / 1e6:,.0f} MB",
+        highlight=False,
+        markup=False,
+    )
+    for note in told["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"wrote {output} (digest {made.digest[:12]})", highlight=False, markup=False)
+
+
+def _candidates_table(told: Mapping[str, Any]) -> Table:
+    rows = sorted(told["candidates"], key=lambda row: (row["evaluator"] != told["evaluator"], row["step_time_us"]))
+    shown = [row for number, row in enumerate(rows) if number < SHOWN_CANDIDATES or row["baseline"]]
+    table = Table(title=f"{len(shown)} of {len(rows)} candidates, one layout in both directions", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("placement", "layout"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step µs", "worker", "phases"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in shown:
+        table.add_row(
+            f"{row['placement']} {row['granularity_tokens']}",
+            _layout_in_words(row["layout"], row["parameters"]),
+            f"{row['step_time_us']:,.0f}",
+            f"{row['worker_imbalance']:.3f}",
+            f"{row['step_imbalance']:.3f}",
+            _remark(row, told["evaluator"]),
+        )
+    table.caption = "worker: worker imbalance; phases: step imbalance; estimate: by the recurrence"
+    return table
+
+
+def _remark(row: Mapping[str, Any], evaluator: str) -> str:
+    remarks = ["plain" if row["baseline"] else "", row["why_not"], "" if row["fits_memory"] else "too large"]
+    return ", ".join(filter(None, [*remarks, "" if row["evaluator"] == evaluator else "estimate"]))
+
+
+def _layout_in_words(layout: str, parameters: Mapping[str, int]) -> str:
+    return " ".join([layout, *(f"{name}={value}" for name, value in parameters.items())])
+
+
+def _in_words(made: Plan) -> str:
+    words = [_layout_in_words(spec.layout, spec.parameters) for spec in (made.forward, made.backward)]
+    placed = f"{made.placement.name} in units of {made.placement.granularity_tokens} tokens on {made.world_size} ranks"
+    return f"{placed}, forward {words[0]}, backward {words[1]}"
+
+
+def _show_proof(made: Plan, reports: Mapping[Direction, CheckReport]) -> None:
+    console = Console()
+    table = Table(title=f"plan {made.digest[:12]}", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("direction", "tasks", "transfers", "phases", "peak MB", "buffers MB", "sent MB"):
+        table.add_column(name, justify="left" if name == "direction" else "right")
+    table.caption = "sent: the most that one rank sends"
+    for direction, report in reports.items():
+        sent = max(map(sum, zip(*report.sent_bytes.values(), strict=True)), default=0)
+        sizes = (report.peak_bytes, made.schedule(direction).buffer_bytes, sent)
+        counts = (report.tasks, report.transfers, report.phases)
+        table.add_row(direction, *map(str, counts), *(f"{size / 1e6:,.1f}" for size in sizes))
+    console.print(f"{_in_words(made)}", highlight=False, markup=False)
+    console.print(table)
+    for line in PROVED:
+        console.print(f"proved: {line}", highlight=False, markup=False)
