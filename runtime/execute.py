@@ -18,7 +18,7 @@ from ..traces.timeline import COMPUTE_STREAM, Span, Timeline
 from .attention import Chooser, PlannedAttention
 from .measure import Recorder, collect_timeline
 from .mesh import Mesh
-from .patterns import chooser_of, mask_of
+from .patterns import PlannedChoice, mask_of
 from .verify import Verdict, verify
 
 Progress = Callable[[str], None]
@@ -94,7 +94,7 @@ def _mask(planned: PlannedAttention, pattern: LayerPattern | None) -> Any:
     if pattern is not None:
         capacity = planned.plan.columns_capacity
         return mask_of(pattern, columns_capacity=capacity, device=planned.mesh.device)
-    return chooser_of(planned.plan, planned.mesh, planned.positions[planned.mesh.rank])
+    return PlannedChoice(planned.plan, planned.mesh, planned.positions[planned.mesh.rank]).of_layer(0)
 
 
 def _chosen(mask: Any, own: dict[str, Tensor]) -> Any:

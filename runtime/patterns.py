@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..kernels.choose import ALONE, Collectives, ShardTensors
+from ..kernels.choose import Collectives, ShardTensors
 from ..kernels.mask import AttentionMask
 from ..planner.plan import Plan
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern, VerticalSlash
 from .comm import reducers
 from .mesh import Mesh
-from .selectors import complete_settings, select
+from .selectors import make_selector
 
 
 def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.device) -> AttentionMask:
@@ -69,34 +69,34 @@ def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
     return replace(mask, columns=empty if mask.columns is None else torch.cat([mask.columns, empty], dim=1))
 
 
-def _collectives(mesh: Mesh) -> Collectives:
-    total, largest = reducers(mesh)
-    return Collectives(all_reduce_sum=total, all_reduce_max=largest)
+class PlannedChoice:
+    """Chooses every layer's mask with the plan's selector, distributed over the ranks of a mesh.
 
-
-def chooser_of(
-    plan: Plan, mesh: Mesh, positions: torch.Tensor
-) -> Callable[[torch.Tensor, torch.Tensor], AttentionMask]:
-    """Return a function of this rank's (q, k) that chooses the layer's mask with the plan's selector. Collective.
-
-    positions: int64 [S] of this rank's tokens. Raises InputError when the plan replays a trace.
+    positions: int64 [S] of this rank's tokens. Making it is collective. Raises InputError when the plan replays a trace.
     """
-    spec = plan.pattern
-    if spec.source != "choose" or spec.selector is None:
-        raise InputError("the plan replays a trace: give the trace", field="pattern.source")
-    selector, settings = spec.selector, complete_settings(spec.selector, spec.settings)
-    collectives = _collectives(mesh) if mesh.world_size > 1 else ALONE
 
-    def choose(q: torch.Tensor, k: torch.Tensor) -> AttentionMask:
-        shard = ShardTensors(
-            q=q.detach(),
-            k=k.detach(),
-            positions=positions,
-            seq_len_tokens=plan.seq_len_tokens,
-            block_size=plan.block_size,
-            granularity_tokens=plan.placement.granularity_tokens,
-        )
-        mask = select(selector, settings, shard, scale=q.shape[-1] ** -0.5, collectives=collectives)
-        return with_capacity(mask, plan.columns_capacity)
+    def __init__(self, plan: Plan, mesh: Mesh, positions: torch.Tensor) -> None:
+        if plan.pattern.source != "choose" or plan.pattern.selector is None:
+            raise InputError("the plan replays a trace: give the trace", field="pattern.source")
+        self._plan, self._positions = plan, positions
+        self._selector = make_selector(plan.pattern.selector, plan.pattern.settings)
+        total, largest = reducers(mesh)
+        self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
 
-    return choose
+    def of_layer(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor], AttentionMask]:
+        """Return a function of this rank's (q, k) that chooses that layer's mask. Collective when called."""
+
+        def choose(q: torch.Tensor, k: torch.Tensor) -> AttentionMask:
+            shard = ShardTensors(
+                q=q.detach(),
+                k=k.detach(),
+                positions=self._positions,
+                seq_len_tokens=self._plan.seq_len_tokens,
+                block_size=self._plan.block_size,
+                granularity_tokens=self._plan.placement.granularity_tokens,
+            )
+            scale = q.shape[-1] ** -0.5
+            mask = self._selector.choose(shard, layer=layer, scale=scale, collectives=self._collectives)
+            return with_capacity(mask, self._plan.columns_capacity)
+
+        return choose
