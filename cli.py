@@ -1,8 +1,8 @@
 """The command line: it only registers verbs. What a verb does lives in its house.
 
 Adding a verb is a row in `VERBS` and a typer-annotated function in the house's `commands.py` or `<verb>_command.py`.
-A verb's module is imported when the verb is used, so `sparsering --help` is quick, and `plan` or `simulate` work where torch
-is not installed.
+A verb's module is imported when the verb is used, so `sparsering --help` is quick, and `plan` or `simulate` work
+where torch is not installed.
 
 Houses do not import each other against the direction of docs/architecture.md. What a verb needs from a house that
 its own may not see is *injected* here: a row in `SERVICES` names it, and a verb that wants it takes the context:

@@ -72,7 +72,8 @@ def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
 class PlannedChoice:
     """Chooses every layer's mask with the plan's selector, distributed over the ranks of a mesh.
 
-    positions: int64 [S] of this rank's tokens. Making it is collective. Raises InputError when the plan replays a trace.
+    positions: int64 [S] of this rank's tokens. Making it is collective.
+    Raises InputError when the plan replays a trace.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, positions: torch.Tensor) -> None:
