@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import add_tile, grad_kv_step, grad_q_step, load_lse, load_row_values
+from .backward import add_tile, grad_kv_step, grad_q_step
 from .forward import load_tile, softmax_step, store_partial
 
 NEVER = tl.constexpr(2147483647)
@@ -80,9 +80,9 @@ def column_forward_kernel(
 
 @triton.jit
 def column_grad_q_kernel(
-    q, k, v, grad_out, lse, delta, grad_q, columns, reach, active, q_blocks, order, q_documents, column_documents,
-    scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h, lse_b, lse_h, delta_b, delta_h,
-    dq_b, dq_s, dq_h, heads, tiles, q_valid, capacity, seq_len, blocks,
+    q, k, v, grad_out, row_values, grad_q, columns, reach, active, q_blocks, order, q_documents, column_documents,
+    scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h,
+    dq_b, dq_s, dq_h, heads, tiles, padded, q_valid, capacity, seq_len, blocks,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TOEPLITZ: tl.constexpr,
     DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -101,8 +101,8 @@ def column_grad_q_kernel(
     q_position = block * BLOCK + part * M + tl.arange(0, M)
     q_tile = load_tile(q, batch, head, first, q_valid, q_b, q_h, q_s, M, D, TMA, True)
     do_tile = load_tile(grad_out, batch, head, first, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-    row_lse = load_lse(lse, batch, head, rows, q_valid, lse_b, lse_h)
-    row_delta = load_row_values(delta, batch, head, rows, q_valid, delta_b, delta_h, 0.0)
+    lines = row_values + (batch * heads + head).to(tl.int64) * 2 * padded + rows
+    row_lse, row_delta = tl.load(lines), tl.load(lines + padded)
     if DOCUMENTS:
         q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
 
@@ -116,20 +116,31 @@ def column_grad_q_kernel(
         if DOCUMENTS:
             document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
             allowed = allowed & (q_document[:, None] == document[None, :])
-        acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale_log2, True, ACC,
+        acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True, ACC,
                           PRECISION)
-    add_tile(grad_q, acc * scale, batch, head, rows, q_valid, dq_b, dq_s, dq_h, D)
+    add_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA)
+
+
+@triton.jit
+def store_part(target, values, part, first, capacity, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """target[part, first + 0 .. ROWS, :] = values of a contiguous [parts, C, D]; rows from C on are left out."""
+    if TMA:
+        target.store([part, first, 0], values.reshape([1, ROWS, D]))
+    else:
+        rows = first + tl.arange(0, ROWS)
+        pointers = target + part.to(tl.int64) * capacity * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(pointers, values, mask=(rows < capacity)[:, None])
 
 
 @triton.jit
 def column_grad_kv_kernel(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, columns, first_tile, active, q_blocks, q_documents,
-    column_documents, scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h, lse_b, lse_h,
-    delta_b, delta_h, chunk_stride, heads, tiles, q_valid, capacity, seq_len, blocks, column_tiles, chunk_tiles,
+    q, k, v, grad_out, row_values, grad_k, grad_v, columns, first_tile, active, q_blocks, q_documents,
+    column_documents, scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h,
+    heads, tiles, padded, q_valid, capacity, seq_len, blocks, column_tiles, chunk_tiles,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TOEPLITZ: tl.constexpr,
     DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (column tiles, B * H, chunks): writes grad_k, grad_v [chunks, B, H, C, D] (contiguous), unshared."""
+    """Grid (column tiles, B * H, chunks): writes grad_k, grad_v [chunks * B * H, C, D], unshared."""
     column_tile = tl.program_id(0)
     head = tl.program_id(1) % heads
     batch = tl.program_id(1) // heads
@@ -142,6 +153,7 @@ def column_grad_kv_kernel(
     if DOCUMENTS:
         document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
     queries = tl.arange(0, M)
+    line = (batch * heads + head) * 2
     low = tl.maximum(chunk * chunk_tiles, tl.load(first_tile + head * column_tiles + column_tile))
     high = tl.minimum((chunk + 1) * chunk_tiles, tiles)
 
@@ -154,16 +166,12 @@ def column_grad_kv_kernel(
         q_position = block * BLOCK + (step % (BLOCK // M)) * M + queries
         q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
         do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-        row_lse = load_lse(lse, batch, head, query + queries, q_valid, lse_b, lse_h)
-        row_delta = load_row_values(delta, batch, head, query + queries, q_valid, delta_b, delta_h, 0.0)
         allowed = positions[:, None] <= q_position[None, :]
         if DOCUMENTS:
             q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
             allowed = allowed & (q_document[None, :] == document[:, None])
-        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, allowed,
-                                    scale_log2, True, ACC, PRECISION)
-    at = chunk.to(tl.int64) * chunk_stride + ((batch * heads + head).to(tl.int64) * capacity) * D
-    offsets = at + slots[:, None] * D + tl.arange(0, D)[None, :]
-    mask = (slots < capacity)[:, None]
-    tl.store(grad_k + offsets, (k_acc * scale).to(grad_k.dtype.element_ty), mask=mask)
-    tl.store(grad_v + offsets, v_acc.to(grad_v.dtype.element_ty), mask=mask)
+        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
+                                    padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+    part = (chunk * (tl.num_programs(1) // heads) + batch) * heads + head
+    store_part(grad_k, k_acc, part, start, capacity, N, D, TMA)
+    store_part(grad_v, v_acc, part, start, capacity, N, D, TMA)

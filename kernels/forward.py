@@ -20,13 +20,16 @@ def load_tile(source, batch, head, first, limit, stride_b, stride_h, stride_s, R
               TMA: tl.constexpr, MASKED: tl.constexpr):
     """Rows first .. first + ROWS of one head, [ROWS, D]; rows from `limit` on are zero (TMA: the descriptor's own end)."""
     if TMA:
-        return source.load([batch, head, first, 0]).reshape([ROWS, D])
-    pointers = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
-    rows = tl.arange(0, ROWS)
-    pointers = pointers + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=(first + rows < limit)[:, None], other=0.0)
-    return tl.load(pointers)
+        tile = source.load([batch, head, first, 0]).reshape([ROWS, D])
+    else:
+        start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        rows = tl.arange(0, ROWS)
+        pointers = source + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        if MASKED:
+            tile = tl.load(pointers, mask=(first + rows < limit)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit

@@ -5,6 +5,8 @@ On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .backward import grad_kv_kernel, grad_q_kernel
+from .backward import grad_kv_kernel, grad_q_kernel, prepare_kernel
 from .columns import column_forward_kernel, column_grad_kv_kernel, column_grad_q_kernel
 from .forward import LOG2_E, forward_kernel
 from .index import COLUMN_TILE, BlockTask, ColumnTask, block_task, column_task
@@ -26,6 +28,7 @@ HEAD_DIMS = (16, 32, 64, 128)
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
+PREPARE_ROWS = 1024
 
 
 def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockTask:
@@ -68,39 +71,41 @@ def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tenso
                    scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     """See api.block_backward. Bitwise repeatable: every accumulator element has one owner and one order."""
     _check_task(q, k, index)
-    _check_grads(grad_q, grad_k, grad_v)
     if not index.q_valid_tokens or not index.k_valid_tokens:
         return
     q, k, v, grad_out = (_inner_contiguous(x) for x in (q, k, v, grad_out.to(q.dtype)))
-    lse, delta = (_row_values(x) for x in (lse, delta))
-    _block_grad_q(grad_out, q, k, v, lse, delta, index, scale, grad_q)
-    _block_grad_kv(grad_out, q, k, v, lse, delta, index, scale, grad_k, grad_v)
+    row_values = _row_values(lse, delta, index, scale)
+    with _accumulators(grad_q, grad_k, grad_v) as (into_q, into_k, into_v):
+        _block_grad_q(grad_out, q, k, v, row_values, index, scale, into_q)
+        _block_grad_kv(grad_out, q, k, v, row_values, index, scale, into_k, into_v)
 
 
-def _block_grad_q(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockTask,
+def _block_grad_q(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: BlockTask,
                   scale: float, grad_q: Tensor) -> None:
     lists, launch = index.queries, _launch(tuning.GRAD_Q, q, index.mask)
     grid = (_programs(q, index.q_side.blocks, index.mask.block_size, launch.m),)
     grad_q_kernel[grid](
         _source(q, index.q_valid_tokens, launch.m, launch), *_kv_sources(k, v, index.k_valid_tokens, launch),
-        _source(grad_out, index.q_valid_tokens, launch.m, launch), lse, delta, grad_q, lists.rows, lists.entries,
-        lists.order, index.q_documents, index.k_documents, scale, scale * LOG2_E.value, *_strides(q, k, v, grad_out),
-        *lse.stride()[:2], *delta.stride()[:2], *_strides(grad_q), q.shape[2], len(index.q_side.blocks),
-        index.q_valid_tokens, index.k_valid_tokens, GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign,
-        DOCUMENTS=index.q_documents is not None, **_common(q, index.mask, launch))
+        _source(grad_out, index.q_valid_tokens, launch.m, launch), row_values,
+        _source(grad_q, index.q_valid_tokens, launch.m, launch), lists.rows, lists.entries, lists.order,
+        index.q_documents, index.k_documents, scale, scale * LOG2_E.value, *_strides(q, k, v, grad_out, grad_q),
+        q.shape[2], len(index.q_side.blocks), row_values.shape[-1], index.q_valid_tokens, index.k_valid_tokens,
+        GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign, DOCUMENTS=index.q_documents is not None,
+        **_common(q, index.mask, launch))
 
 
-def _block_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockTask,
+def _block_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: BlockTask,
                    scale: float, grad_k: Tensor, grad_v: Tensor) -> None:
     lists, launch = index.keys, _launch(tuning.GRAD_KV, q, index.mask)
     grid = (_programs(k, index.k_side.blocks, index.mask.block_size, launch.n),)
     grad_kv_kernel[grid](
         _source(q, index.q_valid_tokens, launch.m, launch), *_kv_sources(k, v, index.k_valid_tokens, launch),
-        _source(grad_out, index.q_valid_tokens, launch.m, launch), lse, delta, grad_k, grad_v, lists.rows,
-        lists.entries, lists.order, index.q_documents, index.k_documents, scale, scale * LOG2_E.value,
-        *_strides(q, k, v, grad_out), *lse.stride()[:2], *delta.stride()[:2], *_strides(grad_k, grad_v), k.shape[2],
-        len(index.k_side.blocks), index.q_valid_tokens, index.k_valid_tokens, GROUP=q.shape[2] // k.shape[2],
-        SIGN=lists.sign, DOCUMENTS=index.q_documents is not None, **_common(q, index.mask, launch))
+        _source(grad_out, index.q_valid_tokens, launch.m, launch), _line_source(row_values, launch),
+        *_kv_sources(grad_k, grad_v, index.k_valid_tokens, launch), lists.rows, lists.entries, lists.order,
+        index.q_documents, index.k_documents, scale, scale * LOG2_E.value,
+        *_strides(q, k, v, grad_out, grad_k, grad_v), k.shape[2], len(index.k_side.blocks), row_values.shape[-1],
+        index.q_valid_tokens, index.k_valid_tokens, GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign,
+        DOCUMENTS=index.q_documents is not None, **_common(q, index.mask, launch))
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float,
@@ -126,41 +131,50 @@ def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Ten
                     grad_column_v: Tensor) -> None:
     """See api.column_backward. Bitwise repeatable: partial sums of query chunks are added in a fixed order."""
     _check_columns(q, column_k, index)
-    _check_grads(grad_q, grad_column_k, grad_column_v)
     if not index.q_valid_tokens or not column_k.shape[2]:
         return
     q, k, v, grad_out = (_inner_contiguous(x) for x in (q, column_k, column_v, grad_out.to(q.dtype)))
-    lse, delta = (_row_values(x) for x in (lse, delta))
+    row_values = _row_values(lse, delta, index, scale)
+    with _accumulators(grad_q) as (into_q,):
+        _column_grad_q(grad_out, q, k, v, row_values, index, scale, into_q)
+    grad_k, grad_v = _column_grad_kv(grad_out, q, k, v, row_values, index, scale)
+    grad_column_k += grad_k
+    grad_column_v += grad_v
+
+
+def _column_grad_q(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: ColumnTask,
+                   scale: float, grad_q: Tensor) -> None:
     launch = _launch(tuning.COLUMN_GRAD_Q, q, index.mask)
     grid = (_programs(q, index.q_side.blocks, index.mask.block_size, launch.m),)
     column_grad_q_kernel[grid](
         _source(q, index.q_valid_tokens, launch.m, launch), _column_source(k, launch), _column_source(v, launch),
-        _source(grad_out, index.q_valid_tokens, launch.m, launch), lse, delta, grad_q, index.columns, index.reach,
-        *_column_tables(index), index.order, index.q_documents, index.column_documents, scale, scale * LOG2_E.value,
-        *_strides(q), *k.stride()[:3], *v.stride()[:3], *_strides(grad_out), *lse.stride()[:2], *delta.stride()[:2],
-        *_strides(grad_q), q.shape[2], len(index.q_side.blocks), *_column_sizes(index), **_column_flags(index),
-        **_common(q, index.mask, launch))
-    _column_grad_kv(grad_out, q, k, v, lse, delta, index, scale, grad_column_k, grad_column_v)
+        _source(grad_out, index.q_valid_tokens, launch.m, launch), row_values,
+        _source(grad_q, index.q_valid_tokens, launch.m, launch), index.columns, index.reach, *_column_tables(index),
+        index.order, index.q_documents, index.column_documents, scale, scale * LOG2_E.value, *_strides(q),
+        *k.stride()[:3], *v.stride()[:3], *_strides(grad_out, grad_q), q.shape[2], len(index.q_side.blocks),
+        row_values.shape[-1], *_column_sizes(index), **_column_flags(index), **_common(q, index.mask, launch))
 
 
-def _column_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: ColumnTask,
-                    scale: float, grad_k: Tensor, grad_v: Tensor) -> None:
+def _column_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: ColumnTask,
+                    scale: float) -> tuple[Tensor, Tensor]:
+    """(dK, dV) [B, H, C, D] of the columns: sums over chunks of query tiles, added in a fixed order."""
     launch = _launch(tuning.COLUMN_GRAD_KV, q, index.mask)
     assert COLUMN_TILE % launch.n == 0, f"column tile {COLUMN_TILE} is no multiple of {launch.n}"
     batch, heads, capacity, dim = k.shape
-    tiles, per_program = len(index.q_side.blocks), COLUMN_CHUNK_TILES
-    chunks, column_tiles = triton.cdiv(tiles, per_program), triton.cdiv(capacity, launch.n)
+    tiles = len(index.q_side.blocks)
+    chunks, column_tiles = triton.cdiv(tiles, COLUMN_CHUNK_TILES), triton.cdiv(capacity, launch.n)
     first_tile = index.first_tile.repeat_interleave(COLUMN_TILE // launch.n, 1)[:, :column_tiles].contiguous()
-    parts = torch.empty(2, chunks, batch, heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
+    parts = torch.empty(2, chunks * batch * heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
     column_grad_kv_kernel[(column_tiles, batch * heads, chunks)](
         _source(q, index.q_valid_tokens, launch.m, launch), _column_source(k, launch), _column_source(v, launch),
-        _source(grad_out, index.q_valid_tokens, launch.m, launch), lse, delta, parts[0], parts[1], index.columns,
-        first_tile, *_column_tables(index), index.q_documents, index.column_documents, scale, scale * LOG2_E.value,
-        *_strides(q), *k.stride()[:3], *v.stride()[:3], *_strides(grad_out), *lse.stride()[:2], *delta.stride()[:2],
-        parts.stride(1), heads, tiles, *_column_sizes(index), column_tiles, per_program, **_column_flags(index),
+        _source(grad_out, index.q_valid_tokens, launch.m, launch), _line_source(row_values, launch),
+        _part_source(parts[0], launch), _part_source(parts[1], launch), index.columns, first_tile,
+        *_column_tables(index), index.q_documents, index.column_documents, scale, scale * LOG2_E.value, *_strides(q),
+        *k.stride()[:3], *v.stride()[:3], *_strides(grad_out), heads, tiles, row_values.shape[-1],
+        *_column_sizes(index), column_tiles, COLUMN_CHUNK_TILES, **_column_flags(index),
         **_common(q, index.mask, launch))
-    grad_k += parts[0].sum(0)
-    grad_v += parts[1].sum(0)
+    grad_k, grad_v = parts.view(2, chunks, batch, heads, capacity, dim).sum(1)
+    return grad_k, grad_v
 
 
 def _column_tables(index: ColumnTask) -> tuple[Tensor, Tensor]:
@@ -208,6 +222,45 @@ def _column_source(x: Tensor, launch: tuning.Launch) -> Tensor | TensorDescripto
     return _source(x.transpose(1, 2), x.shape[2], launch.n, launch) if launch.tma else x
 
 
+def _line_source(row_values: Tensor, launch: tuning.Launch) -> Tensor | TensorDescriptor:
+    """row_values [B * H * 2, padded], one line's M values at a time."""
+    if not launch.tma:
+        return row_values
+    return TensorDescriptor(row_values, list(row_values.shape), list(row_values.stride()), [1, launch.m])
+
+
+def _part_source(parts: Tensor, launch: tuning.Launch) -> Tensor | TensorDescriptor:
+    """Partial sums [parts, C, D], one tile of N columns at a time."""
+    if not launch.tma:
+        return parts
+    return TensorDescriptor(parts, list(parts.shape), list(parts.stride()), [1, launch.n, parts.shape[2]])
+
+
+def _row_values(lse: Tensor, delta: Tensor, index: BlockTask | ColumnTask, scale: float) -> Tensor:
+    """lse and scale * delta [B, H, S_q] as the backward kernels read them: [B * H * 2, tokens of whole tiles]."""
+    lse, delta = (x if x.stride(-1) == 1 else x.contiguous() for x in (lse, delta))
+    batch, heads, _ = lse.shape
+    padded = len(index.q_side.blocks) * index.mask.block_size
+    values = torch.empty(batch * heads * 2, padded, dtype=lse.dtype, device=lse.device)
+    prepare_kernel[(triton.cdiv(padded, PREPARE_ROWS), batch * heads)](
+        lse, delta, values, *lse.stride()[:2], *delta.stride()[:2], heads, index.q_valid_tokens, padded, scale,
+        SIZE=PREPARE_ROWS)
+    return values
+
+
+@contextmanager
+def _accumulators(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The given accumulators, or aligned copies of them that are written back at the end."""
+    for grad in grads:
+        if grad.dtype not in _ACC:
+            raise ValueError(f"gradient accumulator: dtype {grad.dtype} is neither float32 nor float64")
+    used = tuple(_inner_contiguous(grad) for grad in grads)
+    yield used
+    for grad, copy in zip(grads, used, strict=True):
+        if copy is not grad:
+            grad.copy_(copy)
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     """Batch, token and head strides of [B, S, H, D] tensors."""
     return [stride for x in tensors for stride in x.stride()[:3]]
@@ -224,10 +277,6 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     """Rows of D elements in one piece, 16-byte aligned: what both kinds of loads need."""
     aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
     return x if x.stride(-1) == 1 and aligned else x.contiguous()
-
-
-def _row_values(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_block_size(mask: AttentionMask) -> None:
@@ -254,9 +303,3 @@ def _check_columns(q: Tensor, column_k: Tensor, index: ColumnTask) -> None:
         raise ValueError(f"column_k: shape {tuple(column_k.shape)} is not [B, H, C, D] of columns "
                          f"{tuple(index.columns.shape)}")
 
-
-def _check_grads(*grads: Tensor) -> None:
-    for grad in grads:
-        if grad.stride(-1) != 1 or grad.dtype not in _ACC:
-            raise ValueError(f"gradient accumulator: dtype {grad.dtype} with inner stride {grad.stride(-1)} is not a "
-                             "float32 or float64 tensor with contiguous rows")

@@ -55,7 +55,7 @@ def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, 
         return OVERRIDES[kernel]
     found = (SM90 if capability >= 90 else SM80)[kernel]
     if capability == 0:
-        found = replace(found, tma=False)
+        return replace(found, m=min(found.m, block_size, 64), n=min(found.n, block_size, 64), tma=False)
     found = replace(found, m=min(found.m, block_size), n=min(found.n, block_size))
     if found.m * found.n <= 64 * 64:
         found = replace(found, warps=min(found.warps, 4) if capability >= 90 else found.warps)

@@ -1,0 +1,105 @@
+"""Compile the kernels for a GPU that is not here and read what they need: registers, stack, shared memory.
+
+Nothing runs; Triton brings the assembler. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import backward, columns, forward, tuning
+
+KERNELS = {
+    tuning.FORWARD: forward.forward_kernel,
+    tuning.GRAD_Q: backward.grad_q_kernel,
+    tuning.GRAD_KV: backward.grad_kv_kernel,
+    tuning.COLUMN_FORWARD: columns.column_forward_kernel,
+    tuning.COLUMN_GRAD_Q: columns.column_grad_q_kernel,
+    tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
+}
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n"}
+_ADDED = {tuning.GRAD_Q: {"grad_q": "m"}, tuning.COLUMN_GRAD_Q: {"grad_q": "m"},
+          tuning.GRAD_KV: {"grad_k": "n", "grad_v": "n"}}
+_FLOATS = {"out", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
+_INTEGERS = {"row_fields", "entries", "order", "columns", "reach", "first_tile", "q_blocks", "q_documents", "k_documents",
+             "column_documents"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one compiled kernel takes: registers a thread, stack bytes a thread (spills), shared bytes a program."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    cubin: bytes
+
+
+def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: int = 128, head_dim: int = 128,
+              group: int = 8, toeplitz: bool = True, documents: bool = False, merge: bool = False,
+              launch: tuning.Launch | None = None) -> Resources:
+    """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given."""
+    launch = launch or tuning.launch_for(kernel, capability=capability, block_size=block_size, head_dim=head_dim,
+                                         itemsize=2)
+    constants: dict[str, Any] = {
+        "GROUP": group, "BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "SIGN": -1,
+        "DOCUMENTS": documents, "TMA": launch.tma, "MERGE": merge, "ACC": tl.float32, "PRECISION": "tf32",
+        "TOEPLITZ": toeplitz,
+    }
+    if not documents:
+        constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
+    function = KERNELS[kernel]
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options={"num_warps": launch.warps, "num_stages": launch.stages})
+    registers, stack = _read_usage(compiled.asm["cubin"])
+    return Resources(registers=registers, stack_bytes=stack, shared_bytes=compiled.metadata.shared,
+                     cubin=compiled.asm["cubin"])
+
+
+def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch) -> str:
+    if name in _TILED:
+        rows = getattr(launch, _TILED[name])
+        return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
+    if name == "row_values" and launch.tma and kernel in (tuning.GRAD_KV, tuning.COLUMN_GRAD_KV):
+        return f"tensordesc<fp32[1, {launch.m}]>"
+    if name in _ADDED.get(kernel, {}) and launch.tma:
+        return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[kernel][name])}, {head_dim}]>"
+    if name in ("grad_k", "grad_v") and kernel == tuning.COLUMN_GRAD_KV and launch.tma:
+        return f"tensordesc<fp32[1, {launch.n}, {head_dim}]>"
+    if name in _FLOATS:
+        return "*fp32"
+    if name in _INTEGERS:
+        return "*i32"
+    if name == "active":
+        return "*u8"
+    return "fp32" if name.startswith("scale") else "i32"
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: no resource usage in {text!r}")
+    return int(found.group(1)), int(found.group(2))
