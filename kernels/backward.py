@@ -38,6 +38,25 @@ def prepare_kernel(lse, delta, row_values, lse_b, lse_h, delta_b, delta_h, heads
 
 
 @triton.jit
+def prepare_from_out_kernel(out, grad_out, lse, row_values, out_b, out_s, out_h, do_b, do_s, do_h, lse_b, lse_h, heads,
+                            q_valid, padded, scale, SIZE: tl.constexpr, D: tl.constexpr):
+    """The same from out and grad_out [B, S, H, D]: delta = rowsum(grad_out * out)."""
+    pair = tl.program_id(1)
+    head, batch = (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
+    rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    valid = rows < q_valid
+    values = tl.load(lse + batch * lse_b + head * lse_h + rows, mask=valid, other=0.0)
+    alive = valid & (values > float("-inf"))
+    long_rows, dims = rows.to(tl.int64)[:, None], tl.arange(0, D)[None, :]
+    outs = tl.load(out + batch * out_b + head * out_h + long_rows * out_s + dims, mask=alive[:, None], other=0.0)
+    grads = tl.load(grad_out + batch * do_b + head * do_h + long_rows * do_s + dims, mask=alive[:, None], other=0.0)
+    deltas = tl.sum(outs.to(values.dtype) * grads.to(values.dtype), 1)
+    at = row_values + pair.to(tl.int64) * 2 * padded + rows
+    tl.store(at, tl.where(alive, values * LOG2_E, float("inf")), mask=rows < padded)
+    tl.store(at + padded, deltas * scale, mask=rows < padded)
+
+
+@triton.jit
 def load_row_values(row_values, line, first, padded, M: tl.constexpr, TMA: tl.constexpr):
     """M values of one line of row_values [B * H * 2, padded]: even lines hold lse, odd ones delta."""
     if TMA:
@@ -49,20 +68,26 @@ def load_row_values(row_values, line, first, padded, M: tl.constexpr, TMA: tl.co
 
 
 @triton.jit
-def add_tile(target, values, batch, head, first, limit, stride_b, stride_s, stride_h, ROWS: tl.constexpr,
-             D: tl.constexpr, TMA: tl.constexpr):
-    """target[batch, first + 0 .. ROWS, head, :] += values [ROWS, D], rows from `limit` on excepted.
+def write_tile(target, values, batch, head, first, limit, stride_b, stride_s, stride_h, ROWS: tl.constexpr,
+               D: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr):
+    """target[batch, first + 0 .. ROWS, head, :] = (ADD: +=) values [ROWS, D], rows from `limit` on excepted.
 
     Only one program owns these rows, so that the copy engine's addition (TMA) is as repeatable as loads and stores.
     """
     if TMA:
-        target.atomic_add([batch, head, first, 0], values.reshape([1, 1, ROWS, D]))
+        tile = values.to(target.dtype).reshape([1, 1, ROWS, D])
+        if ADD:
+            target.atomic_add([batch, head, first, 0], tile)
+        else:
+            target.store([batch, head, first, 0], tile)
     else:
         start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
         rows = tl.arange(0, ROWS)
         pointers = target + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
         mask = (first + rows < limit)[:, None]
-        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
+        if ADD:
+            values += tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,7 +109,7 @@ def grad_q_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
     heads, tiles, padded, q_valid, k_valid,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (B * H * T * BLOCK / M), as the forward."""
     program = tl.program_id(0)
@@ -132,7 +157,7 @@ def grad_q_kernel(
         else:
             acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, scale_log2, False, ACC,
                               PRECISION)
-    add_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA)
+    write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, ADD)
 
 
 @triton.jit
@@ -162,7 +187,7 @@ def grad_kv_kernel(
     scale_log2, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
     dk_b, dk_s, dk_h, dv_b, dv_s, dv_h, kv_heads, tiles, padded, q_valid, k_valid,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (B * H_kv * T * BLOCK / N): one program per part of a key tile, all query heads of its KV head."""
     program = tl.program_id(0)
@@ -212,5 +237,5 @@ def grad_kv_kernel(
             else:
                 k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
                                             padded, True, scale, scale_log2, False, M, TMA, ACC, PRECISION)
-    add_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA)
-    add_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA)
+    write_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA, ADD)
+    write_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA, ADD)

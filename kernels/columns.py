@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import add_tile, grad_kv_step, grad_q_step
+from .backward import grad_kv_step, grad_q_step, write_tile
 from .forward import load_tile, softmax_step, store_partial
 
 NEVER = tl.constexpr(2147483647)
@@ -118,7 +118,7 @@ def column_grad_q_kernel(
             allowed = allowed & (q_document[:, None] == document[None, :])
         acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True, ACC,
                           PRECISION)
-    add_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA)
+    write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, True)
 
 
 @triton.jit

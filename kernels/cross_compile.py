@@ -54,7 +54,7 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
                                          itemsize=2)
     constants: dict[str, Any] = {
         "GROUP": group, "BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "SIGN": -1,
-        "DOCUMENTS": documents, "TMA": launch.tma, "MERGE": merge, "ACC": tl.float32, "PRECISION": "tf32",
+        "DOCUMENTS": documents, "TMA": launch.tma, "MERGE": merge, "ADD": True, "ACC": tl.float32, "PRECISION": "tf32",
         "TOEPLITZ": toeplitz,
     }
     if not documents:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .backward import grad_kv_kernel, grad_q_kernel, prepare_kernel
+from .backward import grad_kv_kernel, grad_q_kernel, prepare_from_out_kernel, prepare_kernel
 from .columns import column_forward_kernel, column_grad_kv_kernel, column_grad_q_kernel
 from .forward import LOG2_E, forward_kernel
 from .index import COLUMN_TILE, BlockTask, ColumnTask, block_task, column_task
@@ -28,7 +28,7 @@ HEAD_DIMS = (16, 32, 64, 128)
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
-PREPARE_ROWS = 1024
+PREPARE_ROWS, PREPARE_OUT_ROWS = 1024, 64
 
 
 def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockTask:
@@ -76,12 +76,35 @@ def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tenso
     q, k, v, grad_out = (_inner_contiguous(x) for x in (q, k, v, grad_out.to(q.dtype)))
     row_values = _row_values(lse, delta, index, scale)
     with _accumulators(grad_q, grad_k, grad_v) as (into_q, into_k, into_v):
-        _block_grad_q(grad_out, q, k, v, row_values, index, scale, into_q)
-        _block_grad_kv(grad_out, q, k, v, row_values, index, scale, into_k, into_v)
+        _block_grad_q(grad_out, q, k, v, row_values, index, scale, into_q, add=True)
+        _block_grad_kv(grad_out, q, k, v, row_values, index, scale, into_k, into_v, add=True)
+
+
+def block_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: BlockTask, *,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtype of q where this one task is all there is: nothing is accumulated or converted.
+
+    out [B, S_q, H, D] (any float dtype) and lse [B, H, S_q] are the forward's; delta is computed here.
+    """
+    _check_task(q, k, index)
+    q, k, v, grad_out, out = (_inner_contiguous(x) for x in (q, k, v, grad_out.to(q.dtype), out))
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for grad, valid in zip(grads, (index.q_valid_tokens, index.k_valid_tokens, index.k_valid_tokens), strict=True):
+        grad[:, valid:] = 0
+    if index.q_valid_tokens and index.k_valid_tokens:
+        lse = lse if lse.stride(-1) == 1 else lse.contiguous()
+        values = _empty_row_values(lse, index)
+        batch, _, heads, dim = q.shape
+        prepare_from_out_kernel[(triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads)](
+            out, grad_out, lse, values, *_strides(out, grad_out), *lse.stride()[:2], heads, index.q_valid_tokens,
+            values.shape[1], scale, SIZE=PREPARE_OUT_ROWS, D=dim)
+        _block_grad_q(grad_out, q, k, v, values, index, scale, grads[0], add=False)
+        _block_grad_kv(grad_out, q, k, v, values, index, scale, grads[1], grads[2], add=False)
+    return grads
 
 
 def _block_grad_q(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: BlockTask,
-                  scale: float, grad_q: Tensor) -> None:
+                  scale: float, grad_q: Tensor, *, add: bool) -> None:
     lists, launch = index.queries, _launch(tuning.GRAD_Q, q, index.mask)
     grid = (_programs(q, index.q_side.blocks, index.mask.block_size, launch.m),)
     grad_q_kernel[grid](
@@ -91,11 +114,11 @@ def _block_grad_q(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values:
         index.q_documents, index.k_documents, scale, scale * LOG2_E.value, *_strides(q, k, v, grad_out, grad_q),
         q.shape[2], len(index.q_side.blocks), row_values.shape[-1], index.q_valid_tokens, index.k_valid_tokens,
         GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign, DOCUMENTS=index.q_documents is not None,
-        **_common(q, index.mask, launch))
+        ADD=add, **_common(q, index.mask, launch))
 
 
 def _block_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: BlockTask,
-                   scale: float, grad_k: Tensor, grad_v: Tensor) -> None:
+                   scale: float, grad_k: Tensor, grad_v: Tensor, *, add: bool) -> None:
     lists, launch = index.keys, _launch(tuning.GRAD_KV, q, index.mask)
     grid = (_programs(k, index.k_side.blocks, index.mask.block_size, launch.n),)
     grad_kv_kernel[grid](
@@ -105,7 +128,7 @@ def _block_grad_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values
         index.q_documents, index.k_documents, scale, scale * LOG2_E.value,
         *_strides(q, k, v, grad_out, grad_k, grad_v), k.shape[2], len(index.k_side.blocks), row_values.shape[-1],
         index.q_valid_tokens, index.k_valid_tokens, GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign,
-        DOCUMENTS=index.q_documents is not None, **_common(q, index.mask, launch))
+        DOCUMENTS=index.q_documents is not None, ADD=add, **_common(q, index.mask, launch))
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float,
@@ -240,12 +263,17 @@ def _row_values(lse: Tensor, delta: Tensor, index: BlockTask | ColumnTask, scale
     """lse and scale * delta [B, H, S_q] as the backward kernels read them: [B * H * 2, tokens of whole tiles]."""
     lse, delta = (x if x.stride(-1) == 1 else x.contiguous() for x in (lse, delta))
     batch, heads, _ = lse.shape
-    padded = len(index.q_side.blocks) * index.mask.block_size
-    values = torch.empty(batch * heads * 2, padded, dtype=lse.dtype, device=lse.device)
+    values = _empty_row_values(lse, index)
+    padded = values.shape[1]
     prepare_kernel[(triton.cdiv(padded, PREPARE_ROWS), batch * heads)](
         lse, delta, values, *lse.stride()[:2], *delta.stride()[:2], heads, index.q_valid_tokens, padded, scale,
         SIZE=PREPARE_ROWS)
     return values
+
+
+def _empty_row_values(lse: Tensor, index: BlockTask | ColumnTask) -> Tensor:
+    padded = len(index.q_side.blocks) * index.mask.block_size
+    return torch.empty(lse.shape[0] * lse.shape[1] * 2, padded, dtype=lse.dtype, device=lse.device)
 
 
 @contextmanager

@@ -1,0 +1,139 @@
+"""Sweep the Triton kernels' launch settings on this GPU and print the time of each: how kernels/tuning.py was found."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ..kernels import triton_backend as backend
+from ..kernels import tuning
+from ..kernels.tuning import Launch
+from .masks import forward_flops, slash_mask
+
+
+def launches(settings: str, *, tma: bool) -> list[Launch]:
+    """Launches from text such as "128x64x8x2 64x64x4x2" (M x N x warps x stages)."""
+    return [Launch(m=m, n=n, warps=w, stages=s, tma=tma)
+            for m, n, w, s in (map(int, setting.split("x")) for setting in settings.split())]
+
+
+DEFAULTS = {
+    tuning.FORWARD: "128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x2 64x64x4x3 64x128x4x2 128x64x4x2",
+    tuning.GRAD_Q: "64x128x4x1 64x128x4x2 64x64x4x1 64x64x4x2 128x64x8x1 128x64x8x2 128x128x8x1",
+    tuning.GRAD_KV: "64x64x4x1 64x64x4x2 64x64x4x3 64x128x8x1 64x128x8x2 64x64x8x2 32x64x4x2 128x64x8x1",
+    tuning.COLUMN_FORWARD: "128x64x8x2 64x64x4x2 64x64x4x3 128x64x8x3",
+    tuning.COLUMN_GRAD_Q: "64x64x4x1 64x64x4x2 128x64x8x1 128x64x8x2",
+    tuning.COLUMN_GRAD_KV: "64x64x4x1 64x64x4x2 64x64x8x2 32x64x4x2",
+}
+MATMULS = {tuning.FORWARD: 2, tuning.GRAD_Q: 3, tuning.GRAD_KV: 4, tuning.COLUMN_FORWARD: 2, tuning.COLUMN_GRAD_Q: 3,
+           tuning.COLUMN_GRAD_KV: 4}
+
+
+class Work:
+    """Tensors of one problem, and one callable per kernel."""
+
+    def __init__(self, seq_len: int, density: float, *, heads: int, kv_heads: int, head_dim: int, block: int,
+                 dtype: torch.dtype) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (1, seq_len, heads, head_dim)
+        kv_shape = (1, seq_len, kv_heads, head_dim)
+        self.mask = slash_mask(seq_len, density, 1024, heads=heads, block=block).to("cuda")
+        self.q, self.grad_out = (torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
+        self.k, self.v = (torch.randn(kv_shape, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
+        column_shape = (1, heads, 1024, head_dim)
+        self.column_k, self.column_v = (torch.randn(column_shape, device="cuda", dtype=dtype, generator=generator)
+                                        for _ in range(2))
+        positions = torch.arange(seq_len, device="cuda")
+        self.index = backend.block_index(self.mask, positions, positions)
+        self.columns = backend.column_index(self.mask, positions)
+        self.scale = head_dim ** -0.5
+        self.out, self.lse = backend.block_forward(self.q, self.k, self.v, self.index, scale=self.scale,
+                                                   out_dtype=dtype)
+        delta = (self.grad_out.float() * self.out.float()).sum(-1).transpose(1, 2).contiguous()
+        self.values = backend._row_values(self.lse, delta, self.index, self.scale)
+        self.grads = [torch.empty_like(x) for x in (self.q, self.k, self.v)]
+        self.grad_q = torch.zeros(shape, device="cuda")
+        block_flops = forward_flops(slash_mask(seq_len, density, 0, heads=heads, block=block), head_dim)
+        column_flops = forward_flops(self.mask, head_dim) - block_flops
+        self.flops = {k: (column_flops if k.startswith("column") else block_flops) / 2 * n for k, n in MATMULS.items()}
+
+    def call(self, kernel: str):
+        """The launch of one kernel with the settings in force."""
+        q, k, v, do, s = self.q, self.k, self.v, self.grad_out, self.scale
+        column = (do, q, self.column_k, self.column_v, self.values, self.columns, s)
+        return {
+            tuning.FORWARD: lambda: backend.block_forward(q, k, v, self.index, scale=s, out_dtype=q.dtype),
+            tuning.GRAD_Q: lambda: backend._block_grad_q(do, q, k, v, self.values, self.index, s, self.grads[0],
+                                                         add=False),
+            tuning.GRAD_KV: lambda: backend._block_grad_kv(do, q, k, v, self.values, self.index, s, *self.grads[1:],
+                                                           add=False),
+            tuning.COLUMN_FORWARD: lambda: backend.column_forward(q, self.column_k, self.column_v, self.columns, scale=s),
+            tuning.COLUMN_GRAD_Q: lambda: backend._column_grad_q(*column, self.grad_q),
+            tuning.COLUMN_GRAD_KV: lambda: backend._column_grad_kv(*column),
+        }[kernel]
+
+
+def time_ms(call, *, repeats: int = 7, warmups: int = 2) -> float:
+    """Median milliseconds of a call, by CUDA events."""
+    for _ in range(warmups):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def main() -> None:
+    """Compile in parallel processes on a small problem first, then time every setting alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seq-len", type=int, default=131072)
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2])
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--settings", type=json.loads, default=DEFAULTS, help="JSON: kernel -> 'MxNxWARPSxSTAGES ...'")
+    parser.add_argument("--pointers", action="store_true", help="pointer loads instead of tensor descriptors")
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    jobs = [(k, launch) for k, text in arguments.settings.items() for launch in launches(text, tma=not arguments.pointers)]
+    if arguments.worker is None:
+        command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
+        others = [subprocess.Popen([*command, "--worker", str(i)], stderr=subprocess.DEVNULL)
+                  for i in range(min(arguments.workers, len(jobs)))]
+        for other in others:
+            other.wait()
+    else:
+        arguments.seq_len, arguments.densities = 16384, [0.1]
+        jobs = jobs[arguments.worker::arguments.workers]
+    heads, kv_heads = arguments.heads
+    for density in arguments.densities:
+        work = Work(arguments.seq_len, density, heads=heads, kv_heads=kv_heads, head_dim=arguments.head_dim,
+                    block=arguments.block, dtype=torch.bfloat16)
+        for kernel, launch in jobs:
+            tuning.OVERRIDES[kernel] = launch
+            try:
+                took = time_ms(work.call(kernel), repeats=1 if arguments.worker is not None else 7)
+            except Exception as error:
+                print(f"{density} {kernel} {launch}: {type(error).__name__} {str(error)[-100:]!r}", flush=True)
+                continue
+            finally:
+                tuning.OVERRIDES.pop(kernel)
+            if arguments.worker is None:
+                rate = work.flops[kernel] / took / 1e9
+                print(f"{density:.2f} {kernel:14} {launch.m}x{launch.n}x{launch.warps}x{launch.stages} "
+                      f"{'tma' if launch.tma else 'ptr'} {took:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
