@@ -47,6 +47,16 @@ VERBS = {
         function="capture",
         help="Record what a model attends to on your text (needs torch).",
     ),
+    "synthesize": Verb(
+        module="traces.commands",
+        function="synthesize",
+        help="Write a synthetic trace: patterns of a known kind, seeded.",
+    ),
+    "inspect": Verb(
+        module="traces.commands",
+        function="inspect",
+        help="Check every byte of a trace and show what it holds.",
+    ),
     "plan": Verb(
         module="planner.commands",
         function="plan",
@@ -71,6 +81,11 @@ VERBS = {
         module="simulator.commands",
         function="compare",
         help="Set two timelines side by side, phase by phase.",
+    ),
+    "ladder": Verb(
+        module="simulator.commands",
+        function="ladder",
+        help="Simulate MTraining's ladder beside its published speed-ups.",
     ),
     "demo": Verb(
         module="runtime.demo_command",
@@ -128,7 +143,7 @@ def _command(name: str) -> Any:
     """Import the verb's function and return it as a command."""
     verb = VERBS[name]
     function = getattr(import_module(f"{PACKAGE}.{verb.module}"), verb.function)
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name, help=function.__doc__ or verb.help)(function)
     return typer.main.get_command(single)
 

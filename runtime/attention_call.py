@@ -59,7 +59,7 @@ def check_attention_call(
 
 
 def _check_keyword(name: str, value: Any, *, seq_len_tokens: int) -> None:
-    if name in HARMLESS or value is None or value is False and name != "is_causal":
+    if name in HARMLESS or value is None or (value is False and name != "is_causal"):
         return
     if name == "is_causal" and value is True:
         return

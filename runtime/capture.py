@@ -210,7 +210,8 @@ def _active(recorder: _Recorder) -> Iterator[None]:
 @contextmanager
 def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
     """Put our hook in the place of the model's attention, in eval mode, and put everything back."""
-    previous, training = model.config._attn_implementation, model.training
+    previous = model.config._attn_implementation or "eager"
+    training = [(module, module.training) for module in model.modules()]
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         if model.config._attn_implementation != ATTENTION_NAME:
@@ -218,7 +219,8 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        model.train(training)
+        for module, was_training in training:
+            module.training = was_training
         model.set_attn_implementation(previous)
 
 

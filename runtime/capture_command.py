@@ -1,0 +1,171 @@
+"""The verb `sparsering capture`. torch and transformers are imported when it runs, not when it is listed."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..traces.errors import InputError
+from ..traces.progress import shown_progress
+from ..traces.store import Trace, TraceWriter
+
+if TYPE_CHECKING:
+    from .selectors import Selector
+
+
+class SelectorName(StrEnum):
+    """Selectors that capture offers, as the command line spells them."""
+
+    vertical_slash = "vertical-slash"
+    flex = "flex"
+    xattention = "xattention"
+    moba_block = "moba-block"
+    sink_window = "sink-window"
+
+
+class TokenizerName(StrEnum):
+    """Where token ids come from."""
+
+    auto = "auto"
+    byte = "byte"
+    model = "model"
+
+
+class DtypeName(StrEnum):
+    """Weights and activations."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def capture(
+    model: Annotated[Path, typer.Option(help="Model folder (config.json, safetensors), or a config.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Trace folder; one that exists is continued.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Text file; may be repeated.")] = None,
+    more_text: Annotated[list[Path] | None, typer.Argument(help="More text files.", show_default=False)] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Text windows; window i is training step i.")] = 1,
+    selector: Annotated[SelectorName, typer.Option(help="How patterns are chosen.")] = SelectorName.vertical_slash,
+    settings: Annotated[Path | None, typer.Option(help="Published per-head settings (JSON), not --selector.")] = None,
+    columns: Annotated[int | None, typer.Option(help="vertical-slash: token columns per head.")] = None,
+    slashes: Annotated[int | None, typer.Option(help="vertical-slash: token distances per head.")] = None,
+    p: Annotated[float | None, typer.Option(help="flex, xattention: share of attention to keep.")] = None,
+    cap: Annotated[int | None, typer.Option(help="flex: at most so many columns, and slashes.")] = None,
+    stride: Annotated[int | None, typer.Option(help="xattention: stride of the antidiagonals.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="moba-block: tokens of a key chunk.")] = None,
+    top_chunks: Annotated[int | None, typer.Option(help="moba-block: chunks per query block.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="sink-window, vertical-slash: first tokens kept.")] = None,
+    window: Annotated[int | None, typer.Option(help="sink-window, vertical-slash: nearest tokens kept.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a mask block: 64 or 128.")] = 128,
+    layers: Annotated[str, typer.Option(help="Layers to record: all, or a list such as 0,5,30-35.")] = "all",
+    sparse: Annotated[bool, typer.Option("--sparse", help="Continue with sparse attention by the pattern.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampled rows and random weights.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="auto: the model's on a GPU, float32 on a CPU.")] = DtypeName.auto,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Seeded weights: config only.")] = False,
+    tokenizer: Annotated[TokenizerName, typer.Option(help="auto: the model's, else bytes.")] = TokenizerName.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Record what a model attends to on your text (needs torch).
+
+    Works offline, on CPU and GPU. Windows that the trace already has are skipped, so an interrupted capture continues.
+    """
+    if block_size not in (64, 128):
+        raise InputError(f"is {block_size}, must be 64 or 128", field="--block-size")
+    texts = [*(text or []), *(more_text or [])]
+    if not texts:
+        raise InputError("at least one text file is needed", field="--text")
+    options = {
+        "columns": columns,
+        "slashes": slashes,
+        "p": p,
+        "cap": cap,
+        "stride": stride,
+        "chunk_tokens": chunk,
+        "top_chunks": top_chunks,
+        "sink_tokens": sinks,
+        "window_tokens": window,
+    }
+
+    from .capture import CaptureSettings, capture_model, trace_header
+    from .load import check_vocabulary, load_model, pick_device, read_windows
+
+    chosen_selector = None if settings else _selector(selector.value, options)
+    windows = read_windows(texts, model_path=model, tokenizer=tokenizer.value, seq_len_tokens=seq_len, count=steps)
+    loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype.value, seed=seed)
+    check_vocabulary(windows, loaded)
+    model_id = model.name if model.is_dir() else model.parent.resolve().name or model.stem
+    header = trace_header(
+        loaded,
+        model_id=f"{model_id} (random weights)" if random_weights else model_id,
+        seq_len_tokens=seq_len,
+        block_size=block_size,
+        seed=seed,
+        layers=parse_layers(layers),
+    )
+    if chosen_selector is None:
+        assert settings is not None
+        chosen_selector = _published(settings, options, header.model.layers, header.model.heads)
+    capture_settings = CaptureSettings(selector=chosen_selector, seed=seed, sparse=sparse)
+    with TraceWriter(output, header) as writer, shown_progress() as progress:
+        for step in range(writer.next_step, steps):
+            capture_model(loaded, windows[step], writer, capture_settings, training_step=step, progress=progress)
+    _print_summary(Trace.open(output), as_json)
+
+
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """Return the layers of a list such as "0,5,30-35", ascending; None for "all"."""
+    if text.strip() == "all":
+        return None
+    chosen: set[int] = set()
+    for item in text.split(","):
+        first, dash, last = item.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(item) > 20:
+            raise InputError(f"{item.strip()!r} is neither a layer nor a range such as 4-7", field="--layers")
+        stop = int(last) if dash else int(first)
+        if not int(first) <= stop < 100_000:
+            raise InputError(f"{item.strip()!r} is no ascending range", field="--layers")
+        chosen.update(range(int(first), stop + 1))
+    return tuple(sorted(chosen))
+
+
+def _selector(name: str, options: dict[str, Any]) -> Selector:
+    from .selectors import make_selector
+
+    given = {key: value for key, value in options.items() if value is not None}
+    share, cap = given.pop("p", None), given.pop("cap", None)
+    if name == "flex":
+        given |= {"column_mass": share, "slash_mass": share, "column_cap": cap, "slash_cap": cap}
+    elif name == "xattention":
+        given["mass"] = share
+        share = None
+    for option, value in (("--p", share), ("--cap", cap)):
+        if value is not None and name != "flex":
+            raise InputError(f"{name} has no such setting", field=option)
+    return make_selector(name, given)
+
+
+def _published(path: Path, options: dict[str, Any], layers: int, heads: int) -> Selector:
+    from ..traces.published import read_published
+    from .selectors import published_selector
+
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(f"comes from {path}, it cannot be given beside --settings", field=given[0])
+    return published_selector(read_published(path, layers=layers, heads=heads))
+
+
+def _print_summary(trace: Trace, as_json: bool) -> None:
+    from ..traces.commands import print_trace
+    from ..traces.stats import describe
+
+    if as_json:
+        typer.echo(json.dumps(describe(trace), indent=1))
+    else:
+        print_trace(trace)

@@ -1,0 +1,130 @@
+"""Models and text from local files only: no hub, no remote code, no pickled weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..traces.errors import InputError
+from ..traces.files import read_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+MAX_TEXT_BYTES = 1 << 30
+
+TokenizerChoice = Literal["auto", "byte", "model"]
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called "cpu", "cuda", "cuda:1", …, or for "auto" the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"{name!r} is no device", field="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"{name!r} is neither cpu nor cuda", field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{name!r} is not here: {torch.cuda.device_count()} CUDA devices", field="device")
+    return device
+
+
+def load_model(
+    path: Path | str, *, random_weights: bool, device: torch.device, dtype: str = "auto", seed: int = 0
+) -> PreTrainedModel:
+    """Return a causal LM from a folder (config.json and safetensors) or, with random_weights, from a config alone.
+
+    dtype "auto" is the model's own on a GPU and float32 on a CPU. Random weights depend on `seed` only.
+    Raises InputError when the files are missing or are no causal LM.
+    """
+    folder, config = _read_config(Path(path))
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"{dtype!r} is not one of auto, {', '.join(DTYPES)}", field="dtype")
+    stated = getattr(config, "dtype", None) or torch.float32
+    chosen = DTYPES.get(dtype) or (stated if device.type == "cuda" else torch.float32)
+    if random_weights:
+        return _placed(_random_model(config, chosen, seed, source=Path(path)), device)
+    if not list(folder.glob("*.safetensors")):
+        raise InputError("holds no safetensors weights (a config alone needs random weights)", source=folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=chosen
+        )
+    except Exception as error:  # whatever is wrong with a user's weights, one line says it
+        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
+    return _placed(model, device)
+
+
+def _placed(model: torch.nn.Module, device: torch.device) -> PreTrainedModel:
+    model.to(device)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def _read_config(path: Path):
+    folder = path if path.is_dir() else path.parent
+    source = path / "config.json" if path.is_dir() else path
+    if not source.is_file():
+        raise InputError("no such file", source=source)
+    try:
+        return folder, AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is no model configuration ({error})", source=source) from error
+
+
+def _random_model(config, dtype: torch.dtype, seed: int, *, source: Path) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except ValueError as error:
+            raise InputError(f"is no causal language model ({error})", source=source) from error
+
+
+def read_windows(
+    texts: Sequence[Path], *, model_path: Path, tokenizer: TokenizerChoice, seq_len_tokens: int, count: int
+) -> list[Tensor]:
+    """Return `count` consecutive windows of int64 [seq_len_tokens] token ids from the files, in the order given.
+
+    tokenizer: "byte" takes every byte as a token id, "model" the model folder's own, "auto" the latter where it
+    exists. Raises InputError when the text is too short, saying how long it is.
+    """
+    ids = _tokenize(texts, model_path if model_path.is_dir() else model_path.parent, tokenizer)
+    if ids.numel() < count * seq_len_tokens:
+        raise InputError(
+            f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need "
+            f"{count * seq_len_tokens}",
+            field="text",
+        )
+    return [ids[start : start + seq_len_tokens] for start in range(0, count * seq_len_tokens, seq_len_tokens)]
+
+
+def _tokenize(texts: Sequence[Path], folder: Path, choice: TokenizerChoice) -> Tensor:
+    data = [read_bytes(path, max_bytes=MAX_TEXT_BYTES) for path in texts]
+    has_own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if choice == "byte" or (choice == "auto" and not has_own):
+        joined = b"\n".join(data)
+        return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long() if joined else torch.zeros(0).long()
+    if not has_own:
+        raise InputError("holds no tokenizer", source=folder, field="tokenizer")
+    try:
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
+        raise InputError(
+            f"cannot be loaded ({type(error).__name__}: {error})", source=folder, field="tokenizer"
+        ) from error
+    return torch.tensor([i for text in data for i in own.encode(text.decode(errors="replace"))], dtype=torch.int64)
+
+
+def check_vocabulary(ids: Sequence[Tensor], model: PreTrainedModel) -> None:
+    """Raise InputError when a token id has no embedding in the model."""
+    size = model.config.get_text_config().vocab_size
+    highest = max(int(window.max()) for window in ids)
+    if highest >= size:
+        raise InputError(f"token id {highest} is beyond the model's vocabulary of {size}", field="tokenizer")

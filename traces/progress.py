@@ -1,0 +1,51 @@
+"""Progress of commands, on standard error: nothing for what is done in two seconds, a bar for what takes longer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+# stage, how much of it is done, how much there is
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+PATIENCE_SECONDS = 2.0
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def shown_progress(*, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[Progress]:
+    """Yield a callback that draws one bar for each stage, once the work has lasted `patience_seconds`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+    began = time.monotonic()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if not bars.live.is_started and time.monotonic() - began < patience_seconds:
+            return
+        if not bars.live.is_started:
+            bars.start()
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bars.live.is_started:
+            bars.stop()
