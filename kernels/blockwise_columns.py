@@ -49,7 +49,7 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> BlockwiseColumnInd
     column_blocks = columns // mask.block_size
     inactive = torch.stack([~active_block_pairs(mask, head, blocks[:, None], column_blocks[head][None, :])
                             for head in range(mask.heads)])
-    inactive &= (columns < mask.seq_len_tokens)[:, None, :] & (column_blocks[:, None, :] <= blocks[None, :, None])
+    inactive &= column_blocks[:, None, :] <= blocks[None, :, None]
     valid = int((q_positions < mask.seq_len_tokens).sum())
     tiles = [tile for head in range(mask.heads)
              for tile in _tiles(head, columns[head].contiguous(), q_positions[:valid], inactive[head], run_of_row)]

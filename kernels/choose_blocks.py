@@ -107,8 +107,7 @@ def _strided_mass(shard: ShardTensors, queries: Tensor, blocks: Tensor, keys: Te
     q_cells = blocks[:, None] * cells + torch.arange(cells, device=blocks.device)
     k_cells = torch.arange(keys.shape[1], device=blocks.device)
     valid_cells = -(-shard.seq_len_tokens // stride)
-    seen = (k_cells <= q_cells[..., None]) & (k_cells < valid_cells)
-    p = torch.softmax(logits.masked_fill_(~seen, -torch.inf), dim=-1)
+    p = torch.softmax(logits.masked_fill_(k_cells > q_cells[..., None], -torch.inf), dim=-1)
     p = p.masked_fill_((q_cells >= valid_cells)[..., None], 0.0)
     return p.sum(2).unflatten(-1, (-1, cells)).sum(-1)
 

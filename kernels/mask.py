@@ -140,7 +140,15 @@ def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
 def whole(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """bool [S_q, S_k]: the pairs that one head attends, by blocks or by columns: the definition itself."""
     attended = block_part(mask, head, q_positions, k_positions)
-    if mask.columns is None:
+    if not mask.column_capacity:
         return attended
-    is_column = torch.isin(k_positions.long(), mask.columns[head].long())[None, :]
-    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column)
+    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column(mask, head, k_positions)[None, :])
+
+
+def is_column(mask: AttentionMask, head: int, k_positions: Tensor) -> Tensor:
+    """bool [S_k]: which positions are among the head's columns."""
+    if mask.columns is None or not mask.column_capacity:
+        return torch.zeros_like(k_positions, dtype=torch.bool)
+    columns, keys = mask.columns[head].long().contiguous(), k_positions.long().contiguous()
+    slots = torch.searchsorted(columns, keys).clamp_(max=columns.shape[0] - 1)
+    return columns[slots] == keys

@@ -199,7 +199,9 @@ def numpy_diagonals(distances: list[int], block: int, length: int) -> list[int]:
 @pytest.mark.parametrize("ranks, granularity", [(1, 512), (2, 64), (4, 1)])
 def test_mtraining_compatibility_counts_as_the_research_code(ranks, granularity):
     rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(512, 4, 16)), rng.normal(size=(512, 2, 16))
+    q, k = rng.normal(size=(512, 4, 16)) + 0.5, rng.normal(size=(512, 2, 16))
+    # High logits on keys that the first probe queries cannot see: by probability they would be chosen.
+    k[-40:] += 0.5
     heads = [FixedBudget(columns=40, slashes=150),
              FlexBudget(column_mass=0.5, column_cap=300, slash_mass=0.3, slash_cap=60),
              FixedBudget(columns=10, slashes=128),
@@ -372,6 +374,32 @@ def test_sampled_kept_mass_depends_on_the_seed_and_is_one_for_dense_attention():
     first, again, other = (kept_mass_sampled(shard, masks[0], scale=0.2, seed=seed, rows=32) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     torch.testing.assert_close(kept_mass_sampled(shard, masks[1], scale=0.2, seed=0), torch.ones(4).double())
+
+
+@pytest.mark.gpu
+def test_choosing_on_a_gpu_agrees_and_never_waits_for_it():
+    data = load("structured")
+    q, k = (torch.from_numpy(data[name]) for name in ("q", "k"))
+    heads = [golden_budget(data, kind) for kind in ("fixed", "flex", "fixed", "flex")]
+
+    def choose_all(device: str) -> list[AttentionMask]:
+        x, y = q.to(device), k.to(device)
+        shard = ShardTensors(q=x[None], k=y[None], positions=torch.arange(1024, device=device), seq_len_tokens=1024,
+                             block_size=64, granularity_tokens=1024)
+        budgets = vertical_slash_budgets(heads, seq_len_tokens=1024, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            chosen = [choose_vertical_slash(shard, budgets, scale=float(data["scale"])).mask,
+                      choose_vertical_slash(shard, budgets, scale=float(data["scale"]), compat="mtraining").mask,
+                      choose_xattention(shard, scale=0.2), choose_moba_block(shard, chunk_tokens=128, top_chunks=3)]
+            kept_mass_probe(shard, chosen[0], scale=0.2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [mask.to("cpu") for mask in chosen]
+    for ours, wanted in zip(choose_all("cuda"), choose_all("cpu"), strict=True):
+        assert torch.equal(ours.active, wanted.active)
+        assert wanted.columns is None or (ours.columns is not None and torch.equal(ours.columns, wanted.columns))
 
 
 def _shard(**changes) -> ShardTensors:
