@@ -1,0 +1,171 @@
+"""The verbs `simulate`, `compare` and `ladder`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..planner.cluster import load_cluster, preset_names
+from ..planner.plan import load_plan
+from ..traces.errors import InputError
+from ..traces.files import write_atomically, write_json
+from ..traces.timeline import Timeline
+from .ladder import climb, default_variants
+from .ladder_page import markdown, result_document, result_path
+from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
+from .simulate_plan import UNVALIDATED, find_trace, recorded_layer, simulate_plan
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    cluster: Annotated[str, typer.Option(help=f"YAML file or preset: {', '.join(preset_names())}.")],
+    trace: Annotated[
+        Path | None, typer.Option(help="The plan's trace; default: the folder of its name beside it.")
+    ] = None,
+    training_step: Annotated[int | None, typer.Option("--step", help="Training step; default: the last.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer; default: the middle one of those recorded.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the timeline here (.json.gz).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the jitter.")] = 0,
+    jitter: Annotated[float, typer.Option(help="Noise on compute: standard deviation of its logarithm.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Play a plan in simulated time: forward and backward of one recorded layer; write its timeline."""
+    made = load_plan(plan)
+    where = load_cluster(cluster)
+    recorded = recorded_layer(find_trace(made, plan, trace), training_step, layer)
+    with Console(stderr=True).status("simulating"):
+        result = simulate_plan(made, recorded.pattern, where, seed=seed, jitter=jitter)
+    assert result.timeline is not None
+    if output is not None:
+        result.timeline.save(output)
+    metrics = timeline_metrics(result.timeline)
+    facts = {
+        "plan": str(plan),
+        "plan_digest": made.digest,
+        "cluster": where.name,
+        "validity": "measured cluster" if where.origin == "measured" else UNVALIDATED,
+        "training_step": recorded.training_step,
+        "layer": recorded.layer,
+        "step_time_us": result.makespan_us,
+        "peak_buffer_bytes": max(result.forward.peak_buffer_bytes, result.backward.peak_buffer_bytes),
+        "timeline": None if output is None else str(output),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts | {"directions": [one.to_json() for one in metrics]}))
+    else:
+        _show_simulation(facts, metrics)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A timeline file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Set two timelines side by side, phase by phase: simulated or measured, in any combination."""
+    timelines = [Timeline.load(path) for path in (first, second)]
+    metrics = []
+    for path, timeline in zip((first, second), timelines, strict=True):
+        try:
+            metrics.append({one.direction: one for one in timeline_metrics(timeline)})
+        except InputError as error:
+            raise InputError(str(error), source=path) from error
+    names = [f"{path.name} ({timeline.source})" for path, timeline in zip((first, second), timelines, strict=True)]
+    if as_json:
+        sides = [
+            {
+                "file": str(path),
+                "source": timeline.source,
+                "world_size": timeline.world_size,
+                "metadata": timeline.metadata,
+            }
+            | {"directions": [one.to_json() for one in side.values()]}
+            for path, timeline, side in zip((first, second), timelines, metrics, strict=True)
+        ]
+        typer.echo(json.dumps({"a": sides[0], "b": sides[1]}))
+        return
+    for direction in dict.fromkeys([*metrics[0], *metrics[1]]):
+        _show_comparison(direction, names, metrics[0].get(direction), metrics[1].get(direction))
+
+
+def ladder(
+    page: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder for a benchmark result file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate MTraining's ladder: Qwen2.5-3B at 512K tokens on 32 A100s, beside the published speed-ups."""
+    command = shlex.join(["sparsering", *sys.argv[1:]])
+    with Console(stderr=True).status("simulating"):
+        found = climb(default_variants())
+    document = result_document(found, command=command)
+    if results is not None:
+        write_json(result_path(results, document), document)
+    if page is not None:
+        write_atomically(page, markdown(found, command=command).encode())
+    typer.echo(json.dumps(document) if as_json else markdown(found, command=command))
+
+
+def _show_simulation(facts: dict[str, Any], metrics: list[DirectionMetrics]) -> None:
+    console = Console()
+    table = Table(
+        title=escape(f"layer {facts['layer']} of training step {facts['training_step']} on {facts['cluster']}")
+    )
+    for name in ("", "makespan", "compute mean", "exposed mean", "worker imbalance", "step imbalance"):
+        table.add_column(name, justify="right" if name else "left")
+    for one in metrics:
+        table.add_row(
+            one.direction,
+            _time(one.makespan_us),
+            _time(one.compute_mean_us),
+            f"{_time(one.exposed_mean_us)} ({one.exposed_mean_us / one.makespan_us:.0%})",
+            f"{one.worker_imbalance:.3f}",
+            f"{one.step_imbalance:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"step time {_time(facts['step_time_us'])}, buffers {facts['peak_buffer_bytes'] / 2**20:.1f} MiB a rank"
+    )
+    console.print(f"[dim]{escape(facts['validity'])}[/dim]")
+    if facts["timeline"]:
+        console.print(f"timeline: {escape(facts['timeline'])} (open it in https://ui.perfetto.dev)")
+
+
+def _show_comparison(
+    direction: str, names: list[str], first: DirectionMetrics | None, second: DirectionMetrics | None
+) -> None:
+    table = Table(title=escape(f"{direction}: A is {names[0]}, B is {names[1]}"))
+    for name in ("phase", "compute A", "B", "compute max A", "B", "exposed A", "B", "transfer A", "B"):
+        table.add_column(name, justify="right")
+    phases = [{one.phase: one for one in side.phases} if side else {} for side in (first, second)]
+    for phase in sorted({*phases[0], *phases[1]}):
+        table.add_row(str(phase), *_pairs(phases[0].get(phase), phases[1].get(phase)))
+    table.add_section()
+    for name, unit in (
+        ("makespan_us", _time),
+        ("compute_mean_us", _time),
+        ("exposed_mean_us", _time),
+        ("tail_mean_us", _time),
+        ("worker_imbalance", "{:.3f}".format),
+        ("step_imbalance", "{:.3f}".format),
+    ):
+        values = ["–" if side is None else unit(getattr(side, name)) for side in (first, second)]
+        table.add_row(name.removesuffix("_us").replace("_", " "), *values)
+    Console().print(table)
+
+
+def _pairs(first: PhaseMetrics | None, second: PhaseMetrics | None) -> list[str]:
+    fields = ("compute_mean_us", "compute_max_us", "exposed_mean_us", "transfer_us")
+    return ["–" if side is None else _time(getattr(side, name)) for name in fields for side in (first, second)]
+
+
+def _time(us: float) -> str:
+    return f"{us / 1000:.3f} ms" if us < 1e6 else f"{us / 1e6:.3f} s"
