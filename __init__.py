@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .planner.cluster import load_cluster as load_cluster
     from .planner.plan import Plan as Plan
     from .planner.plan import load_plan as load_plan
+    from .runtime.hf import attach as attach
+    from .runtime.hf import shard as shard
     from .traces.errors import InputError as InputError
     from .traces.pattern import BlockMask as BlockMask
     from .traces.pattern import LayerPattern as LayerPattern
@@ -33,8 +35,10 @@ _HOMES = {
     "Timeline": "traces.timeline",
     "Trace": "traces.store",
     "VerticalSlash": "traces.pattern",
+    "attach": "runtime.hf",
     "load_cluster": "planner.cluster",
     "load_plan": "planner.plan",
+    "shard": "runtime.hf",
 }
 _HOUSES = ("kernels", "planner", "runtime", "simulator", "traces")
 
