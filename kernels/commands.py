@@ -1,0 +1,98 @@
+"""The verb `doctor`: which backends work on this machine, tried on a small problem against the reference."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .api import BACKENDS, full_attention
+from .mask import AttentionMask
+
+SHAPE = {"batch": 1, "tokens": 500, "heads": 4, "kv_heads": 2, "head_dim": 64}
+BLOCK_SIZE = 64
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Show versions, devices, and for every kernel backend whether it agrees with the reference here.
+
+    Each is tried forward and backward, with grouped queries, columns and a ragged tail; bfloat16 on a GPU, float32
+    on a CPU. The figure is the largest error of out and gradients, relative to the largest value. Exit code 1 when one gives wrong numbers.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {
+        "versions": {name: _version(name) for name in ("sparsering", "torch", "triton", "transformers")},
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "backends": {name: _tried(name, device) for name in BACKENDS},
+    }
+    typer.echo(json.dumps(found) if as_json else _page(found))
+    if any(verdict["state"] == "wrong" for verdict in found["backends"].values()):
+        raise typer.Exit(1)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tried(backend: str, device: str) -> dict[str, Any]:
+    """Return the state ("works", "wrong", "unavailable") of one backend, with its error or its reason."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        got = _outputs(backend, device, dtype)
+    except Exception as error:  # a diagnosis reports whatever keeps a backend from running
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"state": "unavailable", "reason": reason}
+    expected = _outputs("reference", device, dtype)
+    errors = [_relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+    largest = float(torch.tensor(errors).max())
+    state = "works" if largest <= 8 * torch.finfo(dtype).eps else "wrong"  # also when it is NaN
+    return {"state": state, "largest_error": largest, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference over the largest expected value; NaN when anything is."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def _outputs(backend: str, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return out and the gradients of q, k, v for one seeded problem."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> torch.Tensor:
+        shape = (SHAPE["batch"], 512, heads, SHAPE["head_dim"])
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+    q, k, v = draw(SHAPE["heads"]), draw(SHAPE["kv_heads"]), draw(SHAPE["kv_heads"])
+    out, _ = full_attention(q, k, v, _mask(device), scale=SHAPE["head_dim"] ** -0.5, backend=backend)
+    out.sum().backward()
+    gradients = [x.grad for x in (q, k, v) if x.grad is not None]
+    return [out.detach(), *gradients]
+
+
+def _mask(device: str) -> AttentionMask:
+    blocks = -(-SHAPE["tokens"] // BLOCK_SIZE)
+    active = torch.zeros(SHAPE["heads"], blocks, dtype=torch.bool)
+    active[:, [0, 3]] = True
+    columns = torch.tensor([1, 70, 200], dtype=torch.int32).repeat(SHAPE["heads"], 1)
+    return AttentionMask(
+        seq_len_tokens=SHAPE["tokens"],
+        block_size=BLOCK_SIZE,
+        active=active.to(device),
+        columns=columns.to(device),
+        documents=None,
+    )
+
+
+def _page(found: dict[str, Any]) -> str:
+    lines = [f"{name:<13}{version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += [f"{'device':<13}{name}" for name in found["devices"]]
+    for name, verdict in found["backends"].items():
+        detail = verdict.get("reason") or f"largest error {verdict['largest_error']:.1e} in {verdict['dtype']}"
+        lines.append(f"{name:<13}{verdict['state']}: {detail}")
+    return "\n".join(lines)
