@@ -28,9 +28,9 @@ class Launch:
 # Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
 SM90 = {
     FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
-    GRAD_Q: Launch(m=64, n=128, warps=4, stages=1, tma=True),
+    GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
+    COLUMN_FORWARD: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
 }

@@ -1,0 +1,121 @@
+"""The Triton indexes, read back in plain Python and compared with the mask itself. No GPU, no Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparsering.kernels.index import BlockTask, TileLists, block_task, column_task
+from sparsering.kernels.mask import AttentionMask
+
+BLOCK = 16
+
+
+def mask_of(seq_len: int, *, toeplitz: bool, heads: int = 3, density: float = 0.5, seed: int = 0,
+            columns: int = 0) -> AttentionMask:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-seq_len // BLOCK)
+    active = torch.rand((heads, blocks) if toeplitz else (heads, blocks, blocks), generator=generator) < density
+    active[0] = False
+    chosen = torch.stack([torch.sort(torch.randperm(seq_len, generator=generator)[:columns]).values
+                          for _ in range(heads)]).int() if columns else None
+    return AttentionMask(seq_len_tokens=seq_len, block_size=BLOCK, active=active, columns=chosen)
+
+
+def positions(blocks: list[int], tail: int = BLOCK) -> torch.Tensor:
+    tokens = torch.cat([torch.arange(b * BLOCK, (b + 1) * BLOCK) for b in blocks])
+    return tokens[: len(tokens) - BLOCK + tail]
+
+
+def pairs_of(lists: TileLists, *, transposed: bool) -> set[tuple[int, int, int]]:
+    """(head, query tile, key tile) of every list entry and diagonal; each must be listed once."""
+    found = []
+    for head in range(lists.rows.shape[0]):
+        for row in range(lists.rows.shape[1]):
+            start, count, base, diagonal = lists.rows[head, row].tolist()
+            tiles = [base + lists.sign * int(e) for e in lists.entries[start:start + count]]
+            found += [(head, tile, row) if transposed else (head, row, tile)
+                      for tile in tiles + ([diagonal] if diagonal >= 0 else [])]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def pairs_by_definition(mask: AttentionMask, q_blocks: list[int], k_blocks: list[int]) -> set[tuple[int, int, int]]:
+    def active(head: int, i: int, j: int) -> bool:
+        return bool(mask.active[head, i - j] if mask.is_toeplitz else mask.active[head, i, j])
+    return {(head, row, tile) for head in range(mask.heads) for row, i in enumerate(q_blocks)
+            for tile, j in enumerate(k_blocks) if j <= i < mask.blocks and active(head, i, j)}
+
+
+PLACEMENTS = {
+    "whole": (list(range(12)), list(range(12))),
+    "striped": ([1, 5, 9, 13], [2, 6, 10, 14]),
+    "striped own": ([3, 7, 11], [3, 7, 11]),
+    "earlier keys": ([8, 9, 10, 11], [0, 1, 2, 3]),
+    "later keys": ([0, 1], [5, 6, 7]),
+    "zigzag": ([0, 1, 14, 15], [2, 3, 12, 13]),
+    "mixed strides": ([0, 3, 6, 9], [1, 2, 3, 4, 5]),
+    "one tile": ([7], [2]),
+}
+
+
+@pytest.mark.parametrize("toeplitz", [True, False], ids=["toeplitz", "csr"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("seq_len", [16 * BLOCK, 11 * BLOCK + 5])
+def test_lists_hold_exactly_the_active_pairs(placement: str, toeplitz: bool, seq_len: int) -> None:
+    q_blocks, k_blocks = PLACEMENTS[placement]
+    mask = mask_of(seq_len, toeplitz=toeplitz)
+    task = block_task(mask, positions(q_blocks), positions(k_blocks))
+    expected = pairs_by_definition(mask, q_blocks, k_blocks)
+    assert pairs_of(task.queries, transposed=False) == expected
+    assert pairs_of(task.keys, transposed=True) == expected
+
+
+def test_large_csr_indexes_are_counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = mask_of(12 * BLOCK, toeplitz=False)
+    everything = positions(list(range(12)))
+    expected = pairs_of(block_task(mask, everything, everything).queries, transposed=False)
+    monkeypatch.setattr("sparsering.kernels.index.CSR_DENSE_LIMIT", 0)
+    assert pairs_of(block_task(mask, everything, everything).queries, transposed=False) == expected
+
+
+def test_long_rows_come_first() -> None:
+    mask = mask_of(12 * BLOCK, toeplitz=True)
+    everything = positions(list(range(12)))
+    lists = block_task(mask, everything, everything).queries
+    work = (lists.rows[:, :, 1] + (lists.rows[:, :, 3] >= 0)).sum(0)[lists.order.long()]
+    assert sorted(lists.order.tolist()) == list(range(12))
+    assert torch.equal(work, work.sort(descending=True).values)
+
+
+def test_valid_tokens_of_a_ragged_shard() -> None:
+    mask = mask_of(5 * BLOCK + 3, toeplitz=True)
+    task: BlockTask = block_task(mask, positions([1, 3, 5, 7], tail=9), positions([0, 2, 4, 6]))
+    assert (task.q_valid_tokens, task.k_valid_tokens) == (2 * BLOCK + 3, 3 * BLOCK)
+    assert task.q_side.tokens == 3 * BLOCK + 9
+
+
+@pytest.mark.parametrize("tokens", [torch.arange(1, 33), torch.tensor([0, 2, 4]), torch.arange(32).roll(16)],
+                         ids=["shifted", "token striped", "unordered"])
+def test_tiles_that_are_no_blocks_are_refused(tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="k_positions: local tokens are no ascending whole blocks of 16"):
+        block_task(mask_of(64, toeplitz=True), torch.arange(16), tokens)
+
+
+def test_index_at_512k_and_16_heads_is_small() -> None:
+    blocks = 4096
+    active = torch.rand(16, blocks, generator=torch.Generator().manual_seed(0)) < 0.05
+    mask = AttentionMask(seq_len_tokens=blocks * 128, block_size=128, active=active)
+    everything = torch.arange(blocks * 128)
+    assert block_task(mask, everything, everything).nbytes < 8 * 2**20
+
+
+def test_column_index_reaches_what_a_tile_may_attend() -> None:
+    mask = mask_of(6 * BLOCK + 5, toeplitz=True, columns=30)
+    assert mask.columns is not None
+    mask.columns[1, 20:] = mask.seq_len_tokens
+    q_blocks = [0, 2, 4, 6, 8]
+    task = column_task(mask, positions(q_blocks))
+    for head in range(mask.heads):
+        for tile, block in enumerate(q_blocks):
+            end = min((block + 1) * BLOCK, mask.seq_len_tokens)
+            assert task.reach[head, tile] == int((mask.columns[head] < end).sum())
