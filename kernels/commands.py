@@ -20,7 +20,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """Show versions, devices, and for every kernel backend whether it agrees with the reference here.
 
     Each is tried forward and backward, with grouped queries, columns and a ragged tail; bfloat16 on a GPU, float32
-    on a CPU. The figure is the largest error of out and gradients, relative to the largest value. Exit code 1 when one gives wrong numbers.
+    on a CPU. The figure is the largest error of out and gradients, relative to the largest value. Exit code 1 when
+    a backend gives wrong numbers.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {
