@@ -148,8 +148,16 @@ def _show_comparison(
     phases = [{one.phase: one for one in side.phases} if side else {} for side in (first, second)]
     for phase in sorted({*phases[0], *phases[1]}):
         table.add_row(str(phase), *_pairs(phases[0].get(phase), phases[1].get(phase)))
-    table.add_section()
-    for name, unit in (
+    console = Console()
+    console.print(table)
+    console.print(_summary(first, second))
+
+
+def _summary(first: DirectionMetrics | None, second: DirectionMetrics | None) -> Table:
+    table = Table()
+    for name in ("", "A", "B", "B / A"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, show in (
         ("makespan_us", _time),
         ("compute_mean_us", _time),
         ("exposed_mean_us", _time),
@@ -157,9 +165,11 @@ def _show_comparison(
         ("worker_imbalance", "{:.3f}".format),
         ("step_imbalance", "{:.3f}".format),
     ):
-        values = ["–" if side is None else unit(getattr(side, name)) for side in (first, second)]
-        table.add_row(name.removesuffix("_us").replace("_", " "), *values)
-    Console().print(table)
+        values = [None if side is None else getattr(side, name) for side in (first, second)]
+        ratio = f"{values[1] / values[0]:.3f}" if values[0] and values[1] is not None else "–"
+        shown = ["–" if value is None else show(value) for value in values]
+        table.add_row(name.removesuffix("_us").replace("_", " "), *shown, ratio)
+    return table
 
 
 def _pairs(first: PhaseMetrics | None, second: PhaseMetrics | None) -> list[str]:

@@ -14,6 +14,8 @@ from ..planner.schedule import DIRECTIONS
 from ..traces.errors import InputError
 from ..traces.timeline import COMPUTE_STREAM, Span, Timeline
 
+PICOSECOND_DIGITS = 6  # of a microsecond: what differences of floats leave below is noise
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMetrics:
@@ -64,7 +66,7 @@ def timeline_metrics(timeline: Timeline) -> list[DirectionMetrics]:
 def _direction_metrics(direction: str, spans: Sequence[Span], world_size: int) -> DirectionMetrics:
     begin, end = min(span.start_us for span in spans), max(span.end_us for span in spans)
     compute, ends = _compute_and_ends(spans, world_size, begin)
-    exposed = np.diff(ends, axis=1, prepend=begin) - compute
+    exposed = np.round(np.diff(ends, axis=1, prepend=begin) - compute, PICOSECOND_DIGITS) + 0.0  # no -0.0
     transfer = np.zeros(compute.shape[1])
     for span in spans:
         if span.stream != COMPUTE_STREAM:
