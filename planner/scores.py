@@ -160,7 +160,7 @@ class ScoreBoard:
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
     _workloads: dict[tuple[PlacementChoice, int], Workload] = field(default_factory=dict)
     _schedules: dict[tuple[LayoutChoice, Direction, int], Schedule] = field(default_factory=dict)
-    _scores: dict[tuple[str, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
+    _scores: dict[tuple[Rater, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
         """Return the placement of a choice."""
@@ -198,7 +198,7 @@ class ScoreBoard:
 
     def score(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
-        key = (rater.name, choice, layout, direction)
+        key = (rater, choice, layout, direction)
         if key not in self._scores:
             schedule, problem = self.schedule(choice, layout, direction), self.problem
             memory = layer_memory(schedule, problem.shape(self.placement(choice)))

@@ -107,6 +107,8 @@ def _notes(problem: Problem, selection: Selection) -> list[str]:
     notes = [f"times are means over {len(selection.pick.rater.samples)} of {summary.recorded_layers} recorded layers"]
     if summary.loaded_layers < summary.recorded_layers:
         notes.append(f"balanced placements weigh {summary.loaded_layers} of them, evenly spread")
+    if selection.pick.step_time_us < selection.bound_us:
+        notes.append("the recurrence overlooks that transfers share links: its time is below the bound")
     if problem.cluster.origin == "datasheet":
         notes.append(f"{problem.cluster.name} is a datasheet: its times are not validated by measurements")
     return [*notes, *selection.notes]

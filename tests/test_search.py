@@ -1,0 +1,372 @@
+"""The search: its pick against every plain layout, the memory limit, the bound, and what it says."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsering.planner.bounds import communication_bound_us, compute_bound_us, lower_bound
+from sparsering.planner.candidates import (
+    LayoutChoice,
+    PlacementChoice,
+    baselines,
+    inner_sizes,
+    layout_choices,
+    placement_choices,
+    why_not_executable,
+)
+from sparsering.planner.compiled import CompiledRecurrence
+from sparsering.planner.cost import DatasheetCost
+from sparsering.planner.evaluation import Evaluation
+from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.memory import layer_memory
+from sparsering.planner.plan import ModelShape
+from sparsering.planner.recurrence import recurrence
+from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
+from sparsering.planner.schedule import DIRECTIONS
+from sparsering.planner.scores import Problem
+from sparsering.planner.selection import Selection, select
+from sparsering.planner.verdict import describe, predictions, verdict
+from sparsering.planner.workload import unit_load, workload
+from sparsering.simulator.engine import simulate
+from sparsering.tests import tiny
+from sparsering.traces.errors import InputError
+from sparsering.traces.synthetic import SyntheticSettings, synthesize
+
+BLOCK = 64
+KINDS = ["dense", "vertical-slash", "skewed", "xattention", "packed-documents"]
+CLUSTERS = [(1, 1), (1, 2), (1, 4), (2, 2), (3, 2)]
+
+
+def problem(
+    *, kind: str = "vertical-slash", nodes: int = 1, gpus: int = 4, blocks: int = 16, layers: int = 1, seed: int = 0,
+    backend: str = "triton", memory_limit_bytes: int = 1 << 30, columns: int = 20, **hardware: Any,
+) -> Problem:  # fmt: skip
+    cluster = tiny.cluster(nodes=nodes, gpus=gpus, **hardware)
+    drawn = SyntheticSettings(
+        seq_len_tokens=blocks * BLOCK - 10, block_size=BLOCK, heads=4, columns=columns, density=0.2,
+        mean_document_tokens=3 * BLOCK,
+    )  # fmt: skip
+    patterns = [synthesize(kind, drawn, seed=seed, layer=layer) for layer in range(layers)]
+    most_columns = max(pattern.max_columns for pattern in patterns)
+    return Problem(
+        cluster=cluster,
+        cost=DatasheetCost(gpu=cluster.gpu, head_dim=64, block_size=BLOCK),
+        model=ModelShape(layers=layers, heads=4, kv_heads=2, head_dim=64),
+        seq_len_tokens=drawn.seq_len_tokens,
+        block_size=BLOCK,
+        dtype="bfloat16",
+        backend=backend,
+        memory_limit_bytes=memory_limit_bytes,
+        samples=tuple(
+            Sample(training_step=0, layer=layer, pattern=pattern) for layer, pattern in enumerate(patterns)
+        ),
+        summary=TraceSummary(
+            columns_capacity=-(-most_columns // 64) * 64,
+            block_load=unit_load(patterns, granularity_tokens=BLOCK, padded_tokens=blocks * BLOCK),
+            loaded_layers=layers,
+            recorded_layers=layers,
+        ),
+    )  # fmt: skip
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    nodes, gpus = draw(st.sampled_from(CLUSTERS))
+    return problem(
+        kind=draw(st.sampled_from(KINDS)),
+        nodes=nodes,
+        gpus=gpus,
+        blocks=draw(st.integers(4, 24)),
+        layers=draw(st.integers(1, 2)),
+        seed=draw(st.integers(0, 9)),
+        backend=draw(st.sampled_from(["triton", "blockwise"])),
+        bandwidth=draw(st.sampled_from([1000.0, 1e5])),
+    )
+
+
+def senseless(makespan_us: float, world_size: int) -> Evaluation:
+    return Evaluation(
+        makespan_us=makespan_us,
+        compute_us=np.ones(world_size),
+        phase_us=np.ones((world_size, 1)),
+        peak_buffer_bytes=0,
+    )
+
+
+def whimsical(schedule, workload, cluster, cost) -> Evaluation:
+    """An evaluator without any sense: times follow from hashes. The promises must hold under it too."""
+    text = f"{schedule.layout} {schedule.buffer_bytes} {schedule.direction} {workload.active.tobytes()!r}"
+    return senseless(float(hashlib.sha256(text.encode()).digest()[0]), schedule.world_size)
+
+
+def check_promises(given_problem: Problem, found: Selection) -> None:
+    # Values are taken out first: an assertion that fails would print the whole of what it names.
+    pick, backend = found.pick, given_problem.backend
+    why_not = why_not_executable(pick.placement, pick.forward_layout, backend=backend, block_size=BLOCK)
+    assert why_not is None
+    memory_bytes, limit_bytes = pick.memory_bytes, given_problem.memory_limit_bytes
+    assert memory_bytes <= limit_bytes
+    step_time_us, name = pick.step_time_us, pick.rater.name
+    rivals = [rated.step for rated in found.table if rated.step.eligible and rated.step.rater.name == name]
+    quicker = [(describe(step), step.step_time_us) for step in rivals if step.step_time_us < step_time_us]
+    assert quicker == []
+    plain = {rated.baseline for rated in found.baselines}
+    assert plain == set(baselines(cluster=given_problem.cluster, block_size=BLOCK))
+    assert {rated.step.rater.name for rated in found.baselines} == {name}
+
+
+@given(given_problem=problems())
+@settings(max_examples=8)
+def test_no_plain_layout_beats_the_pick_under_the_recurrence(given_problem: Problem):
+    found = select(given_problem, quick=CompiledRecurrence())
+    check_promises(given_problem, found)
+
+
+@given(given_problem=problems())
+@settings(max_examples=6)
+def test_no_plain_layout_beats_the_pick_under_the_simulator(given_problem: Problem):
+    found = select(given_problem, quick=CompiledRecurrence(), final=simulate)
+    check_promises(given_problem, found)
+    bound_us, step_time_us = found.bound_us, found.pick.step_time_us
+    assert bound_us <= step_time_us + 0.01
+
+
+@given(given_problem=problems())
+@settings(max_examples=10)
+def test_no_plain_layout_beats_the_pick_under_a_whimsical_evaluator(given_problem: Problem):
+    check_promises(given_problem, select(given_problem, quick=CompiledRecurrence(), final=whimsical))
+    check_promises(given_problem, select(given_problem, quick=whimsical))
+
+
+@given(given_problem=problems(), share=st.floats(0.0, 1.2))
+@settings(max_examples=6)
+def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem, share: float):
+    free = select(given_problem, quick=CompiledRecurrence())
+    sizes = [rated.step.memory_bytes for rated in free.table if rated.step.why_not is None]
+    limit = int(min(sizes) + share * (max(sizes) - min(sizes)))
+    limited = replace(given_problem, memory_limit_bytes=limit)
+    found = select(limited, quick=CompiledRecurrence())
+    check_promises(limited, found)
+    free_us, limited_us = free.pick.step_time_us, found.pick.step_time_us
+    assert limited_us >= free_us
+    with pytest.raises(InputError, match="memory_limit_bytes") as caught:
+        select(replace(given_problem, memory_limit_bytes=1), quick=CompiledRecurrence())
+    assert "\n" not in str(caught.value)
+
+
+@given(given_problem=problems(), data=st.data())
+@settings(max_examples=20)
+def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data):
+    cluster, compiled = given_problem.cluster, CompiledRecurrence()
+    choices = placement_choices(
+        seq_len_tokens=given_problem.seq_len_tokens, world_size=cluster.world_size, block_size=BLOCK
+    )
+    placement = data.draw(st.sampled_from(choices)).build(
+        seq_len_tokens=given_problem.seq_len_tokens,
+        world_size=cluster.world_size,
+        block_size=BLOCK,
+        block_load=given_problem.summary.block_load,
+    )
+    layouts = [choice for choice in layout_choices(cluster=cluster) if choice.layout != "ulysses"]
+    layout = data.draw(st.sampled_from(layouts))
+    for direction in DIRECTIONS:
+        shape = given_problem.shape(placement)
+        schedule = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
+        for sample in given_problem.samples:  # the second one meets the kept events
+            work = workload(sample.pattern, placement)
+            one = compiled(schedule, work, cluster, given_problem.cost)
+            other = recurrence(schedule, work, cluster, given_problem.cost)
+            assert (one.makespan_us, one.peak_buffer_bytes) == (other.makespan_us, other.peak_buffer_bytes)
+            assert np.array_equal(one.phase_us, other.phase_us)
+            bound = lower_bound(
+                workload=work, cluster=cluster, cost=given_problem.cost, shape=shape, direction=direction
+            )
+            # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
+            simulated = simulate(schedule, work, cluster, given_problem.cost)
+            bound_us, compute_bound, simulated_us = bound.total_us, bound.compute_us, simulated.makespan_us
+            assert compute_bound <= other.makespan_us + 0.01
+            assert bound_us <= simulated_us + 0.01
+
+
+def test_bounds_by_hand():
+    cluster = tiny.cluster(nodes=2, gpus=4, bandwidth=1000.0, nic_bandwidth=500.0, nics=2)
+    shape = AttentionShape(world_size=8, tokens_per_rank=10, heads=4, kv_heads=1, head_dim=5, columns_capacity=64)
+    assert (shape.kv_bytes, shape.dkv_bytes) == (200, 400)
+    # 4 shards enter each node through 2 cards; 7 shards reach each rank over its port and a card together.
+    assert communication_bound_us(cluster, shape, "forward") == max(4 * 200 / 1000, 7 * 200 / 1500)
+    assert communication_bound_us(cluster, shape, "backward") == max(4 * 600 / 1000, 7 * 600 / 1500)
+    one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
+    assert communication_bound_us(one_node, shape, "forward") == 7 * 200 / 1000
+    given_problem = problem(kind="dense", gpus=4, blocks=16)
+    found = workload(
+        given_problem.samples[0].pattern,
+        PlacementChoice(name="striped", granularity_tokens=BLOCK).build(
+            seq_len_tokens=given_problem.seq_len_tokens,
+            world_size=4,
+            block_size=BLOCK,
+            block_load=given_problem.summary.block_load,
+        ),
+    )
+    # 4 heads of 136 block pairs over 4 ranks, three microseconds each; there are no columns.
+    assert compute_bound_us(found, tiny.PairCost(us_per_pair=3.0), "forward") == 136 * 3
+
+
+def test_memory_by_hand():
+    shape = AttentionShape(
+        world_size=4, tokens_per_rank=100, heads=8, kv_heads=2, head_dim=16, columns_capacity=64
+    )  # fmt: skip
+    kv, dkv = 2 * 100 * 2 * 16 * 2, 2 * 100 * 2 * 16 * 4
+    q, accumulator, rows = 100 * 8 * 16 * 2, 100 * 8 * 16 * 4, 100 * 8 * 4
+    columns = 2 * 64 * 8 * 16 * 2
+    forward = layer_memory(build("ring", {"prefetch": 1}, shape=shape, direction="forward"), shape)
+    assert forward.home_bytes == kv + q + accumulator + rows  # k, v; q; out and its log-sum-exp
+    assert forward.columns_bytes == columns
+    assert forward.buffer_bytes == 2 * kv
+    backward = layer_memory(build("gather", {"chunks": 3}, shape=shape, direction="backward"), shape)
+    assert backward.home_bytes == kv + dkv + 3 * q + accumulator + 2 * rows  # q, out, dout; dq; lse and delta
+    assert backward.columns_bytes == columns + 2 * columns
+    assert backward.buffer_bytes == 3 * kv + 2 * dkv + dkv
+    assert backward.total_bytes == backward.home_bytes + backward.columns_bytes + backward.buffer_bytes
+
+
+def test_candidates_of_four_nodes_of_eight():
+    cluster = tiny.cluster(nodes=4, gpus=8)
+    names = [str(choice) for choice in layout_choices(cluster=cluster)]
+    assert names == [
+        "gather (chunks 1)", "gather (chunks 2)", "gather (chunks 4)", "gather (chunks 31)",
+        "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
+        "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
+        "hierarchical (inner_size 2)", "ulysses",
+    ]  # fmt: skip
+    choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)
+    assert {(choice.name, choice.granularity_tokens) for choice in choices} == {
+        ("contiguous", 128), ("zigzag", 128), ("striped", 1),
+        *((name, size) for name in ("striped", "balanced") for size in (128, 256, 512, 1024)),
+    }  # fmt: skip
+    plain = [str(one) for one in baselines(cluster=cluster, block_size=128)]
+    assert plain == [
+        *(f"striped (128 tokens), gather (chunks {count})" for count in (1, 2, 4, 31)),
+        "striped (128 tokens), ring (prefetch 1)",
+        "zigzag (128 tokens), ring (prefetch 1)",
+        "contiguous (128 tokens), ring (prefetch 1)",
+        "striped (128 tokens), hierarchical (inner_size 8)",
+    ]
+
+
+def test_coarse_units_that_would_pad_a_lot_are_left_out():
+    choices = placement_choices(seq_len_tokens=8192, world_size=32, block_size=128)
+    assert {choice.granularity_tokens for choice in choices} == {1, 128, 256}
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "expected"), [(1, 1, []), (1, 2, []), (1, 8, [4, 2]), (2, 2, [2])])
+def test_inner_sizes(nodes: int, gpus: int, expected: list[int]):
+    assert inner_sizes(tiny.cluster(nodes=nodes, gpus=gpus)) == expected
+
+
+def test_token_striping_is_looked_at_but_never_picked_for_triton():
+    whole_blocks, tokens = (
+        select(problem(kind="dense", blocks=16, backend=backend), quick=CompiledRecurrence(), placements=["striped"])
+        for backend in ("triton", "reference")
+    )
+    rows = [rated for rated in whole_blocks.table if rated.step.placement.granularity_tokens == 1]
+    assert rows
+    assert {rated.step.why_not for rated in rows} >= {"triton needs whole blocks"}
+    assert not any(rated.step.eligible for rated in rows)
+    assert whole_blocks.pick.placement.granularity_tokens % BLOCK == 0
+    assert any(one.step.eligible for one in tokens.table if one.step.placement.granularity_tokens == 1)
+    with pytest.raises(InputError, match=r"backend: no candidate can be executed: simulated only"):
+        select(problem(kind="dense"), quick=CompiledRecurrence(), layouts=["ulysses"])
+
+
+def test_token_striping_of_long_sequences_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sparsering.planner.selection.MAX_TOKEN_STRIPING_TOKENS", 512)
+    found = select(problem(blocks=16), quick=CompiledRecurrence())
+    assert not any(rated.step.placement.granularity_tokens == 1 for rated in found.table)
+    assert "token striping is not looked at beyond 512 tokens" in found.notes
+
+
+def test_ulysses_is_a_row_where_it_applies_and_a_note_where_not():
+    found = select(problem(kind="dense", gpus=4), quick=CompiledRecurrence())
+    (row,) = [rated for rated in found.table if rated.step.forward_layout.layout == "ulysses"]
+    assert row.step.why_not == "simulated only"
+    with_columns = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
+    assert "ulysses does not apply to these sizes" in with_columns.notes
+
+
+def test_directions_may_have_different_layouts():
+    def contrary(schedule, workload, cluster, cost) -> Evaluation:
+        wanted = {"forward": "gather", "backward": "ring"}[schedule.direction]
+        return senseless(1.0 if schedule.layout == wanted else 100.0, schedule.world_size)
+
+    found = select(problem(), quick=contrary)
+    assert (found.pick.forward_layout.layout, found.pick.backward_layout.layout) == ("gather", "ring")
+    assert found.pick.step_time_us == 2.0
+    assert verdict(found) == (
+        "Planning gains 50.50× over the best plain layout (striped (64 tokens), gather (chunks 1))."
+    )
+
+
+def test_verdict_says_when_plain_striping_and_all_gather_is_best():
+    def gathers(schedule, workload, cluster, cost) -> Evaluation:
+        return senseless(99.5 if schedule.layout == "ring" else 100.0, schedule.world_size)
+
+    assert verdict(select(problem(), quick=gathers)) == (
+        "Plain block striping with an all-gather is already best; planning would gain less than 1 %: "
+        "use it (striped (64 tokens), gather (chunks 1))."
+    )
+
+
+def test_verdict_says_when_another_plain_layout_is_best():
+    def rings(schedule, workload, cluster, cost) -> Evaluation:
+        return senseless(50.0 if schedule.layout == "ring" else 100.0, schedule.world_size)
+
+    given_problem = problem()
+    found = select(given_problem, quick=rings)
+    assert verdict(found) == (
+        "A plain layout is already best; planning would gain less than 1 %: use striped (64 tokens), ring (prefetch 1)."
+    )
+    restricted = select(given_problem, quick=rings, layouts=["gather"])
+    assert verdict(restricted, restricted=True) == (
+        "The plain layout striped (64 tokens), ring (prefetch 1) would be 2.00× quicker than this restricted plan."
+    )
+
+
+def test_predictions_agree_with_their_table():
+    given_problem = problem(kind="packed-documents", gpus=4, blocks=48, seed=3, bandwidth=1e7)
+    found = select(given_problem, quick=CompiledRecurrence(), final=simulate)
+    told = predictions(given_problem, found, restricted=False)
+    best = min(row["step_time_us"] for row in told["candidates"] if row["baseline"])
+    assert told["best_baseline_us"] == best
+    assert told["step_time_us"] <= best
+    assert told["gap"] == pytest.approx(told["step_time_us"] / told["bound_us"] - 1, abs=1e-5)
+    assert told["gap"] >= 0
+    assert told["exposed_us"] == pytest.approx(told["exposed_fraction"] * told["step_time_us"], rel=1e-3)
+    assert told["worker_imbalance"] >= 1
+    assert told["step_imbalance"] >= told["worker_imbalance"] - 1e-6
+    assert told["sampled_layers"] == [[0, 0]]
+    assert told["unvalidated"] is True
+
+
+def test_evenly_spread():
+    assert evenly_spread(range(36), 4) == [0, 12, 23, 35]
+    assert evenly_spread([3, 5], 4) == [3, 5]
+    assert evenly_spread(range(9), 1) == [4]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, ulysses"):
+        select(problem(), quick=CompiledRecurrence(), layouts=["spiral"])
+    with pytest.raises(InputError, match="placement: 'random' is not one of"):
+        select(problem(), quick=CompiledRecurrence(), placements=["random"])
+
+
+def test_choices_name_themselves():
+    layout = LayoutChoice(layout="ring", parameters=(("prefetch", 2),))
+    assert (str(layout), str(LayoutChoice(layout="ulysses", parameters=()))) == ("ring (prefetch 2)", "ulysses")
