@@ -88,17 +88,14 @@ class ForwardStage:
 
     def compute(self, task: Task) -> None:
         """Compute a task and merge it into the result."""
+        common = {"scale": self.scale, "backend": self.indexes.backend, "into": self.result}
         if task.key is None:
             assert self.gathered is not None
-            index = self.indexes.columns()
-            part = api.column_forward(
-                self.q, self.gathered[0], self.gathered[1], index, scale=self.scale, backend=self.indexes.backend
-            )
-        else:
-            k, v = self._pair(task.key_buffer)
-            index = self.indexes.block(task.key.sequence_part)
-            part = api.block_forward(self.q, k, v, index, scale=self.scale, backend=self.indexes.backend)
-        self.result = part if self.result is None else api.merge(*self.result, *part)
+            column_k, column_v = self.gathered
+            self.result = api.column_forward(self.q, column_k, column_v, self.indexes.columns(), **common)
+            return
+        k, v = self._pair(task.key_buffer)
+        self.result = api.block_forward(self.q, k, v, self.indexes.block(task.key.sequence_part), **common)
 
     def _pair(self, name: str) -> Pair:
         return self.kv if name == KV_HOME else self.slots[name]

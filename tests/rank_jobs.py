@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AttentionInterface
 
 from sparsering.planner.plan import Plan
 from sparsering.runtime.attention import PlannedAttention
 from sparsering.runtime.comm import Channels
+from sparsering.runtime.hf import ATTENTION_NAME, attach, shard
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
 from sparsering.traces.pattern import LayerPattern
+from tiny_models import tiny_model
 
 _shared: list[Channels] = []
 
@@ -65,6 +68,36 @@ def verified(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int) -> lis
     out.backward(own["grad_out"])
     results = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return verify(planned, mask, inputs, results, model.head_dim**-0.5)  # pyright: ignore[reportArgumentType]
+
+
+def model_step(
+    mesh: Mesh, *, plan: Plan, family: str, ids: np.ndarray, attention_mask: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Forward and backward of a tiny attached model on this rank's shard; the loss is summed, not averaged."""
+    model = tiny_model(family, dtype=torch.float64)
+    attached = attach(model, plan, mesh)
+    part = shard({"input_ids": torch.from_numpy(ids)}, plan, mesh.rank)
+    mask = None if attention_mask is None else torch.from_numpy(attention_mask)[:, part["position_ids"][0].clamp(max=ids.shape[1] - 1)]
+    logits = model(input_ids=part["input_ids"], position_ids=part["position_ids"], attention_mask=mask).logits
+    loss = torch.nn.functional.cross_entropy(logits[0], part["labels"][0], reduction="sum")
+    loss.backward()
+    attached.detach()
+    gradients = {name: _numpy(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss_sum": loss.item(), "gradients": gradients}
+
+
+def attention_call(mesh: Mesh, *, plan: Plan, keywords: dict[str, Any]) -> None:
+    """Call the attached attention of a tiny model's first layer directly, as a model with such keywords would."""
+    model = tiny_model("llama", dtype=torch.float64)
+    attached = attach(model, plan, mesh)
+    module = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 0 and hasattr(m, "is_causal"))
+    query, key = torch.zeros(1, 4, 256, 16, dtype=torch.float64), torch.zeros(1, 2, 256, 16, dtype=torch.float64)
+    given = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in keywords.items()}
+    arguments = {"attention_mask": None, "scaling": 0.25} | given
+    try:
+        AttentionInterface()[ATTENTION_NAME](module, query, key, key, **arguments)
+    finally:
+        attached.detach()
 
 
 def global_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import traceback
 from multiprocessing.connection import Client
@@ -10,13 +10,8 @@ from pathlib import Path
 
 
 def _jobs():
-    path = Path(__file__).with_name("rank_jobs.py")
-    spec = importlib.util.spec_from_file_location("rank_jobs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rank_jobs"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    return importlib.import_module("rank_jobs")
 
 
 def main() -> None:

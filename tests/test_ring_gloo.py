@@ -55,6 +55,19 @@ def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> Non
             assert _largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
 
 
+def test_triton_kernels_play_the_same_schedules(rank_pools: Callable[[int], RankPool]) -> None:
+    """The Triton backend in its interpreter, over gloo: what GPUs will run, checked without one."""
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    plan = make_case_plan(case, backend="triton", dtype="float32", head_dim=64)
+    results = rank_pools(2).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
+    placement = plan.make_placement()
+    wanted = expected("gqa", placement.padded_tokens, seed=7, head_dim=64)
+    for rank, result in enumerate(results):
+        rows = placement.positions(rank)
+        for name in ("out", "dq", "dk", "dv"):
+            assert _largest_difference(result[name], wanted[name][:, rows]) <= 1e-4, name
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_ranks_verify_themselves(dtype: str, rank_pools: Callable[[int], RankPool]) -> None:
     """The verification that `sparsering run --verify` offers passes on every rank, in every type."""
@@ -76,7 +89,7 @@ def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[i
     common = {"world_size": 2, "placement": "striped", "granularity_tokens": 64, "pattern": "gqa"}
     plans = [make_case_plan(Case(layout=layout, parameters={}, **common)) for layout in ("ring", "gather")]
     arguments = [{"plan": plan, "pattern": PATTERNS["gqa"].pattern, "seed": 0} for plan in plans]
-    with pytest.raises(RankFailure, match=r"plan digest \(\d+\): rank 1 has"):
+    with pytest.raises(RankFailure, match=r"plan \d+ digest: rank 1 has"):
         rank_pools(2).run_each("attention", arguments)
 
 
