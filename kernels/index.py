@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .index_gathered import gathered_lists
 from .mask import AttentionMask, document_of
 
 # Above this many (head, row, tile) triples, CSR entries are counted first: less memory, one host synchronisation.
@@ -49,9 +50,14 @@ class TileLists:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The tiles of one shard: their mask blocks, on the host and on the device, and its valid tokens (a prefix)."""
+    """The tiles of one shard, or of several gathered ones: their mask blocks, on the host and on the device.
+
+    ascending: blocks rise, so that valid tokens are a prefix. Gathered shards do not; their padding, never visited,
+    counts as valid.
+    """
 
     blocks: np.ndarray
+    ascending: bool
     device_blocks: Tensor
     tokens: int
     last_block_tokens: int
@@ -60,15 +66,19 @@ class Side:
         """The common difference of the blocks (1 for a single tile), or None where there is none."""
         if len(self.blocks) < 2:
             return 1
+        if not self.ascending:
+            return None
         steps = np.diff(self.blocks)
         return int(steps[0]) if (steps == steps[0]).all() else None
 
     def valid_tiles(self, mask: AttentionMask) -> int:
         """Tiles that hold at least one valid token: a prefix."""
-        return int((self.blocks < mask.blocks).sum())
+        return int((self.blocks < mask.blocks).sum()) if self.ascending else len(self.blocks)
 
     def valid_tokens(self, mask: AttentionMask) -> int:
         """Tokens before the padding."""
+        if not self.ascending:
+            return self.tokens
         b = mask.block_size
         sizes = np.full(len(self.blocks), b)
         if len(sizes):
@@ -79,29 +89,31 @@ class Side:
 _SIDES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def side_of(positions: Tensor, block_size: int, *, name: str) -> Side:
+def side_of(positions: Tensor, block_size: int, *, name: str, gathered: bool = False) -> Side:
     """The tiles of a shard from its token positions [S]. Reading them waits for the device once per tensor.
 
-    Raises ValueError when a local tile of block_size tokens is not exactly one mask block.
+    gathered: allow several shards one after the other, each of whole blocks. Raises ValueError when a local tile of block_size tokens is not exactly one mask block.
     """
     known = _SIDES.setdefault(positions, {})
-    key = (block_size, 0 if positions.is_inference() else positions._version)
+    key = (block_size, gathered, 0 if positions.is_inference() else positions._version)
     if key not in known:
-        known[key] = _read_side(positions, block_size, name)
+        known[key] = _read_side(positions, block_size, name, gathered)
     return known[key]
 
 
-def _read_side(positions: Tensor, block_size: int, name: str) -> Side:
+def _read_side(positions: Tensor, block_size: int, name: str, gathered: bool) -> Side:
     host = positions.detach().cpu().numpy().astype(np.int64)
     blocks = host[::block_size] // block_size
     expected = (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: len(host)]
-    if not (host == expected).all() or (np.diff(blocks) <= 0).any():
+    whole = (host == expected).all() and len(np.unique(blocks)) == len(blocks)
+    ascending = bool((np.diff(blocks) > 0).all())
+    if not whole or not (ascending or (gathered and len(host) % block_size == 0)):
         at = int(np.flatnonzero(host != expected)[0]) if (host != expected).any() else 0
         raise ValueError(f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
                          f"position {host[at]}); the triton backend needs a granularity that is a multiple of them")
     tail = len(host) - (len(blocks) - 1) * block_size if len(blocks) else 0
     device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(positions.device)
-    return Side(blocks=blocks, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail)
+    return Side(blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) ->
     Raises ValueError when the local tiles are not whole mask blocks.
     """
     q_side = side_of(q_positions, mask.block_size, name="q_positions")
-    k_side = side_of(k_positions, mask.block_size, name="k_positions")
+    k_side = side_of(k_positions, mask.block_size, name="k_positions", gathered=True)
     q_documents, k_documents = (_local_documents(mask, p) for p in (q_positions, k_positions))
     return BlockTask(mask=mask, q_side=q_side, k_side=k_side, q_valid_tokens=q_side.valid_tokens(mask),
                      k_valid_tokens=k_side.valid_tokens(mask), q_documents=q_documents, k_documents=k_documents)
@@ -150,9 +162,12 @@ def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
 
 
 def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> TileLists:
+    lists = None
     if mask.is_toeplitz and others.stride() is not None:
         lists = _toeplitz_lists(mask, rows, others, transposed=transposed)
-    else:
+    elif mask.is_toeplitz and not transposed:
+        lists = gathered_lists(mask, rows.blocks, others.blocks)
+    if lists is None:
         lists = _csr_lists(mask, rows, others, transposed=transposed)
     starts, counts, base, entries, sign = lists
     diagonal = _diagonal_tiles(mask, rows, others)
@@ -165,8 +180,10 @@ def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -
 def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
     """[H, T]: the other side's local tile of each row's own block where that pair is active, else -1."""
     device = mask.active.device
-    at = np.searchsorted(others.blocks, rows.blocks)
+    rising = np.argsort(others.blocks, kind="stable")
+    at = np.searchsorted(others.blocks, rows.blocks, sorter=rising)
     found = at < len(others.blocks)
+    at[found] = rising[at[found]]
     found[found] = others.blocks[at[found]] == rows.blocks[found]
     tiles = torch.from_numpy(np.where(found & (rows.blocks < mask.blocks), at, -1)).to(device)
     blocks = rows.device_blocks.to(device).long().clamp(max=mask.blocks - 1)

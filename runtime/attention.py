@@ -15,7 +15,7 @@ from ..kernels.api import AttentionMask, accumulator_dtype
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS
 from ..traces.errors import InputError
-from .buffers import BufferPool, Pair
+from .buffers import BufferPool, Slots
 from .comm import Channels
 from .measure import Recorder
 from .mesh import Mesh, agree
@@ -52,6 +52,7 @@ class PlannedAttention:
         self.positions = [
             torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)
         ]
+        self.joined_positions: dict[tuple[int, ...], Tensor] = {}
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
 
     def __call__(
@@ -74,7 +75,7 @@ class PlannedAttention:
         out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
         return out, lse
 
-    def slots(self, direction: str, k: Tensor) -> dict[str, Pair]:
+    def slots(self, direction: str, k: Tensor) -> Slots:
         """Return the slots of one direction for K/V shaped like `k`."""
         dtypes = {"kv": k.dtype, "dkv": accumulator_dtype(k.dtype)}
         return self.pool.slots(self.schedules[direction], k.shape, dtypes)
@@ -115,6 +116,7 @@ class _RingFunction(torch.autograd.Function):
             rank=planned.mesh.rank,
             backend=planned.plan.kernels.backend,
             columns_capacity=planned.plan.columns_capacity,
+            joined_positions=planned.joined_positions,
         )
         stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k), indexes=indexes, scale=scale)
         play(planned.schedules["forward"], planned.mesh.rank, stage, planned.channels, planned.recorder)

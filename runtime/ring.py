@@ -6,7 +6,7 @@ are and how a task is computed; `play` does the rest in the order that planner/s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -27,8 +27,12 @@ class Stage(Protocol):
         """Return the tensors that this transfer fills on its destination."""
         ...
 
-    def compute(self, task: Task) -> None:
-        """Compute one task on the current stream."""
+    def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """Cut a phase's tasks into what is computed together, in order."""
+        ...
+
+    def compute(self, tasks: tuple[Task, ...]) -> None:
+        """Compute tasks together on the current stream."""
         ...
 
     def sent(self, transfer: Transfer) -> None:
@@ -69,8 +73,8 @@ class _Player:
             self._wait(name)
         for call in phase.group_calls:
             self._launch(call, phase.index)
-        for task in phase.tasks:
-            self._compute(task, phase.index)
+        for together in self.stage.launches(phase.tasks):
+            self._compute(together, phase.index)
 
     def _wait(self, name: str) -> None:
         transfer, pending = self.in_flight.pop(name)
@@ -107,13 +111,13 @@ class _Player:
         tensors = self.stage.incoming(transfer)
         return [Message(operation="receive", tensor=tensor, peer=transfer.source) for tensor in tensors]
 
-    def _compute(self, task: Task, phase: int) -> None:
+    def _compute(self, tasks: tuple[Task, ...], phase: int) -> None:
         if self.recorder is None:
-            self.stage.compute(task)
+            self.stage.compute(tasks)
             return
         started = self.recorder.mark()
-        self.stage.compute(task)
-        self.recorder.add_compute(_task_name(task), "compute", self.direction, phase, started)
+        self.stage.compute(tasks)
+        self.recorder.add_compute(_launch_name(tasks), "compute", self.direction, phase, started)
 
 
 def _call_name(call: GroupCall) -> str:
@@ -121,5 +125,6 @@ def _call_name(call: GroupCall) -> str:
     return " ".join(kinds)
 
 
-def _task_name(task: Task) -> str:
-    return f"q{task.query} columns" if task.key is None else f"q{task.query} k{task.key}"
+def _launch_name(tasks: tuple[Task, ...]) -> str:
+    keys = " ".join("columns" if task.key is None else f"k{task.key}" for task in tasks)
+    return f"q{tasks[0].query} {keys}"

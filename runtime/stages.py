@@ -5,7 +5,7 @@ Shape legend: B batch, S tokens of a shard, H query heads, H_kv K/V heads, D hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,16 +13,42 @@ from torch import Tensor
 
 from ..kernels import api
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer
-from .buffers import Pair
+from .buffers import Pair, Slots, neighbours
 
 MaskSource = Callable[[], api.AttentionMask]
+
+# Backends whose indexes take several key shards laid one after the other.
+JOINING_BACKENDS = frozenset({"triton"})
+
+
+def launches(tasks: Sequence[Task], backend: str, batch: int) -> list[tuple[Task, ...]]:
+    """Cut a phase's tasks into kernel launches: tasks whose keys (and gradients) lie side by side are one launch.
+
+    One long launch beats several short ones: out and dq are read and written once, and no tail is left idle.
+    """
+    cut: list[tuple[Task, ...]] = []
+    for task in tasks:
+        joined = (*cut[-1], task) if cut else (task,)
+        if cut and backend in JOINING_BACKENDS and batch == 1 and _side_by_side(joined):
+            cut[-1] = joined
+        else:
+            cut.append((task,))
+    return cut
+
+
+def _side_by_side(tasks: Sequence[Task]) -> bool:
+    if any(task.key is None or task.heads != tasks[0].heads for task in tasks):
+        return False
+    grads = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
+    return neighbours([task.key_buffer for task in tasks]) and (not grads or neighbours(grads))
 
 
 @dataclass(eq=False)
 class Indexes:
     """The mask of one layer call and the kernels' indexes into it, made when first needed and kept for backward.
 
-    positions: int64 [S] of every rank's tokens. The mask may be chosen while the first transfers are in flight.
+    positions: int64 [S] of every rank's tokens; joined_positions: those of several ranks, kept by the caller.
+    The mask may be chosen while the first transfers are in flight.
     """
 
     source: MaskSource
@@ -30,8 +56,9 @@ class Indexes:
     rank: int
     backend: str
     columns_capacity: int
+    joined_positions: dict[tuple[int, ...], Tensor]
     _mask: api.AttentionMask | None = None
-    _blocks: dict[int, api.BlockIndex] = field(default_factory=dict)
+    _blocks: dict[tuple[int, ...], api.BlockIndex] = field(default_factory=dict)
     _columns: api.ColumnIndex | None = None
 
     @property
@@ -44,12 +71,20 @@ class Indexes:
             self._mask = mask
         return self._mask
 
-    def block(self, key_part: int) -> api.BlockIndex:
-        """The index of the own queries against one key shard."""
-        if key_part not in self._blocks:
-            own, keys = self.positions[self.rank], self.positions[key_part]
-            self._blocks[key_part] = api.block_index(self.mask, own, keys, backend=self.backend)
-        return self._blocks[key_part]
+    def block(self, tasks: Sequence[Task]) -> api.BlockIndex:
+        """The index of the own queries against the key shards of these tasks, one after the other."""
+        parts = tuple(task.key.sequence_part for task in tasks if task.key is not None)
+        if parts not in self._blocks:
+            own, keys = self.positions[self.rank], self._positions_of(parts)
+            self._blocks[parts] = api.block_index(self.mask, own, keys, backend=self.backend)
+        return self._blocks[parts]
+
+    def _positions_of(self, parts: tuple[int, ...]) -> Tensor:
+        if len(parts) == 1:
+            return self.positions[parts[0]]
+        if parts not in self.joined_positions:
+            self.joined_positions[parts] = torch.cat([self.positions[part] for part in parts])
+        return self.joined_positions[parts]
 
     def columns(self) -> api.ColumnIndex:
         """The index of the own queries against the gathered columns."""
@@ -64,7 +99,7 @@ class ForwardStage:
 
     q: Tensor
     kv: Pair
-    slots: dict[str, Pair]
+    slots: Slots
     indexes: Indexes
     scale: float
     gathered: Tensor | None = None
@@ -86,16 +121,21 @@ class ForwardStage:
     def received(self, transfer: Transfer) -> None:
         """K/V are used where they landed."""
 
-    def compute(self, task: Task) -> None:
-        """Compute a task and merge it into the result."""
+    def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """Cut a phase's tasks into kernel launches."""
+        return launches(tasks, self.indexes.backend, self.q.shape[0])
+
+    def compute(self, tasks: tuple[Task, ...]) -> None:
+        """Compute the tasks of one launch and merge them into the result."""
         common = {"scale": self.scale, "backend": self.indexes.backend, "into": self.result}
-        if task.key is None:
+        if tasks[0].key is None:
             assert self.gathered is not None
             column_k, column_v = self.gathered
             self.result = api.column_forward(self.q, column_k, column_v, self.indexes.columns(), **common)
             return
-        k, v = self._pair(task.key_buffer)
-        self.result = api.block_forward(self.q, k, v, self.indexes.block(task.key.sequence_part), **common)
+        names = [task.key_buffer for task in tasks]
+        k, v = self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)
+        self.result = api.block_forward(self.q, k, v, self.indexes.block(tasks), **common)
 
     def _pair(self, name: str) -> Pair:
         return self.kv if name == KV_HOME else self.slots[name]
@@ -118,7 +158,7 @@ class BackwardStage:
     grad_out: Tensor
     lse: Tensor
     delta: Tensor
-    slots: dict[str, Pair]
+    slots: Slots
     indexes: Indexes
     scale: float
     grad_q: Tensor
@@ -157,29 +197,48 @@ class BackwardStage:
             into.add_(part) if add else into.copy_(part)
         self.filled.add(transfer.accumulate_into)
 
-    def compute(self, task: Task) -> None:
-        """Add a task's dq, dk and dv."""
-        assert task.grad_buffer is not None
+    def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """Cut a phase's tasks into kernel launches."""
+        return launches(tasks, self.indexes.backend, self.q.shape[0])
+
+    def compute(self, tasks: tuple[Task, ...]) -> None:
+        """Add dq, dk and dv of the tasks of one launch."""
         common = {"scale": self.scale, "backend": self.indexes.backend, "grad_q": self.grad_q}
-        if task.key is None:
+        inputs = (self.grad_out, self.q)
+        if tasks[0].key is None:
             assert self.gathered is not None
             self.grad_gathered = torch.zeros_like(self.gathered, dtype=self.grad_q.dtype)
+            grad_k, grad_v = self.grad_gathered
+            index = self.indexes.columns()
             api.column_backward(
-                self.grad_out, self.q, self.gathered[0], self.gathered[1], self.lse, self.delta,
-                self.indexes.columns(), grad_column_k=self.grad_gathered[0], grad_column_v=self.grad_gathered[1],
+                *inputs,
+                *self.gathered,
+                self.lse,
+                self.delta,
+                index,
+                grad_column_k=grad_k,
+                grad_column_v=grad_v,
                 **common,
-            )  # fmt: skip
+            )
             return
-        k, v = self._pair(task.key_buffer)
-        grad_k, grad_v = self._pair(task.grad_buffer)
-        if task.grad_buffer not in self.filled:
-            grad_k.zero_()
-            grad_v.zero_()
-            self.filled.add(task.grad_buffer)
-        index = self.indexes.block(task.key.sequence_part)
-        api.block_backward(
-            self.grad_out, self.q, k, v, self.lse, self.delta, index, grad_k=grad_k, grad_v=grad_v, **common
-        )
+        k, v = self._joined([task.key_buffer for task in tasks])
+        grad_k, grad_v = self._grads(tasks)
+        index = self.indexes.block(tasks)
+        api.block_backward(*inputs, k, v, self.lse, self.delta, index, grad_k=grad_k, grad_v=grad_v, **common)
+
+    def _joined(self, names: list[str]) -> Pair:
+        return self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)
+
+    def _grads(self, tasks: tuple[Task, ...]) -> Pair:
+        """Return where the tasks add dk and dv; slots that hold nothing yet are zeroed first."""
+        names = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
+        assert len(names) == len(tasks)
+        for name in names:
+            if name not in self.filled:
+                for part in self._pair(name):
+                    part.zero_()
+        self.filled.update(names)
+        return self._joined(names) if names[0] != DKV_HOME else self.grad_kv
 
     def _pair(self, name: str) -> Pair:
         if name == KV_HOME:

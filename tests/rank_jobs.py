@@ -41,9 +41,9 @@ def attention(
         tensor.requires_grad_()
     if poison:  # what a schedule forgets to fill shows up as NaN
         for direction in ("forward", "backward"):
-            for pair in planned.slots(direction, k).values():
-                for part in pair:
-                    part.fill_(float("nan"))
+            slots = planned.slots(direction, k)
+            for part in (part for name in slots for part in slots[name]):
+                part.fill_(float("nan"))
     mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
     out, lse = planned.with_lse(q, k, v, mask)
     out.backward(grad_out)
@@ -77,7 +77,11 @@ def model_step(
     model = tiny_model(family, dtype=torch.float64)
     attached = attach(model, plan, mesh)
     part = shard({"input_ids": torch.from_numpy(ids)}, plan, mesh.rank)
-    mask = None if attention_mask is None else torch.from_numpy(attention_mask)[:, part["position_ids"][0].clamp(max=ids.shape[1] - 1)]
+    mask = (
+        None
+        if attention_mask is None
+        else torch.from_numpy(attention_mask)[:, part["position_ids"][0].clamp(max=ids.shape[1] - 1)]
+    )
     logits = model(input_ids=part["input_ids"], position_ids=part["position_ids"], attention_mask=mask).logits
     loss = torch.nn.functional.cross_entropy(logits[0], part["labels"][0], reduction="sum")
     loss.backward()

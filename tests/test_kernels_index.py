@@ -55,6 +55,11 @@ PLACEMENTS = {
     "zigzag": ([0, 1, 14, 15], [2, 3, 12, 13]),
     "mixed strides": ([0, 3, 6, 9], [1, 2, 3, 4, 5]),
     "one tile": ([7], [2]),
+    "gathered": ([1, 5, 9, 13], [0, 4, 8, 12, 3, 7, 11, 15, 2, 6, 10, 14]),
+    "gathered with own": ([2, 6, 10], [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]),
+    "gathered, two ranks of three": ([1, 4, 7, 10], [0, 3, 6, 9, 2, 5, 8, 11]),
+    "gathered, too short": ([1, 5, 9, 13], [0, 4, 8, 2, 6, 10, 14]),
+    "gathered zigzag": ([0, 1, 14, 15], [4, 5, 10, 11, 2, 3, 12, 13]),
 }
 
 
@@ -94,8 +99,8 @@ def test_valid_tokens_of_a_ragged_shard() -> None:
     assert task.q_side.tokens == 3 * BLOCK + 9
 
 
-@pytest.mark.parametrize("tokens", [torch.arange(1, 33), torch.tensor([0, 2, 4]), torch.arange(32).roll(16)],
-                         ids=["shifted", "token striped", "unordered"])
+@pytest.mark.parametrize("tokens", [torch.arange(1, 33), torch.tensor([0, 2, 4]), torch.arange(16).repeat(2)],
+                         ids=["shifted", "token striped", "repeated"])
 def test_tiles_that_are_no_blocks_are_refused(tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="k_positions: local tokens are no ascending whole blocks of 16"):
         block_task(mask_of(64, toeplitz=True), torch.arange(16), tokens)

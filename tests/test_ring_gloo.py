@@ -55,15 +55,22 @@ def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> Non
             assert _largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
 
 
-def test_triton_kernels_play_the_same_schedules(rank_pools: Callable[[int], RankPool]) -> None:
+@pytest.mark.parametrize(
+    ("placement", "layout", "parameters"),
+    [("striped", "gather", {"chunks": 1}), ("zigzag", "gather", {"chunks": 1}), ("striped", "ring", {})],
+)
+def test_triton_kernels_play_the_same_schedules(
+    placement: str, layout: str, parameters: dict[str, int], rank_pools: Callable[[int], RankPool]
+) -> None:
     """The Triton backend in its interpreter, over gloo: what GPUs will run, checked without one."""
-    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
-    plan = make_case_plan(case, backend="triton", dtype="float32", head_dim=64)
-    results = rank_pools(2).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
-    placement = plan.make_placement()
-    wanted = expected("gqa", placement.padded_tokens, seed=7, head_dim=64)
+    case = Case(world_size=3, placement=placement, granularity_tokens=64, layout=layout, parameters=parameters,
+                pattern="gqa")  # fmt: skip
+    plan = make_case_plan(case, backend="triton", dtype="float32")
+    results = rank_pools(3).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
+    placed = plan.make_placement()
+    wanted = expected("gqa", placed.padded_tokens, seed=7)
     for rank, result in enumerate(results):
-        rows = placement.positions(rank)
+        rows = placed.positions(rank)
         for name in ("out", "dq", "dk", "dv"):
             assert _largest_difference(result[name], wanted[name][:, rows]) <= 1e-4, name
 
