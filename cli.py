@@ -102,7 +102,8 @@ VERBS = {
 # service -> (module, name): what one house offers to verbs of houses that must not import it.
 SERVICES = {
     "evaluator": ("simulator.engine", "simulate"),
-    "simulate_layer": ("simulator.engine", "simulate_layer"),
+    "simulate_plan": ("simulator.simulate_plan", "simulate_plan"),
+    "timeline_metrics": ("simulator.metrics", "timeline_metrics"),
     "write_report": ("simulator.report", "write_report"),
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import IO
 
 from ..traces.errors import InputError
 
@@ -14,11 +15,18 @@ POLL_S = 0.05
 GRACE_S = 15.0
 
 
-def launch_ranks(arguments: Sequence[str], *, world_size: int, environment: dict[str, str]) -> int:
+def launch_ranks(
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    environment: dict[str, str],
+    stdout: IO[bytes] | None = None,
+    stderr: IO[bytes] | None = None,
+) -> int:
     """Run `python -m sparsering.cli <arguments>` as ranks 0 … world_size - 1 and return the first failure's exit code.
 
     Rank 0 keeps this process's stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by
-    themselves, then are stopped. environment: what every rank starts with.
+    themselves, then are stopped. environment: what every rank starts with. stdout, stderr: files to write to instead.
     """
     if world_size < 1:
         raise InputError(f"must be at least 1, not {world_size}", field="world_size")
@@ -28,7 +36,8 @@ def launch_ranks(arguments: Sequence[str], *, world_size: int, environment: dict
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment | _rank_environment(rank, world_size, port),
-            stdout=None if rank == 0 else sys.stderr,
+            stdout=stdout if rank == 0 else stderr or sys.stderr,
+            stderr=stderr,
         )
         for rank in range(world_size)
     ]
