@@ -1,0 +1,61 @@
+"""What every benchmark shares: result files that say where their figures come from."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..traces.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware(gpus: int | None = None) -> dict[str, Any]:
+    """Return what the figures were measured on; gpus: how many of this host's GPUs took part."""
+    if not torch.cuda.is_available():
+        return {"device": platform.processor() or platform.machine(), "count": 1}
+    count = torch.cuda.device_count() if gpus is None else gpus
+    return {"device": torch.cuda.get_device_name(0), "count": count, "memory_bytes": _memory_bytes()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide speed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for name in ("triton", "transformers", "flash_attn"):
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "__version__"):
+            found[name] = module.__version__
+    return found
+
+
+def write_result(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RESULTS, gpus: int | None = None
+) -> Path:
+    """Write `<benchmark>-<hardware>-<time>.json` into `folder` and return its path. rows are flat."""
+    where, now = hardware(gpus), datetime.now(UTC)
+    document = {
+        "benchmark": benchmark,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": now.isoformat(timespec="seconds"),
+        "hardware": where,
+        "versions": versions(),
+        "rows": list(rows),
+    }
+    device = str(where["device"]).lower().replace("nvidia ", "").replace(" ", "-") or "cpu"
+    path = folder / f"{benchmark}-{device}x{where['count']}-{now:%Y-%m-%dT%H%M%SZ}.json"
+    write_json(path, document)
+    return path
+
+
+def _memory_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
