@@ -45,15 +45,19 @@ def header(**changes: Any) -> TraceHeader:
     return TraceHeader(**{**values, **changes})
 
 
+def slash(columns: Any, diagonals: Any) -> VerticalSlash:
+    return VerticalSlash(columns=np.asarray(columns, dtype=np.int32), diagonals=np.asarray(diagonals, dtype=np.int32))
+
+
 def pattern(seed: int, *, documents: bool = False) -> LayerPattern:
     """Two vertical-slash heads (one of them without columns) and a block mask."""
     rng = np.random.default_rng(seed)
     heads = (
-        VerticalSlash(columns=rng.choice(SEQ_LEN, 40, replace=False), diagonals=rng.choice(BLOCKS, 4, replace=False)),
-        VerticalSlash(columns=np.zeros(0, np.int32), diagonals=np.zeros(1, np.int32)),
+        slash(rng.choice(SEQ_LEN, 40, replace=False), rng.choice(BLOCKS, 4, replace=False)),
+        slash([], [0]),
         BlockMask(bits=np.tril(rng.random((BLOCKS, BLOCKS)) < 0.4)),
     )
-    ids = np.sort(rng.integers(0, 5, SEQ_LEN)) if documents else None
+    ids = np.sort(rng.integers(0, 5, SEQ_LEN)).astype(np.int32) if documents else None
     return LayerPattern(seq_len_tokens=SEQ_LEN, block_size=BLOCK, heads=heads, documents=ids)
 
 
@@ -97,12 +101,12 @@ def layer_patterns(draw: st.DrawFn) -> LayerPattern:
             heads.append(BlockMask(bits=np.tril(rng.random((blocks, blocks)) < draw(st.floats(0, 1)))))
             continue
         heads.append(
-            VerticalSlash(
-                columns=rng.choice(seq_len, draw(st.integers(0, seq_len)), replace=False),
-                diagonals=rng.choice(blocks, draw(st.integers(0, blocks)), replace=False),
+            slash(
+                rng.choice(seq_len, draw(st.integers(0, seq_len)), replace=False),
+                rng.choice(blocks, draw(st.integers(0, blocks)), replace=False),
             )
         )
-    documents = np.sort(rng.integers(0, 4, seq_len)) if draw(st.booleans()) else None
+    documents = np.sort(rng.integers(0, 4, seq_len)).astype(np.int32) if draw(st.booleans()) else None
     return LayerPattern(seq_len_tokens=seq_len, block_size=block_size, heads=tuple(heads), documents=documents)
 
 
@@ -163,8 +167,7 @@ def test_a_long_step_is_small(tmp_path: Path) -> None:
     """512K tokens, 16 of 576 heads with 4,096 columns and 200 diagonals each: a thirty-sixth of 3.2 MB."""
     rng, seq_len = np.random.default_rng(0), 524288
     heads = tuple(
-        VerticalSlash(columns=rng.choice(seq_len, 4096, replace=False), diagonals=rng.choice(4096, 200, replace=False))
-        for _ in range(16)
+        slash(rng.choice(seq_len, 4096, replace=False), rng.choice(4096, 200, replace=False)) for _ in range(16)
     )
     layer = LayerPattern(seq_len_tokens=seq_len, block_size=128, heads=heads)
     shape = ModelShape(model_id="m", layers=1, heads=16, kv_heads=2, head_dim=128)
@@ -463,6 +466,20 @@ def test_other_columns_or_types_are_refused(trace_folder: Path) -> None:
         read_everything(trace_folder)
 
 
+def test_the_parser_survives_what_a_forged_digest_vouches_for(trace_folder: Path) -> None:
+    good = (trace_folder / "part-00000000.parquet").read_bytes()
+    refused = 0
+    for place in range(0, len(good), 23):
+        data = bytearray(good)
+        data[place] ^= 1 << (place % 8)
+        replace_part(trace_folder, bytes(data))
+        try:
+            read_everything(trace_folder)  # what is left may be another valid pattern
+        except InputError as error:
+            refused += "\n" not in str(error)
+    assert refused > 50
+
+
 def test_what_was_not_recorded_is_refused(trace_folder: Path) -> None:
     trace = Trace.open(trace_folder)
     with pytest.raises(InputError, match="training_step: 1 was not recorded"):
@@ -478,8 +495,7 @@ def test_statistics_by_hand(tmp_path: Path) -> None:
     def heads(columns: list[int], diagonals: list[int], pairs: list[tuple[int, int]]) -> tuple:
         bits = np.zeros((4, 4), dtype=bool)
         bits[tuple(np.array(pairs).T)] = True
-        slash = VerticalSlash(columns=np.array(columns), diagonals=np.array(diagonals))
-        return slash, BlockMask(bits=bits)
+        return slash(columns, diagonals), BlockMask(bits=bits)
 
     first, second = heads([1, 2, 3], [0, 2], [(0, 0), (3, 1)]), heads([2, 3, 4, 5], [0, 1], [(3, 1), (3, 2)])
     shape = ModelShape(model_id="m", layers=1, heads=2, kv_heads=2, head_dim=8)
