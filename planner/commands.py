@@ -208,7 +208,9 @@ def _show_plan(made: Plan, output: Path) -> None:
 def _candidates_table(told: Mapping[str, Any]) -> Table:
     rows = sorted(told["candidates"], key=lambda row: (row["evaluator"] != told["evaluator"], row["step_time_us"]))
     shown = [row for number, row in enumerate(rows) if number < SHOWN_CANDIDATES or row["baseline"]]
-    table = Table(title=f"{len(shown)} of {len(rows)} candidates, one layout in both directions", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"{len(shown)} of {len(rows)} candidates, one layout in both directions", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in ("placement", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("step µs", "worker", "phases"):

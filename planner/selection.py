@@ -27,7 +27,7 @@ from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
-SIMULATED_RANKS = 64  # ranks times layers per candidate and direction that are simulated
+SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
 
