@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 from sparsering.planner.plan import Plan
 from sparsering.runtime.attention import PlannedAttention
 from sparsering.runtime.comm import Channels
-from sparsering.runtime.hf import ATTENTION_NAME, attach, shard
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
@@ -74,6 +73,10 @@ def model_step(
     mesh: Mesh, *, plan: Plan, family: str, ids: np.ndarray, attention_mask: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Forward and backward of a tiny attached model on this rank's shard; the loss is summed, not averaged."""
+    from tiny_models import tiny_model  # transformers takes seconds to import: only where it is used
+
+    from sparsering.runtime.hf import attach, shard
+
     model = tiny_model(family, dtype=torch.float64)
     attached = attach(model, plan, mesh)
     part = shard({"input_ids": torch.from_numpy(ids)}, plan, mesh.rank)
@@ -92,6 +95,11 @@ def model_step(
 
 def attention_call(mesh: Mesh, *, plan: Plan, keywords: dict[str, Any]) -> None:
     """Call the attached attention of a tiny model's first layer directly, as a model with such keywords would."""
+    from tiny_models import tiny_model
+    from transformers import AttentionInterface
+
+    from sparsering.runtime.hf import ATTENTION_NAME, attach
+
     model = tiny_model("llama", dtype=torch.float64)
     attached = attach(model, plan, mesh)
     module = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 0 and hasattr(m, "is_causal"))
