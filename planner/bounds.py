@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .cluster import Cluster
 from .cost import CostModel
-from .layouts import AttentionShape
+from .layout_draft import AttentionShape
 from .schedule import DIRECTIONS, Direction, ShardId, Task
 from .workload import TaskWork, Workload
 

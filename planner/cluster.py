@@ -44,7 +44,7 @@ class Link(_Strict):
     bandwidth_bytes_per_us: float = Field(gt=0)
     latency_us: float = Field(ge=0)
     switch_bandwidth_bytes_per_us: float | None = Field(
-        default=None, gt=0, description="what all ports together carry (of one node, or between nodes); absent: no limit"
+        default=None, gt=0, description="what all ports together carry (of one node, or between nodes); else no limit"
     )
 
 

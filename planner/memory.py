@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .layouts import AttentionShape
+from .layout_draft import AttentionShape
 from .schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Schedule
 
 HOME_OF_LAYER = (KV_HOME, DKV_HOME)

@@ -17,7 +17,8 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import num_blocks
 from .cluster import validation_error
-from .layouts import SIMULATED_ONLY, AttentionShape, build
+from .layout_draft import AttentionShape
+from .layouts import SIMULATED_ONLY, build
 from .placement import Placement
 from .schedule import DIRECTIONS, Direction, Schedule
 

@@ -18,7 +18,8 @@ from .candidates import LayoutChoice, PlacementChoice, why_not_executable
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
-from .layouts import AttentionShape, build
+from .layout_draft import AttentionShape
+from .layouts import build
 from .memory import LayerMemory, layer_memory
 from .placement import Placement
 from .plan import ELEMENT_BYTES, DType, ModelShape

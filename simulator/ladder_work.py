@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planner.layouts import AttentionShape
+from ..planner.layout_draft import AttentionShape
 from ..planner.placement import REGULAR_PLACEMENTS, Placement
 from ..planner.workload import Workload, workload
 from ..traces.pattern import LayerPattern, VerticalSlash, dense, num_blocks

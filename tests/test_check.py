@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from sparsering.planner.check import check
-from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layouts import build
 from sparsering.planner.schedule import (
     Buffer,
     Communicator,

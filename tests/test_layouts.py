@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsering.planner.check import check
-from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layouts import build
 from sparsering.planner.schedule import DIRECTIONS, Direction, GroupCall, Schedule, Transfer
 from sparsering.traces.errors import InputError, UnsupportedError
 

@@ -24,7 +24,8 @@ from sparsering.planner.candidates import (
 from sparsering.planner.compiled import CompiledRecurrence
 from sparsering.planner.cost import DatasheetCost
 from sparsering.planner.evaluation import Evaluation
-from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layouts import build
 from sparsering.planner.memory import layer_memory
 from sparsering.planner.plan import ModelShape
 from sparsering.planner.recurrence import recurrence

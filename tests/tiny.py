@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsering.planner.cluster import Cluster, parse_cluster
-from sparsering.planner.layouts import AttentionShape, build
+from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layouts import build
 from sparsering.planner.placement import REGULAR_PLACEMENTS
 from sparsering.planner.schedule import Direction, Schedule, Task
 from sparsering.planner.workload import TaskWork, Workload, workload

@@ -1,0 +1,229 @@
+"""What the layouts share: the shape that sizes follow from, and a rank's phases under construction.
+
+Notation in the layouts: W ranks, r this rank, p a phase; n nodes ("outer"), l the rank within its node ("inner").
+A shard's number is the rank that owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..traces.errors import InputError
+from .schedule import (
+    ALL_RANKS,
+    COLUMNS_HOME,
+    DCOLUMNS_HOME,
+    DKV_HOME,
+    KV_HOME,
+    Buffer,
+    Communicator,
+    Direction,
+    GroupCall,
+    Phase,
+    Schedule,
+    ShardId,
+    Task,
+    Transfer,
+    TransferKind,
+)
+
+COLUMNS = "columns"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What the sizes of transfers follow from: one layer's attention on every rank.
+
+    element_bytes is that of q, k, v; accumulator_bytes that of dk and dv on their way home (4, or 8 for float64).
+    """
+
+    world_size: int
+    tokens_per_rank: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int = 2
+    accumulator_bytes: int = 4
+    columns_capacity: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "tokens_per_rank", "heads", "kv_heads", "head_dim", "element_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"must be at least 1, not {getattr(self, name)}", field=name)
+        if self.heads % self.kv_heads:
+            raise InputError(f"{self.heads} heads are not a multiple of {self.kv_heads} KV heads", field="kv_heads")
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V of one shard."""
+        return 2 * self.tokens_per_rank * self.kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def dkv_bytes(self) -> int:
+        """dK and dV of one shard in the accumulator's type."""
+        return 2 * self.tokens_per_rank * self.kv_heads * self.head_dim * self.accumulator_bytes
+
+    def columns_bytes(self, direction: Direction) -> int:
+        """K and V (forward) or dK and dV (backward) of all heads' columns."""
+        element_bytes = self.element_bytes if direction == "forward" else self.accumulator_bytes
+        return 2 * self.columns_capacity * self.heads * self.head_dim * element_bytes
+
+
+@dataclass
+class Draft:
+    """One rank's phases under construction: parts are dropped into numbered phases, in launch order."""
+
+    waits: dict[int, list[str]] = field(default_factory=dict)
+    calls: dict[int, list[GroupCall]] = field(default_factory=dict)
+    tasks: dict[int, list[Task]] = field(default_factory=dict)
+
+    def launch(self, phase: int, transfers: Iterable[Transfer], *, wait: int) -> None:
+        """Launch transfers together in `phase` and wait for them in phase `wait`."""
+        together = tuple(transfers)
+        if together:
+            self.calls.setdefault(phase, []).append(
+                GroupCall(communicator=together[0].communicator, transfers=together)
+            )
+            self.waits.setdefault(wait, []).extend(transfer.id for transfer in together)
+
+    def compute(self, phase: int, task: Task, *, first: bool = False) -> None:
+        """Add a task to `phase`."""
+        tasks = self.tasks.setdefault(phase, [])
+        tasks.insert(0 if first else len(tasks), task)
+
+    def phases(self, order: tuple[str, ...]) -> tuple[Phase, ...]:
+        """Return the phases, each with its group calls in the order of the communicators."""
+        count = 1 + max([0, *self.waits, *self.calls, *self.tasks])
+        return tuple(
+            Phase(
+                index=index,
+                waits=tuple(self.waits.get(index, ())),
+                group_calls=tuple(sorted(self.calls.get(index, ()), key=lambda call: order.index(call.communicator))),
+                tasks=tuple(self.tasks.get(index, ())),
+            )
+            for index in range(count)
+        )
+
+
+def close_schedule(
+    layout: str,
+    direction: Direction,
+    shape: AttentionShape,
+    communicators: list[Communicator],
+    buffers: list[Buffer],
+    draft: Callable[[int, Draft], None],
+) -> Schedule:
+    """Close a layout: add home buffers and the columns' part, and make the program."""
+    if shape.columns_capacity:
+        communicators = [*communicators, Communicator(name=COLUMNS, groups=(tuple(range(shape.world_size)),))]
+    home = [Buffer(name=KV_HOME, kind="kv", capacity_bytes=shape.kv_bytes)]
+    if direction == "backward":
+        home.append(Buffer(name=DKV_HOME, kind="dkv", capacity_bytes=shape.dkv_bytes))
+    home += _columns_buffers(direction, shape)
+    order = tuple(communicator.name for communicator in communicators)
+
+    def program(rank: int) -> tuple[Phase, ...]:
+        parts = Draft()
+        draft(rank, parts)
+        if shape.columns_capacity:
+            _add_columns(rank, parts, direction, shape)
+        return parts.phases(order)
+
+    return Schedule(
+        direction=direction,
+        layout=layout,
+        world_size=shape.world_size,
+        num_heads=shape.heads,
+        communicators=tuple(communicators),
+        buffers=tuple(home + buffers),
+        program=program,
+    )
+
+
+def _columns_buffers(direction: Direction, shape: AttentionShape) -> list[Buffer]:
+    if not shape.columns_capacity:
+        return []
+    buffers = [Buffer(name=COLUMNS_HOME, kind="columns", capacity_bytes=shape.columns_bytes("forward"))]
+    if direction == "backward":
+        size = shape.columns_bytes("backward")
+        buffers.append(Buffer(name=DCOLUMNS_HOME, kind="columns", capacity_bytes=size))
+    return buffers
+
+
+def _add_columns(rank: int, draft: Draft, direction: Direction, shape: AttentionShape) -> None:
+    """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
+
+    Backward keeps the gathered K and V: computed in phase 0, gradients summed while the rest goes on.
+    """
+    forward = direction == "forward"
+    buffer = COLUMNS_HOME if forward else DCOLUMNS_HOME
+    transfer = Transfer(
+        kind="columns",
+        shard=None,
+        source=ALL_RANKS,
+        destination=ALL_RANKS,
+        sequence=0,
+        communicator=COLUMNS,
+        transport="all_reduce",
+        source_buffer=buffer,
+        buffer=buffer,
+        capacity_bytes=shape.columns_bytes(direction),
+        accumulate_into=None if forward else DKV_HOME,
+    )
+    task = Task(
+        query=ShardId(sequence_part=rank),
+        key=None,
+        heads=(0, shape.heads),
+        key_buffer=COLUMNS_HOME,
+        kind="columns",
+        grad_buffer=None if forward else DCOLUMNS_HOME,
+    )
+    last = max([1, *draft.waits, *draft.tasks])
+    if forward:
+        draft.launch(0, [transfer], wait=1)
+        draft.compute(1, task, first=True)
+    else:
+        draft.compute(0, task)
+        draft.launch(1, [transfer], wait=max(2, last))
+
+
+def block_task(rank: int, key: int, key_buffer: str, shape: AttentionShape, grad_buffer: str | None) -> Task:
+    return Task(
+        query=ShardId(sequence_part=rank),
+        key=ShardId(sequence_part=key),
+        heads=(0, shape.heads),
+        key_buffer=key_buffer,
+        grad_buffer=grad_buffer,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Makes the transfers of one kind on one communicator."""
+
+    kind: TransferKind
+    communicator: str
+    capacity_bytes: int
+
+    def move(
+        self, shard: int, source: int, destination: int, sequence: int, source_buffer: str, buffer: str,
+        accumulate_into: str | None = None,
+    ) -> Transfer:  # fmt: skip
+        return Transfer(
+            kind=self.kind,
+            shard=ShardId(sequence_part=shard),
+            source=source,
+            destination=destination,
+            sequence=sequence,
+            communicator=self.communicator,
+            transport="p2p",
+            source_buffer=source_buffer,
+            buffer=buffer,
+            capacity_bytes=self.capacity_bytes,
+            accumulate_into=accumulate_into,
+        )
+
+
+def slots(prefix: str, kind: TransferKind, count: int, capacity_bytes: int) -> list[Buffer]:
+    return [Buffer(name=f"{prefix}:{slot}", kind=kind, capacity_bytes=capacity_bytes) for slot in range(count)]
