@@ -19,6 +19,7 @@ from .buffers import BufferPool, Slots
 from .comm import Channels
 from .measure import Recorder
 from .mesh import Mesh, agree
+from .recompute import current_kept
 from .ring import play
 from .stages import BackwardStage, ForwardStage, Indexes
 
@@ -110,6 +111,13 @@ class _RingFunction(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         q, kv = q.contiguous(), (k.contiguous(), v.contiguous())
+        kept = current_kept()
+        if kept is not None and kept.replaying:
+            out, lse, gathered, indexes = kept.take(q.device)
+            ctx.save_for_backward(q, *kv, out, lse, gathered)
+            ctx.given = planned, indexes, scale
+            ctx.mark_non_differentiable(lse)
+            return out, lse
         indexes = Indexes(
             source=(lambda: mask) if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
             positions=planned.positions,
@@ -123,6 +131,8 @@ class _RingFunction(torch.autograd.Function):
         assert stage.result is not None
         accumulated, lse = stage.result
         out = accumulated.to(q.dtype)
+        if kept is not None:
+            kept.put(out, lse, stage.gathered, indexes)
         ctx.save_for_backward(q, *kv, out, lse, stage.gathered)
         ctx.given = planned, indexes, scale
         ctx.mark_non_differentiable(lse)

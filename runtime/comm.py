@@ -23,7 +23,7 @@ from .mesh import Mesh
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Message:
-    """One tensor to send to, or receive from, global rank `peer`; or to sum in place over the whole group."""
+    """One tensor to send to, or receive from, rank `peer` of the mesh; or to sum in place over the whole group."""
 
     operation: Literal["send", "receive", "all_reduce"]
     tensor: Tensor
@@ -57,11 +57,11 @@ class CommunicationError(RuntimeError):
     """A group of messages failed: names the communicator and the peers."""
 
 
-def _transmit(group: dist.ProcessGroup, messages: Sequence[Message]) -> list[dist.Work]:
-    """Hand the messages to torch.distributed in one batch per kind."""
+def _transmit(group: dist.ProcessGroup, messages: Sequence[Message], first_process: int) -> list[dist.Work]:
+    """Hand the messages to torch.distributed in one batch per kind. first_process: that is rank 0 of the peers."""
     works: list[dist.Work] = []
     point_to_point = [
-        dist.P2POp(dist.isend if m.operation == "send" else dist.irecv, m.tensor, m.peer, group)
+        dist.P2POp(dist.isend if m.operation == "send" else dist.irecv, m.tensor, first_process + m.peer, group)
         for m in messages
         if m.operation != "all_reduce"
     ]
@@ -94,8 +94,8 @@ class _HostPending:
 class HostChannel:
     """A gloo channel. One thread plays the posted groups in order, so that compute goes on meanwhile."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
-        self._name, self._group = name, group
+    def __init__(self, name: str, group: dist.ProcessGroup, *, first_process: int = 0) -> None:
+        self._name, self._group, self._first_process = name, group, first_process
         self._posted: queue.SimpleQueue[_HostPending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"sparsering-{name}", daemon=True)
         self._thread.start()
@@ -115,7 +115,7 @@ class HostChannel:
         while (pending := self._posted.get()) is not None:
             pending.started = time.perf_counter_ns()
             try:
-                for work in _transmit(self._group, pending.messages):
+                for work in _transmit(self._group, pending.messages, self._first_process):
                     work.wait()
             except Exception as error:  # handed to whoever waits
                 pending.error = error
@@ -136,8 +136,10 @@ class _DevicePending:
 class DeviceChannel:
     """An NCCL channel on a stream of its own."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool) -> None:
-        self._group, self._timed = group, timed
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int = 0
+    ) -> None:
+        self._group, self._timed, self._first_process = group, timed, first_process
         self._stream = torch.cuda.Stream(device, priority=-1)  # transfers start before queued compute fills the GPU
 
     def post(self, messages: Sequence[Message]) -> _DevicePending:
@@ -146,7 +148,7 @@ class DeviceChannel:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             started.record()
-            for work in _transmit(self._group, messages):
+            for work in _transmit(self._group, messages, self._first_process):
                 work.wait()
             ended.record()
         return _DevicePending(messages=tuple(messages), started=started, ended=ended)
@@ -186,15 +188,16 @@ class Channels:
 
     def _open(self, communicator: Communicator) -> None:
         for ranks in communicator.groups:
-            group = dist.new_group(list(ranks), timeout=self._mesh.timeout, backend=self._mesh.backend)
-            if self._mesh.rank in ranks:
+            group = self._mesh.new_group(ranks)
+            if group is not None:
                 self._channels[communicator] = self._channel(communicator.name, group)
                 self._warm_up(self._channels[communicator], ranks)
 
     def _channel(self, name: str, group: dist.ProcessGroup) -> Channel:
+        first = self._mesh.process(0)
         if self._mesh.device.type == "cuda":
-            return DeviceChannel(group, self._mesh.device, timed=self._timed)
-        return HostChannel(name, group)
+            return DeviceChannel(group, self._mesh.device, timed=self._timed, first_process=first)
+        return HostChannel(name, group, first_process=first)
 
     def _warm_up(self, channel: Channel, ranks: tuple[int, ...]) -> None:
         """Connect the channel now, and to the end, so that the first layer does not pay for it."""
@@ -216,7 +219,7 @@ def reducers(mesh: Mesh) -> tuple[AllReduce, AllReduce]:
     """Return (sum, maximum) over all ranks on a process group of their own: what choosing patterns needs."""
     if mesh.world_size == 1:
         return (lambda tensor: tensor), (lambda tensor: tensor)
-    group = dist.new_group(list(range(mesh.world_size)), timeout=mesh.timeout, backend=mesh.backend)
+    group = mesh.new_group(range(mesh.world_size))
 
     def reduce_with(operation: dist.ReduceOp.RedOpType) -> AllReduce:
         def reduce(tensor: Tensor) -> Tensor:

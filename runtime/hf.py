@@ -6,7 +6,7 @@ Shape legend: B batch, S tokens of the whole sequence, S_own this rank's, H quer
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,22 @@ IGNORED_LABEL = -100
 LayerMask = Callable[[int], AttentionMask | Chooser]
 
 
+class Attention(Protocol):
+    """Attention over many ranks: `PlannedAttention`, or a baseline that ignores the mask."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None) -> Tensor:
+        """Return out [B, S_own, H, D]."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
 class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`)."""
 
-    def __init__(self, model: PreTrainedModel, planned: PlannedAttention, masks: LayerMask) -> None:
+    def __init__(self, model: PreTrainedModel, planned: Attention, masks: LayerMask) -> None:
         self.model, self.planned, self._masks = model, planned, masks
         self._before = model.config._attn_implementation
         self._modules = _attention_modules(model)

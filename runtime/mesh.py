@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,18 +22,55 @@ DEFAULT_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This process among its peers: its rank, its device, and the store that all share."""
+    """This process among its peers: its rank, its device, and the store that all share.
+
+    replica, replicas: of so many groups of `world_size` consecutive processes that do the same on other data, this one
+    """
 
     rank: int
     world_size: int
     device: torch.device
     store: dist.Store
     timeout: timedelta
+    replica: int = 0
+    replicas: int = 1
 
     @property
     def backend(self) -> str:
         """The torch.distributed backend that moves this device's tensors."""
         return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def process(self, rank: int) -> int:
+        """Return the number of this replica's rank among all processes."""
+        return self.replica * self.world_size + rank
+
+    def replica_of(self, world_size: int) -> Mesh:
+        """Return this process's mesh when all processes split into replicas of `world_size` consecutive ones.
+
+        Raises InputError when they do not.
+        """
+        if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
+            raise InputError(f"{self.world_size} processes do not split into groups of {world_size}", field="world_size")
+        replica = self.rank // world_size
+        return Mesh(
+            rank=self.rank % world_size,
+            world_size=world_size,
+            device=self.device,
+            store=dist.PrefixStore(f"replica {replica}", self.store),
+            timeout=self.timeout,
+            replica=replica,
+            replicas=self.world_size // world_size,
+        )
+
+    def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Return a process group of these ranks of this replica, None on others. Collective over all replicas."""
+        own = None
+        for replica in range(self.replicas):
+            processes = [replica * self.world_size + rank for rank in ranks]
+            group = dist.new_group(processes, timeout=self.timeout, backend=self.backend)
+            if replica == self.replica and self.rank in ranks:
+                own = group
+        return own
 
     def collect(self, topic: str, value: Any) -> list[Any] | None:
         """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""

@@ -51,7 +51,7 @@ class Indexes:
     The mask may be chosen while the first transfers are in flight.
     """
 
-    source: MaskSource
+    source: MaskSource | None
     positions: list[Tensor]
     rank: int
     backend: str
@@ -65,10 +65,12 @@ class Indexes:
     def mask(self) -> api.AttentionMask:
         """The layer's mask; ValueError when it has another number of column slots than the plan."""
         if self._mask is None:
+            assert self.source is not None
             mask = self.source()
             if mask.column_capacity != self.columns_capacity:
                 raise ValueError(f"the mask has {mask.column_capacity} column slots, the plan {self.columns_capacity}")
             self._mask = mask
+            self.source = None  # it holds q and k, which must not live until backward
         return self._mask
 
     def block(self, tasks: Sequence[Task]) -> api.BlockIndex:
