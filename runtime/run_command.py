@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..planner.plan import Plan, load_plan
-from ..traces.errors import InputError
+from ..planner.replay import find_trace, recorded_layer
 from ..traces.pattern import LayerPattern
-from ..traces.store import Trace
 from .execute import RunOptions, RunResult, execute
 from .launch import launch_ranks
 from .mesh import inherited_environment, is_rank, join, leave
@@ -21,9 +21,11 @@ from .mesh import inherited_environment, is_rank, join, leave
 
 def run(
     plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    trace: Annotated[Path | None, typer.Option(help="The trace whose patterns are replayed.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Its patterns are replayed; default: the plan's own, beside it.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the trace; default: the middle one recorded.")] = None,
-    step: Annotated[int | None, typer.Option(help="Training step of the trace; default: the last.")] = None,
+    training_step: Annotated[int | None, typer.Option("--step", help="Training step; default: the last.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the timeline goes (.json.gz).")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measured repeats; the median's timeline is kept.")] = 3,
     warmups: Annotated[int, typer.Option(min=0, help="Repeats before measuring.")] = 1,
@@ -40,10 +42,11 @@ def run(
     """
     loaded = load_plan(plan)
     loaded.require_executable()
-    pattern = _replayed(loaded, trace, step, layer)
+    pattern = _replayed(loaded, plan, trace, training_step, layer)
     options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed)
     if not is_rank():
-        raise typer.Exit(_start(loaded, [str(plan)], trace, layer, step, output, options, device, timeout_s, as_json))
+        environment = inherited_environment(world_size=loaded.world_size)
+        raise typer.Exit(launch_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
     mesh = join(device=device, timeout_s=timeout_s)
     console = Console(stderr=True, quiet=bool(mesh.rank))
     try:
@@ -57,36 +60,14 @@ def run(
     raise typer.Exit(0 if passed else 1)
 
 
-def _replayed(plan: Plan, folder: Path | None, step: int | None, layer: int | None) -> LayerPattern | None:
-    if folder is None:
-        if plan.pattern.source == "trace":
-            raise InputError("the plan replays a trace: give it with --trace", field="--trace")
+def _replayed(
+    plan: Plan, path: Path, trace: Path | None, training_step: int | None, layer: int | None
+) -> LayerPattern | None:
+    if plan.pattern.source == "choose" and trace is None:
         return None
-    trace = Trace.open(folder)
-    if plan.pattern.trace_sha256 not in (None, trace.digest()):
-        raise InputError(f"is {trace.digest()[:16]}…, the plan was made for {str(plan.pattern.trace_sha256)[:16]}…",
-                         source=folder, field="digest")  # fmt: skip
-    steps, layers = trace.steps, trace.layers
-    chosen_step = steps[-1] if step is None else step
-    chosen_layer = layers[len(layers) // 2] if layer is None else layer
-    if chosen_step not in steps or chosen_layer not in layers:
-        raise InputError(f"has no step {chosen_step}, layer {chosen_layer}", source=folder)
-    pattern = trace.layer_pattern(chosen_step, chosen_layer)
+    pattern = recorded_layer(find_trace(plan, path, trace), training_step, layer).pattern
     plan.require(seq_len_tokens=pattern.seq_len_tokens)
     return pattern
-
-
-def _start(
-    plan: Plan, arguments: list[str], trace: Path | None, layer: int | None, step: int | None, output: Path | None,
-    options: RunOptions, device: str | None, timeout_s: float, as_json: bool,
-) -> int:  # fmt: skip
-    given = {"--trace": trace, "--layer": layer, "--step": step, "--output": output, "--device": device}
-    for name, value in given.items():
-        arguments += [] if value is None else [name, str(value)]
-    arguments += ["--repeats", str(options.repeats), "--warmups", str(options.warmups), "--seed", str(options.seed)]
-    arguments += ["--timeout-s", str(timeout_s)] + ["--verify"] * options.verify + ["--json"] * as_json
-    environment = inherited_environment(world_size=plan.world_size)
-    return launch_ranks(["run", *arguments], world_size=plan.world_size, environment=environment)
 
 
 def _report(plan: Plan, result: RunResult, output: Path | None, as_json: bool) -> None:

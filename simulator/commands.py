@@ -15,13 +15,14 @@ from rich.table import Table
 
 from ..planner.cluster import load_cluster, preset_names
 from ..planner.plan import load_plan
+from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError
 from ..traces.files import write_atomically, write_json
 from ..traces.timeline import Timeline
 from .ladder import climb, default_variants
 from .ladder_page import markdown, result_document, result_path
 from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
-from .simulate_plan import UNVALIDATED, find_trace, recorded_layer, simulate_plan
+from .simulate_plan import UNVALIDATED, simulate_plan
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
