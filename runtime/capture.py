@@ -235,10 +235,10 @@ def _attend(
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: [B, H, S, D] in, [B, S, H, D] out."""
+    check_attention_call(module, query, key, attention_mask, dropout=dropout, keywords=keywords)
     recorder = _RECORDER.get()
     if recorder is None:
         raise RuntimeError("sparsering's capture hook was called outside capture_model")
-    check_attention_call(module, query, key, attention_mask, dropout=dropout, keywords=keywords)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return recorder.layer(int(getattr(module, "layer_idx")), q, k, v, scale), None  # noqa: B009 (not in Module's type)

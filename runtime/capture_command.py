@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..traces.errors import InputError
+from ..traces.manifest import MANIFEST_NAME
 from ..traces.progress import shown_progress
 from ..traces.store import Trace, TraceWriter
 
@@ -92,6 +93,9 @@ def capture(
         "sink_tokens": sinks,
         "window_tokens": window,
     }
+
+    if (output / MANIFEST_NAME).exists():
+        Trace.open(output)  # a trace that cannot be continued is refused before a model is loaded
 
     from .capture import CaptureSettings, capture_model, trace_header
     from .load import check_vocabulary, load_model, pick_device, read_windows
