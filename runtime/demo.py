@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..planner.candidates import PlacementChoice
 from ..planner.cluster import Cluster, load_cluster
-from ..planner.plan import KernelSpec, Plan, load_plan, make_plan
-from ..planner.sampling import COLUMNS_MULTIPLE
+from ..planner.plan import KernelSpec, ModelShape, Plan, load_plan, make_plan
+from ..planner.sampling import pattern_spec, summarize
 from ..planner.search import plan_trace
-from ..traces.errors import InputError
 from ..traces.files import write_json
 from ..traces.manifest import library_versions
 from ..traces.pattern import LayerPattern
@@ -44,7 +44,7 @@ from .selectors import make_selector
 CLUSTER_PRESET = "a100-hdr-4x8"
 LOCAL_PRESET = "local-cpu-4"
 SELECTOR = "flex"
-SELECTOR_SETTINGS = {"column_mass": 0.6, "column_cap": 256, "slash_mass": 0.6, "slash_cap": 256}
+SELECTOR_SETTINGS = {"column_mass": 0.7, "column_cap": 128, "slash_mass": 0.7, "slash_cap": 96}
 TRAINING_TEXT_BYTES = 2_000_000
 STAGES = 8
 METRICS_SCHEMA_VERSION = 1
@@ -88,13 +88,21 @@ def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[s
     pattern, layer = _middle_layer(trace)
     calibration = _calibrate(trace, pattern, settings, stages)
     local = _plan_local(folder, trace, calibration, settings, services, stages)
-    cluster = _plan_cluster(folder, trace, settings, services, stages)
+    cluster = _plan_cluster(folder, trace, layer, settings, services, stages)
     with stages.stage("Simulate the local plan") as stage:
         simulated = services.simulate_plan(local, pattern, calibration.cluster, cost=calibration.cost).timeline
         simulated.save(folder / SIMULATED)
         stage.said = f"{simulated.makespan_us / 1e3:,.0f} ms for one layer, forward and backward"
     with stages.stage("Run it on 4 processes, check every number against the reference") as stage:
-        summary = _run(folder / PLAN_LOCAL, folder / TRACE, layer, settings, output=folder / MEASURED, verify=True)
+        summary = _run(
+            folder / PLAN_LOCAL,
+            folder / TRACE,
+            layer,
+            output=folder / MEASURED,
+            repeats=settings.repeats,
+            seed=settings.seed,
+            verify=True,
+        )
         measured = Timeline.load(folder / MEASURED)
         verified = bool(summary["verified"]) and all(one["ok"] for one in summary["verified"])
         stage.said = _said_of_run(summary, verified)
@@ -169,24 +177,19 @@ def _calibrate(trace: Trace, pattern: LayerPattern, settings: DemoSettings, stag
         tempfile.TemporaryDirectory() as made,
     ):
         preset = load_cluster(LOCAL_PRESET)
-        plan = _plain_ring(trace, pattern, preset)
+        plan = _plain_ring(trace, preset)
         path = Path(made) / "plan.json"
         plan.save(path)
         timeline = Path(made) / "timeline.json.gz"
         layer = _middle_layer(trace)[1]
-        summary = _run(path, trace.folder, layer, settings, output=timeline, verify=False)
+        summary = _run(path, trace.folder, layer, output=timeline, repeats=1, seed=settings.seed)
         stage.said = f"{summary['step_time_us'] / 1e3:,.0f} ms for one layer"
         return calibrate(preset, plan, pattern, Timeline.load(timeline))
 
 
-def _plain_ring(trace: Trace, pattern: LayerPattern, cluster: Cluster) -> Plan:
-    from ..planner.candidates import PlacementChoice
-    from ..planner.plan import ModelShape
-    from ..planner.sampling import pattern_spec, summarize
-
+def _plain_ring(trace: Trace, cluster: Cluster) -> Plan:
     header = trace.header
     summary = summarize(trace)
-    assert summary.columns_capacity % COLUMNS_MULTIPLE == 0
     placement = PlacementChoice(name="zigzag", granularity_tokens=header.block_size).build(
         seq_len_tokens=header.seq_len_tokens,
         world_size=cluster.world_size,
@@ -227,12 +230,16 @@ def _plan_local(
     return load_plan(folder / PLAN_LOCAL)
 
 
-def _plan_cluster(folder: Path, trace: Trace, settings: DemoSettings, services: Services, stages: Stages) -> Plan:
+def _plan_cluster(
+    folder: Path, trace: Trace, layer: int, settings: DemoSettings, services: Services, stages: Stages
+) -> Plan:
+    """Plan for one layer: simulating 32 ranks takes seconds for every layer more."""
     with stages.stage("Plan for 32 A100s, simulating the best candidates") as stage:
         plan = plan_trace(
             trace,
             load_cluster(CLUSTER_PRESET),
             evaluator=services.evaluator,
+            layers=[layer],
             seed=settings.seed,
             command=settings.command,
             progress=stage,
@@ -242,13 +249,15 @@ def _plan_cluster(folder: Path, trace: Trace, settings: DemoSettings, services: 
     return load_plan(folder / PLAN_CLUSTER)
 
 
-def _run(plan: Path, trace: Path, layer: int, settings: DemoSettings, *, output: Path, verify: bool) -> dict[str, Any]:
+def _run(
+    plan: Path, trace: Path, layer: int, *, output: Path, repeats: int, seed: int, verify: bool = False
+) -> dict[str, Any]:
     """Do `sparsering run` on processes of its own and return the figures that it prints.
 
     A run that fails to verify returns its figures too; any other failure raises RuntimeError with what was said.
     """
     arguments = ["run", str(plan), "--trace", str(trace), "--layer", str(layer), "--output", str(output)]
-    arguments += ["--repeats", str(settings.repeats), "--seed", str(settings.seed), "--device", "cpu", "--json"]
+    arguments += ["--repeats", str(repeats), "--seed", str(seed), "--device", "cpu", "--json"]
     environment = inherited_environment(world_size=4)
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
         code = launch_ranks(

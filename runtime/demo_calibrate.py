@@ -23,12 +23,13 @@ from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
 from ..traces.timeline import COMPUTE_STREAM, Span, Timeline
 
+LINK_QUANTILE = 0.75
 Key = tuple[Direction, str]  # direction, kind of task
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedTask:
-    """Microseconds of a task: per launch, per query tile that has work, per tile pair. points: tasks it was fitted to."""
+    """Microseconds of a task: per launch, per query tile with work, per tile pair; fitted to so many points."""
 
     launch_us: float
     row_us: float
@@ -111,17 +112,16 @@ def _fit(points: list[tuple[TaskWork, float]]) -> FittedTask:
 
 
 def _fitted_cluster(cluster: Cluster, measured: Timeline) -> Cluster:
-    """Give the links the median rate of the measured calls; a call's time holds its waiting for the other end."""
+    """Give the links the upper quartile of the measured rates: slower calls mostly waited for their other ends."""
     rates = [
         span.nbytes / 2 / span.duration_us  # sent and received at once
         for span in measured.spans
-        if span.stream != COMPUTE_STREAM and span.category in ("kv", "dkv") and span.duration_us > 0 and span.nbytes
+        if span.stream != COMPUTE_STREAM and span.duration_us > 0 and span.nbytes
     ]
     link = cluster.intra_node
     if rates:
-        link = link.model_copy(
-            update={"bandwidth_bytes_per_us": float(np.median(rates)), "switch_bandwidth_bytes_per_us": None}
-        )
+        rate = float(np.quantile(rates, LINK_QUANTILE))
+        link = link.model_copy(update={"bandwidth_bytes_per_us": rate, "switch_bandwidth_bytes_per_us": None})
     gpu = cluster.gpu.model_copy(update={"communication_slowdown": 0.0})
     return cluster.model_copy(
         update={

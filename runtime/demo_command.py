@@ -30,8 +30,8 @@ def demo(
 ) -> None:
     """Train a small model, capture it, plan, simulate, run and verify: about two minutes on two cores, no GPU.
 
-    Writes trace/, two plans, the simulated and the measured timeline, metrics.json and report.html. Exit code 1 when the
-    run does not agree with the reference.
+    Writes trace/, two plans, the simulated and the measured timeline, metrics.json and report.html. Exit code 1 when
+    the run does not agree with the reference.
     """
     require_replaceable(output)
     if seq_len % 64:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ KV_HEADS = 2
 HEAD_DIM = 64
 HIDDEN = 128
 WARMUP_STEPS = 20
+TRIAL_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +58,26 @@ class Trained:
 
 def make_model(*, seed: int, seq_len_tokens: int) -> PreTrainedModel:
     """Return the model with fresh weights, in float32: 8 query heads on 2 KV heads, head dimension 64."""
-    config = Qwen2Config(
-        vocab_size=BYTE_VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        initializer_range=HIDDEN**-0.5,
-        max_position_embeddings=seq_len_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": BYTE_VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        # Qwen2's own 0.02 is for wide models; with it so small a one attends to everything alike for long.
+        "initializer_range": HIDDEN**-0.5,
+        "max_position_embeddings": seq_len_tokens,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        return Qwen2ForCausalLM(Qwen2Config(**settings))
 
 
 def train(
@@ -84,13 +89,15 @@ def train(
     model.train()
     losses: list[float] = []
     began = time.monotonic()
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.peak_learning_rate * _pace(step, time.monotonic() - began, settings)
-        losses.append(_train_step(model, optimizer, _windows(tokens, settings, generator)))
-        progress("training", step + 1, settings.steps)
-        if time.monotonic() - began > settings.seconds:
-            break
+    with _threads_by_trial() as pick_threads:
+        for step in range(settings.steps):
+            pick_threads(step)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.peak_learning_rate * _pace(step, time.monotonic() - began, settings)
+            losses.append(_train_step(model, optimizer, _windows(tokens, settings, generator)))
+            progress(f"loss {losses[-1]:.2f}", step + 1, settings.steps)
+            if time.monotonic() - began > settings.seconds:
+                break
     model.eval()
     last = losses[-10:]
     return Trained(
@@ -100,6 +107,33 @@ def train(
         last_loss=sum(last) / len(last),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+@contextmanager
+def _threads_by_trial() -> Iterator[Callable[[int], None]]:
+    """Yield what is called before every step: it tries all threads, then one, and keeps what was quicker.
+
+    On cores that are busy with other work, one thread may be many times quicker than threads that wait for each other.
+    """
+    most = torch.get_num_threads()
+    started: dict[int, float] = {}
+
+    def before(step: int) -> None:
+        if step > 2 * TRIAL_STEPS:
+            return
+        started[step] = time.monotonic()
+        if step == TRIAL_STEPS:
+            torch.set_num_threads(1)
+        if step == 2 * TRIAL_STEPS:
+            # The first step of either trial warms up and is left out.
+            together = started[TRIAL_STEPS] - started[1]
+            alone = started[2 * TRIAL_STEPS] - started[TRIAL_STEPS + 1]
+            torch.set_num_threads(most if together < alone else 1)
+
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(most)
 
 
 def _pace(step: int, elapsed_s: float, settings: TrainingSettings) -> float:
