@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
+from ..kernels import launching, tuning
 from ..kernels import triton_backend as backend
-from ..kernels import tuning
 from ..kernels.tuning import Launch
 from .masks import forward_flops, slash_mask
 
 
 def launches(settings: str, *, tma: bool) -> list[Launch]:
-    """Launches from text such as "128x64x8x2 64x64x4x2" (M x N x warps x stages)."""
-    return [Launch(m=m, n=n, warps=w, stages=s, tma=tma)
-            for m, n, w, s in (map(int, setting.split("x")) for setting in settings.split())]
+    """Launches from text such as "128x64x8x2 128x64x8x2x128" (M x N x warps x stages [x registers])."""
+    return [Launch(m=m, n=n, warps=w, stages=s, tma=tma, registers=rest[0] if rest else 0)
+            for m, n, w, s, *rest in (map(int, setting.split("x")) for setting in settings.split())]
 
 
 DEFAULTS = {
     tuning.FORWARD: "128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x2 64x64x4x3 64x128x4x2 128x64x4x2",
     tuning.GRAD_Q: "64x128x4x1 64x128x4x2 64x64x4x1 64x64x4x2 128x64x8x1 128x64x8x2 128x128x8x1",
     tuning.GRAD_KV: "64x64x4x1 64x64x4x2 64x64x4x3 64x128x8x1 64x128x8x2 64x64x8x2 32x64x4x2 128x64x8x1",
-    tuning.COLUMN_FORWARD: "128x64x8x2 64x64x4x2 64x64x4x3 128x64x8x3",
-    tuning.COLUMN_GRAD_Q: "64x64x4x1 64x64x4x2 128x64x8x1 128x64x8x2",
+    tuning.COLUMN_FORWARD: "128x64x8x2x128 128x64x8x2 64x64x4x2 64x64x4x3",
+    tuning.COLUMN_GRAD_Q: "64x64x4x1 64x64x4x2",
+    tuning.FUSED_FORWARD: "128x64x8x2x128 128x64x8x2 64x64x4x2",
+    tuning.FUSED_GRAD_Q: "64x64x4x2",
     tuning.COLUMN_GRAD_KV: "64x64x4x1 64x64x4x2 64x64x8x2 32x64x4x2",
 }
 MATMULS = {tuning.FORWARD: 2, tuning.GRAD_Q: 3, tuning.GRAD_KV: 4, tuning.COLUMN_FORWARD: 2, tuning.COLUMN_GRAD_Q: 3,
-           tuning.COLUMN_GRAD_KV: 4}
+           tuning.COLUMN_GRAD_KV: 4, tuning.FUSED_FORWARD: 2, tuning.FUSED_GRAD_Q: 3}
 
 
 class Work:
@@ -57,30 +57,37 @@ class Work:
         self.out, self.lse = backend.block_forward(self.q, self.k, self.v, self.index, scale=self.scale,
                                                    out_dtype=dtype)
         delta = (self.grad_out.float() * self.out.float()).sum(-1).transpose(1, 2).contiguous()
-        self.values = backend._row_values(self.lse, delta, self.index, self.scale)
+        self.values = launching.row_values_of(self.lse, delta, self.index, self.scale)
         self.grads = [torch.empty_like(x) for x in (self.q, self.k, self.v)]
         self.grad_q = torch.zeros(shape, device="cuda")
+        self.partial = self.out.float(), self.lse.clone()
         block_flops = forward_flops(slash_mask(seq_len, density, 0, heads=heads, block=block), head_dim)
         column_flops = forward_flops(self.mask, head_dim) - block_flops
-        self.flops = {k: (column_flops if k.startswith("column") else block_flops) / 2 * n for k, n in MATMULS.items()}
+        parts = {"column": column_flops, "fused": block_flops + column_flops}
+        self.flops = {k: parts.get(k.split("_")[0], block_flops) / 2 * n for k, n in MATMULS.items()}
 
-    def call(self, kernel: str):
+    def call(self, kernel: str) -> Callable[[], object]:
         """The launch of one kernel with the settings in force."""
-        q, k, v, do, s = self.q, self.k, self.v, self.grad_out, self.scale
-        column = (do, q, self.column_k, self.column_v, self.values, self.columns, s)
+        q, k, v, do, s, values = self.q, self.k, self.v, self.grad_out, self.scale, self.values
+        columns = (self.column_k, self.column_v, self.columns)
+        into = self.grads[0]
         return {
             tuning.FORWARD: lambda: backend.block_forward(q, k, v, self.index, scale=s, out_dtype=q.dtype),
-            tuning.GRAD_Q: lambda: backend._block_grad_q(do, q, k, v, self.values, self.index, s, self.grads[0],
-                                                         add=False),
-            tuning.GRAD_KV: lambda: backend._block_grad_kv(do, q, k, v, self.values, self.index, s, *self.grads[1:],
+            tuning.FUSED_FORWARD: lambda: backend.block_forward(q, k, v, self.index, scale=s, out_dtype=q.dtype,
+                                                                columns=columns),
+            tuning.COLUMN_FORWARD: lambda: backend.column_forward(q, *columns, scale=s, into=self.partial),
+            tuning.GRAD_Q: lambda: backend.grad_query(do, q, k, v, values, self.index, None, s, into, add=False),
+            tuning.FUSED_GRAD_Q: lambda: backend.grad_query(do, q, k, v, values, self.index, columns, s, into,
+                                                            add=False),
+            tuning.COLUMN_GRAD_Q: lambda: backend.grad_query(do, q, None, None, values, None, columns, s, self.grad_q,
+                                                             add=True),
+            tuning.GRAD_KV: lambda: backend.grad_key_value(do, q, k, v, values, self.index, s, *self.grads[1:],
                                                            add=False),
-            tuning.COLUMN_FORWARD: lambda: backend.column_forward(q, self.column_k, self.column_v, self.columns, scale=s),
-            tuning.COLUMN_GRAD_Q: lambda: backend._column_grad_q(*column, self.grad_q),
-            tuning.COLUMN_GRAD_KV: lambda: backend._column_grad_kv(*column),
+            tuning.COLUMN_GRAD_KV: lambda: backend.grad_columns(do, q, columns, values, s),
         }[kernel]
 
 
-def time_ms(call, *, repeats: int = 7, warmups: int = 2) -> float:
+def time_ms(call: Callable[[], object], *, repeats: int = 7, warmups: int = 2) -> float:
     """Median milliseconds of a call, by CUDA events."""
     for _ in range(warmups):
         call()
@@ -131,7 +138,7 @@ def main() -> None:
                 tuning.OVERRIDES.pop(kernel)
             if arguments.worker is None:
                 rate = work.flops[kernel] / took / 1e9
-                print(f"{density:.2f} {kernel:14} {launch.m}x{launch.n}x{launch.warps}x{launch.stages} "
+                print(f"{density:.2f} {kernel:14} {launch.m}x{launch.n}x{launch.warps}x{launch.stages}x{launch.registers} "
                       f"{'tma' if launch.tma else 'ptr'} {took:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
 
 

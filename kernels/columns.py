@@ -1,10 +1,11 @@
-"""The column part: dense tiles over the gathered columns, masked where a block already covers the pair.
+"""The column part: dense tiles over the gathered columns, without those that an active block already covers.
 
-A query tile lies in one mask block, so whether a block covers a column is one answer per column for the whole tile;
-it is folded with causality into one comparison: a covered column is moved beyond every position. Columns are sorted,
-so a tile stops at the last one before its end. dK/dV: programs own (head, column tile, chunk of query tiles) and write
+A query tile lies in one mask block, so whether a column of an earlier block is *usable* is one bit for the whole tile;
+usable_kernel packs these bits once per choice of columns. Columns inside the tile's own block need causality element by
+element, but only where the diagonal pair is not active: a second loop that selectors never enter. The loops are
+fused behind the block part or run alone. dK/dV: programs own (head, column tile, chunk of query tiles) and write
 partial sums that are added up afterwards in a fixed order: no atomics.
-Shape legend: see forward.py; C column capacity.
+Shape legend: see tiles.py.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
@@ -14,111 +15,134 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import grad_kv_step, grad_q_step, write_tile
-from .forward import load_tile, softmax_step, store_partial
+from .tiles import grad_kv_step, grad_q_step, load_tile, softmax_step
 
-NEVER = tl.constexpr(2147483647)
-
-
-@triton.jit
-def uncovered_positions(columns, active, head, block, slots, capacity, seq_len, blocks, BLOCK: tl.constexpr,
-                        TOEPLITZ: tl.constexpr):
-    """Positions of the head's column slots; NEVER where the slot is empty, in the future, or covered by an active block."""
-    positions = tl.load(columns + head * capacity + slots, mask=slots < capacity, other=NEVER)
-    column_block = positions // BLOCK
-    here = (positions < seq_len) & (column_block <= block)
-    if TOEPLITZ:
-        offset = head * blocks + block - column_block
-    else:
-        offset = (head.to(tl.int64) * blocks + block) * blocks + column_block
-    covered = tl.load(active + offset, mask=here, other=1)
-    return tl.where(covered != 0, NEVER, positions)
+# Bits of a word of `usable`: 64, written out in the kernels.
 
 
 @triton.jit
-def column_forward_kernel(
-    q, k, v, out, lse, columns, reach, active, q_blocks, order, q_documents, column_documents, scale_log2,
-    q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_s, out_h, lse_b, lse_h,
-    heads, tiles, q_tokens, q_valid, capacity, seq_len, blocks,
-    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TOEPLITZ: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, MERGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """Grid (B * H * T * BLOCK / M)."""
-    program = tl.program_id(0)
-    part = program % (BLOCK // M)
-    program = program // (BLOCK // M)
-    tile = tl.load(order + program % tiles)
-    head = (program // tiles) % heads
-    batch = program // (tiles * heads)
+def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, words, seq_len, blocks,
+                  BLOCK: tl.constexpr, TOEPLITZ: tl.constexpr, CHUNK: tl.constexpr):
+    """usable int64 [H, T, words]: bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block.
 
+    limits int32 [H, T, 2]: how many columns lie before the tile's block, and before its end if the diagonal pair is
+    inactive (else the same number again). Grid (T, H).
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(q_blocks + tile)
-    reached = tl.load(reach + head * tiles + tile)
-    first = tile * BLOCK + part * M
-    rows = first + tl.arange(0, M)
-    q_position = block * BLOCK + part * M + tl.arange(0, M)
-    q_tile = load_tile(q, batch, head, first, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-    if DOCUMENTS:
-        q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
+    valid_end = tl.where(block < blocks, seq_len, 0)
+    earlier, within = 0, 0
+    for start in range(0, words * 64, CHUNK):
+        slots = start + tl.arange(0, CHUNK)
+        positions = tl.load(columns + head * capacity + slots, mask=slots < capacity, other=2147483647)
+        column_block = positions // BLOCK
+        valid = positions < valid_end
+        before = valid & (column_block < block)
+        if TOEPLITZ:
+            offset = head * blocks + block - column_block
+        else:
+            offset = (head.to(tl.int64) * blocks + block) * blocks + column_block
+        open_pair = tl.load(active + offset, mask=valid & (column_block <= block), other=1) == 0
+        bits = tl.reshape((before & open_pair).to(tl.int64) << (slots % 64).to(tl.int64), [CHUNK // 64, 64])
+        word = start // 64 + tl.arange(0, CHUNK // 64)
+        packed = usable + (head.to(tl.int64) * tiles + tile) * words + word
+        tl.store(packed, tl.sum(bits, 1), mask=word < words)
+        earlier += tl.sum(before.to(tl.int32), 0)
+        within += tl.sum((valid & (column_block == block) & open_pair).to(tl.int32), 0)
+    pair = limits + (head * tiles + tile) * 2
+    tl.store(pair, earlier)
+    tl.store(pair + 1, earlier + within)
 
-    acc = tl.zeros([M, D], ACC)
-    peak = tl.full([M], float("-inf"), ACC)
-    total = tl.zeros([M], ACC)
-    for start in range(0, reached, N):
-        slots = start + tl.arange(0, N)
-        positions = uncovered_positions(columns, active, head, block, slots, capacity, seq_len, blocks, BLOCK, TOEPLITZ)
-        k_tile = load_tile(k, batch, head, start, capacity, k_b, k_h, k_s, N, D, TMA, True)
-        v_tile = load_tile(v, batch, head, start, capacity, v_b, v_h, v_s, N, D, TMA, True)
-        allowed = positions[None, :] <= q_position[:, None]
+
+@triton.jit
+def usable_columns(words, start, N: tl.constexpr):
+    """bool [N]: the usable ones of columns start .. start + N (N divides 64)."""
+    word = tl.load(words + start // 64) >> tl.cast(start % 64, tl.int64)
+    lane = tl.arange(0, N)
+    half = tl.where(lane < 32, word.to(tl.int32), (word >> 32).to(tl.int32))
+    return ((half >> (lane % 32)) & 1) != 0
+
+
+@triton.jit
+def columns_up_to(columns, low, high, position):
+    """int32, as position: how many of the sorted columns [0, high) are at or before each position (at least low)."""
+    below, above = tl.zeros_like(position) + low, tl.zeros_like(position) + high
+    for _ in range(0, 32):
+        middle = (below + above) // 2
+        inside = tl.load(columns + middle, mask=middle < above, other=2147483647) <= position
+        above = tl.where(inside, above, middle)
+        below = tl.where(inside, tl.minimum(middle + 1, above), below)
+    return below
+
+
+@triton.jit
+def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, limits,
+                    column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
+                    words, scale_log2, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
+                    ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """(acc, peak, total) after the head's columns that this query tile may attend."""
+    line = head * tiles + tile
+    earlier, end = tl.load(limits + line * 2), tl.load(limits + line * 2 + 1)
+    bits, positions = usable + line.to(tl.int64) * words, columns + head * capacity
+    for start in range(0, earlier, N):
+        k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
+        v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
+        allowed = usable_columns(bits, start, N)[None, :]
         if DOCUMENTS:
-            document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
-            allowed = allowed & (q_document[:, None] == document[None, :])
+            allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
         acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
                                         PRECISION)
-    store_partial(out, lse, acc, peak, total, batch, head, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b, lse_h,
-                  D, MERGE)
+    if end > earlier:
+        bound = columns_up_to(positions, earlier, end, q_position)
+        for start in tl.range(earlier // N * N, end, N, num_stages=1):
+            k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
+            v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
+            slots = start + tl.arange(0, N)
+            allowed = (slots >= earlier)[None, :] & (slots[None, :] < bound[:, None])
+            if DOCUMENTS:
+                allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
+            acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
+                                            PRECISION)
+    return acc, peak, total
 
 
 @triton.jit
-def column_grad_q_kernel(
-    q, k, v, grad_out, row_values, grad_q, columns, reach, active, q_blocks, order, q_documents, column_documents,
-    scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h,
-    dq_b, dq_s, dq_h, heads, tiles, padded, q_valid, capacity, seq_len, blocks,
-    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TOEPLITZ: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """Grid (B * H * T * BLOCK / M)."""
-    program = tl.program_id(0)
-    part = program % (BLOCK // M)
-    program = program // (BLOCK // M)
-    tile = tl.load(order + program % tiles)
-    head = (program // tiles) % heads
-    batch = program // (tiles * heads)
+def same_document(column_documents, head, start, capacity, q_document, N: tl.constexpr):
+    """bool [M, N]: the column is of the row's document."""
+    slots = start + tl.arange(0, N)
+    documents = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
+    return q_document[:, None] == documents[None, :]
 
-    block = tl.load(q_blocks + tile)
-    reached = tl.load(reach + head * tiles + tile)
-    first = tile * BLOCK + part * M
-    rows = first + tl.arange(0, M)
-    q_position = block * BLOCK + part * M + tl.arange(0, M)
-    q_tile = load_tile(q, batch, head, first, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-    do_tile = load_tile(grad_out, batch, head, first, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-    lines = row_values + (batch * heads + head).to(tl.int64) * 2 * padded + rows
-    row_lse, row_delta = tl.load(lines), tl.load(lines + padded)
-    if DOCUMENTS:
-        q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
 
-    acc = tl.zeros([M, D], ACC)
-    for start in range(0, reached, N):
-        slots = start + tl.arange(0, N)
-        positions = uncovered_positions(columns, active, head, block, slots, capacity, seq_len, blocks, BLOCK, TOEPLITZ)
-        k_tile = load_tile(k, batch, head, start, capacity, k_b, k_h, k_s, N, D, TMA, True)
-        v_tile = load_tile(v, batch, head, start, capacity, v_b, v_h, v_s, N, D, TMA, True)
-        allowed = positions[None, :] <= q_position[:, None]
+@triton.jit
+def grad_q_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns,
+                   usable, limits, column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h,
+                   cv_s, capacity, words, scale, scale_log2, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr,
+                   TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """dQ acc [M, D] plus the columns' share: the same walk as forward_columns."""
+    line = head * tiles + tile
+    earlier, end = tl.load(limits + line * 2), tl.load(limits + line * 2 + 1)
+    bits, positions = usable + line.to(tl.int64) * words, columns + head * capacity
+    for start in range(0, earlier, N):
+        k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
+        v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
+        allowed = usable_columns(bits, start, N)[None, :]
         if DOCUMENTS:
-            document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
-            allowed = allowed & (q_document[:, None] == document[None, :])
-        acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True, ACC,
-                          PRECISION)
-    write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, True)
+            allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
+        acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True,
+                          ACC, PRECISION)
+    if end > earlier:
+        bound = columns_up_to(positions, earlier, end, q_position)
+        for start in tl.range(earlier // N * N, end, N, num_stages=1):
+            k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
+            v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
+            slots = start + tl.arange(0, N)
+            allowed = (slots >= earlier)[None, :] & (slots[None, :] < bound[:, None])
+            if DOCUMENTS:
+                allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
+            acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
+                              True, ACC, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -134,11 +158,11 @@ def store_part(target, values, part, first, capacity, ROWS: tl.constexpr, D: tl.
 
 @triton.jit
 def column_grad_kv_kernel(
-    q, k, v, grad_out, row_values, grad_k, grad_v, columns, first_tile, active, q_blocks, q_documents,
-    column_documents, scale, scale_log2, q_b, q_s, q_h, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_s, do_h,
-    heads, tiles, padded, q_valid, capacity, seq_len, blocks, column_tiles, chunk_tiles,
-    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TOEPLITZ: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q, column_k, column_v, grad_out, row_values, grad_k, grad_v, columns, usable, limits, first_tile, has_own,
+    q_blocks, q_documents, column_documents, scale, scale_log2, q_b, q_s, q_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
+    do_b, do_s, do_h, heads, tiles, padded, q_valid, capacity, words, column_tiles, chunk_tiles,
+    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr,
+    TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (column tiles, B * H, chunks): writes grad_k, grad_v [chunks * B * H, C, D], unshared."""
     column_tile = tl.program_id(0)
@@ -148,8 +172,8 @@ def column_grad_kv_kernel(
 
     start = column_tile * N
     slots = start + tl.arange(0, N)
-    k_tile = load_tile(k, batch, head, start, capacity, k_b, k_h, k_s, N, D, TMA, True)
-    v_tile = load_tile(v, batch, head, start, capacity, v_b, v_h, v_s, N, D, TMA, True)
+    k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
+    v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
     if DOCUMENTS:
         document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
     queries = tl.arange(0, M)
@@ -161,17 +185,33 @@ def column_grad_kv_kernel(
     v_acc = tl.zeros([N, D], ACC)
     for step in range(low * (BLOCK // M), high * (BLOCK // M)):
         query = step * M
-        block = tl.load(q_blocks + step // (BLOCK // M))
-        positions = uncovered_positions(columns, active, head, block, slots, capacity, seq_len, blocks, BLOCK, TOEPLITZ)
-        q_position = block * BLOCK + (step % (BLOCK // M)) * M + queries
+        tile = tl.cast(head * tiles + step // (BLOCK // M), tl.int64)
         q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
         do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-        allowed = positions[:, None] <= q_position[None, :]
+        allowed = usable_columns(usable + tile * words, start, N)[:, None]
         if DOCUMENTS:
             q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
             allowed = allowed & (q_document[None, :] == document[:, None])
-        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                    padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
+                                    allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+    # Columns of a tile's own block, where its diagonal pair is inactive: few heads, if any, have some.
+    scanned = tl.where(tl.load(has_own + head) != 0, high, low)
+    for step in tl.range(low * (BLOCK // M), scanned * (BLOCK // M), num_stages=1):
+        limit = limits + (head * tiles + step // (BLOCK // M)) * 2
+        earlier, end = tl.load(limit), tl.load(limit + 1)
+        if (end > earlier) & (end > start) & (earlier < start + N):
+            query = step * M
+            position = tl.load(columns + head * capacity + slots, mask=(slots >= earlier) & (slots < end),
+                               other=2147483647)
+            first = tl.load(q_blocks + step // (BLOCK // M)) * BLOCK + (step % (BLOCK // M)) * M
+            q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
+            do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
+            allowed = position[:, None] <= (first + queries)[None, :]
+            if DOCUMENTS:
+                q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
+                allowed = allowed & (q_document[None, :] == document[:, None])
+            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
+                                        allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
     part = (chunk * (tl.num_programs(1) // heads) + batch) * heads + head
     store_part(grad_k, k_acc, part, start, capacity, N, D, TMA)
     store_part(grad_v, v_acc, part, start, capacity, N, D, TMA)

@@ -21,19 +21,23 @@ from . import backward, columns, forward, tuning
 
 KERNELS = {
     tuning.FORWARD: forward.forward_kernel,
+    tuning.FUSED_FORWARD: forward.forward_kernel,
+    tuning.COLUMN_FORWARD: forward.forward_kernel,
     tuning.GRAD_Q: backward.grad_q_kernel,
+    tuning.FUSED_GRAD_Q: backward.grad_q_kernel,
+    tuning.COLUMN_GRAD_Q: backward.grad_q_kernel,
     tuning.GRAD_KV: backward.grad_kv_kernel,
-    tuning.COLUMN_FORWARD: columns.column_forward_kernel,
-    tuning.COLUMN_GRAD_Q: columns.column_grad_q_kernel,
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
+_BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
+_COLUMN_ONLY = ("column_k", "column_v", "columns", "usable", "limits", "q_blocks", "column_documents", "ck_b", "ck_h",
+                "ck_s", "cv_b", "cv_h", "cv_s", "capacity", "words")
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n"}
-_ADDED = {tuning.GRAD_Q: {"grad_q": "m"}, tuning.COLUMN_GRAD_Q: {"grad_q": "m"},
-          tuning.GRAD_KV: {"grad_k": "n", "grad_v": "n"}}
+_TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
+_ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n"}
 _FLOATS = {"out", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
-_INTEGERS = {"row_fields", "entries", "order", "columns", "reach", "first_tile", "q_blocks", "q_documents", "k_documents",
-             "column_documents"}
+_INTEGERS = {"row_fields", "entries", "order", "columns", "limits", "first_tile", "has_own", "q_blocks", "q_documents",
+             "k_documents", "column_documents"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Resources:
 
 
 def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: int = 128, head_dim: int = 128,
-              group: int = 8, toeplitz: bool = True, documents: bool = False, merge: bool = False,
+              group: int = 8, documents: bool = False, merge: bool = False,
               launch: tuning.Launch | None = None) -> Resources:
     """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given."""
     launch = launch or tuning.launch_for(kernel, capability=capability, block_size=block_size, head_dim=head_dim,
@@ -55,10 +59,12 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
     constants: dict[str, Any] = {
         "GROUP": group, "BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "SIGN": -1,
         "DOCUMENTS": documents, "TMA": launch.tma, "MERGE": merge, "ADD": True, "ACC": tl.float32, "PRECISION": "tf32",
-        "TOEPLITZ": toeplitz,
+        "BLOCKS": not kernel.startswith("column"), "COLUMNS": kernel.startswith(("column", "fused")),
     }
     if not documents:
         constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
+    if kernel != tuning.COLUMN_GRAD_KV:
+        constants |= dict.fromkeys((() if constants["COLUMNS"] else _COLUMN_ONLY) + (() if constants["BLOCKS"] else _BLOCK_ONLY))
     function = KERNELS[kernel]
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -67,7 +73,7 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
                if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": launch.warps, "num_stages": launch.stages})
+                              options={"num_warps": launch.warps, "num_stages": launch.stages, **launch.options()})
     registers, stack = _read_usage(compiled.asm["cubin"])
     return Resources(registers=registers, stack_bytes=stack, shared_bytes=compiled.metadata.shared,
                      cubin=compiled.asm["cubin"])
@@ -79,16 +85,16 @@ def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Laun
         return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
     if name == "row_values" and launch.tma and kernel in (tuning.GRAD_KV, tuning.COLUMN_GRAD_KV):
         return f"tensordesc<fp32[1, {launch.m}]>"
-    if name in _ADDED.get(kernel, {}) and launch.tma:
-        return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[kernel][name])}, {head_dim}]>"
     if name in ("grad_k", "grad_v") and kernel == tuning.COLUMN_GRAD_KV and launch.tma:
         return f"tensordesc<fp32[1, {launch.n}, {head_dim}]>"
+    if name in _ADDED and launch.tma:
+        return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[name])}, {head_dim}]>"
     if name in _FLOATS:
         return "*fp32"
     if name in _INTEGERS:
         return "*i32"
-    if name == "active":
-        return "*u8"
+    if name == "usable":
+        return "*i64"
     return "fp32" if name.startswith("scale") else "i32"
 
 

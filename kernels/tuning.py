@@ -11,18 +11,27 @@ from functools import lru_cache
 import torch
 
 FORWARD, GRAD_Q, GRAD_KV = "forward", "grad_q", "grad_kv"
+FUSED_FORWARD, FUSED_GRAD_Q = "fused_forward", "fused_grad_q"  # block part and column part in one launch
 COLUMN_FORWARD, COLUMN_GRAD_Q, COLUMN_GRAD_KV = "column_forward", "column_grad_q", "column_grad_kv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """M query rows, N keys, warps and stages of one kernel; tma: loads by tensor descriptors (sm_90 and later)."""
+    """M query rows, N keys, warps and stages of one kernel; tma: loads by tensor descriptors (sm_90 and later).
+
+    registers: a cap per thread, 0 for none.
+    """
 
     m: int
     n: int
     warps: int
     stages: int
     tma: bool
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """What else the compiler is told."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 # Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
@@ -30,7 +39,9 @@ SM90 = {
     FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
     GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    COLUMN_FORWARD: Launch(m=64, n=64, warps=4, stages=2, tma=True),
+    FUSED_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
+    FUSED_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
+    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
     COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
 }
@@ -39,8 +50,10 @@ SM80 = {
     FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
     GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=False),
     GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
+    FUSED_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
+    FUSED_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
-    COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=False),
+    COLUMN_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
 }
 OVERRIDES: dict[str, Launch] = {}
@@ -55,12 +68,12 @@ def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, 
         return OVERRIDES[kernel]
     found = (SM90 if capability >= 90 else SM80)[kernel]
     if capability == 0:
-        return replace(found, m=min(found.m, block_size, 64), n=min(found.n, block_size, 64), tma=False)
+        return replace(found, m=min(found.m, block_size, 64), n=min(found.n, block_size, 64), tma=False, registers=0)
     found = replace(found, m=min(found.m, block_size), n=min(found.n, block_size))
-    if found.m * found.n <= 64 * 64:
-        found = replace(found, warps=min(found.warps, 4) if capability >= 90 else found.warps)
+    if found.m * found.n <= 64 * 64 and capability >= 90:
+        found = replace(found, warps=min(found.warps, 4), registers=0)
     if itemsize > 2:
-        found = replace(found, m=min(found.m, 32), n=min(found.n, 32), warps=4, stages=1, tma=False)
+        found = replace(found, m=min(found.m, 32), n=min(found.n, 32), warps=4, stages=1, tma=False, registers=0)
     return found
 
 

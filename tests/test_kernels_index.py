@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsering.kernels.index import BlockTask, TileLists, block_task, column_task
+from sparsering.kernels.index import BlockTask, TileLists, block_task
 from sparsering.kernels.mask import AttentionMask
 
 BLOCK = 16
@@ -112,15 +112,3 @@ def test_index_at_512k_and_16_heads_is_small() -> None:
     mask = AttentionMask(seq_len_tokens=blocks * 128, block_size=128, active=active)
     everything = torch.arange(blocks * 128)
     assert block_task(mask, everything, everything).nbytes < 8 * 2**20
-
-
-def test_column_index_reaches_what_a_tile_may_attend() -> None:
-    mask = mask_of(6 * BLOCK + 5, toeplitz=True, columns=30)
-    assert mask.columns is not None
-    mask.columns[1, 20:] = mask.seq_len_tokens
-    q_blocks = [0, 2, 4, 6, 8]
-    task = column_task(mask, positions(q_blocks))
-    for head in range(mask.heads):
-        for tile, block in enumerate(q_blocks):
-            end = min((block + 1) * BLOCK, mask.seq_len_tokens)
-            assert task.reach[head, tile] == int((mask.columns[head] < end).sum())

@@ -12,6 +12,8 @@ from sparsering.kernels.mask import AttentionMask
 from sparsering.kernels.reference import reference_attention, reference_gradients
 
 pytest.importorskip("triton")
+from sparsering.kernels import triton_backend as backend
+
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; tests/test_gpu_kernels.py covers this one",
                 allow_module_level=True)
@@ -156,6 +158,39 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
     for queries, (out, lse) in zip(at, partials, strict=True):
         whole[0][:, queries], whole[1][:, :, queries] = out, lse
     assert_same([*whole, *grads], expected([grad_out, q, k, v], mask), mask.seq_len_tokens)
+
+
+def test_usable_columns_are_those_of_earlier_inactive_blocks() -> None:
+    _, mask = problem(tokens=150, padding=0, block=32, toeplitz=True, columns=100)
+    assert mask.columns is not None
+    q_blocks = [0, 2, 3, 4, 5]
+    at = torch.cat([torch.arange(b * 32, (b + 1) * 32) for b in q_blocks])
+    task = api.column_index(mask, at, backend="triton").data
+    for head in range(mask.heads):
+        columns = mask.columns[head].tolist()
+        for tile, block in enumerate(q_blocks):
+            bits = [(int(task.usable[head, tile, c // 64]) >> (c % 64)) & 1 for c in range(len(columns))]
+            right = [block < 5 and c < 150 and c // 32 < block and not mask.active[head, block - c // 32]
+                     for c in columns]
+            assert bits == [int(x) for x in right]
+            before = sum(c < 150 and c // 32 < block for c in columns) if block < 5 else 0
+            own = sum(c < 150 and c // 32 == block for c in columns) if not mask.active[head, 0] else 0
+            assert task.limits[head, tile].tolist() == [before, before + own]
+
+
+def test_parts_fused_in_one_launch_agree() -> None:
+    """Block part and columns in one launch, gradients written without accumulators: what one device alone runs."""
+    (grad_out, q, k, v), mask = problem(tokens=100, padding=28, block=32, toeplitz=True, columns=70, documents=True)
+    everything = torch.arange(128)
+    index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
+    column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
+    columns = column_k, column_v, column_index
+    out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)
+    *grads, of_columns = backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=SCALE, columns=columns)
+    assert of_columns is not None
+    for part, grad in zip(of_columns, grads[1:], strict=True):
+        api.scatter_columns(part, mask, everything, grad=grad)
+    assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 100)
 
 
 def test_a_lost_entry_is_seen() -> None:

@@ -1,0 +1,78 @@
+"""Which columns each query tile may attend, as bits: the index behind the kernels' column part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .columns import usable_kernel
+from .index import Side, side_of
+from .mask import AttentionMask, document_of
+
+COLUMN_TILE = 64  # a multiple of every kernel's N
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnTask:
+    """The index of one query shard's column part, on the mask's device.
+
+    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 2]: see columns.usable_kernel. first_tile int32
+    [H, ceil(C / COLUMN_TILE)]: the first query tile that reaches any of COLUMN_TILE columns (T if none). has_own int32
+    [H]: whether any tile attends columns of its own block here, because its diagonal pair is inactive.
+    """
+
+    mask: AttentionMask
+    q_side: Side
+    q_valid_tokens: int
+    columns: Tensor
+    usable: Tensor
+    limits: Tensor
+    first_tile: Tensor
+    has_own: Tensor
+    order: Tensor
+    q_documents: Tensor | None
+    column_documents: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, the mask's own tensors excepted."""
+        return sum(t.numel() * t.element_size()
+                   for t in (self.usable, self.limits, self.first_tile, self.has_own, self.order))
+
+
+def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
+    """The index of the column part of one query shard, from its global positions [S_q].
+
+    Raises ValueError when the mask has no columns or the local tiles are not whole mask blocks.
+    """
+    if mask.columns is None:
+        raise ValueError("mask.columns: None, so there is no column part")
+    q_side = side_of(q_positions, mask.block_size, name="q_positions")
+    columns = mask.columns.contiguous()
+    blocks = q_side.device_blocks.to(columns.device)
+    tiles, (heads, capacity) = len(blocks), columns.shape
+    words = -(-capacity // COLUMN_TILE)
+    usable = torch.empty(heads, tiles, words, dtype=torch.int64, device=columns.device)
+    limits = torch.empty(heads, tiles, 2, dtype=torch.int32, device=columns.device)
+    chunk = min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE))
+    if tiles and capacity:
+        usable_kernel[(tiles, heads)](columns, mask.active.view(torch.uint8), blocks, usable, limits, tiles, capacity,
+                                      words, mask.seq_len_tokens, mask.blocks, BLOCK=mask.block_size,
+                                      TOEPLITZ=mask.is_toeplitz, CHUNK=chunk)
+    ends = ((blocks + 1) * mask.block_size).clamp(max=mask.seq_len_tokens).to(torch.int32)
+    first_tile = torch.searchsorted(ends, columns[:, ::COLUMN_TILE].contiguous(), right=True, out_int32=True)
+    order = torch.arange(tiles - 1, -1, -1, dtype=torch.int32, device=columns.device)
+    has_own = (limits[:, :, 1] > limits[:, :, 0]).any(1).to(torch.int32)
+    q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
+    return ColumnTask(mask=mask, q_side=q_side, q_valid_tokens=q_side.valid_tokens(mask), columns=columns,
+                      usable=usable, limits=limits, first_tile=first_tile, has_own=has_own, order=order,
+                      q_documents=q_documents, column_documents=column_documents)
+
+
+def _documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
+    documents = document_of(mask, positions)
+    return None if documents is None else documents.to(torch.int32)

@@ -1,0 +1,148 @@
+"""What the Triton kernels share: loading and storing tiles, one online-softmax step, one step of each gradient.
+
+Shape legend of the kernels: M query rows and N keys of a Triton tile, BLOCK tokens of a mask block (M and N divide it),
+D head dim, GROUP query heads per KV head, C column capacity. ACC is the accumulator's dtype.
+"""
+
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(source, batch, head, first, limit, stride_b, stride_h, stride_s, ROWS: tl.constexpr, D: tl.constexpr,
+              TMA: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first .. first + ROWS of one head, [ROWS, D]; rows from `limit` on are zero (TMA: the descriptor's own end)."""
+    if TMA:
+        tile = source.load([batch, head, first, 0]).reshape([ROWS, D])
+    else:
+        start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        rows = tl.arange(0, ROWS)
+        pointers = source + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        if MASKED:
+            tile = tl.load(pointers, mask=(first + rows < limit)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_row_values(row_values, line, first, padded, M: tl.constexpr, TMA: tl.constexpr):
+    """M values of one line of row_values [B * H * 2, padded]: even lines hold lse, odd ones delta."""
+    if TMA:
+        # In the layout of a transposed tile every thread needs them: one bulk copy instead of a copy per thread.
+        values = row_values.load([line, first]).reshape([M])
+    else:
+        values = tl.load(row_values + tl.cast(line, tl.int64) * padded + first + tl.arange(0, M))
+    return values
+
+
+@triton.jit
+def write_tile(target, values, batch, head, first, limit, stride_b, stride_s, stride_h, ROWS: tl.constexpr,
+               D: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr):
+    """target[batch, first + 0 .. ROWS, head, :] = (ADD: +=) values [ROWS, D], rows from `limit` on excepted.
+
+    Only one program owns these rows, so that the copy engine's addition (TMA) is as repeatable as loads and stores.
+    """
+    if TMA:
+        tile = values.to(target.dtype).reshape([1, 1, ROWS, D])
+        if ADD:
+            target.atomic_add([batch, head, first, 0], tile)
+        else:
+            target.store([batch, head, first, 0], tile)
+    else:
+        start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        rows = tl.arange(0, ROWS)
+        pointers = target + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        mask = (first + rows < limit)[:, None]
+        if ADD:
+            values += tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.constexpr, ACC: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """One online-softmax step in base 2: (acc, peak, total) after the keys k, v; `allowed` bool [M, N] where MASKED."""
+    scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(allowed, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        # A row with nothing allowed so far keeps peak -inf: shift by 0, so that exp2 gives 0, not NaN.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        shift = new_peak
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit
+def store_partial(out, lse, acc, peak, total, batch, head, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b, lse_h,
+                  D: tl.constexpr, MERGE: tl.constexpr):
+    """Write out = acc / total and the natural-log lse; with MERGE, into what `out` and `lse` already hold."""
+    alive = (total > 0.0) & (rows < q_valid)
+    row_lse = tl.where(alive, (peak + tl.log2(tl.where(alive, total, 1.0))) * LN_2, float("-inf"))
+    weight = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+    lse_pointers = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows
+    dims = tl.arange(0, D)
+    pointers = out + batch.to(tl.int64) * out_b + head * out_h + rows.to(tl.int64)[:, None] * out_s + dims[None, :]
+    written = rows < q_tokens
+    # Padding rows of a 16-bit input may hold NaN: what they computed never counts.
+    values = tl.where(alive[:, None], acc * weight[:, None], 0.0)
+    if MERGE:
+        old_lse = tl.load(lse_pointers, mask=written, other=float("-inf"))
+        old = tl.load(pointers, mask=written[:, None], other=0.0)
+        top = tl.maximum(old_lse, row_lse)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        old_weight, new_weight = tl.exp2((old_lse - shift) * LOG2_E), tl.exp2((row_lse - shift) * LOG2_E)
+        both = old_weight + new_weight
+        both = tl.where(both > 0.0, both, 1.0)
+        values = old * (old_weight / both)[:, None] + values * (new_weight / both)[:, None]
+        row_lse = tl.where(top == float("-inf"), top, shift + tl.log2(both) * LN_2)
+    tl.store(lse_pointers, row_lse.to(lse.dtype.element_ty), mask=written)
+    tl.store(pointers, values.to(out.dtype.element_ty), mask=written[:, None])
+
+
+@triton.jit
+def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, scale_log2, MASKED: tl.constexpr, ACC: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """acc [M, D] plus scale * dS k of one key tile; delta is scaled already."""
+    scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+    weights = tl.exp2(scores * scale_log2 - lse[:, None])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    grad_weights = tl.dot(grad_out, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+    grad_scores = (weights * (grad_weights * scale - delta[:, None])).to(k.dtype)
+    return tl.dot(grad_scores, k, acc, out_dtype=ACC, input_precision=PRECISION)
+
+
+@triton.jit
+def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, line, query, padded, allowed, scale,
+                 scale_log2, MASKED: tl.constexpr, M: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """(grad_k, grad_v) [N, D] plus one query tile's share; `allowed` bool [N, M] where MASKED.
+
+    lse and delta of the tile's queries are read just before use, to hold fewer registers.
+    """
+    scores = tl.dot(k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION)
+    lse = load_row_values(row_values, line, query, padded, M, TMA)
+    weights = tl.exp2(scores * scale_log2 - lse[None, :])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, out_dtype=ACC, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad_out), out_dtype=ACC, input_precision=PRECISION)
+    delta = load_row_values(row_values, line + 1, query, padded, M, TMA)
+    grad_scores = (weights * (grad_weights * scale - delta[None, :])).to(q.dtype)
+    grad_k = tl.dot(grad_scores, q, grad_k, out_dtype=ACC, input_precision=PRECISION)
+    return grad_k, grad_v
