@@ -1,0 +1,132 @@
+"""Sparse attention kernels side by side: ours, FlexAttention, and dense cuDNN and FlashAttention-2, on the same masks.
+
+One process, one GPU; every sparse result is checked against float64 on sampled rows before it is timed. Rates count
+matmul FLOPs of active blocks whole, plus 4 D for each causal (query, column) pair; backward counts 2.5 times that.
+    python -m sparsering.benchmarks.kernels --seq-lens 131072 --densities 0.1 0.05 0.02 --columns 0 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.mask import AttentionMask
+from . import common
+from .kernel_impls import DENSE, SPARSE, Implementation, Problem
+from .kernel_oracle import check
+from .masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
+
+FAMILIES = {"slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask}
+
+
+def time_ms(call: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of a call by CUDA events, after two warm-up calls."""
+    for _ in range(2):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def problems(arguments: argparse.Namespace, seq_len: int) -> Iterator[tuple[str, int, AttentionMask]]:
+    """(family, columns, mask) of every mask asked for at one length."""
+    for family in arguments.families:
+        for density in arguments.densities:
+            for columns in arguments.columns if family == "slash" else [0]:
+                extra = (columns,) if family == "slash" else ()
+                yield family, columns, FAMILIES[family](seq_len, density, *extra, heads=arguments.heads[0],
+                                                        block=arguments.block, seed=arguments.seed)
+
+
+def measure(implementation: Implementation, problem: Problem, repeats: int) -> dict[str, float]:
+    """Milliseconds of each direction (and of building the index, where there is one)."""
+    times = {"forward": time_ms(lambda: implementation.forward(problem), repeats)}
+    state = implementation.forward(problem)
+    times["backward"] = time_ms(lambda: implementation.backward(problem, state), repeats)
+    if implementation.prepare is not None:
+        times["index"] = time_ms(lambda: implementation.prepare(problem), repeats)  # type: ignore[misc]
+    return times
+
+
+def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, Any]]:
+    """All rows of one sequence length; the dense baselines once."""
+    rows: list[dict[str, Any]] = []
+    heads, kv_heads = arguments.heads
+    tensors = Problem.tensors(seq_len, heads, kv_heads, arguments.head_dim, arguments.seed)
+    dense: dict[str, float] = {}
+
+    def add(impl: str, family: str, columns: int, density: float, flops: float, times: dict[str, float]) -> None:
+        for direction, took in times.items():
+            factor = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction]
+            rows.append({"impl": impl, "mask": family, "seq_len": seq_len, "density": round(density, 4),
+                         "columns": columns, "seed": arguments.seed, "direction": direction, "time_ms": took,
+                         "tflops": factor * flops / took / 1e9, "heads": heads, "kv_heads": kv_heads,
+                         "head_dim": arguments.head_dim, "block": arguments.block})
+            rate = rows[-1]["tflops"]
+            share = f"{100 * rate / dense[direction]:5.1f} % of cuDNN" if direction in dense else ""
+            print(f"{seq_len:7} {family:10} {density:.4f} c{columns:<5} {impl:12} {direction:8} {took:9.3f} ms "
+                  f"{rate:6.1f} TFLOP/s {share}", flush=True)
+
+    if seq_len <= arguments.dense_limit:
+        flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len
+        for name in ("cudnn-dense", "fa2-dense"):
+            if name in arguments.impls:
+                problem = Problem(*tensors, mask=None)
+                times = measure(DENSE[name], problem, max(3, arguments.repeats // 3))
+                add(name, "dense", 0, 1.0, flops, times)
+                if name == "cudnn-dense":
+                    dense |= {d: rows[i]["tflops"] for i, d in enumerate(("forward", "backward"))}
+                del problem
+                gc.collect()
+    for family, columns, mask in problems(arguments, seq_len):
+        mask = mask.to("cuda")
+        flops, density = forward_flops(mask, arguments.head_dim), density_of(mask)
+        for name in arguments.impls:
+            if name not in SPARSE or not SPARSE[name].supports(mask, seq_len):
+                continue
+            problem = Problem(*tensors, mask=mask)
+            implementation = SPARSE[name]
+            if implementation.prepare is not None:
+                implementation.prepare(problem)
+            worst = check(implementation, problem, seed=arguments.seed)
+            times = measure(implementation, problem, arguments.repeats)
+            add(name, family, columns, density, flops, times)
+            rows[-1] |= {"index_bytes": problem.index_bytes} if "index" in times else {}
+            print(f"        relative errors on sampled rows: {worst}", flush=True)
+            del problem
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    """Measure, print as it goes, write one result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[65536, 131072])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.10, 0.05, 0.02])
+    parser.add_argument("--columns", type=int, nargs="+", default=[0, 1024])
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=["slash"])
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2], metavar=("QUERY", "KV"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--impls", nargs="+", default=[*DENSE, *SPARSE], choices=[*DENSE, *SPARSE])
+    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    arguments = parser.parse_args()
+    rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
+    print(common.write_result("kernels", rows, folder=arguments.results, gpus=1))
+
+
+if __name__ == "__main__":
+    main()
