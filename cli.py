@@ -77,6 +77,16 @@ VERBS = {
         function="run",
         help="Execute a plan here and measure its timeline (needs torch).",
     ),
+    "data": Verb(
+        module="runtime.data_command",
+        function="data",
+        help="Turn text into token shards to train on (needs torch).",
+    ),
+    "train": Verb(
+        module="runtime.train_command",
+        function="train",
+        help="Train a model on long sequences by a plan (needs torch).",
+    ),
     "compare": Verb(
         module="simulator.commands",
         function="compare",

@@ -50,7 +50,7 @@ class Mesh:
         Raises InputError when they do not.
         """
         if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
-            raise InputError(f"{self.world_size} processes do not split into groups of {world_size}", field="world_size")
+            raise InputError(f"{self.world_size} processes are no groups of {world_size}", field="world_size")
         replica = self.rank // world_size
         return Mesh(
             rank=self.rank % world_size,

@@ -93,7 +93,7 @@ def checkpoint_layer(layer: torch.nn.Module, *, offload: bool = False) -> None:
 
 
 def _inputs_offloaded() -> AbstractContextManager[Any]:
-    """The checkpoint saves its inputs as autograd saves tensors: these hooks see them, and nothing else of the layer."""
+    """The checkpoint saves its inputs as autograd saves tensors: these hooks see them and nothing else."""
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if tensor.nbytes < OFFLOADED_FROM_BYTES or isinstance(tensor, torch.nn.Parameter):

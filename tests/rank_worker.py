@@ -28,7 +28,9 @@ def main() -> None:
     while (job := connection.recv()) is not None:
         name, arguments = job
         try:
-            connection.send((True, getattr(jobs, name)(mesh, **arguments)))
+            module, _, function = name.rpartition(".")  # "train_jobs.run", or a job of rank_jobs.py
+            house = importlib.import_module(module) if module else jobs
+            connection.send((True, getattr(house, function)(mesh, **arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
     leave()

@@ -1,0 +1,30 @@
+"""`torchrun … -m sparsering.runtime.train config.yaml`: one rank of a training run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..traces.errors import InputError
+from .train_command import run_rank
+from .train_config import load_config
+from .train_loop import TrainingError
+
+
+def main() -> int:
+    """Train as the rank that the environment says; 2 and one line for input that cannot be used, 1 for a broken run."""
+    parser = argparse.ArgumentParser(prog="sparsering.runtime.train", description=__doc__)
+    parser.add_argument("config", type=Path, help="the run's YAML file")
+    try:
+        return run_rank(load_config(parser.parse_args().config))
+    except InputError as error:
+        print(f"sparsering: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"sparsering: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The model of a training run: checked, built, its layers checkpointed, its parameters sharded over all processes.
+
+Parameters and optimizer states are float32 (float64 for float64 runs) and sharded; computation is in the run's type.
+
+Shape legend: B sequences, S_own tokens of this rank's shard, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import Module
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..planner.plan import ModelShape
+from ..traces.errors import InputError, UnsupportedError
+from .losses import linear_cross_entropy_sum, pick_implementation
+from .recompute import checkpoint_layer
+from .train_config import MemorySection, ModelSection, TrainConfig
+
+TESTED = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
+DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "hidden_dropout", "resid_pdrop", "residual_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model from its configuration alone.
+
+    support: "tested" or "unknown" (what is refused raises); parameters: counted without memory; embedding_parameters:
+    those of the input embedding, which take part in no matrix product of their own.
+    """
+
+    model_type: str
+    support: str
+    shape: ModelShape
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    parameters: int
+    embedding_parameters: int
+    layer_parameters: int
+
+
+def read_model_config(section: ModelSection, *, seq_len_tokens: int) -> Any:
+    """Return the transformers configuration of a local model, rope_parameters replaced; InputError in one line."""
+    source = section.path / "config.json" if section.path.is_dir() else section.path
+    if not source.is_file():
+        raise InputError("no such model configuration", source=source, field="model.path")
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        if section.rope_parameters is not None:
+            config.rope_parameters = dict(section.rope_parameters)
+            config.standardize_rope_params()
+            config.validate_rope()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is no usable model configuration ({error})", source=source, field="model") from error
+    if not section.random_weights and not list(source.parent.glob("*.safetensors")):
+        raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
+                         field="model.path")  # fmt: skip
+    _refuse(config, seq_len_tokens, source)
+    return config
+
+
+def _refuse(config: Any, seq_len_tokens: int, source: Path) -> None:
+    """Raise UnsupportedError for what would be trained wrongly."""
+    for name in DROPOUTS:
+        if getattr(config, name, 0.0):
+            raise UnsupportedError(f"is {getattr(config, name)}; dropout is not supported", source=source, field=name)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < seq_len_tokens:
+        raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens trained on", source=source,
+                               field="sliding_window")  # fmt: skip
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in PER_LENGTH_ROPE:
+        raise UnsupportedError(f"{rope['rope_type']!r} depends on the length a rank sees", source=source,
+                               field="rope_parameters.rope_type")  # fmt: skip
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise UnsupportedError("mixtures of experts are not supported", source=source, field="model_type")
+
+
+def model_facts(config: Any) -> ModelFacts:
+    """Return what the configuration says of the model; parameters are counted on the meta device."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            raise InputError(f"is no causal language model ({error})", field="model.path") from error
+    heads = config.num_attention_heads
+    embedding = model.get_input_embeddings().weight.numel()
+    layers = decoder_layers(model)
+    return ModelFacts(
+        model_type=config.model_type,
+        support="tested" if config.model_type in TESTED else "unknown",
+        shape=ModelShape(
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        ),
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embedding_parameters=embedding,
+        layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()),
+    )
+
+
+def build_model(section: ModelSection, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """Return the model with all its parameters in `dtype`: random ones made on the device, files read on the host."""
+    if section.random_weights:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    else:
+        folder = section.path if section.path.is_dir() else section.path.parent
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            )
+        except Exception as error:  # whatever is wrong with a user's weights, one line says it
+            raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
+    _check_angles(model)
+    return model.train()
+
+
+def _check_angles(model: Module) -> None:
+    """Rotation frequencies below float32 lose relative positions at long range; TF32 would do the same."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedError(f"is {buffer.dtype}, float32 is needed", field=name)
+    if torch.backends.cuda.matmul.allow_tf32:
+        raise UnsupportedError("is on: rotation angles would lose their positions", field="allow_tf32")
+
+
+def decoder_layers(model: PreTrainedModel) -> list[Module]:
+    """Return the decoder layers in order; UnsupportedError when the model has them elsewhere than transformers' own."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise UnsupportedError(f"{type(model).__name__} has no list of decoder layers", field="model")
+    return list(layers)
+
+
+class ModelWithLoss(Module):
+    """Token ids to the summed loss, without logits: the root that FSDP shards, so that the head is whole inside."""
+
+    def __init__(self, model: PreTrainedModel, memory: MemorySection, device: torch.device) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise UnsupportedError(f"{type(model).__name__} has no output embedding without bias", field="model")
+        self.model = model
+        self._implementation = pick_implementation(memory.loss, device)
+        self._chunk_tokens = memory.loss_chunk_tokens
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the float32 sum of the token losses of this rank's shard. All arguments int64 [B, S_own]."""
+        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        head: Any = self.model.get_output_embeddings()
+        return linear_cross_entropy_sum(
+            hidden.flatten(0, 1), head.weight.to(hidden.dtype), labels.flatten(), implementation=self._implementation,
+            chunk_tokens=self._chunk_tokens,
+        )  # fmt: skip
+
+
+def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
+    """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
+    layers = decoder_layers(model)
+    if config.memory.checkpoint_layers:
+        for layer in layers:
+            checkpoint_layer(layer, offload=config.memory.offload)
+    low = getattr(torch, config.dtype) if config.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    whole = ModelWithLoss(model, config.memory, torch.device(mesh.device_type))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+    return whole
+
+
+def master_dtype(config: TrainConfig) -> torch.dtype:
+    """The type of parameters and optimizer states."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+class FiniteWatch:
+    """Notes, on the device, whether each layer's output and its gradient are finite on this rank."""
+
+    def __init__(self, layers: list[Module], device: torch.device) -> None:
+        self._values = torch.zeros(2, len(layers), device=device)
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(number))
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._values = torch.zeros_like(self._values)
+
+    def broken(self) -> list[list[bool]]:
+        """Return [outputs of layers, gradients of these outputs], True where one was not finite."""
+        return [[not math.isfinite(value) for value in row] for row in self._values.tolist()]
+
+    def _hook(self, number: int) -> Any:
+        def note(direction: int, tensor: Tensor) -> None:
+            # A sum is not finite when an element is not; it costs one pass and no memory.
+            self._values[direction, number] += tensor.detach().sum(dtype=torch.float32)
+
+        def hook(module: Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            note(0, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: note(1, gradient))
+
+        return hook

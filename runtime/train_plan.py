@@ -1,0 +1,149 @@
+"""Which plan a training run follows: the file's, or a default one that is made here and says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..planner.placement import Placement, striped, zigzag
+from ..planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from ..traces.errors import InputError, UnsupportedError
+from ..traces.store import Trace
+from .selectors import make_selector
+from .train_config import TrainConfig
+
+COLUMNS_OF = {"vertical-slash": "columns", "flex": "column_cap", "sink-window": "sink_tokens"}
+KNOWS_DOCUMENTS = ("sink-window",)  # selectors that look at no data, so that documents can be laid over their pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPlan:
+    """trace: what the plan replays, if it does; made_here: one line about a plan that no file gave."""
+
+    plan: Plan
+    trace: Trace | None = None
+    made_here: str | None = None
+
+
+def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> ResolvedPlan:
+    """Return the plan, checked against configuration and model before any GPU work. InputError in one line.
+
+    Dense baselines that are not planned get a plan for its zigzag placement alone.
+    """
+    backend = config.plan.backend or ("triton" if device == "cuda" else "blockwise")
+    if config.attention in ("dense-zigzag", "torch-context-parallel"):
+        plan = _zigzag_plan(config, shape, backend)
+        return ResolvedPlan(plan=plan, made_here=f"{config.attention}, zigzag placement")
+    if config.plan.file is not None:
+        return _from_file(config, shape)
+    plan = _default_plan(config, shape, backend)
+    _check_documents(config, plan)
+    selector = plan.pattern.selector
+    words = "dense, every diagonal" if config.attention == "dense" else f"{selector} {plan.pattern.settings}"
+    return ResolvedPlan(
+        plan=plan, made_here=f"striped placement, {config.plan.layout} layout, {backend} kernels, pattern: {words}"
+    )
+
+
+def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
+    assert config.plan.file is not None
+    plan = load_plan(config.plan.file)
+    try:
+        plan.require(
+            world_size=config.parallel.context, model=shape, seq_len_tokens=config.seq_len_tokens, dtype=config.dtype
+        )
+        plan.require_executable()
+        if config.plan.backend not in (None, plan.kernels.backend):
+            raise InputError(f"the plan says {plan.kernels.backend!r}, the configuration {config.plan.backend!r}",
+                             field="plan.backend")  # fmt: skip
+    except InputError as error:
+        raise type(error)(str(error), source=config.plan.file) from error
+    trace = None
+    if plan.pattern.source == "trace":
+        if config.plan.trace is None:
+            raise InputError("the plan replays a trace: give it", field="plan.trace")
+        trace = Trace.open(config.plan.trace)
+        if plan.pattern.trace_sha256 not in (None, trace.digest()):
+            raise InputError(f"is {trace.digest()[:16]}…, the plan was made for {str(plan.pattern.trace_sha256)[:16]}…",
+                             source=config.plan.trace, field="digest")  # fmt: skip
+        if missing := sorted(set(range(shape.layers)) - set(trace.layers)):
+            raise InputError(f"lacks layers {missing}: all are replayed", source=config.plan.trace, field="layers")
+        if not trace.steps:
+            raise InputError("holds no training step", source=config.plan.trace)
+    elif config.plan.trace is not None:
+        raise InputError("the plan chooses its patterns and replays no trace", field="plan.trace")
+    else:
+        _selector(plan.pattern.selector or "", plan.pattern.settings)
+    _check_documents(config, plan)
+    return ResolvedPlan(plan=plan, trace=trace)
+
+
+def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+    selector, settings = config.plan.pattern.selector, dict(config.plan.pattern.settings)
+    if config.attention == "dense":
+        selector, settings = "sink-window", {"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
+    full: dict[str, Any] = dict(_selector(selector, settings).settings)
+    columns = full[COLUMNS_OF[selector]] if selector in COLUMNS_OF else 0
+    placement = striped(
+        seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
+        granularity_tokens=config.plan.block_size,
+    )  # fmt: skip
+    return _plan(
+        config, shape, backend, placement, config.plan.layout,
+        pattern=PatternSpec(source="choose", selector=selector, settings=full),
+        columns_capacity=min(int(columns), config.seq_len_tokens),
+    )  # fmt: skip
+
+
+def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+    chunks = 2 * config.parallel.context
+    if config.seq_len_tokens % chunks:
+        raise UnsupportedError(f"{config.seq_len_tokens} is no multiple of {chunks} (2 × context), and "
+                               f"{config.attention!r} does not pad", field="seq_len_tokens")  # fmt: skip
+    if config.attention == "torch-context-parallel" and config.device == "cpu":
+        raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
+    if config.data.documents.attention:
+        raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
+    placement = zigzag(
+        seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
+        granularity_tokens=config.seq_len_tokens // chunks,
+    )  # fmt: skip
+    pattern = PatternSpec(
+        source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
+    )
+    return _plan(config, shape, backend, placement, "ring", pattern=pattern, columns_capacity=0)
+
+
+def _plan(
+    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: str, *,
+    pattern: PatternSpec, columns_capacity: int,
+) -> Plan:  # fmt: skip
+    return make_plan(
+        model=shape,
+        seq_len_tokens=config.seq_len_tokens,
+        block_size=config.plan.block_size,
+        dtype=config.dtype,
+        columns_capacity=columns_capacity,
+        placement=placement,
+        forward=(layout, {}),
+        backward=(layout, {}),
+        pattern=pattern,
+        kernels=KernelSpec.model_validate({"backend": backend}),
+        provenance={"made_by": "sparsering train"},
+    )
+
+
+def _selector(name: str, settings: dict[str, Any]) -> Any:
+    try:
+        return make_selector(name, settings)
+    except InputError as error:
+        raise InputError(str(error), field="plan.pattern") from error
+
+
+def _check_documents(config: TrainConfig, plan: Plan) -> None:
+    if not config.data.documents.attention:
+        return
+    selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
+    if selector not in KNOWS_DOCUMENTS:
+        raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(KNOWS_DOCUMENTS)} and dense "
+                               "attention can keep documents apart", field="data.documents.attention")  # fmt: skip

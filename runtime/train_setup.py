@@ -1,0 +1,115 @@
+"""Everything about a training run that can be known, and refused, before any GPU work.
+
+Nothing here joins other processes or touches a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..planner.plan import Plan
+from ..traces.errors import InputError
+from .checkpoint import newest_checkpoint, read_checkpoint_manifest
+from .data import TokenData
+from .losses import liger_is_here
+from .train_config import TrainConfig
+from .train_estimate import memory_estimate
+from .train_metrics import TensorBoard
+from .train_model import ModelFacts, model_facts, read_model_config
+from .train_plan import ResolvedPlan, resolve_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A checked run. model_config: transformers'."""
+
+    config: TrainConfig
+    device: str
+    model_config: Any
+    facts: ModelFacts
+    resolved: ResolvedPlan
+    data: TokenData
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that attention follows."""
+        return self.resolved.plan
+
+    def run_facts(self) -> dict[str, Any]:
+        """Return what makes two runs the same run: it stands in checkpoints."""
+        config = self.config
+        return {
+            "model_type": self.facts.model_type,
+            "parameters": self.facts.parameters,
+            "shape": self.facts.shape.model_dump(),
+            "world_size": config.parallel.world_size,
+            "plan_digest": self.plan.digest,
+            "data_digest": self.data.manifest.digest,
+            "seed": config.seed,
+            "seq_len_tokens": config.seq_len_tokens,
+            "sequences_per_step": config.sequences_per_step,
+            "dtype": config.dtype,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--dry-run` shows."""
+        memory = memory_estimate(self.config, self.facts, self.plan)
+        return {
+            "configuration": self.config.model_dump(mode="json"),
+            "model": {
+                "type": self.facts.model_type,
+                "support": self.facts.support,
+                "parameters": self.facts.parameters,
+            },
+            "device": self.device,
+            "plan_digest": self.plan.digest,
+            "plan": self.resolved.made_here or str(self.config.plan.file),
+            "sequences": self.data.sequences(self.config.seq_len_tokens),
+            "tokens_per_step": self.config.sequences_per_step * self.config.seq_len_tokens,
+            "memory_bytes_per_rank": memory,
+        }
+
+
+def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
+    """Check a run and return it. verify_data: read every byte of the data and compare digests.
+
+    Raises InputError, in one line, for whatever would stop the run later.
+    """
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model_config = read_model_config(config.model, seq_len_tokens=config.seq_len_tokens)
+    facts = model_facts(model_config)
+    data = TokenData.open(config.data.folder)
+    if data.manifest.vocabulary > facts.vocabulary:
+        raise InputError(f"has a vocabulary of {data.manifest.vocabulary}, the model of {facts.vocabulary}",
+                         source=config.data.folder, field="vocabulary")  # fmt: skip
+    data.sequences(config.seq_len_tokens)
+    if verify_data:
+        data.verify()
+    resolved = resolve_plan(config, facts.shape, device=device)
+    if config.memory.loss == "liger" and (device != "cuda" or not liger_is_here()):
+        raise InputError("'liger' needs a GPU and the package liger-kernel", field="memory.loss")
+    if config.metrics is not None and config.metrics.tensorboard:
+        TensorBoard(config.metrics.folder).close()
+    setup = Setup(
+        config=config, device=device, model_config=model_config, facts=facts, resolved=resolved, data=data
+    )
+    _check_resume(setup)
+    return setup
+
+
+def _check_resume(setup: Setup) -> None:
+    section = setup.config.checkpoint
+    found = newest_checkpoint(section.folder) if section is not None and section.resume else None
+    if found is not None:
+        check_facts(read_checkpoint_manifest(found)["facts"], setup.run_facts(), source=str(found))
+
+
+def check_facts(saved: dict[str, Any], run: dict[str, Any], *, source: str) -> None:
+    """Refuse to go on from a checkpoint of another run: InputError names what differs."""
+    for name, value in run.items():
+        if saved.get(name) != value:
+            raise InputError(f"the checkpoint has {saved.get(name)!r}, the run {value!r}: train into another folder, "
+                             "or export the checkpoint and start from it", source=source, field=name)  # fmt: skip
