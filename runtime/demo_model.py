@@ -25,7 +25,7 @@ from .sample_text import BYTE_VOCABULARY
 
 MODEL_ID = "demo-qwen2-byte"
 LAYERS = 4
-HEADS = 8
+HEADS = 6
 KV_HEADS = 2
 HEAD_DIM = 64
 HIDDEN = 128
@@ -57,7 +57,7 @@ class Trained:
 
 
 def make_model(*, seed: int, seq_len_tokens: int) -> PreTrainedModel:
-    """Return the model with fresh weights, in float32: 8 query heads on 2 KV heads, head dimension 64."""
+    """Return the model with fresh weights, in float32: 6 query heads on 2 KV heads, head dimension 64."""
     settings: dict[str, Any] = {
         "vocab_size": BYTE_VOCABULARY,
         "hidden_size": HIDDEN,

@@ -20,7 +20,8 @@ from .attention import PlannedAttention
 
 FLOAT64_TOLERANCE = 1e-8
 ERROR_BUDGET = 2.0
-CHUNK_ELEMENTS = 1 << 24
+# Scores at once: what a CPU's caches hold, and what keeps a GPU busy.
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class _Oracle:
         return self.inputs[name][0, positions, number].to(dtype)
 
     def _chunks(self, positions: Tensor, keys: int) -> Iterator[tuple[slice, Tensor]]:
-        size = max(1, CHUNK_ELEMENTS // max(keys, 1))
+        size = max(1, CHUNK_ELEMENTS[positions.device.type] // max(keys, 1))
         for start in range(0, positions.numel(), size):
             part = slice(start, min(start + size, positions.numel()))
             yield part, positions[part]
@@ -107,10 +108,12 @@ class _Oracle:
         return wide.masked_fill_(~whole(self.mask, head, rows, keys), float("-inf"))
 
     def _rows(self, head: int, dtype: torch.dtype, out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
-        k, v = (self._head(name, head, self.everywhere, dtype) for name in ("k", "v"))
+        k_all, v_all = (self._head(name, head, self.everywhere, dtype) for name in ("k", "v"))
         for part, rows in self._chunks(self.own, self.everywhere.numel()):
+            seen = int(rows[-1]) + 1  # positions ascend, and nobody attends the future
+            k, v = k_all[:seen], v_all[:seen]
             q, grad_out = (self._head(name, head, rows, dtype) for name in ("q", "grad_out"))
-            scores = self._scores(head, q, k, rows, self.everywhere)
+            scores = self._scores(head, q, k, rows, self.everywhere[:seen])
             lse[0, head, part] = scores.logsumexp(-1)
             share = torch.exp(scores - lse[0, head, part].nan_to_num(neginf=0.0)[:, None])
             out[0, part, head] = share.to(dtype) @ v
@@ -124,15 +127,17 @@ class _Oracle:
         shape = (1, self.own.numel(), kv_heads, dim)
         dk, dv = (torch.zeros(shape, dtype=lse.dtype, device=self.own.device) for _ in range(2))
         for head in range(self.heads):
-            k, v = (self._head(name, head, self.own, dtype) for name in ("k", "v"))
+            k_all, v_all = (self._head(name, head, self.own, dtype) for name in ("k", "v"))
             for _, rows in self._chunks(self.everywhere, self.own.numel()):
+                seen = int(torch.searchsorted(self.own, rows[-1], right=True))
+                k, v = k_all[:seen], v_all[:seen]
                 q, grad_out = (self._head(name, head, rows, dtype) for name in ("q", "grad_out"))
-                scores = self._scores(head, q, k, rows, self.own)
+                scores = self._scores(head, q, k, rows, self.own[:seen])
                 share = torch.exp(scores - lse[0, head, rows].nan_to_num(neginf=0.0)[:, None])
                 grad_share = (grad_out @ v.T).to(share.dtype)
                 grad_scores = share * (grad_share - delta[0, head, rows][:, None])
-                dv[0, :, head // self.group] += (share.to(dtype).T @ grad_out).to(dv.dtype)
-                dk[0, :, head // self.group] += (grad_scores.to(dtype).T @ q).to(dk.dtype) * self.scale
+                dv[0, :seen, head // self.group] += (share.to(dtype).T @ grad_out).to(dv.dtype)
+                dk[0, :seen, head // self.group] += (grad_scores.to(dtype).T @ q).to(dk.dtype) * self.scale
         return dk.to(dtype), dv.to(dtype)
 
     def _gather(self, own: Tensor) -> Tensor:

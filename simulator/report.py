@@ -69,6 +69,7 @@ def _render(
         lstrip_blocks=True,
     )
     environment.filters["ms"] = lambda us: f"{us / 1e3:,.1f}"
+    environment.filters["duration"] = duration
     environment.filters["us"] = lambda us: f"{us:,.0f}"
     environment.filters["percent"] = lambda share: f"{share:.0%}"
     environment.filters["signed_percent"] = lambda share: f"{share:+.0%}".replace("-", "−")
@@ -98,6 +99,11 @@ def sentence(plan: Plan) -> str:
     """Return the page's one sentence: what planning gains, as the plan itself says it."""
     verdict = plan.predictions["verdict"]
     return f"On {plan.world_size} A100s: {verdict[0].lower()}{verdict[1:]}"
+
+
+def duration(us: float) -> str:
+    """Return a time with three digits or so and the unit that suits it."""
+    return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us / 1e3:.0f} ms" if us >= 1e5 else f"{us / 1e3:.1f} ms"
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -26,7 +26,7 @@ def timelines_figure(simulated: Timeline, measured: Timeline) -> go.Figure:
     streams = _streams([*simulated.spans, *measured.spans])
     lanes = simulated.world_size * len(streams)
     titles = [
-        f"<b>{timeline.source}</b>: {timeline.makespan_us / 1e3:,.1f} ms for one layer, forward and backward"
+        f"<b>{timeline.source}</b>: {timeline.makespan_us / 1e3:,.0f} ms for one layer, forward and backward"
         for timeline in (simulated, measured)
     ]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1, subplot_titles=titles)
