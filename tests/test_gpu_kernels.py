@@ -116,8 +116,9 @@ def test_agrees_with_the_definition(case: Case) -> None:
     for name, ours, theirs, right in zip(("out", "dq", "dk", "dv"), (out, *grads), plain, expected, strict=True):
         assert torch.isfinite(ours).all(), name
         error = (ours.double() - right)[:, valid].abs().max()
-        allowed = 2 * (theirs.double() - right)[:, valid].abs().max()
-        assert error <= allowed, f"{name}: error {error:.3e}, twice plain torch's is {allowed:.3e}"
+        # Twice in 16 bits; in float32 the order of additions weighs as much as rounding.
+        allowed = (4 if q.dtype == torch.float32 else 2) * (theirs.double() - right)[:, valid].abs().max()
+        assert error <= allowed, f"{name}: error {error:.3e}, plain torch's allows {allowed:.3e}"
 
 
 def test_repeats_bit_for_bit() -> None:
