@@ -107,12 +107,18 @@ class Trainer:
                 self.next_step = manifest["step"]
         return self.next_step
 
-    def run(self, report: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
-        """Train to the configured number of steps, with metrics, trace and checkpoints. Collective."""
+    def run(
+        self, report: Callable[[StepResult], None] = lambda result: None, *, stop_before: int | None = None
+    ) -> list[StepResult]:
+        """Train to the configured number of steps, with metrics, trace and checkpoints. Collective.
+
+        stop_before: leave the run there, to be resumed; the learning rate stays that of the whole run.
+        """
+        last = self.config.steps if stop_before is None else min(stop_before, self.config.steps)
         outputs = _Outputs(self)
         results: list[StepResult] = []
         try:
-            while self.next_step < self.config.steps:
+            while self.next_step < last:
                 step = self.next_step
                 results.append(self.step(measured=outputs.measures(step), recorded=outputs.records(step)))
                 outputs.write(results[-1])

@@ -19,11 +19,7 @@ def run(mesh: Mesh, *, config: dict[str, Any], stop_before: int | None = None) -
     """Train, from a checkpoint where there is one; stop_before: leave, as if killed, before that step."""
     trainer = Trainer(set_up(parse_config(config)), mesh)
     first = trainer.resume()
-    if stop_before is not None:
-        trainer.config = trainer.config.model_copy(update={"steps": stop_before})
-        # The rate must be that of the whole run.
-        trainer.config.__dict__["optimizer"] = trainer.config.optimizer
-    results = trainer.run()
+    results = trainer.run(stop_before=stop_before)
     trainer.close()
     return {
         "first": first,
