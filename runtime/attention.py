@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ..kernels.api import AttentionMask, accumulator_dtype
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS
+from ..planner.schedule import DIRECTIONS, Direction
 from ..traces.errors import InputError
 from .buffers import BufferPool, Slots
-from .comm import Channels
+from .comm import Channels, CommunicationError
+from .failures import name_lost_ranks
 from .measure import Recorder
 from .mesh import Mesh, agree
+from .patterns import HASH_MULTIPLIER, pattern_hash
 from .recompute import current_kept
-from .ring import play
+from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
 
 Chooser = Callable[[Tensor, Tensor], AttentionMask]
@@ -54,6 +56,8 @@ class PlannedAttention:
             torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)
         ]
         self.joined_positions: dict[tuple[int, ...], Tensor] = {}
+        self._pattern_hash = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self._agreements = 0
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
 
     def __call__(
@@ -80,6 +84,26 @@ class PlannedAttention:
         """Return the slots of one direction for K/V shaped like `k`."""
         dtypes = {"kv": k.dtype, "dkv": accumulator_dtype(k.dtype)}
         return self.pool.slots(self.schedules[direction], k.shape, dtypes)
+
+    def play(self, direction: Direction, stage: Stage) -> None:
+        """Play one direction of one layer; RankLost names the ranks that stopped answering."""
+        try:
+            play(self.schedules[direction], self.mesh.rank, stage, self.channels, self.recorder)
+        except CommunicationError as error:
+            raise name_lost_ranks(self.mesh, self.topic, error) from error
+
+    def note_pattern(self, mask: AttentionMask) -> None:
+        """Take a layer's mask into the hash that `agree_on_patterns` compares. Does not wait for the device."""
+        self._pattern_hash = self._pattern_hash * HASH_MULTIPLIER + pattern_hash(mask)
+
+    def agree_on_patterns(self) -> None:
+        """Check, once per training step, that all ranks used the same patterns since the last time. Collective.
+
+        Raises InputError naming the first rank that differs. Waits for the device.
+        """
+        self._agreements += 1
+        agree(self.mesh, f"{self.topic} patterns {self._agreements}", f"{int(self._pattern_hash):016x}")
+        self._pattern_hash = torch.zeros_like(self._pattern_hash)
 
     def close(self) -> None:
         """Finish all channels."""
@@ -125,9 +149,10 @@ class _RingFunction(torch.autograd.Function):
             backend=planned.plan.kernels.backend,
             columns_capacity=planned.plan.columns_capacity,
             joined_positions=planned.joined_positions,
+            chosen=planned.note_pattern,
         )
         stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k), indexes=indexes, scale=scale)
-        play(planned.schedules["forward"], planned.mesh.rank, stage, planned.channels, planned.recorder)
+        planned.play("forward", stage)
         assert stage.result is not None
         accumulated, lse = stage.result
         out = accumulated.to(q.dtype)
@@ -158,6 +183,6 @@ class _RingFunction(torch.autograd.Function):
             grad_kv=(torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)),
             gathered=gathered,
         )
-        play(planned.schedules["backward"], planned.mesh.rank, stage, planned.channels, planned.recorder)
+        planned.play("backward", stage)
         grad_k, grad_v = stage.grad_kv
         return stage.grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

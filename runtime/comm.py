@@ -136,9 +136,7 @@ class _DevicePending:
 class DeviceChannel:
     """An NCCL channel on a stream of its own."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int = 0
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int = 0) -> None:
         self._group, self._timed, self._first_process = group, timed, first_process
         self._stream = torch.cuda.Stream(device, priority=-1)  # transfers start before queued compute fills the GPU
 
@@ -224,7 +222,10 @@ def reducers(mesh: Mesh) -> tuple[AllReduce, AllReduce]:
     def reduce_with(operation: dist.ReduceOp.RedOpType) -> AllReduce:
         def reduce(tensor: Tensor) -> Tensor:
             result = tensor.contiguous()  # may be overwritten: see kernels.probe.Collectives
-            dist.all_reduce(result, op=operation, group=group)
+            try:
+                dist.all_reduce(result, op=operation, group=group)
+            except RuntimeError as error:
+                raise CommunicationError(f"choosing patterns over all ranks: {error}") from error
             return result
 
         return reduce

@@ -87,6 +87,7 @@ def execute(
             progress("verifying in float64")
             verdicts = verify(planned, _chosen(mask, own), inputs, results, plan.model.head_dim**-0.5)
             inputs.clear()
+    planned.agree_on_patterns()
     return _gathered(planned, spans, verdicts if options.verify else [], peak)
 
 

@@ -17,6 +17,8 @@ from .comm import reducers
 from .mesh import Mesh
 from .selectors import make_selector
 
+HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
+
 
 def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.device) -> AttentionMask:
     """Return a layer's patterns as tensors on `device`, with `columns_capacity` column slots per head.
@@ -53,6 +55,18 @@ def _columns(pattern: LayerPattern, capacity: int) -> np.ndarray:
     for number, head in enumerate(pattern.heads):
         columns[number, : head.columns.size] = head.columns
     return columns
+
+
+def pattern_hash(mask: AttentionMask) -> torch.Tensor:
+    """Return an int64 scalar on the mask's device that differs, but for chance, when two masks do. Does not wait."""
+    parts = [mask.active] if mask.columns is None else [mask.active, mask.columns]
+    total = torch.zeros((), dtype=torch.int64, device=mask.active.device)
+    for part in parts:
+        data = part.contiguous().view(torch.uint8).flatten()
+        words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+        places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER
+        total = total * HASH_MULTIPLIER + ((words + places) * (places | 1)).sum()  # wraps around on purpose
+    return total
 
 
 def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:

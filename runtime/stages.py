@@ -48,7 +48,7 @@ class Indexes:
     """The mask of one layer call and the kernels' indexes into it, made when first needed and kept for backward.
 
     positions: int64 [S] of every rank's tokens; joined_positions: those of several ranks, kept by the caller.
-    The mask may be chosen while the first transfers are in flight.
+    The mask may be chosen while the first transfers are in flight; `chosen` is told when it is.
     """
 
     source: MaskSource | None
@@ -57,6 +57,7 @@ class Indexes:
     backend: str
     columns_capacity: int
     joined_positions: dict[tuple[int, ...], Tensor]
+    chosen: Callable[[api.AttentionMask], None]
     _mask: api.AttentionMask | None = None
     _blocks: dict[tuple[int, ...], api.BlockIndex] = field(default_factory=dict)
     _columns: api.ColumnIndex | None = None
@@ -70,6 +71,7 @@ class Indexes:
             if mask.column_capacity != self.columns_capacity:
                 raise ValueError(f"the mask has {mask.column_capacity} column slots, the plan {self.columns_capacity}")
             self._mask = mask
+            self.chosen(mask)
             self.source = None  # it holds q and k, which must not live until backward
         return self._mask
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +16,7 @@ from transformers import AttentionInterface
 
 from sparsering.planner.plan import Plan
 from sparsering.runtime.attention import PlannedAttention
-from sparsering.runtime.comm import Channels
+from sparsering.runtime.comm import Channel, Channels
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
@@ -28,10 +34,20 @@ def _planned(plan: Plan, mesh: Mesh) -> PlannedAttention:
 
 
 def attention(
-    mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int, batch: int = 1, poison: bool = True
+    mesh: Mesh,
+    *,
+    plan: Plan,
+    pattern: LayerPattern,
+    seed: int,
+    batch: int = 1,
+    poison: bool = True,
+    check_patterns: bool = False,
+    wrap: Callable[[PlannedAttention], None] | None = None,
 ) -> dict[str, Any]:
     """Run one layer forward and backward; return this rank's out, lse, dq, dk, dv as numpy arrays."""
     planned = _planned(plan, mesh)
+    if wrap is not None:
+        wrap(planned)
     tokens, model = sum(p.numel() for p in planned.positions), plan.model
     tensors = global_tensors(tokens, (model.heads, model.kv_heads), model.head_dim, seed=seed, batch=batch)
     positions = planned.positions[mesh.rank].cpu()
@@ -46,8 +62,60 @@ def attention(
     mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
     out, lse = planned.with_lse(q, k, v, mask)
     out.backward(grad_out)
+    if check_patterns:
+        planned.agree_on_patterns()
     results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return {name: _numpy(value) for name, value in results.items() if value is not None}
+
+
+class _Hooked:
+    """A channel that calls a hook before every post."""
+
+    def __init__(self, channel: Channel, hook: Callable[[], None]) -> None:
+        self.channel, self.hook = channel, hook
+
+    def post(self, messages: Any) -> Any:
+        self.hook()
+        return self.channel.post(messages)
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+def _hook(planned: PlannedAttention, hook: Callable[[], None]) -> None:
+    planned.channels = {name: _Hooked(channel, hook) for name, channel in planned.channels.items()}
+
+
+def attention_and_die(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, direction: str, victim: int) -> None:
+    """Run one layer; the victim kills itself at its last post of that direction."""
+    schedule = plan.schedule("forward"), plan.schedule("backward")
+    posts = [sum(len(phase.group_calls) for phase in one.phases(mesh.rank)) for one in schedule]
+    deadly = posts[0] if direction == "forward" else sum(posts)
+    count = 0
+
+    def die_at_last() -> None:
+        nonlocal count
+        count += 1
+        if mesh.rank == victim and count == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    attention(mesh, plan=plan, pattern=pattern, seed=0, wrap=lambda planned: _hook(planned, die_at_last))
+
+
+def delayed_runs(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, runs: int) -> list[str]:
+    """Run one layer many times, sleeping at random before posts; return each run's digest of all results."""
+    generator = random.Random(mesh.rank)
+    digests = []
+    for _ in range(runs):
+        results = attention(
+            mesh,
+            plan=plan,
+            pattern=pattern,
+            seed=0,
+            wrap=lambda planned: _hook(planned, lambda: time.sleep(generator.choice((0, 0, 0.002, 0.02)))),
+        )
+        digests.append(hashlib.sha256(b"".join(value.tobytes() for value in results.values())).hexdigest())
+    return digests
 
 
 def verified(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int) -> list[Verdict]:
@@ -73,7 +141,6 @@ def model_step(
     mesh: Mesh, *, plan: Plan, family: str, ids: np.ndarray, attention_mask: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Forward and backward of a tiny attached model on this rank's shard; the loss is summed, not averaged."""
-    from tiny_models import tiny_model  # transformers takes seconds to import: only where it is used
 
     from sparsering.runtime.hf import attach, shard
 
@@ -95,8 +162,6 @@ def model_step(
 
 def attention_call(mesh: Mesh, *, plan: Plan, keywords: dict[str, Any]) -> None:
     """Call the attached attention of a tiny model's first layer directly, as a model with such keywords would."""
-    from tiny_models import tiny_model
-    from transformers import AttentionInterface
 
     from sparsering.runtime.hf import ATTENTION_NAME, attach
 

@@ -6,6 +6,7 @@ each rank returned, or raises what the first failing rank raised, with its trace
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -64,20 +65,43 @@ class RankPool:
 
     def run_each(self, function: str, arguments: list[dict[str, Any]]) -> list[Any]:
         """Call a job with arguments of each rank's own."""
+        self._send(function, arguments)
+        results = []
+        for rank, answer in enumerate(self._receive()):
+            if answer is None or not answer[0]:
+                told = "died" if answer is None else answer[1]
+                raise RankFailure(f"rank {rank} of {self.world_size} in {function}:\n{told}")
+            results.append(answer[1])
+        return results
+
+    def answers(self, function: str, **arguments: Any) -> list[tuple[bool, Any] | None]:
+        """Call a job on all ranks; return (succeeded, result or traceback) of each, None of ranks that died."""
+        self._send(function, [arguments] * self.world_size)
+        return self._receive()
+
+    def _send(self, function: str, arguments: list[dict[str, Any]]) -> None:
         for rank, connection in self._connections.items():
             connection.send((function, arguments[rank]))
-        answers = [self._connections[rank].recv() for rank in range(self.world_size)]
-        for rank, (ok, value) in enumerate(answers):
-            if not ok:
-                raise RankFailure(f"rank {rank} of {self.world_size} in {function}:\n{value}")
-        return [value for _, value in answers]
+
+    def _receive(self) -> list[tuple[bool, Any] | None]:
+        answers: list[tuple[bool, Any] | None] = []
+        for rank in range(self.world_size):
+            try:
+                answers.append(self._connections[rank].recv())
+            except EOFError:
+                answers.append(None)
+        return answers
 
     def close(self) -> None:
         """End the workers."""
         for connection in self._connections.values():
-            connection.send(None)
+            with contextlib.suppress(BrokenPipeError):  # a rank that died is not waiting
+                connection.send(None)
         for process in self._processes:
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
         self._listener.close()
         self._folder.cleanup()
 

@@ -25,7 +25,7 @@ def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[
         valid = rows < pattern.seq_len_tokens
         for name, whole in wanted.items():
             mine = whole[:, :, rows] if name == "lse" else whole[:, rows]
-            difference = _largest_difference(result[name], mine)
+            difference = largest_difference(result[name], mine)
             assert difference <= TOLERANCE, f"rank {rank}, {name}: off by {difference}"
         assert not np.isnan(result["out"]).any()
         assert (result["out"][:, ~valid] == 0).all() and np.isneginf(result["lse"][:, :, ~valid]).all()
@@ -39,7 +39,7 @@ def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:
     placement = plan.make_placement()
     wanted = expected("gqa", placement.padded_tokens, seed=7)
     rows = placement.positions(1)
-    assert _largest_difference(results[1]["out"], wanted["out"][:, rows]) > 1e-3
+    assert largest_difference(results[1]["out"], wanted["out"][:, rows]) > 1e-3
 
 
 def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> None:
@@ -52,7 +52,7 @@ def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> Non
     for rank, result in enumerate(results):
         rows = placement.positions(rank)
         for name in ("out", "dq", "dk", "dv"):
-            assert _largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
+            assert largest_difference(result[name], wanted[name][:, rows]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_triton_kernels_play_the_same_schedules(
     for rank, result in enumerate(results):
         rows = placed.positions(rank)
         for name in ("out", "dq", "dk", "dv"):
-            assert _largest_difference(result[name], wanted[name][:, rows]) <= 1e-4, name
+            assert largest_difference(result[name], wanted[name][:, rows]) <= 1e-4, name
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -100,7 +100,7 @@ def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[i
         rank_pools(2).run_each("attention", arguments)
 
 
-def _largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
     """Return the largest difference; equal infinities differ by 0, NaN never passes."""
     with np.errstate(invalid="ignore"):
         difference = np.where(left == right, 0.0, np.abs(left - right))
