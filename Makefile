@@ -5,8 +5,7 @@ SHELL := /bin/bash
 
 # The repository's folders must not become top-level modules (`kernels` belongs to somebody else).
 export PYTHONSAFEPATH := 1
-# Where there is no torch to reuse and no NVIDIA GPU. It may hold options as well:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Where there is no torch to reuse and no NVIDIA GPU. It may hold options of pip as well.
 export TORCH ?= torch==2.13.0
 
 BIN := .venv/bin

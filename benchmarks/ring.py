@@ -271,7 +271,7 @@ def _imbalance(
     if arguments.profile is not None:
         timeline = collect_timeline(mesh, spans, topic=f"profile/{timed.topic}", metadata={"layout": layout})
         if timeline is not None:
-            name = layout.replace("/", "_").replace(":", "-")
+            name = layout.translate(str.maketrans("/:=,", "----"))
             timeline.save(arguments.profile / f"ring-{name}-{_density(mask):.3f}.json.gz")
     totals = [float(value) for value in everyone]
     return max(totals) / (sum(totals) / len(totals))
