@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -118,10 +119,8 @@ def _children(parent: int) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def test_an_export_is_the_model(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -188,5 +187,5 @@ def test_what_is_not_complete_is_ignored(uninterrupted: tuple[Path, dict[str, An
     (copy / "more").unlink()
     manifest = copy / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6'))
-    with pytest.raises(InputError, match="digest.*altered"):
+    with pytest.raises(InputError, match=r"digest.*altered"):
         verify_checkpoint(copy)

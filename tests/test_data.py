@@ -128,10 +128,9 @@ def test_document_boundaries_in_labels_and_positions(tmp_path: Path) -> None:
     got: dict[int, tuple[int, int]] = {}
     for rank in range(2):
         part = cut(setup.config, data.sequence(0, 20), setup.plan, rank=rank, device=torch.device("cpu"))
-        for place, token, label in zip(
-            setup.plan.make_placement().positions(rank).tolist(), part.position_ids[0].tolist(), part.labels[0].tolist(),
-            strict=True,
-        ):  # fmt: skip
+        places = setup.plan.make_placement().positions(rank).tolist()
+        columns = part.position_ids[0].tolist(), part.labels[0].tolist()
+        for place, token, label in zip(places, *columns, strict=True):
             got[place] = (token, label)
     ids = list(ALL[:20])
     for place in range(20):

@@ -39,7 +39,8 @@ def trained_alone(raw: dict[str, Any], *, per_document: bool = False) -> dict[st
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=section.betas, eps=section.epsilon)
     losses, norms = [], []
     for step in range(config.steps):
-        pieces = [piece for slot in range(config.sequences_per_step) for piece in _pieces(config, step, slot, per_document)]
+        slots = range(config.sequences_per_step)
+        pieces = [piece for slot in slots for piece in _pieces(config, step, slot, per_document)]
         count = sum(piece.numel() - 1 for piece in pieces)
         total = 0.0
         for piece in pieces:
@@ -53,7 +54,8 @@ def trained_alone(raw: dict[str, Any], *, per_document: bool = False) -> dict[st
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {"losses": losses, "norms": norms, "parameters": {n: p.detach().numpy() for n, p in model.named_parameters()}}
+    parameters = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "parameters": parameters}
 
 
 def _pieces(config: TrainConfig, step: int, slot: int, per_document: bool) -> list[torch.Tensor]:
@@ -100,7 +102,8 @@ def test_documents_are_trained_on_as_if_apart(tmp_path: Path, rank_pools: Pools)
     config = write_run(tmp_path, seq_len_tokens=1000, steps=3, attention="dense", data={"documents": asked})
     together = rank_pools(2).run("train_jobs.run", config=config)
     alone = trained_alone(config, per_document=True)
-    assert together[0]["valid"] == [sum(p.numel() - 1 for p in _pieces(parse_config(config), s, 0, True)) for s in range(3)]
+    pieces = [_pieces(parse_config(config), step, 0, True) for step in range(3)]
+    assert together[0]["valid"] == [sum(piece.numel() - 1 for piece in step) for step in pieces]
     assert_same_training(together, alone)
 
 

@@ -85,7 +85,8 @@ def test_yarn_angles_are_shift_invariant_at_512k_positions(tmp_path: Path) -> No
 def test_bfloat16_angles_would_not_be() -> None:
     """The check above can fail: the same angles rounded to bfloat16 lose the position altogether."""
     frequency = 1e6 ** (-torch.arange(0, 64, 2) / 64)
-    near, far = (torch.cos((p * frequency).bfloat16().float() - ((p - 5) * frequency).bfloat16().float()) for p in (5, 524_287))
+    angles = [[(p * frequency).bfloat16().float() for p in (q, q - 5)] for q in (5, 524_287)]
+    near, far = (torch.cos(query - key) for query, key in angles)
     assert (near - far).abs().max() > 0.5
 
 
@@ -108,7 +109,9 @@ def _plan(folder: Path, **changes: Any) -> str:
         "placement": striped(seq_len_tokens=SEQ_LEN_TOKENS, world_size=2, granularity_tokens=64),
         "forward": ("gather", {}),
         "backward": ("gather", {}),
-        "pattern": PatternSpec(source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": 64}),
+        "pattern": PatternSpec(
+            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": 64}
+        ),
         "kernels": KernelSpec(backend="blockwise"),
     }  # fmt: skip
     make_plan(**(arguments | changes)).save(folder / "plan.json")
@@ -182,7 +185,9 @@ def test_a_plan_for_something_else_is_one_line(changes: dict[str, Any], message:
         ({"vocab_size": 100}, "vocabulary: has a vocabulary of 256, the model of 100"),
     ],
 )
-def test_a_model_that_would_be_trained_wrongly_is_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_model_that_would_be_trained_wrongly_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         set_up(parse_config(write_run(tmp_path, model=MODEL | changes)))
 

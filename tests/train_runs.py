@@ -26,6 +26,7 @@ MODEL = {
     "eos_token_id": 0,
 }
 SEQ_LEN_TOKENS = 256
+DENSE = {"selector": "sink-window", "settings": {"window_tokens": SEQ_LEN_TOKENS}}
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
@@ -60,7 +61,7 @@ def write_run(folder: Path, *, model: dict[str, Any] | None = None, **changes: A
         "dtype": "float32",
         "device": "cpu",
         "parallel": {"data": 1, "context": 2},
-        "plan": {"block_size": 64, "pattern": {"selector": "sink-window", "settings": {"window_tokens": SEQ_LEN_TOKENS}}},
+        "plan": {"block_size": 64, "pattern": DENSE},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "timeout_s": 60.0,
     }  # fmt: skip

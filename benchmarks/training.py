@@ -1,0 +1,318 @@
+"""Whole training steps on the GPUs of one host: planned sparse attention against dense rings, in one trainer.
+
+Qwen2.5-3B's shape with random weights on random tokens. Sparse runs replay seeded masks of a stated density, and still
+pay for choosing: the selector runs in every layer and its choice is thrown away. Attention (which includes choosing)
+is timed apart from everything else, on every rank; rows hold the slowest rank's figures.
+
+    python -m sparsering.benchmarks.training --gpus 8 --impl ours --density 0.05 0.02
+    python -m sparsering.benchmarks.training --gpus 8 --impl dense-zigzag torch-context-parallel --steps 1
+    python -m sparsering.benchmarks.training --merge results/training-*.json
+    python -m sparsering.benchmarks.training --toy            # two gloo processes on CPUs, a tiny model
+
+Every call is a process group of its own; `--merge` puts result files side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..kernels.mask import AttentionMask
+from ..planner.placement import striped
+from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from ..runtime.attention import Chooser
+from ..runtime.data_writer import Tokenizer, write_data
+from ..runtime.mesh import Mesh, join, leave
+from ..runtime.train_config import TrainConfig, parse_config
+from ..runtime.train_loop import StepResult, Trainer
+from ..runtime.train_patterns import replay_and_pay
+from ..runtime.train_setup import set_up
+from ..traces.files import read_json, write_json
+from .common import RESULTS, write_result
+from .masks import density_of, slash_mask
+
+IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", "torch-context-parallel")
+ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}
+BLOCK_SIZE = 128
+QWEN25_3B = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "max_position_embeddings": 2097152, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
+    "initializer_range": 0.02, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+TOY = QWEN25_3B | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+Masks = list[AttentionMask]
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    arguments = _parser().parse_args()
+    if arguments.merge:
+        print(_table([row for path in arguments.merge for row in read_json(path)["rows"]]))
+        return
+    if arguments.toy:
+        arguments.gpus, arguments.layers = min(arguments.gpus, 2), 2
+        arguments.seq_len, arguments.columns = min(arguments.seq_len, 2048), 64
+    if "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory(prefix="sparsering-training-") as folder:
+            raise SystemExit(_start(arguments, arguments.work or Path(folder)))
+    world = join(device="cpu" if arguments.toy else None, timeout_s=540)
+    try:
+        rows = _measure_all(arguments, world)
+        if world.rank == 0:
+            print(_table(rows))
+            print(write_result("training", rows, folder=arguments.results, gpus=arguments.gpus))
+    finally:
+        leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--impl", nargs="+", default=["ours"], choices=IMPLEMENTATIONS)
+    parser.add_argument("--seq-len", type=int, default=524288)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02],
+                        help="asked of the mask's slashes; at 0.05 and 0.02 masks have 6.3 %% and 2.6 %%")  # fmt: skip
+    parser.add_argument("--columns", type=int, default=1024)
+    parser.add_argument("--slashes", type=int, default=1024, help="token distances that the paid-for choice takes")
+    parser.add_argument("--layout", default="gather:chunks=2", help="name:parameter=value,…; forward/backward")
+    parser.add_argument("--backend", default=None, help="kernels; default: triton on GPUs, blockwise on CPUs")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
+    parser.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
+    parser.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--toy", action="store_true", help="two gloo processes and a tiny model, to try the road")
+    parser.add_argument("--merge", type=Path, nargs="+", help="result files to show side by side")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="folder for the model configuration and the random tokens")
+    return parser
+
+
+def _start(arguments: argparse.Namespace, work: Path) -> int:
+    _prepare(arguments, work)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.gpus)}
+    shared |= {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    command = [sys.executable, "-m", "sparsering.benchmarks.training", *sys.argv[1:], "--work", str(work)]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(arguments.gpus)
+    ]
+    try:
+        while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
+            time.sleep(0.2)
+        return next((rank.poll() or 1 for rank in ranks if rank.poll()), 0)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+
+
+def _prepare(arguments: argparse.Namespace, work: Path) -> None:
+    """Write the model's configuration and enough random tokens."""
+    model = TOY if arguments.toy else QWEN25_3B
+    write_json(work / "model" / "config.json", model | {"num_hidden_layers": arguments.layers})
+    if not (work / "data" / "manifest.json").exists():
+        tokens = np.random.default_rng(arguments.seed).integers(0, model["vocab_size"], 4 * arguments.seq_len)
+        np.save(work / "tokens.npy", tokens)
+        write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"]), None, None))
+
+
+def _measure_all(arguments: argparse.Namespace, world: Mesh) -> list[dict[str, Any]]:
+    rows = []
+    for implementation in arguments.impl:
+        for density in arguments.density if implementation == "ours" else [None]:
+            rows.append(_measure(arguments, world, implementation, density))
+            if world.rank == 0:
+                print(json.dumps(rows[-1]), flush=True)
+            gc.collect()
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+    return rows
+
+
+def _measure(
+    arguments: argparse.Namespace, world: Mesh, implementation: str, density: float | None
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    masks = _masks(arguments, density, world.device) if density is not None else None
+    config = _config(arguments, world, implementation, masks)
+    setup = set_up(config, verify_data=False)
+    trainer = Trainer(setup, world, source=_replaying(masks, arguments.layers))
+    prepared_s = time.perf_counter() - began
+    for _ in range(arguments.warmups):
+        trainer.step()
+    results = [trainer.step(measured=True) for _ in range(arguments.steps)]
+    trainer.close()
+    own = _medians(results)
+    everyone = world.collect(f"benchmark {implementation} {density}", own)
+    if everyone is None:
+        return {}
+    worst = {name: max(values[name] or 0.0 for values in everyone) for name in own}
+    last = results[-1].extra
+    step_ms = worst["step_ms"]
+    tokens = config.sequences_per_step * config.seq_len_tokens
+    seconds = {name: last[name] * results[-1].seconds if last[name] else None for name in
+               ("mfu_actual", "mfu_dense_equivalent")}  # fmt: skip
+    return {
+        "impl": _name(implementation, setup.plan.kernels.backend, world.device.type),
+        "seq_len": config.seq_len_tokens,
+        "density": 1.0 if masks is None else round(sum(map(density_of, masks)) / len(masks), 5),
+        "columns": 0 if masks is None else arguments.columns,
+        "world_size": world.world_size,
+        "layers": arguments.layers,
+        "layout": arguments.layout if implementation == "ours" else "",
+        "tokens_per_s": tokens / step_ms * 1e3,
+        "mfu_actual": _rate(seconds["mfu_actual"], step_ms),
+        "mfu_dense_equivalent": _rate(seconds["mfu_dense_equivalent"], step_ms),
+        "memory_bytes": int(worst["memory_bytes"]),
+        **{name: value for name, value in worst.items() if name.endswith("_ms")},
+        "other_ms": step_ms - worst["attention_ms"],
+        "loss": results[-1].loss,
+        "steps": arguments.steps,
+        "prepared_s": prepared_s,
+        "seed": arguments.seed,
+        "plan_digest": setup.plan.digest,
+    }
+
+
+def _rate(peak_seconds: float | None, step_ms: float) -> float | None:
+    return None if peak_seconds is None else peak_seconds / step_ms * 1e3
+
+
+def _medians(results: list[StepResult]) -> dict[str, float]:
+    parts = {f"{part}_ms": [r.parts_ms[part] for r in results] for part in results[0].parts_ms}
+    parts["attention_ms"] = [r.parts_ms["attention_forward"] + r.parts_ms["attention_backward"] for r in results]
+    parts["step_ms"] = [r.seconds * 1e3 for r in results]
+    medians = {name: statistics.median(values) for name, values in parts.items()}
+    return medians | {"memory_bytes": float(results[-1].extra["memory_bytes"] or 0)}
+
+
+def _masks(arguments: argparse.Namespace, density: float, device: torch.device) -> Masks:
+    heads = (TOY if arguments.toy else QWEN25_3B)["num_attention_heads"]
+    return [
+        slash_mask(
+            arguments.seq_len, density, arguments.columns, heads=int(heads), block=BLOCK_SIZE, seed=arguments.seed + n
+        ).to(device)
+        for n in range(min(arguments.distinct_masks, arguments.layers))
+    ]
+
+
+def _replaying(masks: Masks | None, layers: int) -> Callable[..., Callable[[int], Chooser]] | None:
+    if masks is None:
+        return None
+    per_layer = [masks[layer % len(masks)] for layer in range(layers)]
+    return lambda planned, choosers: replay_and_pay(per_layer, choosers)
+
+
+def _config(
+    arguments: argparse.Namespace, world: Mesh, implementation: str, masks: Masks | None
+) -> TrainConfig:
+    work = arguments.work
+    plan: dict[str, Any] = {"backend": arguments.backend}
+    if masks is not None:
+        plan["file"] = work / "plan.json"
+        if world.rank == 0:
+            _plan(arguments, world).save(plan["file"])
+    if implementation == "ours-dense":
+        plan["layout"] = arguments.layout.partition(":")[0]
+    world.broadcast(f"plan {implementation} {masks and density_of(masks[0])}", "written")  # others wait for the file
+    return parse_config(
+        {
+            "model": {"path": work / "model", "random_weights": True},
+            "data": {"folder": work / "data"},
+            "seq_len_tokens": arguments.seq_len,
+            "steps": arguments.warmups + arguments.steps,
+            "attention": ATTENTION_OF.get(implementation, implementation),
+            "plan": plan,
+            "parallel": {"data": 1, "context": world.world_size},
+            "dtype": _dtype(arguments),
+            "device": world.device.type,
+            "seed": arguments.seed,
+            "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
+            "memory": {"loss": arguments.loss, "offload": arguments.offload},
+        }
+    )
+
+
+def _plan(arguments: argparse.Namespace, world: Mesh) -> Any:
+    model = TOY if arguments.toy else QWEN25_3B
+    heads, kv_heads = int(model["num_attention_heads"]), int(model["num_key_value_heads"])
+    forward, _, backward = arguments.layout.partition("/")
+    settings = {"columns": arguments.columns, "slashes": arguments.slashes, "sink_tokens": 30, "window_tokens": 100}
+    backend = arguments.backend or ("triton" if world.device.type == "cuda" else "blockwise")
+    return make_plan(
+        model=ModelShape(
+            layers=arguments.layers, heads=heads, kv_heads=kv_heads, head_dim=int(model["hidden_size"]) // heads
+        ),
+        seq_len_tokens=arguments.seq_len,
+        block_size=BLOCK_SIZE,
+        dtype=_dtype(arguments),
+        columns_capacity=arguments.columns,
+        placement=striped(
+            seq_len_tokens=arguments.seq_len, world_size=world.world_size, granularity_tokens=BLOCK_SIZE
+        ),
+        forward=_layout(forward),
+        backward=_layout(backward or forward),
+        pattern=PatternSpec(source="choose", selector="vertical-slash", settings=settings),
+        kernels=KernelSpec.model_validate({"backend": backend}),
+    )
+
+
+def _dtype(arguments: argparse.Namespace) -> Any:
+    return "float32" if arguments.toy else "bfloat16"
+
+
+def _layout(text: str) -> tuple[str, dict[str, int]]:
+    name, _, parameters = text.partition(":")
+    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
+    return name, {key: int(value) for key, value in pairs}
+
+
+def _name(implementation: str, backend: str, device: str) -> str:
+    if implementation == "dense-zigzag":
+        return "dense-zigzag-cudnn" if device == "cuda" else "dense-zigzag-cpu"
+    return f"{implementation}-{backend}" if implementation.startswith("ours") else implementation
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """One line a row, with speed against every dense baseline of the same length."""
+    lines = [f"{'impl':26}{'seq_len':>9}{'density':>9}{'step ms':>10}{'attn ms':>10}{'other ms':>10}"
+             f"{'choose':>8}{'MFU':>7}{'dense-eq':>9}{'GiB':>7}  against"]  # fmt: skip
+    for row in sorted(rows, key=lambda r: (r["seq_len"], -r["step_ms"])):
+        dense = [r for r in rows if r["seq_len"] == row["seq_len"] and r["impl"].startswith(("dense", "torch"))]
+        against = ", ".join(f"{r['impl']} ×{r['step_ms'] / row['step_ms']:.2f}" for r in dense if r is not row)
+        mfu = [f"{row[name]:.3f}" if row[name] else "-" for name in ("mfu_actual", "mfu_dense_equivalent")]
+        lines.append(
+            f"{row['impl']:26}{row['seq_len']:9}{row['density']:9.4f}{row['step_ms']:10.1f}{row['attention_ms']:10.1f}"
+            f"{row['other_ms']:10.1f}{row['choosing_ms']:8.1f}{mfu[0]:>7}{mfu[1]:>9}"
+            f"{row['memory_bytes'] / 2**30:7.1f}  {against}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
