@@ -36,8 +36,8 @@ def pattern() -> LayerPattern:
     random = np.random.default_rng(0)
     heads = tuple(
         VerticalSlash(
-            columns=np.sort(random.choice(TOKENS, 40, replace=False)),
-            diagonals=np.union1d([0], random.choice(TOKENS // BLOCK, 4 + 6 * head, replace=False)),
+            columns=np.sort(random.choice(TOKENS, 40, replace=False)).astype(np.int32),
+            diagonals=np.union1d([0], random.choice(TOKENS // BLOCK, 4 + 6 * head, replace=False)).astype(np.int32),
         )
         for head in range(4)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from sparsering.planner.placement import striped
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.workload import workload
 from sparsering.simulator.report import duration, layout_in_words, sentence, worst_errors
+from sparsering.simulator.report_figures import Figure
 from sparsering.simulator.report_layouts import MOST_ROWS, layouts_figure, shown_rows
 from sparsering.simulator.report_load import cluster_loads, load_figure, local_loads
 from sparsering.simulator.report_masks import block_map, chosen_heads, masks_figure
@@ -22,10 +25,14 @@ from sparsering.traces.synthetic import SyntheticSettings, write_synthetic_trace
 TOKENS, BLOCK, WORLD = 512, 64, 4
 
 
+def drawn(figure: Figure) -> list[dict[str, Any]]:
+    return figure.to_dict()["data"]
+
+
 def pattern() -> LayerPattern:
     heads = (
-        VerticalSlash(columns=np.array([3, 5, 70]), diagonals=np.array([0, 2])),
-        VerticalSlash(columns=np.array([], dtype=int), diagonals=np.array([0, 1, 5])),
+        VerticalSlash(columns=np.array([3, 5, 70], np.int32), diagonals=np.array([0, 2], np.int32)),
+        VerticalSlash(columns=np.array([], np.int32), diagonals=np.array([0, 1, 5], np.int32)),
     )
     return LayerPattern(seq_len_tokens=TOKENS, block_size=BLOCK, heads=heads)
 
@@ -68,7 +75,7 @@ def test_shown_heads_run_from_the_sparsest_to_the_densest(tmp_path):
     everyone = [row.density for row in trace.heads(0)]
     assert densities == sorted(densities)
     assert (densities[0], densities[-1]) == (min(everyone), max(everyone))
-    assert len(masks_figure(trace).data) == 2 * 8
+    assert len(drawn(masks_figure(trace))) == 2 * 8
 
 
 def test_loads_hold_all_the_work_once():
@@ -80,7 +87,7 @@ def test_loads_hold_all_the_work_once():
     contiguous = loads[0]
     assert contiguous.worker_imbalance > loads[-1].worker_imbalance
     assert contiguous.step_imbalance >= contiguous.worker_imbalance - 1e-9
-    assert len(load_figure(loads).data) == 3
+    assert len(drawn(load_figure(loads))) == 3
 
 
 def test_cluster_loads_are_simulated():
@@ -96,10 +103,10 @@ def test_timelines_show_every_span_on_one_axis():
     timeline = simulate_plan(plan(), pattern(), cluster).timeline
     assert timeline is not None
     figure = timelines_figure(timeline, timeline)
-    assert sum(len(bars.x) for bars in figure.data) == 2 * len(timeline.spans)
-    ends = [start + length for bars in figure.data for start, length in zip(bars.base, bars.x, strict=True)]
+    assert sum(len(bars["x"]) for bars in drawn(figure)) == 2 * len(timeline.spans)
+    ends = [start + length for bars in drawn(figure) for start, length in zip(bars["base"], bars["x"], strict=True)]
     assert max(ends) == pytest.approx(max(span.end_us for span in timeline.spans) / 1e3, abs=1e-3)
-    assert figure.layout.xaxis.matches == "x2"
+    assert figure.to_dict()["layout"]["xaxis"]["matches"] == "x2"
 
 
 def candidate(number: int, *, baseline: bool, evaluator: str = "simulator", why_not: str | None = None) -> dict:
@@ -127,7 +134,7 @@ def test_all_plain_layouts_and_the_plan_are_shown():
     assert shown[0]["name"] == "<b>the plan</b>"
     assert sum(row["note"] == "plain" for row in shown) == 8
     assert [row["step_time_us"] for row in shown] == sorted(row["step_time_us"] for row in shown)
-    assert len(layouts_figure(plan(told)).data[0].x) == MOST_ROWS
+    assert len(drawn(layouts_figure(plan(told)))[0]["x"]) == MOST_ROWS
 
 
 def test_the_sentence_is_the_plans_own():
