@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn import Module
 
 from ..traces.errors import InputError
@@ -56,7 +57,9 @@ class Checkpointer:
         self._keep_last, self._asynchronous = keep_last, asynchronous
         Checkpointer._made += 1
         self._topic = f"checkpoints {Checkpointer._made}"
-        self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)  # its own: it works beside training
+        group = dist.new_group(backend="gloo", timeout=mesh.timeout)  # its own: it works beside training
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if mesh.rank == 0:
@@ -71,11 +74,11 @@ class Checkpointer:
         partial = self.folder / f"step-{step:08d}{PARTIAL}"
         state = _state(model, optimizer)
         if self._asynchronous:
-            pending = dcp.async_save(state, checkpoint_id=partial, process_group=self._group)
+            pending = async_save(state, checkpoint_id=partial, process_group=self._group)
             self._thread = threading.Thread(target=self._complete, args=(partial, step, pending), daemon=True)
             self._thread.start()
             return
-        dcp.save(state, checkpoint_id=partial, process_group=self._group)
+        save(state, checkpoint_id=partial, process_group=self._group)
         self._seal(partial, step)
 
     def finish(self) -> None:
@@ -106,7 +109,7 @@ class Checkpointer:
         if (told := self.mesh.broadcast(f"{self._topic} problem {path.name}", found)) is not None:
             raise InputError(told)
         state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        load(state, checkpoint_id=path, process_group=self._group)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         return manifest

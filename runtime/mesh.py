@@ -68,7 +68,7 @@ class Mesh:
         for replica in range(self.replicas):
             processes = [replica * self.world_size + rank for rank in ranks]
             group = dist.new_group(processes, timeout=self.timeout, backend=self.backend)
-            if replica == self.replica and self.rank in ranks:
+            if replica == self.replica and self.rank in ranks and isinstance(group, dist.ProcessGroup):
                 own = group
         return own
 
@@ -123,6 +123,8 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
     local = int(os.environ.get("LOCAL_RANK", rank))
     chosen = _device(kind, local)
+    # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",

@@ -71,8 +71,7 @@ def gradient_norms(parameters: Iterable[tuple[str, Parameter]]) -> GradientNorms
     """
     named = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
     local = [_local(gradient) for _, gradient in named]
-    norms = torch._foreach_norm([part.float() if part.dtype == torch.bfloat16 else part for part in local])
-    squares = torch.stack([norm.double() for norm in norms]).square()
+    squares = torch.stack([torch.linalg.vector_norm(part).double() for part in local]).square()
     if dist.is_initialized():
         dist.all_reduce(squares)
     return GradientNorms(names=[name for name, _ in named], squares=squares)
@@ -83,8 +82,9 @@ def clip_gradients(parameters: Iterable[Parameter], norm: Tensor, limit: float |
     if limit is None:
         return
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    local = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(local, factor.to(local[0].dtype))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(factor)
 
 
 def _local(tensor: Tensor) -> Tensor:

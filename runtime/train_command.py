@@ -48,6 +48,7 @@ def train(
 def start(path: Path, config: TrainConfig) -> int:
     """Start torchrun on this host, one process per rank; return its exit code. Killed workers restart all ranks."""
     world = config.parallel.world_size
+    assert __package__ is not None
     package = __package__.rpartition(".")[0]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),

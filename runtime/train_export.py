@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoModelForCausalLM
 
 from ..traces.errors import InputError
@@ -39,7 +39,7 @@ def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
     model_config = read_model_config(config.model, seq_len_tokens=config.seq_len_tokens)
     model = AutoModelForCausalLM.from_config(model_config, dtype=master_dtype(config), trust_remote_code=False)
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=found, no_dist=True)
+    load(state, checkpoint_id=found, no_dist=True)
     model.load_state_dict(state["model"])
     model.to(getattr(torch, config.dtype))
     partial = output.with_name(f".{output.name}.partial")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..planner.plan import ModelShape
 from ..traces.errors import InputError, UnsupportedError
-from .losses import linear_cross_entropy_sum, pick_implementation
+from .losses import LossName, linear_cross_entropy_sum, pick_implementation
 from .recompute import checkpoint_layer
 from .train_config import MemorySection, ModelSection, TrainConfig
 
@@ -160,7 +160,7 @@ class ModelWithLoss(Module):
         if head is None or getattr(head, "bias", None) is not None:
             raise UnsupportedError(f"{type(model).__name__} has no output embedding without bias", field="model")
         self.model = model
-        self._implementation = pick_implementation(memory.loss, device)
+        self._implementation: LossName = pick_implementation(memory.loss, device)
         self._chunk_tokens = memory.loss_chunk_tokens
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:

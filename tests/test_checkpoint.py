@@ -61,6 +61,8 @@ def test_a_stopped_run_resumes_bitwise(
     assert [path.name for path in complete_checkpoints(tmp_path / "c")] == ["step-00000005"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_workers_resume_bitwise(tmp_path: Path, uninterrupted: tuple[Path, dict[str, Any]]) -> None:
     """torchrun restarts the run after a worker was killed in mid-step, and again in mid-save."""
     config = _config(tmp_path, max_restarts=2, metrics={"folder": str(tmp_path / "metrics")})
@@ -154,7 +156,7 @@ def test_a_flipped_bit_is_refused_before_it_is_read(
     (copy / name).write_bytes(data)
     for attempt in (
         lambda: verify_checkpoint(copy),
-        lambda: export_checkpoint(parse_config(config), tmp_path / "model"),
+        lambda: export_checkpoint(parse_config(config), tmp_path / "exported"),
     ):
         with pytest.raises(InputError, match=f"{name}.*sha256.*altered"):
             attempt()
