@@ -44,7 +44,7 @@ from .selectors import make_selector
 CLUSTER_PRESET = "a100-hdr-4x8"
 LOCAL_PRESET = "local-cpu-4"
 SELECTOR = "flex"
-SELECTOR_SETTINGS = {"column_mass": 0.7, "column_cap": 128, "slash_mass": 0.7, "slash_cap": 96}
+SELECTOR_SETTINGS = {"column_mass": 0.7, "column_cap": 128, "slash_mass": 0.7, "slash_cap": 64}
 TRAINING_TEXT_BYTES = 2_000_000
 STAGES = 8
 METRICS_SCHEMA_VERSION = 1

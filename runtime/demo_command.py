@@ -25,7 +25,7 @@ def demo(
     ] = Path("demo-out"),
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, the training windows and the run's tensors.")] = 0,
     seq_len: Annotated[int, typer.Option(min=LEAST_SEQ_LEN, help="Tokens to capture.")] = 8192,
-    train_seconds: Annotated[float, typer.Option(min=0.1, help="Train for no longer than this.")] = 45.0,
+    train_seconds: Annotated[float, typer.Option(min=0.1, help="Train for no longer than this.")] = 40.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON document.")] = False,
 ) -> None:
     """Train a small model, capture it, plan, simulate, run and verify: about two minutes on two cores, no GPU.
