@@ -21,13 +21,26 @@ from .kernel_impls import DENSE, SPARSE, Implementation, Problem
 from .kernel_oracle import check
 from .masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
 
+SUSTAINED_MS = 600.0
 FAMILIES = {"slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask}
 
 
-def time_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a call by CUDA events, after two warm-up calls."""
-    for _ in range(2):
+def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = SUSTAINED_MS) -> float:
+    """Median milliseconds of a call by CUDA events, at the clock that sustained work leaves.
+
+    Short bursts run on a cool chip at a higher clock than dense attention, which takes a second: every implementation
+    is repeated for at least sustained_ms (half of it untimed), so that ratios compare the same clock.
+    """
+    call()
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    once = max(first.elapsed_time(last), 0.05)
+    for _ in range(min(200, int(sustained_ms / 2 / once))):
         call()
+    repeats = max(repeats, min(200, int(sustained_ms / 2 / once)))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -53,7 +66,7 @@ def measure(implementation: Implementation, problem: Problem, repeats: int) -> d
     state = implementation.forward(problem)
     times["backward"] = time_ms(lambda: implementation.backward(problem, state), repeats)
     if implementation.prepare is not None:
-        times["index"] = time_ms(lambda: implementation.prepare(problem), repeats)  # type: ignore[misc]
+        times["index"] = time_ms(lambda: implementation.prepare(problem), repeats, sustained_ms=0)  # type: ignore[misc]
     return times
 
 

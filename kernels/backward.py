@@ -154,19 +154,7 @@ def grad_kv_kernel(
         head = kv_head * GROUP + member
         line = (batch * kv_heads * GROUP + head) * 2
         fields = row_fields + (head * tiles + tile) * 4
-        start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
-        if diagonal >= 0:
-            # Query parts before this key part see none of it.
-            for m in tl.range((part * N) // M, BLOCK // M, num_stages=1):
-                query = diagonal * BLOCK + m * M
-                q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-                do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-                allowed = (part * N + tl.arange(0, N))[:, None] <= (m * M + queries)[None, :]
-                if DOCUMENTS:
-                    q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
-                    allowed = allowed & (q_document[None, :] == k_document[:, None])
-                k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                            padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+        start, count, base = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
         for step in range(0, count * (BLOCK // M)):
             entry = tl.load(entries + start + step // (BLOCK // M))
             query = (base + SIGN * entry) * BLOCK + (step % (BLOCK // M)) * M
@@ -180,5 +168,22 @@ def grad_kv_kernel(
             else:
                 k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
                                             padded, True, scale, scale_log2, False, M, TMA, ACC, PRECISION)
+    # The own block of every head, in one loop over (head, query part). Query parts before this key part see none of it.
+    parts = BLOCK // M - (part * N) // M
+    for step in tl.range(0, GROUP * parts, num_stages=1, disable_licm=True):
+        head = kv_head * GROUP + step // parts
+        line = (batch * kv_heads * GROUP + head) * 2
+        diagonal = tl.load(row_fields + (head * tiles + tile) * 4 + 3)
+        if diagonal >= 0:
+            query_part = (part * N) // M + step % parts
+            query = diagonal * BLOCK + query_part * M
+            q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
+            do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
+            allowed = tl.arange(0, N)[:, None] - queries[None, :] <= query_part * M - part * N
+            if DOCUMENTS:
+                q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
+                allowed = allowed & (q_document[None, :] == k_document[:, None])
+            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
+                                        padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
     write_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA, ADD)
     write_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA, ADD)

@@ -51,9 +51,9 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
     """
     if mask.columns is None:
         raise ValueError("mask.columns: None, so there is no column part")
-    q_side = side_of(q_positions, mask.block_size, name="q_positions")
+    q_side = side_of(q_positions, mask.block_size, mask.active.device, name="q_positions")
     columns = mask.columns.contiguous()
-    blocks = q_side.device_blocks.to(columns.device)
+    blocks = q_side.device_blocks
     tiles, (heads, capacity) = len(blocks), columns.shape
     words = -(-capacity // COLUMN_TILE)
     usable = torch.empty(heads, tiles, words, dtype=torch.int64, device=columns.device)
@@ -65,11 +65,10 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
                                       TOEPLITZ=mask.is_toeplitz, CHUNK=chunk)
     ends = ((blocks + 1) * mask.block_size).clamp(max=mask.seq_len_tokens).to(torch.int32)
     first_tile = torch.searchsorted(ends, columns[:, ::COLUMN_TILE].contiguous(), right=True, out_int32=True)
-    order = torch.arange(tiles - 1, -1, -1, dtype=torch.int32, device=columns.device)
     has_own = (limits[:, :, 1] > limits[:, :, 0]).any(1).to(torch.int32)
     q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
     return ColumnTask(mask=mask, q_side=q_side, q_valid_tokens=q_side.valid_tokens(mask), columns=columns,
-                      usable=usable, limits=limits, first_tile=first_tile, has_own=has_own, order=order,
+                      usable=usable, limits=limits, first_tile=first_tile, has_own=has_own, order=q_side.order(falling=True),
                       q_documents=q_documents, column_documents=column_documents)
 
 

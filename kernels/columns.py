@@ -60,7 +60,8 @@ def usable_columns(words, start, N: tl.constexpr):
     word = tl.load(words + start // 64) >> tl.cast(start % 64, tl.int64)
     lane = tl.arange(0, N)
     half = tl.where(lane < 32, word.to(tl.int32), (word >> 32).to(tl.int32))
-    return ((half >> (lane % 32)) & 1) != 0
+    # In a score tile a thread holds columns 8 i + 2 t and the next: one shift by 2 t, then constant masks.
+    return ((half >> (lane & 6)) & (1 << ((lane & 24) | (lane & 1)))) != 0
 
 
 @triton.jit

@@ -1,10 +1,13 @@
 """Compile the kernels for a GPU that is not here and read what they need: registers, stack, shared memory.
 
 Nothing runs; Triton brings the assembler. TRITON_INTERPRET must not be set.
+    python -m sparsering.kernels.cross_compile 80 --head-dims 128 64 --blocks 128 64
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import tempfile
@@ -64,7 +67,8 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
     if not documents:
         constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
     if kernel != tuning.COLUMN_GRAD_KV:
-        constants |= dict.fromkeys((() if constants["COLUMNS"] else _COLUMN_ONLY) + (() if constants["BLOCKS"] else _BLOCK_ONLY))
+        constants |= dict.fromkeys(() if constants["COLUMNS"] else _COLUMN_ONLY)
+        constants |= dict.fromkeys(() if constants["BLOCKS"] else _BLOCK_ONLY)
     function = KERNELS[kernel]
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -109,3 +113,25 @@ def _read_usage(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump: no resource usage in {text!r}")
     return int(found.group(1)), int(found.group(2))
+
+
+def main() -> None:
+    """Print one JSON line per kernel and shape: registers, stack_bytes, shared_bytes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT_BYTES))
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[128])
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--documents", action="store_true")
+    arguments = parser.parse_args()
+    for kernel in arguments.kernels:
+        for head_dim in arguments.head_dims:
+            for block in arguments.blocks:
+                found = resources(kernel, capability=arguments.capability, head_dim=head_dim, block_size=block,
+                                  documents=arguments.documents)
+                print(json.dumps({"kernel": kernel, "head_dim": head_dim, "block": block, "registers": found.registers,
+                                  "stack_bytes": found.stack_bytes, "shared_bytes": found.shared_bytes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

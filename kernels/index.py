@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .index_gathered import gathered_lists
+from .index_kernels import residue_lists, row_fields
+from .index_periodic import PeriodicTables, periodic_lists, periodic_tables
 from .mask import AttentionMask, document_of
 
 # Above this many (head, row, tile) triples, CSR entries are counted first: less memory, one host synchronisation.
 CSR_DENSE_LIMIT = 1 << 23
-ROW_FIELDS = 4  # start, count, base, diagonal
+ResidueLists = tuple[Tensor, Tensor, int]  # entries, before, stride: see index_kernels.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,37 @@ class Side:
         steps = np.diff(self.blocks)
         return int(steps[0]) if (steps == steps[0]).all() else None
 
+    def order(self, *, falling: bool) -> Tensor:
+        """int32 [T]: local tiles by falling or rising block, kept on the device. Long rows first in a causal mask."""
+        known = self.__dict__.setdefault("_order", {})
+        if falling not in known:
+            order = np.argsort(-self.blocks if falling else self.blocks, kind="stable").astype(np.int32)
+            known[falling] = torch.from_numpy(order).to(self.device_blocks.device)
+        return known[falling]
+
+    def own_tiles(self, others: Side) -> Tensor:
+        """int64 [T]: the other side's local tile of each block held here, or -1; kept on the device."""
+        known = self.__dict__.setdefault("_own_tiles", {})
+        if id(others) not in known:
+            rising = np.argsort(others.blocks, kind="stable")
+            at = np.searchsorted(others.blocks, self.blocks, sorter=rising)
+            found = at < len(others.blocks)
+            at[found] = rising[at[found]]
+            found[found] = others.blocks[at[found]] == self.blocks[found]
+            tiles = torch.from_numpy(np.where(found, at, -1)).to(self.device_blocks.device)
+            known[id(others)] = others, tiles  # the reference keeps the id taken
+        return known[id(others)][1]
+
+    def periodic_tables(self, others: Side, blocks: int, *, transposed: bool) -> PeriodicTables | None:
+        """The tables of index_periodic for these rows and others, kept on the device; None where there is no period."""
+        known = self.__dict__.setdefault("_periodic", {})
+        key = id(others), blocks, transposed
+        if key not in known:
+            tables = periodic_tables(self.blocks, others.blocks, blocks=blocks, transposed=transposed,
+                                     device=self.device_blocks.device)
+            known[key] = others, tables  # the reference keeps the id taken
+        return known[key][1]
+
     def valid_tiles(self, mask: AttentionMask) -> int:
         """Tiles that hold at least one valid token: a prefix."""
         return int((self.blocks < mask.blocks).sum()) if self.ascending else len(self.blocks)
@@ -89,19 +121,20 @@ class Side:
 _SIDES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def side_of(positions: Tensor, block_size: int, *, name: str, gathered: bool = False) -> Side:
+def side_of(positions: Tensor, block_size: int, device: torch.device, *, name: str, gathered: bool = False) -> Side:
     """The tiles of a shard from its token positions [S]. Reading them waits for the device once per tensor.
 
-    gathered: allow several shards one after the other, each of whole blocks. Raises ValueError when a local tile of block_size tokens is not exactly one mask block.
+    gathered: allow several shards one after the other, each of whole blocks. Raises ValueError when a local tile of
+    block_size tokens is not exactly one mask block.
     """
     known = _SIDES.setdefault(positions, {})
-    key = (block_size, gathered, 0 if positions.is_inference() else positions._version)
+    key = (block_size, device, gathered, 0 if positions.is_inference() else positions._version)
     if key not in known:
-        known[key] = _read_side(positions, block_size, name, gathered)
+        known[key] = _read_side(positions, block_size, device, name, gathered)
     return known[key]
 
 
-def _read_side(positions: Tensor, block_size: int, name: str, gathered: bool) -> Side:
+def _read_side(positions: Tensor, block_size: int, device: torch.device, name: str, gathered: bool) -> Side:
     host = positions.detach().cpu().numpy().astype(np.int64)
     blocks = host[::block_size] // block_size
     expected = (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: len(host)]
@@ -112,8 +145,9 @@ def _read_side(positions: Tensor, block_size: int, name: str, gathered: bool) ->
         raise ValueError(f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
                          f"position {host[at]}); the triton backend needs a granularity that is a multiple of them")
     tail = len(host) - (len(blocks) - 1) * block_size if len(blocks) else 0
-    device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(positions.device)
-    return Side(blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail)
+    device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(device)
+    return Side(blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host),
+                last_block_tokens=tail)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +165,22 @@ class BlockTask:
     @cached_property
     def queries(self) -> TileLists:
         """Rows are query tiles."""
-        return _lists(self.mask, self.q_side, self.k_side, transposed=False)
+        return _lists(self.mask, self.q_side, self.k_side, transposed=False, residues=self._residues(self.k_side))
 
     @cached_property
     def keys(self) -> TileLists:
         """Rows are key tiles: for dK and dV."""
-        return _lists(self.mask, self.k_side, self.q_side, transposed=True)
+        return _lists(self.mask, self.k_side, self.q_side, transposed=True, residues=self._residues(self.q_side))
+
+    def _residues(self, side: Side) -> ResidueLists | None:
+        """Diagonals by residue for a side whose blocks are an arithmetic progression; both directions share them."""
+        stride = side.stride()
+        if not self.mask.is_toeplitz or stride is None:
+            return None
+        known = self.__dict__.setdefault("_by_stride", {})
+        if stride not in known:
+            known[stride] = *residue_lists(self.mask.active, stride), stride
+        return known[stride]
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +193,8 @@ def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) ->
 
     Raises ValueError when the local tiles are not whole mask blocks.
     """
-    q_side = side_of(q_positions, mask.block_size, name="q_positions")
-    k_side = side_of(k_positions, mask.block_size, name="k_positions", gathered=True)
+    q_side = side_of(q_positions, mask.block_size, mask.active.device, name="q_positions")
+    k_side = side_of(k_positions, mask.block_size, mask.active.device, name="k_positions", gathered=True)
     q_documents, k_documents = (_local_documents(mask, p) for p in (q_positions, k_positions))
     return BlockTask(mask=mask, q_side=q_side, k_side=k_side, q_valid_tokens=q_side.valid_tokens(mask),
                      k_valid_tokens=k_side.valid_tokens(mask), q_documents=q_documents, k_documents=k_documents)
@@ -161,80 +205,42 @@ def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
     return None if documents is None else documents.to(torch.int32)
 
 
-def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> TileLists:
-    lists = None
-    if mask.is_toeplitz and others.stride() is not None:
-        lists = _toeplitz_lists(mask, rows, others, transposed=transposed)
-    elif mask.is_toeplitz and not transposed:
-        lists = gathered_lists(mask, rows.blocks, others.blocks)
-    if lists is None:
-        lists = _csr_lists(mask, rows, others, transposed=transposed)
-    starts, counts, base, entries, sign = lists
+def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool,
+           residues: ResidueLists | None = None) -> TileLists:
+    if residues is not None:
+        return _toeplitz_lists(mask, rows, others, residues, transposed=transposed)
+    tables = rows.periodic_tables(others, mask.blocks, transposed=transposed) if mask.is_toeplitz else None
+    lists = None if tables is None else periodic_lists(mask, tables, transposed=transposed)
+    starts, counts, base, entries, sign = lists or _csr_lists(mask, rows, others, transposed=transposed)
     diagonal = _diagonal_tiles(mask, rows, others)
-    work = counts.sum(0) + (diagonal >= 0).sum(0)
-    order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
+    if mask.is_toeplitz:
+        order = rows.order(falling=not transposed)
+    else:
+        work = counts.sum(0) + (diagonal >= 0).sum(0)
+        order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
     fields = torch.stack([starts, counts, base.expand_as(counts), diagonal], dim=-1).to(torch.int32)
     return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=sign)
 
 
+def _toeplitz_lists(mask: AttentionMask, rows: Side, others: Side, residues: ResidueLists, *,
+                    transposed: bool) -> TileLists:
+    """Rows of one residue share a sorted list of diagonals; no row has a list of its own. See index_kernels.py."""
+    entries, before, stride = residues
+    first = int(others.blocks[0]) if len(others.blocks) else 0
+    fields = row_fields(mask.active, rows.device_blocks, before, stride=stride, first=first,
+                        others=others.valid_tiles(mask), transposed=transposed)
+    return TileLists(rows=fields, entries=entries, order=rows.order(falling=not transposed),
+                     sign=1 if transposed else -1)
+
+
 def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
     """[H, T]: the other side's local tile of each row's own block where that pair is active, else -1."""
-    device = mask.active.device
-    rising = np.argsort(others.blocks, kind="stable")
-    at = np.searchsorted(others.blocks, rows.blocks, sorter=rising)
-    found = at < len(others.blocks)
-    at[found] = rising[at[found]]
-    found[found] = others.blocks[at[found]] == rows.blocks[found]
-    tiles = torch.from_numpy(np.where(found & (rows.blocks < mask.blocks), at, -1)).to(device)
-    blocks = rows.device_blocks.to(device).long().clamp(max=mask.blocks - 1)
+    tiles = rows.own_tiles(others)
+    blocks = rows.device_blocks.long()
+    tiles = torch.where(blocks < mask.blocks, tiles, -1)
+    blocks = blocks.clamp(max=mask.blocks - 1)
     active = mask.active[:, :1].expand(-1, len(rows.blocks)) if mask.is_toeplitz else mask.active[:, blocks, blocks]
     return torch.where(active, tiles[None, :], -1)
-
-
-def _toeplitz_lists(mask: AttentionMask, rows: Side, others: Side, *,
-                    transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Rows of one residue share a sorted list of diagonals d = residue + stride * entry; no row list is stored.
-
-    Forward, u = (I - first - d) / stride = m - entry; transposed, u = (J + d - first) / stride = entry - m, with
-    residue and m the remainder and quotient of the row's distance from the other side's first block.
-    """
-    stride = others.stride()
-    assert stride is not None
-    device, heads = mask.active.device, mask.heads
-    length = -(-mask.blocks // stride)
-    entries, before = _residue_lists(mask.active, stride, length)
-    first, valid = (int(others.blocks[0]) if len(others.blocks) else 0), others.valid_tiles(mask)
-    blocks = rows.device_blocks.to(device).long()
-    distance = first - blocks if transposed else blocks - first
-    residue = distance % stride
-    m = torch.div(distance - residue, stride, rounding_mode="floor")
-    low, high = (m, m + valid) if transposed else (m - valid + 1, m + 1)
-    low, high = low.clamp(0, length), high.clamp(0, length)
-    high = torch.where(blocks < mask.blocks, torch.maximum(low, high), low)
-    lists = residue[None, :].expand(heads, -1)
-    head = torch.arange(heads, device=device)[:, None]
-    skipped = before[head, lists, low[None, :]]
-    counts = before[head, lists, high[None, :]] - skipped
-    starts = (head * stride + lists) * (length + 1) + skipped
-    return starts, counts, (-m if transposed else m)[None, :], entries, (1 if transposed else -1)
-
-
-def _residue_lists(active: Tensor, stride: int, length: int) -> tuple[Tensor, Tensor]:
-    """Entries [H * stride * (length + 1)] and, [H, stride, length + 1], how many entries of a list lie below e.
-
-    Diagonal 0 is left out (it is the rows' `diagonal`). The last slot of each list takes what is not active.
-    """
-    heads, blocks = active.shape
-    spread = torch.zeros(heads, length * stride, dtype=torch.bool, device=active.device)
-    spread[:, 1:blocks] = active[:, 1:]
-    spread = spread.view(heads, length, stride).transpose(1, 2)
-    before = torch.zeros(heads, stride, length + 1, dtype=torch.int64, device=active.device)
-    torch.cumsum(spread, dim=-1, out=before[:, :, 1:])
-    slot = torch.where(spread, before[:, :, :-1], length)
-    entries = torch.zeros(heads, stride, length + 1, dtype=torch.int32, device=active.device)
-    values = torch.arange(length, dtype=torch.int32, device=active.device).expand_as(slot)
-    entries.scatter_(2, slot, values)
-    return entries.flatten(), before
 
 
 def _csr_lists(mask: AttentionMask, rows: Side, others: Side, *,
@@ -256,9 +262,9 @@ def _csr_lists(mask: AttentionMask, rows: Side, others: Side, *,
 
 def _active_tiles(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> Tensor:
     """bool [H, T rows, T others]: strictly causal active pairs of valid blocks."""
-    device, last = mask.active.device, mask.blocks - 1
-    row = rows.device_blocks.to(device).long()[:, None]
-    other = others.device_blocks.to(device).long()[None, :]
+    last = mask.blocks - 1
+    row = rows.device_blocks.long()[:, None]
+    other = others.device_blocks.long()[None, :]
     query, key = (other, row) if transposed else (row, other)
     causal = (query > key) & (query <= last)
     query, key = query.clamp(max=last), key.clamp(max=last)

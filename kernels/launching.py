@@ -102,7 +102,7 @@ def column_arguments(column_k: Tensor | None, column_v: Tensor | None, index: Co
     ck, cv = column_k.transpose(1, 2), column_v.transpose(1, 2)
     return {"column_k": source(ck, capacity, launch.n, launch), "column_v": source(cv, capacity, launch.n, launch),
             **strides(ck=ck, cv=cv), "columns": index.columns, "usable": index.usable, "limits": index.limits,
-            "q_blocks": index.q_side.device_blocks.to(index.columns.device),
+            "q_blocks": index.q_side.device_blocks,
             "column_documents": index.column_documents, "capacity": capacity, "words": index.usable.shape[2],
             "COLUMNS": True}
 

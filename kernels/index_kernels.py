@@ -1,0 +1,95 @@
+"""Two small kernels that build a Toeplitz index in place of some fifty tensor operations: launches cost more than work.
+
+Forward, a row is query block I and visits key tiles u = (I - first - d) / stride = m - entry; transposed, it is key
+block J and visits query tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder and quotient of
+the row's distance from the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
+"""
+
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK, _ROWS = 1024, 128
+
+
+@triton.jit(do_not_specialize=["stride", "length", "blocks"])
+def residue_kernel(active, entries, before, stride, length, blocks, CHUNK: tl.constexpr):
+    """Sorted entries of each (head, residue), and how many of them lie below each e = 0 .. length. Grid (H, stride).
+
+    Diagonal 0 is left out: it is the rows' own `diagonal`. Lists are length + 1 apart.
+    """
+    head, residue = tl.program_id(0), tl.program_id(1)
+    line = (head * stride + residue) * (length + 1)
+    tl.store(before + line, 0)
+    carry = 0
+    for start in range(0, length, CHUNK):
+        entry = start + tl.arange(0, CHUNK)
+        diagonal = residue + entry * stride
+        inside = (diagonal > 0) & (diagonal < blocks)
+        on = (tl.load(active + head * blocks + diagonal, mask=inside, other=0) != 0).to(tl.int32)
+        up_to = carry + tl.cumsum(on, 0)
+        tl.store(before + line + 1 + entry, up_to, mask=entry < length)
+        tl.store(entries + line + up_to - 1, entry, mask=on != 0)
+        carry += tl.sum(on, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "stride", "first", "others", "length", "blocks"])
+def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others, length, blocks,
+                TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H). others: valid tiles."""
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    block = tl.load(row_blocks + rows, mask=rows < tiles, other=0)
+    if TRANSPOSED:
+        distance = first - block
+    else:
+        distance = block - first
+    # Division rounds towards zero; a negative distance must round down.
+    m = tl.where(distance >= 0, distance // stride, -((stride - 1 - distance) // stride))
+    residue = distance - m * stride
+    if TRANSPOSED:
+        low, high, own = m, m + others, -m
+    else:
+        low, high, own = m - others + 1, m + 1, m
+    low = tl.minimum(tl.maximum(low, 0), length)
+    high = tl.minimum(tl.maximum(high, low), length)
+    valid = (rows < tiles) & (block < blocks)
+    high = tl.where(valid, high, low)
+    line = (head * stride + residue) * (length + 1)
+    skipped = tl.load(before + line + low, mask=valid, other=0)
+    count = tl.load(before + line + high, mask=valid, other=0) - skipped
+    has_own = valid & (residue == 0) & (own >= 0) & (own < others)
+    diagonal_active = tl.load(active + head * blocks) != 0
+    pointers = fields + (head * tiles + rows) * 4
+    tl.store(pointers, line + skipped, mask=rows < tiles)
+    tl.store(pointers + 1, count, mask=rows < tiles)
+    tl.store(pointers + 2, own, mask=rows < tiles)
+    tl.store(pointers + 3, tl.where(has_own & diagonal_active, own, -1), mask=rows < tiles)
+
+
+def residue_lists(active: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """(entries, before) int32 [H * stride * (length + 1)] of active [H, N], length = ceil(N / stride)."""
+    heads, blocks = active.shape
+    length = -(-blocks // stride)
+    entries, before = torch.empty(2, heads * stride * (length + 1), dtype=torch.int32, device=active.device)
+    chunk = min(_CHUNK, triton.next_power_of_2(length))
+    residue_kernel[(heads, stride)](active.contiguous().view(torch.uint8), entries, before, stride, length, blocks,
+                                    CHUNK=chunk)
+    return entries, before
+
+
+def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: int, first: int, others: int,
+               transposed: bool) -> Tensor:
+    """int32 [H, T, 4]: see rows_kernel. row_blocks int32 [T]; first block, stride and valid tiles of the other side."""
+    (heads, blocks), tiles = active.shape, row_blocks.shape[0]
+    fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
+    if tiles:
+        rows_kernel[(triton.cdiv(tiles, _ROWS), heads)](
+            active.contiguous().view(torch.uint8), row_blocks, before, fields, tiles, stride, first, others,
+            -(-blocks // stride), blocks, TRANSPOSED=transposed, SIZE=_ROWS)
+    return fields
