@@ -51,7 +51,7 @@ def main() -> None:
     """Prepare model and text and start the ranks, or be one."""
     arguments = _parser().parse_args()
     if arguments.toy:
-        arguments.gpus, arguments.steps, arguments.seq_len = min(arguments.gpus, 2), min(arguments.steps, 8), 2048
+        arguments.gpus, arguments.steps, arguments.seq_len = min(arguments.gpus, 2), min(arguments.steps, 8), 1024
         arguments.microbatches = 1
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory(prefix="sparsering-learning-") as folder:
@@ -177,7 +177,8 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     density = max(row["density"] for row in rows if row["kind"] == "sparse")
     sentence = (
         f"after {arguments.steps} steps of {arguments.microbatches} × {arguments.seq_len} bytes: "
-        f"dense {last['dense']:.4f}, sparse {last['sparse']:.4f} nats per byte (means of the last {LAST_STEPS} steps), gap {gap:+.4f}; "
+        f"dense {last['dense']:.4f}, sparse {last['sparse']:.4f} "
+        f"nats per byte (means of the last {LAST_STEPS} steps), gap {gap:+.4f}; "
         f"sparse density at most {density:.3f}"
     )
     print(sentence)

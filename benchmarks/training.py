@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
+    parser.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
     parser.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
     parser.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -165,6 +166,8 @@ def _measure(
     prepared_s = time.perf_counter() - began
     for _ in range(arguments.warmups):
         trainer.step()
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     results = [trainer.step(measured=True) for _ in range(arguments.steps)]
     trainer.close()
     own = _medians(results)
@@ -253,7 +256,7 @@ def _config(
             "device": world.device.type,
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
-            "memory": {"loss": arguments.loss, "offload": arguments.offload},
+            "memory": {"loss": arguments.loss, "offload": arguments.offload, "fused_layers": arguments.fused_layers},
         }
     )
 

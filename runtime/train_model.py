@@ -134,6 +134,13 @@ def build_model(section: ModelSection, config: Any, *, device: torch.device, dty
     return model.train()
 
 
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Let liger-kernel's fused kernels compute norms, rotation and MLP (GPUs). Attention and loss stay ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+
+
 def _check_angles(model: Module) -> None:
     """Rotation frequencies below float32 lose relative positions at long range; TF32 would do the same."""
     for name, buffer in model.named_buffers():
@@ -176,6 +183,8 @@ class ModelWithLoss(Module):
 def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
     """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
     layers = decoder_layers(model)
+    if config.memory.fused_layers:
+        fuse_layers(model)
     if config.memory.checkpoint_layers:
         for layer in layers:
             checkpoint_layer(layer, offload=config.memory.offload)

@@ -89,8 +89,9 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     if verify_data:
         data.verify()
     resolved = resolve_plan(config, facts.shape, device=device)
-    if config.memory.loss == "liger" and (device != "cuda" or not liger_is_here()):
-        raise InputError("'liger' needs a GPU and the package liger-kernel", field="memory.loss")
+    for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
+        if wanted and (device != "cuda" or not liger_is_here()):
+            raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
     if config.metrics is not None and config.metrics.tensorboard:
         TensorBoard(config.metrics.folder).close()
     setup = Setup(

@@ -85,6 +85,13 @@ def test_density_one_equals_a_dense_model_alone(attention: str, tmp_path: Path, 
     assert_same_training(rank_pools(2).run("train_jobs.run", config=config), trained_alone(config))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen3"])
+def test_families_that_are_called_tested(family: str, tmp_path: Path, rank_pools: Pools) -> None:
+    changes = {"model_type": family, "head_dim": 8, "architectures": None, "pad_token_id": 0, "sliding_window": None}
+    config = write_run(tmp_path, model=changes, seq_len_tokens=192, steps=2)
+    assert_same_training(rank_pools(2).run("train_jobs.run", config=config), trained_alone(config))
+
+
 def test_a_rank_without_a_valid_label_counts_nothing(tmp_path: Path, rank_pools: Pools) -> None:
     config = write_run(tmp_path, seq_len_tokens=60, steps=3)  # rank 1 owns tokens 64 … 127: padding only
     results = rank_pools(2).run("train_jobs.run", config=config)

@@ -147,7 +147,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "torch ring on CPU": ({"attention": "torch-context-parallel"}, "attention: 'torch-context-parallel' needs GPUs"),
     "rope": ({"model": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}, "'dynamic'"),
     "float16": ({"dtype": "float16"}, "'float16' cannot be trained in"),
-    "liger on CPU": ({"memory": {"loss": "liger"}}, "memory.loss: 'liger' needs a GPU"),
+    "liger on CPU": ({"memory": {"loss": "liger"}}, "memory.loss: needs a GPU"),
+    "fused on CPU": ({"memory": {"fused_layers": True}}, "memory.fused_layers: needs a GPU"),
 }
 
 
