@@ -20,7 +20,7 @@ PURPLE = "#7a5ea8"
 GREY = "#b8c0ca"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 LOAD_SCALE = [[0.0, "#f4f7fb"], [0.25, "#c3d8ec"], [0.5, "#7fadd6"], [0.75, "#3a78b5"], [1.0, "#123f73"]]
-CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+CONFIG: dict[str, Any] = {"displayModeBar": False, "responsive": True}
 
 
 def styled(figure: Figure, *, height: int, **layout: Any) -> Figure:

@@ -27,7 +27,7 @@ PLAIN_RING: Mapping[str, int] = {"prefetch": 1}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loads:
-    """One way to spread a layer's forward pass. pairs: int64 [W, phases], tile pairs; step_time_us: simulated, if known."""
+    """One way to spread a layer's forward pass. pairs: int64 [W, phases], tile pairs; step_time_us: if simulated."""
 
     title: str
     planned: bool

@@ -46,12 +46,21 @@ def masks_figure(trace: Trace) -> go.Figure:
         for trace_of_map in _map(one):
             figure.add_trace(trace_of_map, row=row, col=column)
         last = one.of.seq_len_tokens
-        figure.update_xaxes(range=[0, last], constrain="domain", showgrid=False, nticks=5, row=row, col=column)
-        figure.update_yaxes(range=[last, 0], scaleanchor=f"x{number + 1 if number else ''}", constrain="domain",
-                            showgrid=False, nticks=5, row=row, col=column)  # fmt: skip
+        ticks = {"showgrid": False, "constrain": "domain", "dtick": _tick(last), "tickformat": "d"}
+        figure.update_xaxes(range=[0, last], row=row, col=column, **ticks)
+        figure.update_yaxes(range=[last, 0], scaleanchor=f"x{number + 1 if number else ''}",
+                            showticklabels=column == 1, row=row, col=column, **ticks)  # fmt: skip
     figure.update_xaxes(title="key token", row=rows)
     figure.update_yaxes(title="query token", col=1)
     return styled(figure, height=320 * rows + 40, margin={"l": 72, "r": 16, "t": 60, "b": 52}, showlegend=False)
+
+
+def _tick(last: int) -> int:
+    """Return a round distance that makes at most four ticks."""
+    distance = 1
+    while last / distance > 4:
+        distance *= 2
+    return distance
 
 
 def chosen_heads(trace: Trace, count: int) -> list[ShownHead]:
