@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import triton_backend as ours
-from ..kernels.gathered import gather_columns, scatter_columns
 from ..kernels.mask import AttentionMask
 
 FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
@@ -88,7 +87,7 @@ def _ours_forward(problem: Problem) -> State:
     index, column_index = problem.built["ours"]
     columns = None
     if column_index is not None:
-        columns = *(gather_columns(x, problem.mask, problem.positions) for x in (problem.k, problem.v)), column_index
+        columns = *ours.gather_columns(problem.k, problem.v, column_index), column_index
     out, lse = ours.block_forward(problem.q, problem.k, problem.v, index, scale=problem.scale,
                                   out_dtype=problem.q.dtype, columns=columns)
     return out, lse, columns
@@ -99,8 +98,7 @@ def _ours_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
     *grads, of_columns = ours.full_gradients(problem.grad_out, problem.q, problem.k, problem.v, out, lse,
                                              problem.built["ours"][0], scale=problem.scale, columns=columns)
     if of_columns is not None:
-        for part, grad in zip(of_columns, grads[1:], strict=True):
-            scatter_columns(part, problem.mask, problem.positions, grad=grad)
+        ours.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
     return tuple(grads)
 
 

@@ -103,6 +103,16 @@ class Side:
             known[key] = others, tables  # the reference keeps the id taken
         return known[key][1]
 
+    def tile_of_block(self, blocks: int) -> Tensor:
+        """int32 [blocks]: the local tile of each mask block, or -1; kept on the device."""
+        known = self.__dict__.setdefault("_tile_of_block", {})
+        if blocks not in known:
+            tiles = np.full(blocks, -1, dtype=np.int32)
+            inside = self.blocks < blocks
+            tiles[self.blocks[inside]] = np.flatnonzero(inside)
+            known[blocks] = torch.from_numpy(tiles).to(self.device_blocks.device)
+        return known[blocks]
+
     def valid_tiles(self, mask: AttentionMask) -> int:
         """Tiles that hold at least one valid token: a prefix."""
         return int((self.blocks < mask.blocks).sum()) if self.ascending else len(self.blocks)

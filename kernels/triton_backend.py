@@ -14,15 +14,21 @@ from torch import Tensor
 from . import launching, tuning
 from .backward import grad_kv_kernel, grad_q_kernel
 from .column_index import COLUMN_TILE, ColumnTask, column_task
+from .column_copies import gather as gather_columns
+from .column_copies import scatter as scatter_columns
 from .columns import column_grad_kv_kernel
 from .forward import forward_kernel
 from .index import BlockTask, block_task
 from .launching import BASE_2, loadable, settings, source, strides
 from .mask import AttentionMask
+from .merging import merge_in_place
 from .merge import accumulator_dtype
 
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
+
+__all__ = ["block_backward", "block_forward", "block_index", "column_backward", "column_forward", "column_index",
+           "full_gradients", "gather_columns", "scatter_columns"]
 
 Columns = tuple[Tensor, Tensor, ColumnTask]
 Partial = tuple[Tensor, Tensor]
@@ -50,7 +56,8 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockTask, *, scale: f
     launching.check_query(q, index)
     launching.check_keys(k, index)
     q, k, v = (loadable(x) for x in (q, k, v))
-    return _forward(q, k, v, index, columns, scale, into or launching.empty_partial(q, out_dtype), into is not None)
+    part = _forward(q, k, v, index, columns, scale, launching.empty_partial(q, None if into else out_dtype))
+    return part if into is None else merge_in_place(into, part)
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float,
@@ -58,12 +65,12 @@ def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnT
     """See api.column_forward. `into` is merged in place and returned."""
     launching.check_query(q, index)
     q = loadable(q)
-    return _forward(q, None, None, None, (column_k, column_v, index), scale, into or launching.empty_partial(q),
-                    into is not None)
+    part = _forward(q, None, None, None, (column_k, column_v, index), scale, launching.empty_partial(q))
+    return part if into is None else merge_in_place(into, part)
 
 
 def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | None, columns: Columns | None,
-             scale: float, partial: Partial, merge: bool) -> Partial:
+             scale: float, partial: Partial) -> Partial:
     task = _query_task(index, columns)
     kernel = tuning.COLUMN_FORWARD if index is None else tuning.FUSED_FORWARD if columns else tuning.FORWARD
     launch, common = settings(kernel, q, task.mask)
@@ -72,7 +79,7 @@ def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | N
     if grid[0]:
         forward_kernel[grid](
             out=out, lse=lse, scale_log2=scale * BASE_2, q_tokens=q.shape[1], order=_order(index, columns),
-            lse_b=lse.stride(0), lse_h=lse.stride(1), MERGE=merge, **strides(out=out),
+            lse_b=lse.stride(0), lse_h=lse.stride(1), MERGE=False, **strides(out=out),
             **launching.query_arguments(q, task, launch), **_both_parts(q, k, v, index, columns, launch), **common)
     return out, lse
 

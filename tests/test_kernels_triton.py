@@ -183,14 +183,29 @@ def test_parts_fused_in_one_launch_agree() -> None:
     (grad_out, q, k, v), mask = problem(tokens=100, padding=28, block=32, toeplitz=True, columns=70, documents=True)
     everything = torch.arange(128)
     index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
-    column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
+    column_k, column_v = backend.gather_columns(k, v, column_index)
+    for ours, x in ((column_k, k), (column_v, v)):
+        torch.testing.assert_close(ours, api.gather_columns(x, mask, everything), atol=0, rtol=0)
     columns = column_k, column_v, column_index
     out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)
     *grads, of_columns = backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=SCALE, columns=columns)
     assert of_columns is not None
-    for part, grad in zip(of_columns, grads[1:], strict=True):
-        api.scatter_columns(part, mask, everything, grad=grad)
+    backend.scatter_columns(*of_columns, column_index, grad_k=grads[1], grad_v=grads[2])
     assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 100)
+
+
+def test_columns_of_a_shard_are_gathered_and_added_back() -> None:
+    (grad_out, _, k, v), mask = problem(tokens=150, padding=10, block=32, toeplitz=True, columns=50)
+    at = torch.cat([torch.arange(b * 32, (b + 1) * 32) for b in (1, 3, 4)])
+    index = backend.column_index(mask, at)
+    for ours, x in zip(backend.gather_columns(k[:, at], v[:, at], index), (k, v), strict=True):
+        torch.testing.assert_close(ours, api.gather_columns(x[:, at], mask, at), atol=0, rtol=0)
+    parts = [torch.randn(1, 4, 50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    grads, right = ([torch.ones(1, 96, 2, 16, dtype=torch.float64) for _ in range(2)] for _ in range(2))
+    backend.scatter_columns(*parts, index, grad_k=grads[0], grad_v=grads[1])
+    for part, grad, ours in zip(parts, right, grads, strict=True):
+        api.scatter_columns(part, mask, at, grad=grad)
+        torch.testing.assert_close(ours, grad, atol=1e-12, rtol=0)
 
 
 def test_a_lost_entry_is_seen() -> None:
