@@ -9,7 +9,8 @@ is timed apart from everything else, on every rank; rows hold the slowest rank's
     python -m sparsering.benchmarks.training --merge results/training-*.json
     python -m sparsering.benchmarks.training --toy            # two gloo processes on CPUs, a tiny model
 
-Every call is a process group of its own; `--merge` puts result files side by side.
+Every call is a process group of its own; `--merge` puts result files side by side. All implementations start from the
+same weights and tokens: `loss` and `grad_norm` of the dense ones must agree.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def _measure(
         **{name: value for name, value in worst.items() if name.endswith("_ms")},
         "other_ms": step_ms - worst["attention_ms"],
         "loss": results[-1].loss,
+        "grad_norm": results[-1].grad_norm,
         "steps": arguments.steps,
         "prepared_s": prepared_s,
         "seed": arguments.seed,

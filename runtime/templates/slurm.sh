@@ -13,7 +13,6 @@
 #SBATCH --cpus-per-task 64
 #SBATCH --exclusive
 #SBATCH --requeue
-#SBATCH --signal TERM@120
 set -euo pipefail
 
 config=${1:?usage: sbatch slurm.sh config.yaml}
