@@ -11,7 +11,7 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: help setup demo test test-gpu lint format map package clean
+.PHONY: help setup demo test test-many-ranks test-gpu lint format map package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ $(STAMP): pyproject.toml .ci/setup
 demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/report.html
 	@$(BIN)/sparsering demo
 
-test: $(STAMP)  ## all tests that need no GPU
-	$(BIN)/pytest -m "not gpu" --durations=15
+test: $(STAMP)  ## all tests that need no GPU, but for the next ones
+	$(BIN)/pytest -m "not gpu and not many_ranks" --durations=15
+
+test-many-ranks: $(STAMP)  ## 32 processes on this machine: minutes, 12 GB
+	$(BIN)/pytest -m many_ranks
 
 test-gpu: $(STAMP)  ## the tests that need NVIDIA GPUs
 	$(BIN)/pytest -m gpu --durations=15

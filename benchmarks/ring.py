@@ -10,7 +10,6 @@ kernels alone. `exposed_ms` is what the whole step takes beyond that.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -18,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,25 @@ from ..planner.placement import REGULAR_PLACEMENTS
 from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
 from ..runtime.attention import PlannedAttention
 from ..runtime.comm import Channel, Channels, Message
-from ..runtime.measure import Recorder
+from ..runtime.measure import Recorder, collect_timeline
 from ..runtime.mesh import Mesh, join, leave
 from .common import RESULTS, write_result
 from .masks import slash_mask
 
-DEFAULT_LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "ring:prefetch=1", "ring:prefetch=3"]
+LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "ring:prefetch=1", "ring:prefetch=3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration; its text is the row's `layout`."""
+
+    placement: str
+    granularity_blocks: int
+    backend: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.placement}x{self.granularity_blocks} {self.layout}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", type=int, default=1024)
     parser.add_argument("--layout", action="append", help="name:parameter=value,…; forward+backward may differ: a/b")
     parser.add_argument("--placement", nargs="+", default=["striped"], choices=sorted(REGULAR_PLACEMENTS))
+    parser.add_argument("--granularity-blocks", type=int, nargs="+", default=[1], help="blocks of one stripe")
     parser.add_argument("--backend", nargs="+", default=["triton"])
     parser.add_argument("--torch-context-parallel", action="store_true", help="also the dense ring of torch (slow)")
     parser.add_argument("--repeats", type=int, default=5)
@@ -122,46 +136,48 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, An
     channels = Channels(mesh)
     for density in arguments.density:
         mask = slash_mask(arguments.seq_len, density, arguments.columns, seed=arguments.seed).to(mesh.device)
-        for placement in arguments.placement:
-            for backend in arguments.backend:
-                for layout in arguments.layout or DEFAULT_LAYOUTS:
-                    rows.append(_measure_planned(arguments, mesh, channels, mask, placement, backend, layout))
-                    if mesh.rank == 0:
-                        print(json.dumps(rows[-1]), flush=True)
+        cases = product(
+            arguments.placement, arguments.granularity_blocks, arguments.backend, arguments.layout or LAYOUTS
+        )
+        for placement, granularity, backend, layout in cases:
+            case = Case(placement=placement, granularity_blocks=granularity, backend=backend, layout=layout)
+            rows.append(_measure_planned(arguments, mesh, channels, mask, case))
+            if mesh.rank == 0:
+                print(_table(rows[-1:]).splitlines()[-1], flush=True)
     if arguments.torch_context_parallel:
         rows.append(_measure_torch(arguments, mesh))
     return rows
 
 
 def _measure_planned(
-    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, mask: AttentionMask, placement: str, backend: str,
-    layout: str,
-) -> dict[str, Any]:  # fmt: skip
-    forward, _, backward = layout.partition("/")
+    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, mask: AttentionMask, case: Case
+) -> dict[str, Any]:
+    forward, _, backward = case.layout.partition("/")
+    granularity = case.granularity_blocks * mask.block_size
     plan = make_plan(
         model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
         seq_len_tokens=arguments.seq_len,
         block_size=mask.block_size,
         dtype="bfloat16",
         columns_capacity=mask.column_capacity,
-        placement=REGULAR_PLACEMENTS[placement](
-            seq_len_tokens=arguments.seq_len, world_size=mesh.world_size, granularity_tokens=mask.block_size
+        placement=REGULAR_PLACEMENTS[case.placement](
+            seq_len_tokens=arguments.seq_len, world_size=mesh.world_size, granularity_tokens=granularity
         ),
         forward=_parse_layout(forward),
         backward=_parse_layout(backward or forward),
         pattern=PatternSpec(source="trace"),
-        kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]  # pydantic refuses others
+        kernels=KernelSpec(backend=case.backend),  # pyright: ignore[reportArgumentType]  # pydantic refuses others
     )
     planned = PlannedAttention(plan, mesh, channels=channels)
     tensors = _tensors(planned, arguments.seed)
     attend = _attend(planned, mask)
     whole = _time(attend, tensors, mesh, arguments.repeats)
-    imbalance = _imbalance(planned, attend, tensors, mesh, arguments, layout, mask)
+    imbalance = _imbalance(planned, tensors, arguments, str(case), mask)
     silent: Channel = SilentChannel()
     planned.channels = dict.fromkeys(planned.channels, silent)
     alone = _time(attend, tensors, mesh, arguments.repeats)
     density = _density(mask)
-    return _row(arguments, mesh, f"ours-{backend}", f"{placement} {layout}", density, whole) | {
+    return _row(arguments, mesh, f"ours-{case.backend}", str(case), density, whole) | {
         "compute_ms": alone.forward_ms + alone.backward_ms,
         "exposed_ms": whole.forward_ms + whole.backward_ms - alone.forward_ms - alone.backward_ms,
         "compute_forward_ms": alone.forward_ms,
@@ -248,13 +264,11 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _imbalance(
-    planned: PlannedAttention, attend: Callable[..., Tensor], tensors: list[Tensor], mesh: Mesh,
-    arguments: argparse.Namespace, layout: str, mask: AttentionMask,
-) -> float:  # fmt: skip
+    planned: PlannedAttention, tensors: list[Tensor], arguments: argparse.Namespace, layout: str, mask: AttentionMask
+) -> float:
     """Return the worker imbalance of one recorded step; with --profile its timeline is written too."""
-    from ..runtime.measure import collect_timeline
-
     *inputs, grad_out = tensors
+    mesh = planned.mesh
     timed = PlannedAttention(
         planned.plan, mesh, channels=Channels(mesh, timed=True), recorder=Recorder(device=mesh.device)
     )
@@ -271,7 +285,7 @@ def _imbalance(
     if arguments.profile is not None:
         timeline = collect_timeline(mesh, spans, topic=f"profile/{timed.topic}", metadata={"layout": layout})
         if timeline is not None:
-            name = layout.translate(str.maketrans("/:=,", "----"))
+            name = layout.translate(str.maketrans("/:=, ", "-----"))
             timeline.save(arguments.profile / f"ring-{name}-{_density(mask):.3f}.json.gz")
     totals = [float(value) for value in everyone]
     return max(totals) / (sum(totals) / len(totals))

@@ -55,8 +55,18 @@ def gpu_pools() -> Iterator[Callable[[int, bool], RankPool]]:
         pool.close()
 
 
-def _plan(pattern: LayerPattern, world_size: int, placement: str, layout: tuple[str, dict[str, int]]) -> Plan:
-    common = {"seq_len_tokens": pattern.seq_len_tokens, "world_size": world_size, "granularity_tokens": 128}
+def _plan(
+    pattern: LayerPattern,
+    world_size: int,
+    placement: str,
+    layout: tuple[str, dict[str, int]],
+    granularity_tokens: int = 128,
+) -> Plan:
+    common = {
+        "seq_len_tokens": pattern.seq_len_tokens,
+        "world_size": world_size,
+        "granularity_tokens": granularity_tokens,
+    }
     if placement == "balanced":
         padded = REGULAR_PLACEMENTS["striped"](**common).padded_tokens
         load = unit_load([pattern], granularity_tokens=128, padded_tokens=padded)
@@ -97,21 +107,34 @@ def test_bf16_over_nccl(
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, placement, layout), pattern)
 
 
+@pytest.mark.parametrize("granularity_tokens", [256, 512])
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_wider_stripes(world_size: int, granularity_tokens: int, gpu_pools: Callable[[int, bool], RankPool]) -> None:
+    pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
+    plan = _plan(pattern, world_size, "striped", ("gather", {"chunks": 1}), granularity_tokens=granularity_tokens)
+    _check(gpu_pools(world_size, False), plan, pattern)
+
+
 @pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 2})], ids=str)
+@pytest.mark.parametrize("world_size", [4, 8])
 def test_block_masks_and_documents(
-    layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384, density=0.1, columns=128, documents=5, block_mask_heads=4)
-    _check(gpu_pools(8, False), _plan(pattern, 8, "balanced", layout), pattern)
+    _check(gpu_pools(world_size, False), _plan(pattern, world_size, "balanced", layout), pattern)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[8][:1] + LAYOUTS[8][2:], ids=str)
-def test_long_sequence(layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]) -> None:
+@pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w][-2:]], ids=str)
+def test_long_sequence(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
     pattern = anchor_pattern(seq_len_tokens=131072, density=0.05, columns=1024)
-    _check(gpu_pools(8, False), _plan(pattern, 8, "striped", layout), pattern)
+    _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[8], ids=str)
-def test_two_nodes(layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]) -> None:
+@pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w]], ids=str)
+def test_two_nodes(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
     pattern = anchor_pattern(seq_len_tokens=32768, density=0.1, columns=512)
-    _check(gpu_pools(8, True), _plan(pattern, 8, "striped", layout), pattern)
+    _check(gpu_pools(world_size, True), _plan(pattern, world_size, "striped", layout), pattern)

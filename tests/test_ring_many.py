@@ -11,7 +11,7 @@ from test_ring_gloo import TOLERANCE, largest_difference
 WORLD_SIZE = 32
 
 
-@pytest.mark.slow
+@pytest.mark.many_ranks
 @pytest.mark.timeout(600)
 def test_thirty_two_ranks_agree_with_the_reference() -> None:
     case = Case(
