@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sparsering.kernels.index import BlockTask, TileLists, block_task
 from sparsering.kernels.mask import AttentionMask
 
@@ -59,6 +60,12 @@ PLACEMENTS = {
     "gathered with own": ([2, 6, 10], [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]),
     "gathered, two ranks of three": ([1, 4, 7, 10], [0, 3, 6, 9, 2, 5, 8, 11]),
     "gathered, too short": ([1, 5, 9, 13], [0, 4, 8, 2, 6, 10, 14]),
+    "pairs of blocks": ([2, 3, 10, 11], [4, 5, 12, 13]),
+    "pairs of blocks, own": ([2, 3, 10, 11], [2, 3, 10, 11]),
+    "pairs of blocks, gathered": ([2, 3, 10, 11], [0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13]),
+    "triples, gathered with own": ([3, 4, 5, 12, 13, 14], [6, 7, 8, 15, 16, 17, 3, 4, 5, 12, 13, 14, 0, 1, 2, 9, 10, 11]),
+    "one stripe each": ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]),
+    "gathered stretches": ([12, 13, 14, 15], [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7]),
     "gathered zigzag": ([0, 1, 14, 15], [4, 5, 10, 11, 2, 3, 12, 13]),
 }
 
@@ -112,3 +119,14 @@ def test_index_at_512k_and_16_heads_is_small() -> None:
     mask = AttentionMask(seq_len_tokens=blocks * 128, block_size=128, active=active)
     everything = torch.arange(blocks * 128)
     assert block_task(mask, everything, everything).nbytes < 8 * 2**20
+
+
+def test_striped_shards_need_no_list_per_row() -> None:
+    """Stripes of several blocks, gathered from three ranks: entries per class of rows, not per row."""
+    mask = mask_of(96 * BLOCK, toeplitz=True)
+    shards = [[b for b in range(96) if b // 4 % 4 == rank] for rank in range(4)]
+    task = block_task(mask, positions(shards[1]), positions(shards[0] + shards[3] + shards[2]))
+    gathered = shards[0] + shards[3] + shards[2]
+    assert len(task.queries.entries) == mask.heads * 4 * (mask.blocks + 1)
+    assert pairs_of(task.queries, transposed=False) == pairs_by_definition(mask, shards[1], gathered)
+    assert pairs_of(task.keys, transposed=True) == pairs_by_definition(mask, shards[1], gathered)

@@ -1,0 +1,110 @@
+"""Toeplitz lists where blocks are owned in stripes: a few lists per head, whatever the number of rows and shards.
+
+Blocks repeat with a period of P: a shard (or several gathered ones, laid one after the other) holds, of every period,
+the same `step` blocks, so that local tile(J) = offset[J mod P] + step * (J div P). A query block I = P a + x sees, d
+diagonals back, J = I - d, whose residue depends on (x, d) alone; so does tile(J) - step * a. Rows with the same x share
+one list of these constants, sorted by d, and each visits a prefix of it: the diagonals d <= I. For keys (transposed)
+the same with I = J + d, and the prefix d < blocks - J.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .mask import AttentionMask
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodicTables:
+    """What does not depend on the mask. C classes: the distinct residues of the rows' blocks; N blocks.
+
+    constant int32 [C, N]: tile - step * a of the block that diagonal d leads to; present bool [C, N]: whether it is
+    here; row_class, base, rows int64 [T]: each row's class, step * a, and block.
+    """
+
+    constant: Tensor
+    present: Tensor
+    row_class: Tensor
+    base: Tensor
+    rows: Tensor
+
+
+def periodic_tables(
+    rows: np.ndarray, others: np.ndarray, *, blocks: int, transposed: bool, device: torch.device
+) -> PeriodicTables | None:
+    """Return the tables for rows and others (int64 mask blocks of local tiles), or None where there is no period.
+
+    blocks: N of the mask; rows beyond are padding. Reads no device memory.
+    """
+    found = _period(others, blocks)
+    if found is None or not len(rows):
+        return None
+    period, step, offset = found
+    residues, row_class = np.unique(rows % period, return_inverse=True)
+    diagonals = np.arange(blocks)
+    distance = residues[:, None] + (diagonals if transposed else -diagonals)
+    residue = distance % period
+    constant = offset[residue] + step * ((distance - residue) // period)
+    present = (offset[residue] >= 0) & (diagonals > 0)
+    return PeriodicTables(
+        constant=torch.from_numpy(constant.astype(np.int32)).to(device),
+        present=torch.from_numpy(present).to(device),
+        row_class=torch.from_numpy(row_class.reshape(-1)).to(device),
+        base=torch.from_numpy(step * (rows // period)).to(device),
+        rows=torch.from_numpy(rows).to(device),
+    )
+
+
+def periodic_lists(mask: AttentionMask, tables: PeriodicTables, *, transposed: bool) -> Lists:
+    """Starts [H, T], counts [H, T], base [1, T], entries and sign, as `index._lists` wants them. Does not wait."""
+    device, heads, blocks = mask.active.device, mask.heads, mask.blocks
+    taken = mask.active[:, None, :] & tables.present[None]
+    classes = taken.shape[1]
+    before = torch.zeros(heads, classes, blocks + 1, dtype=torch.int64, device=device)
+    torch.cumsum(taken, dim=-1, out=before[:, :, 1:])
+    slot = torch.where(taken, before[:, :, :-1], blocks)  # the last slot takes what is not active
+    entries = torch.zeros(heads, classes, blocks + 1, dtype=torch.int32, device=device)
+    entries.scatter_(2, slot, tables.constant.expand_as(slot))
+    reach = blocks - tables.rows if transposed else tables.rows + 1  # so many diagonals stay in the sequence
+    reach = torch.where(tables.rows < blocks, reach, 0)
+    counts = before[:, tables.row_class, reach]
+    head = torch.arange(heads, device=device)[:, None]
+    starts = (head * classes + tables.row_class) * (blocks + 1)
+    return starts, counts, tables.base[None, :], entries.flatten(), 1
+
+
+def _period(others: np.ndarray, blocks: int) -> tuple[int, int, np.ndarray] | None:
+    """Return (period, step, first tile of each residue, -1 where absent), proved for every tile; None if there is none.
+
+    Every residue that is here must be here up to the end of the sequence.
+    """
+    if not len(others):
+        return None
+    period = _candidate(others)
+    if period is None:
+        return None
+    offset = np.full(period, -1)
+    low = others < period
+    offset[others[low]] = np.flatnonzero(low)
+    turn, residue = np.divmod(others, period)
+    second = np.flatnonzero(turn == 1)
+    step = int(second[0] - offset[residue[second[0]]]) if len(second) else 1
+    proved = (offset[residue] >= 0).all() and (offset[residue] + step * turn == np.arange(len(others))).all()
+    held = np.bincount(residue, minlength=period)
+    needed = -(-(blocks - np.arange(period)) // period)  # blocks of each residue in the sequence
+    whole = (held[offset >= 0] >= needed[offset >= 0]).all()
+    return (period, step, offset) if proved and whole else None
+
+
+def _candidate(others: np.ndarray) -> int | None:
+    """Return the distance after which the first tile's residue comes again in its run of tiles."""
+    rising = np.flatnonzero(np.diff(others, append=-1) <= 0)[0] + 1  # the first shard's tiles
+    first = others[:rising]
+    gaps = np.flatnonzero(np.diff(first) != 1) + 1  # where a stripe ends
+    return int(first[gaps[0]] - first[0]) if len(gaps) else None
