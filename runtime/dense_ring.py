@@ -90,14 +90,16 @@ class _Zigzag(torch.autograd.Function):
 def _forward(ring: ZigzagAttention, q: Tensor, kv: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
     attend, _ = KERNELS[ring.kernel]
     rank, world = ring.mesh.rank, ring.mesh.world_size
+    wide = torch.promote_types(q.dtype, torch.float32)
     total_out = total_lse = None
     for step in range(world):
         wait = ring.rotate(kv) if step + 1 < world else None
         rows, keys, causal = _work(rank, (rank - step) % world, q.shape[2])
         k, v = (_expanded(part[:, :, keys], q.shape[1]) for part in kv)
         out, lse, _ = attend(q[:, :, rows].contiguous(), k, v, causal, scale)
+        out = out.to(wide)
         if total_out is None or total_lse is None:
-            total_out, total_lse = out.float(), lse
+            total_out, total_lse = out, lse
         else:
             so_far = _bshd(total_out[:, :, rows], total_lse[:, :, rows])
             merged, total_lse[:, :, rows] = merge(*so_far, *_bshd(out, lse))
@@ -152,7 +154,7 @@ def _pair(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _bshd(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    return out.float().transpose(1, 2), lse
+    return out.transpose(1, 2), lse
 
 
 def _expanded(part: Tensor, heads: int) -> Tensor:

@@ -85,6 +85,14 @@ def test_density_one_equals_a_dense_model_alone(attention: str, tmp_path: Path, 
     assert_same_training(rank_pools(2).run("train_jobs.run", config=config), trained_alone(config))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_zigzag_ring_is_dense_attention(world_size: int, rank_pools: Pools) -> None:
+    job = {"attention": "cpu", "seq_len_tokens": 64, "dtype": "float64"}
+    for errors in rank_pools(world_size).run("train_jobs.dense_ring", **job):
+        for name, (error, _) in errors.items():
+            assert error < 1e-12, name
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen3"])
 def test_families_that_are_called_tested(family: str, tmp_path: Path, rank_pools: Pools) -> None:
     changes = {"model_type": family, "head_dim": 8, "architectures": None, "pad_token_id": 0, "sliding_window": None}

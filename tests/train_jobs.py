@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from sparsering.runtime import attention
+from sparsering.planner.placement import zigzag
+from sparsering.runtime import attention as ring_attention
+from sparsering.runtime.dense_ring import ZigzagAttention
 from sparsering.runtime.mesh import Mesh
+from sparsering.runtime.torch_ring import TorchContextParallel
 from sparsering.runtime.train_config import parse_config
 from sparsering.runtime.train_loop import Trainer, TrainingError
 from sparsering.runtime.train_model import decoder_layers
@@ -35,7 +38,7 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(set_up(parse_config(config)), mesh)
     assert trainer.masks is not None
     counts = {"chosen": 0, "forward": 0, "backward": 0}
-    source, play = trainer.masks.source, attention.play
+    source, play = trainer.masks.source, ring_attention.play
 
     def chosen(layer: int) -> Any:
         counts["chosen"] += 1
@@ -45,11 +48,11 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
         counts[schedule.direction] += 1
         play(schedule, *arguments)
 
-    trainer.masks.source, attention.play = chosen, played
+    trainer.masks.source, ring_attention.play = chosen, played
     try:
         trainer.step()
     finally:
-        attention.play = play
+        ring_attention.play = play
         trainer.close()
     return counts | {"parameters": parameters(trainer)}
 
@@ -82,4 +85,45 @@ def parameters(trainer: Trainer) -> dict[str, Any]:
     """Return the whole parameters as arrays."""
     named = trainer.hf_model.named_parameters()
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
-    return {name: tensor.detach().numpy().copy() for name, tensor in whole.items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in whole.items()}
+
+
+def dense_ring(mesh: Mesh, *, attention: str, seq_len_tokens: int, dtype: str, seed: int = 0) -> dict[str, list[float]]:
+    """Run a dense baseline forward and backward; return per tensor [its error, that of plain torch in its type].
+
+    Errors are the largest over this rank's rows, against float64.
+    """
+    kind, device = getattr(torch, dtype), mesh.device
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [(1, seq_len_tokens, heads, 64) for heads in (4, 2, 2, 4)]
+    whole = [torch.randn(shape, generator=generator, device=device).to(kind) for shape in shapes]
+    placement = zigzag(
+        seq_len_tokens=seq_len_tokens, world_size=mesh.world_size,
+        granularity_tokens=seq_len_tokens // (2 * mesh.world_size),
+    )  # fmt: skip
+    own = torch.from_numpy(placement.positions(mesh.rank)).to(device)
+    ring = TorchContextParallel(mesh) if attention == "torch" else ZigzagAttention(mesh, kernel=attention)
+    wanted = _plainly(*(x.double() for x in whole))
+    plain = _plainly(*whole)
+    q, k, v = (x[:, own].contiguous().requires_grad_() for x in whole[:3])
+    out = ring(q, k, v)
+    out.backward(whole[3][:, own])
+    errors: dict[str, list[float]] = {}
+    results = zip(("out", "dq", "dk", "dv"), (out, q.grad, k.grad, v.grad), wanted, plain, strict=True)
+    for name, got, exact, rounded in results:
+        assert got is not None
+        errors[name] = [(x.double() - exact[:, own]).abs().max().item() for x in (got, rounded[:, own])]
+    return errors
+
+
+def _plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor) -> list[torch.Tensor]:
+    """Return out, dq, dk, dv of dense causal attention, written out."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    group = q.shape[2] // k.shape[2]
+    query, key, value = (
+        x.repeat_interleave(repeat, dim=2).transpose(1, 2) for x, repeat in zip(leaves, (1, group, group), strict=True)
+    )
+    causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+    scores = (query @ key.transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(~causal, -torch.inf)
+    out = (scores.softmax(-1) @ value).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]

@@ -46,13 +46,15 @@ def write_text(folder: Path, *, documents: int = 8, bytes_each: int = 700) -> Pa
     return folder
 
 
-def write_run(folder: Path, *, model: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def write_run(
+    folder: Path, *, model: dict[str, Any] | None = None, documents: int = 8, **changes: Any
+) -> dict[str, Any]:
     """Write model, data and `config.yaml` of a CPU run below `folder`; return the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         write_model(folder / "model", **(model or {}))
     if not (folder / "data").exists():
-        write_data([write_text(folder / "text")], folder / "data", byte_tokenizer())
+        write_data([write_text(folder / "text", documents=documents)], folder / "data", byte_tokenizer())
     config: dict[str, Any] = {
         "model": {"path": str(folder / "model"), "random_weights": True},
         "data": {"folder": str(folder / "data")},
