@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..traces.errors import UnsupportedError
@@ -68,7 +69,9 @@ class _TorchRing(torch.autograd.Function):
         if kept is not None and kept.replaying:
             return kept.take(q.device)[0]
         leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
+        # The inner graph keeps its own tensors: an activation checkpoint around this layer must not see them, since
+        # nothing of it is computed again. Detached, so that a saved output does not hold its own graph.
+        with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
             out = ring.forward(leaves[0], leaves[1], leaves[2], scale)
         ctx.graph = out, leaves, ring
         result = out.detach().transpose(1, 2).contiguous()
