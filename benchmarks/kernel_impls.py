@@ -138,7 +138,8 @@ def _flex_prepare(problem: Problem) -> None:
     else:
         active = mask.active & (block[:, None] > block[None, :])
         diagonal = mask.active[:, block, block]
-    full_count, full_index = active.sum(-1).int()[None], torch.argsort(active.int(), dim=-1, descending=True, stable=True).int()[None]
+    full_count = active.sum(-1).int()[None]
+    full_index = torch.argsort(active.int(), dim=-1, descending=True, stable=True).int()[None]
     partial_index = torch.zeros_like(full_index)
     partial_index[..., 0] = block
     problem.built["flex"] = BlockMask.from_kv_blocks(

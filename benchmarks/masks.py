@@ -79,7 +79,7 @@ def density_of(mask: AttentionMask) -> float:
 
 
 def forward_flops(mask: AttentionMask, head_dim: int) -> float:
-    """Matmul FLOPs of one forward: active blocks whole, plus for each causal (query, column) pair, covered or not, 4 D."""
+    """Matmul FLOPs of one forward: active blocks whole; 4 D for each causal (query, column) pair, covered or not."""
     flops = 4.0 * mask.block_size * mask.block_size * head_dim * active_block_pairs(mask)
     if mask.columns is not None:
         valid = mask.columns < mask.seq_len_tokens

@@ -50,7 +50,7 @@ class Work:
         column_shape = (1, heads, 1024, head_dim)
         self.column_k, self.column_v = (torch.randn(column_shape, device="cuda", dtype=dtype, generator=generator)
                                         for _ in range(2))
-        positions = torch.arange(seq_len, device="cuda")
+        self.positions = positions = torch.arange(seq_len, device="cuda")
         self.index = backend.block_index(self.mask, positions, positions)
         self.columns = backend.column_index(self.mask, positions)
         self.scale = head_dim ** -0.5
@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    jobs = [(k, launch) for k, text in arguments.settings.items() for launch in launches(text, tma=not arguments.pointers)]
+    jobs = [(kernel, launch) for kernel, text in arguments.settings.items()
+            for launch in launches(text, tma=not arguments.pointers)]
     if arguments.worker is None:
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
         others = [subprocess.Popen([*command, "--worker", str(i)], stderr=subprocess.DEVNULL)
@@ -138,8 +139,9 @@ def main() -> None:
                 tuning.OVERRIDES.pop(kernel)
             if arguments.worker is None:
                 rate = work.flops[kernel] / took / 1e9
-                print(f"{density:.2f} {kernel:14} {launch.m}x{launch.n}x{launch.warps}x{launch.stages}x{launch.registers} "
-                      f"{'tma' if launch.tma else 'ptr'} {took:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
+                tiles = f"{launch.m}x{launch.n}x{launch.warps}x{launch.stages}x{launch.registers}"
+                print(f"{density:.2f} {kernel:14} {tiles:16} {'tma' if launch.tma else 'ptr'} {took:8.3f} ms "
+                      f"{rate:6.0f} TFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

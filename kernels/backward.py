@@ -7,7 +7,9 @@ rowsum(grad_out * out) come from a prepare kernel: padded to whole tiles, lse in
 nothing. Shape legend: see tiles.py.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -100,8 +102,8 @@ def grad_q_kernel(
                 if DOCUMENTS:
                     k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
                     allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True, ACC,
-                                  PRECISION)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
+                                  True, ACC, PRECISION)
         for step in range(0, count * (BLOCK // N)):
             entry = tl.load(entries + start + step // (BLOCK // N))
             key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
@@ -110,11 +112,11 @@ def grad_q_kernel(
             if DOCUMENTS:
                 k_document = tl.load(k_documents + key + keys)
                 allowed = q_document[:, None] == k_document[None, :]
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True, ACC,
-                                  PRECISION)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
+                                  True, ACC, PRECISION)
             else:
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, scale_log2, False, ACC,
-                                  PRECISION)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, scale_log2,
+                                  False, ACC, PRECISION)
     if COLUMNS:
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc = grad_q_columns(

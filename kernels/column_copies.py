@@ -4,7 +4,9 @@ gathered.py does the same with tensor operations on any device; these read K and
 program owns the rows of one tile of one KV head, so that no two additions meet.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .column_index import ColumnTask
 from .columns import columns_up_to
+from .triton_run import run
 
 _SLOTS = 16
 
@@ -68,7 +71,8 @@ def gather(k: Tensor, v: Tensor, index: ColumnTask) -> tuple[Tensor, Tensor]:
     _check(tokens, heads, kv_heads, index)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     column_k, column_v = torch.empty(2, batch, heads, capacity, dim, dtype=k.dtype, device=k.device)
-    gather_kernel[(triton.cdiv(capacity, _SLOTS), heads, batch)](
+    run(
+        gather_kernel, (triton.cdiv(capacity, _SLOTS), heads, batch),
         k, v, column_k, column_v, index.columns, index.q_side.tile_of_block(index.mask.blocks), *k.stride()[:3],
         *v.stride()[:3], heads, capacity, index.mask.seq_len_tokens, GROUP=heads // kv_heads,
         BLOCK=index.mask.block_size, D=dim, SIZE=_SLOTS)
@@ -76,14 +80,15 @@ def gather(k: Tensor, v: Tensor, index: ColumnTask) -> tuple[Tensor, Tensor]:
 
 
 def scatter(part_k: Tensor, part_v: Tensor, index: ColumnTask, *, grad_k: Tensor, grad_v: Tensor) -> None:
-    """Add part_k, part_v [B, H, C, D], summed over the query heads of a KV head, into grad_k, grad_v [B, S, H_kv, D]."""
+    """Add part_k, part_v [B, H, C, D], summed over a KV head's query heads, into grad_k, grad_v [B, S, H_kv, D]."""
     batch, tokens, kv_heads, dim = grad_k.shape
     heads, capacity = index.columns.shape
     _check(tokens, heads, kv_heads, index)
     if grad_k.stride(-1) != 1 or grad_v.stride(-1) != 1:
         raise ValueError("grad_k, grad_v: rows of D elements are not in one piece")
     part_k, part_v = part_k.contiguous(), part_v.contiguous()
-    scatter_kernel[(len(index.q_side.blocks), kv_heads, batch)](
+    run(
+        scatter_kernel, (len(index.q_side.blocks), kv_heads, batch),
         part_k, part_v, grad_k, grad_v, index.columns, index.q_side.device_blocks, *grad_k.stride()[:3],
         *grad_v.stride()[:3], heads, capacity, index.mask.seq_len_tokens, GROUP=heads // kv_heads,
         BLOCK=index.mask.block_size, D=dim, num_warps=1)

@@ -36,6 +36,7 @@ _BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "
 _COLUMN_ONLY = ("column_k", "column_v", "columns", "usable", "limits", "q_blocks", "column_documents", "ck_b", "ck_h",
                 "ck_s", "cv_b", "cv_h", "cv_s", "capacity", "words")
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The forward writes bfloat16 where nothing will be merged, else the accumulator's dtype.
 _TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
 _ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n"}
 _FLOATS = {"out", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
@@ -72,7 +73,8 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
     function = KERNELS[kernel]
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch) for name in names}
+    signature = {name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge)
+                 for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
@@ -83,7 +85,7 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
                      cubin=compiled.asm["cubin"])
 
 
-def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch) -> str:
+def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch, merge: bool) -> str:
     if name in _TILED:
         rows = getattr(launch, _TILED[name])
         return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
@@ -93,6 +95,8 @@ def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Laun
         return f"tensordesc<fp32[1, {launch.n}, {head_dim}]>"
     if name in _ADDED and launch.tma:
         return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[name])}, {head_dim}]>"
+    if name == "out" and launch.tma:
+        return f"tensordesc<{'fp32' if merge else dtype}[1, 1, {launch.m}, {head_dim}]>"
     if name in _FLOATS:
         return "*fp32"
     if name in _INTEGERS:

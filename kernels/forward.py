@@ -4,7 +4,9 @@ Only the row's own block needs an element mask (causality), and documents. BLOCK
 a launch computes. Shape legend: see tiles.py.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .columns import forward_columns
-from .tiles import load_tile, softmax_step, store_partial
+from .tiles import load_tile, softmax_step, start_partial, store_partial
 
 
 @triton.jit
@@ -42,9 +44,8 @@ def forward_kernel(
     if DOCUMENTS:
         q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
 
-    acc = tl.zeros([M, D], ACC)
-    peak = tl.full([M], float("-inf"), ACC)
-    total = tl.zeros([M], ACC)
+    acc, peak, total = start_partial(out, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M,
+                                     D, TMA, MERGE, ACC)
     if BLOCKS:
         fields = row_fields + (head * tiles + tile) * 4
         start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
@@ -57,8 +58,8 @@ def forward_kernel(
                 if DOCUMENTS:
                     k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
                     allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
-                                                PRECISION)
+                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True,
+                                                ACC, PRECISION)
         for step in range(0, count * (BLOCK // N)):
             entry = tl.load(entries + start + step // (BLOCK // N))
             key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
@@ -67,8 +68,8 @@ def forward_kernel(
             if DOCUMENTS:
                 k_document = tl.load(k_documents + key + keys)
                 allowed = q_document[:, None] == k_document[None, :]
-                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
-                                                PRECISION)
+                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True,
+                                                ACC, PRECISION)
             else:
                 acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, True, scale_log2, False, ACC,
                                                 PRECISION)
@@ -78,5 +79,5 @@ def forward_kernel(
             acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, limits,
             column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
             scale_log2, N, D, DOCUMENTS, TMA, ACC, PRECISION)
-    store_partial(out, lse, acc, peak, total, batch, head, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b, lse_h,
-                  D, MERGE)
+    store_partial(out, lse, acc, peak, total, batch, head, first, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b,
+                  lse_h, M, D, TMA)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def side_of(positions: Tensor, block_size: int, device: torch.device, *, name: s
     gathered: allow several shards one after the other, each of whole blocks. Raises ValueError when a local tile of
     block_size tokens is not exactly one mask block.
     """
-    known = _SIDES.setdefault(positions, {})
+    known: dict[Any, Side] = _SIDES.setdefault(positions, {})  # pyright: ignore[reportAssignmentType]
     key = (block_size, device, gathered, 0 if positions.is_inference() else positions._version)
     if key not in known:
         known[key] = _read_side(positions, block_size, device, name, gathered)

@@ -5,7 +5,7 @@ block J and visits query tiles u = (J + d - first) / stride = entry - m. residue
 the row's distance from the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_run import run
 
 _CHUNK, _ROWS = 1024, 128
 
@@ -78,8 +80,8 @@ def residue_lists(active: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     length = -(-blocks // stride)
     entries, before = torch.empty(2, heads * stride * (length + 1), dtype=torch.int32, device=active.device)
     chunk = min(_CHUNK, triton.next_power_of_2(length))
-    residue_kernel[(heads, stride)](active.contiguous().view(torch.uint8), entries, before, stride, length, blocks,
-                                    CHUNK=chunk)
+    run(residue_kernel, (heads, stride), active.contiguous().view(torch.uint8), entries, before, stride, length, blocks,
+        CHUNK=chunk)
     return entries, before
 
 
@@ -89,7 +91,8 @@ def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: in
     (heads, blocks), tiles = active.shape, row_blocks.shape[0]
     fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
     if tiles:
-        rows_kernel[(triton.cdiv(tiles, _ROWS), heads)](
+        run(
+            rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
             active.contiguous().view(torch.uint8), row_blocks, before, fields, tiles, stride, first, others,
             -(-blocks // stride), blocks, TRANSPOSED=transposed, SIZE=_ROWS)
     return fields

@@ -19,6 +19,7 @@ from .index import BlockTask
 from .mask import AttentionMask
 from .merge import accumulator_dtype
 from .tiles import LOG2_E
+from .triton_run import run
 
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 64, 128)
@@ -112,7 +113,8 @@ def row_values_of(lse: Tensor, delta: Tensor, index: Task, scale: float) -> Tens
     lse, delta = (x if x.stride(-1) == 1 else x.contiguous() for x in (lse, delta))
     values = _empty_row_values(lse, index)
     batch, heads, _ = lse.shape
-    prepare_kernel[(triton.cdiv(values.shape[1], PREPARE_ROWS), batch * heads)](
+    run(
+        prepare_kernel, (triton.cdiv(values.shape[1], PREPARE_ROWS), batch * heads),
         lse, delta, values, *lse.stride()[:2], *delta.stride()[:2], heads, index.q_valid_tokens, values.shape[1],
         scale, SIZE=PREPARE_ROWS)
     return values
@@ -123,7 +125,8 @@ def row_values_from_out(out: Tensor, grad_out: Tensor, lse: Tensor, index: Task,
     lse = lse if lse.stride(-1) == 1 else lse.contiguous()
     values = _empty_row_values(lse, index)
     batch, _, heads, dim = out.shape
-    prepare_from_out_kernel[(triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads)](
+    run(
+        prepare_from_out_kernel, (triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads),
         out, grad_out, lse, values, *out.stride()[:3], *grad_out.stride()[:3], *lse.stride()[:2], heads,
         index.q_valid_tokens, values.shape[1], scale, SIZE=PREPARE_OUT_ROWS, D=dim)
     return values
@@ -180,6 +183,15 @@ def check_keys(k: Tensor, index: BlockTask) -> None:
     """Raise ValueError when k is not what the index was built for."""
     if k.shape[1] != index.k_side.tokens:
         raise ValueError(f"k: {k.shape[1]} tokens; the index was built for {index.k_side.tokens}")
+
+
+def check_partial(out: Tensor, lse: Tensor, q: Tensor) -> None:
+    """Raise ValueError when (out, lse) [B, S, H, D], [B, H, S] cannot be written in place."""
+    batch, tokens, heads, _ = q.shape
+    if out.shape != q.shape or lse.shape != (batch, heads, tokens):
+        raise ValueError(f"into: shapes {tuple(out.shape)}, {tuple(lse.shape)} are not those of q {tuple(q.shape)}")
+    if loadable(out) is not out or lse.stride(-1) != 1:
+        raise ValueError(f"into: strides {out.stride()}, {lse.stride()} do not keep rows in one piece, 16-byte aligned")
 
 
 def check_columns(column_k: Tensor, index: ColumnTask) -> None:

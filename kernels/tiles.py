@@ -4,7 +4,9 @@ Shape legend of the kernels: M query rows and N keys of a Triton tile, BLOCK tok
 D head dim, GROUP query heads per KV head, C column capacity. ACC is the accumulator's dtype.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def load_tile(source, batch, head, first, limit, stride_b, stride_h, stride_s, ROWS: tl.constexpr, D: tl.constexpr,
               TMA: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first .. first + ROWS of one head, [ROWS, D]; rows from `limit` on are zero (TMA: the descriptor's own end)."""
+    """Rows first .. first + ROWS of one head, [ROWS, D]; zero from row `limit` on (TMA: the descriptor ends there)."""
     if TMA:
         tile = source.load([batch, head, first, 0]).reshape([ROWS, D])
     else:
@@ -88,30 +90,37 @@ def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.cons
 
 
 @triton.jit
-def store_partial(out, lse, acc, peak, total, batch, head, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b, lse_h,
-                  D: tl.constexpr, MERGE: tl.constexpr):
-    """Write out = acc / total and the natural-log lse; with MERGE, into what `out` and `lse` already hold."""
+def start_partial(out, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M: tl.constexpr,
+                  D: tl.constexpr, TMA: tl.constexpr, MERGE: tl.constexpr, ACC: tl.constexpr):
+    """(acc [M, D], peak [M], total [M]) of an online softmax: empty, or with MERGE the partial that out and lse hold.
+
+    A partial is a state with total 1 and its lse (in base 2) as peak: going on from it is the merge.
+    """
+    if MERGE:
+        old = tl.load(lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows, mask=rows < q_tokens,
+                      other=float("-inf")).to(ACC)
+        acc = load_tile(out, batch, head, first, q_tokens, out_b, out_h, out_s, M, D, TMA, True).to(ACC)
+        peak = old * LOG2_E
+        total = tl.where(old == float("-inf"), 0.0, 1.0).to(ACC)
+    else:
+        acc = tl.zeros([M, D], ACC)
+        peak = tl.full([M], float("-inf"), ACC)
+        total = tl.zeros([M], ACC)
+    return acc, peak, total
+
+
+@triton.jit
+def store_partial(out, lse, acc, peak, total, batch, head, first, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b,
+                  lse_h, M: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """Write out = acc / total and the natural-log lse; 0 and -inf for rows that attend nothing and from q_valid on."""
     alive = (total > 0.0) & (rows < q_valid)
     row_lse = tl.where(alive, (peak + tl.log2(tl.where(alive, total, 1.0))) * LN_2, float("-inf"))
     weight = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
-    lse_pointers = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows
-    dims = tl.arange(0, D)
-    pointers = out + batch.to(tl.int64) * out_b + head * out_h + rows.to(tl.int64)[:, None] * out_s + dims[None, :]
-    written = rows < q_tokens
     # Padding rows of a 16-bit input may hold NaN: what they computed never counts.
     values = tl.where(alive[:, None], acc * weight[:, None], 0.0)
-    if MERGE:
-        old_lse = tl.load(lse_pointers, mask=written, other=float("-inf"))
-        old = tl.load(pointers, mask=written[:, None], other=0.0)
-        top = tl.maximum(old_lse, row_lse)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        old_weight, new_weight = tl.exp2((old_lse - shift) * LOG2_E), tl.exp2((row_lse - shift) * LOG2_E)
-        both = old_weight + new_weight
-        both = tl.where(both > 0.0, both, 1.0)
-        values = old * (old_weight / both)[:, None] + values * (new_weight / both)[:, None]
-        row_lse = tl.where(top == float("-inf"), top, shift + tl.log2(both) * LN_2)
-    tl.store(lse_pointers, row_lse.to(lse.dtype.element_ty), mask=written)
-    tl.store(pointers, values.to(out.dtype.element_ty), mask=written[:, None])
+    write_tile(out, values, batch, head, first, q_tokens, out_b, out_s, out_h, M, D, TMA, False)
+    lse_pointers = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows
+    tl.store(lse_pointers, row_lse.to(lse.dtype.element_ty), mask=rows < q_tokens)
 
 
 @triton.jit

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from . import launching, tuning
 from .backward import grad_kv_kernel, grad_q_kernel
-from .column_index import COLUMN_TILE, ColumnTask, column_task
 from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
+from .column_index import COLUMN_TILE, ColumnTask, column_task
 from .columns import column_grad_kv_kernel
 from .forward import forward_kernel
 from .index import BlockTask, block_task
 from .launching import BASE_2, loadable, settings, source, strides
 from .mask import AttentionMask
-from .merging import merge_in_place
 from .merge import accumulator_dtype
+from .triton_run import run
 
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
@@ -56,8 +56,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockTask, *, scale: f
     launching.check_query(q, index)
     launching.check_keys(k, index)
     q, k, v = (loadable(x) for x in (q, k, v))
-    part = _forward(q, k, v, index, columns, scale, launching.empty_partial(q, None if into else out_dtype))
-    return part if into is None else merge_in_place(into, part)
+    return _forward(q, k, v, index, columns, scale, into, out_dtype)
 
 
 def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float,
@@ -65,21 +64,23 @@ def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnT
     """See api.column_forward. `into` is merged in place and returned."""
     launching.check_query(q, index)
     q = loadable(q)
-    part = _forward(q, None, None, None, (column_k, column_v, index), scale, launching.empty_partial(q))
-    return part if into is None else merge_in_place(into, part)
+    return _forward(q, None, None, None, (column_k, column_v, index), scale, into, None)
 
 
 def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | None, columns: Columns | None,
-             scale: float, partial: Partial) -> Partial:
+             scale: float, into: Partial | None, out_dtype: torch.dtype | None) -> Partial:
     task = _query_task(index, columns)
     kernel = tuning.COLUMN_FORWARD if index is None else tuning.FUSED_FORWARD if columns else tuning.FORWARD
     launch, common = settings(kernel, q, task.mask)
     grid = launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
-    out, lse = partial
+    out, lse = into or launching.empty_partial(q, out_dtype)
+    launching.check_partial(out, lse, q)
     if grid[0]:
-        forward_kernel[grid](
-            out=out, lse=lse, scale_log2=scale * BASE_2, q_tokens=q.shape[1], order=_order(index, columns),
-            lse_b=lse.stride(0), lse_h=lse.stride(1), MERGE=False, **strides(out=out),
+        run(
+            forward_kernel, grid,
+            out=source(out, q.shape[1], launch.m, launch), lse=lse, scale_log2=scale * BASE_2, q_tokens=q.shape[1],
+            order=_order(index, columns), lse_b=lse.stride(0), lse_h=lse.stride(1), MERGE=into is not None,
+            **strides(out=out),
             **launching.query_arguments(q, task, launch), **_both_parts(q, k, v, index, columns, launch), **common)
     return out, lse
 
@@ -120,8 +121,8 @@ def full_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
                    scale: float, columns: Columns | None = None) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
     """(dq, dk, dv, (grad_column_k, grad_column_v) or None) where this one task and its columns are all there is.
 
-    dq, dk, dv of the block part in the dtype of q (dq of both parts); columns' gradients [B, H, C, D] in the
-    accumulator dtype. out [B, S_q, H, D] (any float dtype) and lse [B, H, S_q] are the forward's; delta is computed here.
+    dq (of both parts), dk, dv (of the block part) have q's dtype; columns' gradients [B, H, C, D] the accumulator's.
+    out [B, S_q, H, D] (any float dtype) and lse [B, H, S_q] are the forward's; delta is computed here.
     """
     launching.check_query(q, index)
     launching.check_keys(k, index)
@@ -144,7 +145,8 @@ def grad_query(grad_out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, 
     kernel = tuning.COLUMN_GRAD_Q if index is None else tuning.FUSED_GRAD_Q if columns else tuning.GRAD_Q
     launch, common = settings(kernel, q, task.mask)
     valid = task.q_valid_tokens
-    grad_q_kernel[launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)](
+    run(
+        grad_q_kernel, launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m),
         grad_out=source(grad_out, valid, launch.m, launch), row_values=row_values, padded=row_values.shape[1],
         grad_q=source(grad_q, valid, launch.m, launch), scale=scale, scale_log2=scale * BASE_2,
         order=_order(index, columns), ADD=add, **strides(do=grad_out, dq=grad_q),
@@ -156,7 +158,8 @@ def grad_key_value(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values
     """Launch dK and dV of the block part."""
     launch, common = settings(tuning.GRAD_KV, q, index.mask)
     lists, q_valid, k_valid = index.keys, index.q_valid_tokens, index.k_valid_tokens
-    grad_kv_kernel[launching.programs(k, len(index.k_side.blocks), index.mask.block_size, launch.n)](
+    run(
+        grad_kv_kernel, launching.programs(k, len(index.k_side.blocks), index.mask.block_size, launch.n),
         q=source(q, q_valid, launch.m, launch), grad_out=source(grad_out, q_valid, launch.m, launch),
         k=source(k, k_valid, launch.n, launch), v=source(v, k_valid, launch.n, launch),
         grad_k=source(grad_k, k_valid, launch.n, launch), grad_v=source(grad_v, k_valid, launch.n, launch),
@@ -179,7 +182,8 @@ def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tens
     parts = torch.empty(2, chunks * batch * heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
     arguments = launching.column_arguments(column_k, column_v, index, launch)
     del arguments["COLUMNS"]
-    column_grad_kv_kernel[(column_tiles, batch * heads, chunks)](
+    run(
+        column_grad_kv_kernel, (column_tiles, batch * heads, chunks),
         grad_out=source(grad_out, index.q_valid_tokens, launch.m, launch), padded=row_values.shape[1],
         row_values=launching.line_source(row_values, launch), grad_k=launching.part_source(parts[0], launch),
         grad_v=launching.part_source(parts[1], launch), first_tile=first_tile, has_own=index.has_own, scale=scale,

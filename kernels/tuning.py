@@ -36,7 +36,8 @@ class Launch:
 
 # Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
 SM90 = {
-    FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True),
+    # 128 registers let two programs share an SM, also where the launch merges into an earlier partial.
+    FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
     GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
     FUSED_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
