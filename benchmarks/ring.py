@@ -51,7 +51,7 @@ class Case:
         return f"{self.placement}x{self.granularity_blocks} {self.layout}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Sent:
     started: Any = None
     ended: Any = None
@@ -267,7 +267,7 @@ def _imbalance(
     planned: PlannedAttention, tensors: list[Tensor], arguments: argparse.Namespace, layout: str, mask: AttentionMask
 ) -> float:
     """Return the worker imbalance of one recorded step; with --profile its timeline is written too."""
-    *inputs, grad_out = tensors
+    q, k, v, grad_out = tensors
     mesh = planned.mesh
     timed = PlannedAttention(
         planned.plan, mesh, channels=Channels(mesh, timed=True), recorder=Recorder(device=mesh.device)
@@ -277,7 +277,7 @@ def _imbalance(
         dist.barrier()
         torch.cuda.synchronize()
         timed.recorder.begin()
-        timed(*inputs, mask).backward(grad_out)
+        timed(q, k, v, mask).backward(grad_out)
     spans = timed.recorder.spans(mesh.rank)
     busy = sum(span.duration_us for span in spans if span.stream == "compute")
     everyone = [torch.zeros(1, device=mesh.device) for _ in range(mesh.world_size)]

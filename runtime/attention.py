@@ -5,7 +5,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, Direction
 from ..traces.errors import InputError
 from .buffers import BufferPool, Slots
-from .comm import Channels, CommunicationError
+from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks
 from .measure import Recorder
 from .mesh import Mesh, agree
@@ -49,7 +49,7 @@ class PlannedAttention:
         self.plan, self.mesh, self.recorder = plan, mesh, recorder
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
         self._channels = channels or Channels(mesh, timed=recorder is not None)
-        self.channels = self._channels.bind(list(self.schedules.values()))
+        self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
         self.pool = BufferPool(mesh.device)
         placement = plan.make_placement()
         self.positions = [

@@ -76,6 +76,7 @@ def execute(
         inputs.clear()
     spans: list[list[Span]] = []
     peak = 0
+    verdicts: list[Verdict] = []
     for repeat in range(options.warmups + options.repeats):
         progress(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
         results = _step(planned, own, mask, recorder)
@@ -88,7 +89,7 @@ def execute(
             verdicts = verify(planned, _chosen(mask, own), inputs, results, plan.model.head_dim**-0.5)
             inputs.clear()
     planned.agree_on_patterns()
-    return _gathered(planned, spans, verdicts if options.verify else [], peak)
+    return _gathered(planned, spans, verdicts, peak)
 
 
 def _mask(planned: PlannedAttention, pattern: LayerPattern | None) -> Any:

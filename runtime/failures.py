@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from .comm import CommunicationError
 from .mesh import Mesh
@@ -40,7 +41,7 @@ def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLo
     return RankLost(f"{names} of {mesh.world_size} stopped answering (seen by rank {mesh.rank}); {error}")
 
 
-def _signed_in(store: dist.Store, key: str, patience: timedelta) -> bool:
+def _signed_in(store: Store, key: str, patience: timedelta) -> bool:
     if patience == timedelta(0):
         return store.check([key])
     try:

@@ -45,7 +45,7 @@ class Attached:
 
     def __init__(self, model: PreTrainedModel, planned: Attention, masks: LayerMask) -> None:
         self.model, self.planned, self._masks = model, planned, masks
-        self._before = model.config._attn_implementation
+        self._before = model.config._attn_implementation or "eager"
         self._modules = _attention_modules(model)
         for module in self._modules:
             module._sparsering = self

@@ -50,9 +50,7 @@ def _liger_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         LigerFusedLinearCrossEntropyLoss,
     )
 
-    loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
-    )
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32)
     return loss(weight, hidden, labels).float()
 
 

@@ -36,7 +36,7 @@ class Marks(Protocol):
     ended: Any
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class _Fixed:
     started: Any
     ended: Any

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from ..traces.errors import InputError
 
@@ -30,7 +32,7 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
-    store: dist.Store
+    store: Store
     timeout: timedelta
     replica: int = 0
     replicas: int = 1
@@ -56,7 +58,7 @@ class Mesh:
             rank=self.rank % world_size,
             world_size=world_size,
             device=self.device,
-            store=dist.PrefixStore(f"replica {replica}", self.store),
+            store=PrefixStore(f"replica {replica}", self.store),
             timeout=self.timeout,
             replica=replica,
             replicas=self.world_size // world_size,
@@ -118,17 +120,17 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
             timeout=timeout,
         )
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
         raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
     local = int(os.environ.get("LOCAL_RANK", rank))
     chosen = _device(kind, local)
     # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        store=dist.PrefixStore("default", store),
+        store=PrefixStore("default", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,

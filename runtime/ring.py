@@ -44,15 +44,9 @@ class Stage(Protocol):
         ...
 
 
-class Channels(Protocol):
-    """Finds a communicator's channel by name."""
-
-    def __getitem__(self, name: str) -> Channel:
-        """Return the channel."""
-        ...
-
-
-def play(schedule: Schedule, rank: int, stage: Stage, channels: Channels, recorder: Recorder | None = None) -> None:
+def play(
+    schedule: Schedule, rank: int, stage: Stage, channels: Mapping[str, Channel], recorder: Recorder | None = None
+) -> None:
     """Play one rank's phases. On GPUs this only enqueues; the caller's current stream is the compute stream."""
     player = _Player(schedule, rank, stage, channels, recorder)
     for phase in schedule.phases(rank):
@@ -62,7 +56,7 @@ def play(schedule: Schedule, rank: int, stage: Stage, channels: Channels, record
 
 class _Player:
     def __init__(
-        self, schedule: Schedule, rank: int, stage: Stage, channels: Channels, recorder: Recorder | None
+        self, schedule: Schedule, rank: int, stage: Stage, channels: Mapping[str, Channel], recorder: Recorder | None
     ) -> None:
         self.rank, self.stage, self.channels, self.recorder = rank, stage, channels, recorder
         self.direction = schedule.direction

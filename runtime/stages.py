@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,28 +208,25 @@ class BackwardStage:
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
-        common = {"scale": self.scale, "backend": self.indexes.backend, "grad_q": self.grad_q}
-        inputs = (self.grad_out, self.q)
         if tasks[0].key is None:
             assert self.gathered is not None
             self.grad_gathered = torch.zeros_like(self.gathered, dtype=self.grad_q.dtype)
-            grad_k, grad_v = self.grad_gathered
-            index = self.indexes.columns()
-            api.column_backward(
-                *inputs,
-                *self.gathered,
-                self.lse,
-                self.delta,
-                index,
-                grad_column_k=grad_k,
-                grad_column_v=grad_v,
-                **common,
-            )
+            self._compute_columns(self.gathered, self.grad_gathered)
             return
         k, v = self._joined([task.key_buffer for task in tasks])
         grad_k, grad_v = self._grads(tasks)
         index = self.indexes.block(tasks)
-        api.block_backward(*inputs, k, v, self.lse, self.delta, index, grad_k=grad_k, grad_v=grad_v, **common)
+        api.block_backward(
+            self.grad_out, self.q, k, v, self.lse, self.delta, index, grad_k=grad_k, grad_v=grad_v, **self._common()
+        )
+
+    def _compute_columns(self, gathered: Tensor, grad_gathered: Tensor) -> None:
+        (k, v), (grad_k, grad_v), index = gathered.unbind(), grad_gathered.unbind(), self.indexes.columns()
+        inputs = self.grad_out, self.q, k, v, self.lse, self.delta, index
+        api.column_backward(*inputs, grad_column_k=grad_k, grad_column_v=grad_v, **self._common())
+
+    def _common(self) -> dict[str, Any]:
+        return {"scale": self.scale, "backend": self.indexes.backend, "grad_q": self.grad_q}
 
     def _joined(self, names: list[str]) -> Pair:
         return self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)

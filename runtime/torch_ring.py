@@ -45,9 +45,7 @@ class TorchContextParallel:
         from torch.distributed.tensor.experimental import context_parallel
 
         buffer = torch.zeros(2 * self.mesh.world_size, device=self.mesh.device)
-        return context_parallel(
-            self._device_mesh, buffers=[buffer], buffer_seq_dims=[0], no_restore_buffers={buffer}
-        )
+        return context_parallel(self._device_mesh, buffers=[buffer], buffer_seq_dims=[0], no_restore_buffers={buffer})
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Return out [B, H, S, D] with its graph."""
@@ -62,9 +60,7 @@ class TorchContextParallel:
 
 class _TorchRing(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: TorchContextParallel, scale: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: TorchContextParallel, scale: float | None) -> Tensor:
         kept = current_kept()
         if kept is not None and kept.replaying:
             return kept.take(q.device)[0]

@@ -198,9 +198,7 @@ class Trainer:
             rank=self.mesh.rank, device=self.world.device,
         )  # fmt: skip
 
-    def _forward_backward(
-        self, batches: list[Microbatch], valid: Tensor, *, measured: bool, recorded: bool
-    ) -> Tensor:
+    def _forward_backward(self, batches: list[Microbatch], valid: Tensor, *, measured: bool, recorded: bool) -> Tensor:
         """Accumulate gradients of the mean loss over all valid tokens; return this rank's summed loss."""
         # FSDP averages gradients over all processes; what is wanted is their sum over the number of valid tokens.
         factor = self.world.world_size / valid.clamp(min=1.0)

@@ -80,7 +80,9 @@ def anchor_pattern(
         slashes = np.union1d(np.arange(local), generator.permutation(blocks)[:far])
         diagonals = np.union1d(slashes, slashes + 1)
         chosen = np.sort(generator.permutation(seq_len_tokens)[:columns])
-        made.append(VerticalSlash(columns=chosen.astype(np.int32), diagonals=diagonals[diagonals < blocks]))
+        made.append(
+            VerticalSlash(columns=chosen.astype(np.int32), diagonals=diagonals[diagonals < blocks].astype(np.int32))
+        )
     cuts = np.sort(generator.permutation(seq_len_tokens)[: max(documents - 1, 0)])
     ids = np.searchsorted(cuts, np.arange(seq_len_tokens), side="right").astype(np.int32) if documents else None
     return LayerPattern(seq_len_tokens=seq_len_tokens, block_size=block_size, heads=tuple(made), documents=ids)

@@ -43,7 +43,9 @@ def test_a_rank_that_dies_is_named_by_all_others(layout: str, direction: str, vi
         assert time.monotonic() - began < TIMEOUT_S
         assert answers[victim] is None
         for rank in set(range(WORLD_SIZE)) - {victim}:
-            ok, text = answers[rank]
+            answer = answers[rank]
+            assert answer is not None
+            ok, text = answer
             assert not ok
             assert re.search(rf"RankLost: rank {victim} of {WORLD_SIZE} stopped answering", text), text
     finally:
