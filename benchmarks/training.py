@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
     parser.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
+    parser.add_argument("--whole-layers", type=int, default=0, help="layers that are not recomputed, as memory allows")
     parser.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
     parser.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -258,7 +259,8 @@ def _config(
             "device": world.device.type,
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
-            "memory": {"loss": arguments.loss, "offload": arguments.offload, "fused_layers": arguments.fused_layers},
+            "memory": {"loss": arguments.loss, "offload": arguments.offload, "fused_layers": arguments.fused_layers,
+                       "whole_layers": arguments.whole_layers},
         }
     )
 

@@ -26,6 +26,7 @@ def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[
     kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
     layer = 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
     layers = facts.shape.layers
+    whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
     attention = max(layer_memory(plan.schedule(d), shape).total_bytes for d in ("forward", "backward"))
     chunk = min(config.memory.loss_chunk_tokens, tokens) * facts.vocabulary * (2 * master + 2 * element)
     parts = {
@@ -33,8 +34,8 @@ def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[
         "gradients": master * facts.parameters // world,
         "optimizer": 2 * master * facts.parameters // world,
         "gathered_parameters": element * (2 * facts.layer_parameters + 2 * root) + master * facts.layer_parameters,
-        "kept_for_backward": 0 if config.memory.offload else layers * kept,
-        "one_layer": layer if config.memory.checkpoint_layers else layers * layer,
+        "kept_for_backward": 0 if config.memory.offload else (layers - whole) * kept,
+        "whole_layers": max(whole, 1) * layer,
         "attention": attention,
         "loss": chunk + master * facts.vocabulary * facts.hidden + row,
     }

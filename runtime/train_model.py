@@ -186,7 +186,7 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
     if config.memory.fused_layers:
         fuse_layers(model)
     if config.memory.checkpoint_layers:
-        for layer in layers:
+        for layer in layers[: max(len(layers) - config.memory.whole_layers, 0)]:
             checkpoint_layer(layer, offload=config.memory.offload)
     low = getattr(torch, config.dtype) if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)

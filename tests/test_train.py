@@ -128,13 +128,14 @@ def test_attention_runs_forward_once_and_never_chooses_twice(tmp_path: Path, ran
     for name, memory in (
         ("recomputed", {}),
         ("offloaded", {"offload": True}),
+        ("partly", {"whole_layers": 1}),
         ("whole", {"checkpoint_layers": False}),
     ):
         config = write_run(tmp_path, microbatches=2, memory=memory, plan={"pattern": pattern})
         runs[name] = rank_pools(2).run("train_jobs.counted", config=config)[0]
         layers, microbatches = 2, 2
         assert runs[name]["chosen"] == runs[name]["forward"] == runs[name]["backward"] == layers * microbatches, name
-    for name in ("offloaded", "whole"):
+    for name in ("offloaded", "partly", "whole"):
         for parameter, value in runs["recomputed"]["parameters"].items():
             np.testing.assert_array_equal(runs[name]["parameters"][parameter], value, err_msg=f"{name} {parameter}")
 
