@@ -53,8 +53,10 @@ class Problem:
     def tensors(seq_len: int, heads: int, kv_heads: int, head_dim: int, seed: int) -> tuple[Tensor, ...]:
         """Random q, k, v, grad_out on the GPU."""
         generator = torch.Generator("cuda").manual_seed(seed)
-        return tuple(torch.randn(1, seq_len, n, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
-                     for n in (heads, kv_heads, kv_heads, heads))
+        return tuple(
+            torch.randn(1, seq_len, n, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for n in (heads, kv_heads, kv_heads, heads)
+        )
 
 
 State = tuple[Any, ...]
@@ -88,15 +90,25 @@ def _ours_forward(problem: Problem) -> State:
     columns = None
     if column_index is not None:
         columns = *ours.gather_columns(problem.k, problem.v, column_index), column_index
-    out, lse = ours.block_forward(problem.q, problem.k, problem.v, index, scale=problem.scale,
-                                  out_dtype=problem.q.dtype, columns=columns)
+    out, lse = ours.block_forward(
+        problem.q, problem.k, problem.v, index, scale=problem.scale, out_dtype=problem.q.dtype, columns=columns
+    )
     return out, lse, columns
 
 
 def _ours_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
     out, lse, columns = state
-    *grads, of_columns = ours.full_gradients(problem.grad_out, problem.q, problem.k, problem.v, out, lse,
-                                             problem.built["ours"][0], scale=problem.scale, columns=columns)
+    *grads, of_columns = ours.full_gradients(
+        problem.grad_out,
+        problem.q,
+        problem.k,
+        problem.v,
+        out,
+        lse,
+        problem.built["ours"][0],
+        scale=problem.scale,
+        columns=columns,
+    )
     if of_columns is not None:
         ours.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
     return tuple(grads)
@@ -111,16 +123,19 @@ def _dense_forward(backend: SDPBackend) -> Callable[[Problem], State]:
     def forward(problem: Problem) -> State:
         with sdpa_kernel(backend):
             return (functional.scaled_dot_product_attention(*problem.leaves(), is_causal=True, enable_gqa=True),)
+
     return forward
 
 
 @cache
 def _flex(tma: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
+
     compiled = torch.compile(flex_attention, dynamic=False)
     options = {"USE_TMA": True} if tma else {}
-    return lambda q, k, v, block_mask: compiled(q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True,
-                                                kernel_options=options)
+    return lambda q, k, v, block_mask: compiled(
+        q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True, kernel_options=options
+    )
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -129,6 +144,7 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 def _flex_prepare(problem: Problem) -> None:
     from torch.nn.attention.flex_attention import BlockMask
+
     mask = problem.mask
     assert mask is not None
     block = torch.arange(mask.blocks, device="cuda")
@@ -143,8 +159,13 @@ def _flex_prepare(problem: Problem) -> None:
     partial_index = torch.zeros_like(full_index)
     partial_index[..., 0] = block
     problem.built["flex"] = BlockMask.from_kv_blocks(
-        diagonal.int()[None].contiguous(), partial_index, full_count, full_index, BLOCK_SIZE=mask.block_size,
-        mask_mod=_causal)
+        diagonal.int()[None].contiguous(),
+        partial_index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=mask.block_size,
+        mask_mod=_causal,
+    )
 
 
 def _flex_forward(tma: bool) -> Callable[[Problem], State]:
@@ -157,15 +178,22 @@ def _heads_inside(state: State) -> tuple[Tensor, Tensor | None]:
 
 def _flex_implementation(tma: bool) -> Implementation:
     return Implementation(
-        forward=_flex_forward(tma), backward=_autograd_backward, result=_heads_inside, prepare=_flex_prepare,
-        supports=lambda mask, seq_len: mask.columns is None and seq_len <= FLEX_LONGEST)
+        forward=_flex_forward(tma),
+        backward=_autograd_backward,
+        result=_heads_inside,
+        prepare=_flex_prepare,
+        supports=lambda mask, seq_len: mask.columns is None and seq_len <= FLEX_LONGEST,
+    )
 
 
-DENSE = {name: Implementation(forward=_dense_forward(backend), backward=_autograd_backward, result=_heads_inside)
-         for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))}
+DENSE = {
+    name: Implementation(forward=_dense_forward(backend), backward=_autograd_backward, result=_heads_inside)
+    for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))
+}
 SPARSE = {
-    "ours-triton": Implementation(forward=_ours_forward, backward=_ours_backward, prepare=_ours_prepare,
-                                  result=lambda state: (state[0], state[1])),
+    "ours-triton": Implementation(
+        forward=_ours_forward, backward=_ours_backward, prepare=_ours_prepare, result=lambda state: (state[0], state[1])
+    ),
     "flex": _flex_implementation(False),
     "flex-tma": _flex_implementation(True),
 }

@@ -69,6 +69,7 @@ def _row_sums(problem: Problem, out: Tensor) -> tuple[Tensor, Tensor]:
     """lse (ours, whose rows the forward check samples) and delta [H, S] in float64."""
     if "lse" not in problem.built:
         from .kernel_impls import SPARSE
+
         if "ours" not in problem.built:
             prepare = SPARSE["ours-triton"].prepare
             assert prepare is not None

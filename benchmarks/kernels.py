@@ -56,8 +56,13 @@ def problems(arguments: argparse.Namespace, seq_len: int) -> Iterator[tuple[str,
         for density in arguments.densities:
             for columns in arguments.columns if family == "slash" else [0]:
                 extra = (columns,) if family == "slash" else ()
-                yield family, columns, FAMILIES[family](seq_len, density, *extra, heads=arguments.heads[0],
-                                                        block=arguments.block, seed=arguments.seed)
+                yield (
+                    family,
+                    columns,
+                    FAMILIES[family](
+                        seq_len, density, *extra, heads=arguments.heads[0], block=arguments.block, seed=arguments.seed
+                    ),
+                )
 
 
 def measure(implementation: Implementation, problem: Problem, repeats: int) -> dict[str, float]:
@@ -80,14 +85,30 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
     def add(impl: str, family: str, columns: int, density: float, flops: float, times: dict[str, float]) -> None:
         for direction, took in times.items():
             factor = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction]
-            rows.append({"impl": impl, "mask": family, "seq_len": seq_len, "density": round(density, 4),
-                         "columns": columns, "seed": arguments.seed, "direction": direction, "time_ms": took,
-                         "tflops": factor * flops / took / 1e9, "heads": heads, "kv_heads": kv_heads,
-                         "head_dim": arguments.head_dim, "block": arguments.block})
+            rows.append(
+                {
+                    "impl": impl,
+                    "mask": family,
+                    "seq_len": seq_len,
+                    "density": round(density, 4),
+                    "columns": columns,
+                    "seed": arguments.seed,
+                    "direction": direction,
+                    "time_ms": took,
+                    "tflops": factor * flops / took / 1e9,
+                    "heads": heads,
+                    "kv_heads": kv_heads,
+                    "head_dim": arguments.head_dim,
+                    "block": arguments.block,
+                }
+            )
             rate = rows[-1]["tflops"]
             share = f"{100 * rate / dense[direction]:5.1f} % of cuDNN" if direction in dense else ""
-            print(f"{seq_len:7} {family:10} {density:.4f} c{columns:<5} {impl:12} {direction:8} {took:9.3f} ms "
-                  f"{rate:6.1f} TFLOP/s {share}", flush=True)
+            print(
+                f"{seq_len:7} {family:10} {density:.4f} c{columns:<5} {impl:12} {direction:8} {took:9.3f} ms "
+                f"{rate:6.1f} TFLOP/s {share}",
+                flush=True,
+            )
 
     if seq_len <= arguments.dense_limit:
         flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len

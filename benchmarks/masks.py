@@ -8,8 +8,9 @@ from torch import Tensor
 from ..kernels.mask import AttentionMask
 
 
-def slash_mask(seq_len: int, density: float, columns: int, *, heads: int = 16, block: int = 128,
-               seed: int = 0) -> AttentionMask:
+def slash_mask(
+    seq_len: int, density: float, columns: int, *, heads: int = 16, block: int = 128, seed: int = 0
+) -> AttentionMask:
     """Toeplitz mask of about `density`: a local window with 30 % of the slashes, the others drawn at random.
 
     A slash at token distance i * block + block / 2 touches block diagonals i and i + 1. Each head draws its diagonals,
@@ -27,8 +28,9 @@ def slash_mask(seq_len: int, density: float, columns: int, *, heads: int = 16, b
     return AttentionMask(seq_len_tokens=seq_len, block_size=block, active=active, columns=chosen if columns else None)
 
 
-def xattention_like_mask(seq_len: int, density: float, *, heads: int = 16, block: int = 128,
-                         seed: int = 0) -> AttentionMask:
+def xattention_like_mask(
+    seq_len: int, density: float, *, heads: int = 16, block: int = 128, seed: int = 0
+) -> AttentionMask:
     """Block mask: sinks, a local band, some vertical stripes and slashes, and isolated blocks, per head."""
     generator = torch.Generator().manual_seed(seed)
     blocks = seq_len // block
@@ -37,15 +39,16 @@ def xattention_like_mask(seq_len: int, density: float, *, heads: int = 16, block
     active = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
     for head in range(heads):
         stripes = torch.randperm(blocks, generator=generator)[:share]
-        slashes = torch.randperm(blocks, generator=generator)[:2 * share]
+        slashes = torch.randperm(blocks, generator=generator)[: 2 * share]
         active[head] = (key < 2) | (query - key < share) | torch.isin(query - key, slashes)
         active[head][:, stripes] = True
         active[head] |= torch.rand(blocks, blocks, generator=generator) < density / 2
     return AttentionMask(seq_len_tokens=seq_len, block_size=block, active=active & (key <= query))
 
 
-def moba_like_mask(seq_len: int, density: float, *, heads: int = 16, block: int = 128, chunk_blocks: int = 4,
-                   seed: int = 0) -> AttentionMask:
+def moba_like_mask(
+    seq_len: int, density: float, *, heads: int = 16, block: int = 128, chunk_blocks: int = 4, seed: int = 0
+) -> AttentionMask:
     """Block mask: every query block picks its own chunk and top-k earlier chunks of chunk_blocks blocks at random."""
     generator = torch.Generator().manual_seed(seed)
     blocks = seq_len // block

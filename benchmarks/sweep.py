@@ -18,8 +18,10 @@ from .masks import forward_flops, slash_mask
 
 def launches(settings: str, *, tma: bool) -> list[Launch]:
     """Launches from text such as "128x64x8x2 128x64x8x2x128" (M x N x warps x stages [x registers])."""
-    return [Launch(m=m, n=n, warps=w, stages=s, tma=tma, registers=rest[0] if rest else 0)
-            for m, n, w, s, *rest in (map(int, setting.split("x")) for setting in settings.split())]
+    return [
+        Launch(m=m, n=n, warps=w, stages=s, tma=tma, registers=rest[0] if rest else 0)
+        for m, n, w, s, *rest in (map(int, setting.split("x")) for setting in settings.split())
+    ]
 
 
 DEFAULTS = {
@@ -32,15 +34,24 @@ DEFAULTS = {
     tuning.FUSED_GRAD_Q: "64x64x4x2",
     tuning.COLUMN_GRAD_KV: "64x64x4x1 64x64x4x2 64x64x8x2 32x64x4x2",
 }
-MATMULS = {tuning.FORWARD: 2, tuning.GRAD_Q: 3, tuning.GRAD_KV: 4, tuning.COLUMN_FORWARD: 2, tuning.COLUMN_GRAD_Q: 3,
-           tuning.COLUMN_GRAD_KV: 4, tuning.FUSED_FORWARD: 2, tuning.FUSED_GRAD_Q: 3}
+MATMULS = {
+    tuning.FORWARD: 2,
+    tuning.GRAD_Q: 3,
+    tuning.GRAD_KV: 4,
+    tuning.COLUMN_FORWARD: 2,
+    tuning.COLUMN_GRAD_Q: 3,
+    tuning.COLUMN_GRAD_KV: 4,
+    tuning.FUSED_FORWARD: 2,
+    tuning.FUSED_GRAD_Q: 3,
+}
 
 
 class Work:
     """Tensors of one problem, and one callable per kernel."""
 
-    def __init__(self, seq_len: int, density: float, *, heads: int, kv_heads: int, head_dim: int, block: int,
-                 dtype: torch.dtype) -> None:
+    def __init__(
+        self, seq_len: int, density: float, *, heads: int, kv_heads: int, head_dim: int, block: int, dtype: torch.dtype
+    ) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (1, seq_len, heads, head_dim)
         kv_shape = (1, seq_len, kv_heads, head_dim)
@@ -48,14 +59,16 @@ class Work:
         self.q, self.grad_out = (torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
         self.k, self.v = (torch.randn(kv_shape, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
         column_shape = (1, heads, 1024, head_dim)
-        self.column_k, self.column_v = (torch.randn(column_shape, device="cuda", dtype=dtype, generator=generator)
-                                        for _ in range(2))
+        self.column_k, self.column_v = (
+            torch.randn(column_shape, device="cuda", dtype=dtype, generator=generator) for _ in range(2)
+        )
         self.positions = positions = torch.arange(seq_len, device="cuda")
         self.index = backend.block_index(self.mask, positions, positions)
         self.columns = backend.column_index(self.mask, positions)
-        self.scale = head_dim ** -0.5
-        self.out, self.lse = backend.block_forward(self.q, self.k, self.v, self.index, scale=self.scale,
-                                                   out_dtype=dtype)
+        self.scale = head_dim**-0.5
+        self.out, self.lse = backend.block_forward(
+            self.q, self.k, self.v, self.index, scale=self.scale, out_dtype=dtype
+        )
         delta = (self.grad_out.float() * self.out.float()).sum(-1).transpose(1, 2).contiguous()
         self.values = launching.row_values_of(self.lse, delta, self.index, self.scale)
         self.grads = [torch.empty_like(x) for x in (self.q, self.k, self.v)]
@@ -73,16 +86,20 @@ class Work:
         into = self.grads[0]
         return {
             tuning.FORWARD: lambda: backend.block_forward(q, k, v, self.index, scale=s, out_dtype=q.dtype),
-            tuning.FUSED_FORWARD: lambda: backend.block_forward(q, k, v, self.index, scale=s, out_dtype=q.dtype,
-                                                                columns=columns),
+            tuning.FUSED_FORWARD: lambda: backend.block_forward(
+                q, k, v, self.index, scale=s, out_dtype=q.dtype, columns=columns
+            ),
             tuning.COLUMN_FORWARD: lambda: backend.column_forward(q, *columns, scale=s, into=self.partial),
             tuning.GRAD_Q: lambda: backend.grad_query(do, q, k, v, values, self.index, None, s, into, add=False),
-            tuning.FUSED_GRAD_Q: lambda: backend.grad_query(do, q, k, v, values, self.index, columns, s, into,
-                                                            add=False),
-            tuning.COLUMN_GRAD_Q: lambda: backend.grad_query(do, q, None, None, values, None, columns, s, self.grad_q,
-                                                             add=True),
-            tuning.GRAD_KV: lambda: backend.grad_key_value(do, q, k, v, values, self.index, s, *self.grads[1:],
-                                                           add=False),
+            tuning.FUSED_GRAD_Q: lambda: backend.grad_query(
+                do, q, k, v, values, self.index, columns, s, into, add=False
+            ),
+            tuning.COLUMN_GRAD_Q: lambda: backend.grad_query(
+                do, q, None, None, values, None, columns, s, self.grad_q, add=True
+            ),
+            tuning.GRAD_KV: lambda: backend.grad_key_value(
+                do, q, k, v, values, self.index, s, *self.grads[1:], add=False
+            ),
             tuning.COLUMN_GRAD_KV: lambda: backend.grad_columns(do, q, columns, values, s),
         }[kernel]
 
@@ -113,21 +130,33 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    jobs = [(kernel, launch) for kernel, text in arguments.settings.items()
-            for launch in launches(text, tma=not arguments.pointers)]
+    jobs = [
+        (kernel, launch)
+        for kernel, text in arguments.settings.items()
+        for launch in launches(text, tma=not arguments.pointers)
+    ]
     if arguments.worker is None:
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
-        others = [subprocess.Popen([*command, "--worker", str(i)], stderr=subprocess.DEVNULL)
-                  for i in range(min(arguments.workers, len(jobs)))]
+        others = [
+            subprocess.Popen([*command, "--worker", str(i)], stderr=subprocess.DEVNULL)
+            for i in range(min(arguments.workers, len(jobs)))
+        ]
         for other in others:
             other.wait()
     else:
         arguments.seq_len, arguments.densities = 16384, [0.1]
-        jobs = jobs[arguments.worker::arguments.workers]
+        jobs = jobs[arguments.worker :: arguments.workers]
     heads, kv_heads = arguments.heads
     for density in arguments.densities:
-        work = Work(arguments.seq_len, density, heads=heads, kv_heads=kv_heads, head_dim=arguments.head_dim,
-                    block=arguments.block, dtype=torch.bfloat16)
+        work = Work(
+            arguments.seq_len,
+            density,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=arguments.head_dim,
+            block=arguments.block,
+            dtype=torch.bfloat16,
+        )
         for kernel, launch in jobs:
             tuning.OVERRIDES[kernel] = launch
             try:
@@ -140,8 +169,11 @@ def main() -> None:
             if arguments.worker is None:
                 rate = work.flops[kernel] / took / 1e9
                 tiles = f"{launch.m}x{launch.n}x{launch.warps}x{launch.stages}x{launch.registers}"
-                print(f"{density:.2f} {kernel:14} {tiles:16} {'tma' if launch.tma else 'ptr'} {took:8.3f} ms "
-                      f"{rate:6.0f} TFLOP/s", flush=True)
+                print(
+                    f"{density:.2f} {kernel:14} {tiles:16} {'tma' if launch.tma else 'ptr'} {took:8.3f} ms "
+                    f"{rate:6.0f} TFLOP/s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

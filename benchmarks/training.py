@@ -157,9 +157,7 @@ def _measure_all(arguments: argparse.Namespace, world: Mesh) -> list[dict[str, A
     return rows
 
 
-def _measure(
-    arguments: argparse.Namespace, world: Mesh, implementation: str, density: float | None
-) -> dict[str, Any]:
+def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, density: float | None) -> dict[str, Any]:
     began = time.perf_counter()
     masks = _masks(arguments, density, world.device) if density is not None else None
     config = _config(arguments, world, implementation, masks)
@@ -234,9 +232,7 @@ def _replaying(masks: Masks | None, layers: int) -> Callable[..., Callable[[int]
     return lambda planned, choosers: replay_and_pay(per_layer, choosers)
 
 
-def _config(
-    arguments: argparse.Namespace, world: Mesh, implementation: str, masks: Masks | None
-) -> TrainConfig:
+def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, masks: Masks | None) -> TrainConfig:
     work = arguments.work
     plan: dict[str, Any] = {"backend": arguments.backend}
     if masks is not None:
@@ -259,8 +255,12 @@ def _config(
             "device": world.device.type,
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
-            "memory": {"loss": arguments.loss, "offload": arguments.offload, "fused_layers": arguments.fused_layers,
-                       "whole_layers": arguments.whole_layers},
+            "memory": {
+                "loss": arguments.loss,
+                "offload": arguments.offload,
+                "fused_layers": arguments.fused_layers,
+                "whole_layers": arguments.whole_layers,
+            },
         }
     )
 
@@ -279,9 +279,7 @@ def _plan(arguments: argparse.Namespace, world: Mesh) -> Any:
         block_size=BLOCK_SIZE,
         dtype=_dtype(arguments),
         columns_capacity=arguments.columns,
-        placement=striped(
-            seq_len_tokens=arguments.seq_len, world_size=world.world_size, granularity_tokens=BLOCK_SIZE
-        ),
+        placement=striped(seq_len_tokens=arguments.seq_len, world_size=world.world_size, granularity_tokens=BLOCK_SIZE),
         forward=_layout(forward),
         backward=_layout(backward or forward),
         pattern=PatternSpec(source="choose", selector="vertical-slash", settings=settings),

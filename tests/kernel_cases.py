@@ -46,14 +46,24 @@ def load_case(name: str) -> Case:
     lists = _ragged(data["columns"], data["columns_offsets"])
     columns = torch.full((heads, max(len(c) for c in lists) + 2), seq_len, dtype=torch.int32)
     for head, positions in enumerate(lists):
-        columns[head, :len(positions)] = torch.from_numpy(positions).int()
+        columns[head, : len(positions)] = torch.from_numpy(positions).int()
     documents = torch.from_numpy(data["documents"]).int() if "documents" in data else None
-    mask = AttentionMask(seq_len_tokens=seq_len, block_size=int(data["block_size"]), active=active, columns=columns,
-                         documents=documents)
+    mask = AttentionMask(
+        seq_len_tokens=seq_len, block_size=int(data["block_size"]), active=active, columns=columns, documents=documents
+    )
     q, k, v, grad_out = (torch.from_numpy(data[key])[None] for key in ("q", "k", "v", "grad_out"))
     expected = {key: torch.from_numpy(data[key])[None] for key in ("out", "lse", "dq", "dk", "dv")}
-    return Case(q=q, k=k, v=v, grad_out=grad_out, mask=mask, scale=float(data["scale"]), expected=expected,
-                density=float(data["density"]), pairs=data["active_pairs"].tolist())
+    return Case(
+        q=q,
+        k=k,
+        v=v,
+        grad_out=grad_out,
+        mask=mask,
+        scale=float(data["scale"]),
+        expected=expected,
+        density=float(data["density"]),
+        pairs=data["active_pairs"].tolist(),
+    )
 
 
 def assert_exact(actual: torch.Tensor | None, expected: torch.Tensor | None, *, atol: float = 1e-10) -> None:

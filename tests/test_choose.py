@@ -32,8 +32,12 @@ from sparsering.kernels.top import counts_for_mass, diagonals_of, highest, posit
 
 from .kernel_cases import GOLDEN
 
-PLACEMENTS = [("contiguous", 2, 512), ("striped by blocks", 4, 64), ("striped by tokens", 4, 1),
-              ("striped by 128", 2, 128)]
+PLACEMENTS = [
+    ("contiguous", 2, 512),
+    ("striped by blocks", 4, 64),
+    ("striped by tokens", 4, 1),
+    ("striped by 128", 2, 128),
+]
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -41,15 +45,30 @@ def load(name: str) -> dict[str, np.ndarray]:
         return {key: z[key] for key in z.files}
 
 
-def shard_of(q: torch.Tensor, k: torch.Tensor, *, block_size: int, ranks: int = 1, rank: int = 0,
-             granularity: int | None = None, seq_len: int | None = None,
-             documents: torch.Tensor | None = None) -> ShardTensors:
+def shard_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block_size: int,
+    ranks: int = 1,
+    rank: int = 0,
+    granularity: int | None = None,
+    seq_len: int | None = None,
+    documents: torch.Tensor | None = None,
+) -> ShardTensors:
     """One rank's share of q, k [S, H, D], striped by `granularity` tokens."""
     granularity = granularity or q.shape[0] // ranks
     at = torch.arange(q.shape[0])
     own = at[at // granularity % ranks == rank]
-    return ShardTensors(q=q[None, own], k=k[None, own], positions=own, seq_len_tokens=seq_len or q.shape[0],
-                        block_size=block_size, granularity_tokens=granularity, documents=documents)
+    return ShardTensors(
+        q=q[None, own],
+        k=k[None, own],
+        positions=own,
+        seq_len_tokens=seq_len or q.shape[0],
+        block_size=block_size,
+        granularity_tokens=granularity,
+        documents=documents,
+    )
 
 
 def on_ranks(ranks: int, work: Callable[[int, Collectives], object]) -> list:
@@ -66,12 +85,18 @@ def on_ranks(ranks: int, work: Callable[[int, Collectives], object]) -> list:
             total = combine(torch.stack(posted)).to(x.dtype)
             barrier.wait()
             return total
+
         return call
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(rank, Collectives(all_reduce_sum=reduce_with(rank, lambda x: x.sum(0)),
-                                                   all_reduce_max=reduce_with(rank, lambda x: x.amax(0))))
+            results[rank] = work(
+                rank,
+                Collectives(
+                    all_reduce_sum=reduce_with(rank, lambda x: x.sum(0)),
+                    all_reduce_max=reduce_with(rank, lambda x: x.amax(0)),
+                ),
+            )
         except BaseException as error:
             results[rank] = error
             barrier.abort()
@@ -90,13 +115,16 @@ def on_ranks(ranks: int, work: Callable[[int, Collectives], object]) -> list:
 def lists_of(mask: AttentionMask) -> tuple[list[list[int]], list[list[int]]]:
     """(columns, diagonals) of every head as lists."""
     assert mask.columns is not None
-    return ([[c for c in row if c < mask.seq_len_tokens] for row in mask.columns.tolist()],
-            [row.nonzero().flatten().tolist() for row in mask.active])
+    return (
+        [[c for c in row if c < mask.seq_len_tokens] for row in mask.columns.tolist()],
+        [row.nonzero().flatten().tolist() for row in mask.active],
+    )
 
 
 def golden_lists(data: dict[str, np.ndarray], kind: str) -> tuple[list[list[int]], list[list[int]]]:
     def split(key: str) -> list[list[int]]:
         return [part.tolist() for part in np.split(data[key], data[f"{key}_offsets"][1:-1])]
+
     return split(f"{kind}_columns"), split(f"{kind}_diagonals")
 
 
@@ -107,13 +135,20 @@ def golden_budget(data: dict[str, np.ndarray], kind: str) -> HeadBudget:
     return FlexBudget(column_mass=mass, column_cap=cap, slash_mass=mass, slash_cap=cap)
 
 
-def choose_golden(data: dict[str, np.ndarray], heads: list[HeadBudget], *, collectives: Collectives = ALONE,
-                  dtype: torch.dtype = torch.float64, **shard_options):
+def choose_golden(
+    data: dict[str, np.ndarray],
+    heads: list[HeadBudget],
+    *,
+    collectives: Collectives = ALONE,
+    dtype: torch.dtype = torch.float64,
+    **shard_options,
+):
     q, k = (torch.from_numpy(data[name]).to(dtype) for name in ("q", "k"))
     shard = shard_of(q, k, block_size=int(data["block_size"]), **shard_options)
     budgets = vertical_slash_budgets(heads, seq_len_tokens=q.shape[0])
-    return choose_vertical_slash(shard, budgets, scale=float(data["scale"]), collectives=collectives,
-                                 probe_queries=int(data["probe_queries"]))
+    return choose_vertical_slash(
+        shard, budgets, scale=float(data["scale"]), collectives=collectives, probe_queries=int(data["probe_queries"])
+    )
 
 
 @pytest.mark.parametrize("name", ["structured", "long"])
@@ -142,8 +177,12 @@ def test_heads_of_one_layer_may_differ_in_kind(dtype):
 def test_every_rank_chooses_what_one_rank_would(kind, placement, ranks, granularity):
     data = load("structured")
     heads = [golden_budget(data, kind)] * 4
-    choices = on_ranks(ranks, lambda rank, collectives: choose_golden(
-        data, heads, collectives=collectives, ranks=ranks, rank=rank, granularity=granularity))
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: choose_golden(
+            data, heads, collectives=collectives, ranks=ranks, rank=rank, granularity=granularity
+        ),
+    )
     for choice in choices:
         assert lists_of(choice.mask) == golden_lists(data, kind), placement
 
@@ -154,6 +193,7 @@ def test_a_wrong_placement_fails():
 
     def choose(rank: int, collectives: Collectives):
         return choose_golden(data, heads, collectives=collectives, ranks=2, rank=1 - rank if rank else rank)
+
     assert lists_of(on_ranks(2, choose)[0].mask) != golden_lists(data, "fixed")
 
 
@@ -161,14 +201,18 @@ def test_a_wrong_placement_fails():
 def test_padding_changes_nothing(seq_len):
     data = load("structured")
     q, k = (torch.from_numpy(data[name]) for name in ("q", "k"))
-    budgets = vertical_slash_budgets([FixedBudget(columns=20, slashes=30), FlexBudget(
-        column_mass=0.5, column_cap=40, slash_mass=0.5, slash_cap=40)] * 2, seq_len_tokens=seq_len)
+    budgets = vertical_slash_budgets(
+        [FixedBudget(columns=20, slashes=30), FlexBudget(column_mass=0.5, column_cap=40, slash_mass=0.5, slash_cap=40)]
+        * 2,
+        seq_len_tokens=seq_len,
+    )
 
     def choose(length: int) -> AttentionMask:
         padded_q, padded_k = q[:length].clone(), k[:length].clone()
         padded_q[seq_len:], padded_k[seq_len:] = torch.nan, torch.nan
         shard = shard_of(padded_q, padded_k, block_size=64, seq_len=seq_len, granularity=1)
         return choose_vertical_slash(shard, budgets, scale=0.2).mask
+
     assert lists_of(choose(1024)) == lists_of(choose(seq_len))
 
 
@@ -202,14 +246,25 @@ def test_mtraining_compatibility_counts_as_the_research_code(ranks, granularity)
     q, k = rng.normal(size=(512, 4, 16)) + 0.5, rng.normal(size=(512, 2, 16))
     # High logits on keys that the first probe queries cannot see: by probability they would be chosen.
     k[-40:] += 0.5
-    heads = [FixedBudget(columns=40, slashes=150),
-             FlexBudget(column_mass=0.5, column_cap=300, slash_mass=0.3, slash_cap=60),
-             FixedBudget(columns=10, slashes=128),
-             FlexBudget(column_mass=0.001, column_cap=300, slash_mass=0.9, slash_cap=20)]
+    heads = [
+        FixedBudget(columns=40, slashes=150),
+        FlexBudget(column_mass=0.5, column_cap=300, slash_mass=0.3, slash_cap=60),
+        FixedBudget(columns=10, slashes=128),
+        FlexBudget(column_mass=0.001, column_cap=300, slash_mass=0.9, slash_cap=20),
+    ]
     budgets = vertical_slash_budgets(heads, seq_len_tokens=512)
-    choices = on_ranks(ranks, lambda rank, collectives: choose_vertical_slash(
-        shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=64, ranks=ranks, rank=rank,
-                 granularity=granularity), budgets, scale=0.25, collectives=collectives, compat="mtraining"))
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: choose_vertical_slash(
+            shard_of(
+                torch.from_numpy(q), torch.from_numpy(k), block_size=64, ranks=ranks, rank=rank, granularity=granularity
+            ),
+            budgets,
+            scale=0.25,
+            collectives=collectives,
+            compat="mtraining",
+        ),
+    )
     wanted_columns, wanted_diagonals = [], []
     for head, budget in enumerate(heads):
         fixed = isinstance(budget, FixedBudget)
@@ -218,8 +273,13 @@ def test_mtraining_compatibility_counts_as_the_research_code(ranks, granularity)
             columns[:30], slashes[:100] = np.inf, np.inf
             counts = budget.columns, budget.slashes
         else:
-            counts = [min(int((np.cumsum(-np.sort(-scores)) < mass).sum()), cap) for scores, mass, cap in (
-                (columns, budget.column_mass, budget.column_cap), (slashes, budget.slash_mass, budget.slash_cap))]
+            counts = [
+                min(int((np.cumsum(-np.sort(-scores)) < mass).sum()), cap)
+                for scores, mass, cap in (
+                    (columns, budget.column_mass, budget.column_cap),
+                    (slashes, budget.slash_mass, budget.slash_cap),
+                )
+            ]
         wanted_columns.append(numpy_top(columns, counts[0]))
         wanted_diagonals.append(numpy_diagonals(numpy_top(slashes, counts[1]), 64, 512))
     assert wanted_columns[3] == [], "the research code may keep no column at all"
@@ -237,8 +297,7 @@ def test_ties_go_to_the_lower_index(scores, count):
     assert positions_of(taken, 30).tolist() == [wanted + [len(scores)] * (30 - count)]
 
 
-@given(scores=st.lists(st.integers(0, 9), min_size=1, max_size=20), cap=st.integers(1, 20),
-       tenths=st.integers(1, 10))
+@given(scores=st.lists(st.integers(0, 9), min_size=1, max_size=20), cap=st.integers(1, 20), tenths=st.integers(1, 10))
 def test_the_smallest_set_with_the_mass(scores, cap, tenths):
     tensor = torch.tensor([scores], dtype=torch.float64)
     total = sum(scores)
@@ -270,7 +329,7 @@ def brute_xattention(q: np.ndarray, k: np.ndarray, *, scale: float, block: int, 
     active = np.zeros((blocks, blocks), dtype=bool)
     per = block // stride
     for row in range(blocks):
-        scores = [p[row * per:(row + 1) * per, b * per:(b + 1) * per].sum() for b in range(blocks)]
+        scores = [p[row * per : (row + 1) * per, b * per : (b + 1) * per].sum() for b in range(blocks)]
         chosen = {0, row}
         for b in sorted((b for b in range(row) if b not in chosen), key=lambda b: (-scores[b], b)):
             if sum(scores[c] for c in chosen) >= mass * sum(scores):
@@ -285,9 +344,24 @@ def brute_xattention(q: np.ndarray, k: np.ndarray, *, scale: float, block: int, 
 def test_xattention_agrees_with_a_token_by_token_count(ranks, granularity, mass):
     rng = np.random.default_rng(1)
     q, k = 3 * rng.normal(size=(128, 4, 8)), rng.normal(size=(128, 2, 8))
-    choices = on_ranks(ranks, lambda rank, collectives: choose_xattention(
-        shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=16, ranks=ranks, rank=rank,
-                 granularity=granularity, seq_len=117), scale=0.5, stride=4, mass=mass, collectives=collectives))
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: choose_xattention(
+            shard_of(
+                torch.from_numpy(q),
+                torch.from_numpy(k),
+                block_size=16,
+                ranks=ranks,
+                rank=rank,
+                granularity=granularity,
+                seq_len=117,
+            ),
+            scale=0.5,
+            stride=4,
+            mass=mass,
+            collectives=collectives,
+        ),
+    )
     for head in range(4):
         wanted = brute_xattention(q[:117, head], k[:117, head // 2], scale=0.5, block=16, stride=4, mass=mass)
         assert 15 < wanted.sum() < 36
@@ -298,8 +372,9 @@ def test_xattention_agrees_with_a_token_by_token_count(ranks, granularity, mass)
 def test_xattention_of_a_ragged_single_shard():
     rng = np.random.default_rng(2)
     q, k = rng.normal(size=(53, 1, 8)), rng.normal(size=(53, 1, 8))
-    mask = choose_xattention(shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=8), scale=0.4, stride=4,
-                             mass=0.7)
+    mask = choose_xattention(
+        shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=8), scale=0.4, stride=4, mass=0.7
+    )
     wanted = brute_xattention(q[:, 0], k[:, 0], scale=0.4, block=8, stride=4, mass=0.7)
     assert np.array_equal(mask.active[0].numpy(), wanted)
 
@@ -309,17 +384,31 @@ def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
     rng = np.random.default_rng(3)
     q, k = rng.normal(size=(96, 4, 8)), rng.normal(size=(96, 2, 8))
     length, block, chunk, top = 90, 8, 16, 3
-    choices = on_ranks(ranks, lambda rank, collectives: choose_moba_block(
-        shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=block, ranks=ranks, rank=rank,
-                 granularity=granularity, seq_len=length), chunk_tokens=chunk, top_chunks=top, collectives=collectives))
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: choose_moba_block(
+            shard_of(
+                torch.from_numpy(q),
+                torch.from_numpy(k),
+                block_size=block,
+                ranks=ranks,
+                rank=rank,
+                granularity=granularity,
+                seq_len=length,
+            ),
+            chunk_tokens=chunk,
+            top_chunks=top,
+            collectives=collectives,
+        ),
+    )
     blocks = -(-length // block)
     for head in range(4):
         wanted = np.zeros((blocks, blocks), dtype=bool)
         for row in range(blocks):
-            mean_q = q[row * block:min((row + 1) * block, length), head].mean(0)
+            mean_q = q[row * block : min((row + 1) * block, length), head].mean(0)
             own = row * block // chunk
-            gate = [k[c * chunk:min((c + 1) * chunk, length), head // 2].mean(0) @ mean_q for c in range(own)]
-            chosen = [own, *sorted(range(own), key=lambda c, gate=gate: (-gate[c], c))[:top - 1]]
+            gate = [k[c * chunk : min((c + 1) * chunk, length), head // 2].mean(0) @ mean_q for c in range(own)]
+            chosen = [own, *sorted(range(own), key=lambda c, gate=gate: (-gate[c], c))[: top - 1]]
             wanted[row] = [col * block // chunk in chosen and col <= row for col in range(blocks)]
         for mask in choices:
             assert np.array_equal(mask.active[head].numpy(), wanted)
@@ -351,10 +440,13 @@ def test_kept_mass_is_the_share_of_the_dense_softmax(ranks, granularity, packed)
     q, k = (torch.from_numpy(data[name]) for name in ("q", "k"))
     documents = (torch.arange(1024) // 500).int() if packed else None
     alone = shard_of(q, k, block_size=64, documents=documents)
-    mask = sink_window(heads=4, seq_len_tokens=1024, block_size=64, sink_tokens=9, window_tokens=60,
-                       documents=documents).mask
-    shards = [shard_of(q, k, block_size=64, ranks=ranks, rank=rank, granularity=granularity, documents=documents)
-              for rank in range(ranks)]
+    mask = sink_window(
+        heads=4, seq_len_tokens=1024, block_size=64, sink_tokens=9, window_tokens=60, documents=documents
+    ).mask
+    shards = [
+        shard_of(q, k, block_size=64, ranks=ranks, rank=rank, granularity=granularity, documents=documents)
+        for rank in range(ranks)
+    ]
     probe = on_ranks(ranks, lambda rank, c: kept_mass_probe(shards[rank], mask, scale=0.2, collectives=c))
     rows = torch.tensor([3, 500, 777])
     picked = on_ranks(ranks, lambda rank, c: kept_mass(shards[rank], mask, rows, scale=0.2, collectives=c))
@@ -369,8 +461,10 @@ def test_sampled_kept_mass_depends_on_the_seed_and_is_one_for_dense_attention():
     data = load("structured")
     q, k = (torch.from_numpy(data[name]) for name in ("q", "k"))
     shard = shard_of(q, k, block_size=64)
-    masks = [sink_window(heads=4, seq_len_tokens=1024, block_size=64, sink_tokens=4, window_tokens=n).mask
-             for n in (64, 1024)]
+    masks = [
+        sink_window(heads=4, seq_len_tokens=1024, block_size=64, sink_tokens=4, window_tokens=n).mask
+        for n in (64, 1024)
+    ]
     first, again, other = (kept_mass_sampled(shard, masks[0], scale=0.2, seed=seed, rows=32) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     torch.testing.assert_close(kept_mass_sampled(shard, masks[1], scale=0.2, seed=0), torch.ones(4).double())
@@ -384,19 +478,29 @@ def test_choosing_on_a_gpu_agrees_and_never_waits_for_it():
 
     def choose_all(device: str) -> list[AttentionMask]:
         x, y = q.to(device), k.to(device)
-        shard = ShardTensors(q=x[None], k=y[None], positions=torch.arange(1024, device=device), seq_len_tokens=1024,
-                             block_size=64, granularity_tokens=1024)
+        shard = ShardTensors(
+            q=x[None],
+            k=y[None],
+            positions=torch.arange(1024, device=device),
+            seq_len_tokens=1024,
+            block_size=64,
+            granularity_tokens=1024,
+        )
         budgets = vertical_slash_budgets(heads, seq_len_tokens=1024, device=device)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
         try:
-            chosen = [choose_vertical_slash(shard, budgets, scale=float(data["scale"])).mask,
-                      choose_vertical_slash(shard, budgets, scale=float(data["scale"]), compat="mtraining").mask,
-                      choose_xattention(shard, scale=0.2), choose_moba_block(shard, chunk_tokens=128, top_chunks=3)]
+            chosen = [
+                choose_vertical_slash(shard, budgets, scale=float(data["scale"])).mask,
+                choose_vertical_slash(shard, budgets, scale=float(data["scale"]), compat="mtraining").mask,
+                choose_xattention(shard, scale=0.2),
+                choose_moba_block(shard, chunk_tokens=128, top_chunks=3),
+            ]
             kept_mass_probe(shard, chosen[0], scale=0.2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return [mask.to("cpu") for mask in chosen]
+
     for ours, wanted in zip(choose_all("cuda"), choose_all("cpu"), strict=True):
         assert torch.equal(ours.active, wanted.active)
         assert wanted.columns is None or (ours.columns is not None and torch.equal(ours.columns, wanted.columns))
@@ -404,8 +508,17 @@ def test_choosing_on_a_gpu_agrees_and_never_waits_for_it():
 
 def _shard(**changes) -> ShardTensors:
     x = torch.zeros(1, 32, 2, 4)
-    return ShardTensors(**{"q": x, "k": x, "positions": torch.arange(32), "seq_len_tokens": 32, "block_size": 8,
-                           "granularity_tokens": 32, **changes})
+    return ShardTensors(
+        **{
+            "q": x,
+            "k": x,
+            "positions": torch.arange(32),
+            "seq_len_tokens": 32,
+            "block_size": 8,
+            "granularity_tokens": 32,
+            **changes,
+        }
+    )
 
 
 def test_refusals_name_the_value():
@@ -432,7 +545,9 @@ def test_refusals_name_the_value():
     with pytest.raises(ValueError, match="chunk_tokens: 12"):
         choose_moba_block(_shard(), chunk_tokens=12, top_chunks=1)
     with pytest.raises(ValueError, match=r"head 1: FlexBudget.* mass outside"):
-        vertical_slash_budgets([FixedBudget(columns=1, slashes=1), FlexBudget(
-            column_mass=1.5, column_cap=1, slash_mass=0.5, slash_cap=1)], seq_len_tokens=32)
+        vertical_slash_budgets(
+            [FixedBudget(columns=1, slashes=1), FlexBudget(column_mass=1.5, column_cap=1, slash_mass=0.5, slash_cap=1)],
+            seq_len_tokens=32,
+        )
     with pytest.raises(ValueError, match=r"head 0: FixedBudget.* negative"):
         vertical_slash_budgets([FixedBudget(columns=-1, slashes=1)], seq_len_tokens=32)

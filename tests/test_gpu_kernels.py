@@ -30,9 +30,15 @@ class Case:
     batch: int = 1
 
     def __str__(self) -> str:
-        parts = [f"{self.tokens}+{self.padding}", f"{self.heads[0]}:{self.heads[1]}", f"d{self.head_dim}",
-                 f"b{self.block}", "toeplitz" if self.toeplitz else "csr", f"c{self.columns}",
-                 str(self.dtype).removeprefix("torch.")]
+        parts = [
+            f"{self.tokens}+{self.padding}",
+            f"{self.heads[0]}:{self.heads[1]}",
+            f"d{self.head_dim}",
+            f"b{self.block}",
+            "toeplitz" if self.toeplitz else "csr",
+            f"c{self.columns}",
+            str(self.dtype).removeprefix("torch."),
+        ]
         return "-".join(parts + (["documents"] if self.documents else []) + ([f"batch{self.batch}"] * (self.batch > 1)))
 
 
@@ -59,17 +65,19 @@ def build(case: Case, seed: int = 0) -> tuple[list[torch.Tensor], AttentionMask]
     active[0] = False
     columns = documents = None
     if case.columns:
-        columns = torch.stack([torch.sort(torch.randperm(case.tokens, generator=generator)[:case.columns]).values
-                               for _ in range(heads)]).int()
-        columns[-1, case.columns // 2:] = case.tokens
+        columns = torch.stack(
+            [torch.sort(torch.randperm(case.tokens, generator=generator)[: case.columns]).values for _ in range(heads)]
+        ).int()
+        columns[-1, case.columns // 2 :] = case.tokens
     if case.documents:
         documents = (torch.arange(case.tokens + case.padding) // 300).int()
-    mask = AttentionMask(seq_len_tokens=case.tokens, block_size=case.block, active=active, columns=columns,
-                         documents=documents)
+    mask = AttentionMask(
+        seq_len_tokens=case.tokens, block_size=case.block, active=active, columns=columns, documents=documents
+    )
     tensors = []
     for count in (heads, heads, kv_heads, kv_heads):
         x = torch.randn(case.batch, case.tokens + case.padding, count, case.head_dim, generator=generator)
-        x[:, case.tokens:] = float("nan")
+        x[:, case.tokens :] = float("nan")
         tensors.append(x.to("cuda", case.dtype))
     return tensors, mask.to("cuda")
 
@@ -101,7 +109,7 @@ def plain_torch(tensors: list[torch.Tensor], mask: AttentionMask, scale: float) 
 def test_agrees_with_the_definition(case: Case) -> None:
     tensors, mask = build(case)
     grad_out, q, k, v = tensors
-    scale = case.head_dim ** -0.5
+    scale = case.head_dim**-0.5
     valid = slice(0, case.tokens)
     out, lse, *grads = run(tensors, mask, scale)
     expected_out, expected_lse = reference_attention(q, k, v, mask, scale=scale)
@@ -134,7 +142,7 @@ def test_striped_shards_add_up(world: int) -> None:
     case = Case(tokens=1500, padding=36, heads=(4, 2), columns=50)
     tensors, mask = build(case)
     grad_out, q, k, v = tensors
-    scale = case.head_dim ** -0.5
+    scale = case.head_dim**-0.5
     blocks = torch.arange(q.shape[1], device="cuda").split(case.block)
     shards = [torch.cat(blocks[rank::world]) for rank in range(world)]
     out = torch.full_like(q, float("nan"), dtype=torch.float32)
@@ -144,8 +152,9 @@ def test_striped_shards_add_up(world: int) -> None:
         partial = None
         for keys in shards:
             index = api.block_index(mask, at, keys, backend="triton")
-            partial = api.block_forward(q[:, at], k[:, keys], v[:, keys], index, scale=scale, backend="triton",
-                                        into=partial)
+            partial = api.block_forward(
+                q[:, at], k[:, keys], v[:, keys], index, scale=scale, backend="triton", into=partial
+            )
         columns = api.column_index(mask, at, backend="triton")
         column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
         partial = api.column_forward(q[:, at], column_k, column_v, columns, scale=scale, backend="triton", into=partial)
@@ -159,21 +168,46 @@ def test_striped_shards_add_up(world: int) -> None:
     for at in shards:
         for keys in shards:
             index = api.block_index(mask, at, keys, backend="triton")
-            parts = [torch.zeros(1, len(n), x.shape[2], x.shape[3], device="cuda")
-                     for n, x in ((at, q), (keys, k), (keys, v))]
+            parts = [
+                torch.zeros(1, len(n), x.shape[2], x.shape[3], device="cuda")
+                for n, x in ((at, q), (keys, k), (keys, v))
+            ]
             for _ in range(2):  # twice, halved: it adds
-                api.block_backward(grad_out[:, at], q[:, at], k[:, keys], v[:, keys], lse[:, :, at], delta[:, :, at],
-                                   index, scale=scale, backend="triton", grad_q=parts[0], grad_k=parts[1],
-                                   grad_v=parts[2])
+                api.block_backward(
+                    grad_out[:, at],
+                    q[:, at],
+                    k[:, keys],
+                    v[:, keys],
+                    lse[:, :, at],
+                    delta[:, :, at],
+                    index,
+                    scale=scale,
+                    backend="triton",
+                    grad_q=parts[0],
+                    grad_k=parts[1],
+                    grad_v=parts[2],
+                )
             for grad, where, part in zip(grads, (at, keys, keys), parts, strict=True):
                 grad[:, where] += part / 2
     no_columns = AttentionMask(seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, active=mask.active)
     for head in range(4):
-        assert not whole(no_columns, head, everything, everything)[case.tokens:].any()
+        assert not whole(no_columns, head, everything, everything)[case.tokens :].any()
     blockwise = [torch.zeros_like(g) for g in grads]
     whole_index = api.block_index(mask, everything, everything, backend="blockwise")
     grad_out, q, k, v = (x.nan_to_num().float() for x in (grad_out, q, k, v))
-    api.block_backward(grad_out, q, k, v, lse, delta, whole_index, scale=scale, backend="blockwise", grad_q=blockwise[0],
-                       grad_k=blockwise[1], grad_v=blockwise[2])
+    api.block_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        whole_index,
+        scale=scale,
+        backend="blockwise",
+        grad_q=blockwise[0],
+        grad_k=blockwise[1],
+        grad_v=blockwise[2],
+    )
     for ours, right in zip(grads, blockwise, strict=True):
-        torch.testing.assert_close(ours[:, :case.tokens], right[:, :case.tokens], atol=5e-2, rtol=2e-2)
+        torch.testing.assert_close(ours[:, : case.tokens], right[:, : case.tokens], atol=5e-2, rtol=2e-2)

@@ -31,8 +31,16 @@ class Problem:
     scale: float
 
 
-def make_mask(generator: torch.Generator, *, seq_len: int, block_size: int, heads: int, toeplitz: bool, columns: int,
-              documents: bool) -> AttentionMask:
+def make_mask(
+    generator: torch.Generator,
+    *,
+    seq_len: int,
+    block_size: int,
+    heads: int,
+    toeplitz: bool,
+    columns: int,
+    documents: bool,
+) -> AttentionMask:
     """A random mask; some heads may have no active block at all."""
     blocks = -(-seq_len // block_size)
     shape = (heads, blocks) if toeplitz else (heads, blocks, blocks)
@@ -44,12 +52,18 @@ def make_mask(generator: torch.Generator, *, seq_len: int, block_size: int, head
             count = min(int(torch.randint(columns + 1, (), generator=generator)), seq_len)
             slots[head, :count] = torch.randperm(seq_len, generator=generator)[:count].sort().values.int()
     starts = torch.rand(seq_len, generator=generator) < 0.05
-    return AttentionMask(seq_len_tokens=seq_len, block_size=block_size, active=active, columns=slots,
-                         documents=starts.cumsum(0).int() if documents else None)
+    return AttentionMask(
+        seq_len_tokens=seq_len,
+        block_size=block_size,
+        active=active,
+        columns=slots,
+        documents=starts.cumsum(0).int() if documents else None,
+    )
 
 
-def make_shards(generator: torch.Generator, *, ranks: int, granularity: int, granules: int,
-                placement: str) -> list[torch.Tensor]:
+def make_shards(
+    generator: torch.Generator, *, ranks: int, granularity: int, granules: int, placement: str
+) -> list[torch.Tensor]:
     """Global positions of each rank, ascending, equal counts: ranks * granules * granularity tokens in all."""
     owner = torch.arange(ranks * granules) % ranks
     if placement == "contiguous":
@@ -70,25 +84,43 @@ def problems(draw: st.DrawFn) -> Problem:
     tokens = ranks * granularity * granules
     kv_heads, group, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     seq_len = tokens - draw(st.integers(0, tokens - 1))
-    mask = make_mask(generator, seq_len=seq_len, block_size=block_size, heads=kv_heads * group,
-                     toeplitz=draw(st.booleans()), columns=draw(st.sampled_from([0, 1, 7])),
-                     documents=draw(st.booleans()))
+    mask = make_mask(
+        generator,
+        seq_len=seq_len,
+        block_size=block_size,
+        heads=kv_heads * group,
+        toeplitz=draw(st.booleans()),
+        columns=draw(st.sampled_from([0, 1, 7])),
+        documents=draw(st.booleans()),
+    )
     return make_problem(generator, mask=mask, shards=shards, kv_heads=kv_heads, batch=batch, dim=4)
 
 
-def make_problem(generator: torch.Generator, *, mask: AttentionMask, shards: list[torch.Tensor], kv_heads: int,
-                 batch: int, dim: int, dtype: torch.dtype = torch.float64) -> Problem:
+def make_problem(
+    generator: torch.Generator,
+    *,
+    mask: AttentionMask,
+    shards: list[torch.Tensor],
+    kv_heads: int,
+    batch: int,
+    dim: int,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
     tokens = sum(shard.shape[0] for shard in shards)
-    q, k, v, grad_out = (torch.randn(batch, tokens, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
-                         for heads in (mask.heads, kv_heads, kv_heads, mask.heads))
+    q, k, v, grad_out = (
+        torch.randn(batch, tokens, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for heads in (mask.heads, kv_heads, kv_heads, mask.heads)
+    )
     return Problem(q=q, k=k, v=v, grad_out=grad_out, mask=mask, shards=shards, scale=dim**-0.5)
 
 
 def expected(problem: Problem) -> tuple[torch.Tensor, ...]:
     """out, lse, dq, dk, dv of the reference on the whole sequence."""
     given_tensors = problem.q, problem.k, problem.v, problem.mask
-    return (*reference_attention(*given_tensors, scale=problem.scale),
-            *reference_gradients(problem.grad_out, *given_tensors, scale=problem.scale))
+    return (
+        *reference_attention(*given_tensors, scale=problem.scale),
+        *reference_gradients(problem.grad_out, *given_tensors, scale=problem.scale),
+    )
 
 
 def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
@@ -109,12 +141,34 @@ def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
             partial = api.block_forward(q, p.k[:, theirs], p.v[:, theirs], index, into=partial, **call)
         delta = (grad_out.to(acc) * partial[0]).sum(-1).transpose(1, 2)
         grad_q = torch.zeros(q.shape, dtype=acc)
-        api.column_backward(grad_out, q, column_k, column_v, partial[1], delta, columns, grad_q=grad_q,
-                            grad_column_k=grad_column_k, grad_column_v=grad_column_v, **call)
+        api.column_backward(
+            grad_out,
+            q,
+            column_k,
+            column_v,
+            partial[1],
+            delta,
+            columns,
+            grad_q=grad_q,
+            grad_column_k=grad_column_k,
+            grad_column_v=grad_column_v,
+            **call,
+        )
         for theirs, index in zip(p.shards, indices, strict=True):
             grad_k, grad_v = dk[:, theirs], dv[:, theirs]
-            api.block_backward(grad_out, q, p.k[:, theirs], p.v[:, theirs], partial[1], delta, index, grad_q=grad_q,
-                               grad_k=grad_k, grad_v=grad_v, **call)
+            api.block_backward(
+                grad_out,
+                q,
+                p.k[:, theirs],
+                p.v[:, theirs],
+                partial[1],
+                delta,
+                index,
+                grad_q=grad_q,
+                grad_k=grad_k,
+                grad_v=grad_v,
+                **call,
+            )
             dk[:, theirs], dv[:, theirs] = grad_k, grad_v
         out[:, mine], lse[:, :, mine], dq[:, mine] = *partial, grad_q
     for grad, grad_columns in ((dk, grad_column_k), (dv, grad_column_v)):
@@ -158,8 +212,9 @@ def test_the_reference_itself_works_by_shards(problem):
 
 def _plain_problem(*, dtype: torch.dtype = torch.float64, columns: int = 9, documents: bool = False) -> Problem:
     generator = torch.Generator().manual_seed(3)
-    mask = make_mask(generator, seq_len=250, block_size=16, heads=4, toeplitz=True, columns=columns,
-                     documents=documents)
+    mask = make_mask(
+        generator, seq_len=250, block_size=16, heads=4, toeplitz=True, columns=columns, documents=documents
+    )
     mask.active[:, 0] = True
     mask.active[1, 3] = True
     shards = make_shards(generator, ranks=2, granularity=16, granules=8, placement="striped")
@@ -171,11 +226,13 @@ def _mutations(mask: AttentionMask) -> dict[str, AttentionMask]:
     active, columns = mask.active.clone(), mask.columns.clone()
     active[1, 3] = False
     columns[0] = (columns[0] + 1).clamp(max=mask.seq_len_tokens)
-    return {"a diagonal is lost": dataclasses.replace(mask, active=active),
-            "the columns are one token off": dataclasses.replace(mask, columns=columns),
-            "the columns are lost": dataclasses.replace(mask, columns=None),
-            "heads are swapped": dataclasses.replace(mask, active=mask.active.flip(0)),
-            "the length is one token short": dataclasses.replace(mask, seq_len_tokens=mask.seq_len_tokens - 1)}
+    return {
+        "a diagonal is lost": dataclasses.replace(mask, active=active),
+        "the columns are one token off": dataclasses.replace(mask, columns=columns),
+        "the columns are lost": dataclasses.replace(mask, columns=None),
+        "heads are swapped": dataclasses.replace(mask, active=mask.active.flip(0)),
+        "the length is one token short": dataclasses.replace(mask, seq_len_tokens=mask.seq_len_tokens - 1),
+    }
 
 
 @pytest.mark.parametrize("mutation", _mutations(_plain_problem().mask))
@@ -227,8 +284,7 @@ def _plain_torch(problem: Problem) -> tuple[torch.Tensor, ...]:
     scores = scores.masked_fill(~pairs, -torch.inf)
     weights = torch.softmax(scores, -1).masked_fill(~pairs, 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
-    return (out.detach(), torch.logsumexp(scores, -1).detach(),
-            *torch.autograd.grad(out, leaves, problem.grad_out))
+    return (out.detach(), torch.logsumexp(scores, -1).detach(), *torch.autograd.grad(out, leaves, problem.grad_out))
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
@@ -237,14 +293,14 @@ def test_nan_in_padding_and_odd_strides_do_no_harm(backend):
     poisoned = {}
     for name in ("q", "k", "v", "grad_out"):
         x = getattr(problem, name).clone()
-        x[:, problem.mask.seq_len_tokens:] = torch.nan
+        x[:, problem.mask.seq_len_tokens :] = torch.nan
         # Strides as of a fused projection cut into heads, then permuted.
         poisoned[name] = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
         assert not poisoned[name].is_contiguous()
     poisoned = dataclasses.replace(problem, **poisoned)
     for name, actual, wanted in zip(NAMES, by_shards(poisoned, backend=backend), expected(problem), strict=True):
         if name != "lse":
-            assert not actual[:, problem.mask.seq_len_tokens:].any(), f"{name}: padding rows must be exactly 0"
+            assert not actual[:, problem.mask.seq_len_tokens :].any(), f"{name}: padding rows must be exactly 0"
         assert_exact(actual, wanted)
 
 
@@ -258,8 +314,9 @@ def test_inactive_tiles_are_never_read():
     unread = torch.arange(256) // 16 < 7
     k[:, unread], v[:, unread] = torch.nan, torch.nan
     out, _ = api.block_forward(problem.q[:, 128:192], k, v, index, scale=0.25, backend="blockwise")
-    wanted, _ = reference_attention(problem.q[:, 128:192], problem.k, problem.v, mask, scale=0.25,
-                                    q_positions=torch.arange(128, 192))
+    wanted, _ = reference_attention(
+        problem.q[:, 128:192], problem.k, problem.v, mask, scale=0.25, q_positions=torch.arange(128, 192)
+    )
     assert_exact(out, wanted)
 
 
@@ -293,8 +350,20 @@ def test_backward_adds_to_what_is_there():
     out, lse, dq, dk, dv = expected(problem)
     delta = (problem.grad_out * out).sum(-1).transpose(1, 2)
     grads = [torch.full_like(x, 2.0) for x in (dq, dk, dv)]
-    api.block_backward(problem.grad_out, problem.q, problem.k, problem.v, lse, delta, index, scale=problem.scale,
-                       backend="blockwise", grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+    api.block_backward(
+        problem.grad_out,
+        problem.q,
+        problem.k,
+        problem.v,
+        lse,
+        delta,
+        index,
+        scale=problem.scale,
+        backend="blockwise",
+        grad_q=grads[0],
+        grad_k=grads[1],
+        grad_v=grads[2],
+    )
     for actual, wanted in zip(grads, (dq, dk, dv), strict=True):
         assert_exact(actual, wanted + 2.0)
 

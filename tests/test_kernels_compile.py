@@ -29,16 +29,26 @@ JOBS = [
 def compile_all(capability: int, head_dims: list[int], blocks: list[int], kernels: list[str]) -> list[dict[str, int]]:
     """Rows of `python -m sparsering.kernels.cross_compile`, in a process where the interpreter is off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "sparsering.kernels.cross_compile", str(capability), "--head-dims",
-               *map(str, head_dims), "--blocks", *map(str, blocks), *(["--kernels", *kernels] if kernels else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "sparsering.kernels.cross_compile",
+        str(capability),
+        "--head-dims",
+        *map(str, head_dims),
+        "--blocks",
+        *map(str, blocks),
+        *(["--kernels", *kernels] if kernels else []),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "head_dims", "blocks", "kernels"), JOBS,
-                         ids=[f"sm_{job[0]}-d{job[1][0]}" for job in JOBS])
+@pytest.mark.parametrize(
+    ("capability", "head_dims", "blocks", "kernels"), JOBS, ids=[f"sm_{job[0]}-d{job[1][0]}" for job in JOBS]
+)
 def test_fits_without_spills(capability: int, head_dims: list[int], blocks: list[int], kernels: list[str]) -> None:
     rows = compile_all(capability, head_dims, blocks, kernels)
     assert len(rows) == len(head_dims) * len(blocks) * (len(kernels) or 8)

@@ -11,14 +11,20 @@ from sparsering.kernels.mask import AttentionMask
 BLOCK = 16
 
 
-def mask_of(seq_len: int, *, toeplitz: bool, heads: int = 3, density: float = 0.5, seed: int = 0,
-            columns: int = 0) -> AttentionMask:
+def mask_of(
+    seq_len: int, *, toeplitz: bool, heads: int = 3, density: float = 0.5, seed: int = 0, columns: int = 0
+) -> AttentionMask:
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-seq_len // BLOCK)
     active = torch.rand((heads, blocks) if toeplitz else (heads, blocks, blocks), generator=generator) < density
     active[0] = False
-    chosen = torch.stack([torch.sort(torch.randperm(seq_len, generator=generator)[:columns]).values
-                          for _ in range(heads)]).int() if columns else None
+    chosen = (
+        torch.stack(
+            [torch.sort(torch.randperm(seq_len, generator=generator)[:columns]).values for _ in range(heads)]
+        ).int()
+        if columns
+        else None
+    )
     return AttentionMask(seq_len_tokens=seq_len, block_size=BLOCK, active=active, columns=chosen)
 
 
@@ -33,9 +39,11 @@ def pairs_of(lists: TileLists, *, transposed: bool) -> set[tuple[int, int, int]]
     for head in range(lists.rows.shape[0]):
         for row in range(lists.rows.shape[1]):
             start, count, base, diagonal = lists.rows[head, row].tolist()
-            tiles = [base + lists.sign * int(e) for e in lists.entries[start:start + count]]
-            found += [(head, tile, row) if transposed else (head, row, tile)
-                      for tile in tiles + ([diagonal] if diagonal >= 0 else [])]
+            tiles = [base + lists.sign * int(e) for e in lists.entries[start : start + count]]
+            found += [
+                (head, tile, row) if transposed else (head, row, tile)
+                for tile in tiles + ([diagonal] if diagonal >= 0 else [])
+            ]
     assert len(found) == len(set(found))
     return set(found)
 
@@ -43,8 +51,14 @@ def pairs_of(lists: TileLists, *, transposed: bool) -> set[tuple[int, int, int]]
 def pairs_by_definition(mask: AttentionMask, q_blocks: list[int], k_blocks: list[int]) -> set[tuple[int, int, int]]:
     def active(head: int, i: int, j: int) -> bool:
         return bool(mask.active[head, i - j] if mask.is_toeplitz else mask.active[head, i, j])
-    return {(head, row, tile) for head in range(mask.heads) for row, i in enumerate(q_blocks)
-            for tile, j in enumerate(k_blocks) if j <= i < mask.blocks and active(head, i, j)}
+
+    return {
+        (head, row, tile)
+        for head in range(mask.heads)
+        for row, i in enumerate(q_blocks)
+        for tile, j in enumerate(k_blocks)
+        if j <= i < mask.blocks and active(head, i, j)
+    }
 
 
 PLACEMENTS = {
@@ -63,7 +77,10 @@ PLACEMENTS = {
     "pairs of blocks": ([2, 3, 10, 11], [4, 5, 12, 13]),
     "pairs of blocks, own": ([2, 3, 10, 11], [2, 3, 10, 11]),
     "pairs of blocks, gathered": ([2, 3, 10, 11], [0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13]),
-    "triples, gathered with own": ([3, 4, 5, 12, 13, 14], [6, 7, 8, 15, 16, 17, 3, 4, 5, 12, 13, 14, 0, 1, 2, 9, 10, 11]),
+    "triples, gathered with own": (
+        [3, 4, 5, 12, 13, 14],
+        [6, 7, 8, 15, 16, 17, 3, 4, 5, 12, 13, 14, 0, 1, 2, 9, 10, 11],
+    ),
     "one stripe each": ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]),
     "gathered stretches": ([12, 13, 14, 15], [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7]),
     "gathered zigzag": ([0, 1, 14, 15], [4, 5, 10, 11, 2, 3, 12, 13]),
@@ -106,8 +123,11 @@ def test_valid_tokens_of_a_ragged_shard() -> None:
     assert task.q_side.tokens == 3 * BLOCK + 9
 
 
-@pytest.mark.parametrize("tokens", [torch.arange(1, 33), torch.tensor([0, 2, 4]), torch.arange(16).repeat(2)],
-                         ids=["shifted", "token striped", "repeated"])
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.arange(1, 33), torch.tensor([0, 2, 4]), torch.arange(16).repeat(2)],
+    ids=["shifted", "token striped", "repeated"],
+)
 def test_tiles_that_are_no_blocks_are_refused(tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="k_positions: local tokens are no ascending whole blocks of 16"):
         block_task(mask_of(64, toeplitz=True), torch.arange(16), tokens)

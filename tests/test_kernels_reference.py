@@ -47,8 +47,11 @@ def test_a_wrong_index_fails(name, broken):
         if mask.active[-1].all():
             pytest.skip("every block of that head is active: its columns change nothing")
     else:
-        documents = torch.zeros(mask.seq_len_tokens, dtype=torch.int32) if mask.documents is not None else \
-            (torch.arange(mask.seq_len_tokens) // 100).int()
+        documents = (
+            torch.zeros(mask.seq_len_tokens, dtype=torch.int32)
+            if mask.documents is not None
+            else (torch.arange(mask.seq_len_tokens) // 100).int()
+        )
         mask = dataclasses.replace(mask, documents=documents)
     out, _ = reference_attention(case.q, case.k, case.v, mask, scale=case.scale)
     assert (out - case.expected["out"]).abs().max() > 1e-6
@@ -91,15 +94,18 @@ def test_padding_attends_nothing_and_is_never_attended():
     assert not pairs[5:].any() and not pairs[:, 5:].any()
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("seq_len_tokens", 0, "seq_len_tokens: 0"),
-    ("block_size", -1, "block_size: -1"),
-    ("active", torch.ones(2, 3, dtype=torch.bool), r"active: shape \(2, 3\)"),
-    ("active", torch.ones(2, 4), "active: dtype torch.float32"),
-    ("columns", torch.zeros(2, 3), "columns: dtype torch.float32"),
-    ("columns", torch.zeros(3, 3).int(), r"columns: shape \(3, 3\)"),
-    ("documents", torch.zeros(7).int(), r"documents: shape \(7,\)"),
-])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("seq_len_tokens", 0, "seq_len_tokens: 0"),
+        ("block_size", -1, "block_size: -1"),
+        ("active", torch.ones(2, 3, dtype=torch.bool), r"active: shape \(2, 3\)"),
+        ("active", torch.ones(2, 4), "active: dtype torch.float32"),
+        ("columns", torch.zeros(2, 3), "columns: dtype torch.float32"),
+        ("columns", torch.zeros(3, 3).int(), r"columns: shape \(3, 3\)"),
+        ("documents", torch.zeros(7).int(), r"documents: shape \(7,\)"),
+    ],
+)
 def test_mask_refuses_what_does_not_fit(field, value, message):
     good = {"seq_len_tokens": 8, "block_size": 2, "active": torch.ones(2, 4, dtype=torch.bool)}
     with pytest.raises(ValueError, match=message):

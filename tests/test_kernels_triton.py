@@ -16,16 +16,29 @@ pytest.importorskip("triton")
 from sparsering.kernels import triton_backend as backend
 
 if torch.cuda.is_available():
-    pytest.skip("the interpreter is for machines without a GPU; tests/test_gpu_kernels.py covers this one",
-                allow_module_level=True)
+    pytest.skip(
+        "the interpreter is for machines without a GPU; tests/test_gpu_kernels.py covers this one",
+        allow_module_level=True,
+    )
 
 TOLERANCE = 1e-10
 SCALE = 0.3
 
 
-def problem(*, tokens: int, padding: int, block: int, toeplitz: bool, heads: tuple[int, int] = (4, 2), columns: int = 0,
-            documents: bool = False, batch: int = 1, dtype: torch.dtype = torch.float64, head_dim: int = 16,
-            seed: int = 0) -> tuple[list[torch.Tensor], AttentionMask]:
+def problem(
+    *,
+    tokens: int,
+    padding: int,
+    block: int,
+    toeplitz: bool,
+    heads: tuple[int, int] = (4, 2),
+    columns: int = 0,
+    documents: bool = False,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float64,
+    head_dim: int = 16,
+    seed: int = 0,
+) -> tuple[list[torch.Tensor], AttentionMask]:
     """([grad_out, q, k, v], mask); head 0 has no active block, padding holds NaN."""
     generator = torch.Generator().manual_seed(seed)
     count, kv_heads = heads
@@ -34,13 +47,16 @@ def problem(*, tokens: int, padding: int, block: int, toeplitz: bool, heads: tup
     active[0] = False
     chosen = None
     if columns:
-        chosen = torch.stack([torch.sort(torch.randperm(tokens, generator=generator)[:columns]).values
-                              for _ in range(count)]).int()
-        chosen[-1, columns // 2:] = tokens
+        chosen = torch.stack(
+            [torch.sort(torch.randperm(tokens, generator=generator)[:columns]).values for _ in range(count)]
+        ).int()
+        chosen[-1, columns // 2 :] = tokens
     starts = (torch.arange(tokens + padding) // (tokens // 3)).int() if documents else None
     mask = AttentionMask(seq_len_tokens=tokens, block_size=block, active=active, columns=chosen, documents=starts)
-    tensors = [torch.randn(batch, tokens + padding, n, head_dim, dtype=dtype, generator=generator)
-               for n in (count, count, kv_heads, kv_heads)]
+    tensors = [
+        torch.randn(batch, tokens + padding, n, head_dim, dtype=dtype, generator=generator)
+        for n in (count, count, kv_heads, kv_heads)
+    ]
     for x in tensors:
         x[:, tokens:] = float("nan")
     return tensors, mask
@@ -55,8 +71,10 @@ def run(tensors: list[torch.Tensor], mask: AttentionMask) -> list[torch.Tensor]:
 
 def expected(tensors: list[torch.Tensor], mask: AttentionMask) -> list[torch.Tensor]:
     grad_out, q, k, v = tensors
-    return [*reference_attention(q, k, v, mask, scale=SCALE),
-            *reference_gradients(grad_out, q, k, v, mask, scale=SCALE)]
+    return [
+        *reference_attention(q, k, v, mask, scale=SCALE),
+        *reference_gradients(grad_out, q, k, v, mask, scale=SCALE),
+    ]
 
 
 def assert_same(ours: list[torch.Tensor], right: list[torch.Tensor], valid: int, tolerance: float = TOLERANCE) -> None:
@@ -71,8 +89,14 @@ def assert_same(ours: list[torch.Tensor], right: list[torch.Tensor], valid: int,
 CASES = {
     "toeplitz, ragged, padded": {"tokens": 150, "padding": 10, "block": 32, "toeplitz": True},
     "block mask, columns": {"tokens": 128, "padding": 0, "block": 32, "toeplitz": False, "columns": 40},
-    "toeplitz, columns, documents": {"tokens": 100, "padding": 28, "block": 32, "toeplitz": True, "columns": 30,
-                                     "documents": True},
+    "toeplitz, columns, documents": {
+        "tokens": 100,
+        "padding": 28,
+        "block": 32,
+        "toeplitz": True,
+        "columns": 30,
+        "documents": True,
+    },
     "blocks of 128, MHA": {"tokens": 200, "padding": 0, "block": 128, "toeplitz": True, "heads": (2, 2), "columns": 70},
     "batch of 2, 4:1": {"tokens": 64, "padding": 16, "block": 16, "toeplitz": False, "batch": 2, "heads": (4, 1)},
 }
@@ -100,9 +124,9 @@ def test_golden_case(golden: Path) -> None:
     widest = int(np.diff(column_offsets).max())
     columns = torch.full((heads, widest), tokens, dtype=torch.int32)
     for head in range(heads):
-        active[head, case["diagonals"][offsets[head]:offsets[head + 1]]] = True
-        mine = np.sort(case["columns"][column_offsets[head]:column_offsets[head + 1]])
-        columns[head, :len(mine)] = torch.from_numpy(mine).int()
+        active[head, case["diagonals"][offsets[head] : offsets[head + 1]]] = True
+        mine = np.sort(case["columns"][column_offsets[head] : column_offsets[head + 1]])
+        columns[head, : len(mine)] = torch.from_numpy(mine).int()
     mask = AttentionMask(seq_len_tokens=tokens, block_size=block, active=active, columns=columns)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, lse = api.full_attention(q, k, v, mask, scale=float(case["scale"]), backend="triton")
@@ -111,11 +135,15 @@ def test_golden_case(golden: Path) -> None:
         np.testing.assert_allclose(ours[0].numpy(), case[name], atol=1e-8, err_msg=name)
 
 
-@pytest.mark.parametrize(("name", "toeplitz", "shards"), [
-    ("striped", True, [[0, 2, 4], [1, 3, 5]]),
-    ("zigzag", True, [[0, 1, 4, 5], [2, 3]]),
-    ("striped block mask", False, [[0, 2, 4], [1, 3, 5]]),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "toeplitz", "shards"),
+    [
+        ("striped", True, [[0, 2, 4], [1, 3, 5]]),
+        ("zigzag", True, [[0, 1, 4, 5], [2, 3]]),
+        ("striped block mask", False, [[0, 2, 4], [1, 3, 5]]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> None:
     """Every (query shard, key shard) task, merged in place, gradients added into shared accumulators."""
     block = 32
@@ -128,11 +156,13 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
         partial = None
         for keys in at:
             index = api.block_index(mask, queries, keys, backend="triton")
-            partial = api.block_forward(q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, backend="triton",
-                                        into=partial)
+            partial = api.block_forward(
+                q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, backend="triton", into=partial
+            )
         index = api.column_index(mask, queries, backend="triton")
-        partials.append(api.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, backend="triton",
-                                           into=partial))
+        partials.append(
+            api.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, backend="triton", into=partial)
+        )
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     grad_columns = [torch.zeros_like(x) for x in (column_k, column_v)]
     for queries, (out, lse) in zip(at, partials, strict=True):
@@ -141,14 +171,37 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
         for keys in at:
             index = api.block_index(mask, queries, keys, backend="triton")
             parts = [torch.zeros_like(x[:, keys]) for x in (k, v)]
-            api.block_backward(grad_out[:, queries], q[:, queries], k[:, keys], v[:, keys], lse, delta, index,
-                               scale=SCALE, backend="triton", grad_q=grad_q, grad_k=parts[0], grad_v=parts[1])
+            api.block_backward(
+                grad_out[:, queries],
+                q[:, queries],
+                k[:, keys],
+                v[:, keys],
+                lse,
+                delta,
+                index,
+                scale=SCALE,
+                backend="triton",
+                grad_q=grad_q,
+                grad_k=parts[0],
+                grad_v=parts[1],
+            )
             grads[1][:, keys] += parts[0]
             grads[2][:, keys] += parts[1]
         index = api.column_index(mask, queries, backend="triton")
-        api.column_backward(grad_out[:, queries], q[:, queries], column_k, column_v, lse, delta, index, scale=SCALE,
-                            backend="triton", grad_q=grad_q, grad_column_k=grad_columns[0],
-                            grad_column_v=grad_columns[1])
+        api.column_backward(
+            grad_out[:, queries],
+            q[:, queries],
+            column_k,
+            column_v,
+            lse,
+            delta,
+            index,
+            scale=SCALE,
+            backend="triton",
+            grad_q=grad_q,
+            grad_column_k=grad_columns[0],
+            grad_column_v=grad_columns[1],
+        )
         grads[0][:, queries] = grad_q
     for columns, grad in zip(grad_columns, grads[1:], strict=True):
         api.scatter_columns(columns, mask, everything, grad=grad)
@@ -168,8 +221,9 @@ def test_usable_columns_are_those_of_earlier_inactive_blocks() -> None:
         columns = mask.columns[head].tolist()
         for tile, block in enumerate(q_blocks):
             bits = [(int(task.usable[head, tile, c // 64]) >> (c % 64)) & 1 for c in range(len(columns))]
-            right = [block < 5 and c < 150 and c // 32 < block and not mask.active[head, block - c // 32]
-                     for c in columns]
+            right = [
+                block < 5 and c < 150 and c // 32 < block and not mask.active[head, block - c // 32] for c in columns
+            ]
             assert bits == [int(x) for x in right]
             before = sum(c < 150 and c // 32 < block for c in columns) if block < 5 else 0
             own = sum(c < 150 and c // 32 == block for c in columns) if not mask.active[head, 0] else 0
