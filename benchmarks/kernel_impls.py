@@ -122,7 +122,8 @@ def _autograd_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
 def _dense_forward(backend: SDPBackend) -> Callable[[Problem], State]:
     def forward(problem: Problem) -> State:
         with sdpa_kernel(backend):
-            return (functional.scaled_dot_product_attention(*problem.leaves(), is_causal=True, enable_gqa=True),)
+            q, k, v = problem.leaves()
+            return (functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
 
     return forward
 
@@ -131,7 +132,7 @@ def _dense_forward(backend: SDPBackend) -> Callable[[Problem], State]:
 def _flex(tma: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
     options = {"USE_TMA": True} if tma else {}
     return lambda q, k, v, block_mask: compiled(
         q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True, kernel_options=options
