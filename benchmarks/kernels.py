@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels import tuning
 from ..kernels.mask import AttentionMask
 from . import common
 from .kernel_impls import DENSE, SPARSE, Implementation, Problem
@@ -156,8 +158,12 @@ def main() -> None:
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launches", type=Path, help="launches to use in place of the tuned ones, from sweep --write")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     arguments = parser.parse_args()
+    if arguments.launches:
+        chosen = json.loads(arguments.launches.read_text())
+        tuning.OVERRIDES |= {kernel: tuning.Launch(**launch) for kernel, launch in chosen.items()}
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
     print(common.write_result("kernels", rows, folder=arguments.results, gpus=1))
 

@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from ..kernels import launching, tuning
 from ..kernels import triton_backend as backend
 from ..kernels.tuning import Launch
+from ..traces.files import write_json
 from .masks import forward_flops, slash_mask
 
 
@@ -127,6 +130,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--settings", type=json.loads, default=DEFAULTS, help="JSON: kernel -> 'MxNxWARPSxSTAGES ...'")
     parser.add_argument("--pointers", action="store_true", help="pointer loads instead of tensor descriptors")
+    parser.add_argument("--write", type=Path, help="file for the fastest launch of each kernel, as JSON")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -134,7 +138,9 @@ def main() -> None:
         (kernel, launch)
         for kernel, text in arguments.settings.items()
         for launch in launches(text, tma=not arguments.pointers)
+        if max(launch.m, launch.n) <= arguments.block
     ]
+    best: dict[str, tuple[float, Launch]] = {}
     if arguments.worker is None:
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
         others = [
@@ -168,12 +174,15 @@ def main() -> None:
                 tuning.OVERRIDES.pop(kernel)
             if arguments.worker is None:
                 rate = work.flops[kernel] / took / 1e9
+                best[kernel] = min(best.get(kernel, (took, launch)), (took, launch), key=lambda pair: pair[0])
                 tiles = f"{launch.m}x{launch.n}x{launch.warps}x{launch.stages}x{launch.registers}"
                 print(
                     f"{density:.2f} {kernel:14} {tiles:16} {'tma' if launch.tma else 'ptr'} {took:8.3f} ms "
                     f"{rate:6.0f} TFLOP/s",
                     flush=True,
                 )
+    if arguments.write and arguments.worker is None:
+        write_json(arguments.write, {kernel: asdict(launch) for kernel, (_, launch) in best.items()})
 
 
 if __name__ == "__main__":
