@@ -69,10 +69,13 @@ def grad_q_kernel(
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (T * BLOCK / M, H, B), as the forward."""
-    part = tl.program_id(0) % (BLOCK // M)
-    tile = tl.load(order + tl.program_id(0) // (BLOCK // M))
-    head, batch = tl.program_id(1), tl.program_id(2)
+    """Grid (B * H * T * BLOCK / M), as the forward."""
+    program = tl.program_id(0)
+    part = program % (BLOCK // M)
+    program = program // (BLOCK // M)
+    tile = tl.load(order + program % tiles)
+    head = (program // tiles) % heads
+    batch = program // (tiles * heads)
 
     first = tile * BLOCK + part * M
     rows = first + tl.arange(0, M)
@@ -90,6 +93,17 @@ def grad_q_kernel(
     if BLOCKS:
         fields = row_fields + (head * tiles + tile) * 4
         start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+        if diagonal >= 0:
+            for n in range(0, ((part + 1) * M + N - 1) // N):
+                key = diagonal * BLOCK + n * N
+                k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, True)
+                v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, True)
+                allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
+                if DOCUMENTS:
+                    k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
+                    allowed = allowed & (q_document[:, None] == k_document[None, :])
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
+                                  True, ACC, PRECISION)
         for step in range(0, count * (BLOCK // N)):
             entry = tl.load(entries + start + step // (BLOCK // N))
             key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
@@ -103,17 +117,6 @@ def grad_q_kernel(
             else:
                 acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, scale_log2,
                                   False, ACC, PRECISION)
-        if diagonal >= 0:
-            for n in range(0, ((part + 1) * M + N - 1) // N):
-                key = diagonal * BLOCK + n * N
-                k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, True)
-                v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, True)
-                allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
-                if DOCUMENTS:
-                    k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
-                    allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
-                                  True, ACC, PRECISION)
     if COLUMNS:
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc = grad_q_columns(
@@ -131,10 +134,13 @@ def grad_kv_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
     DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (T * BLOCK / N, H_kv, B): one program per part of a key tile, all query heads of its KV head."""
-    part = tl.program_id(0) % (BLOCK // N)
-    tile = tl.load(order + tl.program_id(0) // (BLOCK // N))
-    kv_head, batch = tl.program_id(1), tl.program_id(2)
+    """Grid (B * H_kv * T * BLOCK / N): one program per part of a key tile, all query heads of its KV head."""
+    program = tl.program_id(0)
+    part = program % (BLOCK // N)
+    program = program // (BLOCK // N)
+    tile = tl.load(order + program % tiles)
+    kv_head = (program // tiles) % kv_heads
+    batch = program // (tiles * kv_heads)
 
     first = tile * BLOCK + part * N
     rows = first + tl.arange(0, N)

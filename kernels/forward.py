@@ -27,10 +27,13 @@ def forward_kernel(
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr, MERGE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (T * BLOCK / M, H, B): all of a head's tiles together, long rows first."""
-    part = tl.program_id(0) % (BLOCK // M)
-    tile = tl.load(order + tl.program_id(0) // (BLOCK // M))
-    head, batch = tl.program_id(1), tl.program_id(2)
+    """Grid (B * H * T * BLOCK / M): all of a head's tiles together, long rows first."""
+    program = tl.program_id(0)
+    part = program % (BLOCK // M)
+    program = program // (BLOCK // M)
+    tile = tl.load(order + program % tiles)
+    head = (program // tiles) % heads
+    batch = program // (tiles * heads)
 
     first = tile * BLOCK + part * M
     rows = first + tl.arange(0, M)
@@ -46,8 +49,17 @@ def forward_kernel(
     if BLOCKS:
         fields = row_fields + (head * tiles + tile) * 4
         start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
-        # The own block comes last: with it first, other instructions define the accumulators of the loop in flight, and
-        # the assembler waits after every single tensor-core instruction (its warning C7515).
+        if diagonal >= 0:
+            for n in range(0, ((part + 1) * M + N - 1) // N):
+                key = diagonal * BLOCK + n * N
+                k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, True)
+                v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, True)
+                allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
+                if DOCUMENTS:
+                    k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
+                    allowed = allowed & (q_document[:, None] == k_document[None, :])
+                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True,
+                                                ACC, PRECISION)
         for step in range(0, count * (BLOCK // N)):
             entry = tl.load(entries + start + step // (BLOCK // N))
             key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
@@ -61,17 +73,6 @@ def forward_kernel(
             else:
                 acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, True, scale_log2, False, ACC,
                                                 PRECISION)
-        if diagonal >= 0:
-            for n in range(0, ((part + 1) * M + N - 1) // N):
-                key = diagonal * BLOCK + n * N
-                k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, True)
-                v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, True)
-                allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
-                if DOCUMENTS:
-                    k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
-                    allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True,
-                                                ACC, PRECISION)
     if COLUMNS:
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc, peak, total = forward_columns(

@@ -40,9 +40,9 @@ def settings(kernel: str, q: Tensor, mask: AttentionMask) -> tuple[tuning.Launch
         "num_warps": launch.warps, "num_stages": launch.stages, **launch.options()}
 
 
-def programs(x: Tensor, tiles: int, block_size: int, rows: int) -> tuple[int, int, int]:
-    """The grid of one program per `rows` tokens of each head of x [B, S, H, D]: tokens fastest, then heads."""
-    return tiles * (block_size // rows), x.shape[2], x.shape[0]
+def programs(x: Tensor, tiles: int, block_size: int, rows: int) -> tuple[int]:
+    """The grid of one program per `rows` tokens of each head of x [B, S, H, D]."""
+    return (x.shape[0] * x.shape[2] * tiles * (block_size // rows),)
 
 
 def source(x: Tensor, limit: int, rows: int, launch: tuning.Launch) -> Source:

@@ -75,7 +75,7 @@ def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | N
     grid = launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
     out, lse = into or launching.empty_partial(q, out_dtype)
     launching.check_partial(out, lse, q)
-    if all(grid):
+    if grid[0]:
         run(
             forward_kernel, grid,
             out=source(out, q.shape[1], launch.m, launch), lse=lse, scale_log2=scale * BASE_2, q_tokens=q.shape[1],
