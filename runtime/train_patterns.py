@@ -25,10 +25,8 @@ from .attention import Chooser
 from .capture import pattern_of
 from .comm import reducers
 from .mesh import Mesh
-from .patterns import PlannedChoice, mask_of
+from .patterns import HASH_MULTIPLIER, PlannedChoice, mask_of, pattern_hash
 from .train_timing import Clock
-
-HASH_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that multiplying modulo 2^64 loses nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +117,8 @@ class LayerMasks:
 
     def _observe(self, layer: int, mask: AttentionMask, q: Tensor, k: Tensor) -> None:
         with torch.no_grad():
-            hashed = mask_hash(mask)
-            self._hash = hashed if self._hash is None else self._hash * 31 + hashed
+            hashed = pattern_hash(mask)
+            self._hash = hashed if self._hash is None else self._hash * HASH_MULTIPLIER + hashed
             if self.watch or self.record:
                 self._watched[layer] = _Watched(block_rows(mask))
             if self.record:
@@ -184,15 +182,3 @@ def block_rows(mask: AttentionMask) -> Tensor:
     if mask.is_toeplitz:
         return mask.active.long().cumsum(-1)
     return torch.stack([head.tril().sum(-1) for head in mask.active])
-
-
-def mask_hash(mask: AttentionMask) -> Tensor:
-    """Return an int64 of the mask's contents, on the device. Block masks count by their row and column sums."""
-    sides = [mask.active] if mask.is_toeplitz else [mask.active.sum(-1), mask.active.sum(-2)]
-    parts = [*sides] + ([] if mask.columns is None else [mask.columns])
-    total = torch.zeros((), dtype=torch.int64, device=mask.active.device)
-    for part in parts:
-        flat = part.reshape(-1).long()
-        weights = (torch.arange(1, flat.numel() + 1, device=flat.device) * HASH_FACTOR) ^ 0x2545F4914F6CDD1D
-        total = total * 31 + (flat * weights).sum()
-    return total
