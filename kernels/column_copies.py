@@ -8,6 +8,9 @@ program owns the rows of one tile of one KV head, so that no two additions meet.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
 from __future__ import annotations
 
 import torch

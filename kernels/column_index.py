@@ -41,8 +41,9 @@ class ColumnTask:
     @property
     def nbytes(self) -> int:
         """Device memory held, the mask's own tensors excepted."""
-        return sum(t.numel() * t.element_size()
-                   for t in (self.usable, self.limits, self.first_tile, self.has_own, self.order))
+        return sum(
+            t.numel() * t.element_size() for t in (self.usable, self.limits, self.first_tile, self.has_own, self.order)
+        )
 
 
 def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
@@ -61,16 +62,40 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
     limits = torch.empty(heads, tiles, 2, dtype=torch.int32, device=columns.device)
     chunk = min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE))
     if tiles and capacity:
-        run(usable_kernel, (tiles, heads), columns, mask.active.contiguous().view(torch.uint8), blocks, usable, limits,
-            tiles, capacity, words, mask.seq_len_tokens, mask.blocks, BLOCK=mask.block_size,
-            TOEPLITZ=mask.is_toeplitz, CHUNK=chunk)
+        run(
+            usable_kernel,
+            (tiles, heads),
+            columns,
+            mask.active.contiguous().view(torch.uint8),
+            blocks,
+            usable,
+            limits,
+            tiles,
+            capacity,
+            words,
+            mask.seq_len_tokens,
+            mask.blocks,
+            BLOCK=mask.block_size,
+            TOEPLITZ=mask.is_toeplitz,
+            CHUNK=chunk,
+        )
     ends = ((blocks + 1) * mask.block_size).clamp(max=mask.seq_len_tokens).to(torch.int32)
     first_tile = torch.searchsorted(ends, columns[:, ::COLUMN_TILE].contiguous(), right=True, out_int32=True)
     has_own = (limits[:, :, 1] > limits[:, :, 0]).any(1).to(torch.int32)
     q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
-    return ColumnTask(mask=mask, q_side=q_side, q_valid_tokens=q_side.valid_tokens(mask), columns=columns,
-                      usable=usable, limits=limits, first_tile=first_tile, has_own=has_own,
-                      order=q_side.order(falling=True), q_documents=q_documents, column_documents=column_documents)
+    return ColumnTask(
+        mask=mask,
+        q_side=q_side,
+        q_valid_tokens=q_side.valid_tokens(mask),
+        columns=columns,
+        usable=usable,
+        limits=limits,
+        first_tile=first_tile,
+        has_own=has_own,
+        order=q_side.order(falling=True),
+        q_documents=q_documents,
+        column_documents=column_documents,
+    )
 
 
 def _documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:

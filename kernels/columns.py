@@ -12,6 +12,9 @@ Shape legend: see tiles.py.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
 from __future__ import annotations
 
 import triton

@@ -33,15 +33,41 @@ KERNELS = {
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
 _BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
-_COLUMN_ONLY = ("column_k", "column_v", "columns", "usable", "limits", "q_blocks", "column_documents", "ck_b", "ck_h",
-                "ck_s", "cv_b", "cv_h", "cv_s", "capacity", "words")
+_COLUMN_ONLY = (
+    "column_k",
+    "column_v",
+    "columns",
+    "usable",
+    "limits",
+    "q_blocks",
+    "column_documents",
+    "ck_b",
+    "ck_h",
+    "ck_s",
+    "cv_b",
+    "cv_h",
+    "cv_s",
+    "capacity",
+    "words",
+)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The forward writes bfloat16 where nothing will be merged, else the accumulator's dtype.
 _TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
 _ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n"}
 _FLOATS = {"out", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
-_INTEGERS = {"row_fields", "entries", "order", "columns", "limits", "first_tile", "has_own", "q_blocks", "q_documents",
-             "k_documents", "column_documents"}
+_INTEGERS = {
+    "row_fields",
+    "entries",
+    "order",
+    "columns",
+    "limits",
+    "first_tile",
+    "has_own",
+    "q_blocks",
+    "q_documents",
+    "k_documents",
+    "column_documents",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +80,37 @@ class Resources:
     cubin: bytes
 
 
-def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: int = 128, head_dim: int = 128,
-              group: int = 8, documents: bool = False, merge: bool = False,
-              launch: tuning.Launch | None = None) -> Resources:
+def resources(
+    kernel: str,
+    *,
+    capability: int,
+    dtype: str = "bf16",
+    block_size: int = 128,
+    head_dim: int = 128,
+    group: int = 8,
+    documents: bool = False,
+    merge: bool = False,
+    launch: tuning.Launch | None = None,
+) -> Resources:
     """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given."""
-    launch = launch or tuning.launch_for(kernel, capability=capability, block_size=block_size, head_dim=head_dim,
-                                         itemsize=2)
+    launch = launch or tuning.launch_for(
+        kernel, capability=capability, block_size=block_size, head_dim=head_dim, itemsize=2
+    )
     constants: dict[str, Any] = {
-        "GROUP": group, "BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "SIGN": -1,
-        "DOCUMENTS": documents, "TMA": launch.tma, "MERGE": merge, "ADD": True, "ACC": tl.float32, "PRECISION": "tf32",
-        "BLOCKS": not kernel.startswith("column"), "COLUMNS": kernel.startswith(("column", "fused")),
+        "GROUP": group,
+        "BLOCK": block_size,
+        "M": launch.m,
+        "N": launch.n,
+        "D": head_dim,
+        "SIGN": -1,
+        "DOCUMENTS": documents,
+        "TMA": launch.tma,
+        "MERGE": merge,
+        "ADD": True,
+        "ACC": tl.float32,
+        "PRECISION": "tf32",
+        "BLOCKS": not kernel.startswith("column"),
+        "COLUMNS": kernel.startswith(("column", "fused")),
     }
     if not documents:
         constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
@@ -73,16 +120,25 @@ def resources(kernel: str, *, capability: int, dtype: str = "bf16", block_size: 
     function = KERNELS[kernel]
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge)
-                 for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)}
+    signature = {
+        name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge)
+        for name in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)
+    }
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": launch.warps, "num_stages": launch.stages, **launch.options()})
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages, **launch.options()},
+    )
     registers, stack = _read_usage(compiled.asm["cubin"])
-    return Resources(registers=registers, stack_bytes=stack, shared_bytes=compiled.metadata.shared,
-                     cubin=compiled.asm["cubin"])
+    return Resources(
+        registers=registers, stack_bytes=stack, shared_bytes=compiled.metadata.shared, cubin=compiled.asm["cubin"]
+    )
 
 
 def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch, merge: bool) -> str:
@@ -111,8 +167,9 @@ def _read_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True,
-                              check=True).stdout
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump: no resource usage in {text!r}")
@@ -131,10 +188,26 @@ def main() -> None:
     for kernel in arguments.kernels:
         for head_dim in arguments.head_dims:
             for block in arguments.blocks:
-                found = resources(kernel, capability=arguments.capability, head_dim=head_dim, block_size=block,
-                                  documents=arguments.documents)
-                print(json.dumps({"kernel": kernel, "head_dim": head_dim, "block": block, "registers": found.registers,
-                                  "stack_bytes": found.stack_bytes, "shared_bytes": found.shared_bytes}), flush=True)
+                found = resources(
+                    kernel,
+                    capability=arguments.capability,
+                    head_dim=head_dim,
+                    block_size=block,
+                    documents=arguments.documents,
+                )
+                print(
+                    json.dumps(
+                        {
+                            "kernel": kernel,
+                            "head_dim": head_dim,
+                            "block": block,
+                            "registers": found.registers,
+                            "stack_bytes": found.stack_bytes,
+                            "shared_bytes": found.shared_bytes,
+                        }
+                    ),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ a launch computes. Shape legend: see tiles.py.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
 from __future__ import annotations
 
 import triton

@@ -99,8 +99,9 @@ class Side:
         known = self.__dict__.setdefault("_periodic", {})
         key = id(others), blocks, transposed
         if key not in known:
-            tables = periodic_tables(self.blocks, others.blocks, blocks=blocks, transposed=transposed,
-                                     device=self.device_blocks.device)
+            tables = periodic_tables(
+                self.blocks, others.blocks, blocks=blocks, transposed=transposed, device=self.device_blocks.device
+            )
             known[key] = others, tables  # the reference keeps the id taken
         return known[key][1]
 
@@ -153,12 +154,15 @@ def _read_side(positions: Tensor, block_size: int, device: torch.device, name: s
     ascending = bool((np.diff(blocks) > 0).all())
     if not whole or not (ascending or (gathered and len(host) % block_size == 0)):
         at = int(np.flatnonzero(host != expected)[0]) if (host != expected).any() else 0
-        raise ValueError(f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
-                         f"position {host[at]}); the triton backend needs a granularity that is a multiple of them")
+        raise ValueError(
+            f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
+            f"position {host[at]}); the triton backend needs a granularity that is a multiple of them"
+        )
     tail = len(host) - (len(blocks) - 1) * block_size if len(blocks) else 0
     device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(device)
-    return Side(blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host),
-                last_block_tokens=tail)
+    return Side(
+        blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +211,15 @@ def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) ->
     q_side = side_of(q_positions, mask.block_size, mask.active.device, name="q_positions")
     k_side = side_of(k_positions, mask.block_size, mask.active.device, name="k_positions", gathered=True)
     q_documents, k_documents = (_local_documents(mask, p) for p in (q_positions, k_positions))
-    return BlockTask(mask=mask, q_side=q_side, k_side=k_side, q_valid_tokens=q_side.valid_tokens(mask),
-                     k_valid_tokens=k_side.valid_tokens(mask), q_documents=q_documents, k_documents=k_documents)
+    return BlockTask(
+        mask=mask,
+        q_side=q_side,
+        k_side=k_side,
+        q_valid_tokens=q_side.valid_tokens(mask),
+        k_valid_tokens=k_side.valid_tokens(mask),
+        q_documents=q_documents,
+        k_documents=k_documents,
+    )
 
 
 def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
@@ -216,8 +227,9 @@ def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
     return None if documents is None else documents.to(torch.int32)
 
 
-def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool,
-           residues: ResidueLists | None = None) -> TileLists:
+def _lists(
+    mask: AttentionMask, rows: Side, others: Side, *, transposed: bool, residues: ResidueLists | None = None
+) -> TileLists:
     if residues is not None:
         return _toeplitz_lists(mask, rows, others, residues, transposed=transposed)
     tables = rows.periodic_tables(others, mask.blocks, transposed=transposed) if mask.is_toeplitz else None
@@ -233,15 +245,24 @@ def _lists(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool,
     return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=sign)
 
 
-def _toeplitz_lists(mask: AttentionMask, rows: Side, others: Side, residues: ResidueLists, *,
-                    transposed: bool) -> TileLists:
+def _toeplitz_lists(
+    mask: AttentionMask, rows: Side, others: Side, residues: ResidueLists, *, transposed: bool
+) -> TileLists:
     """Rows of one residue share a sorted list of diagonals; no row has a list of its own. See index_kernels.py."""
     entries, before, stride = residues
     first = int(others.blocks[0]) if len(others.blocks) else 0
-    fields = row_fields(mask.active, rows.device_blocks, before, stride=stride, first=first,
-                        others=others.valid_tiles(mask), transposed=transposed)
-    return TileLists(rows=fields, entries=entries, order=rows.order(falling=not transposed),
-                     sign=1 if transposed else -1)
+    fields = row_fields(
+        mask.active,
+        rows.device_blocks,
+        before,
+        stride=stride,
+        first=first,
+        others=others.valid_tiles(mask),
+        transposed=transposed,
+    )
+    return TileLists(
+        rows=fields, entries=entries, order=rows.order(falling=not transposed), sign=1 if transposed else -1
+    )
 
 
 def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
@@ -254,8 +275,9 @@ def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
     return torch.where(active, tiles[None, :], -1)
 
 
-def _csr_lists(mask: AttentionMask, rows: Side, others: Side, *,
-               transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _csr_lists(
+    mask: AttentionMask, rows: Side, others: Side, *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """One list of local tiles per (head, row), ascending."""
     pairs = _active_tiles(mask, rows, others, transposed=transposed)
     counts = pairs.sum(-1)

@@ -7,6 +7,9 @@ the row's distance from the other side's first block by that side's stride; diag
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
 from __future__ import annotations
 
 import torch

@@ -32,12 +32,25 @@ Source = Tensor | TensorDescriptor
 
 def settings(kernel: str, q: Tensor, mask: AttentionMask) -> tuple[tuning.Launch, dict[str, Any]]:
     """The launch of one kernel for this device and problem, and the arguments that follow from it."""
-    launch = tuning.launch_for(kernel, capability=tuning.capability_of(q.device), block_size=mask.block_size,
-                               head_dim=q.shape[3], itemsize=q.element_size())
+    launch = tuning.launch_for(
+        kernel,
+        capability=tuning.capability_of(q.device),
+        block_size=mask.block_size,
+        head_dim=q.shape[3],
+        itemsize=q.element_size(),
+    )
     return launch, {
-        "BLOCK": mask.block_size, "M": launch.m, "N": launch.n, "D": q.shape[3], "TMA": launch.tma,
-        "ACC": _ACC[accumulator_dtype(q.dtype)], "PRECISION": "ieee" if q.element_size() > 2 else "tf32",
-        "num_warps": launch.warps, "num_stages": launch.stages, **launch.options()}
+        "BLOCK": mask.block_size,
+        "M": launch.m,
+        "N": launch.n,
+        "D": q.shape[3],
+        "TMA": launch.tma,
+        "ACC": _ACC[accumulator_dtype(q.dtype)],
+        "PRECISION": "ieee" if q.element_size() > 2 else "tf32",
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        **launch.options(),
+    }
 
 
 def programs(x: Tensor, tiles: int, block_size: int, rows: int) -> tuple[int]:
@@ -75,37 +88,77 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def query_arguments(q: Tensor, index: Task, launch: tuning.Launch) -> dict[str, Any]:
     """Arguments about the query side of a launch that has one program per query tile."""
-    return {"q": source(q, index.q_valid_tokens, launch.m, launch), **strides(q=q), "heads": q.shape[2],
-            "tiles": len(index.q_side.blocks), "q_valid": index.q_valid_tokens, "q_documents": index.q_documents,
-            "DOCUMENTS": index.q_documents is not None}
+    return {
+        "q": source(q, index.q_valid_tokens, launch.m, launch),
+        **strides(q=q),
+        "heads": q.shape[2],
+        "tiles": len(index.q_side.blocks),
+        "q_valid": index.q_valid_tokens,
+        "q_documents": index.q_documents,
+        "DOCUMENTS": index.q_documents is not None,
+    }
 
 
-def block_arguments(k: Tensor | None, v: Tensor | None, index: BlockTask | None, heads: int,
-                    launch: tuning.Launch) -> dict[str, Any]:
+def block_arguments(
+    k: Tensor | None, v: Tensor | None, index: BlockTask | None, heads: int, launch: tuning.Launch
+) -> dict[str, Any]:
     """Arguments of the block part of a query-tile launch; without an index, what leaves that part out."""
     if k is None or v is None or index is None:
         names = ("k", "v", "row_fields", "entries", "k_documents", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
         return dict.fromkeys(names) | {"GROUP": 1, "SIGN": 1, "BLOCKS": False}
     lists, valid = index.queries, index.k_valid_tokens
-    return {"k": source(k, valid, launch.n, launch), "v": source(v, valid, launch.n, launch), **strides(k=k, v=v),
-            "row_fields": lists.rows, "entries": lists.entries, "k_documents": index.k_documents, "k_valid": valid,
-            "GROUP": heads // k.shape[2], "SIGN": lists.sign, "BLOCKS": True}
+    return {
+        "k": source(k, valid, launch.n, launch),
+        "v": source(v, valid, launch.n, launch),
+        **strides(k=k, v=v),
+        "row_fields": lists.rows,
+        "entries": lists.entries,
+        "k_documents": index.k_documents,
+        "k_valid": valid,
+        "GROUP": heads // k.shape[2],
+        "SIGN": lists.sign,
+        "BLOCKS": True,
+    }
 
 
-def column_arguments(column_k: Tensor | None, column_v: Tensor | None, index: ColumnTask | None,
-                     launch: tuning.Launch) -> dict[str, Any]:
+def column_arguments(
+    column_k: Tensor | None, column_v: Tensor | None, index: ColumnTask | None, launch: tuning.Launch
+) -> dict[str, Any]:
     """Arguments of the column part of a launch; without an index, what leaves that part out. column_k [B, H, C, D]."""
     if column_k is None or column_v is None or index is None:
-        names = ("column_k", "column_v", "columns", "usable", "limits", "q_blocks", "column_documents", "ck_b", "ck_h",
-                 "ck_s", "cv_b", "cv_h", "cv_s", "capacity", "words")
+        names = (
+            "column_k",
+            "column_v",
+            "columns",
+            "usable",
+            "limits",
+            "q_blocks",
+            "column_documents",
+            "ck_b",
+            "ck_h",
+            "ck_s",
+            "cv_b",
+            "cv_h",
+            "cv_s",
+            "capacity",
+            "words",
+        )
         return dict.fromkeys(names) | {"COLUMNS": False}
     capacity = index.columns.shape[1]
     ck, cv = column_k.transpose(1, 2), column_v.transpose(1, 2)
-    return {"column_k": source(ck, capacity, launch.n, launch), "column_v": source(cv, capacity, launch.n, launch),
-            **strides(ck=ck, cv=cv), "columns": index.columns, "usable": index.usable, "limits": index.limits,
-            "q_blocks": index.q_side.device_blocks,
-            "column_documents": index.column_documents, "capacity": capacity, "words": index.usable.shape[2],
-            "COLUMNS": True}
+    return {
+        "column_k": source(ck, capacity, launch.n, launch),
+        "column_v": source(cv, capacity, launch.n, launch),
+        **strides(ck=ck, cv=cv),
+        "columns": index.columns,
+        "usable": index.usable,
+        "limits": index.limits,
+        "q_blocks": index.q_side.device_blocks,
+        "column_documents": index.column_documents,
+        "capacity": capacity,
+        "words": index.usable.shape[2],
+        "COLUMNS": True,
+    }
 
 
 def row_values_of(lse: Tensor, delta: Tensor, index: Task, scale: float) -> Tensor:
@@ -114,9 +167,19 @@ def row_values_of(lse: Tensor, delta: Tensor, index: Task, scale: float) -> Tens
     values = _empty_row_values(lse, index)
     batch, heads, _ = lse.shape
     run(
-        prepare_kernel, (triton.cdiv(values.shape[1], PREPARE_ROWS), batch * heads),
-        lse, delta, values, *lse.stride()[:2], *delta.stride()[:2], heads, index.q_valid_tokens, values.shape[1],
-        scale, SIZE=PREPARE_ROWS)
+        prepare_kernel,
+        (triton.cdiv(values.shape[1], PREPARE_ROWS), batch * heads),
+        lse,
+        delta,
+        values,
+        *lse.stride()[:2],
+        *delta.stride()[:2],
+        heads,
+        index.q_valid_tokens,
+        values.shape[1],
+        scale,
+        SIZE=PREPARE_ROWS,
+    )
     return values
 
 
@@ -126,9 +189,22 @@ def row_values_from_out(out: Tensor, grad_out: Tensor, lse: Tensor, index: Task,
     values = _empty_row_values(lse, index)
     batch, _, heads, dim = out.shape
     run(
-        prepare_from_out_kernel, (triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads),
-        out, grad_out, lse, values, *out.stride()[:3], *grad_out.stride()[:3], *lse.stride()[:2], heads,
-        index.q_valid_tokens, values.shape[1], scale, SIZE=PREPARE_OUT_ROWS, D=dim)
+        prepare_from_out_kernel,
+        (triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads),
+        out,
+        grad_out,
+        lse,
+        values,
+        *out.stride()[:3],
+        *grad_out.stride()[:3],
+        *lse.stride()[:2],
+        heads,
+        index.q_valid_tokens,
+        values.shape[1],
+        scale,
+        SIZE=PREPARE_OUT_ROWS,
+        D=dim,
+    )
     return values
 
 
@@ -197,8 +273,9 @@ def check_partial(out: Tensor, lse: Tensor, q: Tensor) -> None:
 def check_columns(column_k: Tensor, index: ColumnTask) -> None:
     """Raise ValueError when the gathered columns are not those of the index."""
     if column_k.shape[1:3] != index.columns.shape:
-        raise ValueError(f"column_k: shape {tuple(column_k.shape)} is not [B, H, C, D] of columns "
-                         f"{tuple(index.columns.shape)}")
+        raise ValueError(
+            f"column_k: shape {tuple(column_k.shape)} is not [B, H, C, D] of columns {tuple(index.columns.shape)}"
+        )
 
 
 BASE_2 = LOG2_E.value

@@ -27,8 +27,17 @@ from .triton_run import run
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
 
-__all__ = ["block_backward", "block_forward", "block_index", "column_backward", "column_forward", "column_index",
-           "full_gradients", "gather_columns", "scatter_columns"]
+__all__ = [
+    "block_backward",
+    "block_forward",
+    "block_index",
+    "column_backward",
+    "column_forward",
+    "column_index",
+    "full_gradients",
+    "gather_columns",
+    "scatter_columns",
+]
 
 Columns = tuple[Tensor, Tensor, ColumnTask]
 Partial = tuple[Tensor, Tensor]
@@ -46,8 +55,17 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
     return column_task(mask, q_positions)
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockTask, *, scale: float, into: Partial | None = None,
-                  out_dtype: torch.dtype | None = None, columns: Columns | None = None) -> Partial:
+def block_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockTask,
+    *,
+    scale: float,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
+    columns: Columns | None = None,
+) -> Partial:
     """See api.block_forward. `into` is merged in place and returned.
 
     out_dtype: of a fresh out, where the caller will not merge it; default the accumulator's. columns: (column_k,
@@ -59,16 +77,25 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockTask, *, scale: f
     return _forward(q, k, v, index, columns, scale, into, out_dtype)
 
 
-def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float,
-                   into: Partial | None = None) -> Partial:
+def column_forward(
+    q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float, into: Partial | None = None
+) -> Partial:
     """See api.column_forward. `into` is merged in place and returned."""
     launching.check_query(q, index)
     q = loadable(q)
     return _forward(q, None, None, None, (column_k, column_v, index), scale, into, None)
 
 
-def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | None, columns: Columns | None,
-             scale: float, into: Partial | None, out_dtype: torch.dtype | None) -> Partial:
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    index: BlockTask | None,
+    columns: Columns | None,
+    scale: float,
+    into: Partial | None,
+    out_dtype: torch.dtype | None,
+) -> Partial:
     task = _query_task(index, columns)
     kernel = tuning.COLUMN_FORWARD if index is None else tuning.FUSED_FORWARD if columns else tuning.FORWARD
     launch, common = settings(kernel, q, task.mask)
@@ -77,16 +104,38 @@ def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | N
     launching.check_partial(out, lse, q)
     if grid[0]:
         run(
-            forward_kernel, grid,
-            out=source(out, q.shape[1], launch.m, launch), lse=lse, scale_log2=scale * BASE_2, q_tokens=q.shape[1],
-            order=_order(index, columns), lse_b=lse.stride(0), lse_h=lse.stride(1), MERGE=into is not None,
+            forward_kernel,
+            grid,
+            out=source(out, q.shape[1], launch.m, launch),
+            lse=lse,
+            scale_log2=scale * BASE_2,
+            q_tokens=q.shape[1],
+            order=_order(index, columns),
+            lse_b=lse.stride(0),
+            lse_h=lse.stride(1),
+            MERGE=into is not None,
             **strides(out=out),
-            **launching.query_arguments(q, task, launch), **_both_parts(q, k, v, index, columns, launch), **common)
+            **launching.query_arguments(q, task, launch),
+            **_both_parts(q, k, v, index, columns, launch),
+            **common,
+        )
     return out, lse
 
 
-def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockTask, *,
-                   scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+def block_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: BlockTask,
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
     """See api.block_backward. Bitwise repeatable: every accumulator element has one owner and one order."""
     launching.check_query(q, index)
     launching.check_keys(k, index)
@@ -99,9 +148,20 @@ def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tenso
         grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=True)
 
 
-def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
-                    index: ColumnTask, *, scale: float, grad_q: Tensor, grad_column_k: Tensor,
-                    grad_column_v: Tensor) -> None:
+def column_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: ColumnTask,
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_column_k: Tensor,
+    grad_column_v: Tensor,
+) -> None:
     """See api.column_backward. Bitwise repeatable: partial sums of query chunks are added in a fixed order."""
     launching.check_query(q, index)
     launching.check_columns(column_k, index)
@@ -117,8 +177,18 @@ def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Ten
     grad_column_v += grad_v
 
 
-def full_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: BlockTask, *,
-                   scale: float, columns: Columns | None = None) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
+def full_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: BlockTask,
+    *,
+    scale: float,
+    columns: Columns | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
     """(dq, dk, dv, (grad_column_k, grad_column_v) or None) where this one task and its columns are all there is.
 
     dq (of both parts), dk, dv (of the block part) have q's dtype; columns' gradients [B, H, C, D] the accumulator's.
@@ -128,9 +198,9 @@ def full_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     launching.check_keys(k, index)
     q, k, v, grad_out, out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    grad_q[:, index.q_valid_tokens:] = 0
-    grad_k[:, index.k_valid_tokens:] = 0
-    grad_v[:, index.k_valid_tokens:] = 0
+    grad_q[:, index.q_valid_tokens :] = 0
+    grad_k[:, index.k_valid_tokens :] = 0
+    grad_v[:, index.k_valid_tokens :] = 0
     values = launching.row_values_from_out(out, grad_out, lse, index, scale)
     grad_query(grad_out, q, k, v, values, index, columns, scale, grad_q, add=False)
     grad_key_value(grad_out, q, k, v, values, index, scale, grad_k, grad_v, add=False)
@@ -138,36 +208,87 @@ def full_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     return grad_q, grad_k, grad_v, of_columns
 
 
-def grad_query(grad_out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, row_values: Tensor,
-               index: BlockTask | None, columns: Columns | None, scale: float, grad_q: Tensor, *, add: bool) -> None:
+def grad_query(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    row_values: Tensor,
+    index: BlockTask | None,
+    columns: Columns | None,
+    scale: float,
+    grad_q: Tensor,
+    *,
+    add: bool,
+) -> None:
     """Launch dQ of the block part, the column part, or both; row_values: see launching.row_values_of."""
     task = _query_task(index, columns)
     kernel = tuning.COLUMN_GRAD_Q if index is None else tuning.FUSED_GRAD_Q if columns else tuning.GRAD_Q
     launch, common = settings(kernel, q, task.mask)
     valid = task.q_valid_tokens
     run(
-        grad_q_kernel, launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m),
-        grad_out=source(grad_out, valid, launch.m, launch), row_values=row_values, padded=row_values.shape[1],
-        grad_q=source(grad_q, valid, launch.m, launch), scale=scale, scale_log2=scale * BASE_2,
-        order=_order(index, columns), ADD=add, **strides(do=grad_out, dq=grad_q),
-        **launching.query_arguments(q, task, launch), **_both_parts(q, k, v, index, columns, launch), **common)
+        grad_q_kernel,
+        launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m),
+        grad_out=source(grad_out, valid, launch.m, launch),
+        row_values=row_values,
+        padded=row_values.shape[1],
+        grad_q=source(grad_q, valid, launch.m, launch),
+        scale=scale,
+        scale_log2=scale * BASE_2,
+        order=_order(index, columns),
+        ADD=add,
+        **strides(do=grad_out, dq=grad_q),
+        **launching.query_arguments(q, task, launch),
+        **_both_parts(q, k, v, index, columns, launch),
+        **common,
+    )
 
 
-def grad_key_value(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, row_values: Tensor, index: BlockTask,
-                   scale: float, grad_k: Tensor, grad_v: Tensor, *, add: bool) -> None:
+def grad_key_value(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_values: Tensor,
+    index: BlockTask,
+    scale: float,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    *,
+    add: bool,
+) -> None:
     """Launch dK and dV of the block part."""
     launch, common = settings(tuning.GRAD_KV, q, index.mask)
     lists, q_valid, k_valid = index.keys, index.q_valid_tokens, index.k_valid_tokens
     run(
-        grad_kv_kernel, launching.programs(k, len(index.k_side.blocks), index.mask.block_size, launch.n),
-        q=source(q, q_valid, launch.m, launch), grad_out=source(grad_out, q_valid, launch.m, launch),
-        k=source(k, k_valid, launch.n, launch), v=source(v, k_valid, launch.n, launch),
-        grad_k=source(grad_k, k_valid, launch.n, launch), grad_v=source(grad_v, k_valid, launch.n, launch),
-        row_values=launching.line_source(row_values, launch), padded=row_values.shape[1], row_fields=lists.rows,
-        entries=lists.entries, order=lists.order, q_documents=index.q_documents, k_documents=index.k_documents,
-        scale=scale, scale_log2=scale * BASE_2, kv_heads=k.shape[2], tiles=len(index.k_side.blocks), q_valid=q_valid,
-        k_valid=k_valid, GROUP=q.shape[2] // k.shape[2], SIGN=lists.sign, DOCUMENTS=index.q_documents is not None,
-        ADD=add, **strides(q=q, k=k, v=v, do=grad_out, dk=grad_k, dv=grad_v), **common)
+        grad_kv_kernel,
+        launching.programs(k, len(index.k_side.blocks), index.mask.block_size, launch.n),
+        q=source(q, q_valid, launch.m, launch),
+        grad_out=source(grad_out, q_valid, launch.m, launch),
+        k=source(k, k_valid, launch.n, launch),
+        v=source(v, k_valid, launch.n, launch),
+        grad_k=source(grad_k, k_valid, launch.n, launch),
+        grad_v=source(grad_v, k_valid, launch.n, launch),
+        row_values=launching.line_source(row_values, launch),
+        padded=row_values.shape[1],
+        row_fields=lists.rows,
+        entries=lists.entries,
+        order=lists.order,
+        q_documents=index.q_documents,
+        k_documents=index.k_documents,
+        scale=scale,
+        scale_log2=scale * BASE_2,
+        kv_heads=k.shape[2],
+        tiles=len(index.k_side.blocks),
+        q_valid=q_valid,
+        k_valid=k_valid,
+        GROUP=q.shape[2] // k.shape[2],
+        SIGN=lists.sign,
+        DOCUMENTS=index.q_documents is not None,
+        ADD=add,
+        **strides(q=q, k=k, v=v, do=grad_out, dk=grad_k, dv=grad_v),
+        **common,
+    )
 
 
 def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tensor, scale: float) -> Partial:
@@ -183,12 +304,24 @@ def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tens
     arguments = launching.column_arguments(column_k, column_v, index, launch)
     del arguments["COLUMNS"]
     run(
-        column_grad_kv_kernel, (column_tiles, batch * heads, chunks),
-        grad_out=source(grad_out, index.q_valid_tokens, launch.m, launch), padded=row_values.shape[1],
-        row_values=launching.line_source(row_values, launch), grad_k=launching.part_source(parts[0], launch),
-        grad_v=launching.part_source(parts[1], launch), first_tile=first_tile, has_own=index.has_own, scale=scale,
-        scale_log2=scale * BASE_2, column_tiles=column_tiles, chunk_tiles=COLUMN_CHUNK_TILES, **strides(do=grad_out),
-        **launching.query_arguments(q, index, launch), **arguments, **common)
+        column_grad_kv_kernel,
+        (column_tiles, batch * heads, chunks),
+        grad_out=source(grad_out, index.q_valid_tokens, launch.m, launch),
+        padded=row_values.shape[1],
+        row_values=launching.line_source(row_values, launch),
+        grad_k=launching.part_source(parts[0], launch),
+        grad_v=launching.part_source(parts[1], launch),
+        first_tile=first_tile,
+        has_own=index.has_own,
+        scale=scale,
+        scale_log2=scale * BASE_2,
+        column_tiles=column_tiles,
+        chunk_tiles=COLUMN_CHUNK_TILES,
+        **strides(do=grad_out),
+        **launching.query_arguments(q, index, launch),
+        **arguments,
+        **common,
+    )
     grad_k, grad_v = parts.view(2, chunks, batch, heads, capacity, dim).sum(1)
     return grad_k, grad_v
 
@@ -210,10 +343,18 @@ def _order(index: BlockTask | None, columns: Columns | None) -> Tensor:
     return columns[2].order
 
 
-def _both_parts(q: Tensor, k: Tensor | None, v: Tensor | None, index: BlockTask | None, columns: Columns | None,
-                launch: tuning.Launch) -> dict[str, object]:
+def _both_parts(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    index: BlockTask | None,
+    columns: Columns | None,
+    launch: tuning.Launch,
+) -> dict[str, object]:
     column_k, column_v, column_task_ = columns or (None, None, None)
     if column_k is not None and column_v is not None:
         column_k, column_v = loadable(column_k), loadable(column_v)
-    return {**launching.block_arguments(k, v, index, q.shape[2], launch),
-            **launching.column_arguments(column_k, column_v, column_task_, launch)}
+    return {
+        **launching.block_arguments(k, v, index, q.shape[2], launch),
+        **launching.column_arguments(column_k, column_v, column_task_, launch),
+    }

@@ -1,6 +1,6 @@
 """Launch settings per architecture: tile sizes, warps, pipeline stages, and how tiles are loaded.
 
-The settings are data, found by benchmarks/kernels.py --sweep and explained in docs/kernels.md.
+The settings are data, found by benchmarks/sweep.py and explained in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ SM80 = {
     FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
     GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
-    FUSED_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
+    FUSED_FORWARD: Launch(m=128, n=32, warps=8, stages=2, tma=False),
     FUSED_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
-    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=False),
+    COLUMN_FORWARD: Launch(m=128, n=32, warps=8, stages=2, tma=False),
     COLUMN_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
 }
