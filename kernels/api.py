@@ -21,9 +21,22 @@ from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
 
 __all__ = [
-    "BACKENDS", "AttentionMask", "BlockIndex", "ColumnIndex", "Partial", "accumulator_dtype", "block_backward",
-    "block_forward", "block_index", "column_backward", "column_forward", "column_index", "full_attention",
-    "gather_columns", "merge", "scatter_columns",
+    "BACKENDS",
+    "AttentionMask",
+    "BlockIndex",
+    "ColumnIndex",
+    "Partial",
+    "accumulator_dtype",
+    "block_backward",
+    "block_forward",
+    "block_index",
+    "column_backward",
+    "column_forward",
+    "column_index",
+    "full_attention",
+    "gather_columns",
+    "merge",
+    "scatter_columns",
 ]
 
 # Imported at first use: triton cannot be imported everywhere.
@@ -59,8 +72,9 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor, *
     return BlockIndex(backend=backend, data=_backend(backend).block_index(mask, q_positions, k_positions))
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, backend: str,
-                  into: Partial | None = None) -> Partial:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, backend: str, into: Partial | None = None
+) -> Partial:
     """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks.
 
     into: (out, lse) of earlier partials over other keys; they are merged, and may be overwritten: use what returns.
@@ -69,15 +83,29 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: 
     return _backend(backend).block_forward(q, k, v, _data(index, backend), scale=scale, into=into)
 
 
-def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: BlockIndex, *,
-                   scale: float, backend: str, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+def block_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    backend: str,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
     """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
 
     lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out).
     """
     _check_qkv(q, k, v)
-    _backend(backend).block_backward(grad_out, q, k, v, lse, delta, _data(index, backend), scale=scale, grad_q=grad_q,
-                                     grad_k=grad_k, grad_v=grad_v)
+    _backend(backend).block_backward(
+        grad_out, q, k, v, lse, delta, _data(index, backend), scale=scale, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v
+    )
 
 
 def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> ColumnIndex:
@@ -86,8 +114,16 @@ def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> C
     return ColumnIndex(backend=backend, data=_backend(backend).column_index(mask, q_positions))
 
 
-def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnIndex, *, scale: float, backend: str,
-                   into: Partial | None = None) -> Partial:
+def column_forward(
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    index: ColumnIndex,
+    *,
+    scale: float,
+    backend: str,
+    into: Partial | None = None,
+) -> Partial:
     """(out, lse) of the column part: attention over gathered column_k, column_v [B, H, C, D] (per query head).
 
     into: as in block_forward.
@@ -95,16 +131,40 @@ def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnI
     return _backend(backend).column_forward(q, column_k, column_v, _data(index, backend), scale=scale, into=into)
 
 
-def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
-                    index: ColumnIndex, *, scale: float, backend: str, grad_q: Tensor, grad_column_k: Tensor,
-                    grad_column_v: Tensor) -> None:
+def column_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: ColumnIndex,
+    *,
+    scale: float,
+    backend: str,
+    grad_q: Tensor,
+    grad_column_k: Tensor,
+    grad_column_v: Tensor,
+) -> None:
     """Add the column part into grad_q [B, S_q, H, D] and grad_column_k, grad_column_v [B, H, C, D]."""
-    _backend(backend).column_backward(grad_out, q, column_k, column_v, lse, delta, _data(index, backend), scale=scale,
-                                      grad_q=grad_q, grad_column_k=grad_column_k, grad_column_v=grad_column_v)
+    _backend(backend).column_backward(
+        grad_out,
+        q,
+        column_k,
+        column_v,
+        lse,
+        delta,
+        _data(index, backend),
+        scale=scale,
+        grad_q=grad_q,
+        grad_column_k=grad_column_k,
+        grad_column_v=grad_column_v,
+    )
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float,
-                   backend: str) -> tuple[Tensor, Tensor]:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     """Attention of a whole sequence on one device, differentiable in q, k, v: block part + column part.
 
     Token t of the tensors is global position t; S may exceed mask.seq_len_tokens (padding). Returns out in q's dtype
@@ -117,8 +177,9 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scal
 
 class _FullAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float,
-                backend: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
         positions = torch.arange(q.shape[1], device=q.device)
         index = block_index(mask, positions, positions, backend=backend)
         out, lse = block_forward(q, k, v, index, scale=scale, backend=backend)
@@ -139,14 +200,39 @@ class _FullAttention(torch.autograd.Function):
         grad_out = grads[0]
         delta = (grad_out.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
-        block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, grad_q=grad_q,
-                       grad_k=grad_k, grad_v=grad_v)
+        block_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            index,
+            scale=scale,
+            backend=backend,
+            grad_q=grad_q,
+            grad_k=grad_k,
+            grad_v=grad_v,
+        )
         if columns is not None:
             column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
-            grad_column_k, grad_column_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device)
-                                            for x in (column_k, column_v))
-            column_backward(grad_out, q, column_k, column_v, lse, delta, columns, scale=scale, backend=backend,
-                            grad_q=grad_q, grad_column_k=grad_column_k, grad_column_v=grad_column_v)
+            grad_column_k, grad_column_v = (
+                torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (column_k, column_v)
+            )
+            column_backward(
+                grad_out,
+                q,
+                column_k,
+                column_v,
+                lse,
+                delta,
+                columns,
+                scale=scale,
+                backend=backend,
+                grad_q=grad_q,
+                grad_column_k=grad_column_k,
+                grad_column_v=grad_column_v,
+            )
             scatter_columns(grad_column_k, mask, positions, grad=grad_k)
             scatter_columns(grad_column_v, mask, positions, grad=grad_v)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

@@ -75,11 +75,14 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -
     return BlockwiseIndex(
         patterns=[_tiles(mask, head, q_positions, k_positions, causal) for head in heads],
         pattern_of_head=pattern_of_head.tolist(),
-        q_documents=document_of(mask, q_positions), k_documents=document_of(mask, k_positions))
+        q_documents=document_of(mask, q_positions),
+        k_documents=document_of(mask, k_positions),
+    )
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, scale: float,
-                  into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, scale: float, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """See api.block_forward."""
     q_heads, k_heads, v_heads = (_by_head(x) for x in (q, k, v))
     out = torch.zeros_like(q_heads)
@@ -93,16 +96,35 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, sca
     return merge_into(into, out.transpose(1, 2).contiguous(), lse)
 
 
-def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-                   index: BlockwiseIndex, *, scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+def block_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: BlockwiseIndex,
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
     """See api.block_backward."""
     q_heads, k_heads, v_heads, out_heads = (_by_head(x) for x in (q, k, v, grad_out))
     dq, dk, dv = (torch.zeros_like(x) for x in (q_heads, k_heads, v_heads))
     for kv_head, heads, tile in _work(index, q.shape[2], k.shape[2]):
         keys, values = _keys(k_heads, kv_head, tile), _keys(v_heads, kv_head, tile)
         queries, grads = _stack(q_heads, heads, tile), _stack(out_heads, heads, tile)
-        parts = partial_gradients(_scores(queries, keys, tile, index, scale=scale), grads, queries, keys, values,
-                                  _stack(lse, heads, tile), _stack(delta, heads, tile))
+        parts = partial_gradients(
+            _scores(queries, keys, tile, index, scale=scale),
+            grads,
+            queries,
+            keys,
+            values,
+            _stack(lse, heads, tile),
+            _stack(delta, heads, tile),
+        )
         _unstack(dq, heads, tile, parts[0])
         _add_rows(dk[:, kv_head], tile, parts[1])
         _add_rows(dv[:, kv_head], tile, parts[2])
@@ -124,8 +146,9 @@ def _runs(mask: AttentionMask, positions: Tensor) -> _Runs:
     return _Runs(blocks=blocks, starts=lengths.cumsum(0) - lengths, lengths=lengths)
 
 
-def _tiles(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor,
-           causal: dict[int, Tensor]) -> list[QueryTile]:
+def _tiles(
+    mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor, causal: dict[int, Tensor]
+) -> list[QueryTile]:
     """The tiles of one head's pattern. `causal` keeps the tests of own blocks, the same for all patterns."""
     q_runs, k_runs = _runs(mask, q_positions), _runs(mask, k_positions)
     pairs = active_block_pairs(mask, head, q_runs.blocks[:, None], k_runs.blocks[None, :])
@@ -136,8 +159,9 @@ def _tiles(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Ten
     own = pairs & (k_runs.blocks[None, :] == q_runs.blocks[:, None])
     own_lengths = (own * k_runs.lengths[None, :]).sum(1).tolist()
     tiles = []
-    for start, length, row_keys, own_length in zip(q_runs.starts.tolist(), q_runs.lengths.tolist(),
-                                                   keys.split(counts.tolist()), own_lengths, strict=True):
+    for start, length, row_keys, own_length in zip(
+        q_runs.starts.tolist(), q_runs.lengths.tolist(), keys.split(counts.tolist()), own_lengths, strict=True
+    ):
         if not row_keys.shape[0]:
             continue
         rows = slice(start, start + length)
@@ -168,7 +192,7 @@ def _work(index: BlockwiseIndex, q_heads: int, kv_heads: int) -> Iterator[tuple[
             for tile in tiles if heads else ():
                 at_once = max(1, SCORES_AT_ONCE // tile.scores)
                 for first in range(0, len(heads), at_once):
-                    yield kv_head, _consecutive(heads[first:first + at_once]), tile
+                    yield kv_head, _consecutive(heads[first : first + at_once]), tile
 
 
 def _consecutive(heads: list[int]) -> slice | list[int]:
@@ -209,7 +233,7 @@ def _scores(queries: Tensor, keys: Tensor, tile: QueryTile, index: BlockwiseInde
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
     rows = tile.rows.stop - tile.rows.start
     if tile.causal is not None:
-        own = scores.unflatten(1, (-1, rows))[..., -tile.causal.shape[1]:]
+        own = scores.unflatten(1, (-1, rows))[..., -tile.causal.shape[1] :]
         own.masked_fill_(~tile.causal, -torch.inf)
     if index.q_documents is not None and index.k_documents is not None:
         differ = index.q_documents[tile.rows][:, None] != index.k_documents[tile.keys][None, :]

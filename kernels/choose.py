@@ -33,9 +33,22 @@ from .probe import (
 from .top import counts_for_mass, diagonals_of, highest, positions_of, take_highest
 
 __all__ = [
-    "ALONE", "Choice", "Collectives", "FixedBudget", "FlexBudget", "HeadBudget", "ShardTensors",
-    "VerticalSlashBudgets", "choose_moba_block", "choose_vertical_slash", "choose_xattention", "kept_mass",
-    "kept_mass_probe", "kept_mass_sampled", "sink_window", "vertical_slash_budgets",
+    "ALONE",
+    "Choice",
+    "Collectives",
+    "FixedBudget",
+    "FlexBudget",
+    "HeadBudget",
+    "ShardTensors",
+    "VerticalSlashBudgets",
+    "choose_moba_block",
+    "choose_vertical_slash",
+    "choose_xattention",
+    "kept_mass",
+    "kept_mass_probe",
+    "kept_mass_sampled",
+    "sink_window",
+    "vertical_slash_budgets",
 ]
 
 SINK_TOKENS = 30
@@ -89,8 +102,9 @@ class Choice:
     slash_counts: Tensor
 
 
-def vertical_slash_budgets(heads: Sequence[HeadBudget], *, seq_len_tokens: int,
-                           device: torch.device | str = "cpu") -> VerticalSlashBudgets:
+def vertical_slash_budgets(
+    heads: Sequence[HeadBudget], *, seq_len_tokens: int, device: torch.device | str = "cpu"
+) -> VerticalSlashBudgets:
     """Budgets of a layer's heads, which may differ in kind. Caps end at the sequence's length.
 
     Raises ValueError for a negative count, a cap below 1 or a mass outside ]0, 1].
@@ -99,19 +113,32 @@ def vertical_slash_budgets(heads: Sequence[HeadBudget], *, seq_len_tokens: int,
         _check_budget(number, head)
     columns = [min(h.column_cap if isinstance(h, FlexBudget) else h.columns, seq_len_tokens) for h in heads]
     slashes = [min(h.slash_cap if isinstance(h, FlexBudget) else h.slashes, seq_len_tokens) for h in heads]
-    mass = {name: torch.tensor([getattr(h, name, 1.0) for h in heads], dtype=torch.float64, device=device)
-            for name in ("column_mass", "slash_mass")}
+    mass = {
+        name: torch.tensor([getattr(h, name, 1.0) for h in heads], dtype=torch.float64, device=device)
+        for name in ("column_mass", "slash_mass")
+    }
     return VerticalSlashBudgets(
-        flex=torch.tensor([isinstance(h, FlexBudget) for h in heads], device=device), **mass,
-        column_cap=torch.tensor(columns, device=device), slash_cap=torch.tensor(slashes, device=device),
-        column_capacity=max(columns), slash_capacity=max(slashes))
+        flex=torch.tensor([isinstance(h, FlexBudget) for h in heads], device=device),
+        **mass,
+        column_cap=torch.tensor(columns, device=device),
+        slash_cap=torch.tensor(slashes, device=device),
+        column_capacity=max(columns),
+        slash_capacity=max(slashes),
+    )
 
 
 @torch.no_grad()
-def choose_vertical_slash(shard: ShardTensors, budgets: VerticalSlashBudgets, *, scale: float,
-                          collectives: Collectives = ALONE, compat: str | None = None,
-                          probe_queries: int = PROBE_QUERIES, sink_tokens: int = SINK_TOKENS,
-                          window_tokens: int = WINDOW_TOKENS) -> Choice:
+def choose_vertical_slash(
+    shard: ShardTensors,
+    budgets: VerticalSlashBudgets,
+    *,
+    scale: float,
+    collectives: Collectives = ALONE,
+    compat: str | None = None,
+    probe_queries: int = PROBE_QUERIES,
+    sink_tokens: int = SINK_TOKENS,
+    window_tokens: int = WINDOW_TOKENS,
+) -> Choice:
     """Columns and block diagonals by the attention of the last probe_queries valid queries over all keys.
 
     Fixed heads take the highest column and distance sums, sink_tokens and window_tokens first; flex heads the
@@ -125,23 +152,37 @@ def choose_vertical_slash(shard: ShardTensors, budgets: VerticalSlashBudgets, *,
         raise ValueError(f"compat: {compat!r} is neither None nor 'mtraining'")
     if budgets.flex.shape[0] != shard.heads:
         raise ValueError(f"budgets: for {budgets.flex.shape[0]} heads, the shard has {shard.heads}")
-    columns, slashes = _scores(shard, budgets.flex, scale=scale, collectives=collectives, compat=compat,
-                               probe_queries=probe_queries)
+    columns, slashes = _scores(
+        shard, budgets.flex, scale=scale, collectives=collectives, compat=compat, probe_queries=probe_queries
+    )
     fixed = ~budgets.flex[:, None]
     columns[:, :sink_tokens] = columns[:, :sink_tokens].masked_fill(fixed, torch.inf)
     slashes[:, :window_tokens] = slashes[:, :window_tokens].masked_fill(fixed, torch.inf)
-    kept_columns, column_counts = _take(columns, budgets.flex, budgets.column_mass, budgets.column_cap,
-                                        capacity=budgets.column_capacity, compat=compat)
-    kept_slashes, slash_counts = _take(slashes, budgets.flex, budgets.slash_mass, budgets.slash_cap,
-                                       capacity=budgets.slash_capacity, compat=compat)
-    mask = AttentionMask(seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size,
-                         active=diagonals_of(kept_slashes, shard.block_size),
-                         columns=positions_of(kept_columns, budgets.column_capacity))
+    kept_columns, column_counts = _take(
+        columns, budgets.flex, budgets.column_mass, budgets.column_cap, capacity=budgets.column_capacity, compat=compat
+    )
+    kept_slashes, slash_counts = _take(
+        slashes, budgets.flex, budgets.slash_mass, budgets.slash_cap, capacity=budgets.slash_capacity, compat=compat
+    )
+    mask = AttentionMask(
+        seq_len_tokens=shard.seq_len_tokens,
+        block_size=shard.block_size,
+        active=diagonals_of(kept_slashes, shard.block_size),
+        columns=positions_of(kept_columns, budgets.column_capacity),
+    )
     return Choice(mask=mask, column_counts=column_counts, slash_counts=slash_counts)
 
 
-def sink_window(*, heads: int, seq_len_tokens: int, block_size: int, sink_tokens: int, window_tokens: int,
-                documents: Tensor | None = None, device: torch.device | str = "cpu") -> Choice:
+def sink_window(
+    *,
+    heads: int,
+    seq_len_tokens: int,
+    block_size: int,
+    sink_tokens: int,
+    window_tokens: int,
+    documents: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Choice:
     """The first sink_tokens as columns and all distances below window_tokens, for every head: no data is looked at.
 
     Distances become whole block diagonals, so the window is at least window_tokens wide. A window as long as the
@@ -150,10 +191,13 @@ def sink_window(*, heads: int, seq_len_tokens: int, block_size: int, sink_tokens
     if sink_tokens < 0 or window_tokens < 1:
         raise ValueError(f"sink_tokens, window_tokens: {sink_tokens}, {window_tokens} are not >= 0 and >= 1")
     tokens = torch.arange(seq_len_tokens, device=device).expand(heads, -1)
-    mask = AttentionMask(seq_len_tokens=seq_len_tokens, block_size=block_size,
-                         active=diagonals_of(tokens < window_tokens, block_size),
-                         columns=positions_of(tokens < sink_tokens, min(sink_tokens, seq_len_tokens)),
-                         documents=documents)
+    mask = AttentionMask(
+        seq_len_tokens=seq_len_tokens,
+        block_size=block_size,
+        active=diagonals_of(tokens < window_tokens, block_size),
+        columns=positions_of(tokens < sink_tokens, min(sink_tokens, seq_len_tokens)),
+        documents=documents,
+    )
     counts = [torch.full((heads,), min(n, seq_len_tokens), device=device) for n in (sink_tokens, window_tokens)]
     return Choice(mask=mask, column_counts=counts[0], slash_counts=counts[1])
 
@@ -169,8 +213,9 @@ def _check_budget(number: int, head: HeadBudget) -> None:
         raise ValueError(f"budget of head {number}: {head} has a mass outside ]0, 1]")
 
 
-def _scores(shard: ShardTensors, flex: Tensor, *, scale: float, collectives: Collectives, compat: str | None,
-            probe_queries: int) -> tuple[Tensor, Tensor]:
+def _scores(
+    shard: ShardTensors, flex: Tensor, *, scale: float, collectives: Collectives, compat: str | None, probe_queries: int
+) -> tuple[Tensor, Tensor]:
     """(column sums, slash sums), each [H, seq_len], over all ranks."""
     at = last_positions(shard, probe_queries)
     logits = row_logits(shard, query_rows(shard, at, collectives), at, scale=scale)
@@ -189,8 +234,9 @@ def _scores(shard: ShardTensors, flex: Tensor, *, scale: float, collectives: Col
     return columns.clone(), slashes.clone()
 
 
-def _take(scores: Tensor, flex: Tensor, mass: Tensor, cap: Tensor, *, capacity: int,
-          compat: str | None) -> tuple[Tensor, Tensor]:
+def _take(
+    scores: Tensor, flex: Tensor, mass: Tensor, cap: Tensor, *, capacity: int, compat: str | None
+) -> tuple[Tensor, Tensor]:
     """(bool [H, n] kept, int64 [H] counts) of one kind of scores."""
     if not capacity:
         return torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(cap)

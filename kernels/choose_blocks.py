@@ -17,8 +17,15 @@ LOGITS_AT_ONCE = 1 << 26
 
 
 @torch.no_grad()
-def choose_xattention(shard: ShardTensors, *, scale: float, stride: int = 16, mass: float = 0.9,
-                      first_block: bool = True, collectives: Collectives = ALONE) -> AttentionMask:
+def choose_xattention(
+    shard: ShardTensors,
+    *,
+    scale: float,
+    stride: int = 16,
+    mass: float = 0.9,
+    first_block: bool = True,
+    collectives: Collectives = ALONE,
+) -> AttentionMask:
     """XAttention (arXiv 2503.16428): per query block, the fewest key blocks whose antidiagonal mass reaches `mass`.
 
     The antidiagonal of a stride x stride cell is summed (query stride-1-s with key s), divided by the stride, softmaxed
@@ -34,11 +41,15 @@ def choose_xattention(shard: ShardTensors, *, scale: float, stride: int = 16, ma
         raise ValueError(f"stride: {stride} does not divide the block of {shard.block_size} tokens")
     whole_sequence = shard.positions.shape[0] >= shard.seq_len_tokens
     if shard.granularity_tokens % shard.block_size and not whole_sequence:
-        raise ValueError(f"granularity_tokens: {shard.granularity_tokens} is no multiple of the block of "
-                         f"{shard.block_size} tokens, which xattention scores whole")
+        raise ValueError(
+            f"granularity_tokens: {shard.granularity_tokens} is no multiple of the block of "
+            f"{shard.block_size} tokens, which xattention scores whole"
+        )
     blocks = _query_blocks(shard)
-    parts = [_fewest_blocks(scores, part, mass=mass, first_block=first_block) for scores, part
-             in _antidiagonal_scores(shard, blocks, scale=scale, stride=stride, collectives=collectives)]
+    parts = [
+        _fewest_blocks(scores, part, mass=mass, first_block=first_block)
+        for scores, part in _antidiagonal_scores(shard, blocks, scale=scale, stride=stride, collectives=collectives)
+    ]
     active = torch.cat(parts, dim=1)
     # Padding blocks land in one more row, which is dropped. Each row has one owner, so the sum assembles them.
     rows = torch.zeros(shard.heads, shard.blocks + 1, shard.blocks, dtype=torch.uint8, device=active.device)
@@ -48,8 +59,9 @@ def choose_xattention(shard: ShardTensors, *, scale: float, stride: int = 16, ma
 
 
 @torch.no_grad()
-def choose_moba_block(shard: ShardTensors, *, chunk_tokens: int, top_chunks: int,
-                      collectives: Collectives = ALONE) -> AttentionMask:
+def choose_moba_block(
+    shard: ShardTensors, *, chunk_tokens: int, top_chunks: int, collectives: Collectives = ALONE
+) -> AttentionMask:
     """Per query block, the top_chunks key chunks by (mean query of the block) . (mean key of the chunk).
 
     The own chunk is always taken and counts; later chunks never. Block-level: MoBA itself (arXiv 2502.13189) gates
@@ -83,11 +95,12 @@ def _check_shard(shard: ShardTensors, selector: str) -> None:
 
 def _query_blocks(shard: ShardTensors) -> Tensor:
     """int64 [T]: the global block of each local tile of block_size tokens (the last tile may be short)."""
-    return shard.positions.long()[::shard.block_size] // shard.block_size
+    return shard.positions.long()[:: shard.block_size] // shard.block_size
 
 
-def _antidiagonal_scores(shard: ShardTensors, blocks: Tensor, *, scale: float, stride: int,
-                         collectives: Collectives) -> Iterator[tuple[Tensor, Tensor]]:
+def _antidiagonal_scores(
+    shard: ShardTensors, blocks: Tensor, *, scale: float, stride: int, collectives: Collectives
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Some local query blocks after the other: their strided mass on every key block [H, t, N], and which [t]."""
     heads, dim = shard.q.shape[2:]
     cells = shard.block_size // stride
@@ -98,8 +111,9 @@ def _antidiagonal_scores(shard: ShardTensors, blocks: Tensor, *, scale: float, s
         yield _strided_mass(shard, part, part_blocks, keys, scale=scale / stride, stride=stride), part_blocks
 
 
-def _strided_mass(shard: ShardTensors, queries: Tensor, blocks: Tensor, keys: Tensor, *, scale: float,
-                  stride: int) -> Tensor:
+def _strided_mass(
+    shard: ShardTensors, queries: Tensor, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
+) -> Tensor:
     """[H, t, N] of queries [H, t, cells, stride * D] at these blocks [t] and keys [H_kv, N * cells, stride * D]."""
     heads, tiles, cells, width = queries.shape
     logits = float_matmul(queries.reshape(keys.shape[0], -1, width), keys.transpose(1, 2)).mul_(scale)
@@ -149,8 +163,9 @@ def _means(shard: ShardTensors, x: Tensor, tokens: int, collectives: Collectives
     stretches = -(-shard.seq_len_tokens // tokens)
     positions = shard.positions.long()
     target = torch.where(positions < shard.seq_len_tokens, positions // tokens, stretches)
-    total = torch.zeros(x.shape[2], stretches + 1, x.shape[3], device=x.device,
-                        dtype=torch.promote_types(x.dtype, torch.float32))
+    total = torch.zeros(
+        x.shape[2], stretches + 1, x.shape[3], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
     total.index_add_(1, target, x[0].transpose(0, 1).to(total.dtype))
     total = collectives.all_reduce_sum(total[:, :-1].contiguous())
     starts = torch.arange(stretches, device=x.device) * tokens

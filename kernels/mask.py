@@ -76,8 +76,9 @@ def _check_active(active: Tensor, *, blocks: int) -> None:
     if active.dtype != torch.bool:
         raise ValueError(f"AttentionMask.active: dtype {active.dtype} is not bool")
     if active.dim() not in (2, 3) or any(size != blocks for size in active.shape[1:]):
-        raise ValueError(f"AttentionMask.active: shape {tuple(active.shape)} is neither [H, {blocks}] nor "
-                         f"[H, {blocks}, {blocks}]")
+        raise ValueError(
+            f"AttentionMask.active: shape {tuple(active.shape)} is neither [H, {blocks}] nor [H, {blocks}, {blocks}]"
+        )
 
 
 def _check_columns(columns: Tensor, *, heads: int) -> None:
@@ -91,8 +92,10 @@ def _check_documents(documents: Tensor, *, seq_len_tokens: int) -> None:
     if documents.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"AttentionMask.documents: dtype {documents.dtype} is not int32")
     if documents.dim() != 1 or documents.shape[0] < seq_len_tokens:
-        raise ValueError(f"AttentionMask.documents: shape {tuple(documents.shape)} does not hold one document for each "
-                         f"of {seq_len_tokens} tokens")
+        raise ValueError(
+            f"AttentionMask.documents: shape {tuple(documents.shape)} does not hold one document for each "
+            f"of {seq_len_tokens} tokens"
+        )
 
 
 def document_of(mask: AttentionMask, positions: Tensor) -> Tensor | None:

@@ -54,8 +54,10 @@ class ShardTensors:
 
     def __post_init__(self) -> None:
         if self.q.dim() != 4 or self.k.dim() != 4 or self.q.shape[0] != 1 or self.k.shape[0] != 1:
-            raise ValueError(f"q, k: shapes {tuple(self.q.shape)}, {tuple(self.k.shape)} are not [1, S, H, D]: a "
-                             "pattern is chosen for one sequence")
+            raise ValueError(
+                f"q, k: shapes {tuple(self.q.shape)}, {tuple(self.k.shape)} are not [1, S, H, D]: a "
+                "pattern is chosen for one sequence"
+            )
         if self.q.shape[2] % self.k.shape[2] or self.q.shape[3] != self.k.shape[3]:
             raise ValueError(f"q, k: shapes {tuple(self.q.shape)}, {tuple(self.k.shape)} differ in D, or H % H_kv != 0")
         if self.positions.shape != self.q.shape[1:2] or self.q.shape[1] != self.k.shape[1]:
@@ -136,8 +138,8 @@ def slash_sums(shard: ShardTensors, values: Tensor, row_positions: Tensor) -> Te
     pitch = run + rows - 1
     # Row r of a run starts at r * pitch + rows - 1; read with a pitch one longer, equal distances stand in one column.
     flat = values.new_zeros(heads, values.shape[2] // run, rows * pitch + rows - 1)
-    skewed = flat[..., :rows * pitch].unflatten(-1, (rows, pitch))
-    skewed[..., rows - 1:] = values.unflatten(2, (-1, run)).transpose(1, 2)
+    skewed = flat[..., : rows * pitch].unflatten(-1, (rows, pitch))
+    skewed[..., rows - 1 :] = values.unflatten(2, (-1, run)).transpose(1, 2)
     sums = flat.as_strided((heads, flat.shape[1], rows, pitch), (*flat.stride()[:2], pitch + 1, 1)).sum(2)
     first = shard.positions.long()[::run]
     distances = row_positions[-1] - first[:, None] - torch.arange(pitch, device=first.device)[None, :]
@@ -161,24 +163,39 @@ def _by_distance(shard: ShardTensors, distances: Tensor, values: Tensor) -> Tens
 
 
 @torch.no_grad()
-def kept_mass(shard: ShardTensors, mask: AttentionMask, row_positions: Tensor, *, scale: float,
-              collectives: Collectives = ALONE) -> Tensor:
+def kept_mass(
+    shard: ShardTensors, mask: AttentionMask, row_positions: Tensor, *, scale: float, collectives: Collectives = ALONE
+) -> Tensor:
     """[H]: the share of the rows' attention (causal, within documents) that the mask keeps, mean over the rows."""
     rows = query_rows(shard, row_positions, collectives)
     p = probabilities(row_logits(shard, rows, row_positions, scale=scale), collectives)
-    kept = torch.stack([(p[head] * whole(mask, head, row_positions, shard.positions)).sum()
-                        for head in range(shard.heads)])
+    kept = torch.stack(
+        [(p[head] * whole(mask, head, row_positions, shard.positions)).sum() for head in range(shard.heads)]
+    )
     return collectives.all_reduce_sum(kept) / row_positions.shape[0]
 
 
-def kept_mass_probe(shard: ShardTensors, mask: AttentionMask, *, scale: float, collectives: Collectives = ALONE,
-                    probe_queries: int = PROBE_QUERIES) -> Tensor:
+def kept_mass_probe(
+    shard: ShardTensors,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    collectives: Collectives = ALONE,
+    probe_queries: int = PROBE_QUERIES,
+) -> Tensor:
     """[H]: kept mass of the last valid queries, the ones that vertical-slash chooses by."""
     return kept_mass(shard, mask, last_positions(shard, probe_queries), scale=scale, collectives=collectives)
 
 
-def kept_mass_sampled(shard: ShardTensors, mask: AttentionMask, *, scale: float, seed: int, rows: int = 64,
-                      collectives: Collectives = ALONE) -> Tensor:
+def kept_mass_sampled(
+    shard: ShardTensors,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    seed: int,
+    rows: int = 64,
+    collectives: Collectives = ALONE,
+) -> Tensor:
     """[H]: kept mass of `rows` seeded random positions of the whole sequence, the same ones on every rank."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(shard.seq_len_tokens, generator=generator)[:rows].sort().values.to(shard.q.device)
@@ -188,5 +205,6 @@ def kept_mass_sampled(shard: ShardTensors, mask: AttentionMask, *, scale: float,
 def _everything(shard: ShardTensors) -> AttentionMask:
     """A mask that carries length and documents only, for the definition of what may be attended at all."""
     active = torch.ones(1, shard.blocks, dtype=torch.bool, device=shard.q.device)
-    return AttentionMask(seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=active,
-                         documents=shard.documents)
+    return AttentionMask(
+        seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=active, documents=shard.documents
+    )

@@ -35,23 +35,49 @@ class ReferenceIndex:
         return block_part(self.mask, head, self.q_positions, self.k_positions)
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float,
-                        q_positions: Tensor | None = None, k_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(out [B, S_q, H, D], lse [B, H, S_q]) in float64 of blocks and columns together, for any set of positions."""
     q_at, k_at = _positions(q, q_positions), _positions(k, k_positions)
     return _forward(q, k, v, lambda head: whole(mask, head, q_at, k_at), scale=scale, per_query_head=False)
 
 
-def reference_gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float,
-                        q_positions: Tensor | None = None,
-                        k_positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def reference_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in float64, shaped as q, k, v, of reference_attention, by the formulas above."""
     q_at, k_at = _positions(q, q_positions), _positions(k, k_positions)
     out, lse = reference_attention(q, k, v, mask, scale=scale, q_positions=q_at, k_positions=k_at)
     delta = (grad_out.double().nan_to_num() * out).sum(-1).transpose(1, 2)
     grads = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v)]
-    _backward(grad_out, q, k, v, lse, delta, lambda head: whole(mask, head, q_at, k_at), scale=scale,
-              per_query_head=False, grads=grads)
+    _backward(
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        lambda head: whole(mask, head, q_at, k_at),
+        scale=scale,
+        per_query_head=False,
+        grads=grads,
+    )
     return grads[0], grads[1], grads[2]
 
 
@@ -60,18 +86,32 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -
     return ReferenceIndex(mask=mask, q_positions=q_positions, k_positions=k_positions)
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, index: ReferenceIndex, *, scale: float,
-                  into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: ReferenceIndex, *, scale: float, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """See api.block_forward; computed in float64, returned in the accumulator dtype."""
     out, lse = _forward(q, k, v, index.attended, scale=scale, per_query_head=False)
     return merge_into(into, out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype)))
 
 
-def block_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-                   index: ReferenceIndex, *, scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+def block_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: ReferenceIndex,
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
     """See api.block_backward."""
-    _backward(grad_out, q, k, v, lse, delta, index.attended, scale=scale, per_query_head=False,
-              grads=[grad_q, grad_k, grad_v])
+    _backward(
+        grad_out, q, k, v, lse, delta, index.attended, scale=scale, per_query_head=False, grads=[grad_q, grad_k, grad_v]
+    )
 
 
 def column_index(mask: AttentionMask, q_positions: Tensor) -> ReferenceIndex:
@@ -79,21 +119,49 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> ReferenceIndex:
     return ReferenceIndex(mask=mask, q_positions=q_positions)
 
 
-def column_forward(q: Tensor, column_k: Tensor, column_v: Tensor, index: ReferenceIndex, *,
-                   scale: float, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def column_forward(
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    index: ReferenceIndex,
+    *,
+    scale: float,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """See api.column_forward."""
     k, v = column_k.transpose(1, 2), column_v.transpose(1, 2)
     out, lse = _forward(q, k, v, index.attended, scale=scale, per_query_head=True)
     return merge_into(into, out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype)))
 
 
-def column_backward(grad_out: Tensor, q: Tensor, column_k: Tensor, column_v: Tensor, lse: Tensor, delta: Tensor,
-                    index: ReferenceIndex, *, scale: float, grad_q: Tensor, grad_column_k: Tensor,
-                    grad_column_v: Tensor) -> None:
+def column_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: ReferenceIndex,
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_column_k: Tensor,
+    grad_column_v: Tensor,
+) -> None:
     """See api.column_backward."""
     k, v = column_k.transpose(1, 2), column_v.transpose(1, 2)
-    _backward(grad_out, q, k, v, lse, delta, index.attended, scale=scale, per_query_head=True,
-              grads=[grad_q, grad_column_k.transpose(1, 2), grad_column_v.transpose(1, 2)])
+    _backward(
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        index.attended,
+        scale=scale,
+        per_query_head=True,
+        grads=[grad_q, grad_column_k.transpose(1, 2), grad_column_v.transpose(1, 2)],
+    )
 
 
 def _positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -106,8 +174,9 @@ def _rows(x: Tensor, batch: int, head: int, used: Tensor) -> Tensor:
     return torch.where(used[:, None], rows, torch.zeros_like(rows))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, attended: Attended, *, scale: float,
-             per_query_head: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, attended: Attended, *, scale: float, per_query_head: bool
+) -> tuple[Tensor, Tensor]:
     batch_size, q_tokens, heads, dim = q.shape
     out = torch.zeros(batch_size, q_tokens, heads, dim, dtype=torch.float64, device=q.device)
     lse = torch.full((batch_size, heads, q_tokens), -torch.inf, dtype=torch.float64, device=q.device)
@@ -123,8 +192,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, attended: Attended, *, scale: floa
     return out, lse
 
 
-def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, attended: Attended, *,
-              scale: float, per_query_head: bool, grads: list[Tensor]) -> None:
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    attended: Attended,
+    *,
+    scale: float,
+    per_query_head: bool,
+    grads: list[Tensor],
+) -> None:
     batch_size, _, heads, _ = q.shape
     grad_q, grad_k, grad_v = grads
     for head in range(heads):

@@ -15,8 +15,9 @@ def partial_attention(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return out, (total.log() + top).squeeze(-1)
 
 
-def partial_gradients(scores: Tensor, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, lse: Tensor,
-                      delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def partial_gradients(
+    scores: Tensor, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq [B, R, D], dk [B, K, D], dv [B, K, D]) of scores [B, R, K] (overwritten), before the scale of dq and dk.
 
     lse and delta [B, R] are those of the whole attention, lse -inf in rows that attend nothing at all.
