@@ -133,7 +133,10 @@ def test_tiles_that_are_no_blocks_are_refused(tokens: torch.Tensor) -> None:
         block_task(mask_of(64, toeplitz=True), torch.arange(16), tokens)
 
 
-def test_index_at_512k_and_16_heads_is_small() -> None:
+def test_index_at_512k_and_16_heads_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few large programs: the interpreter's time goes by programs. The size of the index does not depend on them.
+    monkeypatch.setattr("sparsering.kernels.index_kernels._ROWS", 4096)
+    monkeypatch.setattr("sparsering.kernels.index_kernels._CHUNK", 4096)
     blocks = 4096
     active = torch.rand(16, blocks, generator=torch.Generator().manual_seed(0)) < 0.05
     mask = AttentionMask(seq_len_tokens=blocks * 128, block_size=128, active=active)
