@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -168,7 +167,7 @@ def row_values_of(lse: Tensor, delta: Tensor, index: Task, scale: float) -> Tens
     batch, heads, _ = lse.shape
     run(
         prepare_kernel,
-        (triton.cdiv(values.shape[1], PREPARE_ROWS), batch * heads),
+        (-(-values.shape[1] // PREPARE_ROWS), batch * heads),
         lse,
         delta,
         values,
@@ -190,7 +189,7 @@ def row_values_from_out(out: Tensor, grad_out: Tensor, lse: Tensor, index: Task,
     batch, _, heads, dim = out.shape
     run(
         prepare_from_out_kernel,
-        (triton.cdiv(values.shape[1], PREPARE_OUT_ROWS), batch * heads),
+        (-(-values.shape[1] // PREPARE_OUT_ROWS), batch * heads),
         out,
         grad_out,
         lse,

@@ -8,7 +8,6 @@ On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from . import launching, tuning
@@ -297,8 +296,8 @@ def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tens
     launch, common = settings(tuning.COLUMN_GRAD_KV, q, index.mask)
     assert COLUMN_TILE % launch.n == 0, f"column tile {COLUMN_TILE} is no multiple of {launch.n}"
     batch, heads, capacity, dim = column_k.shape
-    chunks = triton.cdiv(len(index.q_side.blocks), COLUMN_CHUNK_TILES)
-    column_tiles = triton.cdiv(capacity, launch.n)
+    chunks = -(-len(index.q_side.blocks) // COLUMN_CHUNK_TILES)
+    column_tiles = -(-capacity // launch.n)
     first_tile = index.first_tile.repeat_interleave(COLUMN_TILE // launch.n, 1)[:, :column_tiles].contiguous()
     parts = torch.empty(2, chunks * batch * heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
     arguments = launching.column_arguments(column_k, column_v, index, launch)
