@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def versions() -> dict[str, str]:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "__version__"):
             found[name] = module.__version__
+    if "flash_attn.cute.interface" in sys.modules:
+        found |= {name: metadata.version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")}
     return found
 
 

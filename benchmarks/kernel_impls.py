@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels import triton_backend as ours
+from ..kernels import triton_backend
 from ..kernels.mask import AttentionMask
+from . import fa4_direct
 
 FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
 
@@ -76,42 +77,47 @@ class Implementation:
     supports: Callable[[AttentionMask, int], bool] = lambda mask, seq_len: True
 
 
-def _ours_prepare(problem: Problem) -> None:
-    assert problem.mask is not None
-    index = ours.block_index(problem.mask, problem.positions, problem.positions)
-    problem.index_bytes = index.nbytes  # builds both directions
-    columns = ours.column_index(problem.mask, problem.positions) if problem.mask.columns is not None else None
-    problem.index_bytes += columns.nbytes if columns else 0
-    problem.built["ours"] = index, columns
+def _ours(backend: Any, built: str, index_bytes: Callable[[Any], int]) -> Implementation:
+    """One of our backends; index_bytes builds both directions of a block index and says what they hold."""
 
+    def prepare(problem: Problem) -> None:
+        assert problem.mask is not None
+        index = backend.block_index(problem.mask, problem.positions, problem.positions)
+        problem.index_bytes = index_bytes(index)
+        columns = backend.column_index(problem.mask, problem.positions) if problem.mask.columns is not None else None
+        problem.index_bytes += columns.nbytes if columns else 0
+        problem.built[built] = index, columns
 
-def _ours_forward(problem: Problem) -> State:
-    index, column_index = problem.built["ours"]
-    columns = None
-    if column_index is not None:
-        columns = *ours.gather_columns(problem.k, problem.v, column_index), column_index
-    out, lse = ours.block_forward(
-        problem.q, problem.k, problem.v, index, scale=problem.scale, out_dtype=problem.q.dtype, columns=columns
+    def forward(problem: Problem) -> State:
+        index, column_index = problem.built[built]
+        columns = None
+        if column_index is not None:
+            columns = *backend.gather_columns(problem.k, problem.v, column_index), column_index
+        out, lse = backend.block_forward(
+            problem.q, problem.k, problem.v, index, scale=problem.scale, out_dtype=problem.q.dtype, columns=columns
+        )
+        return out, lse, columns
+
+    def backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
+        out, lse, columns = state
+        *grads, of_columns = backend.full_gradients(
+            problem.grad_out,
+            problem.q,
+            problem.k,
+            problem.v,
+            out,
+            lse,
+            problem.built[built][0],
+            scale=problem.scale,
+            columns=columns,
+        )
+        if of_columns is not None:
+            backend.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
+        return tuple(grads)
+
+    return Implementation(
+        forward=forward, backward=backward, prepare=prepare, result=lambda state: (state[0], state[1])
     )
-    return out, lse, columns
-
-
-def _ours_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
-    out, lse, columns = state
-    *grads, of_columns = ours.full_gradients(
-        problem.grad_out,
-        problem.q,
-        problem.k,
-        problem.v,
-        out,
-        lse,
-        problem.built["ours"][0],
-        scale=problem.scale,
-        columns=columns,
-    )
-    if of_columns is not None:
-        ours.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
-    return tuple(grads)
 
 
 def _autograd_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
@@ -192,9 +198,24 @@ DENSE = {
     for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))
 }
 SPARSE = {
-    "ours-triton": Implementation(
-        forward=_ours_forward, backward=_ours_backward, prepare=_ours_prepare, result=lambda state: (state[0], state[1])
-    ),
+    "ours-triton": _ours(triton_backend, "ours", lambda index: index.nbytes),
     "flex": _flex_implementation(False),
     "flex-tma": _flex_implementation(True),
 }
+
+if fa4_direct.runs_here():
+    from ..kernels import flash4_backend
+
+    SPARSE["ours-flash4"] = replace(
+        _ours(flash4_backend, "ours-flash4", lambda index: index.build_tables()),
+        supports=lambda mask, seq_len: mask.block_size == flash4_backend.BLOCK_SIZE,
+    )
+    SPARSE["fa4"] = Implementation(
+        forward=fa4_direct.forward,
+        backward=fa4_direct.backward,
+        prepare=fa4_direct.prepare,
+        result=lambda state: (state[0], state[1]),
+        supports=lambda mask, seq_len: (
+            mask.columns is None and mask.block_size == fa4_direct.BLOCK_SIZE and seq_len <= FLEX_LONGEST
+        ),
+    )

@@ -3,7 +3,7 @@
 Layout: q [B, S_q, H, D], k and v [B, S_k, H_kv, D], out [B, S_q, H, D], lse [B, H, S_q] (natural log); query head h
 uses KV head h // (H // H_kv). out, lse and gradients are in the accumulator dtype promote(input, float32). Rows with
 nothing to attend have out 0 and lse -inf. Backends: "reference" (float64 dense mask, the definition of correct),
-"blockwise" (torch, any device), "triton" (GPU).
+"blockwise" (torch, any device), "triton" (GPU), "flash4" (Hopper GPUs, where the flash-attn-4 wheels are installed).
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ __all__ = [
 ]
 
 # Imported at first use: triton cannot be imported everywhere.
-BACKENDS = {"reference": ".reference", "blockwise": ".blockwise", "triton": ".triton_backend"}
+BACKENDS = {
+    "reference": ".reference",
+    "blockwise": ".blockwise",
+    "triton": ".triton_backend",
+    "flash4": ".flash4_backend",
+}
 
 Partial = tuple[Tensor, Tensor]
 

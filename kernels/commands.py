@@ -13,7 +13,7 @@ from .api import BACKENDS, full_attention
 from .mask import AttentionMask
 
 SHAPE = {"batch": 1, "tokens": 500, "heads": 4, "kv_heads": 2, "head_dim": 64}
-BLOCK_SIZE = 64
+BLOCK_SIZE = 128  # which every backend takes
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
@@ -25,7 +25,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {
-        "versions": {name: _version(name) for name in ("sparsering", "torch", "triton", "transformers")},
+        "versions": {
+            name: _version(name) for name in ("sparsering", "torch", "triton", "transformers", "flash-attn-4")
+        },
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "backends": {name: _tried(name, device) for name in BACKENDS},
     }

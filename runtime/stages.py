@@ -19,7 +19,7 @@ from .buffers import Pair, Slots, neighbours
 MaskSource = Callable[[], api.AttentionMask]
 
 # Backends whose indexes take several key shards laid one after the other.
-JOINING_BACKENDS = frozenset({"triton"})
+JOINING_BACKENDS = frozenset({"triton", "flash4"})
 
 
 def launches(tasks: Sequence[Task], backend: str, batch: int) -> list[tuple[Task, ...]]:

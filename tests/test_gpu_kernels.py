@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: every shape and dtype they promise, against the float64 definition."""
+"""The GPU backends on a real GPU: every shape and dtype they promise, against the float64 definition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from sparsering.kernels.mask import AttentionMask, whole
 from sparsering.kernels.reference import reference_attention, reference_gradients
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["triton", "flash4"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend for GPUs; flash4 where its wheels are installed and the GPU is one of its own."""
+    if request.param == "flash4":
+        mask = AttentionMask(seq_len_tokens=128, block_size=128, active=torch.ones(1, 1, dtype=torch.bool).cuda())
+        try:
+            api.block_index(mask, torch.arange(128), torch.arange(128), backend="flash4")
+        except ValueError as error:
+            pytest.skip(str(error))
+    return request.param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +64,16 @@ CASES = [
     Case(documents=True, toeplitz=False, block=64, heads=(8, 2), padding=300),
     Case(dtype=torch.float32, heads=(4, 2), columns=33),
     Case(tokens=130, padding=126, heads=(2, 1), columns=130),
+    Case(head_dim=64, toeplitz=False, columns=50, dtype=torch.float16),
+    Case(head_dim=64, heads=(4, 4), batch=2),
+    Case(documents=True, toeplitz=False, heads=(8, 2), head_dim=64, batch=2),
+    Case(tokens=90, padding=0, heads=(2, 2)),
 ]
+
+
+def promised(backend: str, case: Case) -> bool:
+    """Whether the backend takes such a case; what it does not take must raise ValueError."""
+    return backend != "flash4" or (case.block == 128 and case.dtype != torch.float32)
 
 
 def build(case: Case, seed: int = 0) -> tuple[list[torch.Tensor], AttentionMask]:
@@ -82,11 +103,11 @@ def build(case: Case, seed: int = 0) -> tuple[list[torch.Tensor], AttentionMask]
     return tensors, mask.to("cuda")
 
 
-def run(tensors: list[torch.Tensor], mask: AttentionMask, scale: float) -> list[torch.Tensor]:
-    """[out, lse, dq, dk, dv] of the triton backend, differentiated through full_attention."""
+def run(tensors: list[torch.Tensor], mask: AttentionMask, scale: float, backend: str) -> list[torch.Tensor]:
+    """[out, lse, dq, dk, dv] of a backend, differentiated through full_attention."""
     grad_out = tensors[0]
     q, k, v = (x.detach().clone().requires_grad_() for x in tensors[1:])
-    out, lse = api.full_attention(q, k, v, mask, scale=scale, backend="triton")
+    out, lse = api.full_attention(q, k, v, mask, scale=scale, backend=backend)
     return [out.detach(), lse, *torch.autograd.grad(out, (q, k, v), grad_out)]
 
 
@@ -106,12 +127,16 @@ def plain_torch(tensors: list[torch.Tensor], mask: AttentionMask, scale: float) 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_the_definition(case: Case) -> None:
+def test_agrees_with_the_definition(case: Case, backend: str) -> None:
     tensors, mask = build(case)
     grad_out, q, k, v = tensors
     scale = case.head_dim**-0.5
     valid = slice(0, case.tokens)
-    out, lse, *grads = run(tensors, mask, scale)
+    if not promised(backend, case):
+        with pytest.raises(ValueError, match=r"flash4 backend"):
+            run(tensors, mask, scale, backend)
+        return
+    out, lse, *grads = run(tensors, mask, scale, backend)
     expected_out, expected_lse = reference_attention(q, k, v, mask, scale=scale)
     expected = [expected_out, *reference_gradients(grad_out, q, k, v, mask, scale=scale)]
     dead = expected_lse == -torch.inf
@@ -128,16 +153,17 @@ def test_agrees_with_the_definition(case: Case) -> None:
         assert error <= allowed, f"{name}: error {error:.3e}, plain torch's allows {allowed:.3e}"
 
 
-def test_repeats_bit_for_bit() -> None:
+def test_repeats_bit_for_bit(backend: str) -> None:
     tensors, mask = build(Case(tokens=4096, padding=0, columns=300))
-    first = run(tensors, mask, 0.1)
+    promised_parts = slice(None) if backend == "triton" else slice(2)  # flash4 adds gradients up by atomics
+    first = run(tensors, mask, 0.1, backend)
     for _ in range(9):
-        again = run(tensors, mask, 0.1)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        again = run(tensors, mask, 0.1, backend)
+        assert all(torch.equal(a, b) for a, b in zip(first[promised_parts], again[promised_parts], strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_striped_shards_add_up(world: int) -> None:
+def test_striped_shards_add_up(world: int, backend: str) -> None:
     """Partials over block-striped key shards, merged in place, and gradients added task by task."""
     case = Case(tokens=1500, padding=36, heads=(4, 2), columns=50)
     tensors, mask = build(case)
@@ -151,23 +177,24 @@ def test_striped_shards_add_up(world: int) -> None:
     for at in shards:
         partial = None
         for keys in shards:
-            index = api.block_index(mask, at, keys, backend="triton")
+            index = api.block_index(mask, at, keys, backend=backend)
             partial = api.block_forward(
-                q[:, at], k[:, keys], v[:, keys], index, scale=scale, backend="triton", into=partial
+                q[:, at], k[:, keys], v[:, keys], index, scale=scale, backend=backend, into=partial
             )
-        columns = api.column_index(mask, at, backend="triton")
+        columns = api.column_index(mask, at, backend=backend)
         column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
-        partial = api.column_forward(q[:, at], column_k, column_v, columns, scale=scale, backend="triton", into=partial)
+        partial = api.column_forward(q[:, at], column_k, column_v, columns, scale=scale, backend=backend, into=partial)
         out[:, at], lse[:, :, at] = partial
     expected, expected_lse = reference_attention(q, k, v, mask, scale=scale)
     alive = expected_lse > -torch.inf
     torch.testing.assert_close(lse[alive].double(), expected_lse[alive], atol=2e-3, rtol=0)
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.isfinite(out).all()
     delta = (grad_out.nan_to_num().float() * out).sum(-1).transpose(1, 2).contiguous()
     grads = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
     for at in shards:
         for keys in shards:
-            index = api.block_index(mask, at, keys, backend="triton")
+            index = api.block_index(mask, at, keys, backend=backend)
             parts = [
                 torch.zeros(1, len(n), x.shape[2], x.shape[3], device="cuda")
                 for n, x in ((at, q), (keys, k), (keys, v))
@@ -182,7 +209,7 @@ def test_striped_shards_add_up(world: int) -> None:
                     delta[:, :, at],
                     index,
                     scale=scale,
-                    backend="triton",
+                    backend=backend,
                     grad_q=parts[0],
                     grad_k=parts[1],
                     grad_v=parts[2],
@@ -211,3 +238,82 @@ def test_striped_shards_add_up(world: int) -> None:
     )
     for ours, right in zip(grads, blockwise, strict=True):
         torch.testing.assert_close(ours[:, : case.tokens], right[:, : case.tokens], atol=5e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("columns", [0, 70])
+@pytest.mark.parametrize("groups", [1, 2, 8], ids=lambda n: f"{n} launches")
+def test_flash4_in_head_groups(groups: int, columns: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables too large for one launch: the same out, and the same gradients but for rounding."""
+    if backend != "flash4":
+        pytest.skip("of the flash4 backend alone")
+    from sparsering.kernels import flash4_backend, flash4_index
+
+    case = Case(heads=(8, 2), columns=columns)
+    (grad_out, q, k, v), mask = build(case)
+    tokens = torch.arange(q.shape[1], device="cuda")
+    index = flash4_backend.block_index(mask, tokens, tokens)
+    per_head = max(index.table_bytes_of_a_head(transposed=t) for t in (False, True))
+    monkeypatch.setattr(flash4_index, "TABLE_BYTES", per_head * (8 // groups))
+    given = None
+    if columns:
+        columns_task = flash4_backend.column_index(mask, tokens)
+        given = *flash4_backend.gather_columns(k, v, columns_task), columns_task
+    out, lse = flash4_backend.block_forward(q, k, v, index, scale=0.1, out_dtype=q.dtype, columns=given)
+    dq, dk, dv, of_columns = flash4_backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=0.1, columns=given)
+    if given is not None and of_columns is not None:
+        flash4_backend.scatter_columns(*of_columns, given[2], grad_k=dk, grad_v=dv)
+    assert (index.nbytes > 0) == (groups == 1)
+    expected, expected_lse = reference_attention(q, k, v, mask, scale=0.1)
+    assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+    for ours, right in zip(
+        (out, dq, dk, dv), (expected, *reference_gradients(grad_out, q, k, v, mask, scale=0.1)), strict=True
+    ):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.double(), right, atol=5e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_gathered_and_odd_layouts(documents: bool, backend: str) -> None:
+    """Several key shards one behind another, views with foreign strides, an accumulator merged three times."""
+    case = Case(tokens=1500, padding=36, heads=(4, 2), documents=documents)
+    (grad_out, q, k, v), mask = build(case)
+    grad_out, q, k, v = (x.nan_to_num() for x in (grad_out, q, k, v))
+    blocks = torch.arange(q.shape[1], device="cuda").split(case.block)
+    shards = [torch.cat(blocks[rank::3]) for rank in range(3)]
+    at, keys = shards[1], torch.cat([shards[2], shards[0]])
+
+    def odd(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    common = {"scale": 0.1, "backend": backend}
+    partial = None
+    for where in (keys, at):
+        index = api.block_index(mask, at, where, backend=backend)
+        partial = api.block_forward(odd(q[:, at]), odd(k[:, where]), v[:, where], index, **common, into=partial)
+    assert partial is not None
+    out, lse = partial
+    expected, expected_lse = reference_attention(q, k, v, mask, scale=0.1)
+    alive = expected_lse[:, :, at] > -torch.inf
+    torch.testing.assert_close(lse[alive].double(), expected_lse[:, :, at][alive], atol=2e-3, rtol=0)
+    torch.testing.assert_close(out.double(), expected[:, at], atol=2e-2, rtol=2e-2)
+    delta = (grad_out[:, at].float() * out).sum(-1).transpose(1, 2)
+    grad_q = torch.zeros(1, len(at), 4, 128, device="cuda")
+    for where in (keys, at):
+        grad_k, grad_v = torch.zeros(2, 1, len(where), 2, 128, device="cuda")
+        index = api.block_index(mask, at, where, backend=backend)
+        api.block_backward(
+            odd(grad_out[:, at]),
+            q[:, at],
+            k[:, where],
+            odd(v[:, where]),
+            lse,
+            delta,
+            index,
+            **common,
+            grad_q=grad_q,
+            grad_k=grad_k,
+            grad_v=grad_v,
+        )
+        assert torch.isfinite(grad_k).all() and torch.isfinite(grad_v).all()
+    right = reference_gradients(grad_out, q, k, v, mask, scale=0.1)[0][:, at]
+    torch.testing.assert_close(grad_q.double(), right, atol=5e-2, rtol=2e-2)

@@ -1,0 +1,161 @@
+"""The flash4 backend without a GPU: its tables in Triton's interpreter against the mask, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from sparsering.kernels import api, flash4_index
+from sparsering.kernels.flash4_index import Flash4Task, flash4_task, head_groups
+from sparsering.kernels.flash4_merge import merge_part
+from sparsering.kernels.mask import AttentionMask, active_block_pairs, allowed_pairs, block_part
+from sparsering.kernels.merge import merge
+
+BLOCK = 16
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU; see tests/test_gpu_kernels.py"
+)
+
+
+def mask_of(seq_len: int, *, toeplitz: bool, documents: bool = False, heads: int = 3) -> AttentionMask:
+    generator = torch.Generator().manual_seed(seq_len)
+    blocks = -(-seq_len // BLOCK)
+    active = torch.rand((heads, blocks) if toeplitz else (heads, blocks, blocks), generator=generator) < 0.5
+    active[0] = False
+    starts = (torch.arange(seq_len) // 40).int() if documents else None
+    return AttentionMask(seq_len_tokens=seq_len, block_size=BLOCK, active=active, documents=starts)
+
+
+def positions(blocks: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(b * BLOCK, (b + 1) * BLOCK) for b in blocks])
+
+
+def attended(task: Flash4Task, first: int, last: int, *, transposed: bool) -> torch.Tensor:
+    """bool [H, S_q, S_k] that the tables say: full tiles whole, partial ones by causality and documents."""
+    tables = task.tables(first, last, transposed=transposed)
+    mask, q_side, k_side = task.task.mask, task.task.q_side, task.task.k_side
+    found = torch.zeros(last - first, q_side.tokens, k_side.tokens, dtype=torch.int32)
+    allowed = allowed_pairs(mask, *(tokens_of(side.blocks) for side in (q_side, k_side)))
+    for counts, tiles, whole in (
+        (tables.full_counts, tables.full_tiles, True),
+        (tables.partial_counts, tables.partial_tiles, False),
+    ):
+        for head in range(last - first):
+            for row in range(counts.shape[2]):
+                listed = tiles[0, head, row, : counts[0, head, row]].tolist()
+                assert listed == sorted(set(listed)), "ascending: the ragged tile comes last, which the wheels rely on"
+                for tile in listed:
+                    q_tile, k_tile = (tile, row) if transposed else (row, tile)
+                    area = (slice(q_tile * BLOCK, (q_tile + 1) * BLOCK), slice(k_tile * BLOCK, (k_tile + 1) * BLOCK))
+                    found[head][area] += 1 if whole else allowed[area].int()
+    assert found.max() <= 1
+    return found.bool()
+
+
+def tokens_of(blocks: object) -> torch.Tensor:
+    return positions([int(b) for b in blocks])  # type: ignore[attr-defined]
+
+
+PLACEMENTS = {
+    "whole": (list(range(12)), list(range(12))),
+    "striped": ([1, 5, 9, 13], [2, 6, 10, 14]),
+    "striped own": ([3, 7, 11], [3, 7, 11]),
+    "later keys": ([0, 1], [5, 6, 7]),
+    "gathered with own": ([2, 6, 10], [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]),
+    "gathered zigzag": ([0, 1, 14, 15], [4, 5, 10, 11, 2, 3, 12, 13]),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("toeplitz", [True, False], ids=["toeplitz", "block mask"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("seq_len", [16 * BLOCK, 11 * BLOCK + 5])
+def test_tables_say_what_the_mask_says(placement: str, toeplitz: bool, seq_len: int, documents: bool) -> None:
+    q_positions, k_positions = (positions(blocks) for blocks in PLACEMENTS[placement])
+    mask = mask_of(seq_len, toeplitz=toeplitz, documents=documents)
+    task = flash4_task(mask, q_positions, k_positions)
+    for head in range(mask.heads):
+        expected = block_part(mask, head, q_positions, k_positions)
+        valid = (slice(task.task.q_valid_tokens), slice(task.task.k_valid_tokens))
+        for transposed in (False, True):
+            ours = attended(task, 0, mask.heads, transposed=transposed)[head]
+            ours_valid = ours[valid] & (k_positions[valid[1]] < seq_len)[None]
+            assert torch.equal(ours_valid, expected[valid])
+    if not documents:
+        block_pairs = task.tables(0, mask.heads, transposed=False)
+        counted = block_pairs.full_counts.sum() + block_pairs.partial_counts.sum()
+        assert counted == sum(pairs(mask, head, *PLACEMENTS[placement]) for head in range(mask.heads))
+
+
+def pairs(mask: AttentionMask, head: int, q_blocks: list[int], k_blocks: list[int]) -> int:
+    """Active causal pairs of blocks inside the sequence."""
+    q, k = torch.tensor(q_blocks)[:, None], torch.tensor(k_blocks)[None, :]
+    return int((active_block_pairs(mask, head, q, k) & (k <= q) & (q < mask.blocks)).sum())
+
+
+@interpreted
+def test_groups_of_heads_hold_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = mask_of(9 * BLOCK, toeplitz=True, heads=4)
+    everything = positions(list(range(9)))
+    whole = attended(flash4_task(mask, everything, everything), 0, 4, transposed=True)
+    monkeypatch.setattr(flash4_index, "TABLE_BYTES", 0)
+    task = flash4_task(mask, everything, everything)
+    parts = [attended(task, first, first + 2, transposed=True) for first in (0, 2)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert task.nbytes == 0, "tables of a group are not kept"
+
+
+def test_groups_of_heads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4_index, "TABLE_BYTES", 100)
+    assert head_groups(16, 8, 1) == [(0, 16)]
+    assert head_groups(16, 8, 10) == [(0, 8), (8, 16)]  # ten would fit, but split a KV head unevenly
+    assert head_groups(16, 8, 20) == [(first, first + 4) for first in range(0, 16, 4)]
+    assert head_groups(3, 3, 1000) == [(0, 1), (1, 2), (2, 3)]  # one head's tables may exceed it
+    assert head_groups(12, 2, 15) == [(0, 6), (6, 12)]
+
+
+@interpreted
+@pytest.mark.parametrize("valid", [5, 40, 70])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_merged_in_one_pass(valid: int, earlier: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randn(2, valid, 3, 16, generator=generator), torch.randn(2, 3, valid, generator=generator)
+    before = torch.randn(2, 70, 3, 16, generator=generator), torch.randn(2, 3, 70, generator=generator)
+    part[1][:, 0, ::2] = before[1][:, 0] = -torch.inf
+    part[0].transpose(1, 2)[part[1] == -torch.inf] = 0
+    before[0][:, :, 0] = 0
+    padded = torch.zeros(2, 70, 3, 16), torch.full((2, 3, 70), -torch.inf)
+    padded[0][:, :valid], padded[1][:, :, :valid] = part
+    expected = merge(*before, *padded) if earlier else padded
+    given = tuple(x.clone() for x in before)
+    out, lse = merge_part(part, (given[0], given[1]) if earlier else None, tokens=70)
+    assert out.data_ptr() == given[0].data_ptr() or not earlier
+    torch.testing.assert_close(out, expected[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(lse, expected[1], atol=1e-6, rtol=1e-6)
+
+
+def test_missing_wheels_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsering.kernels import flash4_backend
+
+    flash4_backend._wheels.cache_clear()
+    if importlib.util.find_spec("flash_attn") is not None:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+    mask = AttentionMask(seq_len_tokens=128, block_size=128, active=torch.ones(1, 1, dtype=torch.bool))
+    tokens = torch.arange(128)
+    with pytest.raises(
+        ValueError, match=r"flash4: the flash-attn-4 wheels cannot be imported .*sparsering\[flash4\]"
+    ) as e:
+        api.block_index(mask, tokens, tokens, backend="flash4")
+    assert "\n" not in str(e.value)
+    flash4_backend._wheels.cache_clear()
+
+
+def test_other_blocks_are_refused_first() -> None:
+    mask = AttentionMask(seq_len_tokens=128, block_size=64, active=torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask.block_size: 64 is not 128 \(flash4 backend\)"):
+        api.block_index(mask, torch.arange(128), torch.arange(128), backend="flash4")
