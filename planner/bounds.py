@@ -1,8 +1,8 @@
 """Lower bounds on the time of one layer, to say how far a plan is from the optimum.
 
-No schedule in which every rank computes its own queries and sees every K/V shard can beat these: neither the mean
-compute over ranks, nor the time in which the bytes that must move cross the slowest links. Head-parallel layouts move
-other bytes; the communication bound does not speak of them.
+No schedule in which every rank computes its own queries and sees every K/V shard that it needs can beat these: neither
+the mean compute over ranks, nor the time in which the bytes that must move cross the slowest links. Head-parallel
+layouts move other bytes; the communication bound does not speak of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .cluster import Cluster
 from .cost import CostModel
 from .layout_draft import AttentionShape
+from .pairs import Pairs
 from .schedule import DIRECTIONS, Direction, ShardId, Task
 from .workload import TaskWork, Workload
 
@@ -30,19 +31,30 @@ class Bound:
 
 
 def lower_bound(
-    *, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape, direction: Direction
+    *,
+    workload: Workload,
+    cluster: Cluster,
+    cost: CostModel,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
 ) -> Bound:
-    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement."""
+    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
+
+    pairs: (query part, key part) pairs that are computed; None: all.
+    """
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=communication_bound_us(cluster, shape, direction),
+        communication_us=communication_bound_us(cluster, shape, direction, pairs),
     )
 
 
-def step_bound_us(*, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape) -> float:
+def step_bound_us(
+    *, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape, pairs: Pairs | None = None
+) -> float:
     """Return the bound of forward + backward of one layer."""
     bounds = [
-        lower_bound(workload=workload, cluster=cluster, cost=cost, shape=shape, direction=direction)
+        lower_bound(workload=workload, cluster=cluster, cost=cost, shape=shape, direction=direction, pairs=pairs)
         for direction in DIRECTIONS
     ]
     return sum(bound.total_us for bound in bounds)
@@ -69,17 +81,23 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
     return block_us + columns_us - given_back_us
 
 
-def communication_bound_us(cluster: Cluster, shape: AttentionShape, direction: Direction) -> float:
+def communication_bound_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None
+) -> float:
     """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
-    Every rank receives W - 1 shards and, summed along the way at best, every shard's gradient leaves W - 1 ranks.
-    Between n nodes of g ranks at least (n - 1) g shards enter each node on average. Columns are left out.
+    Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
+    gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
+    its ranks need, those of other nodes enter. Columns are left out.
     """
     shard_bytes = shape.kv_bytes + (shape.dkv_bytes if direction == "backward" else 0)
+    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
+    foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
     if cluster.inter_node is None or cluster.nodes == 1:
-        return (cluster.world_size - 1) * shard_bytes / port_bytes_per_us
+        return foreign * shard_bytes / port_bytes_per_us
     nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
-    node_us = (cluster.nodes - 1) * cluster.gpus_per_node * shard_bytes / nics_bytes_per_us
+    by_node = needed.reshape(cluster.nodes, cluster.gpus_per_node, cluster.world_size).any(axis=1)
+    node_us = (by_node.sum() / cluster.nodes - cluster.gpus_per_node) * shard_bytes / nics_bytes_per_us
     both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
-    return max(node_us, (cluster.world_size - 1) * shard_bytes / both_bytes_per_us)
+    return float(max(node_us, foreign * shard_bytes / both_bytes_per_us))

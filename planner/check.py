@@ -46,7 +46,7 @@ class CheckReport:
 def check(schedule: Schedule, *, inactive: Collection[tuple[int, int]] = frozenset()) -> CheckReport:
     """Prove a schedule and return its figures; ScheduleError, naming rank, phase and object, when a rule is broken.
 
-    inactive: (query part, key part) pairs without any work: their tasks may be left out.
+    inactive: (query part, key part) pairs without any work (`Pairs.left_out`): their tasks may be left out.
     """
     rules = Rules(schedule)
     rules.check()

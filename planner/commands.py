@@ -119,7 +119,7 @@ def check(
 
 def _proved(path: Path, made: Plan, direction: Direction) -> CheckReport:
     try:
-        return prove(made.schedule(direction))
+        return prove(made.schedule(direction), inactive=made.active_pairs().left_out())
     except ScheduleError as error:
         raise InputError(str(error), source=path, field=direction) from error
     except InputError as error:
@@ -169,6 +169,7 @@ def _summary(made: Plan) -> dict[str, Any]:
         "forward": {"layout": made.forward.layout, "parameters": made.forward.parameters},
         "backward": {"layout": made.backward.layout, "parameters": made.backward.parameters},
         "backend": made.kernels.backend,
+        "shard_pairs": {"computed": int(made.active_pairs().matrix.sum()), "all": made.world_size**2},
     }
 
 
@@ -200,6 +201,14 @@ def _show_plan(made: Plan, output: Path) -> None:
         highlight=False,
         markup=False,
     )
+    if made.pairs is not None:
+        counts = _summary(made)["shard_pairs"]
+        console.print(
+            f"{counts['computed']} of {counts['all']} pairs of shards can have work; the others are neither computed "
+            "nor sent",
+            highlight=False,
+            markup=False,
+        )
     for note in told["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"wrote {output} (digest {made.digest[:12]})", highlight=False, markup=False)

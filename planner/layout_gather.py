@@ -2,50 +2,126 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..traces.errors import InputError
 from .layout_draft import AttentionShape, Draft, Route, block_task, close_schedule, slots
-from .schedule import DKV_HOME, KV_HOME, Communicator, Direction, Schedule
+from .pairs import Pairs
+from .schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule, Transfer
 
 
-def gather(*, shape: AttentionShape, direction: Direction, chunks: int = 4) -> Schedule:
-    """A pipelined all-gather: every shard goes straight from its owner to all, in `chunks` launches made up front.
+def gather(*, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4) -> Schedule:
+    """A pipelined all-gather: every shard goes straight from its owner to all that need it, in `chunks` launches.
 
-    Phase c computes the shards of chunk c together. Needs W - 1 K/V slots. Backward: dK/dV go straight home.
+    Phase c computes the shards of chunk c together. Needs as many K/V slots as a rank needs other shards. Backward:
+    dK/dV go straight home.
     """
-    world = shape.world_size
     if chunks < 1:
         raise InputError(f"must be at least 1, not {chunks}", field="chunks")
-    pieces = _split(range(1, world), min(chunks, max(world - 1, 1)))  # offsets of the owners, nearest first
-    largest = max((len(piece) for piece in pieces), default=0)
-    kv = Route(kind="kv", communicator="gather", capacity_bytes=shape.kv_bytes)
-    dkv = Route(kind="dkv", communicator="gather_grad", capacity_bytes=shape.dkv_bytes)
-    everyone = (tuple(range(world)),)
-    communicators = [Communicator(name="gather", groups=everyone)]
-    buffers = slots("kv", "kv", world - 1, shape.kv_bytes)
-    if direction == "backward" and world > 1:
-        communicators.append(Communicator(name="gather_grad", groups=everyone))
-        buffers += slots("dkv", "dkv", largest * min(2, len(pieces)), shape.dkv_bytes)
-        buffers += slots("landing", "dkv", largest, shape.dkv_bytes)
+    needed = (pairs or Pairs.all_of(shape.world_size)).distances
+    layout = _Gather(shape=shape, direction=direction, needed=needed, chunks=chunks)
+    return close_schedule("gather", direction, shape, layout.communicators(), layout.buffers(), layout.draft)
 
-    def draft(rank: int, parts: Draft) -> None:
-        parts.compute(0, block_task(rank, rank, KV_HOME, shape, None if direction == "forward" else DKV_HOME))
-        for chunk, piece in enumerate(pieces, start=1):
-            fetch, homeward = [], []
-            for place, offset in enumerate(piece):
-                owner, reader = (rank - offset) % world, (rank + offset) % world
-                slot, grad = f"kv:{offset - 1}", f"dkv:{place + largest * (chunk % 2 if len(pieces) > 1 else 0)}"
-                fetch.append(kv.move(rank, rank, reader, offset, KV_HOME, slot))
-                fetch.append(kv.move(owner, owner, rank, offset, KV_HOME, slot))
-                homeward.append(dkv.move(owner, rank, owner, offset, grad, f"landing:{place}", DKV_HOME))
-                homeward.append(dkv.move(rank, reader, rank, offset, grad, f"landing:{place}", DKV_HOME))
-                parts.compute(chunk, block_task(rank, owner, slot, shape, None if direction == "forward" else grad))
+
+@dataclass(frozen=True, kw_only=True)
+class _Gather:
+    """The all-gather of `gather`. needed: bool [owner, offset], whether the rank at that offset reads the shard."""
+
+    shape: AttentionShape
+    direction: Direction
+    needed: NDArray[np.bool_]
+    chunks: int
+
+    @property
+    def world(self) -> int:
+        return self.shape.world_size
+
+    @cached_property
+    def pieces(self) -> list[list[int]]:
+        """Offsets of the owners that any rank reads from, nearest first, cut into chunks."""
+        offsets = [offset for offset in range(1, self.world) if self.needed[:, offset].any()]
+        return [
+            offsets[piece.start : piece.stop]
+            for piece in _split(range(len(offsets)), min(self.chunks, max(len(offsets), 1)))
+        ]
+
+    @cached_property
+    def reads(self) -> NDArray[np.bool_]:
+        """bool [reader, offset]: whether the rank reads the shard of the rank that is `offset` before it."""
+        reader, offset = np.indices((self.world, self.world))
+        return self.needed[(reader - offset) % self.world, offset]
+
+    def communicators(self) -> list[Communicator]:
+        names = ["gather", "gather_grad"] if self.direction == "backward" and self.world > 1 else ["gather"]
+        return [Communicator(name=name, groups=(tuple(range(self.world)),)) for name in names]
+
+    def buffers(self) -> list[Buffer]:
+        fetched = int(self.reads[:, 1:].sum(axis=1).max())
+        buffers = slots("kv", "kv", fetched, self.shape.kv_bytes)
+        if self.direction == "backward" and fetched:
+            buffers += slots("dkv", "dkv", self.largest * min(2, len(self.pieces)), self.shape.dkv_bytes)
+            landing = max(int(self.needed[:, piece].sum(axis=1).max()) for piece in self.pieces)
+            buffers += slots("landing", "dkv", landing, self.shape.dkv_bytes)
+        return buffers
+
+    @cached_property
+    def largest(self) -> int:
+        """The most shards that a rank reads in a chunk."""
+        return max((int(self.reads[:, piece].sum(axis=1).max()) for piece in self.pieces), default=0)
+
+    @cached_property
+    def _read_before(self) -> NDArray[np.int64]:
+        """int64 [reader, offset]: shards that the rank reads at offsets 1 to `offset`."""
+        return self.reads.cumsum(axis=1) - 1
+
+    @cached_property
+    def _served_before(self) -> NDArray[np.int64]:
+        """int64 [owner, offset]: ranks at offsets 1 to `offset` that read the shard."""
+        return self.needed.cumsum(axis=1) - 1
+
+    def kv_slot(self, reader: int, offset: int) -> str:
+        return f"kv:{self._read_before[reader, offset - 1]}"
+
+    def grad_slot(self, reader: int, offset: int, chunk: int) -> str:
+        place = self._read_before[reader, offset - 1] - self._read_before[reader, self.pieces[chunk - 1][0] - 1]
+        return f"dkv:{place + self.largest * (chunk % 2 if len(self.pieces) > 1 else 0)}"
+
+    def landing(self, owner: int, offset: int, chunk: int) -> str:
+        place = self._served_before[owner, offset - 1] - self._served_before[owner, self.pieces[chunk - 1][0] - 1]
+        return f"landing:{place}"
+
+    def draft(self, rank: int, parts: Draft) -> None:
+        own_grad = None if self.direction == "forward" else DKV_HOME
+        parts.compute(0, block_task(rank, rank, KV_HOME, self.shape, own_grad))
+        for chunk, piece in enumerate(self.pieces, start=1):
+            fetch: list[Transfer] = []
+            homeward: list[Transfer] = []
+            for offset in piece:
+                owner, reader = (rank - offset) % self.world, (rank + offset) % self.world
+                serves, reads = bool(self.needed[rank, offset]), bool(self.reads[rank, offset])
+                fetch += [self._fetch(rank, reader, offset)] * serves + [self._fetch(owner, rank, offset)] * reads
+                homeward += [self._return(owner, rank, offset, chunk)] * reads
+                homeward += [self._return(rank, reader, offset, chunk)] * serves
+                if reads:
+                    grad = self.grad_slot(rank, offset, chunk) if self.direction == "backward" else None
+                    parts.compute(chunk, block_task(rank, owner, self.kv_slot(rank, offset), self.shape, grad))
             parts.launch(0, fetch, wait=chunk)
-            if direction == "backward":
+            if self.direction == "backward":
                 parts.launch(chunk + 1, homeward, wait=chunk + 2)
 
-    return close_schedule("gather", direction, shape, communicators, buffers, draft)
+    def _fetch(self, owner: int, reader: int, offset: int) -> Transfer:
+        kv = Route(kind="kv", communicator="gather", capacity_bytes=self.shape.kv_bytes)
+        return kv.move(owner, owner, reader, offset, KV_HOME, self.kv_slot(reader, offset))
+
+    def _return(self, owner: int, reader: int, offset: int, chunk: int) -> Transfer:
+        dkv = Route(kind="dkv", communicator="gather_grad", capacity_bytes=self.shape.dkv_bytes)
+        source_buffer, buffer = self.grad_slot(reader, offset, chunk), self.landing(owner, offset, chunk)
+        return dkv.move(owner, reader, owner, offset, source_buffer, buffer, DKV_HOME)
 
 
 def _split(items: range, pieces: int) -> list[range]:

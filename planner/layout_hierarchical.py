@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from ..traces.errors import InputError
 from .layout_draft import AttentionShape, Draft, Route, block_task, close_schedule, slots
+from .layout_tour import Tour
+from .pairs import Pairs
 from .schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 
 
-def hierarchical(*, shape: AttentionShape, direction: Direction, inner_size: int) -> Schedule:
+def hierarchical(
+    *, shape: AttentionShape, direction: Direction, inner_size: int, pairs: Pairs | None = None
+) -> Schedule:
     """Inner rings within groups of `inner_size` ranks, an outer ring between them (MTraining, arXiv 2510.18830).
 
     Rank r is place l of node n (r = n * inner_size + l). In outer step o and inner step i it computes shard
     (n - o, l - i). While the inner ring turns, the node's shards for the next outer step arrive over the outer ring.
-    Backward: dK/dV are summed around the inner ring, then sent straight to their owners in node n - o.
+    Shards travel as far as they are needed, over the outer ring and within each node. Backward: dK/dV are summed
+    around the inner ring, then sent straight to their owners in node n - o.
     """
     world = shape.world_size
     if inner_size < 1 or world % inner_size:
         raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
-    layout = _Hierarchy(shape=shape, inner=inner_size, outer=world // inner_size, direction=direction)
+    layout = _Hierarchy(
+        shape=shape,
+        inner=inner_size,
+        outer=world // inner_size,
+        direction=direction,
+        pairs=pairs or Pairs.all_of(world),
+    )
     return close_schedule("hierarchical", direction, shape, layout.communicators(), layout.buffers(), layout.draft)
 
 
@@ -31,9 +45,46 @@ class _Hierarchy:
     inner: int
     outer: int
     direction: Direction
+    pairs: Pairs
 
     def rank(self, node: int, place: int) -> int:
         return (node % self.outer) * self.inner + place % self.inner
+
+    @cached_property
+    def tours(self) -> list[list[Tour]]:
+        """[node][outer step]: the inner ring over the shards that came in that step, numbered by their place."""
+        place, distance = np.indices((self.inner, self.inner))
+        matrix = self.pairs.matrix.reshape(self.outer, self.inner, self.outer, self.inner)
+        return [
+            [
+                Tour.of(matrix[node, (place + distance) % self.inner, (node - step) % self.outer, place])
+                for step in range(self.outer)
+            ]
+            for node in range(self.outer)
+        ]
+
+    @cached_property
+    def rails(self) -> list[Tour]:
+        """[place]: the outer ring over the shards of that place, numbered by their node."""
+        node, step = np.indices((self.outer, self.outer))
+        matrix = np.any(self.pairs.matrix.reshape(self.outer, self.inner, self.outer, self.inner), axis=1)
+        return [Tour.of(matrix[(node + step) % self.outer, node, place]) for place in range(self.inner)]
+
+    @cached_property
+    def all_tours(self) -> list[Tour]:
+        return [tour for tours in self.tours for tour in tours]
+
+    @cached_property
+    def grad_slots(self) -> int:
+        return max(1, min(2, max(tour.longest for tour in self.all_tours)))
+
+    @cached_property
+    def outer_grad_slots(self) -> int:
+        return max(1, min(2, max(rail.longest for rail in self.rails)))
+
+    @cached_property
+    def crowded(self) -> bool:
+        return any(tour.crowded for tour in self.all_tours)
 
     def communicators(self) -> list[Communicator]:
         nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
@@ -45,13 +96,17 @@ class _Hierarchy:
 
     def buffers(self) -> list[Buffer]:
         kv_bytes, dkv_bytes = self.shape.kv_bytes, self.shape.dkv_bytes
-        buffers = slots("kv", "kv", min(2, self.inner - 1), kv_bytes)
-        buffers += slots("kv_outer", "kv", min(2, self.outer - 1), kv_bytes)
+        longest_inner = max(tour.longest for tour in self.all_tours)
+        longest_outer = max(rail.longest for rail in self.rails)
+        buffers = slots("kv", "kv", min(2, longest_inner), kv_bytes)
+        buffers += slots("kv_outer", "kv", min(2, longest_outer), kv_bytes)
         if self.direction == "backward":
-            if self.inner > 1:
-                buffers += slots("dkv", "dkv", 2, dkv_bytes) + slots("landing", "dkv", 1, dkv_bytes)
-            if self.outer > 1:
-                buffers += slots("dkv_outer", "dkv", 2, dkv_bytes) + slots("landing_outer", "dkv", 1, dkv_bytes)
+            if longest_inner:
+                buffers += slots("dkv", "dkv", self.grad_slots, dkv_bytes)
+                buffers += slots("landing", "dkv", 1 + self.crowded, dkv_bytes)
+            if longest_outer:
+                buffers += slots("dkv_outer", "dkv", self.outer_grad_slots, dkv_bytes)
+                buffers += slots("landing_outer", "dkv", 1, dkv_bytes)
         return buffers
 
     def kv_buffer(self, outer_step: int, inner_step: int) -> str:
@@ -61,7 +116,7 @@ class _Hierarchy:
 
     def base_grad(self, outer_step: int) -> str:
         """Where the contributions to the shard that this rank brought into its node are summed."""
-        return DKV_HOME if outer_step == 0 else f"dkv_outer:{outer_step % 2}"
+        return DKV_HOME if outer_step == 0 else f"dkv_outer:{outer_step % self.outer_grad_slots}"
 
     def draft(self, rank: int, parts: Draft) -> None:
         node, place = divmod(rank, self.inner)
@@ -80,13 +135,12 @@ class _Hierarchy:
             return
         route = Route(kind="kv", communicator="outer", capacity_bytes=self.shape.kv_bytes)
         source_buffer, buffer = self.kv_buffer(outer_step, 0), self.kv_buffer(outer_step + 1, 0)
-        me, sequence = self.rank(node, place), outer_step * self.inner
-        sent, received = self.rank(node - outer_step, place), self.rank(node - outer_step - 1, place)
-        calls = [
-            route.move(sent, me, self.rank(node + 1, place), sequence, source_buffer, buffer),
-            route.move(received, self.rank(node - 1, place), me, sequence, source_buffer, buffer),
-        ]
-        parts.launch(sequence, calls, wait=sequence + self.inner)
+        sequence, moves = outer_step * self.inner, []
+        for owner, source in ((node - outer_step, node), (node - outer_step - 1, node - 1)):
+            if self.rails[place].reaches(owner % self.outer, outer_step + 1):
+                ends = self.rank(source, place), self.rank(source + 1, place)
+                moves.append(route.move(self.rank(owner, place), *ends, sequence, source_buffer, buffer))
+        parts.launch(sequence, moves, wait=sequence + self.inner)
 
     def _fetch_inner(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
         if inner_step == self.inner - 1:
@@ -94,49 +148,51 @@ class _Hierarchy:
         route = Route(kind="kv", communicator="inner", capacity_bytes=self.shape.kv_bytes)
         source_buffer = self.kv_buffer(outer_step, inner_step)
         buffer = self.kv_buffer(outer_step, inner_step + 1)
-        me, sequence = self.rank(node, place), outer_step * self.inner + inner_step
-        sent = self.rank(node - outer_step, place - inner_step)
-        received = self.rank(node - outer_step, place - inner_step - 1)
-        calls = [
-            route.move(sent, me, self.rank(node, place + 1), sequence, source_buffer, buffer),
-            route.move(received, self.rank(node, place - 1), me, sequence, source_buffer, buffer),
-        ]
-        parts.launch(sequence, calls, wait=sequence + 1)
+        sequence, moves = outer_step * self.inner + inner_step, []
+        for owner, source in ((place - inner_step, place), (place - inner_step - 1, place - 1)):
+            if self.tours[node][outer_step].reaches(owner % self.inner, inner_step + 1):
+                ends = self.rank(node, source), self.rank(node, source + 1)
+                shard = self.rank(node - outer_step, owner)
+                moves.append(route.move(shard, *ends, sequence, source_buffer, buffer))
+        parts.launch(sequence, moves, wait=sequence + 1)
 
     def _compute(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
-        phase = outer_step * self.inner + inner_step
-        key = self.rank(node - outer_step, place - inner_step)
-        grad = None
+        owner = (place - inner_step) % self.inner
+        if not self.tours[node][outer_step].needs(owner, inner_step):
+            return
+        phase, grad = outer_step * self.inner + inner_step, None
         if self.direction == "backward":
-            grad = self.base_grad(outer_step) if inner_step == 0 else f"dkv:{phase % 2}"
+            grad = self.base_grad(outer_step) if inner_step == 0 else f"dkv:{phase % self.grad_slots}"
         me, buffer = self.rank(node, place), self.kv_buffer(outer_step, inner_step)
-        parts.compute(phase, block_task(me, key, buffer, self.shape, grad))
+        parts.compute(phase, block_task(me, self.rank(node - outer_step, owner), buffer, self.shape, grad))
 
     def _sum_inner(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
+        """Around the inner ring, from the first place that adds to a shard's gradients; from the last one straight on.
+
+        The last hop goes to the place that brought the shard into the node.
+        """
         route = Route(kind="dkv", communicator="inner_grad", capacity_bytes=self.shape.dkv_bytes)
-        me, first = self.rank(node, place), outer_step * self.inner
         for inner_step in range(2, self.inner + 1):
-            phase = first + inner_step
-            source_buffer = f"dkv:{(phase - 1) % 2}"
-            into = self.base_grad(outer_step) if inner_step == self.inner else f"dkv:{phase % 2}"
-            sent = self.rank(node - outer_step, place - inner_step + 1)
-            received = self.rank(node - outer_step, place - inner_step)
-            hop = [
-                route.move(sent, me, self.rank(node, place + 1), phase, source_buffer, "landing:0", into),
-                route.move(received, self.rank(node, place - 1), me, phase, source_buffer, "landing:0", into),
-            ]
-            parts.launch(phase, hop, wait=phase + 1)
+            phase, moves = outer_step * self.inner + inner_step, []
+            for hop in self.tours[node][outer_step].hops(place, inner_step):
+                buffer, into = "landing:0", f"dkv:{phase % self.grad_slots}"
+                if hop.home:
+                    buffer, into = f"landing:{int(self.crowded)}", self.base_grad(outer_step)
+                ends = self.rank(node, hop.source), self.rank(node, hop.destination)
+                source_buffer = f"dkv:{(phase - 1) % self.grad_slots}"
+                shard = self.rank(node - outer_step, hop.shard)
+                moves.append(route.move(shard, *ends, phase, source_buffer, buffer, into))
+            parts.launch(phase, moves, wait=phase + 1)
 
     def _send_home(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
         if outer_step == 0:
             return
         route = Route(kind="dkv", communicator="outer_grad", capacity_bytes=self.shape.dkv_bytes)
-        me, buffer = self.rank(node, place), self.base_grad(outer_step)
-        owner, helper = self.rank(node - outer_step, place), self.rank(node + outer_step, place)
         phase = (outer_step + 1) * self.inner + (self.inner > 1)
-        calls = [
-            route.move(owner, me, owner, phase, buffer, "landing_outer:0", DKV_HOME),
-            route.move(me, helper, me, phase, buffer, "landing_outer:0", DKV_HOME),
-        ]
+        buffer, moves = self.base_grad(outer_step), []
+        for owner, helper in ((node - outer_step, node), (node, node + outer_step)):
+            if self.rails[place].needs(owner % self.outer, outer_step):
+                ends = self.rank(helper, place), self.rank(owner, place)
+                moves.append(route.move(ends[1], *ends, phase, buffer, "landing_outer:0", DKV_HOME))
         last = outer_step == self.outer - 1
-        parts.launch(phase, calls, wait=phase + 1 if last else (outer_step + 2) * self.inner)
+        parts.launch(phase, moves, wait=phase + 1 if last else (outer_step + 2) * self.inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..traces.errors import UnsupportedError
 from .layout_draft import AttentionShape, Draft, close_schedule, slots
+from .pairs import Pairs
 from .schedule import (
     DKV_HOME,
     KV_HOME,
@@ -20,11 +21,11 @@ from .schedule import (
 )
 
 
-def ulysses(*, shape: AttentionShape, direction: Direction) -> Schedule:
+def ulysses(*, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None) -> Schedule:
     """Head parallelism by all-to-all (DeepSpeed-Ulysses, arXiv 2309.14509). Simulated only: `run` refuses it.
 
     Rank g gathers the whole sequence for head group g of W equal groups, computes it, and sends out (or dq, dk, dv)
-    home. Each K/V head goes to every group whose query heads use it.
+    home. Each K/V head goes to every group whose query heads use it. Everything travels whatever `pairs` leaves out.
     """
     world = shape.world_size
     if shape.heads % world:
@@ -83,7 +84,8 @@ def ulysses(*, shape: AttentionShape, direction: Direction) -> Schedule:
         parts.launch(2, homeward, wait=3)
         for query in range(world):
             for key in range(world):
-                parts.compute(1, task(rank, query, key))
+                if pairs is None or pairs.needs(query, key):
+                    parts.compute(1, task(rank, query, key))
 
     def task(rank: int, query: int, key: int) -> Task:
         own_query, own_key = query == rank, key == rank

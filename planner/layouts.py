@@ -10,6 +10,7 @@ from .layout_gather import gather
 from .layout_hierarchical import hierarchical
 from .layout_ring import ring
 from .layout_ulysses import ulysses
+from .pairs import Pairs
 from .schedule import Direction, Schedule
 
 LAYOUTS: dict[str, Callable[..., Schedule]] = {
@@ -21,11 +22,21 @@ LAYOUTS: dict[str, Callable[..., Schedule]] = {
 SIMULATED_ONLY = frozenset({"ulysses"})
 
 
-def build(layout: str, parameters: dict[str, int], *, shape: AttentionShape, direction: Direction) -> Schedule:
-    """Build a schedule by name; InputError for an unknown layout or parameter."""
+def build(
+    layout: str,
+    parameters: dict[str, int],
+    *,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+) -> Schedule:
+    """Build a schedule by name; InputError for an unknown layout or parameter.
+
+    pairs: the (query shard, key shard) pairs that may have work; None: all. Others are neither computed nor sent.
+    """
     if layout not in LAYOUTS:
         raise InputError(f"{layout!r} is not one of {sorted(LAYOUTS)}", field="layout")
     try:
-        return LAYOUTS[layout](shape=shape, direction=direction, **parameters)
+        return LAYOUTS[layout](shape=shape, direction=direction, pairs=pairs, **parameters)
     except TypeError as error:
         raise InputError(f"{parameters} do not fit layout {layout!r}", field="parameters") from error

@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
-from ..traces.pattern import num_blocks
+from ..traces.pattern import LayerPattern, num_blocks
 from .cluster import validation_error
 from .layout_draft import AttentionShape
 from .layouts import SIMULATED_ONLY, build
+from .pairs import Pairs, pattern_pairs
 from .placement import Placement
 from .schedule import DIRECTIONS, Direction, Schedule
 
@@ -77,7 +78,10 @@ class KernelSpec(_Strict):
 
 
 class Plan(_Strict):
-    """One file that says what every rank does. Build with `make_plan`, read with `load_plan`."""
+    """One file that says what every rank does. Build with `make_plan`, read with `load_plan`.
+
+    pairs: rows of 0 and 1, the (query part, key part) pairs that are computed (see `Pairs`); None: all of them.
+    """
 
     schema_version: Literal[1] = PLAN_SCHEMA_VERSION
     model: ModelShape
@@ -90,6 +94,7 @@ class Plan(_Strict):
     backward: LayoutSpec
     pattern: PatternSpec
     kernels: KernelSpec
+    pairs: tuple[str, ...] | None = None
     predictions: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
     digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
@@ -101,7 +106,16 @@ class Plan(_Strict):
 
     def compute_digest(self) -> str:
         """Return the SHA-256 of everything that decides what ranks do."""
-        return sha256_of_bytes(canonical_json(self.model_dump(mode="json", exclude=set(UNDIGESTED))))
+        document = self._document()
+        return sha256_of_bytes(canonical_json({name: document[name] for name in document if name not in UNDIGESTED}))
+
+    def _document(self) -> dict[str, Any]:
+        """Return the plan as JSON values; what is None and was not in the first plans is left out."""
+        return self.model_dump(mode="json", exclude={"pairs"} if self.pairs is None else None)
+
+    def active_pairs(self) -> Pairs:
+        """Return the (query part, key part) pairs that are computed."""
+        return Pairs.all_of(self.world_size) if self.pairs is None else Pairs(rows=self.pairs)
 
     def attention_shape(self) -> AttentionShape:
         """Return the sizes that the schedules are built from."""
@@ -131,7 +145,7 @@ class Plan(_Strict):
     def schedule(self, direction: Direction) -> Schedule:
         """Expand the schedule of one direction; InputError when it is not the one that was planned."""
         spec = self.forward if direction == "forward" else self.backward
-        schedule = build(spec.layout, spec.parameters, shape=self.attention_shape(), direction=direction)
+        schedule = self.build_schedule(direction)
         if schedule.sha256() != spec.schedule_sha256:
             raise InputError(
                 f"layout {spec.layout!r} {spec.parameters} no longer expands to the schedule that was planned",
@@ -139,9 +153,15 @@ class Plan(_Strict):
             )
         return schedule
 
+    def build_schedule(self, direction: Direction) -> Schedule:
+        """Expand the schedule of one direction, whatever its hash."""
+        spec = self.forward if direction == "forward" else self.backward
+        pairs = self.active_pairs()
+        return build(spec.layout, spec.parameters, shape=self.attention_shape(), direction=direction, pairs=pairs)
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""
-        document = self.model_dump(mode="json")
+        document = self._document()
         write_json(path, document | {RECORD: _record_sha256(document)})
 
     def require(self, *, world_size: int | None = None, model: ModelShape | None = None,
@@ -152,6 +172,11 @@ class Plan(_Strict):
             planned = getattr(self, field)
             if value is not None and value != planned:
                 raise InputError(f"the plan is for {planned}, not for {value}", field=field)
+
+    def require_covered(self, pattern: LayerPattern, *, about: str = "the pattern") -> None:
+        """Refuse a pattern that activates a pair of shards which the plan leaves out: InputError names the pair."""
+        if self.pairs is not None:
+            self.active_pairs().require(pattern_pairs(pattern, self.make_placement()), about=about)
 
     def require_executable(self) -> None:
         """Refuse layouts that can only be simulated."""
@@ -172,12 +197,13 @@ def make_plan(
     backward: tuple[str, dict[str, int]],
     pattern: PatternSpec,
     kernels: KernelSpec,
+    pairs: Pairs | None = None,
     predictions: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Plan:
     """Build a plan, expand its schedules for their hashes, and seal it with its digest.
 
-    forward, backward: (layout name, parameters).
+    forward, backward: (layout name, parameters). pairs: those that may have work; None: all.
     """
     plan = Plan(
         model=model,
@@ -195,14 +221,14 @@ def make_plan(
         backward=LayoutSpec(layout=backward[0], parameters=backward[1], schedule_sha256="0" * 64),
         pattern=pattern,
         kernels=kernels,
+        pairs=None if pairs is None or pairs.complete else pairs.rows,
         predictions=predictions or {},
         provenance=provenance or {},
     )
-    shape, sealed = plan.attention_shape(), {}
+    sealed = {}
     directions: tuple[tuple[Direction, LayoutSpec], ...] = (("forward", plan.forward), ("backward", plan.backward))
     for direction, spec in directions:
-        digest = build(spec.layout, spec.parameters, shape=shape, direction=direction).sha256()
-        sealed[direction] = spec.model_copy(update={"schedule_sha256": digest})
+        sealed[direction] = spec.model_copy(update={"schedule_sha256": plan.build_schedule(direction).sha256()})
     plan = plan.model_copy(update=sealed)
     return plan.model_copy(update={"digest": plan.compute_digest()})
 
@@ -235,9 +261,10 @@ def _record_sha256(document: dict[str, Any]) -> str:
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
         placement = plan.make_placement()
+        if plan.active_pairs().world_size != plan.world_size:
+            raise InputError(f"are of {plan.active_pairs().world_size} ranks, not {plan.world_size}", field="pairs")
         for direction in DIRECTIONS:
-            spec = plan.forward if direction == "forward" else plan.backward
-            build(spec.layout, spec.parameters, shape=plan.attention_shape(), direction=direction)
+            plan.build_schedule(direction)
         blocks = num_blocks(plan.seq_len_tokens, plan.block_size)
         if plan.columns_capacity > blocks * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")

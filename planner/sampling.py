@@ -9,14 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.errors import InputError, UnsupportedError
-from ..traces.pattern import LayerPattern
+from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.store import Trace
+from .pairs import active_blocks
 from .plan import PatternSpec
 from .workload import unit_load
 
 DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
 COLUMNS_MULTIPLE = 64
+MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
 
 Progress = Callable[[str, int, int], None]  # (what is being done, how many are done, of how many)
 
@@ -36,12 +38,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceSummary:
-    """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`."""
+    """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
+
+    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted.
+    """
 
     columns_capacity: int
     block_load: NDArray[np.float64]
     loaded_layers: int
     recorded_layers: int
+    active_blocks: NDArray[np.bool_] | None = None
 
 
 def take_samples(
@@ -62,13 +68,17 @@ def take_samples(
 
 
 def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary:
-    """Read every layer of every step for the columns; the loads of at most 64 of them, evenly spread."""
+    """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread."""
     recorded = [(step, layer) for step in trace.steps for layer in trace.layers]
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
     header, most_columns, load = trace.header, 0, 0.0
+    blocks = num_blocks(header.seq_len_tokens, header.block_size)
+    reach = np.zeros((blocks, blocks), dtype=bool) if blocks <= MAX_COUNTED_BLOCKS else None
     for number, (step, layer) in enumerate(recorded):
         pattern = trace.layer_pattern(step, layer)
         most_columns = max(most_columns, pattern.max_columns)
+        if reach is not None:
+            reach |= active_blocks(pattern)
         if (step, layer) in loaded:
             size = header.block_size
             load = load + unit_load([pattern], granularity_tokens=size, padded_tokens=pattern.num_blocks * size)
@@ -78,6 +88,7 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         block_load=np.asarray(load, dtype=np.float64),
         loaded_layers=len(loaded),
         recorded_layers=len(recorded),
+        active_blocks=reach,
     )
 
 

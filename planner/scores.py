@@ -21,6 +21,7 @@ from .evaluation import Evaluation, Evaluator, imbalance
 from .layout_draft import AttentionShape
 from .layouts import build
 from .memory import LayerMemory, layer_memory
+from .pairs import Pairs, causal_pairs, pairs_of_blocks
 from .placement import Placement
 from .plan import ELEMENT_BYTES, DType, ModelShape
 from .sampling import Sample, TraceSummary
@@ -30,7 +31,11 @@ from .workload import Workload, workload
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """All that a search is given. memory_limit_bytes: for one layer's attention on one GPU."""
+    """All that a search is given.
+
+    memory_limit_bytes: for one layer's attention on one GPU; replayed: whether a run replays the recorded patterns,
+    and no others.
+    """
 
     cluster: Cluster
     cost: CostModel
@@ -42,6 +47,16 @@ class Problem:
     memory_limit_bytes: int
     samples: tuple[Sample, ...]
     summary: TraceSummary
+    replayed: bool = True
+
+    def pairs(self, placement: Placement) -> Pairs:
+        """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.
+
+        Without a count of what the layers activate together, what is causal has to do.
+        """
+        if not self.replayed or self.summary.active_blocks is None:
+            return causal_pairs(placement)
+        return pairs_of_blocks(self.summary.active_blocks, placement, block_size=self.block_size)
 
     def shape(self, placement: Placement) -> AttentionShape:
         """Return the sizes of transfers under a placement."""
@@ -160,7 +175,8 @@ class ScoreBoard:
     problem: Problem
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
     _workloads: dict[tuple[PlacementChoice, int], Workload] = field(default_factory=dict)
-    _schedules: dict[tuple[LayoutChoice, Direction, int], Schedule] = field(default_factory=dict)
+    _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
+    _schedules: dict[tuple[LayoutChoice, Direction, int, Pairs], Schedule] = field(default_factory=dict)
     _scores: dict[tuple[Rater, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
@@ -174,6 +190,12 @@ class ScoreBoard:
             )
         return self._placements[choice]
 
+    def pairs(self, choice: PlacementChoice) -> Pairs:
+        """Return the pairs that can have work under a placement."""
+        if choice not in self._pairs:
+            self._pairs[choice] = self.problem.pairs(self.placement(choice))
+        return self._pairs[choice]
+
     def workload(self, choice: PlacementChoice, sample: int) -> Workload:
         """Return the work of a sampled layer under a placement."""
         key = (choice, sample)
@@ -183,10 +205,12 @@ class ScoreBoard:
 
     def schedule(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction) -> Schedule:
         """Return the schedule; UnsupportedError where the layout does not apply."""
-        shape = self.problem.shape(self.placement(choice))
-        key = (layout, direction, shape.tokens_per_rank)
+        shape, pairs = self.problem.shape(self.placement(choice)), self.pairs(choice)
+        key = (layout, direction, shape.tokens_per_rank, pairs)
         if key not in self._schedules:
-            self._schedules[key] = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
+            self._schedules[key] = build(
+                layout.layout, dict(layout.parameters), shape=shape, direction=direction, pairs=pairs
+            )
         return self._schedules[key]
 
     def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
@@ -235,6 +259,7 @@ class ScoreBoard:
                     cluster=problem.cluster,
                     cost=problem.cost,
                     shape=problem.shape(placement),
+                    pairs=self.pairs(choice),
                 )
                 for choice, placement in self._placements.items()
             ]

@@ -65,6 +65,7 @@ def plan_trace(
         backend=backend,
         memory_limit_bytes=_memory_limit_bytes(cluster, memory_limit_bytes, memory_fraction),
         samples=take_samples(trace, steps=steps, layers=layers),
+        replayed=pattern == "trace",
         summary=summarize(trace, progress=progress),
     )
     spec = pattern_spec(trace, pattern, problem.samples)
@@ -93,20 +94,22 @@ def cluster_sha256(cluster: Cluster) -> str:
 
 def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
     """Return the plan of the pick, its schedules proved."""
+    board = ScoreBoard(problem=problem)
     plan = make_plan(
         model=problem.model,
         seq_len_tokens=problem.seq_len_tokens,
         block_size=problem.block_size,
         dtype=problem.dtype,
         columns_capacity=problem.summary.columns_capacity,
-        placement=ScoreBoard(problem=problem).placement(pick.placement),
+        placement=board.placement(pick.placement),
         forward=(pick.forward_layout.layout, dict(pick.forward_layout.parameters)),
         backward=(pick.backward_layout.layout, dict(pick.backward_layout.parameters)),
         kernels=KernelSpec.model_validate({"backend": problem.backend}),
+        pairs=board.pairs(pick.placement),
         **parts,
     )
     for direction in DIRECTIONS:
-        check(plan.schedule(direction))
+        check(plan.schedule(direction), inactive=plan.active_pairs().left_out())
     return plan
 
 

@@ -20,7 +20,7 @@ from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks
 from .measure import Recorder
 from .mesh import Mesh, agree
-from .patterns import HASH_MULTIPLIER, pattern_hash
+from .patterns import HASH_MULTIPLIER, PairGuard, pattern_hash
 from .recompute import current_kept
 from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
@@ -52,6 +52,7 @@ class PlannedAttention:
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
         self.pool = BufferPool(mesh.device)
         placement = plan.make_placement()
+        self._pairs = PairGuard(plan.active_pairs(), placement)
         self.positions = [
             torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)
         ]
@@ -73,9 +74,12 @@ class PlannedAttention:
 
         q [B, S, H, D], k and v [B, S, H_kv, D]: this rank's shard, in the order of `positions[rank]`. mask: the layer's
         patterns, equal on all ranks, or a function of (q, k) that chooses them while K and V are already on their way.
-        Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's.
+        Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's, or
+        the mask activates a pair of shards that the plan leaves out.
         """
         self._check(q, k, v)
+        if isinstance(mask, AttentionMask):
+            self._pairs.admit(mask)
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
         return out, lse
@@ -93,7 +97,11 @@ class PlannedAttention:
             raise name_lost_ranks(self.mesh, self.topic, error) from error
 
     def note_pattern(self, mask: AttentionMask) -> None:
-        """Take a layer's mask into the hash that `agree_on_patterns` compares. Does not wait for the device."""
+        """Take a layer's mask into the hash that `agree_on_patterns` compares.
+
+        Does not wait for the device, unless the plan leaves out pairs that a causal mask may have and this mask is new.
+        """
+        self._pairs.admit(mask)
         self._pattern_hash = self._pattern_hash * HASH_MULTIPLIER + pattern_hash(mask)
 
     def agree_on_patterns(self) -> None:

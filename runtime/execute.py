@@ -67,6 +67,7 @@ def execute(
     """
     if pattern is not None:
         plan.require(seq_len_tokens=pattern.seq_len_tokens)
+        plan.require_covered(pattern)
     recorder = Recorder(device=mesh.device)
     planned = PlannedAttention(plan, mesh, recorder=recorder)
     mask = _mask(planned, pattern)

@@ -20,7 +20,7 @@ from ..traces.store import Trace
 from .attention import Chooser, PlannedAttention
 from .attention_call import check_attention_call, refuse_masks
 from .mesh import Mesh
-from .patterns import PlannedChoice, mask_of
+from .patterns import PlannedChoice, replayed_mask
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -136,7 +136,7 @@ def _replay(plan: Plan, mesh: Mesh, trace: Trace | None, training_step: int | No
     if missing or step not in trace.steps:
         raise InputError(f"lacks layers {sorted(missing)} or step {step}", field="trace")
     masks = [
-        mask_of(trace.layer_pattern(step, layer), columns_capacity=plan.columns_capacity, device=mesh.device)
+        replayed_mask(plan, trace.layer_pattern(step, layer), layer=layer, device=mesh.device)
         for layer in range(plan.model.layers)
     ]
     return masks.__getitem__

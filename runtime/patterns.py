@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch
 
 from ..kernels.choose import Collectives, ShardTensors
 from ..kernels.mask import AttentionMask
+from ..planner.pairs import Pairs, bits_of_diagonals, causal_pairs, documents_share, pairs_of_blocks
+from ..planner.placement import Placement
 from ..planner.plan import Plan
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern, VerticalSlash
@@ -36,6 +39,45 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
         columns=torch.from_numpy(_columns(pattern, columns_capacity)).to(device) if columns_capacity else None,
         documents=documents,
     )
+
+
+def replayed_mask(plan: Plan, pattern: LayerPattern, *, layer: int, device: torch.device) -> AttentionMask:
+    """Return the mask of a recorded layer under a plan.
+
+    Raises InputError, before any GPU work, when it has more columns than planned or needs a pair that is left out.
+    """
+    plan.require_covered(pattern, about=f"layer {layer}")
+    return mask_of(pattern, columns_capacity=plan.columns_capacity, device=device)
+
+
+def mask_pairs(mask: AttentionMask, placement: Placement) -> Pairs:
+    """Return the (query part, key part) pairs that a mask needs. Waits for the device."""
+    active = mask.active.any(0).cpu().numpy()
+    bits = bits_of_diagonals(active) if mask.is_toeplitz else np.tril(active)
+    documents = None if mask.documents is None else mask.documents.cpu().numpy()
+    bits = documents_share(documents, mask.block_size, mask.seq_len_tokens, bits)
+    return pairs_of_blocks(bits, placement, block_size=mask.block_size)
+
+
+class PairGuard:
+    """Refuses masks that activate a pair of shards which the plan leaves out: they would be computed wrongly.
+
+    Each mask is looked at once, on the host. Where only what no causal mask activates is left out, none is.
+    """
+
+    def __init__(self, pairs: Pairs, placement: Placement) -> None:
+        self._pairs, self._placement = pairs, placement
+        self._needless = pairs.covers(causal_pairs(placement))
+        self._admitted: dict[int, weakref.ref[AttentionMask]] = {}
+
+    def admit(self, mask: AttentionMask) -> None:
+        """Raise InputError, naming the first such pair, unless the mask needs none."""
+        known = self._admitted.get(id(mask))
+        if self._needless or (known is not None and known() is mask):
+            return
+        self._pairs.require(mask_pairs(mask, self._placement), about="the mask")
+        key, admitted = id(mask), self._admitted
+        admitted[key] = weakref.ref(mask, lambda _: admitted.pop(key, None))
 
 
 def _active(pattern: LayerPattern) -> np.ndarray:

@@ -25,7 +25,7 @@ from .attention import Chooser
 from .capture import pattern_of
 from .comm import reducers
 from .mesh import Mesh
-from .patterns import HASH_MULTIPLIER, PlannedChoice, mask_of, pattern_hash
+from .patterns import HASH_MULTIPLIER, PlannedChoice, pattern_hash, replayed_mask
 from .train_timing import Clock
 
 
@@ -155,7 +155,7 @@ def planned_masks(
     if trace is not None:
         step = trace.steps[-1]
         masks = [
-            mask_of(trace.layer_pattern(step, layer), columns_capacity=plan.columns_capacity, device=mesh.device)
+            replayed_mask(plan, trace.layer_pattern(step, layer), layer=layer, device=mesh.device)
             for layer in range(plan.model.layers)
         ]
         source: Callable[[int], AttentionMask | Chooser] = masks.__getitem__

@@ -36,6 +36,7 @@ def simulate_plan(
             f"the plan {plan.model.heads} in blocks of {plan.block_size}",
             field="pattern",
         )
+    plan.require_covered(pattern)
     cost = cost or DatasheetCost(gpu=cluster.gpu, head_dim=plan.model.head_dim, block_size=plan.block_size)
     result = simulate_layer(
         plan.schedule("forward"),

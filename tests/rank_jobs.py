@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,32 @@ def attention_and_die(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, directio
             os.kill(os.getpid(), signal.SIGKILL)
 
     attention(mesh, plan=plan, pattern=pattern, seed=0, wrap=lambda planned: _hook(planned, die_at_last))
+
+
+class _Counted:
+    """A channel that counts messages and the bytes that are sent."""
+
+    def __init__(self, channel: Channel, sent: Counter[str]) -> None:
+        self.channel, self.sent = channel, sent
+
+    def post(self, messages: Any) -> Any:
+        outgoing = [message for message in messages if message.operation == "send"]
+        self.sent["messages"] += len(outgoing)
+        self.sent["bytes"] += sum(message.tensor.nbytes for message in outgoing)
+        return self.channel.post(messages)
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+def counted_attention(mesh: Mesh, **arguments: Any) -> tuple[dict[str, Any], Counter[str]]:
+    """Do `attention`; return its results and what this rank sent from point to point."""
+    sent: Counter[str] = Counter()
+
+    def count(planned: PlannedAttention) -> None:
+        planned.channels = {name: _Counted(channel, sent) for name, channel in planned.channels.items()}
+
+    return attention(mesh, wrap=count, **arguments), sent
 
 
 def delayed_runs(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, runs: int) -> list[str]:

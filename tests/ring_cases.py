@@ -12,6 +12,7 @@ import torch
 
 from rank_jobs import global_tensors
 from sparsering.kernels.reference import reference_attention, reference_gradients
+from sparsering.planner.pairs import pattern_pairs
 from sparsering.planner.placement import REGULAR_PLACEMENTS, Placement, balanced
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.workload import unit_load
@@ -162,21 +163,24 @@ def make_placement(case: Case, pattern: LayerPattern) -> Placement:
     return balanced(unit_load=load, **common)
 
 
-def make_case_plan(case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16) -> Plan:
-    """Return the case's plan."""
+def make_case_plan(
+    case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False
+) -> Plan:
+    """Return the case's plan; leave_out: without the pairs of shards that its pattern does not need."""
     chosen = PATTERNS[case.pattern]
-    pattern = chosen.pattern
+    pattern, placement = chosen.pattern, make_placement(case, PATTERNS[case.pattern].pattern)
     return make_plan(
         model=ModelShape(layers=1, heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim),
         seq_len_tokens=pattern.seq_len_tokens,
         block_size=pattern.block_size,
         dtype=dtype,  # pyright: ignore[reportArgumentType]
         columns_capacity=-(-pattern.max_columns // 64) * 64,
-        placement=make_placement(case, pattern),
+        placement=placement,
         forward=(case.layout, case.parameters),
         backward=(case.layout, case.parameters),
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]
+        pairs=pattern_pairs(pattern, placement) if leave_out else None,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from sparsering.planner.check import check
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
+from sparsering.planner.pairs import Pairs
 from sparsering.planner.schedule import (
     ALL_RANKS,
     DIRECTIONS,
@@ -37,8 +39,23 @@ Program = tuple[Phase, ...]
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    world_size = draw(st.integers(1, 6))
-    layout = draw(st.sampled_from(["ring", "gather", "hierarchical", "ulysses"]))
+    return draw(schedules_of(draw(st.integers(1, 6))))
+
+
+@st.composite
+def reduced_schedules(draw: st.DrawFn) -> tuple[Schedule, Pairs]:
+    """A schedule that leaves pairs out, and the pairs that it has."""
+    world_size = draw(st.integers(2, 6))
+    rows = draw(st.lists(st.lists(st.booleans(), min_size=world_size, max_size=world_size), min_size=world_size,
+                         max_size=world_size))  # fmt: skip
+    pairs = Pairs.of(np.array(rows))
+    return draw(schedules_of(world_size, pairs)), pairs
+
+
+@st.composite
+def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -> Schedule:
+    kinds = ["ring", "gather", "hierarchical", *(["ulysses"] if pairs is None else [])]
+    layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
@@ -47,7 +64,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
         "ulysses": {},
     }[layout]
     columns = 0 if layout == "ulysses" else draw(st.sampled_from([0, 32]))
-    return build(layout, parameters, shape=shape(world_size, columns), direction=draw(st.sampled_from(DIRECTIONS)))
+    made = shape(world_size, columns)
+    return build(layout, parameters, shape=made, direction=draw(st.sampled_from(DIRECTIONS)), pairs=pairs)
 
 
 def shape(world_size: int, columns: int = 0) -> AttentionShape:
@@ -373,12 +391,24 @@ def swap_communicators(schedule: Schedule) -> Iterator[Mutant]:
 
 def swap_calls(schedule: Schedule) -> Iterator[Mutant]:
     """Two calls of one communicator launched in each other's place on one rank."""
+    yield from _swapped_calls(schedule, one_route=False)
+
+
+def swap_calls_of_one_route(schedule: Schedule) -> Iterator[Mutant]:
+    """The same, but only where both calls move something between the same two ranks: others may be independent."""
+    yield from _swapped_calls(schedule, one_route=True)
+
+
+def _swapped_calls(schedule: Schedule, *, one_route: bool) -> Iterator[Mutant]:
     for rank, phases in programs(schedule).items():
         places = [(phase.index, index) for phase in phases for index in range(len(phase.group_calls))]
         for start, one in enumerate(places):
             for two in places[start + 1 :]:
                 first, second = (phases[phase].group_calls[index] for phase, index in (one, two))
-                if first.communicator == second.communicator:
+                shared = {(t.source, t.destination) for t in first.transfers} & {
+                    (t.source, t.destination) for t in second.transfers
+                }
+                if first.communicator == second.communicator and (shared or not one_route):
                     yield partial(_exchange, schedule, rank, {one: second, two: first})
 
 
@@ -448,3 +478,30 @@ def test_every_mutation_is_rejected(mutation: Callable[[Schedule], Iterator[Muta
     mutant = data.draw(st.sampled_from(sites))()
     with pytest.raises(ScheduleError):
         check(mutant)
+
+
+@given(made=reduced_schedules())
+def test_every_reduced_schedule_is_accepted_and_nothing_in_it_is_idle(made: tuple[Schedule, Pairs]) -> None:
+    schedule, pairs = made
+    report = check(schedule, inactive=pairs.left_out())
+    has_columns = any(transfer.kind == "columns" for transfer in every_transfer(schedule))
+    assert report.tasks == int(pairs.matrix.sum()) + has_columns * schedule.world_size
+    used = {name for transfer in every_transfer(schedule) for name in (transfer.source_buffer, transfer.buffer)}
+    stated = {buffer.name for buffer in schedule.buffers if buffer.name.startswith("kv")}
+    assert stated - {"kv:home"} <= used
+
+
+REDUCED_MUTATIONS = [swap_calls_of_one_route if mutation is swap_calls else mutation for mutation in MUTATIONS]
+
+
+@pytest.mark.parametrize("mutation", REDUCED_MUTATIONS, ids=lambda mutation: mutation.__name__)
+@given(data=st.data())
+def test_every_mutation_of_a_reduced_schedule_is_rejected(
+    mutation: Callable[[Schedule], Iterator[Mutant]], data: st.DataObject
+) -> None:
+    schedule, pairs = data.draw(reduced_schedules())
+    sites = list(mutation(schedule))
+    assume(sites)
+    mutant = data.draw(st.sampled_from(sites))()
+    with pytest.raises(ScheduleError):
+        check(mutant, inactive=pairs.left_out())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rank_pool import RankFailure, RankPool
 from ring_cases import CASES, PATTERNS, Case, expected, make_case_plan
+from sparsering.planner.check import check
+from sparsering.planner.schedule import DIRECTIONS
 
 TOLERANCE = 1e-8
 
@@ -29,6 +33,50 @@ def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[
             assert difference <= TOLERANCE, f"rank {rank}, {name}: off by {difference}"
         assert not np.isnan(result["out"]).any()
         assert (result["out"][:, ~valid] == 0).all() and np.isneginf(result["lse"][:, :, ~valid]).all()
+
+
+@pytest.mark.parametrize("pattern_name", ["documents", "gqa"])
+@pytest.mark.parametrize(
+    ("layout", "parameters"),
+    [
+        ("ring", {"prefetch": 1}),
+        ("ring", {"prefetch": 2}),
+        ("gather", {"chunks": 2}),
+        ("hierarchical", {"inner_size": 2}),
+    ],
+)
+def test_what_is_never_needed_is_never_sent(
+    layout: str, parameters: dict[str, int], pattern_name: str, rank_pools: Callable[[int], RankPool]
+) -> None:
+    """Contiguous stretches: right to 1e-8, with fewer messages and bytes, and as many as the proof counts."""
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=layout, parameters=parameters,
+                pattern=pattern_name)  # fmt: skip
+    pattern, sent = PATTERNS[pattern_name].pattern, {}
+    for leave_out in (False, True):
+        plan = make_case_plan(case, leave_out=leave_out)
+        answers = rank_pools(4).run("counted_attention", plan=plan, pattern=pattern, seed=7)
+        placement = plan.make_placement()
+        wanted = expected(pattern_name, placement.padded_tokens, seed=7)
+        for rank, (result, _) in enumerate(answers):
+            rows = placement.positions(rank)
+            for name, whole in wanted.items():
+                mine = whole[:, :, rows] if name == "lse" else whole[:, rows]
+                assert largest_difference(result[name], mine) <= TOLERANCE, (rank, name)
+        reports = [check(plan.schedule(way), inactive=plan.active_pairs().left_out()) for way in DIRECTIONS]
+        for rank, (_, counts) in enumerate(answers):
+            proved = [values[rank] for one in reports for name, values in one.sent_bytes.items() if name != "columns"]
+            assert counts["bytes"] == sum(proved)
+        sent[leave_out] = sum((counts for _, counts in answers), Counter())
+    assert sent[True]["messages"] <= 0.6 * sent[False]["messages"]
+    assert sent[True]["bytes"] <= 0.6 * sent[False]["bytes"]
+
+
+def test_a_mask_that_needs_what_is_left_out_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout="ring", parameters={},
+                pattern="documents")  # fmt: skip
+    other = replace(PATTERNS["documents"].pattern, documents=None)
+    with pytest.raises(RankFailure, match="pairs: the mask activates the queries of rank 2 against the keys of rank 0"):
+        rank_pools(4).run("attention", plan=make_case_plan(case, leave_out=True), pattern=other, seed=7)
 
 
 def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:
