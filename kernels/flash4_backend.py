@@ -1,8 +1,8 @@
 """The flash4 backend: the block part by the flash-attn-4 wheels, the column part by the Triton kernels.
 
 Contracts are those of api.py, and the extra keywords those of triton_backend.py. Optional: `pip install --pre
-'sparsering[flash4]'`; imported at first use. Compute capability 9.0, mask blocks of 128 tokens, head dims 64 and 128,
-float16 and bfloat16; anything else raises ValueError, and so does 10.0, where the wheels' forward wants blocks of 256.
+'sparsering[flash4]'`; imported at first use. Compute capabilities 9.0 and 10.0 (of which 9.0 was at hand), mask blocks
+of 128 tokens, head dims 64 and 128, float16 and bfloat16; anything else raises ValueError.
 
 A partial is rounded to the inputs' dtype before it is merged in float32, and so are a task's gradients before they are
 added. Repeatability: out, lse, dK and dV of a KV head with one query head repeat bit for bit; dQ, and with grouped
@@ -11,12 +11,6 @@ queries dK and dV, are added up by atomics in float32 in an order that varies fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,16 +18,15 @@ from . import launching, triton_backend
 from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
 from .column_index import ColumnTask, column_task
-from .flash4_index import Flash4Task, TileTables, flash4_task, head_groups
-from .flash4_masks import documents_mask, own_block_mask
+from .flash4_index import Flash4Task, flash4_task
+from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels
 from .flash4_merge import merge_part
 from .launching import loadable
 from .mask import AttentionMask
 from .merge import accumulator_dtype
 
-BLOCK_SIZE = 128  # the tile of flash-attn-4's backward along keys
 HEAD_DIMS = (64, 128)
-CAPABILITIES = ((9, 0),)
+CAPABILITIES = ((9, 0), (10, 0))
 
 __all__ = [
     "block_backward",
@@ -89,7 +82,7 @@ def block_forward(
         return _written(q, k, v, index, scale)
     valid = index.task.q_valid_tokens
     part = _empty(q, valid)
-    _attend(q, k, v, index, scale, *part)
+    attend(q, k, v, index, scale, *part)
     return merge_part(part, into, tokens=q.shape[1], out_dtype=wanted)
 
 
@@ -120,8 +113,8 @@ def block_backward(
     """
     _check_tensors(q, k, index)
     out = torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
-    inputs = _Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=out, lse=lse, grad_lse=-delta)
-    for part in _parts(inputs, index, scale):
+    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=out, lse=lse, grad_lse=-delta)
+    for part in gradient_parts(inputs, index, scale):
         part.add_to(grad_q, grad_k, grad_v)
 
 
@@ -174,20 +167,20 @@ def full_gradients(
     """
     _check_tensors(q, k, index)
     grad_out, out = grad_out.to(q.dtype), out.to(q.dtype)
-    inputs = _Inputs(q=q, k=k, v=v, grad_out=grad_out, out=out, lse=lse, grad_lse=None)
+    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out, out=out, lse=lse, grad_lse=None)
     grads = _whole_gradients(inputs, index, scale)
     if columns is None:
         return *grads, None
     return *grads, _add_columns(inputs, columns, scale, grads[0])
 
 
-def _whole_gradients(inputs: _Inputs, index: Flash4Task, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _whole_gradients(inputs: Inputs, index: Flash4Task, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in q's dtype: written in place where one launch holds all query heads of its KV heads."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    groups = _groups(q, k, index, transposed=True)
+    groups = launch_groups(q, k, index, transposed=True)
     if groups and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]:
         sums = [torch.zeros(x.shape, dtype=accumulator_dtype(q.dtype), device=q.device) for x in (q, k, v)]
-        for part in _parts(inputs, index, scale):
+        for part in gradient_parts(inputs, index, scale):
             part.add_to(*sums)
         grad_q, grad_k, grad_v = (x.to(q.dtype) for x in sums)
         return grad_q, grad_k, grad_v
@@ -195,12 +188,12 @@ def _whole_gradients(inputs: _Inputs, index: Flash4Task, scale: float) -> tuple[
     q_end, k_end = (index.task.q_valid_tokens, index.task.k_valid_tokens) if groups else (0, 0)
     for grad, end in ((grad_q, q_end), (grad_k, k_end), (grad_v, k_end)):
         grad[:, end:] = 0
-    for _ in _parts(inputs, index, scale, (grad_q, grad_k, grad_v)):
+    for _ in gradient_parts(inputs, index, scale, (grad_q, grad_k, grad_v)):
         pass
     return grad_q, grad_k, grad_v
 
 
-def _add_columns(inputs: _Inputs, columns: Columns, scale: float, grad_q: Tensor) -> Partial:
+def _add_columns(inputs: Inputs, columns: Columns, scale: float, grad_q: Tensor) -> Partial:
     """Add the columns' part into grad_q [B, S_q, H, D] and return that of column_k and column_v [B, H, C, D]."""
     task, grad_out = columns[2], loadable(inputs.grad_out)
     q, valid = loadable(inputs.q), columns[2].q_valid_tokens
@@ -211,42 +204,12 @@ def _add_columns(inputs: _Inputs, columns: Columns, scale: float, grad_q: Tensor
     return triton_backend.grad_columns(grad_out, q, columns, values, scale)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """What a backward launch reads: see block_backward and full_gradients."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad_out: Tensor
-    out: Tensor
-    lse: Tensor
-    grad_lse: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Gradients of the valid tokens of some heads, q's dtype, and which heads these are."""
-
-    heads: slice
-    kv_heads: slice
-    grad_q: Tensor
-    grad_k: Tensor
-    grad_v: Tensor
-
-    def add_to(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
-        """Add into accumulators of all tokens and heads."""
-        grad_q[:, : self.grad_q.shape[1], self.heads] += self.grad_q
-        grad_k[:, : self.grad_k.shape[1], self.kv_heads] += self.grad_k
-        grad_v[:, : self.grad_v.shape[1], self.kv_heads] += self.grad_v
-
-
 def _written(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float) -> Partial:
     """A fresh partial in q's dtype, written by flash-attn-4 itself."""
     valid = index.task.q_valid_tokens
     out, lse = _empty(q, q.shape[1])
     out[:, valid:], lse[:, :, valid:] = 0, -torch.inf
-    _attend(q, k, v, index, scale, out[:, :valid], lse[:, :, :valid])
+    attend(q, k, v, index, scale, out[:, :valid], lse[:, :, :valid])
     return out, lse
 
 
@@ -256,106 +219,11 @@ def _empty(q: Tensor, tokens: int) -> Partial:
     return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Write out [B, S, H, D] in q's dtype and lse [B, H, S] of the S valid queries."""
-    interface, _ = _wheels()
-    q, (k, v) = q[:, : out.shape[1]], (x[:, : index.task.k_valid_tokens] for x in (k, v))
-    groups = _groups(q, k, index, transposed=False)
-    if not groups:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    for first, last in groups:
-        heads, kv_heads = _slices(first, last, q.shape[2] // k.shape[2])
-        interface._flash_attn_fwd(
-            q[:, :, heads],
-            k[:, :, kv_heads],
-            v[:, :, kv_heads],
-            softmax_scale=scale,
-            pack_gqa=False,
-            out=out[:, :, heads],
-            lse=lse[:, heads],
-            block_sparse_tensors=_sparse(index.tables(first, last, transposed=False)),
-            **_mask(index),
-        )
-
-
-def _parts(
-    inputs: _Inputs, index: Flash4Task, scale: float, grads: tuple[Tensor, Tensor, Tensor] | None = None
-) -> Iterator[_Part]:
-    """Launch the backward by groups of heads, each when its turn comes; it writes into grads where they are given."""
-    interface, _ = _wheels()
-    q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
-    for first, last in _groups(inputs.q, inputs.k, index, transposed=True):
-        heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
-        queries, keys = (slice(None), slice(q_end), heads), (slice(None), slice(k_end), kv_heads)
-        lines = (slice(None), heads, slice(q_end))
-        given = {}
-        if grads is not None:
-            given = {"dq": grads[0][queries], "dk": grads[1][keys], "dv": grads[2][keys]}
-        grad_q, grad_k, grad_v = interface._flash_attn_bwd(
-            inputs.q[queries],
-            inputs.k[keys],
-            inputs.v[keys],
-            inputs.out[queries],
-            inputs.grad_out[queries],
-            inputs.lse[lines],
-            softmax_scale=scale,
-            dlse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
-            block_sparse_tensors=_sparse(index.tables(first, last, transposed=True)),
-            **given,
-            **_mask(index),
-        )
-        yield _Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-
-
-def _groups(q: Tensor, k: Tensor, index: Flash4Task, *, transposed: bool) -> list[tuple[int, int]]:
-    """Heads of each launch; none where there is nothing to compute."""
-    if not (q.shape[0] and index.task.q_valid_tokens and index.task.k_valid_tokens):
-        return []
-    return head_groups(q.shape[2], q.shape[2] // k.shape[2], index.table_bytes_of_a_head(transposed=transposed))
-
-
-def _slices(first: int, last: int, group: int) -> tuple[slice, slice]:
-    """Query heads first .. last - 1 and their KV heads."""
-    return slice(first, last), slice(first // group, (last - 1) // group + 1)
-
-
-def _sparse(tables: TileTables) -> Any:
-    return _wheels()[1].BlockSparseTensorsTorch(
-        mask_block_cnt=tables.partial_counts,
-        mask_block_idx=tables.partial_tiles,
-        full_block_cnt=tables.full_counts,
-        full_block_idx=tables.full_tiles,
-        block_size=(BLOCK_SIZE, BLOCK_SIZE),
-    )
-
-
-def _mask(index: Flash4Task) -> dict[str, Any]:
-    """The element mask of partial tiles and what it reads."""
-    q, k = index.q_documents, index.k_documents
-    if q is None or k is None:
-        return {"mask_mod": own_block_mask()}
-    return {"mask_mod": documents_mask(), "aux_tensors": [q.positions, k.positions, q.tokens, k.tokens]}
-
-
-@cache
-def _wheels() -> tuple[Any, Any]:
-    """flash-attn-4's interface and block-sparsity modules. Raises ValueError where they cannot be imported."""
-    try:
-        return import_module("flash_attn.cute.interface"), import_module("flash_attn.cute.block_sparsity")
-    except (ImportError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"backend flash4: the flash-attn-4 wheels cannot be imported ({reason}): pip install --pre "
-            "'sparsering[flash4]'"
-        ) from error
-
-
 def _check_here(mask: AttentionMask) -> None:
     """Raise ValueError for what keeps this backend from running a mask here."""
     if mask.block_size != BLOCK_SIZE:
         raise ValueError(f"mask.block_size: {mask.block_size} is not {BLOCK_SIZE} (flash4 backend)")
-    _wheels()
+    wheels()
     device = mask.active.device
     if device.type != "cuda":
         raise ValueError(f"mask.active: on {device}, the flash4 backend needs a CUDA device")

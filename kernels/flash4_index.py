@@ -87,6 +87,16 @@ class TileTables:
     partial_counts: Tensor
     partial_tiles: Tensor
 
+    def rows_as_batch(self) -> TileTables:
+        """Views of the same with the rows as a batch of one-row sequences: [T, G, 1] and [T, G, 1, capacity]."""
+        _, heads, rows = self.full_counts.shape
+        counts = self.full_counts, self.partial_counts
+        full_counts, partial_counts = (x.as_strided((rows, heads, 1), (1, rows, 1)) for x in counts)
+        full_tiles, partial_tiles = (x.permute(2, 1, 0, 3) for x in (self.full_tiles, self.partial_tiles))
+        return TileTables(
+            first=self.first, last=self.last, full_counts=full_counts, full_tiles=full_tiles,
+            partial_counts=partial_counts, partial_tiles=partial_tiles)
+
     @property
     def nbytes(self) -> int:
         """Device memory held."""

@@ -16,14 +16,17 @@ def own_block_mask() -> Any:
 
     @cute.jit
     def mask(batch, head, query, key, seqlen_info, aux_tensors):
-        return query % 128 >= key % 128
+        return (query & 127) >= (key & 127)
 
     return mask
 
 
 @cache
-def documents_mask() -> Any:
-    """Causality by positions, and one document. It reads int32 positions and documents of queries and of keys."""
+def documents_mask(by_tiles: bool) -> Any:
+    """Causality by positions, and one document. It reads int32 positions and documents of queries and of keys.
+
+    by_tiles: the batch index is the query tile, and queries count from 0 in each.
+    """
     cutlass: Any = import_module("cutlass")
     cute: Any = import_module("cutlass.cute")
     as_vector = import_module("flash_attn.cute.utils").scalar_to_ssa
@@ -31,8 +34,9 @@ def documents_mask() -> Any:
     @cute.jit
     def mask(batch, head, query, key, seqlen_info, aux_tensors):
         q_positions, k_positions, q_documents, k_documents = aux_tensors
-        causal = as_vector(k_positions[key[0]], cutlass.Int32) <= as_vector(q_positions[query[0]], cutlass.Int32)
-        q_document = as_vector(q_documents[query[0]], cutlass.Int32)
+        row = query[0] + (batch[0] * 128 if cutlass.const_expr(by_tiles) else 0)
+        causal = as_vector(k_positions[key[0]], cutlass.Int32) <= as_vector(q_positions[row], cutlass.Int32)
+        q_document = as_vector(q_documents[row], cutlass.Int32)
         return causal & (q_document == as_vector(k_documents[key[0]], cutlass.Int32))
 
     return mask

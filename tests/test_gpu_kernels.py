@@ -240,6 +240,26 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
         torch.testing.assert_close(ours[:, : case.tokens], right[:, : case.tokens], atol=5e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("tokens", [1000, 1024])
+def test_flash4_with_query_tiles_as_a_batch(
+    tokens: int, documents: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of compute capability 10.0, on whatever is at hand: the same out as the other way."""
+    if backend != "flash4":
+        pytest.skip("of the flash4 backend alone")
+    from sparsering.kernels import flash4_launch
+
+    (_, q, k, v), mask = build(Case(tokens=tokens, documents=documents, batch=2))
+    positions = torch.arange(q.shape[1], device="cuda")
+    index = api.block_index(mask, positions, positions, backend=backend)
+    monkeypatch.setattr(flash4_launch, "_by_tiles", lambda device: False)
+    out, lse = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
+    monkeypatch.setattr(flash4_launch, "_by_tiles", lambda device: True)
+    by_tiles = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
+    assert torch.equal(by_tiles[0], out) and torch.equal(by_tiles[1], lse)
+
+
 @pytest.mark.parametrize("columns", [0, 70])
 @pytest.mark.parametrize("groups", [1, 2, 8], ids=lambda n: f"{n} launches")
 def test_flash4_in_head_groups(groups: int, columns: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,9 +140,9 @@ def test_merged_in_one_pass(valid: int, earlier: bool) -> None:
 
 
 def test_missing_wheels_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsering.kernels import flash4_backend
+    from sparsering.kernels import flash4_launch
 
-    flash4_backend._wheels.cache_clear()
+    flash4_launch.wheels.cache_clear()
     if importlib.util.find_spec("flash_attn") is not None:
         monkeypatch.setitem(sys.modules, "flash_attn", None)
     mask = AttentionMask(seq_len_tokens=128, block_size=128, active=torch.ones(1, 1, dtype=torch.bool))
@@ -152,7 +152,7 @@ def test_missing_wheels_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> N
     ) as e:
         api.block_index(mask, tokens, tokens, backend="flash4")
     assert "\n" not in str(e.value)
-    flash4_backend._wheels.cache_clear()
+    flash4_launch.wheels.cache_clear()
 
 
 def test_other_blocks_are_refused_first() -> None:
