@@ -1,5 +1,9 @@
 """Bytes that one layer's attention needs on a rank under a schedule (batch of one), before anything is run.
 
+Counted is what runtime/attention.py holds when backward ends, which is when it holds most: tensors of the layer, and
+the slots, kept through both directions. Not counted: indexes of the mask (about 1 % where shards are long), what
+kernels need in passing, and whatever else lives on the GPU.
+
 Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
 """
 
@@ -8,18 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .layout_draft import AttentionShape
-from .schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Schedule
-
-HOME_OF_LAYER = (KV_HOME, DKV_HOME)
-HOME_OF_COLUMNS = (COLUMNS_HOME, DCOLUMNS_HOME)
+from .schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """Bytes on one rank at the peak of one direction.
+    """Bytes on one rank at the peak of a step (forward and backward of one layer) with one schedule's slots.
 
-    home_bytes: the rank's own q, k, v, out, log-sum-exp and, in backward, dout, delta, dq, dk and dv
-    columns_bytes: gathered K and V of all columns and, in backward, their gradients
+    home_bytes: the rank's own q, k, v, out, dout, log-sum-exp, delta; dq, dk and dv as they are summed and as they are
+    returned, which is twice where the types differ
+    columns_bytes: gathered K and V of all columns and their gradients
     buffer_bytes: the schedule's slots for other ranks' data
     """
 
@@ -34,15 +36,18 @@ class LayerMemory:
 
 
 def layer_memory(schedule: Schedule, shape: AttentionShape) -> LayerMemory:
-    """Return the bytes that a schedule built from `shape` needs on every rank."""
-    capacity = {buffer.name: buffer.capacity_bytes for buffer in schedule.buffers}
-    elements = shape.tokens_per_rank * shape.heads * shape.head_dim  # of q, of out, of their gradients
+    """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
+
+    A step needs the larger total of its two directions, which share an arena for their slots.
+    """
+    q_bytes = shape.tokens_per_rank * shape.heads * shape.head_dim * shape.element_bytes
+    dq_bytes = q_bytes * shape.accumulator_bytes // shape.element_bytes
     row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
-    home_bytes = elements * (shape.element_bytes + shape.accumulator_bytes) + row_bytes  # q; out and its log-sum-exp
-    if schedule.direction == "backward":  # q, out, dout; dq; log-sum-exp and delta
-        home_bytes = elements * (3 * shape.element_bytes + shape.accumulator_bytes) + 2 * row_bytes
+    home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
+    if shape.accumulator_bytes != shape.element_bytes:
+        home_bytes += q_bytes + shape.kv_bytes
     return LayerMemory(
-        home_bytes=home_bytes + sum(capacity.get(name, 0) for name in HOME_OF_LAYER),
-        columns_bytes=sum(capacity.get(name, 0) for name in HOME_OF_COLUMNS),
+        home_bytes=home_bytes,
+        columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
         buffer_bytes=schedule.buffer_bytes,
     )

@@ -25,6 +25,8 @@ from .recompute import current_kept
 from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
 
+ROW_SUM_PIECES = 8
+
 Chooser = Callable[[Tensor, Tensor], AttentionMask]
 
 
@@ -50,7 +52,7 @@ class PlannedAttention:
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
-        self.pool = BufferPool(mesh.device)
+        self.pool = BufferPool(mesh.device, list(self.schedules.values()))
         placement = plan.make_placement()
         self._pairs = PairGuard(plan.active_pairs(), placement)
         self.positions = [
@@ -131,6 +133,20 @@ class PlannedAttention:
                 raise InputError(f"is on {tensor.device}, this rank works on {self.mesh.device}", field=name)
 
 
+def _row_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [B, H, S], the sums over D of the products of two [B, S, H, D], in `dtype`.
+
+    A few rows at a time: whole products in the accumulator's type would be the largest tensors of backward.
+    """
+    batch, tokens, heads, _ = left.shape
+    sums = torch.empty(batch, heads, tokens, dtype=dtype, device=left.device)
+    step = -(-tokens // ROW_SUM_PIECES)
+    for start in range(0, tokens, step):
+        piece = slice(start, start + step)
+        sums[:, :, piece] = (left[:, piece].to(dtype) * right[:, piece]).sum(-1).transpose(1, 2)
+    return sums
+
+
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,7 +193,7 @@ class _RingFunction(torch.autograd.Function):
         planned, indexes, scale = ctx.given
         dtype = accumulator_dtype(q.dtype)
         grad_out = grads[0].contiguous()
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+        delta = _row_sums(grad_out, out, dtype)
         stage = BackwardStage(
             q=q,
             kv=(k, v),

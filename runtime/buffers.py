@@ -1,4 +1,4 @@
-"""A plan's buffers as tensors, allocated once and reused by every layer and both directions.
+"""A plan's buffers as tensors, allocated once and used in turn by every layer and both directions.
 
 Slots of one pool ("kv:0", "kv:1", …) are neighbours in one tensor [2, slots, B, S, H_kv, D] (K, then V), so that the
 keys of several slots can be read as one.
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..planner.schedule import Schedule
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, OUT_HOME, Q_HOME, Schedule
 
 Pair = tuple[Tensor, Tensor]
+HOMES = frozenset({KV_HOME, DKV_HOME, Q_HOME, OUT_HOME, COLUMNS_HOME, DCOLUMNS_HOME})
+ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 
 
 class Slots:
@@ -41,7 +43,7 @@ class Slots:
 
 def neighbours(names: Sequence[str]) -> bool:
     """Whether these are slots of one pool, one after the other."""
-    if any(name.endswith(":home") for name in names):
+    if any(name in HOMES for name in names):
         return False
     prefix, first = _parse(names[0])
     return [_parse(name) for name in names] == [(prefix, first + place) for place in range(len(names))]
@@ -53,32 +55,64 @@ def _parse(name: str) -> tuple[str, int]:
 
 
 class BufferPool:
-    """The K/V and dK/dV slots of a plan's schedules on one device."""
+    """The K/V and dK/dV slots of a plan's schedules on one device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pools: dict[str, Tensor] = {}
+    One arena, as large as the most demanding schedule needs: directions take turns on it. What a slot held is gone once
+    another direction has been played, and every transfer is waited for before a direction ends.
+    """
+
+    def __init__(self, device: torch.device, schedules: Sequence[Schedule]) -> None:
+        self._device, self._schedules = device, tuple(schedules)
+        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._slots: dict[tuple[int, torch.Size], Slots] = {}
 
     def slots(self, schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> Slots:
-        """Return every slot of the schedule that is not the rank's own data.
+        """Return every slot of one of the schedules that is not the rank's own data.
 
         shard: [B, S, H_kv, D]; dtypes: by buffer kind ("kv", "dkv").
         """
-        kinds = {b.name: b.kind for b in schedule.buffers if not b.name.endswith(":home")}
-        counts = Counter(_parse(name)[0] for name in kinds)
-        pools = {
-            prefix: self._pool(prefix, count, shard, dtypes[kinds[f"{prefix}:0"]]) for prefix, count in counts.items()
-        }
-        return Slots(pools, frozenset(kinds))
+        needed = max(_arena_bytes(one, shard, dtypes) for one in self._schedules)
+        if self._arena.numel() < needed:
+            self._slots.clear()
+            self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)  # freed before more is asked for
+            self._arena = torch.empty(needed, dtype=torch.uint8, device=self._device)
+        key = (self._schedules.index(schedule), shard)
+        if key not in self._slots:
+            self._slots[key] = self._cut(schedule, shard, dtypes)
+        return self._slots[key]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far."""
-        return sum(pool.nbytes for pool in self._pools.values())
+        return self._arena.nbytes
 
-    def _pool(self, prefix: str, count: int, shard: torch.Size, dtype: torch.dtype) -> Tensor:
-        pool = self._pools.get(prefix)
-        if pool is None or pool.shape[1] < count or pool.shape[2:] != shard or pool.dtype != dtype:
-            pool = torch.empty((2, count, *shard), dtype=dtype, device=self._device)
-            self._pools[prefix] = pool
-        return pool
+    def _cut(self, schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> Slots:
+        pools, start = {}, 0
+        for prefix, (count, dtype) in _pools(schedule, dtypes).items():
+            nbytes = _pool_bytes(count, shard, dtype)
+            pools[prefix] = self._arena[start : start + nbytes].view(dtype).view(2, count, *shard)
+            start += _aligned(nbytes)
+        return Slots(pools, frozenset(_kinds(schedule)))
+
+
+def _kinds(schedule: Schedule) -> dict[str, str]:
+    return {buffer.name: buffer.kind for buffer in schedule.buffers if buffer.name not in HOMES}
+
+
+def _pools(schedule: Schedule, dtypes: dict[str, torch.dtype]) -> dict[str, tuple[int, torch.dtype]]:
+    """Return how many slots each pool has, and their type."""
+    kinds = _kinds(schedule)
+    counts = Counter(_parse(name)[0] for name in kinds)
+    return {prefix: (count, dtypes[kinds[f"{prefix}:0"]]) for prefix, count in counts.items()}
+
+
+def _arena_bytes(schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> int:
+    return sum(_aligned(_pool_bytes(count, shard, dtype)) for count, dtype in _pools(schedule, dtypes).values())
+
+
+def _pool_bytes(count: int, shard: torch.Size, dtype: torch.dtype) -> int:
+    return 2 * count * shard.numel() * dtype.itemsize
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 
 from sparsering.planner.plan import Plan
@@ -55,18 +58,44 @@ def attention(
     q, k, v, grad_out = (tensor[:, positions].to(mesh.device, planned.dtype) for tensor in tensors)
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    if poison:  # what a schedule forgets to fill shows up as NaN
-        for direction in ("forward", "backward"):
-            slots = planned.slots(direction, k)
-            for part in (part for name in slots for part in slots[name]):
-                part.fill_(float("nan"))
     mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    if poison:
+        _poison(planned, "forward", k)
     out, lse = planned.with_lse(q, k, v, mask)
+    if poison:
+        _poison(planned, "backward", k)
     out.backward(grad_out)
     if check_patterns:
         planned.agree_on_patterns()
     results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return {name: _numpy(value) for name, value in results.items() if value is not None}
+
+
+def _poison(planned: PlannedAttention, direction: str, k: torch.Tensor) -> None:
+    """What a schedule forgets to fill shows up as NaN."""
+    slots = planned.slots(direction, k)
+    for part in (part for name in slots for part in slots[name]):
+        part.fill_(float("nan"))
+
+
+def layer_memory_of(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> int:
+    """Run one layer; return the peak of what torch's allocator holds for it on this rank, inputs included."""
+    gc.collect()  # what earlier jobs held must not be freed while this one is watched
+    mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        planned = _planned(plan, mesh)
+        model, tokens = plan.model, planned.positions[0].numel()
+        q, k, v, grad_out = (
+            torch.ones(1, tokens, heads, model.head_dim, dtype=planned.dtype)
+            for heads in (model.heads, model.kv_heads, model.kv_heads, model.heads)
+        )
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+        planned(q, k, v, mask).backward(grad_out)
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 class _Hooked:

@@ -1,0 +1,52 @@
+"""What a plan predicts of memory, against what torch's allocator really gives a layer, kernels included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rank_pool import RankPool
+from ring_cases import anchor_pattern
+from sparsering.planner.memory import layer_memory
+from sparsering.planner.placement import striped
+from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.schedule import DIRECTIONS
+
+TOKENS, BLOCK = 512, 64
+Layout = tuple[str, dict[str, int]]
+
+
+def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int) -> Plan:
+    """Long rows (head dim 128): what is not predicted, indexes and row values, stays small beside them."""
+    return make_plan(
+        model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=128),
+        seq_len_tokens=TOKENS,
+        block_size=BLOCK,
+        dtype="float16",
+        columns_capacity=columns,
+        placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=BLOCK),
+        forward=forward,
+        backward=backward,
+        pattern=PatternSpec(source="trace"),
+        kernels=KernelSpec(backend="triton"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "columns"),
+    [
+        (("ring", {"prefetch": 1}), ("ring", {"prefetch": 1}), 0),
+        (("gather", {"chunks": 1}), ("ring", {"prefetch": 1}), 16),
+        (("gather", {"chunks": 1}), ("gather", {"chunks": 2}), 16),
+    ],
+    ids=["ring", "gather-ring", "gather"],
+)
+def test_a_layer_needs_what_the_plan_says(
+    forward: Layout, backward: Layout, columns: int, rank_pools: Callable[[int], RankPool]
+) -> None:
+    plan = memory_plan(4, forward, backward, columns)
+    predicted = max(layer_memory(plan.schedule(way), plan.attention_shape()).total_bytes for way in DIRECTIONS)
+    pattern = anchor_pattern(seq_len_tokens=TOKENS, density=0.2, columns=columns, heads=4, block_size=BLOCK)
+    for measured in rank_pools(4).run("layer_memory_of", plan=plan, pattern=pattern):
+        assert measured == pytest.approx(predicted, rel=0.1), (measured, predicted)
