@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .kernel_oracle import check
 from .masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
 
 SUSTAINED_MS = 600.0
+GROWTH_REPEATS = 41
 FAMILIES = {"slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask}
 
 
@@ -50,6 +52,46 @@ def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = S
         end.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def alternating_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each call, all of them in turn, so that their ratios do not depend on a drifting clock."""
+    for call in calls:
+        call()
+    events = [[(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+              for _ in range(2 * repeats)]  # fmt: skip
+    for row in events:
+        for call, (start, end) in zip(calls, row, strict=True):
+            start.record()
+            call()
+            end.record()
+    torch.cuda.synchronize()
+    kept = events[repeats:]  # the first half only warms
+    return [sorted(row[i][0].elapsed_time(row[i][1]) for row in kept)[repeats // 2] for i in range(len(calls))]
+
+
+def column_growth(
+    implementation: Implementation, problem: Problem, without: Problem, growth_flops: float
+) -> dict[str, dict[str, float]]:
+    """What columns add to each direction: growth of time beside growth of FLOPs, both calls measured in turn."""
+    assert implementation.prepare is not None
+    implementation.prepare(without)
+    pair = [problem, without]
+    states = [implementation.forward(p) for p in pair]
+    calls = {
+        "forward": [lambda p=p: implementation.forward(p) for p in pair],
+        "backward": [lambda p=p, s=s: implementation.backward(p, s) for p, s in zip(pair, states, strict=True)],
+    }
+    found = {}
+    for direction, both in calls.items():
+        more, less = alternating_ms(both, GROWTH_REPEATS)
+        found[direction] = {
+            "alternating_ms": more,
+            "alternating_without_columns_ms": less,
+            "growth_time": more / less - 1,
+            "growth_flops": growth_flops,
+        }
+    return found
 
 
 def problems(arguments: argparse.Namespace, seq_len: int) -> Iterator[tuple[str, int, AttentionMask]]:
@@ -138,10 +180,25 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
             add(name, family, columns, density, flops, times)
             rows[-1] |= {"index_bytes": problem.index_bytes} if "index" in times else {}
             print(f"        relative errors on sampled rows: {worst}", flush=True)
+            if mask.columns is not None:
+                without = replace(mask, columns=None)
+                growth = flops / forward_flops(without, arguments.head_dim) - 1
+                found = column_growth(implementation, problem, Problem(*tensors, mask=without), growth)
+                for row in rows[-len(times) :]:
+                    row |= found.get(row["direction"], {})
+                print_growth(found)
             del problem
             gc.collect()
             torch.cuda.empty_cache()
     return rows
+
+
+def print_growth(found: dict[str, dict[str, float]]) -> None:
+    """Print what columns add."""
+    for direction, growth in found.items():
+        times, flops = growth["growth_time"], growth["growth_flops"]
+        print(f"        columns add {100 * times:5.1f} % of time to the {direction}, {100 * flops:.1f} % of FLOPs: "
+              f"{times / flops:.2f}", flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 dQ: one program per query tile walks the same list and columns as the forward. dK and dV: one program per key tile walks
 the transposed lists of all query heads of its KV head, keys along the rows of every tile so that weights come out
-already transposed. Both write, or add into, what one program alone owns: bitwise repeatable. lse and delta =
-rowsum(grad_out * out) come from a prepare kernel: padded to whole tiles, lse in base 2 and +inf for rows that attend
-nothing. Shape legend: see tiles.py.
+already transposed. Both write, or add into, what one program alone owns: bitwise repeatable. Block masks have a few key
+tiles that almost every query attends (sinks): their query heads are split over programs, and their shares joined. lse
+and delta = rowsum(grad_out * out) come from a prepare kernel: padded to whole tiles, lse in base 2 and +inf for rows
+that attend nothing. Shape legend: see tiles.py.
 """
 
 # Triton's language is not Python to a type checker.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .columns import grad_q_columns
-from .tiles import LOG2_E, grad_kv_step, grad_q_step, load_tile, write_tile
+from .tiles import LOG2_E, grad_kv_step, grad_q_step, load_tile, store_part, write_tile
 
 
 @triton.jit
@@ -69,8 +70,8 @@ def grad_q_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
     heads, tiles, padded, q_valid, k_valid, capacity, words,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
+    ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (B * H * T * BLOCK / M), as the forward."""
     program = tl.program_id(0)
@@ -91,6 +92,11 @@ def grad_q_kernel(
     q_document = rows
     if DOCUMENTS:
         q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
+    if COLUMNS:
+        line = head * tiles + tile
+        earlier, end = tl.load(limits + line * 2), 0
+        if OWN:
+            end = tl.load(limits + line * 2 + 1)
 
     acc = tl.zeros([M, D], ACC)
     if BLOCKS:
@@ -124,8 +130,8 @@ def grad_q_kernel(
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc = grad_q_columns(
             acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns, usable,
-            limits, column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
-            words, scale, scale_log2, N, D, DOCUMENTS, TMA, ACC, PRECISION)
+            earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
+            scale, scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
     write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, ADD)
 
 
@@ -133,17 +139,27 @@ def grad_q_kernel(
 def grad_kv_kernel(
     q, k, v, grad_out, row_values, grad_k, grad_v, row_fields, entries, order, q_documents, k_documents, scale,
     scale_log2, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
-    dk_b, dk_s, dk_h, dv_b, dv_s, dv_h, kv_heads, tiles, padded, q_valid, k_valid,
+    dk_b, dk_s, dk_h, dv_b, dv_s, dv_h, kv_heads, tiles, first_row, row_count, padded, q_valid, k_valid,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Grid (B * H_kv * T * BLOCK / N): one program per part of a key tile, all query heads of its KV head."""
+    """Grid (B * H_kv * row_count * BLOCK / N): one program per part of a key tile, all query heads of its KV head.
+
+    The tiles are order[first_row : first_row + row_count]. SPLIT: a program (GROUP times as many) takes one query head
+    alone and writes its share into grad_k, grad_v [B * H_kv * row_count * GROUP, BLOCK, D].
+    """
     program = tl.program_id(0)
     part = program % (BLOCK // N)
     program = program // (BLOCK // N)
-    tile = tl.load(order + program % tiles)
-    kv_head = (program // tiles) % kv_heads
-    batch = program // (tiles * kv_heads)
+    line_of_part = program
+    first_member, members = 0, GROUP
+    if SPLIT:
+        first_member, members = program % GROUP, 1
+        program = program // GROUP
+    tile = tl.load(order + first_row + program % row_count)
+    kv_head = (program // row_count) % kv_heads
+    batch = program // (row_count * kv_heads)
 
     first = tile * BLOCK + part * N
     rows = first + tl.arange(0, N)
@@ -155,8 +171,8 @@ def grad_kv_kernel(
 
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
+    for member in range(0, members):
+        head = kv_head * GROUP + first_member + member
         line = (batch * kv_heads * GROUP + head) * 2
         fields = row_fields + (head * tiles + tile) * 4
         start, count, base = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
@@ -175,8 +191,8 @@ def grad_kv_kernel(
                                             padded, True, scale, scale_log2, False, M, TMA, ACC, PRECISION)
     # The own block of every head, in one loop over (head, query part). Query parts before this key part see none of it.
     parts = BLOCK // M - (part * N) // M
-    for step in tl.range(0, GROUP * parts, num_stages=1, disable_licm=True):
-        head = kv_head * GROUP + step // parts
+    for step in tl.range(0, members * parts, num_stages=1, disable_licm=True):
+        head = kv_head * GROUP + first_member + step // parts
         line = (batch * kv_heads * GROUP + head) * 2
         diagonal = tl.load(row_fields + (head * tiles + tile) * 4 + 3)
         if diagonal >= 0:
@@ -190,5 +206,29 @@ def grad_kv_kernel(
                 allowed = allowed & (q_document[None, :] == k_document[:, None])
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
                                         padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
-    write_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA, ADD)
-    write_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA, ADD)
+    if SPLIT:
+        store_part(grad_k, k_acc, line_of_part, part * N, BLOCK, N, D, TMA)
+        store_part(grad_v, v_acc, line_of_part, part * N, BLOCK, N, D, TMA)
+    else:
+        write_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA, ADD)
+        write_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA, ADD)
+
+
+@triton.jit
+def join_split_kernel(parts, grad, order, d_b, d_s, d_h, kv_heads, row_count, k_valid, GROUP: tl.constexpr,
+                      BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr):
+    """grad [B, S_k, H_kv, D] (ADD: +=) each group's sum of split shares. Grid (row_count, H_kv * B, BLOCK / ROWS)."""
+    row, pair = tl.program_id(0), tl.program_id(1)
+    kv_head, batch = pair % kv_heads, pair // kv_heads
+    inside = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)[None, :]
+    share = parts + ((pair * row_count + row).to(tl.int64) * GROUP * BLOCK + inside[:, None]) * D + dims
+    total = tl.load(share)
+    for member in range(1, GROUP):
+        total += tl.load(share + member * BLOCK * D)
+    rows = tl.load(order + row) * BLOCK + inside
+    target = grad + batch.to(tl.int64) * d_b + kv_head.to(tl.int64) * d_h + rows.to(tl.int64)[:, None] * d_s + dims
+    valid = (rows < k_valid)[:, None]
+    if ADD:
+        total += tl.load(target, mask=valid, other=0.0)
+    tl.store(target, total.to(grad.dtype.element_ty), mask=valid)

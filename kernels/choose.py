@@ -78,19 +78,16 @@ HeadBudget = FixedBudget | FlexBudget
 
 @dataclass(frozen=True, kw_only=True)
 class VerticalSlashBudgets:
-    """One layer's budgets as tensors [H] on the device, made once by vertical_slash_budgets.
+    """One layer's budgets on the device, made once by vertical_slash_budgets: first of columns, then of slashes.
 
-    column_mass, slash_mass float64 (1 for fixed heads, unused there); column_cap, slash_cap int64, the count itself
-    for fixed heads; flex bool. column_capacity, slash_capacity: the highest caps.
+    flex bool [H]; mass float64 [2, H] (1 for fixed heads, unused there); cap int64 [2, H], the count itself for fixed
+    heads; capacities: the highest cap of each kind.
     """
 
     flex: Tensor
-    column_mass: Tensor
-    column_cap: Tensor
-    slash_mass: Tensor
-    slash_cap: Tensor
-    column_capacity: int
-    slash_capacity: int
+    mass: Tensor
+    cap: Tensor
+    capacities: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +108,16 @@ def vertical_slash_budgets(
     """
     for number, head in enumerate(heads):
         _check_budget(number, head)
-    columns = [min(h.column_cap if isinstance(h, FlexBudget) else h.columns, seq_len_tokens) for h in heads]
-    slashes = [min(h.slash_cap if isinstance(h, FlexBudget) else h.slashes, seq_len_tokens) for h in heads]
-    mass = {
-        name: torch.tensor([getattr(h, name, 1.0) for h in heads], dtype=torch.float64, device=device)
-        for name in ("column_mass", "slash_mass")
-    }
+    caps = [
+        [min(h.column_cap if isinstance(h, FlexBudget) else h.columns, seq_len_tokens) for h in heads],
+        [min(h.slash_cap if isinstance(h, FlexBudget) else h.slashes, seq_len_tokens) for h in heads],
+    ]
+    mass = [[getattr(h, name, 1.0) for h in heads] for name in ("column_mass", "slash_mass")]
     return VerticalSlashBudgets(
         flex=torch.tensor([isinstance(h, FlexBudget) for h in heads], device=device),
-        **mass,
-        column_cap=torch.tensor(columns, device=device),
-        slash_cap=torch.tensor(slashes, device=device),
-        column_capacity=max(columns),
-        slash_capacity=max(slashes),
+        mass=torch.tensor(mass, dtype=torch.float64, device=device),
+        cap=torch.tensor(caps, device=device),
+        capacities=(max(caps[0]), max(caps[1])),
     )
 
 
@@ -152,25 +146,22 @@ def choose_vertical_slash(
         raise ValueError(f"compat: {compat!r} is neither None nor 'mtraining'")
     if budgets.flex.shape[0] != shard.heads:
         raise ValueError(f"budgets: for {budgets.flex.shape[0]} heads, the shard has {shard.heads}")
-    columns, slashes = _scores(
+    scores = _scores(
         shard, budgets.flex, scale=scale, collectives=collectives, compat=compat, probe_queries=probe_queries
     )
     fixed = ~budgets.flex[:, None]
-    columns[:, :sink_tokens] = columns[:, :sink_tokens].masked_fill(fixed, torch.inf)
-    slashes[:, :window_tokens] = slashes[:, :window_tokens].masked_fill(fixed, torch.inf)
-    kept_columns, column_counts = _take(
-        columns, budgets.flex, budgets.column_mass, budgets.column_cap, capacity=budgets.column_capacity, compat=compat
-    )
-    kept_slashes, slash_counts = _take(
-        slashes, budgets.flex, budgets.slash_mass, budgets.slash_cap, capacity=budgets.slash_capacity, compat=compat
-    )
+    scores[0, :, :sink_tokens].masked_fill_(fixed, torch.inf)
+    scores[1, :, :window_tokens].masked_fill_(fixed, torch.inf)
+    counts, best = _counts(scores, budgets, compat)
+    columns, active = _taken(scores, counts, best, column_capacity=budgets.capacities[0], block_size=shard.block_size)
     mask = AttentionMask(
         seq_len_tokens=shard.seq_len_tokens,
         block_size=shard.block_size,
-        active=diagonals_of(kept_slashes, shard.block_size),
-        columns=positions_of(kept_columns, budgets.column_capacity),
+        active=active,
+        columns=columns,
+        own_blocks=True,
     )
-    return Choice(mask=mask, column_counts=column_counts, slash_counts=slash_counts)
+    return Choice(mask=mask, column_counts=counts[0], slash_counts=counts[1])
 
 
 def sink_window(
@@ -197,6 +188,7 @@ def sink_window(
         active=diagonals_of(tokens < window_tokens, block_size),
         columns=positions_of(tokens < sink_tokens, min(sink_tokens, seq_len_tokens)),
         documents=documents,
+        own_blocks=True,
     )
     counts = [torch.full((heads,), min(n, seq_len_tokens), device=device) for n in (sink_tokens, window_tokens)]
     return Choice(mask=mask, column_counts=counts[0], slash_counts=counts[1])
@@ -215,10 +207,17 @@ def _check_budget(number: int, head: HeadBudget) -> None:
 
 def _scores(
     shard: ShardTensors, flex: Tensor, *, scale: float, collectives: Collectives, compat: str | None, probe_queries: int
-) -> tuple[Tensor, Tensor]:
-    """(column sums, slash sums), each [H, seq_len], over all ranks."""
+) -> Tensor:
+    """[2, H, seq_len]: column sums and slash sums over all ranks."""
     at = last_positions(shard, probe_queries)
-    logits = row_logits(shard, query_rows(shard, at, collectives), at, scale=scale)
+    rows = query_rows(shard, at, collectives)
+    if compat is None and _kernels_apply(shard, at.shape[0]):
+        from .probe_triton import column_and_slash_sums
+
+        first = max(shard.seq_len_tokens - probe_queries, 0)
+        sums = column_and_slash_sums(shard, rows, first_row=first, scale=scale, collectives=collectives)
+        return collectives.all_reduce_sum(sums)
+    logits = row_logits(shard, rows, at, scale=scale)
     raw = logits.clone() if compat == "mtraining" else None
     p = probabilities(logits, collectives)
     sums = torch.stack([column_sums(shard, p), slash_sums(shard, p, at)])
@@ -226,24 +225,40 @@ def _scores(
         unseen = raw.masked_fill(raw == -torch.inf, 0.0)
         raw_sums = torch.stack([column_sums(shard, unseen), slash_sums(shard, unseen, at)])
         sums = torch.where(flex[None, :, None], sums / at.shape[0], raw_sums)
-    columns, slashes = collectives.all_reduce_sum(sums)
+    sums = collectives.all_reduce_sum(sums)
     if raw is not None:
         # A probe query that cannot see a key adds -inf to that key's sum of raw logits.
         hidden = torch.arange(shard.seq_len_tokens, device=at.device) > at[0]
-        columns = columns.masked_fill(hidden[None, :] & ~flex[:, None], -torch.inf)
-    return columns.clone(), slashes.clone()
+        sums[0].masked_fill_(hidden[None, :] & ~flex[:, None], -torch.inf)
+    return sums
 
 
-def _take(
-    scores: Tensor, flex: Tensor, mass: Tensor, cap: Tensor, *, capacity: int, compat: str | None
-) -> tuple[Tensor, Tensor]:
-    """(bool [H, n] kept, int64 [H] counts) of one kind of scores."""
-    if not capacity:
-        return torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(cap)
-    best = highest(scores, capacity)
+def _kernels_apply(shard: ShardTensors, probe_queries: int) -> bool:
+    """Whether the Triton kernels compute the sums; the same on every rank, as all shards have one shape."""
+    if not shard.q.is_cuda:
+        return False
+    from .probe_triton import tile_keys
+
+    return tile_keys(shard, probe_queries) > 0
+
+
+def _counts(scores: Tensor, budgets: VerticalSlashBudgets, compat: str | None) -> tuple[Tensor, Tensor]:
+    """(int64 [2, H] how many of each head's scores are kept, [2, H, c] the highest scores in descending order)."""
+    best = highest(scores, max(*budgets.capacities, 1))
     if compat == "mtraining":
-        by_mass = (best.cumsum(-1) < mass[:, None]).sum(-1)
+        by_mass = (best.cumsum(-1) < budgets.mass[..., None]).sum(-1)
     else:
-        by_mass = counts_for_mass(best, scores.sum(-1), mass)
-    counts = torch.where(flex, torch.minimum(by_mass, cap), cap)
-    return take_highest(scores, counts, best), counts
+        by_mass = counts_for_mass(best, scores.sum(-1), budgets.mass)
+    return torch.where(budgets.flex, torch.minimum(by_mass, budgets.cap), budgets.cap), best
+
+
+def _taken(
+    scores: Tensor, counts: Tensor, best: Tensor, *, column_capacity: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """(columns int32 [H, column_capacity], active bool [H, N]) of the highest scores [2, H, seq_len]."""
+    if scores.is_cuda:
+        from .select_triton import take
+
+        return take(scores, counts, best, column_capacity=column_capacity, block_size=block_size)
+    kept = take_highest(scores, counts, best)
+    return positions_of(kept[0], column_capacity), diagonals_of(kept[1], block_size)

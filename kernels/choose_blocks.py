@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -46,16 +47,25 @@ def choose_xattention(
             f"{shard.block_size} tokens, which xattention scores whole"
         )
     blocks = _query_blocks(shard)
-    parts = [
-        _fewest_blocks(scores, part, mass=mass, first_block=first_block)
-        for scores, part in _antidiagonal_scores(shard, blocks, scale=scale, stride=stride, collectives=collectives)
-    ]
-    active = torch.cat(parts, dim=1)
+    keys = _all_keys(shard, collectives)
+    if _kernels_apply(shard, stride):
+        from .xattention_triton import active_rows
+
+        budget = {"stride": stride, "mass": mass, "first_block": first_block}
+        active = torch.cat(list(active_rows(shard, blocks, keys, scale=scale, **budget)), dim=1)
+    else:
+        parts = [
+            _fewest_blocks(scores, part, mass=mass, first_block=first_block)
+            for scores, part in _antidiagonal_scores(shard, blocks, keys, scale=scale, stride=stride)
+        ]
+        active = torch.cat(parts, dim=1)
     # Padding blocks land in one more row, which is dropped. Each row has one owner, so the sum assembles them.
     rows = torch.zeros(shard.heads, shard.blocks + 1, shard.blocks, dtype=torch.uint8, device=active.device)
     rows[:, blocks.clamp(max=shard.blocks)] = active.to(torch.uint8)
     rows = collectives.all_reduce_sum(rows[:, :-1].contiguous())
-    return AttentionMask(seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=rows.bool())
+    return AttentionMask(
+        seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=rows.bool(), own_blocks=True
+    )
 
 
 @torch.no_grad()
@@ -85,7 +95,9 @@ def choose_moba_block(
     taken = take_highest(gate, counts, highest(gate, top_chunks))
     block = torch.arange(shard.blocks, device=gate.device)
     active = taken[:, :, own] & (block[None, :] <= block[:, None])
-    return AttentionMask(seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=active)
+    return AttentionMask(
+        seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=active, own_blocks=True
+    )
 
 
 def _check_shard(shard: ShardTensors, selector: str) -> None:
@@ -98,13 +110,22 @@ def _query_blocks(shard: ShardTensors) -> Tensor:
     return shard.positions.long()[:: shard.block_size] // shard.block_size
 
 
+def _kernels_apply(shard: ShardTensors, stride: int) -> bool:
+    """Whether the Triton kernels score and choose; the same on every rank, as all shards have one shape."""
+    if not shard.q.is_cuda:
+        return False
+    from .xattention_triton import applies
+
+    return applies(shard, stride)
+
+
 def _antidiagonal_scores(
-    shard: ShardTensors, blocks: Tensor, *, scale: float, stride: int, collectives: Collectives
+    shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Some local query blocks after the other: their strided mass on every key block [H, t, N], and which [t]."""
     heads, dim = shard.q.shape[2:]
     cells = shard.block_size // stride
-    keys = _all_keys(shard, collectives).view(shard.k.shape[2], -1, stride * dim)
+    keys = keys.view(keys.shape[0], -1, stride * dim)
     queries = _tiles(shard).unflatten(2, (cells, stride)).flip(3).flatten(3)
     at_once = max(1, LOGITS_AT_ONCE // (heads * cells * keys.shape[1]))
     for part, part_blocks in zip(queries.split(at_once, dim=1), blocks.split(at_once), strict=True):
@@ -161,12 +182,15 @@ def _fewest_blocks(scores: Tensor, blocks: Tensor, *, mass: float, first_block: 
 def _means(shard: ShardTensors, x: Tensor, tokens: int, collectives: Collectives) -> Tensor:
     """[H, ceil(seq_len / tokens), D]: means of x [1, S, H, D] over the valid tokens of each stretch of the sequence."""
     stretches = -(-shard.seq_len_tokens // tokens)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Local tokens come in runs of consecutive ones: add those of one stretch first, then the few sums that meet.
+    run = math.gcd(shard.granularity_tokens, tokens)
     positions = shard.positions.long()
-    target = torch.where(positions < shard.seq_len_tokens, positions // tokens, stretches)
-    total = torch.zeros(
-        x.shape[2], stretches + 1, x.shape[3], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    total.index_add_(1, target, x[0].transpose(0, 1).to(total.dtype))
+    valid = torch.where((positions < shard.seq_len_tokens)[:, None, None], x[0], x.new_zeros(()))
+    sums = valid.unflatten(0, (-1, run)).sum(1, dtype=dtype).transpose(0, 1)
+    target = (positions[::run] // tokens).clamp(max=stretches)
+    total = torch.zeros(x.shape[2], stretches + 1, x.shape[3], device=x.device, dtype=dtype)
+    total.index_add_(1, target, sums)
     total = collectives.all_reduce_sum(total[:, :-1].contiguous())
     starts = torch.arange(stretches, device=x.device) * tokens
     return total / (shard.seq_len_tokens - starts).clamp(max=tokens)[:, None]

@@ -58,7 +58,9 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
     blocks = q_side.device_blocks
     tiles, (heads, capacity) = len(blocks), columns.shape
     words = -(-capacity // COLUMN_TILE)
-    usable = torch.empty(heads, tiles, words, dtype=torch.int64, device=columns.device)
+    # Kernels read one word ahead.
+    usable = torch.empty(heads * tiles * words + 1, dtype=torch.int64, device=columns.device)
+    usable = usable[:-1].view(heads, tiles, words)
     limits = torch.empty(heads, tiles, 2, dtype=torch.int32, device=columns.device)
     chunk = min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE))
     if tiles and capacity:

@@ -2,10 +2,10 @@
 
 A query tile lies in one mask block, so whether a column of an earlier block is *usable* is one bit for the whole tile;
 usable_kernel packs these bits once per choice of columns. Columns inside the tile's own block need causality element by
-element, but only where the diagonal pair is not active: a second loop that selectors never enter. The loops are
-fused behind the block part or run alone. dK/dV: programs own (head, column tile, chunk of query tiles) and write
-partial sums that are added up afterwards in a fixed order: no atomics.
-Shape legend: see tiles.py.
+element, but only where the diagonal pair is not active: a second loop, left out (OWN) where the host knows that every
+own block is active, as after every selector. The loops are fused behind the block part or run alone. dK/dV: programs
+own (head, column tile, chunk of query tiles) and write partial sums that are added up afterwards in a fixed order: no
+atomics. Shape legend: see tiles.py.
 """
 
 # Triton's language is not Python to a type checker.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import grad_kv_step, grad_q_step, load_tile, softmax_step
+from .tiles import grad_kv_step, grad_q_step, load_tile, softmax_step, store_part
 
 # Bits of a word of `usable`: 64, written out in the kernels.
 
@@ -28,10 +28,11 @@ from .tiles import grad_kv_step, grad_q_step, load_tile, softmax_step
 @triton.jit
 def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, words, seq_len, blocks,
                   BLOCK: tl.constexpr, TOEPLITZ: tl.constexpr, CHUNK: tl.constexpr):
-    """usable int64 [H, T, words]: bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block.
+    """usable int64 [H, T, words], and one word more that may be read, with a bit for each column of the head.
 
-    limits int32 [H, T, 2]: how many columns lie before the tile's block, and before its end if the diagonal pair is
-    inactive (else the same number again). Grid (T, H).
+    Bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block. limits int32 [H, T, 2]: how many
+    columns lie before the tile's block, and before its end if the diagonal pair is inactive (else the same number
+    again). Grid (T, H).
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(q_blocks + tile)
@@ -60,9 +61,9 @@ def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, wo
 
 
 @triton.jit
-def usable_columns(words, start, N: tl.constexpr):
-    """bool [N]: the usable ones of columns start .. start + N (N divides 64)."""
-    word = tl.load(words + start // 64) >> tl.cast(start % 64, tl.int64)
+def usable_columns(word, start, N: tl.constexpr):
+    """bool [N]: the usable ones of columns start .. start + N (N divides 64), of which word holds the bits."""
+    word = word >> tl.cast(start % 64, tl.int64)
     lane = tl.arange(0, N)
     half = tl.where(lane < 32, word.to(tl.int32), (word >> 32).to(tl.int32))
     # In a score tile a thread holds columns 8 i + 2 t and the next: one shift by 2 t, then constant masks.
@@ -82,22 +83,39 @@ def columns_up_to(columns, low, high, position):
 
 
 @triton.jit
-def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, limits,
-                    column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
-                    words, scale_log2, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-                    ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """(acc, peak, total) after the head's columns that this query tile may attend."""
-    line = head * tiles + tile
-    earlier, end = tl.load(limits + line * 2), tl.load(limits + line * 2 + 1)
-    bits, positions = usable + line.to(tl.int64) * words, columns + head * capacity
+def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, earlier, end,
+                    column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
+                    scale_log2, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr,
+                    TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """(acc, peak, total) after the head's columns that this query tile may attend.
+
+    line: that of the head and tile in `usable` and `limits`; earlier, end: the two limits there.
+    """
+    bits = usable + line.to(tl.int64) * words
+    word = tl.load(bits)
     for start in range(0, earlier, N):
         k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
         v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
-        allowed = usable_columns(bits, start, N)[None, :]
+        allowed = usable_columns(word, start, N)[None, :]
+        word = tl.load(bits + (start + N) // 64)
         if DOCUMENTS:
             allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
         acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
                                         PRECISION)
+    if OWN:
+        acc, peak, total = forward_own_columns(
+            acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns + head * capacity, earlier,
+            end, column_documents, batch, head, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, scale_log2, N, D,
+            DOCUMENTS, TMA, ACC, PRECISION)
+    return acc, peak, total
+
+
+@triton.jit
+def forward_own_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, positions, earlier, end,
+                        column_documents, batch, head, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, scale_log2,
+                        N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
+                        ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The same after columns earlier .. end, those of the tile's own block: causal element by element."""
     if end > earlier:
         bound = columns_up_to(positions, earlier, end, q_position)
         for start in tl.range(earlier // N * N, end, N, num_stages=1):
@@ -122,21 +140,35 @@ def same_document(column_documents, head, start, capacity, q_document, N: tl.con
 
 @triton.jit
 def grad_q_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns,
-                   usable, limits, column_documents, batch, head, heads, tile, tiles, ck_b, ck_h, ck_s, cv_b, cv_h,
-                   cv_s, capacity, words, scale, scale_log2, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr,
-                   TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+                   usable, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
+                   capacity, words, scale, scale_log2, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
+                   DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """dQ acc [M, D] plus the columns' share: the same walk as forward_columns."""
-    line = head * tiles + tile
-    earlier, end = tl.load(limits + line * 2), tl.load(limits + line * 2 + 1)
-    bits, positions = usable + line.to(tl.int64) * words, columns + head * capacity
+    bits = usable + line.to(tl.int64) * words
+    word = tl.load(bits)
     for start in range(0, earlier, N):
         k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
         v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
-        allowed = usable_columns(bits, start, N)[None, :]
+        allowed = usable_columns(word, start, N)[None, :]
+        word = tl.load(bits + (start + N) // 64)
         if DOCUMENTS:
             allowed = allowed & same_document(column_documents, head, start, capacity, q_document, N)
         acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2, True,
                           ACC, PRECISION)
+    if OWN:
+        acc = grad_q_own_columns(
+            acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v,
+            columns + head * capacity, earlier, end, column_documents, batch, head, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
+            capacity, scale, scale_log2, N, D, DOCUMENTS, TMA, ACC, PRECISION)
+    return acc
+
+
+@triton.jit
+def grad_q_own_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, positions,
+                       earlier, end, column_documents, batch, head, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
+                       scale, scale_log2, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr,
+                       TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The same walk as forward_own_columns."""
     if end > earlier:
         bound = columns_up_to(positions, earlier, end, q_position)
         for start in tl.range(earlier // N * N, end, N, num_stages=1):
@@ -152,22 +184,11 @@ def grad_q_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_docum
 
 
 @triton.jit
-def store_part(target, values, part, first, capacity, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
-    """target[part, first + 0 .. ROWS, :] = values of a contiguous [parts, C, D]; rows from C on are left out."""
-    if TMA:
-        target.store([part, first, 0], values.reshape([1, ROWS, D]))
-    else:
-        rows = first + tl.arange(0, ROWS)
-        pointers = target + part.to(tl.int64) * capacity * D + rows[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(pointers, values, mask=(rows < capacity)[:, None])
-
-
-@triton.jit
 def column_grad_kv_kernel(
     q, column_k, column_v, grad_out, row_values, grad_k, grad_v, columns, usable, limits, first_tile, has_own,
     q_blocks, q_documents, column_documents, scale, scale_log2, q_b, q_s, q_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
     do_b, do_s, do_h, heads, tiles, padded, q_valid, capacity, words, column_tiles, chunk_tiles,
-    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (column tiles, B * H, chunks): writes grad_k, grad_v [chunks * B * H, C, D], unshared."""
@@ -180,6 +201,7 @@ def column_grad_kv_kernel(
     slots = start + tl.arange(0, N)
     k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
     v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
+    document = slots
     if DOCUMENTS:
         document = tl.load(column_documents + head * capacity + slots, mask=slots < capacity, other=-2)
     queries = tl.arange(0, M)
@@ -192,17 +214,36 @@ def column_grad_kv_kernel(
     for step in range(low * (BLOCK // M), high * (BLOCK // M)):
         query = step * M
         tile = tl.cast(head * tiles + step // (BLOCK // M), tl.int64)
+        word = tl.load(usable + tile * words + start // 64)
         q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
         do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-        allowed = usable_columns(usable + tile * words, start, N)[:, None]
+        allowed = usable_columns(word, start, N)[:, None]
         if DOCUMENTS:
             q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
             allowed = allowed & (q_document[None, :] == document[:, None])
         k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
                                     allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
-    # Columns of a tile's own block, where its diagonal pair is inactive: few heads, if any, have some.
-    scanned = tl.where(tl.load(has_own + head) != 0, high, low)
-    for step in tl.range(low * (BLOCK // M), scanned * (BLOCK // M), num_stages=1):
+    if OWN:
+        # Few heads, if any, have such columns.
+        last = tl.where(tl.load(has_own + head) != 0, high, low)
+        k_acc, v_acc = grad_kv_own_columns(
+            k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, line, padded, limits, columns, q_blocks, q_documents,
+            document, batch, head, heads, tiles, start, low, last, capacity, q_valid, q_b, q_h, q_s, do_b, do_h, do_s,
+            scale, scale_log2, BLOCK, M, N, D, DOCUMENTS, TMA, ACC, PRECISION)
+    part = (chunk * (tl.num_programs(1) // heads) + batch) * heads + head
+    store_part(grad_k, k_acc, part, start, capacity, N, D, TMA)
+    store_part(grad_v, v_acc, part, start, capacity, N, D, TMA)
+
+
+@triton.jit
+def grad_kv_own_columns(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, line, padded, limits, columns, q_blocks,
+                        q_documents, document, batch, head, heads, tiles, start, low, high, capacity, q_valid, q_b, q_h,
+                        q_s, do_b, do_h, do_s, scale, scale_log2, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                        D: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
+                        PRECISION: tl.constexpr):
+    """(k_acc, v_acc) after query tiles low .. high, for columns in the tile's own block where that is inactive."""
+    slots, queries = start + tl.arange(0, N), tl.arange(0, M)
+    for step in tl.range(low * (BLOCK // M), high * (BLOCK // M), num_stages=1):
         limit = limits + (head * tiles + step // (BLOCK // M)) * 2
         earlier, end = tl.load(limit), tl.load(limit + 1)
         if (end > earlier) & (end > start) & (earlier < start + N):
@@ -218,6 +259,4 @@ def column_grad_kv_kernel(
                 allowed = allowed & (q_document[None, :] == document[:, None])
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
                                         allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
-    part = (chunk * (tl.num_programs(1) // heads) + batch) * heads + head
-    store_part(grad_k, k_acc, part, start, capacity, N, D, TMA)
-    store_part(grad_v, v_acc, part, start, capacity, N, D, TMA)
+    return k_acc, v_acc

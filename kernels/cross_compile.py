@@ -90,6 +90,7 @@ def resources(
     group: int = 8,
     documents: bool = False,
     merge: bool = False,
+    own: bool = False,
     launch: tuning.Launch | None = None,
 ) -> Resources:
     """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given."""
@@ -104,6 +105,8 @@ def resources(
         "D": head_dim,
         "SIGN": -1,
         "DOCUMENTS": documents,
+        "OWN": own,
+        "SPLIT": False,
         "TMA": launch.tma,
         "MERGE": merge,
         "ADD": True,
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[128])
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--documents", action="store_true")
+    parser.add_argument("--own", action="store_true", help="columns inside blocks that are not active, too")
     arguments = parser.parse_args()
     for kernel in arguments.kernels:
         for head_dim in arguments.head_dims:
@@ -194,6 +198,7 @@ def main() -> None:
                     head_dim=head_dim,
                     block_size=block,
                     documents=arguments.documents,
+                    own=arguments.own,
                 )
                 print(
                     json.dumps(

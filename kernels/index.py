@@ -7,7 +7,7 @@ the ragged tail meet only there), which is kept apart as the row's `diagonal`.
 Two sources of one format: *Toeplitz*, where the other side's blocks are an arithmetic progression (block striping, or
 the whole sequence): rows of one residue share one sorted list of diagonals, and an entry is a number of strides; and
 *CSR*, one list of tiles per row, for block masks and irregular placements. Everything that depends on the mask is
-computed on its device; Toeplitz indexes and small CSR ones never wait for it.
+computed on its device; only CSR indexes of very many possible entries wait for it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .index_csr import csr_lists
 from .index_kernels import residue_lists, row_fields
 from .index_periodic import PeriodicTables, periodic_lists, periodic_tables
 from .mask import AttentionMask, document_of
 
-# Above this many (head, row, tile) triples, CSR entries are counted first: less memory, one host synchronisation.
-CSR_DENSE_LIMIT = 1 << 23
 ResidueLists = tuple[Tensor, Tensor, int]  # entries, before, stride: see index_kernels.py
 
 
@@ -234,7 +233,12 @@ def _lists(
         return _toeplitz_lists(mask, rows, others, residues, transposed=transposed)
     tables = rows.periodic_tables(others, mask.blocks, transposed=transposed) if mask.is_toeplitz else None
     lists = None if tables is None else periodic_lists(mask, tables, transposed=transposed)
-    starts, counts, base, entries, sign = lists or _csr_lists(mask, rows, others, transposed=transposed)
+    if lists is None:
+        sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
+        starts, counts, entries = csr_lists(mask, *sides, transposed=transposed)
+        base, sign = torch.zeros_like(counts[:1]), 1
+    else:
+        starts, counts, base, entries, sign = lists
     diagonal = _diagonal_tiles(mask, rows, others)
     if mask.is_toeplitz:
         order = rows.order(falling=not transposed)
@@ -273,33 +277,3 @@ def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
     blocks = blocks.clamp(max=mask.blocks - 1)
     active = mask.active[:, :1].expand(-1, len(rows.blocks)) if mask.is_toeplitz else mask.active[:, blocks, blocks]
     return torch.where(active, tiles[None, :], -1)
-
-
-def _csr_lists(
-    mask: AttentionMask, rows: Side, others: Side, *, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """One list of local tiles per (head, row), ascending."""
-    pairs = _active_tiles(mask, rows, others, transposed=transposed)
-    counts = pairs.sum(-1)
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    if pairs.numel() <= CSR_DENSE_LIMIT:
-        # The last slot takes what is not active.
-        slot = torch.where(pairs, (ends - counts)[..., None] + pairs.cumsum(-1) - 1, pairs.numel())
-        entries = torch.zeros(pairs.numel() + 1, dtype=torch.int32, device=pairs.device)
-        tiles = torch.arange(pairs.shape[-1], dtype=torch.int32, device=pairs.device).expand_as(slot)
-        entries.scatter_(0, slot.flatten(), tiles.flatten())
-    else:
-        entries = torch.cat([head.nonzero()[:, 1].to(torch.int32) for head in pairs])
-    return ends - counts, counts, torch.zeros_like(counts[:1]), entries, 1
-
-
-def _active_tiles(mask: AttentionMask, rows: Side, others: Side, *, transposed: bool) -> Tensor:
-    """bool [H, T rows, T others]: strictly causal active pairs of valid blocks."""
-    last = mask.blocks - 1
-    row = rows.device_blocks.long()[:, None]
-    other = others.device_blocks.long()[None, :]
-    query, key = (other, row) if transposed else (row, other)
-    causal = (query > key) & (query <= last)
-    query, key = query.clamp(max=last), key.clamp(max=last)
-    active = mask.active[:, (query - key).clamp(min=0)] if mask.is_toeplitz else mask.active[:, query, key]
-    return active & causal

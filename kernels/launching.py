@@ -26,6 +26,8 @@ PREPARE_ROWS, PREPARE_OUT_ROWS = 1024, 64
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 Task = BlockTask | ColumnTask
+Columns = tuple[Tensor, Tensor, ColumnTask]  # column_k, column_v [B, H, C, D] and their index
+Partial = tuple[Tensor, Tensor]
 Source = Tensor | TensorDescriptor
 
 
@@ -142,7 +144,7 @@ def column_arguments(
             "capacity",
             "words",
         )
-        return dict.fromkeys(names) | {"COLUMNS": False}
+        return dict.fromkeys(names) | {"COLUMNS": False, "OWN": False}
     capacity = index.columns.shape[1]
     ck, cv = column_k.transpose(1, 2), column_v.transpose(1, 2)
     return {
@@ -157,6 +159,44 @@ def column_arguments(
         "capacity": capacity,
         "words": index.usable.shape[2],
         "COLUMNS": True,
+        "OWN": not index.mask.own_blocks,
+    }
+
+
+def query_task(index: BlockTask | None, columns: Columns | None) -> Task:
+    """The index that knows the queries; ValueError when the two were built for different ones."""
+    if columns is not None:
+        check_columns(columns[0], columns[2])
+        if index is not None and len(index.q_side.blocks) != len(columns[2].q_side.blocks):
+            raise ValueError("columns: their index was built for other queries than the block index")
+    task = index if index is not None else columns[2] if columns else None
+    assert task is not None
+    return task
+
+
+def query_order(index: BlockTask | None, columns: Columns | None) -> Tensor:
+    """The order of query tiles, of the block index where there is one."""
+    if index is not None:
+        return index.queries.order
+    assert columns is not None
+    return columns[2].order
+
+
+def both_parts(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    index: BlockTask | None,
+    columns: Columns | None,
+    launch: tuning.Launch,
+) -> dict[str, Any]:
+    """Arguments of a query-tile launch for the block part, the column part, or both."""
+    column_k, column_v, column_task_ = columns or (None, None, None)
+    if column_k is not None and column_v is not None:
+        column_k, column_v = loadable(column_k), loadable(column_v)
+    return {
+        **block_arguments(k, v, index, q.shape[2], launch),
+        **column_arguments(column_k, column_v, column_task_, launch),
     }
 
 

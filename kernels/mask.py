@@ -26,6 +26,8 @@ class AttentionMask:
     active: bool [H, N] (block diagonals, Toeplitz) or bool [H, N, N] (active[head, query block, key block]).
     columns: int32 [H, C], sorted token positions of each head, padded at the end with seq_len_tokens; or None.
     documents: int32 [>= seq_len_tokens], the document of each global token position; or None.
+    own_blocks: True if every block pair (I, I) is known to be active, as selectors see to it: kernels are faster then.
+        Not given, it is looked up where that needs no wait (`active` on the CPU), else False.
     Raises ValueError when shapes or dtypes do not fit together (values are not read: that would stall a GPU).
     """
 
@@ -34,6 +36,7 @@ class AttentionMask:
     active: Tensor
     columns: Tensor | None = None
     documents: Tensor | None = None
+    own_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len_tokens < 1:
@@ -45,6 +48,8 @@ class AttentionMask:
             _check_columns(self.columns, heads=self.heads)
         if self.documents is not None:
             _check_documents(self.documents, seq_len_tokens=self.seq_len_tokens)
+        if self.own_blocks is None:
+            object.__setattr__(self, "own_blocks", not self.active.is_cuda and _own_blocks_active(self.active))
 
     @property
     def heads(self) -> int:
@@ -70,6 +75,11 @@ class AttentionMask:
         """The same mask on another device."""
         move = {name: getattr(self, name) for name in ("active", "columns", "documents")}
         return replace(self, **{name: None if t is None else t.to(device) for name, t in move.items()})
+
+
+def _own_blocks_active(active: Tensor) -> bool:
+    own = active[:, 0] if active.dim() == 2 else active.diagonal(dim1=1, dim2=2)
+    return bool(own.all())
 
 
 def _check_active(active: Tensor, *, blocks: int) -> None:

@@ -72,6 +72,17 @@ def write_tile(target, values, batch, head, first, limit, stride_b, stride_s, st
 
 
 @triton.jit
+def store_part(target, values, part, first, capacity, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """target[part, first + 0 .. ROWS, :] = values of a contiguous [parts, C, D]; rows from C on are left out."""
+    if TMA:
+        target.store([part, first, 0], values.reshape([1, ROWS, D]))
+    else:
+        rows = first + tl.arange(0, ROWS)
+        pointers = target + part.to(tl.int64) * capacity * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(pointers, values, mask=(rows < capacity)[:, None])
+
+
+@triton.jit
 def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.constexpr, ACC: tl.constexpr,
                  PRECISION: tl.constexpr):
     """One online-softmax step in base 2: (acc, peak, total) after the keys k, v; `allowed` bool [M, N] where MASKED."""

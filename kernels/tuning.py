@@ -82,6 +82,8 @@ def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, 
     found = replace(found, m=min(found.m, block_size), n=min(found.n, block_size))
     if found.m * found.n <= 64 * 64 and capability >= 90:
         found = replace(found, warps=min(found.warps, 4), registers=0)
+    if capability >= 100:
+        found = replace(found, registers=0)  # accumulators live in tensor memory there; a cap spilled what is left
     if itemsize > 2:
         found = replace(found, m=min(found.m, 32), n=min(found.n, 32), warps=4, stages=1, tma=False, registers=0)
     return found

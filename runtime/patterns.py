@@ -31,14 +31,14 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
     if pattern.max_columns > columns_capacity:
         raise InputError(f"a head has {pattern.max_columns} columns; the plan has room for {columns_capacity}",
                          field="columns_capacity")  # fmt: skip
-    documents = None if pattern.documents is None else torch.from_numpy(pattern.documents).to(device)
-    return AttentionMask(
+    mask = AttentionMask(
         seq_len_tokens=pattern.seq_len_tokens,
         block_size=pattern.block_size,
-        active=torch.from_numpy(_active(pattern)).to(device),
-        columns=torch.from_numpy(_columns(pattern, columns_capacity)).to(device) if columns_capacity else None,
-        documents=documents,
+        active=torch.from_numpy(_active(pattern)),
+        columns=torch.from_numpy(_columns(pattern, columns_capacity)) if columns_capacity else None,
+        documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
     )
+    return mask.to(device)
 
 
 def replayed_mask(plan: Plan, pattern: LayerPattern, *, layer: int, device: torch.device) -> AttentionMask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sparsering.kernels.mask import AttentionMask
 from sparsering.kernels.reference import reference_attention, reference_gradients
 
 pytest.importorskip("triton")
+from sparsering.kernels import gradients
 from sparsering.kernels import triton_backend as backend
 
 if torch.cuda.is_available():
@@ -106,6 +108,29 @@ CASES = {
 def test_agrees_with_the_definition(name: str) -> None:
     tensors, mask = problem(**CASES[name])
     assert_same(run(tensors, mask), expected(tensors, mask), mask.seq_len_tokens)
+
+
+@pytest.mark.parametrize("toeplitz", [True, False])
+def test_columns_where_every_own_block_is_active(toeplitz: bool) -> None:
+    """As after every selector: the loop over columns of own blocks is left out."""
+    tensors, mask = problem(tokens=150, padding=10, block=32, toeplitz=toeplitz, columns=40)
+    assert not mask.own_blocks
+    active = mask.active.clone()
+    own = active[:, 0] if toeplitz else active.diagonal(dim1=1, dim2=2)
+    own[:] = True
+    mask = dataclasses.replace(mask, active=active, own_blocks=None)
+    assert mask.own_blocks
+    assert_same(run(tensors, mask), expected(tensors, mask), 150)
+
+
+@pytest.mark.parametrize("padding", [0, 17])
+def test_key_tiles_that_all_attend_are_split_over_heads(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "SPLIT_ROWS", 2)
+    tensors, mask = problem(tokens=150, padding=padding, block=32, toeplitz=False, heads=(4, 2))
+    mask.active[:, :, 1] = True  # a sink that is not the first block
+    index = backend.block_index(mask, *[torch.arange(150 + padding)] * 2)
+    assert int(index.keys.order[0]) == 1
+    assert_same(run(tensors, mask), expected(tensors, mask), 150)
 
 
 def test_float32_inputs_accumulate_in_float32() -> None:

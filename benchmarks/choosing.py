@@ -1,0 +1,166 @@
+"""What choosing costs: every selector and its index, beside forward and backward of sparse attention, on one GPU.
+
+Queries and keys are random, so that scores are as flat as can be: the work does not depend on them. The attention
+beside it has a Toeplitz mask of --density without columns (the cheapest there is to hide behind). XAttention is set
+beside its floor: 1 / (2 stride) of dense FLOPs at the rate of cuDNN's dense forward in the same run.
+    python -m sparsering.benchmarks.choosing --seq-lens 131072 524288
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import triton_backend as ours
+from ..kernels.choose import (
+    FixedBudget,
+    FlexBudget,
+    ShardTensors,
+    choose_moba_block,
+    choose_vertical_slash,
+    choose_xattention,
+    sink_window,
+    vertical_slash_budgets,
+)
+from ..kernels.mask import AttentionMask
+from . import common
+from .kernel_impls import DENSE, SPARSE, Problem
+from .kernels import time_ms
+from .masks import density_of, slash_mask
+
+WINDOW_SLASHES = 100  # forced by vertical-slash with fixed budgets
+STRIDE = 16
+
+
+class Selectors:
+    """One sequence's queries and keys, and every selector as a function of nothing that returns a mask."""
+
+    def __init__(self, problem: Problem, *, columns: int, density: float, granularity: int) -> None:
+        self.shard = ShardTensors(
+            q=problem.q,
+            k=problem.k,
+            positions=problem.positions,
+            seq_len_tokens=problem.q.shape[1],
+            block_size=128,
+            granularity_tokens=granularity,
+        )
+        self.scale = problem.scale
+        blocks = self.shard.blocks
+        # A far slash touches two block diagonals; with uniform distances the density is their share of all.
+        fixed = FixedBudget(columns=columns, slashes=WINDOW_SLASHES + int(density * blocks / 2))
+        flex = FlexBudget(column_mass=0.9, column_cap=4096, slash_mass=0.9, slash_cap=4096)
+        self.budgets = {
+            name: vertical_slash_budgets(
+                [budget] * self.shard.heads, seq_len_tokens=self.shard.seq_len_tokens, device="cuda"
+            )
+            for name, budget in (("vertical-slash", fixed), ("flex", flex))
+        }
+
+    def choose(self, name: str) -> AttentionMask:
+        """One selector's mask."""
+        if name in self.budgets:
+            return choose_vertical_slash(self.shard, self.budgets[name], scale=self.scale).mask
+        if name == "xattention":
+            return choose_xattention(self.shard, scale=self.scale, stride=STRIDE)
+        if name == "moba-block":
+            return choose_moba_block(self.shard, chunk_tokens=512, top_chunks=8)
+        shape = {"heads": self.shard.heads, "seq_len_tokens": self.shard.seq_len_tokens, "block_size": 128}
+        return sink_window(**shape, sink_tokens=30, window_tokens=1024, device="cuda").mask
+
+
+def index_of(mask: AttentionMask, positions: torch.Tensor) -> int:
+    """Build what the kernels need for this mask, both directions, and return its bytes."""
+    found = ours.block_index(mask, positions, positions).nbytes
+    return found + (ours.column_index(mask, positions).nbytes if mask.column_capacity else 0)
+
+
+def attention_ms(problem: Problem, repeats: int) -> dict[str, float]:
+    """Milliseconds of our forward and backward with the problem's mask."""
+    ours_triton = SPARSE["ours-triton"]
+    assert ours_triton.prepare is not None
+    ours_triton.prepare(problem)
+    forward = time_ms(lambda: ours_triton.forward(problem), repeats)
+    state = ours_triton.forward(problem)
+    return {"forward_ms": forward, "backward_ms": time_ms(lambda: ours_triton.backward(problem, state), repeats)}
+
+
+def dense_forward_ms(tensors: tuple[torch.Tensor, ...], repeats: int) -> float:
+    """Milliseconds of cuDNN's dense forward."""
+    problem = Problem(*tensors, mask=None)
+    return time_ms(lambda: DENSE["cudnn-dense"].forward(problem), repeats)
+
+
+def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, Any]]:
+    """All rows of one sequence length."""
+    heads, kv_heads = arguments.heads
+    tensors = Problem.tensors(seq_len, heads, kv_heads, arguments.head_dim, arguments.seed)
+    dense = dense_forward_ms(tensors, 3) if seq_len <= arguments.dense_limit else None
+    mask = slash_mask(seq_len, arguments.density, 0, heads=heads, seed=arguments.seed).to("cuda")
+    problem = Problem(*tensors, mask=mask)
+    beside = attention_ms(problem, arguments.repeats) | {"attention_density": density_of(mask)}
+    attention = beside["forward_ms"] + beside["backward_ms"]
+    print(f"{seq_len:7} attention at density {beside['attention_density']:.4f}: {attention:.3f} ms", flush=True)
+    problem.built.clear()
+    gc.collect()
+    selectors = Selectors(problem, columns=arguments.columns, density=arguments.density, granularity=128)
+    rows = []
+    for name in arguments.selectors:
+        chosen = selectors.choose(name)
+        took = time_ms(lambda name=name: selectors.choose(name), arguments.repeats)
+        index = time_ms(lambda chosen=chosen: index_of(chosen, problem.positions), arguments.repeats)
+        row = {
+            "selector": name,
+            "seq_len": seq_len,
+            "time_ms": took,
+            "index_ms": index,
+            "index_bytes": index_of(chosen, problem.positions),
+            "share_of_attention": (took + index) / attention,
+            "density": density_of(chosen),
+            "columns": chosen.column_capacity,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": arguments.head_dim,
+            "seed": arguments.seed,
+            **beside,
+        }
+        if name == "xattention":
+            flops = 1.0 * seq_len * seq_len * arguments.head_dim * heads / STRIDE
+            row |= {"stride": STRIDE, "tflops": flops / took / 1e9}
+            row |= {"dense_forward_ms": dense, "floor_ms": dense / (2 * STRIDE)} if dense else {}
+        rows.append(row)
+        floor = f", floor {row['floor_ms']:.3f} ms" if "floor_ms" in row else ""
+        print(
+            f"{seq_len:7} {name:14} choice {took:8.3f} ms, index {index:6.3f} ms, {row['index_bytes'] / 1e6:7.2f} MB: "
+            f"{100 * row['share_of_attention']:5.2f} % of forward + backward (density {row['density']:.3f}){floor}",
+            flush=True,
+        )
+        del chosen
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    """Measure, print as it goes, write one result file."""
+    names = ["vertical-slash", "flex", "xattention", "moba-block", "sink-window"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[131072])
+    parser.add_argument("--selectors", nargs="+", choices=names, default=names)
+    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--columns", type=int, default=1024, help="of vertical-slash with fixed budgets")
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2], metavar=("QUERY", "KV"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baseline runs")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    arguments = parser.parse_args()
+    rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
+    print(common.write_result("choosing", rows, folder=arguments.results, gpus=1))
+
+
+if __name__ == "__main__":
+    main()
