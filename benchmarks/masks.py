@@ -1,4 +1,6 @@
-"""Seeded masks for the benchmarks, self-contained: vertical-slash at a target density, XAttention-like, MoBA-like."""
+"""Seeded masks for the benchmarks, self-contained: vertical-slash at a target density, XAttention-like, MoBA-like,
+packed documents.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +68,24 @@ def moba_like_mask(
         picked[torch.arange(blocks), own] = True
         active[head] = picked[:, key // chunk_blocks]
     return AttentionMask(seq_len_tokens=seq_len, block_size=block, active=active & (key[None, :] <= key[:, None]))
+
+
+def documents_mask(seq_len: int, density: float, *, heads: int = 16, block: int = 128, seed: int = 0) -> AttentionMask:
+    """Packed documents, dense causal attention within each; their lengths are exponential, rounded up to tokens.
+
+    Documents of mean length L fill about 2 L / seq_len of the causal half: L follows from `density`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mean, lengths = max(1.0, seq_len * density / 2), []
+    while sum(lengths) < seq_len:
+        lengths.append(1 + int(-mean * torch.log1p(-torch.rand(1, generator=generator)).item()))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[:seq_len].int()
+    first, last = documents[::block], documents[block - 1 :: block]
+    last = torch.nn.functional.pad(last, (0, len(first) - len(last)), value=int(documents[-1]))
+    active = torch.tril(last[None, :] >= first[:, None])  # shares a document; as bits, so that others are skipped
+    return AttentionMask(
+        seq_len_tokens=seq_len, block_size=block, active=active.repeat(heads, 1, 1), documents=documents
+    )
 
 
 def active_block_pairs(mask: AttentionMask) -> int:

@@ -1,10 +1,14 @@
-"""Planned rings on the GPUs of one host: layouts × masks, against the same kernels without communication.
+"""Planned rings on the GPUs of one host: placements × layouts × masks × backends, beside dense rings.
 
     python -m sparsering.benchmarks.ring --gpus 8 --seq-len 524288 --density 0.05 0.02
+    python -m sparsering.benchmarks.ring --gpus 8 --family xattention documents --placement striped planned
     python -m sparsering.benchmarks.ring --gpus 8 --two-nodes --layout hierarchical:inner_size=4 --layout ring
+    python -m sparsering.benchmarks.ring --gpus 8 --backends triton flash4 --baselines torch-context-parallel
+    python -m sparsering.benchmarks.ring --toy            # two gloo processes on CPUs, to try the road
 
 One process group, one run. `compute_ms` plays the same schedule with channels that send nothing: the slowest rank's
-kernels alone. `exposed_ms` is what the whole step takes beyond that.
+kernels alone. `exposed_ms` is what the whole step takes beyond that. `peak_bytes` is what the layer adds to the memory
+of the fullest GPU, its inputs included, beside `predicted_peak_bytes`, what the plan says.
 """
 
 from __future__ import annotations
@@ -12,11 +16,9 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,66 +28,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.mask import AttentionMask
-from ..planner.placement import REGULAR_PLACEMENTS
-from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from ..planner.cluster import Cluster, preset_names
+from ..planner.plan import ModelShape, Plan
 from ..runtime.attention import PlannedAttention
-from ..runtime.comm import Channel, Channels, Message
+from ..runtime.comm import Channel, Channels
+from ..runtime.dense_ring import ZigzagAttention
 from ..runtime.measure import Recorder, collect_timeline
 from ..runtime.mesh import Mesh, join, leave
+from ..runtime.torch_ring import TorchContextParallel
 from .common import RESULTS, write_result
-from .masks import slash_mask
+from .masks import density_of
+from .ring_plans import (
+    FAMILIES,
+    MODEL,
+    PLACEMENTS,
+    Case,
+    Work,
+    cluster_of,
+    make_case_plan,
+    make_work,
+    name_of,
+    predicted_peak_bytes,
+)
+from .ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
 
 LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "ring:prefetch=1", "ring:prefetch=3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One configuration; its text is the row's `layout`."""
-
-    placement: str
-    granularity_blocks: int
-    backend: str
-    layout: str
-
-    def __str__(self) -> str:
-        return f"{self.placement}x{self.granularity_blocks} {self.layout}"
-
-
-@dataclass(kw_only=True)
-class _Sent:
-    started: Any = None
-    ended: Any = None
-
-    def wait(self) -> None:
-        """Nothing was sent."""
-
-
-class SilentChannel:
-    """Takes messages and sends nothing: what is left is compute."""
-
-    def post(self, messages: Sequence[Message]) -> _Sent:
-        """Drop the messages."""
-        return _Sent()
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """Milliseconds of one configuration on the slowest rank, medians over repeats; peak bytes of the fullest rank."""
-
-    forward_ms: float
-    backward_ms: float
-    peak_bytes: int
+DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
+    "torch-context-parallel": TorchContextParallel,
+    "dense-zigzag": ZigzagAttention,
+}
+TOY_MODEL = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32)
 
 
 def main() -> None:
     """Start the ranks, or be one."""
     arguments = _parser().parse_args()
+    if arguments.toy:
+        arguments.gpus, arguments.seq_len, arguments.columns = min(arguments.gpus, 2), 2048, 64
+        arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
     if "RANK" not in os.environ:
         raise SystemExit(_start(arguments))
-    mesh = join(timeout_s=300)
+    mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
     try:
         rows = _measure_all(arguments, mesh)
         if mesh.rank == 0:
@@ -100,15 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--two-nodes", action="store_true", help="NCCL sees two nodes: sockets between the halves")
     parser.add_argument("--seq-len", type=int, default=524288)
-    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask's slashes")
-    parser.add_argument("--columns", type=int, default=1024)
+    parser.add_argument("--family", nargs="+", default=["slash"], choices=FAMILIES, help="kinds of masks")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
+    parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
     parser.add_argument("--layout", action="append", help="name:parameter=value,…; forward+backward may differ: a/b")
-    parser.add_argument("--placement", nargs="+", default=["striped"], choices=sorted(REGULAR_PLACEMENTS))
-    parser.add_argument("--granularity-blocks", type=int, nargs="+", default=[1], help="blocks of one stripe")
-    parser.add_argument("--backend", nargs="+", default=["triton"])
-    parser.add_argument("--torch-context-parallel", action="store_true", help="also the dense ring of torch (slow)")
+    parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS,
+                        help="planned: the planner picks placement and layouts, on --cluster")  # fmt: skip
+    parser.add_argument("--granularity-blocks", type=int, nargs="+", default=[1], help="blocks of one unit")
+    parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
+    parser.add_argument("--cluster", default="h200-nvlink-8", help=f"for planned: file or {', '.join(preset_names())}")
+    parser.add_argument("--backends", "--backend", nargs="+", default=["triton"], help="triton flash4 blockwise")
+    parser.add_argument("--baselines", nargs="+", default=[], choices=list(DENSE_RINGS), help="dense rings (slow)")
+    parser.add_argument("--torch-context-parallel", action="append_const", dest="baselines",
+                        const="torch-context-parallel", help="the same as that baseline")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--toy", action="store_true", help="two gloo processes and a small layer, to try the road")
     parser.add_argument("--profile", type=Path, help="folder for one timeline per configuration")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
@@ -134,75 +124,110 @@ def _start(arguments: argparse.Namespace) -> int:
 def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     channels = Channels(mesh)
-    for density in arguments.density:
-        mask = slash_mask(arguments.seq_len, density, arguments.columns, seed=arguments.seed).to(mesh.device)
-        cases = product(
-            arguments.placement, arguments.granularity_blocks, arguments.backend, arguments.layout or LAYOUTS
+    cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=_nodes(arguments))
+    for family, density in product(arguments.family, arguments.density):
+        work = make_work(
+            family,
+            seq_len=arguments.seq_len,
+            density=density,
+            columns=arguments.columns,
+            seed=arguments.seed,
+            heads=_model(arguments).heads,
         )
-        for placement, granularity, backend, layout in cases:
-            case = Case(placement=placement, granularity_blocks=granularity, backend=backend, layout=layout)
-            rows.append(_measure_planned(arguments, mesh, channels, mask, case))
+        for case in _cases(arguments):
+            plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {len(rows)}")
+            rows.append(_measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement})
             if mesh.rank == 0:
                 print(_table(rows[-1:]).splitlines()[-1], flush=True)
-    if arguments.torch_context_parallel:
-        rows.append(_measure_torch(arguments, mesh))
+    for baseline in dict.fromkeys(arguments.baselines):
+        rows.append(_measure_dense(arguments, mesh, baseline))
     return rows
 
 
-def _measure_planned(
-    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, mask: AttentionMask, case: Case
-) -> dict[str, Any]:
-    forward, _, backward = case.layout.partition("/")
-    granularity = case.granularity_blocks * mask.block_size
-    plan = make_plan(
-        model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
-        seq_len_tokens=arguments.seq_len,
-        block_size=mask.block_size,
-        dtype="bfloat16",
-        columns_capacity=mask.column_capacity,
-        placement=REGULAR_PLACEMENTS[case.placement](
-            seq_len_tokens=arguments.seq_len, world_size=mesh.world_size, granularity_tokens=granularity
-        ),
-        forward=_parse_layout(forward),
-        backward=_parse_layout(backward or forward),
-        pattern=PatternSpec(source="trace"),
-        kernels=KernelSpec(backend=case.backend),  # pyright: ignore[reportArgumentType]  # pydantic refuses others
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """Every combination; what the planner picks does not vary with layout and granularity."""
+    combinations = product(
+        arguments.placement, arguments.granularity_blocks, arguments.backends, arguments.layout or LAYOUTS
     )
+    cases = []
+    for placement, granularity, backend, layout in combinations:
+        free = placement == "planned"
+        cases.append(
+            Case(
+                placement=placement,
+                granularity_blocks=1 if free else granularity,
+                backend=backend,
+                layout="" if free else layout,
+            )
+        )
+    return list(dict.fromkeys(cases))
+
+
+def _agreed_plan(
+    arguments: argparse.Namespace, mesh: Mesh, cluster: Cluster, case: Case, work: Work, *, topic: str
+) -> Plan:
+    """Rank 0 makes the plan, all have it."""
+    document = None
+    if mesh.rank == 0:
+        plan = make_case_plan(
+            case,
+            work,
+            cluster=cluster,
+            leave_out=not arguments.keep_all_pairs,
+            model=_model(arguments),
+            dtype="float32" if arguments.toy else "bfloat16",
+        )
+        document = plan.model_dump(mode="json")
+    return Plan.model_validate(mesh.broadcast(topic, document))
+
+
+def _measure_planned(
+    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, plan: Plan, work: Work
+) -> dict[str, Any]:
+    mask = work.mask.to(mesh.device)
+    before = allocated_bytes(mesh)
     planned = PlannedAttention(plan, mesh, channels=channels)
-    tensors = _tensors(planned, arguments.seed)
+    tensors = _tensors(plan, planned.positions[0].numel(), mesh, arguments.seed)
     attend = _attend(planned, mask)
-    whole = _time(attend, tensors, mesh, arguments.repeats)
-    imbalance = _imbalance(planned, tensors, arguments, str(case), mask)
+    whole = time_steps(attend, tensors, mesh, arguments.repeats, before)
+    imbalance = _imbalance(planned, tensors, arguments, f"{work.family} {name_of(plan)}", mask)
     silent: Channel = SilentChannel()
     planned.channels = dict.fromkeys(planned.channels, silent)
-    alone = _time(attend, tensors, mesh, arguments.repeats)
-    density = _density(mask)
-    return _row(arguments, mesh, f"ours-{case.backend}", str(case), density, whole) | {
+    alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
+    predicted = predicted_peak_bytes(plan)
+    return _row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole) | {
+        "mask": work.family,
+        "density": density_of(work.mask),
+        "columns": work.columns,
         "compute_ms": alone.forward_ms + alone.backward_ms,
         "exposed_ms": whole.forward_ms + whole.backward_ms - alone.forward_ms - alone.backward_ms,
         "compute_forward_ms": alone.forward_ms,
         "compute_backward_ms": alone.backward_ms,
         "imbalance": imbalance,
+        "predicted_peak_bytes": predicted,
+        "peak_ratio": None if whole.peak_bytes is None else whole.peak_bytes / predicted,
+        "pairs_left_out": len(plan.active_pairs().left_out()),
         "plan_digest": plan.digest,
     }
 
 
-def _row(
-    arguments: argparse.Namespace, mesh: Mesh, impl: str, layout: str, density: float, figures: Figures
-) -> dict[str, Any]:
+def _row(arguments: argparse.Namespace, mesh: Mesh, impl: str, layout: str, figures: Figures) -> dict[str, Any]:
+    model = _model(arguments)
     return {
         "impl": impl,
         "layout": layout,
         "transport": "p2p",
         "world_size": mesh.world_size,
-        "nodes": 2 if arguments.two_nodes else 1,
+        "nodes": _nodes(arguments),
         "seq_len": arguments.seq_len,
-        "heads": 16,
-        "kv_heads": 2,
-        "head_dim": 128,
-        "dtype": "bfloat16",
-        "density": density,
-        "columns": arguments.columns,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "dtype": "float32" if arguments.toy else "bfloat16",
+        "mask": "dense",
+        "placement": "zigzag",
+        "density": 1.0,
+        "columns": 0,
         "seed": arguments.seed,
         "forward_ms": figures.forward_ms,
         "backward_ms": figures.backward_ms,
@@ -210,57 +235,31 @@ def _row(
     }
 
 
-def _parse_layout(text: str) -> tuple[str, dict[str, int]]:
-    name, _, parameters = text.partition(":")
-    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
-    return name, {key: int(value) for key, value in pairs}
+def _model(arguments: argparse.Namespace) -> ModelShape:
+    return TOY_MODEL if arguments.toy else MODEL
 
 
-def _tensors(planned: PlannedAttention, seed: int) -> list[Tensor]:
-    """Return this rank's q, k, v (requiring gradients) and grad_out."""
-    generator = torch.Generator(planned.mesh.device).manual_seed(seed + planned.mesh.rank)
-    model, tokens = planned.plan.model, planned.positions[0].numel()
+def _nodes(arguments: argparse.Namespace) -> int:
+    return 2 if arguments.two_nodes else 1
+
+
+def _tensors(plan: Plan, tokens: int, mesh: Mesh, seed: int) -> list[Tensor]:
+    """Return a rank's q, k, v (requiring gradients) and grad_out, [1, tokens, heads, D]."""
+    return _random(plan.model, tokens, mesh, seed, getattr(torch, plan.dtype))
+
+
+def _random(model: ModelShape, tokens: int, mesh: Mesh, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator(mesh.device).manual_seed(seed + mesh.rank)
     shapes = [(model.heads, True), (model.kv_heads, True), (model.kv_heads, True), (model.heads, False)]
     return [
-        torch.randn(1, tokens, heads, model.head_dim, generator=generator, device=planned.mesh.device)
-        .to(planned.dtype)
+        torch.randn(1, tokens, heads, model.head_dim, generator=generator, device=mesh.device, dtype=dtype)
         .requires_grad_(gradient)
         for heads, gradient in shapes
-    ]
+    ]  # fmt: skip
 
 
 def _attend(planned: PlannedAttention, mask: AttentionMask) -> Callable[..., Tensor]:
     return lambda q, k, v: planned(q, k, v, mask)
-
-
-def _time(attend: Callable[..., Tensor], tensors: list[Tensor], mesh: Mesh, repeats: int) -> Figures:
-    """Return the slowest rank's medians after two warm-ups; ranks start every direction together."""
-    *inputs, grad_out = tensors
-    torch.cuda.reset_peak_memory_stats()
-    samples: list[tuple[float, float]] = []
-    for _ in range(repeats + 2):
-        for tensor in inputs:
-            tensor.grad = None
-        forward, out = _timed(lambda: attend(*inputs))
-        backward, _ = _timed(lambda out=out: out.backward(grad_out))
-        samples.append((forward, backward))
-        del out
-    medians = [statistics.median(column) for column in zip(*samples[2:], strict=True)]
-    worst = torch.tensor([*medians, float(torch.cuda.max_memory_allocated())], dtype=torch.float64, device=mesh.device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    forward, backward, peak = worst.tolist()
-    return Figures(forward_ms=forward, backward_ms=backward, peak_bytes=int(peak))
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    dist.barrier()
-    torch.cuda.synchronize()
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
-    result = work()
-    ended.record()
-    torch.cuda.synchronize()
-    return started.elapsed_time(ended), result
 
 
 def _imbalance(
@@ -275,7 +274,8 @@ def _imbalance(
     assert timed.recorder is not None
     for _ in range(2):
         dist.barrier()
-        torch.cuda.synchronize()
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
         timed.recorder.begin()
         timed(q, k, v, mask).backward(grad_out)
     spans = timed.recorder.spans(mesh.rank)
@@ -286,50 +286,35 @@ def _imbalance(
         timeline = collect_timeline(mesh, spans, topic=f"profile/{timed.topic}", metadata={"layout": layout})
         if timeline is not None:
             name = layout.translate(str.maketrans("/:=, ", "-----"))
-            timeline.save(arguments.profile / f"ring-{name}-{_density(mask):.3f}.json.gz")
+            timeline.save(arguments.profile / f"ring-{name}-{density_of(mask):.3f}.json.gz")
     totals = [float(value) for value in everyone]
     return max(totals) / (sum(totals) / len(totals))
 
 
-def _density(mask: AttentionMask) -> float:
-    blocks = mask.blocks
-    counts = blocks - torch.arange(blocks, device=mask.active.device)
-    return float((mask.active * counts).sum() / (mask.heads * blocks * (blocks + 1) / 2))
-
-
-def _measure_torch(arguments: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """torch's dense ring: FlashAttention-2, 16 K/V heads (it takes no grouped queries)."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    group = init_device_mesh("cuda", (mesh.world_size,))
-    generator = torch.Generator(mesh.device).manual_seed(arguments.seed)
-    tokens = arguments.seq_len // mesh.world_size
-    tensors = [
-        torch.randn(1, 16, tokens, 128, generator=generator, device=mesh.device, dtype=torch.bfloat16) for _ in range(4)
-    ]
-    for tensor in tensors[:3]:
-        tensor.requires_grad_()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), context_parallel(group):
-        figures = _time(attend, tensors, mesh, 1)
-    return _row(arguments, mesh, "torch-context-parallel", "ring", 1.0, figures) | {"kv_heads": 16, "columns": 0}
+def _measure_dense(arguments: argparse.Namespace, mesh: Mesh, name: str) -> dict[str, Any]:
+    """A dense zigzag ring: torch's over FlashAttention 2 (16 K/V heads: it takes no grouped queries), or ours."""
+    before, model = allocated_bytes(mesh), _model(arguments)
+    attend = DENSE_RINGS[name](mesh)
+    dtype = torch.float32 if arguments.toy else torch.bfloat16
+    tensors = _random(model, arguments.seq_len // mesh.world_size, mesh, arguments.seed, dtype)
+    figures = time_steps(attend, tensors, mesh, 1, before)
+    impl = f"{name}-{attend.kernel}" if isinstance(attend, ZigzagAttention) else name
+    return _row(arguments, mesh, impl, "zigzag ring", figures)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'impl':24}{'layout':44}{'density':>8}{'forward':>9}{'backward':>9}{'alone':>8}{'ratio':>7}{'imbal.':>7}"
+        f"{'impl':20}{'mask':11}{'placement':11}{'layout':48}{'density':>8}{'forward':>9}{'backward':>9}{'alone':>8}"
+        f"{'ratio':>7}{'imbal.':>7}{'peak GB':>9}{'/plan':>7}"
     ]
     for row in rows:
         total, alone = row["forward_ms"] + row["backward_ms"], row.get("compute_ms", float("nan"))
+        peak, ratio = row["peak_bytes"], row.get("peak_ratio")
         lines.append(
-            f"{row['impl']:24}{row['layout']:44}{row['density']:8.3f}{row['forward_ms']:9.2f}{row['backward_ms']:9.2f}"
-            f"{alone:8.2f}{total / alone:7.3f}{row.get('imbalance', float('nan')):7.3f}"
+            f"{row['impl']:20}{row['mask']:11}{row['placement']:11}{row['layout']:48}{row['density']:8.3f}"
+            f"{row['forward_ms']:9.2f}{row['backward_ms']:9.2f}{alone:8.2f}{total / alone:7.3f}"
+            f"{row.get('imbalance', float('nan')):7.3f}{'-' if peak is None else f'{peak / 1e9:.3f}':>9}"
+            f"{'-' if ratio is None else f'{ratio:.3f}':>7}"
         )
     return "\n".join(lines)
 

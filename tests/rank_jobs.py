@@ -94,7 +94,8 @@ def layer_memory_of(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> int:
         planned(q, k, v, mask).backward(grad_out)
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    in_order = sorted(events, key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in in_order]  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
     return max(itertools.accumulate(changes))
 
 

@@ -1,0 +1,193 @@
+"""What benchmarks/ring.py measures: masks of several families, and plans for them, made by hand or by the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..kernels.mask import AttentionMask
+from ..planner.candidates import LayoutChoice
+from ..planner.cluster import Cluster, Nics, load_cluster
+from ..planner.compiled import CompiledRecurrence
+from ..planner.cost import DatasheetCost
+from ..planner.memory import layer_memory
+from ..planner.pairs import active_blocks, pattern_pairs
+from ..planner.placement import REGULAR_PLACEMENTS, Placement, balanced
+from ..planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ..planner.sampling import Sample, TraceSummary
+from ..planner.schedule import DIRECTIONS
+from ..planner.scores import Problem, ScoreBoard
+from ..planner.selection import select
+from ..planner.workload import unit_load
+from ..runtime.capture import pattern_of
+from ..traces.pattern import LayerPattern
+from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
+
+MODEL = ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128)
+BLOCK = 128
+MEMORY_SHARE = 0.5
+# 64 MB per GPU took 45 ms from four GPUs to four over one host's sockets.
+SOCKETS = Nics(name="sockets", bandwidth_bytes_per_us=5700.0, latency_us=50.0, nics_per_node=1)
+PLACEMENTS = (*sorted(REGULAR_PLACEMENTS), "balanced", "planned")
+BLOCK_FAMILIES: dict[str, Callable[..., AttentionMask]] = {
+    "xattention": xattention_like_mask,
+    "moba": moba_like_mask,
+    "documents": documents_mask,
+}
+FAMILIES = ("slash", *BLOCK_FAMILIES)
+Layout = tuple[str, dict[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """One mask to measure. columns: per head, which only slash masks have."""
+
+    family: str
+    columns: int
+    mask: AttentionMask
+
+    @cached_property
+    def pattern(self) -> LayerPattern:
+        """The mask's patterns on the host."""
+        return pattern_of(self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration. layout: name:parameter=value,…; forward/backward may differ. "planned" takes the planner's."""
+
+    placement: str
+    granularity_blocks: int
+    backend: str
+    layout: str
+
+
+def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: int, heads: int = MODEL.heads) -> Work:
+    """Draw a mask of one family, on the CPU; only slash masks have columns."""
+    if family == "slash":
+        mask = slash_mask(seq_len, density, columns, heads=heads, block=BLOCK, seed=seed)
+    else:
+        mask = BLOCK_FAMILIES[family](seq_len, density, heads=heads, block=BLOCK, seed=seed)
+    return Work(family=family, columns=mask.column_capacity, mask=mask)
+
+
+def make_case_plan(
+    case: Case, work: Work, *, cluster: Cluster, leave_out: bool = True, model: ModelShape = MODEL,
+    dtype: str = "bfloat16",
+) -> Plan:  # fmt: skip
+    """Return the plan of a case for all GPUs of the cluster; "planned" is the planner's pick, layouts and all.
+
+    leave_out: without the pairs of shards that the mask does not need.
+    """
+    common: dict[str, Any] = {
+        "model": model,
+        "seq_len_tokens": work.mask.seq_len_tokens,
+        "block_size": work.mask.block_size,
+        "dtype": dtype,
+        "columns_capacity": work.mask.column_capacity,
+        "pattern": PatternSpec(source="trace"),
+        "kernels": KernelSpec.model_validate({"backend": case.backend}),
+    }
+    if case.placement == "planned":
+        placement, forward, backward = _picked(case, work, model, dtype, cluster)
+    else:
+        placement = _placement(case, work.pattern, cluster.world_size)
+        forward, backward = _parsed(case.layout)
+    pairs = pattern_pairs(work.pattern, placement) if leave_out else None
+    return make_plan(placement=placement, forward=forward, backward=backward, pairs=pairs, **common)
+
+
+def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
+    """Return a preset or file as so many nodes of the ranks there are; without a network by sockets."""
+    cluster = load_cluster(name)
+    if (cluster.nodes, cluster.world_size) == (nodes, world_size):
+        return cluster
+    return cluster.model_copy(
+        update={
+            "nodes": nodes,
+            "gpus_per_node": world_size // nodes,
+            "inter_node": cluster.inter_node or SOCKETS if nodes > 1 else cluster.inter_node,
+        }
+    )
+
+
+def predicted_peak_bytes(plan: Plan) -> int:
+    """Return what the plan says that a step of one layer needs on every rank."""
+    return max(layer_memory(plan.schedule(way), plan.attention_shape()).total_bytes for way in DIRECTIONS)
+
+
+def name_of(plan: Plan) -> str:
+    """Return a plan's placement and layouts in a few words: a row's `layout`."""
+    words = [
+        f"{spec.layout}:{','.join(f'{name}={value}' for name, value in spec.parameters.items())}"
+        for spec in (plan.forward, plan.backward)
+    ]
+    left_out = "" if plan.pairs is None else f" -{len(plan.active_pairs().left_out())} pairs"
+    placed = f"{plan.placement.name}x{plan.placement.granularity_tokens // plan.block_size}"
+    return f"{placed} {'/'.join(dict.fromkeys(words))}{left_out}"
+
+
+def _placement(case: Case, pattern: LayerPattern, world_size: int) -> Placement:
+    sizes: dict[str, int] = {
+        "seq_len_tokens": pattern.seq_len_tokens,
+        "world_size": world_size,
+        "granularity_tokens": case.granularity_blocks * pattern.block_size,
+    }
+    if case.placement != "balanced":
+        return REGULAR_PLACEMENTS[case.placement](**sizes)
+    padded = REGULAR_PLACEMENTS["striped"](**sizes).padded_tokens
+    load = unit_load([pattern], granularity_tokens=sizes["granularity_tokens"], padded_tokens=padded)
+    return balanced(unit_load=load, **sizes)
+
+
+def _picked(
+    case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster
+) -> tuple[Placement, Layout, Layout]:
+    """Search on the cluster with the planner's own recurrence."""
+    pattern = work.pattern
+    problem = Problem(
+        cluster=cluster,
+        cost=DatasheetCost(gpu=cluster.gpu, head_dim=model.head_dim, block_size=pattern.block_size),
+        model=model,
+        seq_len_tokens=pattern.seq_len_tokens,
+        block_size=pattern.block_size,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]  # make_plan refuses others
+        backend=case.backend,
+        memory_limit_bytes=int(MEMORY_SHARE * cluster.gpu.memory_bytes),
+        samples=(Sample(training_step=0, layer=0, pattern=pattern),),
+        summary=TraceSummary(
+            columns_capacity=work.mask.column_capacity,
+            block_load=np.asarray(
+                unit_load(
+                    [pattern],
+                    granularity_tokens=pattern.block_size,
+                    padded_tokens=pattern.num_blocks * pattern.block_size,
+                )
+            ),
+            loaded_layers=1,
+            recorded_layers=1,
+            active_blocks=active_blocks(pattern),
+        ),
+    )
+    pick = select(problem, quick=CompiledRecurrence()).pick
+    placement = ScoreBoard(problem=problem).placement(pick.placement)
+    return placement, _chosen(pick.forward_layout), _chosen(pick.backward_layout)
+
+
+def _chosen(choice: LayoutChoice) -> Layout:
+    return choice.layout, dict(choice.parameters)
+
+
+def _parsed(text: str) -> tuple[Layout, Layout]:
+    forward, _, backward = text.partition("/")
+    return _layout(forward), _layout(backward or forward)
+
+
+def _layout(text: str) -> Layout:
+    name, _, parameters = text.partition(":")
+    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
+    return name, {key: int(value) for key, value in pairs}

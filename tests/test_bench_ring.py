@@ -1,0 +1,72 @@
+"""benchmarks/ring.py: the masks that it draws, the plans that it makes of them, and its whole road on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsering.benchmarks.masks import density_of
+from sparsering.benchmarks.ring_plans import FAMILIES, Case, cluster_of, make_case_plan, make_work, name_of
+from sparsering.planner.check import check
+from sparsering.planner.schedule import DIRECTIONS
+from sparsering.planner.workload import workload
+from sparsering.traces.pattern import element_mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(family: str) -> None:
+    work = make_work(family, seq_len=4096, density=0.1, columns=64, seed=0, heads=16)
+    assert 0.03 < density_of(work.mask) < 0.4
+    cluster = cluster_of("h200-nvlink-8", world_size=4, nodes=1)
+    plans = {}
+    for placement in ("striped", "balanced", "planned"):
+        case = Case(placement=placement, granularity_blocks=1, backend="triton", layout="gather:chunks=1")
+        plans[placement] = make_case_plan(case, work, cluster=cluster)
+        for way in DIRECTIONS:
+            check(plans[placement].schedule(way), inactive=plans[placement].active_pairs().left_out())
+    assert name_of(plans["striped"]).startswith("stripedx1 gather:chunks=1")
+    loads = {
+        name: workload(work.pattern, plans[name].make_placement()).pairs_per_rank() for name in ("striped", "balanced")
+    }
+    assert loads["balanced"].max() <= loads["striped"].max()
+
+
+def test_packed_documents_are_dense_within_and_nothing_across() -> None:
+    work = make_work("documents", seq_len=1000, density=0.2, columns=64, seed=1, heads=2)
+    documents = work.pattern.documents
+    assert documents is not None and work.columns == 0 and len(np.unique(documents)) > 2
+    causal = np.tril(np.ones((1000, 1000), dtype=bool))
+    assert (element_mask(work.pattern, 0) == (causal & (documents[:, None] == documents[None, :]))).all()
+
+
+def test_two_nodes_are_joined_by_sockets() -> None:
+    cluster = cluster_of("h200-nvlink-8", world_size=8, nodes=2)
+    assert (cluster.nodes, cluster.gpus_per_node) == (2, 4)
+    assert cluster.inter_node is not None and cluster.inter_node.name == "sockets"
+    assert cluster_of("h200-nvlink-8", world_size=8, nodes=1).inter_node is None
+
+
+def test_the_whole_road_on_two_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsering.benchmarks.ring", "--toy", "--family", "slash", "documents"]
+    command += ["--density", "0.2", "--placement", "contiguous", "planned", "--layout", "ring/gather:chunks=1"]
+    command += ["--repeats", "1", "--baselines", "dense-zigzag", "--results", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONSAFEPATH": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("ring-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mask"], row["placement"]) for row in rows] == [
+        ("slash", "contiguous"), ("slash", "planned"), ("documents", "contiguous"), ("documents", "planned"),
+        ("dense", "zigzag"),
+    ]  # fmt: skip
+    for row in rows[:-1]:
+        assert row["compute_ms"] > 0 and row["predicted_peak_bytes"] > 0 and row["peak_bytes"] is None
+        assert row["imbalance"] >= 1
+    assert [row["pairs_left_out"] for row in rows if row.get("placement") == "contiguous"] == [1, 1]
