@@ -21,6 +21,7 @@ from .column_index import ColumnTask, column_task
 from .flash4_index import Flash4Task, flash4_task
 from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels
 from .flash4_merge import merge_part
+from .gradients import grad_columns, grad_query
 from .launching import loadable
 from .mask import AttentionMask
 from .merge import accumulator_dtype
@@ -199,9 +200,9 @@ def _add_columns(inputs: Inputs, columns: Columns, scale: float, grad_q: Tensor)
     q, valid = loadable(inputs.q), columns[2].q_valid_tokens
     values = launching.row_values_from_out(loadable(inputs.out), grad_out, inputs.lse, task, scale)
     of_columns = torch.empty(q.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
-    triton_backend.grad_query(grad_out, q, None, None, values, None, columns, scale, of_columns, add=False)
+    grad_query(grad_out, q, None, None, values, None, columns, scale, of_columns, add=False)
     grad_q[:, :valid] += of_columns[:, :valid]
-    return triton_backend.grad_columns(grad_out, q, columns, values, scale)
+    return grad_columns(grad_out, q, columns, values, scale)
 
 
 def _written(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float) -> Partial:
