@@ -215,12 +215,11 @@ def main() -> None:
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--launches", type=Path, help="launches to use in place of the tuned ones, from sweep --write")
+    parser.add_argument("--launches", type=Path, help="a file of doctor --kernels --tune")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     arguments = parser.parse_args()
     if arguments.launches:
-        chosen = json.loads(arguments.launches.read_text())
-        tuning.OVERRIDES |= {kernel: tuning.Launch(**launch) for kernel, launch in chosen.items()}
+        tuning.use(**json.loads(arguments.launches.read_text()))
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
     print(common.write_result("kernels", rows, folder=arguments.results, gpus=1))
 

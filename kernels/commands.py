@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,13 +17,39 @@ SHAPE = {"batch": 1, "tokens": 500, "heads": 4, "kv_heads": 2, "head_dim": 64}
 BLOCK_SIZE = 128  # which every backend takes
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Check every kind of problem on this GPU against float64.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="With --kernels: time the launch settings too, and write the fastest.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where --tune writes; `sparsering plan --launches` reads it.")
+    ] = Path("launches.json"),
+    backend: Annotated[str, typer.Option(help="With --kernels: triton or flash4.")] = "triton",
+    seq_len_tokens: Annotated[int, typer.Option("--seq-len", help="Tokens to tune for.")] = 131072,
+    density: Annotated[float, typer.Option(help="Share of active blocks to tune for.")] = 0.05,
+    heads: Annotated[int, typer.Option(help="Query heads to tune for.")] = 16,
+    kv_heads: Annotated[int, typer.Option(help="K/V heads to tune for.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Head dim to tune for.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Mask block to tune for.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
     """Show versions, devices, and for every kernel backend whether it agrees with the reference here.
 
     Each is tried forward and backward, with grouped queries, columns and a ragged tail; bfloat16 on a GPU, float32
-    on a CPU. The figure is the largest error of out and gradients, relative to the largest value. Exit code 1 when
-    a backend gives wrong numbers.
+    on a CPU. The figure is the largest error of out and gradients, relative to the largest value. With --kernels, one
+    backend is checked on all shapes that the kernels promise: errors at most twice those of plain torch in the same
+    data type. Exit code 1 when a backend gives wrong numbers.
     """
+    if kernels:
+        raise typer.Exit(_examine(backend, tune, output, as_json, {
+            "seq_len_tokens": seq_len_tokens, "density": density, "heads": heads, "kv_heads": kv_heads,
+            "head_dim": head_dim, "block_size": block_size,
+        }))  # fmt: skip
+    if tune:
+        raise typer.BadParameter("needs --kernels", param_hint="--tune")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {
         "versions": {
@@ -34,6 +61,30 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     typer.echo(json.dumps(found) if as_json else _page(found))
     if any(verdict["state"] == "wrong" for verdict in found["backends"].values()):
         raise typer.Exit(1)
+
+
+def _examine(backend: str, tune: bool, output: Path, as_json: bool, shape: dict[str, Any]) -> int:
+    """Check one backend's kernels, and tune them; the exit code."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("needs an NVIDIA GPU", param_hint="--kernels")
+    if backend not in ("triton", "flash4"):
+        raise typer.BadParameter(f"{backend!r} is neither triton nor flash4", param_hint="--backend")
+    if tune and backend != "triton":
+        raise typer.BadParameter(f"{backend} has no launch settings of ours", param_hint="--tune")
+    from .doctor import check_kernels, tune_kernels
+
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "backend": backend}
+    say = (lambda line: None) if as_json else typer.echo
+    found["cases"] = list(check_kernels(backend, say))
+    wrong = [row["case"] for row in found["cases"] if row["state"] == "wrong"]
+    if tune and not wrong:
+        try:
+            found |= tune_kernels(shape, output, say)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--tune") from error
+    if as_json:
+        typer.echo(json.dumps(found))
+    return 1 if wrong else 0
 
 
 def _version(name: str) -> str | None:

@@ -105,7 +105,7 @@ def resources(
         "D": head_dim,
         "SIGN": -1,
         "DOCUMENTS": documents,
-        "OWN": own,
+        "OWN": own or kernel == tuning.COLUMN_GRAD_KV,
         "SPLIT": False,
         "TMA": launch.tma,
         "MERGE": merge,

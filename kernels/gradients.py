@@ -212,6 +212,8 @@ def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tens
     parts = torch.empty(2, chunks * batch * heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
     arguments = launching.column_arguments(column_k, column_v, index, launch)
     del arguments["COLUMNS"]
+    # With the loop for columns of own blocks compiled in, if never entered, an H200 takes 2.5 ms, without it 3.5.
+    arguments["OWN"] = True
     run(
         column_grad_kv_kernel,
         (column_tiles, batch * heads, chunks),

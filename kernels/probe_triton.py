@@ -1,9 +1,9 @@
-"""The probe's attention, summed by column and by distance, without ever storing it: two passes over the keys.
+"""The probe's attention, summed by column and by distance: two passes over the keys.
 
 probe.py defines these sums with tensor operations and works for everything; this is the fast way for GPUs. The first
-pass keeps a peak and a total per probe row, which ranks may combine; the second recomputes the probabilities, tile by
-tile, adds them up over the rows and, shifted row by row, along distances. A distance gets at most two additions (of
-neighbouring tiles), so that their order does not matter: results repeat bit for bit.
+pass keeps a peak and a total per probe row, which ranks may combine; the second recomputes the probabilities, adds them
+up over the rows and leaves those of some heads for a kernel that reads them along distances. A distance gets at most
+two additions (of neighbouring tiles), so that their order does not matter: results repeat bit for bit.
 Shape legend: R probe rows (a power of two), T keys of a tile, at consecutive positions.
 """
 
@@ -27,6 +27,8 @@ from .triton_run import run
 HEAD_DIMS = (16, 32, 64, 128)
 TILE_KEYS = 128
 TILES_A_PROGRAM = 8
+# Probabilities held at once (float32): bounds the memory of long sequences.
+WEIGHTS_AT_ONCE = 1 << 27
 
 
 @triton.jit
@@ -77,40 +79,52 @@ def peaks_kernel(rows, k, positions, peaks, totals, k_s, k_h, tokens, tiles, chu
 
 
 @triton.jit
-def sums_kernel(rows, k, positions, peaks, totals, columns, slashes, scratch, k_s, k_h, tokens, tiles, chunks, seq_len,
-                first_row, count, scale, GROUP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-                CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """columns, slashes float32 [H, seq_len], zeroed: probabilities by key and by distance. Grid as peaks_kernel.
+def columns_kernel(rows, k, positions, peaks, totals, columns, weights, k_s, k_h, tokens, tiles, chunks, seq_len,
+                   first_row, count, scale, first_head, GROUP: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+                   D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """columns float32 [H, seq_len], zeroed: probabilities summed by key; weights [heads here, R, tiles * T]: each one.
 
-    scratch float32 [programs, R, T]: where a tile is written straight and read back shifted.
+    Grid as peaks_kernel, over the heads from first_head on.
     """
     program = tl.program_id(0)
-    head = (program // (GROUP * chunks)) * GROUP + program % GROUP
+    here = (program // (GROUP * chunks)) * GROUP + program % GROUP
+    head = first_head + here
     chunk = program // GROUP % chunks
     rows_tile = load_rows(rows, head, count, R, D)
     row = tl.arange(0, R)
     known = row < count
     peak = tl.load(peaks + head * count + row, mask=known, other=0.0)
     weight = tl.where(known, 1.0 / tl.load(totals + head * count + row, mask=known, other=1.0), 0.0)
-    line = head.to(tl.int64) * seq_len
-    # Row r meets the key t of a tile at distance first_row + r - start - t: slot r + T - 1 - t of 2 T.
-    slots, keys = tl.arange(0, 2 * T), tl.arange(0, T)
-    source = row[:, None] + (T - 1) - slots[None, :]
-    inside = (source >= 0) & (source < T)
-    own = scratch + program.to(tl.int64) * R * T + row[:, None] * T
+    keys = tl.arange(0, T)
     for tile in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tiles)):
         logits, start = probe_logits(rows_tile, k, positions, head // GROUP, tile, k_s, k_h, tokens, seq_len,
                                      first_row, scale, R, T, D, PRECISION)
         p = tl.exp(logits - peak[:, None]) * weight[:, None]
-        tl.store(own + keys[None, :], p)
-        tl.debug_barrier()
+        line = (here * R + row).to(tl.int64) * tiles * T
+        tl.store(weights + line[:, None] + (tile * T + keys)[None, :], p)
         held = (tile * T + keys < tokens) & (start + keys < seq_len)
-        tl.store(columns + line + start + keys, tl.sum(p, 0), mask=held)
-        along = tl.sum(tl.load(own + source, mask=inside, other=0.0), 0)
-        tl.debug_barrier()
-        distance = first_row - start - (T - 1) + slots
-        tl.atomic_add(slashes + line + distance, along, mask=(along > 0.0) & (distance >= 0) & (distance < seq_len),
-                      sem="relaxed")
+        tl.store(columns + head.to(tl.int64) * seq_len + start + keys, tl.sum(p, 0), mask=held)
+
+
+@triton.jit
+def slashes_kernel(weights, positions, slashes, tiles, seq_len, first_row, first_head, R: tl.constexpr,
+                   T: tl.constexpr):
+    """slashes float32 [H, seq_len], zeroed: the same summed by distance. Grid (tiles, heads here).
+
+    Row r meets the key t of a tile at distance first_row + r - start - t: slot r + T - 1 - t of 2 T.
+    """
+    tile, here = tl.program_id(0), tl.program_id(1)
+    slots = tl.arange(0, 2 * T)
+    total = tl.zeros([2 * T], tl.float32)
+    source = weights + here.to(tl.int64) * R * tiles * T + tile * T
+    for row in range(0, R):
+        key = row + (T - 1) - slots
+        total += tl.load(source + key, mask=(key >= 0) & (key < T), other=0.0)
+        source += tiles * T
+    distance = first_row - tl.load(positions + tile * T).to(tl.int32) - (T - 1) + slots
+    valid = (total > 0.0) & (distance >= 0) & (distance < seq_len)
+    line = (first_head + here).to(tl.int64) * seq_len
+    tl.atomic_add(slashes + line + distance, total, mask=valid, sem="relaxed")
 
 
 def tile_keys(shard: ShardTensors, count: int) -> int:
@@ -147,15 +161,21 @@ def column_and_slash_sums(
         "tokens": k.shape[0], "tiles": tiles, "chunks": chunks, "seq_len": shard.seq_len_tokens,
         "first_row": first_row, "count": count, "scale": scale, "GROUP": heads // k.shape[1], "R": capacity,
         "T": keys, "D": dim, "CHUNK": TILES_A_PROGRAM, "PRECISION": "ieee" if k.element_size() > 2 else "tf32",
-        "num_warps": 4,
+        "num_warps": 4, "num_stages": 2,
     }
     parts = torch.empty(2, heads, chunks, capacity, dtype=torch.float32, device=k.device)
     run(peaks_kernel, (heads * chunks,), peaks=parts[0], totals=parts[1], **common)
     peaks, totals = _combined(parts[..., :count], collectives)
     sums = torch.zeros(2, heads, shard.seq_len_tokens, dtype=torch.float32, device=k.device)
-    scratch = torch.empty(heads * chunks, capacity, keys, dtype=torch.float32, device=k.device)
-    run(sums_kernel, (heads * chunks,), peaks=peaks, totals=totals, columns=sums[0], slashes=sums[1], scratch=scratch,
-        **common)
+    group = heads // k.shape[1]
+    at_once = max(1, WEIGHTS_AT_ONCE // (group * capacity * tiles * keys)) * group
+    for first in range(0, heads, at_once):
+        here = min(at_once, heads - first)
+        weights = torch.empty(here, capacity, tiles * keys, dtype=torch.float32, device=k.device)
+        run(columns_kernel, (here * chunks,), peaks=peaks, totals=totals, columns=sums[0], weights=weights,
+            first_head=first, **common)
+        run(slashes_kernel, (tiles, here), weights, shard.positions, sums[1], tiles, shard.seq_len_tokens, first_row,
+            first, R=capacity, T=keys)
     return sums
 
 

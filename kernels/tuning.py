@@ -1,12 +1,15 @@
 """Launch settings per architecture: tile sizes, warps, pipeline stages, and how tiles are loaded.
 
-The settings are data, found by benchmarks/sweep.py and explained in docs/kernels.md.
+The settings are data, found by tune.py and explained in docs/kernels.md. What `sparsering doctor --kernels --tune`
+finds on another GPU goes into a file, from there into plans, and comes back here through `use`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -64,6 +67,24 @@ EXCEPTIONS: dict[tuple[int, str, int, int], Launch] = {
 }
 # What a sweep tries; no one else sets it.
 OVERRIDES: dict[str, Launch] = {}
+# What `use` was given, by (compute capability, kernel, head dim, block size); for 16-bit inputs.
+GIVEN: dict[tuple[int, str, int, int], Launch] = {}
+
+
+def use(*, capability: int, head_dim: int, block_size: int, launches: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prefer these launches (kernel -> fields of Launch) on this compute capability and shape, in this process.
+
+    Raises ValueError for a kernel or a field that there is not.
+    """
+    found: dict[tuple[int, str, int, int], Launch] = {}
+    for kernel, fields in launches.items():
+        if kernel not in SM90:
+            raise ValueError(f"launches: {kernel!r} is not one of {', '.join(SM90)}")
+        unknown = sorted(set(fields) - set(Launch.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"launches.{kernel}: a launch has no {', '.join(unknown)}")
+        found[capability, kernel, head_dim, block_size] = Launch(**fields)
+    GIVEN.update(found)
 
 
 def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, itemsize: int) -> Launch:
@@ -73,6 +94,8 @@ def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, 
     """
     if kernel in OVERRIDES:
         return OVERRIDES[kernel]
+    if itemsize == 2 and (capability, kernel, head_dim, block_size) in GIVEN:
+        return GIVEN[capability, kernel, head_dim, block_size]
     architecture, table = (90, SM90) if capability >= 90 else (80, SM80)
     found = table[kernel]
     if capability == 0:

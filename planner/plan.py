@@ -71,10 +71,31 @@ class PatternSpec(_Strict):
     trace_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
+class LaunchSpec(_Strict):
+    """M query rows, N keys, warps and stages of one kernel; tma: loads by descriptors; registers: a cap, or 0."""
+
+    m: int = Field(gt=0)
+    n: int = Field(gt=0)
+    warps: int = Field(gt=0)
+    stages: int = Field(gt=0)
+    tma: bool
+    registers: int = Field(default=0, ge=0)
+
+
+class TunedLaunches(_Strict):
+    """What `sparsering doctor --kernels --tune` found on GPUs of one compute capability, for one shape."""
+
+    capability: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    block_size: int = Field(gt=0)
+    launches: dict[str, LaunchSpec]
+
+
 class KernelSpec(_Strict):
-    """Kernel settings that every rank must share."""
+    """Kernel settings that every rank must share. tuned: launches to prefer where they were tuned for."""
 
     backend: Literal["reference", "blockwise", "triton", "flash4"] = "triton"
+    tuned: TunedLaunches | None = None
 
 
 class Plan(_Strict):
@@ -231,6 +252,14 @@ def make_plan(
         sealed[direction] = spec.model_copy(update={"schedule_sha256": plan.build_schedule(direction).sha256()})
     plan = plan.model_copy(update=sealed)
     return plan.model_copy(update={"digest": plan.compute_digest()})
+
+
+def load_launches(path: Path) -> TunedLaunches:
+    """Read what `sparsering doctor --kernels --tune` wrote. InputError names file, field and value."""
+    try:
+        return TunedLaunches.model_validate(read_json(path, max_bytes=MAX_PLAN_BYTES))
+    except ValidationError as error:
+        raise validation_error(error, path) from error
 
 
 def load_plan(path: Path) -> Plan:
