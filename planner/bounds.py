@@ -38,23 +38,38 @@ def lower_bound(
     shape: AttentionShape,
     direction: Direction,
     pairs: Pairs | None = None,
+    keep_kv: bool = False,
 ) -> Bound:
     """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
-    pairs: (query part, key part) pairs that are computed; None: all.
+    pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
     """
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=communication_bound_us(cluster, shape, direction, pairs),
+        communication_us=communication_bound_us(cluster, shape, direction, pairs, keep_kv=keep_kv),
     )
 
 
 def step_bound_us(
-    *, workload: Workload, cluster: Cluster, cost: CostModel, shape: AttentionShape, pairs: Pairs | None = None
+    *,
+    workload: Workload,
+    cluster: Cluster,
+    cost: CostModel,
+    shape: AttentionShape,
+    pairs: Pairs | None = None,
+    keep_kv: bool = False,
 ) -> float:
     """Return the bound of forward + backward of one layer."""
     bounds = [
-        lower_bound(workload=workload, cluster=cluster, cost=cost, shape=shape, direction=direction, pairs=pairs)
+        lower_bound(
+            workload=workload,
+            cluster=cluster,
+            cost=cost,
+            shape=shape,
+            direction=direction,
+            pairs=pairs,
+            keep_kv=keep_kv,
+        )
         for direction in DIRECTIONS
     ]
     return sum(bound.total_us for bound in bounds)
@@ -82,15 +97,22 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
 
 
 def communication_bound_us(
-    cluster: Cluster, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None
+    cluster: Cluster,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+    *,
+    keep_kv: bool = False,
 ) -> float:
     """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
     Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
     gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
-    its ranks need, those of other nodes enter. Columns are left out.
+    its ranks need, those of other nodes enter. Columns are left out. keep_kv: backward moves no K/V.
     """
-    shard_bytes = shape.kv_bytes + (shape.dkv_bytes if direction == "backward" else 0)
+    shard_bytes = shape.kv_bytes
+    if direction == "backward":
+        shard_bytes = shape.dkv_bytes + (0 if keep_kv else shape.kv_bytes)
     needed = (pairs or Pairs.all_of(shape.world_size)).matrix
     foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us

@@ -60,6 +60,11 @@ class LayoutChoice:
     layout: str
     parameters: tuple[tuple[str, int], ...]
 
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether forward keeps K/V for backward: then both directions must."""
+        return ("keep_kv", 1) in self.parameters
+
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.parameters)
         return f"{self.layout} ({shown})" if shown else self.layout
@@ -83,6 +88,9 @@ class Baseline:
 
 def _layout(name: str, **parameters: int) -> LayoutChoice:
     return LayoutChoice(layout=name, parameters=tuple(sorted(parameters.items())))
+
+
+KEEPING = _layout("gather", chunks=1, keep_kv=1)
 
 
 def placement_choices(
@@ -110,6 +118,7 @@ def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> l
     choices = [_layout("gather", chunks=count) for count in chunks]
     choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
     choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
+    choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     choices.append(_layout("ulysses"))
     return [choice for choice in choices if names is None or choice.layout in names]
 
@@ -126,7 +135,8 @@ def baselines(*, cluster: Cluster, block_size: int) -> list[Baseline]:
     striped, zigzag, contiguous = (
         PlacementChoice(name=name, granularity_tokens=block_size) for name in ("striped", "zigzag", "contiguous")
     )
-    found = [Baseline(placement=striped, layout=layout) for layout in layout_choices(cluster=cluster, names=["gather"])]
+    gathers = [layout for layout in layout_choices(cluster=cluster, names=["gather"]) if not layout.keeps_kv]
+    found = [Baseline(placement=striped, layout=layout) for layout in gathers]
     ring = _layout("ring", prefetch=1)
     found += [Baseline(placement=placement, layout=ring) for placement in (striped, zigzag, contiguous)]
     if cluster.gpus_per_node in inner_sizes(cluster):

@@ -56,6 +56,16 @@ def check(schedule: Schedule, *, inactive: Collection[tuple[int, int]] = frozens
     return _report(schedule, peak_bytes)
 
 
+def check_step(forward: Schedule, backward: Schedule) -> None:
+    """Prove that backward begins with the K/V that forward keeps; ScheduleError, naming the rank, when it does not."""
+    for rank in range(forward.world_size):
+        kept, expected = forward.kept(rank), backward.kept(rank)
+        if kept != expected:
+            shown = [", ".join(f"{shard} in {name}" for name, shard in held.items()) for held in (kept, expected)]
+            told = f"forward keeps {shown[0] or 'nothing'}, backward begins with {shown[1] or 'nothing'}"
+            raise broken(told, rank=rank, about="kept K/V")
+
+
 def _check_coverage(schedule: Schedule, inactive: frozenset[tuple[int, int]]) -> None:
     counts = _count_tasks(schedule)
     expected = np.ones_like(counts)

@@ -5,7 +5,8 @@ that shard; so what a destination receives is known without looking at the sourc
 whole, never copied and never overwritten, and may only be added to a sum of the same shard; so once no rank is left
 with one outside its home, every contribution has arrived home exactly once.
 
-K/V and queries: a slot's content is a shard. Columns: the rank's own rows (or gradients), then those of all ranks.
+K/V and queries: a slot's content is a shard, and kept slots hold theirs when forward ends and when backward begins.
+Columns: the rank's own rows (or gradients), then those of all ranks.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class _Walk:
         self.slots = {name: _Slot() for name in rules.buffers}
         self.in_flight: dict[str, Transfer] = {}
         self.phase = 0
+        if schedule.direction == "backward":
+            for name, shard in schedule.kept(rank).items():
+                self.slots[name].content = shard
+                self._touch(name)
         if COLUMNS_HOME in self.slots:  # backward keeps what forward gathered
             forward = schedule.direction == "forward"
             self.slots[COLUMNS_HOME].content = OWN_COLUMNS if forward else ALL_COLUMNS
@@ -222,6 +227,11 @@ class _Walk:
             left = self.rules.buffers[name].kind in SUMS or slot.content == COLUMN_GRADIENTS
             if left and slot.content is not None:
                 raise self._site(f"buffer {name}").broken(f"{slot.content} never arrives home")
+
+        if self.schedule.direction == "forward":
+            for name, shard in self.schedule.kept(self.rank).items():
+                self._require_content(self._site(f"buffer {name}"), name, shard)
+                self._touch(name)
 
     def _peak_bytes(self, phases: int) -> int:
         change = [0] * (phases + 1)

@@ -15,6 +15,7 @@ from .schedule import (
     COLUMNS_HOME,
     DCOLUMNS_HOME,
     DKV_HOME,
+    KEPT,
     KV_HOME,
     OUT_HOME,
     Q_HOME,
@@ -130,6 +131,9 @@ class Rules:
         if self.schedule.num_heads % self.head_groups:
             raise broken(f"{self.schedule.num_heads} heads do not split in {self.head_groups} head groups")
         for rank in range(world):
+            for name in self.schedule.kept(rank):
+                if name not in self.buffers or not name.startswith(KEPT):
+                    raise broken("kept, but not stated as such", rank=rank, about=f"buffer {name}")
             indices = [phase.index for phase in self.schedule.phases(rank)]
             if indices != list(range(len(indices))):
                 raise broken(f"phases are numbered {indices}", rank=rank)

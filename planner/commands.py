@@ -20,11 +20,11 @@ from rich.table import Table
 from ..traces.errors import InputError, ScheduleError
 from ..traces.store import Trace
 from .candidates import PLACEMENTS
-from .check import CheckReport
+from .check import CheckReport, check_step
 from .check import check as prove
 from .cluster import load_cluster, preset_names
 from .layouts import LAYOUTS
-from .plan import DType, KernelSpec, Plan, load_plan
+from .plan import DType, KernelSpec, Plan, load_launches, load_plan
 from .sampling import Progress as Report
 from .schedule import DIRECTIONS, Direction, Schedule
 from .search import DEFAULT_MEMORY_FRACTION, plan_trace
@@ -48,6 +48,9 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
     dtype: Annotated[str, typer.Option(help=f"Of q, k, v: {', '.join(get_args(DType))}.")] = "bfloat16",
     backend: Annotated[str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.")] = "triton",
+    launches: Annotated[
+        Path | None, typer.Option(help="Launch settings for the kernels: a file of `doctor --kernels --tune`.")
+    ] = None,
     memory_limit_bytes: Annotated[
         int | None, typer.Option(help="For one layer's attention on one GPU; overrides the fraction.")
     ] = None,
@@ -81,6 +84,7 @@ def plan(
             evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
             dtype=dtype,  # pyright: ignore[reportArgumentType]  # checked above
             backend=backend,
+            tuned=None if launches is None else load_launches(launches),
             memory_limit_bytes=memory_limit_bytes,
             memory_fraction=memory_fraction,
             steps=_numbers("--steps", steps),
@@ -110,11 +114,19 @@ def check(
         for number, direction in enumerate(DIRECTIONS):
             reports[direction] = _proved(plan, made, direction)
             report("proving", number + 1, len(DIRECTIONS))
+    _kept_alike(plan, made)
     if as_json:
         figures = {direction: _figures(made.schedule(direction), one) for direction, one in reports.items()}
         typer.echo(json.dumps({"plan": str(plan), **_summary(made), "proved": list(PROVED), "figures": figures}))
     else:
         _show_proof(made, reports)
+
+
+def _kept_alike(path: Path, made: Plan) -> None:
+    try:
+        check_step(made.schedule("forward"), made.schedule("backward"))
+    except ScheduleError as error:
+        raise InputError(str(error), source=path) from error
 
 
 def _proved(path: Path, made: Plan, direction: Direction) -> CheckReport:

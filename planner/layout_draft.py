@@ -26,6 +26,7 @@ from .schedule import (
     Task,
     Transfer,
     TransferKind,
+    keeps_nothing,
 )
 
 COLUMNS = "columns"
@@ -113,6 +114,7 @@ def close_schedule(
     communicators: list[Communicator],
     buffers: list[Buffer],
     draft: Callable[[int, Draft], None],
+    kept: Callable[[int], dict[str, ShardId]] = keeps_nothing,
 ) -> Schedule:
     """Close a layout: add home buffers and the columns' part, and make the program."""
     if shape.columns_capacity:
@@ -138,6 +140,7 @@ def close_schedule(
         communicators=tuple(communicators),
         buffers=tuple(home + buffers),
         program=program,
+        kept=kept,
     )
 
 

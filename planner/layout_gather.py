@@ -12,20 +12,37 @@ from numpy.typing import NDArray
 from ..traces.errors import InputError
 from .layout_draft import AttentionShape, Draft, Route, block_task, close_schedule, slots
 from .pairs import Pairs
-from .schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule, Transfer
+from .schedule import (
+    DKV_HOME,
+    KEPT,
+    KV_HOME,
+    Buffer,
+    Communicator,
+    Direction,
+    Schedule,
+    ShardId,
+    Transfer,
+    keeps_nothing,
+)
 
 
-def gather(*, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4) -> Schedule:
+def gather(
+    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4, keep_kv: int = 0
+) -> Schedule:
     """A pipelined all-gather: every shard goes straight from its owner to all that need it, in `chunks` launches.
 
     Phase c computes the shards of chunk c together. Needs as many K/V slots as a rank needs other shards. Backward:
-    dK/dV go straight home.
+    dK/dV go straight home. keep_kv: 1 keeps what forward gathered for backward, which then fetches nothing; 0 gathers
+    again.
     """
+    if keep_kv not in (0, 1):
+        raise InputError(f"is 0 or 1, not {keep_kv}", field="keep_kv")
     if chunks < 1:
         raise InputError(f"must be at least 1, not {chunks}", field="chunks")
     needed = (pairs or Pairs.all_of(shape.world_size)).distances
-    layout = _Gather(shape=shape, direction=direction, needed=needed, chunks=chunks)
-    return close_schedule("gather", direction, shape, layout.communicators(), layout.buffers(), layout.draft)
+    layout = _Gather(shape=shape, direction=direction, needed=needed, chunks=chunks, keep_kv=bool(keep_kv))
+    parts = layout.communicators(), layout.buffers(), layout.draft
+    return close_schedule("gather", direction, shape, *parts, kept=layout.kept if keep_kv else keeps_nothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +53,25 @@ class _Gather:
     direction: Direction
     needed: NDArray[np.bool_]
     chunks: int
+    keep_kv: bool
 
     @property
     def world(self) -> int:
         return self.shape.world_size
+
+    @property
+    def fetches(self) -> bool:
+        """Whether K/V are gathered in this direction."""
+        return self.direction == "forward" or not self.keep_kv
+
+    @property
+    def kv_pool(self) -> str:
+        return KEPT.removesuffix(":") if self.keep_kv else "kv"
+
+    def kept(self, rank: int) -> dict[str, ShardId]:
+        """Return what a rank keeps: every shard that it reads but its own."""
+        offsets = [offset for offset in range(1, self.world) if self.reads[rank, offset]]
+        return {self.kv_slot(rank, offset): ShardId(sequence_part=(rank - offset) % self.world) for offset in offsets}
 
     @cached_property
     def pieces(self) -> list[list[int]]:
@@ -57,12 +89,13 @@ class _Gather:
         return self.needed[(reader - offset) % self.world, offset]
 
     def communicators(self) -> list[Communicator]:
-        names = ["gather", "gather_grad"] if self.direction == "backward" and self.world > 1 else ["gather"]
+        names = ["gather"] if self.fetches or self.world == 1 else []
+        names += ["gather_grad"] if self.direction == "backward" and self.world > 1 else []
         return [Communicator(name=name, groups=(tuple(range(self.world)),)) for name in names]
 
     def buffers(self) -> list[Buffer]:
         fetched = int(self.reads[:, 1:].sum(axis=1).max())
-        buffers = slots("kv", "kv", fetched, self.shape.kv_bytes)
+        buffers = slots(self.kv_pool, "kv", fetched, self.shape.kv_bytes)
         if self.direction == "backward" and fetched:
             buffers += slots("dkv", "dkv", self.largest * min(2, len(self.pieces)), self.shape.dkv_bytes)
             landing = max(int(self.needed[:, piece].sum(axis=1).max()) for piece in self.pieces)
@@ -85,7 +118,7 @@ class _Gather:
         return self.needed.cumsum(axis=1) - 1
 
     def kv_slot(self, reader: int, offset: int) -> str:
-        return f"kv:{self._read_before[reader, offset - 1]}"
+        return f"{self.kv_pool}:{self._read_before[reader, offset - 1]}"
 
     def grad_slot(self, reader: int, offset: int, chunk: int) -> str:
         place = self._read_before[reader, offset - 1] - self._read_before[reader, self.pieces[chunk - 1][0] - 1]
@@ -110,7 +143,8 @@ class _Gather:
                 if reads:
                     grad = self.grad_slot(rank, offset, chunk) if self.direction == "backward" else None
                     parts.compute(chunk, block_task(rank, owner, self.kv_slot(rank, offset), self.shape, grad))
-            parts.launch(0, fetch, wait=chunk)
+            if self.fetches:
+                parts.launch(0, fetch, wait=chunk)
             if self.direction == "backward":
                 parts.launch(chunk + 1, homeward, wait=chunk + 2)
 

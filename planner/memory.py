@@ -22,21 +22,25 @@ class LayerMemory:
     home_bytes: the rank's own q, k, v, out, dout, log-sum-exp, delta; dq, dk and dv as they are summed and as they are
     returned, which is twice where the types differ
     columns_bytes: gathered K and V of all columns and their gradients
-    buffer_bytes: the schedule's slots for other ranks' data
+    buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them
+    kept_bytes: the kept slots of all other layers, which wait for their backward
     """
 
     home_bytes: int
     columns_bytes: int
     buffer_bytes: int
+    kept_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.home_bytes + self.columns_bytes + self.buffer_bytes
+        return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes
 
 
-def layer_memory(schedule: Schedule, shape: AttentionShape) -> LayerMemory:
+def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1) -> LayerMemory:
     """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
+
+    layers: of the model; each of them keeps its own K/V where the schedule keeps any.
 
     A step needs the larger total of its two directions, which share an arena for their slots.
     """
@@ -50,4 +54,5 @@ def layer_memory(schedule: Schedule, shape: AttentionShape) -> LayerMemory:
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
         buffer_bytes=schedule.buffer_bytes,
+        kept_bytes=(layers - 1) * schedule.kept_bytes,
     )

@@ -10,6 +10,7 @@ How a rank plays its phases, in order:
 3. Its `tasks` are computed, in the order listed, while launched transfers are in flight.
 
 Buffers are named slots of equal size on every rank; names ending in ":home" are the rank's own data and exist always.
+Slots named "kept:" are a layer's own: forward fills them, backward begins with them; all others serve all layers.
 A transfer reads `source_buffer` on its source and fills `buffer` on its destination. A `dkv` or `out` transfer moves
 its content: the source buffer is empty once it completes. A task writes `grad_buffer`/`out_buffer` by adding to it.
 Shapes of all transfers are a function of the plan alone.
@@ -39,6 +40,7 @@ Q_HOME = "q:home"
 OUT_HOME = "out:home"
 COLUMNS_HOME = "columns:home"
 DCOLUMNS_HOME = "dcolumns:home"
+KEPT = "kept:"  # prefix of slots for K/V that a layer keeps from forward to backward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -141,12 +143,18 @@ class Buffer:
     capacity_bytes: int
 
 
+def keeps_nothing(rank: int) -> dict[str, ShardId]:
+    """Return what `rank` keeps from forward to backward where nothing is kept."""
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """One direction of one layer's attention on all ranks.
 
     communicators are listed in launch order: within a phase, every rank launches on them in this order, and so there
     is one total order over all communicators. `program(rank)` makes that rank's phases; `phases` keeps them.
+    `kept(rank)`: K/V buffers of the layer's own, by the shards that they hold when forward ends and backward begins.
     """
 
     direction: Direction
@@ -156,6 +164,7 @@ class Schedule:
     communicators: tuple[Communicator, ...]
     buffers: tuple[Buffer, ...]
     program: Callable[[int], tuple[Phase, ...]]
+    kept: Callable[[int], dict[str, ShardId]] = keeps_nothing
     _expanded: dict[int, tuple[Phase, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def phases(self, rank: int) -> tuple[Phase, ...]:
@@ -176,11 +185,19 @@ class Schedule:
         """Bytes of all buffers on one rank, the rank's own data (":home") excluded."""
         return sum(buffer.capacity_bytes for buffer in self.buffers if not buffer.name.endswith(":home"))
 
+    @property
+    def kept_bytes(self) -> int:
+        """Those of them that every layer has for itself, from its forward to its backward."""
+        return sum(buffer.capacity_bytes for buffer in self.buffers if buffer.name.startswith(KEPT))
+
     def sha256(self) -> str:
         """Return the SHA-256 of the expanded schedule of all ranks, in canonical JSON rank by rank."""
         head = {"direction": self.direction, "layout": self.layout, "world_size": self.world_size}
         head |= {"num_heads": self.num_heads, "communicators": [asdict(c) for c in self.communicators]}
         head |= {"buffers": [asdict(b) for b in self.buffers]}
+        kept = [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in range(self.world_size)]
+        if any(kept):
+            head |= {"kept": kept}
         digest = hashlib.sha256(canonical_json(head))
         for rank in range(self.world_size):
             digest.update(canonical_json([asdict(phase) for phase in self.program(rank)]))
@@ -198,4 +215,5 @@ def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -
         communicators=schedule.communicators,
         buffers=schedule.buffers,
         program=lambda rank: replaced[rank] if rank in replaced else schedule.phases(rank),
+        kept=schedule.kept,
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..traces.errors import UnsupportedError
 from .bounds import step_bound_us
-from .candidates import LayoutChoice, PlacementChoice, why_not_executable
+from .candidates import KEEPING, LayoutChoice, PlacementChoice, why_not_executable
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
@@ -213,6 +213,12 @@ class ScoreBoard:
             )
         return self._schedules[key]
 
+    def may_keep(self, choice: PlacementChoice) -> bool:
+        """Whether the memory limit allows to keep all gathered K/V of every layer until backward."""
+        schedule = self.schedule(choice, KEEPING, "backward")
+        memory = layer_memory(schedule, self.problem.shape(self.placement(choice)), layers=self.problem.model.layers)
+        return memory.total_bytes <= self.problem.memory_limit_bytes
+
     def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
         """Whether the layout can be built for these sizes at all."""
         try:
@@ -226,7 +232,7 @@ class ScoreBoard:
         key = (rater, choice, layout, direction)
         if key not in self._scores:
             schedule, problem = self.schedule(choice, layout, direction), self.problem
-            memory = layer_memory(schedule, problem.shape(self.placement(choice)))
+            memory = layer_memory(schedule, problem.shape(self.placement(choice)), layers=problem.model.layers)
             self._scores[key] = Score(
                 evaluations=tuple(
                     rater.evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)
@@ -260,6 +266,7 @@ class ScoreBoard:
                     cost=problem.cost,
                     shape=problem.shape(placement),
                     pairs=self.pairs(choice),
+                    keep_kv=self.may_keep(choice),
                 )
                 for choice, placement in self._placements.items()
             ]

@@ -10,12 +10,12 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, sha256_of_bytes
 from ..traces.manifest import library_versions
 from ..traces.store import Trace
-from .check import check
+from .check import check, check_step
 from .cluster import Cluster
 from .compiled import CompiledRecurrence
 from .cost import CostModel, DatasheetCost
 from .evaluation import Evaluator
-from .plan import DType, KernelSpec, ModelShape, Plan, make_plan
+from .plan import DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
 from .schedule import DIRECTIONS
 from .scores import Problem, ScoreBoard, Step
@@ -34,6 +34,7 @@ def plan_trace(
     cost: CostModel | None = None,
     dtype: DType = "bfloat16",
     backend: str = "triton",
+    tuned: TunedLaunches | None = None,
     memory_limit_bytes: int | None = None,
     memory_fraction: float = DEFAULT_MEMORY_FRACTION,
     steps: Sequence[int] | None = None,
@@ -51,6 +52,7 @@ def plan_trace(
     cost: times of tasks; by default from the cluster's datasheet.
     memory_limit_bytes: for one layer's attention on one GPU; by default `memory_fraction` of the GPU's memory.
     steps, layers: what to evaluate on; by default up to four evenly spread layers of the last training step.
+    tuned: launches that the plan's kernels shall prefer.
     layouts, placements: names to restrict the pick to. pattern: "trace" to replay it, "choose" to choose as it did.
     Raises InputError, in one line, for what cannot be planned.
     """
@@ -81,6 +83,7 @@ def plan_trace(
     return _seal(
         problem,
         selection.pick,
+        kernels=KernelSpec.model_validate({"backend": backend, "tuned": tuned}),
         pattern=spec,
         predictions=predictions(problem, selection, restricted=bool(layouts or placements)),
         provenance=_provenance(trace, cluster, seed=seed, command=command),
@@ -104,10 +107,10 @@ def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
         placement=board.placement(pick.placement),
         forward=(pick.forward_layout.layout, dict(pick.forward_layout.parameters)),
         backward=(pick.backward_layout.layout, dict(pick.backward_layout.parameters)),
-        kernels=KernelSpec.model_validate({"backend": problem.backend}),
         pairs=board.pairs(pick.placement),
         **parts,
     )
+    check_step(plan.schedule("forward"), plan.schedule("backward"))
     for direction in DIRECTIONS:
         check(plan.schedule(direction), inactive=plan.active_pairs().left_out())
     return plan

@@ -79,14 +79,20 @@ class Options:
     backward: dict[LayoutChoice, float] = field(default_factory=dict)
 
     @property
+    def mixtures(self) -> list[tuple[LayoutChoice, LayoutChoice]]:
+        """(forward, backward) layouts that go together: either both keep K/V or none does."""
+        both = product(self.forward, self.backward)
+        return [(forward, backward) for forward, backward in both if forward.keeps_kv == backward.keeps_kv]
+
+    @property
     def complete(self) -> bool:
         """Whether there is a layout for both directions."""
-        return bool(self.forward and self.backward)
+        return bool(self.mixtures)
 
     @property
     def best_us(self) -> float:
         """The best time of a step."""
-        return min(self.forward.values()) + min(self.backward.values())
+        return min(self.forward[forward] + self.backward[backward] for forward, backward in self.mixtures)
 
 
 def select(
@@ -191,8 +197,10 @@ def _finalists(
             (options[choice].forward, kept.forward),
             (options[choice].backward, kept.backward),
         ):
-            best = sorted(all_of_them, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
-            of_them.update((layout, all_of_them[layout]) for layout in best)
+            for keeps in (False, True):
+                alike = [layout for layout in all_of_them if layout.keeps_kv == keeps]
+                best = sorted(alike, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
+                of_them.update((layout, all_of_them[layout]) for layout in best)
     return found
 
 
@@ -205,7 +213,7 @@ def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rat
     complete = {choice: one for choice, one in options.items() if one.complete}
     steps = []
     for number, (choice, one) in enumerate(complete.items()):
-        mixtures = sorted(product(one.forward, one.backward), key=lambda both: both[0] != both[1])
+        mixtures = sorted(one.mixtures, key=lambda both: both[0] != both[1])
         steps += [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
         progress("choosing", number + 1, len(complete))
     return min(steps, key=lambda step: step.step_time_us)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import tuning
 from ..kernels.api import AttentionMask, accumulator_dtype
+from ..planner.check import check_step
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS, Direction
+from ..planner.schedule import DIRECTIONS, KEPT, Direction
 from ..traces.errors import InputError
 from .buffers import BufferPool, Slots
 from .comm import Channel, Channels, CommunicationError
@@ -45,11 +47,13 @@ class PlannedAttention:
     ) -> None:
         plan.require(world_size=mesh.world_size)
         plan.require_executable()
+        _use_tuned_launches(plan)
         PlannedAttention._made += 1
         self.topic = f"plan {PlannedAttention._made}"  # ranks make plans in the same order
         agree(mesh, f"{self.topic} digest", plan.digest)
         self.plan, self.mesh, self.recorder = plan, mesh, recorder
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
+        check_step(self.schedules["forward"], self.schedules["backward"])
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
         self.pool = BufferPool(mesh.device, list(self.schedules.values()))
@@ -86,10 +90,16 @@ class PlannedAttention:
         out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
         return out, lse
 
-    def slots(self, direction: str, k: Tensor) -> Slots:
-        """Return the slots of one direction for K/V shaped like `k`."""
+    def slots(self, direction: str, k: Tensor, kept: Tensor | None = None) -> Slots:
+        """Return the slots of one direction for K/V shaped like `k`; kept: those of the layer's own."""
         dtypes = {"kv": k.dtype, "dkv": accumulator_dtype(k.dtype)}
-        return self.pool.slots(self.schedules[direction], k.shape, dtypes)
+        slots = self.pool.slots(self.schedules[direction], k.shape, dtypes)
+        return slots if kept is None else slots.with_kept(kept)
+
+    def kept_slots(self, k: Tensor) -> Tensor | None:
+        """Return room for what a layer keeps of others' K/V until backward [2, count, *k.shape]; None for nothing."""
+        count = sum(buffer.name.startswith(KEPT) for buffer in self.schedules["forward"].buffers)
+        return k.new_empty((2, count, *k.shape)) if count else None
 
     def play(self, direction: Direction, stage: Stage) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""
@@ -147,6 +157,15 @@ def _row_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return sums
 
 
+def _use_tuned_launches(plan: Plan) -> None:
+    if plan.kernels.tuned is None:
+        return
+    try:
+        tuning.use(**plan.kernels.tuned.model_dump())
+    except ValueError as error:
+        raise InputError(str(error), field="kernels.tuned") from error
+
+
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,8 +180,8 @@ class _RingFunction(torch.autograd.Function):
         q, kv = q.contiguous(), (k.contiguous(), v.contiguous())
         kept = current_kept()
         if kept is not None and kept.replaying:
-            out, lse, gathered, indexes = kept.take(q.device)
-            ctx.save_for_backward(q, *kv, out, lse, gathered)
+            out, lse, gathered, kept_kv, indexes = kept.take(q.device)
+            ctx.save_for_backward(q, *kv, out, lse, gathered, kept_kv)
             ctx.given = planned, indexes, scale
             ctx.mark_non_differentiable(lse)
             return out, lse
@@ -175,21 +194,22 @@ class _RingFunction(torch.autograd.Function):
             joined_positions=planned.joined_positions,
             chosen=planned.note_pattern,
         )
-        stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k), indexes=indexes, scale=scale)
+        kept_kv = planned.kept_slots(k)
+        stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k, kept_kv), indexes=indexes, scale=scale)
         planned.play("forward", stage)
         assert stage.result is not None
         accumulated, lse = stage.result
         out = accumulated.to(q.dtype)
         if kept is not None:
-            kept.put(out, lse, stage.gathered, indexes)
-        ctx.save_for_backward(q, *kv, out, lse, stage.gathered)
+            kept.put(out, lse, stage.gathered, kept_kv, indexes)
+        ctx.save_for_backward(q, *kv, out, lse, stage.gathered, kept_kv)
         ctx.given = planned, indexes, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, gathered = ctx.saved_tensors
+        q, k, v, out, lse, gathered, kept_kv = ctx.saved_tensors
         planned, indexes, scale = ctx.given
         dtype = accumulator_dtype(q.dtype)
         grad_out = grads[0].contiguous()
@@ -200,7 +220,7 @@ class _RingFunction(torch.autograd.Function):
             grad_out=grad_out,
             lse=lse,
             delta=delta,
-            slots=planned.slots("backward", k),
+            slots=planned.slots("backward", k, kept_kv),
             indexes=indexes,
             scale=scale,
             grad_q=torch.zeros_like(q, dtype=dtype),

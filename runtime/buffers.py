@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, OUT_HOME, Q_HOME, Schedule
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KEPT, KV_HOME, OUT_HOME, Q_HOME, Schedule
 
 Pair = tuple[Tensor, Tensor]
 HOMES = frozenset({KV_HOME, DKV_HOME, Q_HOME, OUT_HOME, COLUMNS_HOME, DCOLUMNS_HOME})
+KEPT_POOL = KEPT.removesuffix(":")
 ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 
 
@@ -29,6 +30,11 @@ class Slots:
         prefix, number = _parse(name)
         assert name in self._names, f"no buffer {name!r}"
         return self._pools[prefix][0, number], self._pools[prefix][1, number]
+
+    def with_kept(self, kept: Tensor) -> Slots:
+        """Return these slots and a layer's own kept ones; kept: [2, count, B, S, H_kv, D]."""
+        names = frozenset(f"{KEPT_POOL}:{number}" for number in range(kept.shape[1]))
+        return Slots(self._pools | {KEPT_POOL: kept}, self._names | names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
@@ -96,7 +102,8 @@ class BufferPool:
 
 
 def _kinds(schedule: Schedule) -> dict[str, str]:
-    return {buffer.name: buffer.kind for buffer in schedule.buffers if buffer.name not in HOMES}
+    own = [buffer for buffer in schedule.buffers if buffer.name in HOMES or buffer.name.startswith(KEPT)]
+    return {buffer.name: buffer.kind for buffer in schedule.buffers if buffer not in own}
 
 
 def _pools(schedule: Schedule, dtypes: dict[str, torch.dtype]) -> dict[str, tuple[int, torch.dtype]]:

@@ -126,6 +126,7 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     if world_size > 2:
         yield "ring", {"prefetch": 2}
         yield "gather", {"chunks": 2}
+        yield "gather", {"chunks": 2, "keep_kv": 1}
     yield "gather", {"chunks": 1}
     if world_size == 4:
         yield "hierarchical", {"inner_size": 2}

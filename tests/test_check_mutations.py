@@ -59,7 +59,7 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
-        "gather": {"chunks": draw(st.integers(1, 4))},
+        "gather": {"chunks": draw(st.integers(1, 4)), "keep_kv": draw(st.integers(0, 1))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
         "ulysses": {},
     }[layout]

@@ -6,16 +6,18 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsering.planner.check import check
+from sparsering.planner.check import check, check_step
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
-from sparsering.planner.schedule import DIRECTIONS, Direction, GroupCall, Schedule, Transfer
-from sparsering.traces.errors import InputError, UnsupportedError
+from sparsering.planner.pairs import Pairs
+from sparsering.planner.schedule import DIRECTIONS, Direction, GroupCall, Schedule, ShardId, Transfer
+from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
 
 
 def shape(world_size: int, columns: int = 0) -> AttentionShape:
@@ -32,6 +34,7 @@ def shape(world_size: int, columns: int = 0) -> AttentionShape:
 def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("ring", {"prefetch": depth}) for depth in (1, 2, 3, 9))
     yield from (("gather", {"chunks": chunks}) for chunks in (1, 2, 3, 9))
+    yield "gather", {"chunks": 2, "keep_kv": 1}
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
     yield "ulysses", {}
@@ -63,6 +66,44 @@ def test_32_ranks_are_proved_in_seconds(layout: str, parameters: dict[str, int])
     assert time.process_time() - start < 5
     # 31 of 32 K/V and as many dK/dV to move per rank, and one sum of columns
     assert report.transfers == 2 * 32 * 31 + 1
+
+
+def test_kept_kv_are_gathered_once() -> None:
+    made = shape(4)
+    for pairs in (None, Pairs(rows=("1000", "1100", "0110", "1011"))):
+        forward, backward = (
+            build("gather", {"chunks": 2, "keep_kv": 1}, shape=made, direction=direction, pairs=pairs)
+            for direction in DIRECTIONS
+        )
+        check_step(forward, backward)
+        inactive = pairs.left_out() if pairs else frozenset()
+        assert set(check(backward, inactive=inactive).sent_bytes) == {"gather_grad"}
+        fetched = 3 if pairs is None else 2
+        assert forward.kept_bytes == backward.kept_bytes == forward.buffer_bytes == fetched * made.kv_bytes
+        # Another number of chunks keeps the same in the same slots; gathering again does not begin with it.
+        check_step(forward, build("gather", {"chunks": 1, "keep_kv": 1}, shape=made, direction="backward", pairs=pairs))
+        again = build("gather", {"chunks": 2}, shape=made, direction="backward", pairs=pairs)
+        with pytest.raises(ScheduleError, match=r"forward keeps .* in kept:0.*backward begins with nothing"):
+            check_step(forward, again)
+
+
+def test_what_is_kept_is_proved() -> None:
+    """Forward must leave, and backward may use, just what is said to be kept."""
+    forward, backward = (
+        build("gather", {"chunks": 1, "keep_kv": 1}, shape=shape(3), direction=direction) for direction in DIRECTIONS
+    )
+    swapped = {"kept:0": ShardId(sequence_part=1), "kept:1": ShardId(sequence_part=2)}
+
+    def wrong(rank: int) -> dict[str, ShardId]:
+        return swapped if rank == 0 else forward.kept(rank)
+
+    with pytest.raises(ScheduleError, match=r"rank 0, .*kept:0: kept:0 holds 2\.0, not 1\.0"):
+        check(replace(forward, kept=wrong))
+    with pytest.raises(ScheduleError, match="rank 0"):
+        check(replace(backward, kept=wrong))
+    with pytest.raises(ScheduleError, match="kept:9: kept, but not stated as such"):
+        check(replace(forward, kept=lambda rank: {"kept:9": ShardId(sequence_part=rank)}))
+    assert replace(forward, kept=wrong).sha256() != forward.sha256()
 
 
 def test_report_of_a_ring() -> None:
@@ -150,8 +191,10 @@ class Player:
         self.moved: dict[str, Content] = {}
         self.done: set[tuple[int, str]] = set()
         if schedule.direction == "backward":
-            for held in self.held:
+            for rank, held in enumerate(self.held):
                 held["columns:home"] = Counter({("columns", r, 0): 1 for r in self.world})
+                for name, shard in schedule.kept(rank).items():
+                    held[name] = Counter({("kv", shard.sequence_part, 0): 1})
         else:
             for rank, held in enumerate(self.held):
                 held["columns:home"] = Counter({("columns", rank, 0): 1})

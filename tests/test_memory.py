@@ -38,9 +38,9 @@ def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int
     [
         (("ring", {"prefetch": 1}), ("ring", {"prefetch": 1}), 0),
         (("gather", {"chunks": 1}), ("ring", {"prefetch": 1}), 16),
-        (("gather", {"chunks": 1}), ("gather", {"chunks": 2}), 16),
+        (("gather", {"chunks": 2, "keep_kv": 1}), ("gather", {"chunks": 1, "keep_kv": 1}), 16),
     ],
-    ids=["ring", "gather-ring", "gather"],
+    ids=["ring", "gather-ring", "kept"],
 )
 def test_a_layer_needs_what_the_plan_says(
     forward: Layout, backward: Layout, columns: int, rank_pools: Callable[[int], RankPool]

@@ -31,7 +31,7 @@ from sparsering.planner.plan import ModelShape
 from sparsering.planner.recurrence import recurrence
 from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
 from sparsering.planner.schedule import DIRECTIONS
-from sparsering.planner.scores import Problem
+from sparsering.planner.scores import Problem, ScoreBoard
 from sparsering.planner.selection import Selection, select
 from sparsering.planner.verdict import describe, predictions, verdict
 from sparsering.planner.workload import unit_load, workload
@@ -187,8 +187,9 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
             assert (one.makespan_us, one.peak_buffer_bytes) == (other.makespan_us, other.peak_buffer_bytes)
             assert np.array_equal(one.phase_us, other.phase_us)
             bound = lower_bound(
-                workload=work, cluster=cluster, cost=given_problem.cost, shape=shape, direction=direction
-            )
+                workload=work, cluster=cluster, cost=given_problem.cost, shape=shape, direction=direction,
+                keep_kv=layout.keeps_kv,
+            )  # fmt: skip
             # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
             simulated = simulate(schedule, work, cluster, given_problem.cost)
             bound_us, compute_bound, simulated_us = bound.total_us, bound.compute_us, simulated.makespan_us
@@ -203,6 +204,7 @@ def test_bounds_by_hand():
     # 4 shards enter each node through 2 cards; 7 shards reach each rank over its port and a card together.
     assert communication_bound_us(cluster, shape, "forward") == max(4 * 200 / 1000, 7 * 200 / 1500)
     assert communication_bound_us(cluster, shape, "backward") == max(4 * 600 / 1000, 7 * 600 / 1500)
+    assert communication_bound_us(cluster, shape, "backward", keep_kv=True) == max(4 * 400 / 1000, 7 * 400 / 1500)
     one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
     assert communication_bound_us(one_node, shape, "forward") == 7 * 200 / 1000
     given_problem = problem(kind="dense", gpus=4, blocks=16)
@@ -238,6 +240,24 @@ def test_memory_by_hand():
     assert backward.total_bytes == backward.home_bytes + backward.columns_bytes + backward.buffer_bytes
 
 
+def test_kv_are_kept_where_memory_allows():
+    """Slow links make gathering again costly. The limit is for what all layers keep; plain layouts keep nothing."""
+    rich = problem(kind="dense", gpus=4, blocks=16, bandwidth=10.0)
+    found = select(rich, quick=CompiledRecurrence())
+    assert found.pick.forward_layout.keeps_kv and found.pick.backward_layout.keeps_kv
+    assert not any(rated.baseline.layout.keeps_kv for rated in found.baselines if rated.baseline)
+    shape = rich.shape(ScoreBoard(problem=rich).placement(found.pick.placement))
+    deep = replace(rich, model=rich.model.model_copy(update={"layers": 50}))
+    kept = 3 * shape.kv_bytes
+    schedule = build("gather", {"chunks": 1, "keep_kv": 1}, shape=shape, direction="backward")
+    one, all_of_them = (layer_memory(schedule, shape, layers=layers) for layers in (1, 50))
+    assert (one.kept_bytes, all_of_them.kept_bytes) == (0, 49 * kept)
+    poor = replace(deep, memory_limit_bytes=49 * kept)
+    found = select(poor, quick=CompiledRecurrence())
+    assert not (found.pick.forward_layout.keeps_kv or found.pick.backward_layout.keeps_kv)
+    assert found.pick.memory_bytes <= poor.memory_limit_bytes
+
+
 def test_candidates_of_four_nodes_of_eight():
     cluster = tiny.cluster(nodes=4, gpus=8)
     names = [str(choice) for choice in layout_choices(cluster=cluster)]
@@ -245,7 +265,8 @@ def test_candidates_of_four_nodes_of_eight():
         "gather (chunks 1)", "gather (chunks 2)", "gather (chunks 4)", "gather (chunks 31)",
         "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
         "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
-        "hierarchical (inner_size 2)", "ulysses",
+        "hierarchical (inner_size 2)",
+        *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)), "ulysses",
     ]  # fmt: skip
     choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)
     assert {(choice.name, choice.granularity_tokens) for choice in choices} == {
