@@ -94,9 +94,9 @@ def grad_q_kernel(
         q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
     if COLUMNS:
         line = head * tiles + tile
-        earlier, end = tl.load(limits + line * 2), 0
+        reach, earlier, end = tl.load(limits + line * 3), 0, 0
         if OWN:
-            end = tl.load(limits + line * 2 + 1)
+            earlier, end = tl.load(limits + line * 3 + 1), tl.load(limits + line * 3 + 2)
 
     acc = tl.zeros([M, D], ACC)
     if BLOCKS:
@@ -130,8 +130,8 @@ def grad_q_kernel(
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc = grad_q_columns(
             acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns, usable,
-            earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
-            scale, scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
+            reach, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
+            words, scale, scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
     write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, ADD)
 
 

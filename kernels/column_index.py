@@ -21,8 +21,8 @@ _CHUNK = 1024
 class ColumnTask:
     """The index of one query shard's column part, on the mask's device.
 
-    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 2]: see columns.usable_kernel. first_tile int32
-    [H, ceil(C / COLUMN_TILE)]: the first query tile that reaches any of COLUMN_TILE columns (T if none). has_own int32
+    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 3]: see columns.usable_kernel. first_tile int32
+    [H, ceil(C / COLUMN_TILE)]: the first query tile that can use any of COLUMN_TILE columns (T if none). has_own int32
     [H]: whether any tile attends columns of its own block here, because its diagonal pair is inactive.
     """
 
@@ -61,7 +61,7 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
     # Kernels read one word ahead.
     usable = torch.empty(heads * tiles * words + 1, dtype=torch.int64, device=columns.device)
     usable = usable[:-1].view(heads, tiles, words)
-    limits = torch.empty(heads, tiles, 2, dtype=torch.int32, device=columns.device)
+    limits = torch.empty(heads, tiles, 3, dtype=torch.int32, device=columns.device)
     chunk = min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE))
     if tiles and capacity:
         run(
@@ -81,9 +81,11 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
             TOEPLITZ=mask.is_toeplitz,
             CHUNK=chunk,
         )
-    ends = ((blocks + 1) * mask.block_size).clamp(max=mask.seq_len_tokens).to(torch.int32)
-    first_tile = torch.searchsorted(ends, columns[:, ::COLUMN_TILE].contiguous(), right=True, out_int32=True)
-    has_own = (limits[:, :, 1] > limits[:, :, 0]).any(1).to(torch.int32)
+    tile = torch.arange(tiles, dtype=torch.int32, device=columns.device)[:, None]
+    first_tile = (
+        torch.where(usable != 0, tile, tiles).amin(1) if tiles else usable.new_zeros(heads, words, dtype=torch.int32)
+    )
+    has_own = (limits[:, :, 2] > limits[:, :, 1]).any(1).to(torch.int32)
     q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
     return ColumnTask(
         mask=mask,

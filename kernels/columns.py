@@ -30,14 +30,14 @@ def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, wo
                   BLOCK: tl.constexpr, TOEPLITZ: tl.constexpr, CHUNK: tl.constexpr):
     """usable int64 [H, T, words], and one word more that may be read, with a bit for each column of the head.
 
-    Bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block. limits int32 [H, T, 2]: how many
-    columns lie before the tile's block, and before its end if the diagonal pair is inactive (else the same number
-    again). Grid (T, H).
+    Bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block. limits int32 [H, T, 3]: one
+    past the last column with a bit; how many columns lie before the tile's block; how many before its end if the
+    diagonal pair is inactive (else the same number again). Grid (T, H).
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(q_blocks + tile)
     valid_end = tl.where(block < blocks, seq_len, 0)
-    earlier, within = 0, 0
+    reach, earlier, within = 0, 0, 0
     for start in range(0, words * 64, CHUNK):
         slots = start + tl.arange(0, CHUNK)
         positions = tl.load(columns + head * capacity + slots, mask=slots < capacity, other=2147483647)
@@ -53,11 +53,13 @@ def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, wo
         word = start // 64 + tl.arange(0, CHUNK // 64)
         packed = usable + (head.to(tl.int64) * tiles + tile) * words + word
         tl.store(packed, tl.sum(bits, 1), mask=word < words)
+        reach = tl.maximum(reach, tl.max(tl.where(before & open_pair, slots + 1, 0), 0))
         earlier += tl.sum(before.to(tl.int32), 0)
         within += tl.sum((valid & (column_block == block) & open_pair).to(tl.int32), 0)
-    pair = limits + (head * tiles + tile) * 2
-    tl.store(pair, earlier)
-    tl.store(pair + 1, earlier + within)
+    line = limits + (head * tiles + tile) * 3
+    tl.store(line, reach)
+    tl.store(line + 1, earlier)
+    tl.store(line + 2, earlier + within)
 
 
 @triton.jit
@@ -83,17 +85,17 @@ def columns_up_to(columns, low, high, position):
 
 
 @triton.jit
-def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, earlier, end,
-                    column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
-                    scale_log2, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr,
+def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, reach,
+                    earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
+                    words, scale_log2, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr,
                     TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """(acc, peak, total) after the head's columns that this query tile may attend.
 
-    line: that of the head and tile in `usable` and `limits`; earlier, end: the two limits there.
+    line: that of the head and tile in `usable` and `limits`; reach, earlier, end: the limits there.
     """
     bits = usable + line.to(tl.int64) * words
     word = tl.load(bits)
-    for start in range(0, earlier, N):
+    for start in range(0, reach, N):
         k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
         v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
         allowed = usable_columns(word, start, N)[None, :]
@@ -140,13 +142,13 @@ def same_document(column_documents, head, start, capacity, q_document, N: tl.con
 
 @triton.jit
 def grad_q_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns,
-                   usable, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
+                   usable, reach, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
                    capacity, words, scale, scale_log2, N: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
                    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """dQ acc [M, D] plus the columns' share: the same walk as forward_columns."""
     bits = usable + line.to(tl.int64) * words
     word = tl.load(bits)
-    for start in range(0, earlier, N):
+    for start in range(0, reach, N):
         k_tile = load_tile(column_k, batch, head, start, capacity, ck_b, ck_h, ck_s, N, D, TMA, True)
         v_tile = load_tile(column_v, batch, head, start, capacity, cv_b, cv_h, cv_s, N, D, TMA, True)
         allowed = usable_columns(word, start, N)[None, :]
@@ -225,6 +227,7 @@ def column_grad_kv_kernel(
                                     allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
     if OWN:
         # Few heads, if any, have such columns.
+        low = chunk * chunk_tiles
         last = tl.where(tl.load(has_own + head) != 0, high, low)
         k_acc, v_acc = grad_kv_own_columns(
             k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, line, padded, limits, columns, q_blocks, q_documents,
@@ -244,8 +247,8 @@ def grad_kv_own_columns(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, l
     """(k_acc, v_acc) after query tiles low .. high, for columns in the tile's own block where that is inactive."""
     slots, queries = start + tl.arange(0, N), tl.arange(0, M)
     for step in tl.range(low * (BLOCK // M), high * (BLOCK // M), num_stages=1):
-        limit = limits + (head * tiles + step // (BLOCK // M)) * 2
-        earlier, end = tl.load(limit), tl.load(limit + 1)
+        limit = limits + (head * tiles + step // (BLOCK // M)) * 3
+        earlier, end = tl.load(limit + 1), tl.load(limit + 2)
         if (end > earlier) & (end > start) & (earlier < start + N):
             query = step * M
             position = tl.load(columns + head * capacity + slots, mask=(slots >= earlier) & (slots < end),

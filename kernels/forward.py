@@ -49,9 +49,9 @@ def forward_kernel(
     if COLUMNS:
         # Read long before they are needed, like the entries and words below: nobody waits for them then.
         line = head * tiles + tile
-        earlier, end = tl.load(limits + line * 2), 0
+        reach, earlier, end = tl.load(limits + line * 3), 0, 0
         if OWN:
-            end = tl.load(limits + line * 2 + 1)
+            earlier, end = tl.load(limits + line * 3 + 1), tl.load(limits + line * 3 + 2)
 
     acc, peak, total = start_partial(out, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M,
                                      D, TMA, MERGE, ACC)
@@ -87,8 +87,8 @@ def forward_kernel(
     if COLUMNS:
         q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc, peak, total = forward_columns(
-            acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, earlier, end,
-            column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
+            acc, peak, total, q_tile, q_position, q_document, column_k, column_v, columns, usable, reach, earlier,
+            end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity, words,
             scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
     store_partial(out, lse, acc, peak, total, batch, head, first, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b,
                   lse_h, M, D, TMA)

@@ -252,7 +252,8 @@ def test_usable_columns_are_those_of_earlier_inactive_blocks() -> None:
             assert bits == [int(x) for x in right]
             before = sum(c < 150 and c // 32 < block for c in columns) if block < 5 else 0
             own = sum(c < 150 and c // 32 == block for c in columns) if not mask.active[head, 0] else 0
-            assert task.limits[head, tile].tolist() == [before, before + own]
+            reach = max((c + 1 for c, bit in enumerate(bits) if bit), default=0)
+            assert task.limits[head, tile].tolist() == [reach, before, before + own]
 
 
 def test_parts_fused_in_one_launch_agree() -> None:
