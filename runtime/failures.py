@@ -22,7 +22,7 @@ def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLo
 
     Every survivor signs in at the store and gives the others GRACE to do so: whoever does not is lost. When all sign
     in, nobody died: a rank was late beyond the time-out, or a link failed, and the error says what was being sent.
-    `topic` is the same on all ranks.
+    When the store itself cannot be reached, whoever hosts it is lost. `topic` is the same on all ranks.
     """
     prefix = f"sparsering/survivors/{topic}"
     lost: list[int] = []
@@ -32,9 +32,8 @@ def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLo
             if not _signed_in(mesh.store, f"{prefix}/{rank}", timedelta(0) if lost else GRACE):
                 lost.append(rank)
     except (dist.DistError, RuntimeError):
-        return RankLost(
-            f"rank {mesh.rank}: the process that holds the store (rank 0, or the launcher) is gone; {error}"
-        )
+        host = f"{mesh.store_host} of {mesh.world_size}" if mesh.hosted_by_rank else mesh.store_host
+        return RankLost(f"{host}, which hosts the store, stopped answering (seen by rank {mesh.rank}); {error}")
     if not lost:
         return RankLost(f"rank {mesh.rank}: all ranks are alive, but a transfer failed: {error}")
     names = ", ".join(f"rank {rank}" for rank in lost)

@@ -26,6 +26,7 @@ DEFAULT_TIMEOUT_S = 600.0
 class Mesh:
     """This process among its peers: its rank, its device, and the store that all share.
 
+    store_host: who holds the store, in words: without it nobody can ask who is left
     replica, replicas: of so many groups of `world_size` consecutive processes that do the same on other data, this one
     """
 
@@ -34,6 +35,7 @@ class Mesh:
     device: torch.device
     store: Store
     timeout: timedelta
+    store_host: str = "rank 0"
     replica: int = 0
     replicas: int = 1
 
@@ -41,6 +43,11 @@ class Mesh:
     def backend(self) -> str:
         """The torch.distributed backend that moves this device's tensors."""
         return "nccl" if self.device.type == "cuda" else "gloo"
+
+    @property
+    def hosted_by_rank(self) -> bool:
+        """Whether a rank holds the store, and no launcher does."""
+        return self.store_host.startswith("rank")
 
     def process(self, rank: int) -> int:
         """Return the number of this replica's rank among all processes."""
@@ -60,6 +67,7 @@ class Mesh:
             device=self.device,
             store=PrefixStore(f"replica {replica}", self.store),
             timeout=self.timeout,
+            store_host=self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0",
             replica=replica,
             replicas=self.world_size // world_size,
         )
@@ -118,6 +126,7 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
             device=_device(kind, local),
             store=store,
             timeout=timeout,
+            store_host=_store_host(),
         )
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -136,7 +145,12 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         timeout=timeout,
         device_id=chosen if kind == "cuda" else None,
     )
-    return Mesh(rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout)
+    return Mesh(rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=_store_host())
+
+
+def _store_host() -> str:
+    """torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def leave() -> None:

@@ -24,8 +24,9 @@ def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[
     keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
     kept = row + queries + tokens * shape.heads * shape.accumulator_bytes
     kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
-    kept += plan.schedule("forward").kept_bytes
-    layer = plan.schedule("forward").kept_bytes + 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
+    kept_kv = plan.schedule("forward").kept_bytes
+    kept += kept_kv
+    layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
     layers = facts.shape.layers
     whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
     attention = max(layer_memory(plan.schedule(d), shape).total_bytes for d in ("forward", "backward"))
