@@ -49,10 +49,11 @@ from .ring_plans import (
     make_work,
     name_of,
     predicted_peak_bytes,
+    transports_of,
 )
 from .ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
 
-LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "ring:prefetch=1", "ring:prefetch=3"]
+LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "collective", "ring:prefetch=1", "ring:prefetch=3"]
 DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
     "torch-context-parallel": TorchContextParallel,
     "dense-zigzag": ZigzagAttention,
@@ -196,6 +197,7 @@ def _measure_planned(
     alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
     predicted = predicted_peak_bytes(plan)
     return _row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole) | {
+        "transport": transports_of(plan),
         "mask": work.family,
         "density": density_of(work.mask),
         "columns": work.columns,

@@ -120,6 +120,14 @@ def predicted_peak_bytes(plan: Plan) -> int:
     return max(layer_memory(plan.schedule(way), plan.attention_shape()).total_bytes for way in DIRECTIONS)
 
 
+def transports_of(plan: Plan) -> str:
+    """Return what moves K/V and their gradients: a row's `transport`."""
+    schedules = [plan.schedule(way) for way in DIRECTIONS]
+    calls = [call for schedule in schedules for phase in schedule.phases(0) for call in phase.group_calls]
+    used = {transfer.transport for call in calls for transfer in call.transfers if transfer.kind != "columns"}
+    return "+".join(sorted(used)) or "none"
+
+
 def name_of(plan: Plan) -> str:
     """Return a plan's placement and layouts in a few words: a row's `layout`."""
     words = [

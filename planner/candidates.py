@@ -118,6 +118,7 @@ def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> l
     choices = [_layout("gather", chunks=count) for count in chunks]
     choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
     choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
+    choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     choices.append(_layout("ulysses"))
     return [choice for choice in choices if names is None or choice.layout in names]

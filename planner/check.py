@@ -119,7 +119,8 @@ def _report(schedule: Schedule, peak_bytes: int) -> CheckReport:
         for transfer in launch.call.transfers:
             names.add(transfer.id)
             if transfer.source in (launch.rank, ALL_RANKS):
-                sent[launch.call.communicator][launch.rank] += transfer.capacity_bytes
+                times = schedule.world_size - 1 if transfer.transport in ("all_gather", "reduce_scatter") else 1
+                sent[launch.call.communicator][launch.rank] += times * transfer.capacity_bytes
     programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
     return CheckReport(
         tasks=sum(len(phase.tasks) for phases in programs for phase in phases),

@@ -11,10 +11,10 @@ Columns: the rank's own rows (or gradients), then those of all ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .check_rules import SUMS, Rules, Site, is_own
-from .schedule import COLUMNS_HOME, GroupCall, Phase, Schedule, ShardId, Task, Transfer
+from .schedule import COLUMNS_HOME, GroupCall, Phase, Schedule, ShardId, Task, Transfer, slots_from
 
 OWN_COLUMNS = "the rank's own columns"
 ALL_COLUMNS = "all columns"
@@ -88,6 +88,10 @@ class _Walk:
         for transfer in call.transfers:
             if transfer.kind == "columns":
                 self._launch_sum(transfer)
+            elif transfer.transport == "all_gather":
+                self._launch_all_gather(transfer)
+            elif transfer.transport == "reduce_scatter":
+                self._launch_reduce_scatter(transfer)
             elif transfer.source == self.rank:
                 self._launch_send(transfer)
         for transfer in call.transfers:
@@ -102,6 +106,30 @@ class _Walk:
         self._require_content(site, name, expected)
         self.slots[name].incoming = transfer
         self._touch(name)
+
+    def _launch_all_gather(self, transfer: Transfer) -> None:
+        for part, name in enumerate(self._slots_of(transfer.buffer)):
+            self._require_idle(self._site(transfer), name)
+            slot = self.slots[name]
+            slot.content, slot.incoming = ShardId(sequence_part=part), transfer
+            self._touch(name, fresh=True)
+
+    def _launch_reduce_scatter(self, transfer: Transfer) -> None:
+        """Every slot holds the sum of its rank's shard; one of each lands at its owner, added up."""
+        site = self._site(transfer)
+        for part, name in enumerate(self._slots_of(transfer.source_buffer)):
+            self._require_idle(site, name)
+            self._require_content(site, name, ShardId(sequence_part=part))
+            self.slots[name].outgoing.append(transfer)
+            self._touch(name)
+        self._require_idle(site, transfer.buffer)
+        slot = self.slots[transfer.buffer]
+        site.require(slot.content is None, f"overwrites {slot.content} in {transfer.buffer}")
+        slot.content, slot.incoming = ShardId(sequence_part=self.rank), transfer
+        self._touch(transfer.buffer, fresh=True)
+
+    def _slots_of(self, first: str) -> list[str]:
+        return slots_from(first, self.schedule.world_size)
 
     def _launch_send(self, transfer: Transfer) -> None:
         site, name = self._site(transfer), transfer.source_buffer
@@ -141,6 +169,16 @@ class _Walk:
         transfer = self.in_flight.pop(name)
         if transfer.kind == "columns":
             self._end_sum(site, transfer)
+        elif transfer.transport == "all_gather":
+            for name in self._slots_of(transfer.buffer):
+                self.slots[name].incoming = None
+                self._touch(name)
+        elif transfer.transport == "reduce_scatter":
+            for name in self._slots_of(transfer.source_buffer):
+                self.slots[name].outgoing.remove(transfer)
+                self.slots[name].content = None
+                self._touch(name)
+            self._end_receive(site, replace(transfer, shard=ShardId(sequence_part=self.rank)))
         elif transfer.source == self.rank:
             self._end_send(transfer)
         else:

@@ -27,6 +27,8 @@ from .schedule import (
     Task,
     Transfer,
     TransferKind,
+    Transport,
+    slots_from,
 )
 
 # The rank's own data: exists on every rank, stated or not. Transfers need it stated, for its capacity.
@@ -39,6 +41,7 @@ OWN: dict[str, TransferKind] = {
     DCOLUMNS_HOME: "columns",
 }
 SUMS: tuple[TransferKind, ...] = ("dkv", "out")  # partial sums: moved, never copied, never overwritten
+COLLECTIVES: dict[TransferKind, Transport] = {"columns": "all_reduce", "kv": "all_gather", "dkv": "reduce_scatter"}
 POINT_TO_POINT = ("p2p", "pull")  # one source, one destination; "pull" is not FIFO with what its source receives
 
 
@@ -152,10 +155,11 @@ class Rules:
     def _check_ends(self, site: Site, transfer: Transfer) -> None:
         group = self.groups[transfer.communicator][site.rank]
         ends = (transfer.source, transfer.destination)
-        if transfer.kind == "columns":
-            site.require(transfer.transport == "all_reduce", f"columns cannot go by {transfer.transport}")
+        if transfer.kind == "columns" or transfer.transport in COLLECTIVES.values():
+            fits = COLLECTIVES.get(transfer.kind) == transfer.transport
+            site.require(fits, f"{transfer.kind} cannot go by {transfer.transport}")
             site.require(ends == (ALL_RANKS, ALL_RANKS) and transfer.shard is None, "must be of all ranks")
-            site.require(len(group) == self.schedule.world_size, f"columns are summed over {group} alone")
+            site.require(group == tuple(range(self.schedule.world_size)), f"goes over {group} alone")
             return
         site.require(transfer.transport in POINT_TO_POINT, f"{transfer.kind} cannot go by {transfer.transport}")
         site.require(site.rank in ends, "launched on a rank that is neither source nor destination")
@@ -178,6 +182,8 @@ class Rules:
             site.require(into == (DKV_HOME if backward else None), f"accumulates into {into}")
             site.require(into is None or into in self.buffers, f"buffer {into} is not stated")
             return
+        if transfer.transport in ("all_gather", "reduce_scatter"):
+            self._check_collective(site, transfer)
         site.require(not is_own(transfer.buffer), f"lands on the rank's own data {transfer.buffer}")
         if transfer.kind not in SUMS:
             site.require(into is None, f"{transfer.kind} cannot be added into {into}")
@@ -186,6 +192,19 @@ class Rules:
         if into is not None:
             site.require(into != transfer.buffer, f"is added into {into}, where it lands")
             self._check_fits(site, transfer, into, transfer.kind)
+
+    def _check_collective(self, site: Site, transfer: Transfer) -> None:
+        """A slot per rank; K/V come from home, and sums of gradients go there."""
+        gathers = transfer.transport == "all_gather"
+        first = transfer.buffer if gathers else transfer.source_buffer
+        site.require(not is_own(first), f"has no slot per rank in {first}")
+        for name in slots_from(first, self.schedule.world_size):
+            self._check_fits(site, transfer, name, transfer.kind)
+            site.require(gathers or name != transfer.buffer, f"lands in {name}, which it takes from")
+        if gathers:
+            site.require(transfer.source_buffer == KV_HOME, f"takes {transfer.source_buffer}, not {KV_HOME}")
+        else:
+            site.require(transfer.accumulate_into == DKV_HOME, f"accumulates into {transfer.accumulate_into}")
 
     def _check_fits(self, site: Site, transfer: Transfer, name: str, kind: TransferKind) -> None:
         site.require(name in self.buffers, f"buffer {name} is not stated")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..traces.errors import InputError
+from .layout_collective import collective
 from .layout_draft import AttentionShape
 from .layout_gather import gather
 from .layout_hierarchical import hierarchical
@@ -17,6 +18,7 @@ LAYOUTS: dict[str, Callable[..., Schedule]] = {
     "ring": ring,
     "gather": gather,
     "hierarchical": hierarchical,
+    "collective": collective,
     "ulysses": ulysses,
 }
 SIMULATED_ONLY = frozenset({"ulysses"})

@@ -78,8 +78,10 @@ class Transfer:
     """One shard's data on its way from `source` to `destination`, known on both by the same `id`.
 
     sequence tells apart transfers of the same kind, shard and route. `accumulate_into` names the destination's buffer
-    that the landed content is added to when the transfer is waited for. With transport "all_reduce" source and
-    destination are ALL_RANKS of the group and the content is summed in place.
+    that the landed content is added to when the transfer is waited for. Collectives have source and destination
+    ALL_RANKS and no shard: "all_reduce" sums in place; "all_gather" fills a slot per rank, from `buffer` on; and
+    "reduce_scatter" moves the sums out of a slot per rank, from `source_buffer` on, and adds them up in `buffer`.
+    capacity_bytes is that of one slot.
     """
 
     kind: TransferKind
@@ -99,6 +101,12 @@ class Transfer:
         """The name by which both ends and `Phase.waits` know this transfer."""
         route = "all" if self.source == ALL_RANKS else f"{self.source}>{self.destination}"
         return f"{self.kind}/{self.shard or '-'}/{route}/{self.sequence}"
+
+
+def slots_from(first: str, count: int) -> list[str]:
+    """Return the names of `count` neighbouring slots, `first` the first of them."""
+    pool, _, number = first.partition(":")
+    return [f"{pool}:{int(number) + place}" for place in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

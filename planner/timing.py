@@ -3,7 +3,8 @@
 A transfer leaves through a port of its source and enters through a port of its destination: within a node the GPUs'
 own ports, between nodes the network cards, which several GPUs may share. Where a switch is given a capacity, the
 transfer crosses that too. An all-reduce is a ring of its members in rank order: a reduce-scatter and an all-gather
-pass 2 (W - 1) / W of the bytes from each member to the next.
+pass 2 (W - 1) / W of the bytes from each member to the next. An all-gather or reduce-scatter alone is the same ring:
+each member passes on W - 1 slots.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def legs_of(transfer: Transfer, group: tuple[int, ...]) -> list[Leg]:
         return [Leg(transfer.source, transfer.destination, transfer.capacity_bytes)]
     if transfer.transport == "all_reduce":
         share = 2 * (len(group) - 1) * transfer.capacity_bytes // len(group)
+        return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
+    if transfer.transport in ("all_gather", "reduce_scatter"):
+        share = (len(group) - 1) * transfer.capacity_bytes
         return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
     raise UnsupportedError(f"{transfer.transport} of {transfer.id} has no timing model", field="transport")
 

@@ -46,6 +46,12 @@ class Slots:
         assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
         return parts[0].flatten(0, 2)[None], parts[1].flatten(0, 2)[None]
 
+    def block(self, first: str, count: int) -> Pair:
+        """Return `count` neighbouring slots as one pair [count, B, S, H_kv, D]: what a collective fills or takes."""
+        prefix, number = _parse(first)
+        parts = self._pools[prefix][:, number : number + count]
+        return parts[0], parts[1]
+
 
 def neighbours(names: Sequence[str]) -> bool:
     """Whether these are slots of one pool, one after the other."""

@@ -20,14 +20,23 @@ from torch import Tensor
 from ..planner.schedule import Communicator, Schedule
 from .mesh import Mesh
 
+# Newer versions of PyTorch have them under other names, and warn of the old ones.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Message:
-    """One tensor to send to, or receive from, rank `peer` of the mesh; or to sum in place over the whole group."""
+    """One tensor to send to, or receive from, rank `peer` of the mesh; or one part of a collective of the whole group.
 
-    operation: Literal["send", "receive", "all_reduce"]
+    "all_reduce" sums `tensor` in place. "all_gather" fills `output`, "reduce_scatter" sums `tensor` into it: the larger
+    of the two holds a part for every rank, one after the other.
+    """
+
+    operation: Literal["send", "receive", "all_reduce", "all_gather", "reduce_scatter"]
     tensor: Tensor
     peer: int = -1
+    output: Tensor | None = None
 
 
 class Pending(Protocol):
@@ -63,16 +72,25 @@ def _transmit(group: dist.ProcessGroup, messages: Sequence[Message], first_proce
     point_to_point = [
         dist.P2POp(dist.isend if m.operation == "send" else dist.irecv, m.tensor, first_process + m.peer, group)
         for m in messages
-        if m.operation != "all_reduce"
+        if m.operation in ("send", "receive")
     ]
     if point_to_point:
         works += dist.batch_isend_irecv(point_to_point)
     for message in messages:
-        if message.operation == "all_reduce":
-            work = dist.all_reduce(message.tensor, group=group, async_op=True)
-            assert work is not None
-            works.append(work)
+        if message.operation not in ("send", "receive"):
+            works.append(_collective(group, message))
     return works
+
+
+def _collective(group: dist.ProcessGroup, message: Message) -> dist.Work:
+    if message.operation == "all_reduce":
+        work = dist.all_reduce(message.tensor, group=group, async_op=True)
+    else:
+        assert message.output is not None
+        function = ALL_GATHER if message.operation == "all_gather" else REDUCE_SCATTER
+        work = function(message.output.flatten(), message.tensor.flatten(), group=group, async_op=True)
+    assert work is not None
+    return work
 
 
 @dataclass(eq=False)

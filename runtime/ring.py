@@ -98,12 +98,23 @@ class _Player:
 
     def _messages(self, transfer: Transfer) -> list[Message]:
         if transfer.source == ALL_RANKS:
-            return [Message(operation="all_reduce", tensor=tensor) for tensor in self.stage.outgoing(transfer)]
+            return self._collective(transfer)
         if transfer.source == self.rank:
             tensors = self.stage.outgoing(transfer)
             return [Message(operation="send", tensor=tensor, peer=transfer.destination) for tensor in tensors]
         tensors = self.stage.incoming(transfer)
         return [Message(operation="receive", tensor=tensor, peer=transfer.source) for tensor in tensors]
+
+    def _collective(self, transfer: Transfer) -> list[Message]:
+        tensors = self.stage.outgoing(transfer)
+        if transfer.transport == "all_reduce":
+            return [Message(operation="all_reduce", tensor=tensor) for tensor in tensors]
+        assert transfer.transport in ("all_gather", "reduce_scatter")
+        outputs = self.stage.incoming(transfer)
+        return [
+            Message(operation=transfer.transport, tensor=tensor, output=output)
+            for tensor, output in zip(tensors, outputs, strict=True)
+        ]
 
     def _compute(self, tasks: tuple[Task, ...], phase: int) -> None:
         if self.recorder is None:

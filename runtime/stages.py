@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import api
-from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer, slots_from
 from .buffers import Pair, Slots, neighbours
 
 MaskSource = Callable[[], api.AttentionMask]
@@ -118,6 +118,8 @@ class ForwardStage:
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
+        if transfer.transport == "all_gather":
+            return self.slots.block(transfer.buffer, len(self.indexes.positions))
         return self._pair(transfer.buffer)
 
     def sent(self, transfer: Transfer) -> None:
@@ -177,15 +179,21 @@ class BackwardStage:
         if transfer.source_buffer == DCOLUMNS_HOME:
             assert self.grad_gathered is not None
             return (self.grad_gathered,)
+        if transfer.transport == "reduce_scatter":
+            return self.slots.block(transfer.source_buffer, len(self.indexes.positions))
         return self._pair(transfer.source_buffer)
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
+        if transfer.transport == "all_gather":
+            return self.slots.block(transfer.buffer, len(self.indexes.positions))
         return self._pair(transfer.buffer)
 
     def sent(self, transfer: Transfer) -> None:
         """dK/dV that went on are no longer here."""
-        if transfer.kind == "dkv":
+        if transfer.transport == "reduce_scatter":
+            self.filled.difference_update(slots_from(transfer.source_buffer, len(self.indexes.positions)))
+        elif transfer.kind == "dkv":
             self.filled.discard(transfer.source_buffer)
 
     def received(self, transfer: Transfer) -> None:

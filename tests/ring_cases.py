@@ -128,6 +128,7 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield "gather", {"chunks": 2}
         yield "gather", {"chunks": 2, "keep_kv": 1}
     yield "gather", {"chunks": 1}
+    yield "collective", {}
     if world_size == 4:
         yield "hierarchical", {"inner_size": 2}
 

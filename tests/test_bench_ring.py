@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from sparsering.benchmarks.masks import density_of
-from sparsering.benchmarks.ring_plans import FAMILIES, Case, cluster_of, make_case_plan, make_work, name_of
+from sparsering.benchmarks.ring_plans import (
+    FAMILIES,
+    Case,
+    cluster_of,
+    make_case_plan,
+    make_work,
+    name_of,
+    transports_of,
+)
 from sparsering.planner.check import check
 from sparsering.planner.schedule import DIRECTIONS
 from sparsering.planner.workload import workload
@@ -31,6 +39,9 @@ def test_every_family_is_planned(family: str) -> None:
         for way in DIRECTIONS:
             check(plans[placement].schedule(way), inactive=plans[placement].active_pairs().left_out())
     assert name_of(plans["striped"]).startswith("stripedx1 gather:chunks=1")
+    assert transports_of(plans["striped"]) == "p2p"
+    case = Case(placement="striped", granularity_blocks=1, backend="triton", layout="collective")
+    assert transports_of(make_case_plan(case, work, cluster=cluster)) == "all_gather+reduce_scatter"
     loads = {
         name: workload(work.pattern, plans[name].make_placement()).pairs_per_rank() for name in ("striped", "balanced")
     }

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sparsering.planner.check import check
@@ -54,13 +54,14 @@ def reduced_schedules(draw: st.DrawFn) -> tuple[Schedule, Pairs]:
 
 @st.composite
 def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -> Schedule:
-    kinds = ["ring", "gather", "hierarchical", *(["ulysses"] if pairs is None else [])]
+    kinds = ["ring", "gather", "hierarchical", *(["collective", "ulysses"] if pairs is None else [])]
     layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {"chunks": draw(st.integers(1, 4)), "keep_kv": draw(st.integers(0, 1))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
+        "collective": {},
         "ulysses": {},
     }[layout]
     columns = 0 if layout == "ulysses" else draw(st.sampled_from([0, 32]))
@@ -471,6 +472,7 @@ def test_every_built_schedule_is_accepted(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 @given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_every_mutation_is_rejected(mutation: Callable[[Schedule], Iterator[Mutant]], data: st.DataObject) -> None:
     schedule = data.draw(schedules())
     sites = list(mutation(schedule))

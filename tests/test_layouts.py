@@ -16,7 +16,7 @@ from sparsering.planner.check import check, check_step
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
 from sparsering.planner.pairs import Pairs
-from sparsering.planner.schedule import DIRECTIONS, Direction, GroupCall, Schedule, ShardId, Transfer
+from sparsering.planner.schedule import ALL_RANKS, DIRECTIONS, Direction, GroupCall, Schedule, ShardId, Transfer
 from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
 
 
@@ -37,6 +37,7 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "gather", {"chunks": 2, "keep_kv": 1}
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
+    yield "collective", {}
     yield "ulysses", {}
 
 
@@ -242,7 +243,7 @@ class Player:
                 if transfer.id not in self.moved:
                     found.setdefault(transfer.id, []).append(rank)
                     transfers[transfer.id] = transfer
-        ends = {name: len(self.world) if t.kind == "columns" else 2 for name, t in transfers.items()}
+        ends = {name: len(self.world) if t.source == ALL_RANKS else 2 for name, t in transfers.items()}
         return [transfers[name] for name in sorted(found) if len(found[name]) == ends[name]]
 
     def _move(self, transfer: Transfer) -> None:
@@ -250,6 +251,15 @@ class Player:
             content = sum((self.held[rank][transfer.buffer] for rank in self.world), Counter())
             for rank in self.world:
                 self.held[rank][transfer.buffer] = Counter(content)
+        elif transfer.source == ALL_RANKS:
+            content = Counter()
+            for owner in self.world:
+                if transfer.transport == "all_gather":
+                    for rank in self.world:
+                        self.held[rank][f"kv:{owner}"] = Counter(self.held[owner]["kv:home"])
+                else:
+                    sums = (self.held[rank].pop(f"dkv:{owner}") for rank in self.world)
+                    self.held[owner][transfer.buffer] = sum(sums, Counter())
         else:
             source = self.held[transfer.source]
             moves = transfer.kind == "dkv"

@@ -160,3 +160,12 @@ def test_a_missing_end_is_refused() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="workload"):
         recurrence(tiny.schedule("ring", 2), tiny.dense_workload(4), tiny.cluster(), tiny.PairCost())
+
+
+def test_collectives_by_hand() -> None:
+    """Rings of their own: three of four shards pass every port, K/V of 4,000 bytes and gradients of 8,000."""
+    work, cluster, free = tiny.dense_workload(4), tiny.cluster(gpus=4), tiny.PairCost(us_per_pair=0.0)
+    engine, quick = both(tiny.schedule("collective", 4), work, cluster, free)
+    assert engine.makespan_us == quick.makespan_us == 1 + 3 * 4
+    engine, quick = both(tiny.schedule("collective", 4, "backward"), work, cluster, free)
+    assert engine.makespan_us == quick.makespan_us == (1 + 3 * 4) + (1 + 3 * 8)
