@@ -384,7 +384,9 @@ def test_evenly_spread():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, collective, ulysses"):
+    with pytest.raises(
+        InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, collective, ulysses"
+    ):
         select(problem(), quick=CompiledRecurrence(), layouts=["spiral"])
     with pytest.raises(InputError, match="placement: 'random' is not one of"):
         select(problem(), quick=CompiledRecurrence(), placements=["random"])
