@@ -22,9 +22,11 @@ from .merge import accumulator_dtype, merge
 
 __all__ = [
     "BACKENDS",
+    "FUSING_BACKENDS",
     "AttentionMask",
     "BlockIndex",
     "ColumnIndex",
+    "ColumnPart",
     "Partial",
     "accumulator_dtype",
     "block_backward",
@@ -33,9 +35,12 @@ __all__ = [
     "column_backward",
     "column_forward",
     "column_index",
+    "fastest_backend",
     "full_attention",
+    "gather_column_pair",
     "gather_columns",
     "merge",
+    "scatter_column_pair",
     "scatter_columns",
 ]
 
@@ -46,6 +51,9 @@ BACKENDS = {
     "triton": ".triton_backend",
     "flash4": ".flash4_backend",
 }
+
+# Backends that attend columns in the launch of a block part.
+FUSING_BACKENDS = frozenset({"triton"})
 
 Partial = tuple[Tensor, Tensor]
 
@@ -66,6 +74,10 @@ class ColumnIndex:
     data: Any
 
 
+# column_k, column_v [B, H, C, D] (per query head) and their index.
+ColumnPart = tuple[Tensor, Tensor, ColumnIndex]
+
+
 def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor, *, backend: str) -> BlockIndex:
     """The index of one task's block part, built once and used by forward and backward.
 
@@ -78,14 +90,30 @@ def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor, *
 
 
 def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, backend: str, into: Partial | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    backend: str,
+    into: Partial | None = None,
+    columns: ColumnPart | None = None,
 ) -> Partial:
     """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks.
 
     into: (out, lse) of earlier partials over other keys; they are merged, and may be overwritten: use what returns.
+    columns: the column part of the same queries, attended as well; in one launch where the backend can.
     """
     _check_qkv(q, k, v)
-    return _backend(backend).block_forward(q, k, v, _data(index, backend), scale=scale, into=into)
+    found, data = _backend(backend), _data(index, backend)
+    if columns is None:
+        return found.block_forward(q, k, v, data, scale=scale, into=into)
+    if backend in FUSING_BACKENDS:
+        given = *columns[:2], _data(columns[2], backend)
+        return found.block_forward(q, k, v, data, scale=scale, into=into, columns=given)
+    partial = column_forward(q, *columns, scale=scale, backend=backend, into=into)
+    return found.block_forward(q, k, v, data, scale=scale, into=partial)
 
 
 def block_backward(
@@ -102,15 +130,30 @@ def block_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    columns: ColumnPart | None = None,
+    grad_columns: Partial | None = None,
 ) -> None:
     """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
 
-    lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out).
+    lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out). columns: the
+    column part of the same queries too, its gradients added into grad_columns (two tensors [B, H, C, D]).
     """
     _check_qkv(q, k, v)
-    _backend(backend).block_backward(
-        grad_out, q, k, v, lse, delta, _data(index, backend), scale=scale, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v
-    )
+    found, data = _backend(backend), _data(index, backend)
+    inputs = grad_out, q, k, v, lse, delta, data
+    into = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    if columns is None:
+        found.block_backward(*inputs, scale=scale, **into)
+        return
+    if grad_columns is None:
+        raise ValueError("grad_columns: None, though there are columns")
+    if backend in FUSING_BACKENDS:
+        given = *columns[:2], _data(columns[2], backend)
+        found.block_backward(*inputs, scale=scale, **into, columns=given, grad_columns=grad_columns)
+        return
+    of_columns = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+    column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], scale=scale, backend=backend, **of_columns)
+    found.block_backward(*inputs, scale=scale, **into)
 
 
 def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> ColumnIndex:
@@ -167,6 +210,35 @@ def column_backward(
     )
 
 
+def gather_column_pair(k: Tensor, v: Tensor, mask: AttentionMask, k_positions: Tensor, index: ColumnIndex) -> Tensor:
+    """[2, B, H, C, D]: rows of the columns owned here, of k and v [B, S_k, H_kv, D], zero elsewhere.
+
+    index: the column index of the queries at the same positions. Otherwise as gather_columns.
+    """
+    found = _backend(index.backend)
+    if hasattr(found, "gather_columns"):
+        return torch.stack(found.gather_columns(k, v, index.data))
+    return torch.stack([gather_columns(x, mask, k_positions) for x in (k, v)])
+
+
+def scatter_column_pair(
+    grad_columns: Partial,
+    mask: AttentionMask,
+    k_positions: Tensor,
+    index: ColumnIndex,
+    *,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Add the owner's rows of both gradients [B, H, C, D] into grad_k and grad_v, as scatter_columns; repeatable."""
+    found = _backend(index.backend)
+    if hasattr(found, "scatter_columns"):
+        found.scatter_columns(*grad_columns, index.data, grad_k=grad_k, grad_v=grad_v)
+        return
+    for part, grad in zip(grad_columns, (grad_k, grad_v), strict=True):
+        scatter_columns(part, mask, k_positions, grad=grad)
+
+
 def full_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -187,60 +259,43 @@ class _FullAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         positions = torch.arange(q.shape[1], device=q.device)
         index = block_index(mask, positions, positions, backend=backend)
-        out, lse = block_forward(q, k, v, index, scale=scale, backend=backend)
         columns = None
         if mask.column_capacity:
-            columns = column_index(mask, positions, backend=backend)
-            column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
-            out, lse = column_forward(q, column_k, column_v, columns, scale=scale, backend=backend, into=(out, lse))
+            of_columns = column_index(mask, positions, backend=backend)
+            columns = *gather_column_pair(k, v, mask, positions, of_columns).unbind(), of_columns
+        out, lse = block_forward(q, k, v, index, scale=scale, backend=backend, columns=columns)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.given = mask, scale, backend, positions, index, columns
+        ctx.given = mask, scale, backend, positions, index, columns and columns[2]
         ctx.mark_non_differentiable(lse)
         return out.to(q.dtype), lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        mask, scale, backend, positions, index, columns = ctx.given
+        mask, scale, backend, positions, index, of_columns = ctx.given
         grad_out = grads[0]
         delta = (grad_out.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
-        block_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            lse,
-            delta,
-            index,
-            scale=scale,
-            backend=backend,
-            grad_q=grad_q,
-            grad_k=grad_k,
-            grad_v=grad_v,
-        )
-        if columns is not None:
-            column_k, column_v = (gather_columns(x, mask, positions) for x in (k, v))
-            grad_column_k, grad_column_v = (
-                torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (column_k, column_v)
-            )
-            column_backward(
-                grad_out,
-                q,
-                column_k,
-                column_v,
-                lse,
-                delta,
-                columns,
-                scale=scale,
-                backend=backend,
-                grad_q=grad_q,
-                grad_column_k=grad_column_k,
-                grad_column_v=grad_column_v,
-            )
-            scatter_columns(grad_column_k, mask, positions, grad=grad_k)
-            scatter_columns(grad_column_v, mask, positions, grad=grad_v)
+        into: dict[str, Any] = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+        if of_columns is not None:
+            gathered = gather_column_pair(k, v, mask, positions, of_columns)
+            into["columns"] = *gathered.unbind(), of_columns
+            into["grad_columns"] = torch.zeros_like(gathered, dtype=out.dtype).unbind()
+        block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, **into)
+        if of_columns is not None:
+            scatter_column_pair(into["grad_columns"], mask, positions, of_columns, grad_k=grad_k, grad_v=grad_v)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def fastest_backend(device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """The fastest backend for a device: flash4 where it is installed and supported, else triton; blockwise on CPUs.
+
+    flash4 is not bitwise repeatable; triton is.
+    """
+    if device.type != "cuda":
+        return "blockwise"
+    flash4 = _backend("flash4")
+    return "flash4" if flash4.takes(device, dtype=dtype, head_dim=head_dim, block_size=block_size) else "triton"
 
 
 def _backend(name: str) -> ModuleType:

@@ -27,6 +27,7 @@ from .mask import AttentionMask
 from .merge import accumulator_dtype
 
 HEAD_DIMS = (64, 128)
+DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITIES = ((9, 0), (10, 0))
 
 __all__ = [
@@ -220,12 +221,26 @@ def _empty(q: Tensor, tokens: int) -> Partial:
     return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
 
 
+def takes(device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+    """Whether this backend is installed and runs such attention on that device."""
+    if dtype not in DTYPES or head_dim not in HEAD_DIMS:
+        return False
+    try:
+        _check_device(device, block_size)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_here(mask: AttentionMask) -> None:
     """Raise ValueError for what keeps this backend from running a mask here."""
-    if mask.block_size != BLOCK_SIZE:
-        raise ValueError(f"mask.block_size: {mask.block_size} is not {BLOCK_SIZE} (flash4 backend)")
+    _check_device(mask.active.device, mask.block_size)
+
+
+def _check_device(device: torch.device, block_size: int) -> None:
+    if block_size != BLOCK_SIZE:
+        raise ValueError(f"mask.block_size: {block_size} is not {BLOCK_SIZE} (flash4 backend)")
     wheels()
-    device = mask.active.device
     if device.type != "cuda":
         raise ValueError(f"mask.active: on {device}, the flash4 backend needs a CUDA device")
     capability = torch.cuda.get_device_capability(device)
@@ -237,7 +252,7 @@ def _check_here(mask: AttentionMask) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, index: Flash4Task) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in DTYPES:
         raise ValueError(f"q: dtype {q.dtype} is neither float16 nor bfloat16 (flash4 backend)")
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"q: head dim {q.shape[3]} is not one of {HEAD_DIMS} (flash4 backend)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launching, tuning
+from . import gradients, launching, tuning
 from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
 from .column_index import ColumnTask, column_task
@@ -137,17 +137,26 @@ def block_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    columns: Columns | None = None,
+    grad_columns: Partial | None = None,
 ) -> None:
     """See api.block_backward. Bitwise repeatable: every accumulator element has one owner and one order."""
     launching.check_query(q, index)
     launching.check_keys(k, index)
     if not index.q_valid_tokens or not index.k_valid_tokens:
+        if columns is not None and grad_columns is not None:
+            into = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], scale=scale, **into)
         return
     q, k, v, grad_out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype)))
     values = launching.row_values_of(lse, delta, index, scale)
     with launching.accumulators(grad_q, grad_k, grad_v) as (into_q, into_k, into_v):
-        grad_query(grad_out, q, k, v, values, index, None, scale, into_q, add=True)
+        grad_query(grad_out, q, k, v, values, index, columns, scale, into_q, add=True)
         grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=True)
+    if columns is not None and grad_columns is not None:
+        of_columns = gradients.grad_columns(grad_out, q, columns, values, scale)
+        for part, added in zip(grad_columns, of_columns, strict=True):
+            part += added
 
 
 def column_backward(

@@ -26,7 +26,7 @@ MAX_INNER_SIZES = 6
 MAX_PADDING = 1.125
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
 MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
-WHOLE_BLOCK_BACKENDS = frozenset({"triton", "flash4"})
+WHOLE_BLOCK_BACKENDS = frozenset({"triton", "flash4", "fastest"})
 PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
 
 

@@ -47,7 +47,7 @@ def plan(
     cluster: Annotated[str, typer.Option(help=f"YAML file or preset: {', '.join(preset_names())}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
     dtype: Annotated[str, typer.Option(help=f"Of q, k, v: {', '.join(get_args(DType))}.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.")] = "triton",
+    backend: Annotated[str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.")] = "fastest",
     launches: Annotated[
         Path | None, typer.Option(help="Launch settings for the kernels: a file of `doctor --kernels --tune`.")
     ] = None,

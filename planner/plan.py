@@ -92,9 +92,13 @@ class TunedLaunches(_Strict):
 
 
 class KernelSpec(_Strict):
-    """Kernel settings that every rank must share. tuned: launches to prefer where they were tuned for."""
+    """Kernel settings that every rank must share. tuned: launches to prefer where they were tuned for.
 
-    backend: Literal["reference", "blockwise", "triton", "flash4"] = "triton"
+    backend "fastest" is settled where the plan runs, by all ranks alike: flash4 where it is installed and supported,
+    else triton; blockwise without a GPU.
+    """
+
+    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] = "triton"
     tuned: TunedLaunches | None = None
 
 

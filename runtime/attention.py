@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.api import AttentionMask, accumulator_dtype
+from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend
 from ..planner.check import check_step
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction
@@ -22,7 +22,7 @@ from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks
 from .measure import Recorder
 from .mesh import Mesh, agree
-from .patterns import HASH_MULTIPLIER, PairGuard, pattern_hash
+from .patterns import PairGuard, RunningHash
 from .recompute import current_kept
 from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
@@ -52,6 +52,7 @@ class PlannedAttention:
         self.topic = f"plan {PlannedAttention._made}"  # ranks make plans in the same order
         agree(mesh, f"{self.topic} digest", plan.digest)
         self.plan, self.mesh, self.recorder = plan, mesh, recorder
+        self.backend = _settled_backend(plan, mesh, self.topic)
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
         check_step(self.schedules["forward"], self.schedules["backward"])
         self._channels = channels or Channels(mesh, timed=recorder is not None)
@@ -63,7 +64,7 @@ class PlannedAttention:
             torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)
         ]
         self.joined_positions: dict[tuple[int, ...], Tensor] = {}
-        self._pattern_hash = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self._pattern_hash = RunningHash(mesh.device)
         self._agreements = 0
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
 
@@ -114,7 +115,7 @@ class PlannedAttention:
         Does not wait for the device, unless the plan leaves out pairs that a causal mask may have and this mask is new.
         """
         self._pairs.admit(mask)
-        self._pattern_hash = self._pattern_hash * HASH_MULTIPLIER + pattern_hash(mask)
+        self._pattern_hash.note(mask)
 
     def agree_on_patterns(self) -> None:
         """Check, once per training step, that all ranks used the same patterns since the last time. Collective.
@@ -122,8 +123,7 @@ class PlannedAttention:
         Raises InputError naming the first rank that differs. Waits for the device.
         """
         self._agreements += 1
-        agree(self.mesh, f"{self.topic} patterns {self._agreements}", f"{int(self._pattern_hash):016x}")
-        self._pattern_hash = torch.zeros_like(self._pattern_hash)
+        agree(self.mesh, f"{self.topic} patterns {self._agreements}", f"{int(self._pattern_hash.take()):016x}")
 
     def close(self) -> None:
         """Finish all channels."""
@@ -155,6 +155,20 @@ def _row_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         piece = slice(start, start + step)
         sums[:, :, piece] = (left[:, piece].to(dtype) * right[:, piece]).sum(-1).transpose(1, 2)
     return sums
+
+
+def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
+    """Return the kernels' backend: "fastest" becomes one by name, and InputError names a rank that has another."""
+    if plan.kernels.backend != "fastest":
+        return plan.kernels.backend
+    backend = fastest_backend(
+        mesh.device,
+        dtype=getattr(torch, plan.dtype),
+        head_dim=plan.model.head_dim,
+        block_size=plan.block_size,
+    )
+    agree(mesh, f"{topic} backend", backend)
+    return backend
 
 
 def _use_tuned_launches(plan: Plan) -> None:
@@ -189,7 +203,7 @@ class _RingFunction(torch.autograd.Function):
             source=(lambda: mask) if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
             positions=planned.positions,
             rank=planned.mesh.rank,
-            backend=planned.plan.kernels.backend,
+            backend=planned.backend,
             columns_capacity=planned.plan.columns_capacity,
             joined_positions=planned.joined_positions,
             chosen=planned.note_pattern,

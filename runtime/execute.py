@@ -137,7 +137,7 @@ def _gathered(
     planned: PlannedAttention, repeats: list[list[Span]], verdicts: list[Verdict], peak: int
 ) -> RunResult | None:
     mesh, plan = planned.mesh, planned.plan
-    metadata = {"plan_digest": plan.digest, "backend": plan.kernels.backend, "device": _device_name(mesh)}
+    metadata = {"plan_digest": plan.digest, "backend": planned.backend, "device": _device_name(mesh)}
     timelines = [
         collect_timeline(mesh, spans, topic=f"{planned.topic}/{number}", metadata=metadata)
         for number, spans in enumerate(repeats)

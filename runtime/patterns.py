@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from .mesh import Mesh
 from .selectors import make_selector
 
 HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
+NOTED_BYTES = 1 << 26  # masks wait to be hashed together, up to so many bytes
 
 
 def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.device) -> AttentionMask:
@@ -99,16 +100,43 @@ def _columns(pattern: LayerPattern, capacity: int) -> np.ndarray:
     return columns
 
 
-def pattern_hash(mask: AttentionMask) -> torch.Tensor:
-    """Return an int64 scalar on the mask's device that differs, but for chance, when two masks do. Does not wait."""
-    parts = [mask.active] if mask.columns is None else [mask.active, mask.columns]
-    total = torch.zeros((), dtype=torch.int64, device=mask.active.device)
-    for part in parts:
-        data = part.contiguous().view(torch.uint8).flatten()
-        words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-        places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER
-        total = total * HASH_MULTIPLIER + ((words + places) * (places | 1)).sum()  # wraps around on purpose
-    return total
+def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
+    """Return an int64 scalar on the masks' device that differs, but for chance, when two lists of masks do.
+
+    Does not wait. At least one mask.
+    """
+    parts = [part for mask in masks for part in (mask.active, mask.columns) if part is not None]
+    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+    words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER
+    return ((words + places) * (places | 1)).sum()  # wraps around on purpose
+
+
+class RunningHash:
+    """The hash of all masks noted since it was last taken; noting launches nothing, away from the layers' kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._value = torch.zeros((), dtype=torch.int64, device=device)
+        self._noted: list[AttentionMask] = []
+        self._bytes = 0
+
+    def note(self, mask: AttentionMask) -> None:
+        """Add a mask. It must not change before the hash is taken."""
+        self._noted.append(mask)
+        self._bytes += mask.active.nbytes + (0 if mask.columns is None else mask.columns.nbytes)
+        if self._bytes > NOTED_BYTES:
+            self._add_noted()
+
+    def take(self) -> torch.Tensor:
+        """Return the hash, an int64 scalar on the device, and begin anew. Does not wait."""
+        self._add_noted()
+        value, self._value = self._value, torch.zeros_like(self._value)
+        return value
+
+    def _add_noted(self) -> None:
+        if self._noted:
+            self._value = self._value * HASH_MULTIPLIER + pattern_hash(self._noted)
+        self._noted, self._bytes = [], 0
 
 
 def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:

@@ -25,21 +25,35 @@ JOINING_BACKENDS = frozenset({"triton", "flash4"})
 def launches(tasks: Sequence[Task], backend: str, batch: int) -> list[tuple[Task, ...]]:
     """Cut a phase's tasks into kernel launches: tasks whose keys (and gradients) lie side by side are one launch.
 
-    One long launch beats several short ones: out and dq are read and written once, and no tail is left idle.
+    One long launch beats several short ones: out and dq are read and written once, and no tail is left idle. A launch
+    may begin with the columns, where the backend attends both kinds of keys at once.
     """
     cut: list[tuple[Task, ...]] = []
     for task in tasks:
         joined = (*cut[-1], task) if cut else (task,)
-        if cut and backend in JOINING_BACKENDS and batch == 1 and _side_by_side(joined):
+        if cut and _together(joined, backend, batch):
             cut[-1] = joined
         else:
             cut.append((task,))
     return cut
 
 
-def _side_by_side(tasks: Sequence[Task]) -> bool:
-    if any(task.key is None or task.heads != tasks[0].heads for task in tasks):
+def split_columns(tasks: Sequence[Task]) -> tuple[bool, list[Task]]:
+    """Return whether a launch attends the columns, and its tasks over key shards."""
+    keyed = [task for task in tasks if task.key is not None]
+    return len(keyed) < len(tasks), keyed
+
+
+def _together(tasks: Sequence[Task], backend: str, batch: int) -> bool:
+    columns, keyed = split_columns(tasks)
+    if len(tasks) - len(keyed) > 1 or (columns and (tasks[0].key is not None or backend not in api.FUSING_BACKENDS)):
         return False
+    if any(task.heads != tasks[0].heads for task in tasks):
+        return False
+    return len(keyed) == 1 or (backend in JOINING_BACKENDS and batch == 1 and _side_by_side(keyed))
+
+
+def _side_by_side(tasks: Sequence[Task]) -> bool:
     grads = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
     return neighbours([task.key_buffer for task in tasks]) and (not grads or neighbours(grads))
 
@@ -135,21 +149,24 @@ class ForwardStage:
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Compute the tasks of one launch and merge them into the result."""
         common = {"scale": self.scale, "backend": self.indexes.backend, "into": self.result}
-        if tasks[0].key is None:
+        with_columns, keyed = split_columns(tasks)
+        columns = None
+        if with_columns:
             assert self.gathered is not None
-            column_k, column_v = self.gathered
-            self.result = api.column_forward(self.q, column_k, column_v, self.indexes.columns(), **common)
-            return
-        names = [task.key_buffer for task in tasks]
+            columns = self.gathered[0], self.gathered[1], self.indexes.columns()
+            if not keyed:
+                self.result = api.column_forward(self.q, *columns, **common)
+                return
+        names = [task.key_buffer for task in keyed]
         k, v = self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)
-        self.result = api.block_forward(self.q, k, v, self.indexes.block(tasks), **common)
+        self.result = api.block_forward(self.q, k, v, self.indexes.block(keyed), columns=columns, **common)
 
     def _pair(self, name: str) -> Pair:
         return self.kv if name == KV_HOME else self.slots[name]
 
     def _own_columns(self) -> Tensor:
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        self.gathered = torch.stack([api.gather_columns(part, mask, positions) for part in self.kv])
+        self.gathered = api.gather_column_pair(*self.kv, mask, positions, self.indexes.columns())
         return self.gathered
 
 
@@ -216,17 +233,20 @@ class BackwardStage:
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
-        if tasks[0].key is None:
+        with_columns, keyed = split_columns(tasks)
+        columns: dict[str, Any] = {}
+        if with_columns:
             assert self.gathered is not None
             self.grad_gathered = torch.zeros_like(self.gathered, dtype=self.grad_q.dtype)
-            self._compute_columns(self.gathered, self.grad_gathered)
-            return
-        k, v = self._joined([task.key_buffer for task in tasks])
-        grad_k, grad_v = self._grads(tasks)
-        index = self.indexes.block(tasks)
-        api.block_backward(
-            self.grad_out, self.q, k, v, self.lse, self.delta, index, grad_k=grad_k, grad_v=grad_v, **self._common()
-        )
+            if not keyed:
+                self._compute_columns(self.gathered, self.grad_gathered)
+                return
+            columns["columns"] = self.gathered[0], self.gathered[1], self.indexes.columns()
+            columns["grad_columns"] = self.grad_gathered.unbind()
+        k, v = self._joined([task.key_buffer for task in keyed])
+        grad_k, grad_v = self._grads(keyed)
+        inputs = self.grad_out, self.q, k, v, self.lse, self.delta, self.indexes.block(keyed)
+        api.block_backward(*inputs, grad_k=grad_k, grad_v=grad_v, **columns, **self._common())
 
     def _compute_columns(self, gathered: Tensor, grad_gathered: Tensor) -> None:
         (k, v), (grad_k, grad_v), index = gathered.unbind(), grad_gathered.unbind(), self.indexes.columns()
@@ -239,7 +259,7 @@ class BackwardStage:
     def _joined(self, names: list[str]) -> Pair:
         return self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)
 
-    def _grads(self, tasks: tuple[Task, ...]) -> Pair:
+    def _grads(self, tasks: Sequence[Task]) -> Pair:
         """Return where the tasks add dk and dv; slots that hold nothing yet are zeroed first."""
         names = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
         assert len(names) == len(tasks)
@@ -258,5 +278,6 @@ class BackwardStage:
     def _scatter_columns(self) -> None:
         assert self.grad_gathered is not None
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        for part, into in zip(self.grad_gathered, self.grad_kv, strict=True):
-            api.scatter_columns(part, mask, positions, grad=into)
+        grad_k, grad_v = self.grad_kv
+        parts = self.grad_gathered[0], self.grad_gathered[1]
+        api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)

@@ -79,7 +79,7 @@ class PlanSection(_Section):
     pattern: PatternSection = PatternSection()
     layout: Literal["gather", "ring"] = "gather"
     block_size: Literal[64, 128] = 128
-    backend: Literal["reference", "blockwise", "triton", "flash4"] | None = None
+    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None
 
 
 class OptimizerSection(_Section):

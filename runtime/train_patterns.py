@@ -25,7 +25,7 @@ from .attention import Chooser
 from .capture import pattern_of
 from .comm import reducers
 from .mesh import Mesh
-from .patterns import HASH_MULTIPLIER, PlannedChoice, pattern_hash, replayed_mask
+from .patterns import PlannedChoice, RunningHash, replayed_mask
 from .train_timing import Clock
 
 
@@ -60,9 +60,11 @@ class LayerMasks:
     watch: bool = False
     record: bool = False
     seed: int = 0
-    _hash: Tensor | None = None
     _watched: dict[int, _Watched] = field(default_factory=dict)
     _collectives: Collectives | None = None
+
+    def __post_init__(self) -> None:
+        self._hash = RunningHash(self.mesh.device)
 
     def of_layer(self, layer: int) -> Chooser:
         """Return a function of this rank's (q, k) that gives the layer's mask. Collective when it chooses."""
@@ -80,8 +82,7 @@ class LayerMasks:
 
     def take_hash(self) -> Tensor:
         """Return an int64 that stands for all masks given since the last call, on the device."""
-        taken, self._hash = self._hash, None
-        return torch.zeros((), dtype=torch.int64, device=self.mesh.device) if taken is None else taken
+        return self._hash.take()
 
     def take_loads(self) -> dict[int, LayerLoad]:
         """Return and forget density and imbalance of the layers that were watched. Waits for the device."""
@@ -117,8 +118,7 @@ class LayerMasks:
 
     def _observe(self, layer: int, mask: AttentionMask, q: Tensor, k: Tensor) -> None:
         with torch.no_grad():
-            hashed = pattern_hash(mask)
-            self._hash = hashed if self._hash is None else self._hash * HASH_MULTIPLIER + hashed
+            self._hash.note(mask)
             if self.watch or self.record:
                 self._watched[layer] = _Watched(block_rows(mask))
             if self.record:

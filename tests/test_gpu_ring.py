@@ -12,6 +12,7 @@ import pytest
 
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
+from sparsering.planner.pairs import pattern_pairs
 from sparsering.planner.placement import REGULAR_PLACEMENTS, balanced
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.workload import unit_load
@@ -61,6 +62,9 @@ def _plan(
     placement: str,
     layout: tuple[str, dict[str, int]],
     granularity_tokens: int = 128,
+    *,
+    backend: str = "triton",
+    leave_out: bool = False,
 ) -> Plan:
     common = {
         "seq_len_tokens": pattern.seq_len_tokens,
@@ -83,7 +87,8 @@ def _plan(
         forward=layout,
         backward=layout,
         pattern=PatternSpec(source="trace"),
-        kernels=KernelSpec(backend="triton"),
+        kernels=KernelSpec.model_validate({"backend": backend}),
+        pairs=pattern_pairs(pattern, chosen) if leave_out else None,
     )
 
 
@@ -122,6 +127,36 @@ def test_block_masks_and_documents(
 ) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384, density=0.1, columns=128, documents=5, block_mask_heads=4)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "balanced", layout), pattern)
+
+
+@pytest.mark.parametrize("layout", [("collective", {}), ("gather", {"chunks": 2, "keep_kv": 1})], ids=str)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_other_transports_and_kept_keys(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
+    _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
+
+
+@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})], ids=str)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_pairs_that_documents_never_need_are_left_out(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    pattern = anchor_pattern(seq_len_tokens=16384, density=0.3, columns=64, documents=9)
+    plan = _plan(pattern, world_size, "contiguous", layout, leave_out=True)
+    assert plan.active_pairs().left_out()
+    _check(gpu_pools(world_size, False), plan, pattern)
+
+
+@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})], ids=str)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_flash4_plays_the_same_schedules(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
+    _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout, backend="flash4"), pattern)
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w][-2:]], ids=str)
