@@ -32,8 +32,8 @@ from sparsering.planner.recurrence import recurrence
 from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
 from sparsering.planner.schedule import DIRECTIONS
 from sparsering.planner.scores import Problem, ScoreBoard
-from sparsering.planner.selection import Selection, select
-from sparsering.planner.verdict import describe, predictions, verdict
+from sparsering.planner.selection import EQUAL_WITHIN, Selection, select
+from sparsering.planner.verdict import predictions, verdict
 from sparsering.planner.workload import unit_load, workload
 from sparsering.simulator.engine import simulate
 from sparsering.tests import tiny
@@ -116,8 +116,8 @@ def check_promises(given_problem: Problem, found: Selection) -> None:
     assert memory_bytes <= limit_bytes
     step_time_us, name = pick.step_time_us, pick.rater.name
     rivals = [rated.step for rated in found.table if rated.step.eligible and rated.step.rater.name == name]
-    quicker = [(describe(step), step.step_time_us) for step in rivals if step.step_time_us < step_time_us]
-    assert quicker == []
+    quickest_us = min(step.step_time_us for step in rivals)
+    assert step_time_us <= (1.0 + EQUAL_WITHIN) * quickest_us
     plain = {rated.baseline for rated in found.baselines}
     assert plain == set(baselines(cluster=given_problem.cluster, block_size=BLOCK))
     assert {rated.step.rater.name for rated in found.baselines} == {name}
@@ -156,7 +156,7 @@ def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem,
     found = select(limited, quick=CompiledRecurrence())
     check_promises(limited, found)
     free_us, limited_us = free.pick.step_time_us, found.pick.step_time_us
-    assert limited_us >= free_us
+    assert (1.0 + EQUAL_WITHIN) * limited_us >= free_us
     with pytest.raises(InputError, match="memory_limit_bytes") as caught:
         select(replace(given_problem, memory_limit_bytes=1), quick=CompiledRecurrence())
     assert "\n" not in str(caught.value)
@@ -323,6 +323,18 @@ def test_ulysses_is_a_row_where_it_applies_and_a_note_where_not():
     assert "ulysses does not apply to these sizes" in with_columns.notes
 
 
+@pytest.mark.parametrize(("slower_us", "chunks"), [(100.5, 1), (102.0, 3)])
+def test_of_equal_candidates_the_one_with_fewest_launches_is_taken(slower_us: float, chunks: int):
+    def nearly_equal(schedule, workload, cluster, cost) -> Evaluation:
+        phases = sum(bool(phase.tasks) for phase in schedule.phases(0))
+        known_us = {2: slower_us, 4: 100.0} if schedule.layout == "gather" else {}
+        return senseless(known_us.get(phases, 1000.0), schedule.world_size)
+
+    found = select(problem(gpus=4), quick=nearly_equal)
+    for layout in (found.pick.forward_layout, found.pick.backward_layout):
+        assert (layout.layout, dict(layout.parameters)["chunks"]) == ("gather", chunks)
+
+
 def test_directions_may_have_different_layouts():
     def contrary(schedule, workload, cluster, cost) -> Evaluation:
         wanted = {"forward": "gather", "backward": "ring"}[schedule.direction]
@@ -367,7 +379,7 @@ def test_predictions_agree_with_their_table():
     told = predictions(given_problem, found, restricted=False)
     best = min(row["step_time_us"] for row in told["candidates"] if row["baseline"])
     assert told["best_baseline_us"] == best
-    assert told["step_time_us"] <= best
+    assert told["step_time_us"] <= (1.0 + EQUAL_WITHIN) * best
     assert told["gap"] == pytest.approx(told["step_time_us"] / told["bound_us"] - 1, abs=1e-5)
     assert told["gap"] >= 0
     assert told["exposed_us"] == pytest.approx(told["exposed_fraction"] * told["step_time_us"], rel=1e-3)
