@@ -117,7 +117,8 @@ def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
 
 def predicted_peak_bytes(plan: Plan) -> int:
     """Return what the plan says that a step of one layer needs on every rank."""
-    return max(layer_memory(plan.schedule(way), plan.attention_shape()).total_bytes for way in DIRECTIONS)
+    shape, backend = plan.attention_shape(), plan.kernels.backend
+    return max(layer_memory(plan.schedule(way), shape, backend=backend).total_bytes for way in DIRECTIONS)
 
 
 def transports_of(plan: Plan) -> str:

@@ -1,8 +1,9 @@
 """Bytes that one layer's attention needs on a rank under a schedule (batch of one), before anything is run.
 
 Counted is what runtime/attention.py holds when backward ends, which is when it holds most: tensors of the layer, and
-the slots, kept through both directions. Not counted: indexes of the mask (about 1 % where shards are long), what
-kernels need in passing, and whatever else lives on the GPU.
+the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32 accumulators and
+16-bit gradients of a launch, and its tables. Not counted: indexes of the mask (about 1 % where shards are long), and
+whatever else lives on the GPU.
 
 Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
 """
@@ -12,7 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .layout_draft import AttentionShape
-from .schedule import Schedule
+from .schedule import HOMES, Phase, Schedule
+
+# Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes, and at most.
+FLASH4_BACKENDS = frozenset({"flash4", "fastest"})
+TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES, TABLE_LIMIT_BYTES = 128, 4, 72 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +29,25 @@ class LayerMemory:
     columns_bytes: gathered K and V of all columns and their gradients
     buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them
     kept_bytes: the kept slots of all other layers, which wait for their backward
+    workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for
     """
 
     home_bytes: int
     columns_bytes: int
     buffer_bytes: int
     kept_bytes: int = 0
+    workspace_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes
+        return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes + self.workspace_bytes
 
 
-def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1) -> LayerMemory:
+def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton") -> LayerMemory:
     """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
 
-    layers: of the model; each of them keeps its own K/V where the schedule keeps any.
+    layers: of the model; each of them keeps its own K/V where the schedule keeps any. backend: of the kernels.
 
     A step needs the larger total of its two directions, which share an arena for their slots.
     """
@@ -48,11 +55,32 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1) 
     dq_bytes = q_bytes * shape.accumulator_bytes // shape.element_bytes
     row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
     home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
-    if shape.accumulator_bytes != shape.element_bytes:
-        home_bytes += q_bytes + shape.kv_bytes
+    returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
+    home_bytes += returned_bytes
     return LayerMemory(
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
         buffer_bytes=schedule.buffer_bytes,
         kept_bytes=(layers - 1) * schedule.kept_bytes,
+        workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes),
     )
+
+
+def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
+    """Return what a backward launch of flash-attn-4 holds at most, with the tables of all launches; else 0."""
+    if backend not in FLASH4_BACKENDS or schedule.direction != "backward":
+        return 0
+    launches = [shards for phase in schedule.phases(0) for shards in _launched_shards(phase)]
+    rows = shape.tokens_per_rank * (shape.heads + 2 * max(launches, default=0) * shape.kv_heads)
+    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
+    table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
+    tables_bytes = 2 * sum(min(shards * table_bytes, TABLE_LIMIT_BYTES) for shards in launches)
+    return rows * shape.head_dim * (shape.accumulator_bytes + shape.element_bytes) + tables_bytes
+
+
+def _launched_shards(phase: Phase) -> list[int]:
+    """Return how many key shards each launch of a phase reads: the own one alone, those in slots together."""
+    keyed = [task.key_buffer for task in phase.tasks if task.key is not None]
+    own = sum(name in HOMES for name in keyed)
+    others = len(keyed) - own
+    return [1] * own + ([others] if others else [])

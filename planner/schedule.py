@@ -40,6 +40,7 @@ Q_HOME = "q:home"
 OUT_HOME = "out:home"
 COLUMNS_HOME = "columns:home"
 DCOLUMNS_HOME = "dcolumns:home"
+HOMES = frozenset({KV_HOME, DKV_HOME, Q_HOME, OUT_HOME, COLUMNS_HOME, DCOLUMNS_HOME})
 KEPT = "kept:"  # prefix of slots for K/V that a layer keeps from forward to backward
 
 

@@ -216,7 +216,12 @@ class ScoreBoard:
     def may_keep(self, choice: PlacementChoice) -> bool:
         """Whether the memory limit allows to keep all gathered K/V of every layer until backward."""
         schedule = self.schedule(choice, KEEPING, "backward")
-        memory = layer_memory(schedule, self.problem.shape(self.placement(choice)), layers=self.problem.model.layers)
+        memory = layer_memory(
+            schedule,
+            self.problem.shape(self.placement(choice)),
+            layers=self.problem.model.layers,
+            backend=self.problem.backend,
+        )
         return memory.total_bytes <= self.problem.memory_limit_bytes
 
     def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
@@ -232,7 +237,8 @@ class ScoreBoard:
         key = (rater, choice, layout, direction)
         if key not in self._scores:
             schedule, problem = self.schedule(choice, layout, direction), self.problem
-            memory = layer_memory(schedule, problem.shape(self.placement(choice)), layers=problem.model.layers)
+            shape = problem.shape(self.placement(choice))
+            memory = layer_memory(schedule, shape, layers=problem.model.layers, backend=problem.backend)
             self._scores[key] = Score(
                 evaluations=tuple(
                     rater.evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KEPT, KV_HOME, OUT_HOME, Q_HOME, Schedule
+from ..planner.schedule import HOMES, KEPT, Schedule
 
 Pair = tuple[Tensor, Tensor]
-HOMES = frozenset({KV_HOME, DKV_HOME, Q_HOME, OUT_HOME, COLUMNS_HOME, DCOLUMNS_HOME})
 KEPT_POOL = KEPT.removesuffix(":")
 ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 

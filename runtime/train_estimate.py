@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..planner.memory import layer_memory
 from ..planner.plan import ELEMENT_BYTES, Plan
+from ..planner.schedule import DIRECTIONS
 from .train_config import TrainConfig
 from .train_model import ModelFacts
 
@@ -29,7 +30,8 @@ def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[
     layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
     layers = facts.shape.layers
     whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
-    attention = max(layer_memory(plan.schedule(d), shape).total_bytes for d in ("forward", "backward"))
+    backend = plan.kernels.backend
+    attention = max(layer_memory(plan.schedule(d), shape, backend=backend).total_bytes for d in DIRECTIONS)
     chunk = min(config.memory.loss_chunk_tokens, tokens) * facts.vocabulary * (2 * master + 2 * element)
     parts = {
         "parameters": master * facts.parameters // world,
