@@ -68,8 +68,14 @@ class Selectors:
             return choose_xattention(self.shard, scale=self.scale, stride=STRIDE)
         if name == "moba-block":
             return choose_moba_block(self.shard, chunk_tokens=512, top_chunks=8)
-        shape = {"heads": self.shard.heads, "seq_len_tokens": self.shard.seq_len_tokens, "block_size": 128}
-        return sink_window(**shape, sink_tokens=30, window_tokens=1024, device="cuda").mask
+        return sink_window(
+            heads=self.shard.heads,
+            seq_len_tokens=self.shard.seq_len_tokens,
+            block_size=128,
+            sink_tokens=30,
+            window_tokens=1024,
+            device="cuda",
+        ).mask
 
 
 def index_of(mask: AttentionMask, positions: torch.Tensor) -> int:

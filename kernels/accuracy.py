@@ -51,8 +51,8 @@ def error_ratios(case: Case, backend: str, device: torch.device, *, seed: int = 
     grad_out, q, k, v = _tensors(case, device, seed)
     mask = _mask(case, seed).to(device)
     scale = case.head_dim**-0.5
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, _ = full_attention(*leaves, mask, scale=scale, backend=backend)
+    leaf_q, leaf_k, leaf_v = leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, _ = full_attention(leaf_q, leaf_k, leaf_v, mask, scale=scale, backend=backend)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
     plain = _plain(grad_out, q, k, v, mask, scale)
     exact_out, _ = reference_attention(q, k, v, mask, scale=scale)

@@ -262,7 +262,8 @@ class _FullAttention(torch.autograd.Function):
         columns = None
         if mask.column_capacity:
             of_columns = column_index(mask, positions, backend=backend)
-            columns = *gather_column_pair(k, v, mask, positions, of_columns).unbind(), of_columns
+            column_k, column_v = gather_column_pair(k, v, mask, positions, of_columns)
+            columns = column_k, column_v, of_columns
         out, lse = block_forward(q, k, v, index, scale=scale, backend=backend, columns=columns)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = mask, scale, backend, positions, index, columns and columns[2]
@@ -277,13 +278,15 @@ class _FullAttention(torch.autograd.Function):
         delta = (grad_out.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
         into: dict[str, Any] = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+        grad_columns: Partial | None = None
         if of_columns is not None:
-            gathered = gather_column_pair(k, v, mask, positions, of_columns)
-            into["columns"] = *gathered.unbind(), of_columns
-            into["grad_columns"] = torch.zeros_like(gathered, dtype=out.dtype).unbind()
+            column_k, column_v = gather_column_pair(k, v, mask, positions, of_columns)
+            into["columns"] = column_k, column_v, of_columns
+            grad_columns = torch.zeros_like(column_k, dtype=out.dtype), torch.zeros_like(column_v, dtype=out.dtype)
+            into["grad_columns"] = grad_columns
         block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, **into)
-        if of_columns is not None:
-            scatter_column_pair(into["grad_columns"], mask, positions, of_columns, grad_k=grad_k, grad_v=grad_v)
+        if grad_columns is not None:
+            scatter_column_pair(grad_columns, mask, positions, of_columns, grad_k=grad_k, grad_v=grad_v)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FOUND = Launch(m=64, n=32, warps=4, stages=3, tma=False)
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
+def forget() -> Iterator[None]:
     tuning.GIVEN.clear()
     yield
     tuning.GIVEN.clear()
@@ -46,6 +47,28 @@ def test_given_launches_are_used_where_they_were_tuned_for_and_nowhere_else():
 def test_unknown_kernels_and_fields_are_refused(launches, said):
     with pytest.raises(ValueError, match=said):
         tuning.use(capability=80, head_dim=128, block_size=128, launches=launches)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles", "said"),
+    [
+        (tuning.FORWARD, {"m": 256}, "forward.m: 256 is no power of two from 16 to 128"),
+        (tuning.GRAD_KV, {"m": 96}, "grad_kv.m: 96"),
+        (tuning.FUSED_FORWARD, {"n": 128}, "fused_forward.n: 128 is no power of two from 16 to 64"),
+    ],
+)
+def test_tiles_that_would_compute_something_else_are_refused(kernel, tiles, said):
+    given = document() | {"launches": {kernel: {**vars(FOUND), **tiles}}}
+    with pytest.raises(ValueError, match=said):
+        tuning.use(**given)
+    assert not tuning.GIVEN
+
+
+def test_every_candidate_is_one_that_may_be_given():
+    jobs = tune.candidates(tune.Shape(), tune.CANDIDATES, tma=True)
+    for kernel, launch in jobs:
+        tuning.use(**tune.launches_document(tune.Shape(), {kernel: launch}, capability=90))
+    assert len(tuning.GIVEN) == len(tune.CANDIDATES)
 
 
 @pytest.mark.parametrize(
