@@ -285,7 +285,7 @@ class _FullAttention(torch.autograd.Function):
             grad_columns = torch.zeros_like(column_k, dtype=out.dtype), torch.zeros_like(column_v, dtype=out.dtype)
             into["grad_columns"] = grad_columns
         block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, **into)
-        if grad_columns is not None:
+        if grad_columns is not None and of_columns is not None:
             scatter_column_pair(grad_columns, mask, positions, of_columns, grad_k=grad_k, grad_v=grad_v)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
