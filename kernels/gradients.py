@@ -203,6 +203,9 @@ def _key_arguments(
 def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tensor, scale: float) -> Partial:
     """Launch dK and dV [B, H, C, D] of the columns: sums over chunks of query tiles, added in a fixed order."""
     column_k, column_v, index = (loadable(columns[0]), loadable(columns[1]), columns[2])
+    if not index.columns.shape[1]:
+        empty = torch.empty(column_k.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
+        return empty, empty
     launch, common = settings(tuning.COLUMN_GRAD_KV, q, index.mask)
     assert COLUMN_TILE % launch.n == 0, f"column tile {COLUMN_TILE} is no multiple of {launch.n}"
     batch, heads, capacity, dim = column_k.shape

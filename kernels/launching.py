@@ -125,8 +125,11 @@ def block_arguments(
 def column_arguments(
     column_k: Tensor | None, column_v: Tensor | None, index: ColumnTask | None, launch: tuning.Launch
 ) -> dict[str, Any]:
-    """Arguments of the column part of a launch; without an index, what leaves that part out. column_k [B, H, C, D]."""
-    if column_k is None or column_v is None or index is None:
+    """Arguments of the column part of a launch; without an index or columns, what leaves that part out.
+
+    column_k, column_v [B, H, C, D].
+    """
+    if column_k is None or column_v is None or index is None or not index.columns.shape[1]:
         names = (
             "column_k",
             "column_v",

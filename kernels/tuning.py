@@ -60,6 +60,10 @@ SM80 = {
     COLUMN_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
 }
+TILE_SIZES = frozenset({16, 32, 64, 128})
+# These walk columns, whose bits they find in words of so many.
+WORD_COLUMNS = 64
+COLUMN_KERNELS = frozenset({FUSED_FORWARD, FUSED_GRAD_Q, COLUMN_FORWARD, COLUMN_GRAD_Q, COLUMN_GRAD_KV})
 # Exceptions by (architecture, kernel, head dim, block size).
 EXCEPTIONS: dict[tuple[int, str, int, int], Launch] = {
     (80, GRAD_KV, 64, 64): Launch(m=64, n=32, warps=4, stages=2, tma=False),  # wider tiles spill
@@ -74,7 +78,7 @@ GIVEN: dict[tuple[int, str, int, int], Launch] = {}
 def use(*, capability: int, head_dim: int, block_size: int, launches: Mapping[str, Mapping[str, Any]]) -> None:
     """Prefer these launches (kernel -> fields of Launch) on this compute capability and shape, in this process.
 
-    Raises ValueError for a kernel or a field that there is not.
+    Raises ValueError for a kernel or a field that there is not, and for tiles that the kernels cannot cut blocks into.
     """
     found: dict[tuple[int, str, int, int], Launch] = {}
     for kernel, fields in launches.items():
@@ -83,8 +87,17 @@ def use(*, capability: int, head_dim: int, block_size: int, launches: Mapping[st
         unknown = sorted(set(fields) - set(Launch.__dataclass_fields__))
         if unknown:
             raise ValueError(f"launches.{kernel}: a launch has no {', '.join(unknown)}")
-        found[capability, kernel, head_dim, block_size] = Launch(**fields)
+        found[capability, kernel, head_dim, block_size] = launch = Launch(**fields)
+        _check_tiles(kernel, launch, block_size)
     GIVEN.update(found)
+
+
+def _check_tiles(kernel: str, launch: Launch, block_size: int) -> None:
+    """Nothing would fail later: rows would be left out, or bits of columns read twice."""
+    for name, size in (("m", launch.m), ("n", launch.n)):
+        widest = min(block_size, WORD_COLUMNS) if name == "n" and kernel in COLUMN_KERNELS else block_size
+        if size not in TILE_SIZES or size > widest:
+            raise ValueError(f"launches.{kernel}.{name}: {size} is no power of two from 16 to {widest}")
 
 
 def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, itemsize: int) -> Launch:

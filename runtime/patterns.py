@@ -108,8 +108,13 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     parts = [part for mask in masks for part in (mask.active, mask.columns) if part is not None]
     data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER
-    return ((words + places) * (places | 1)).sum()  # wraps around on purpose
+    places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER  # wraps around on purpose
+    # Each word is mixed with its place before they are added: a sum of products does not see heads or layers swapped.
+    mixed = (words ^ places).mul_(HASH_MULTIPLIER)
+    mixed ^= mixed >> 32
+    mixed *= HASH_MULTIPLIER
+    mixed ^= mixed >> 29
+    return mixed.mul_(HASH_MULTIPLIER).sum()
 
 
 class RunningHash:

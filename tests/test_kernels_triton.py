@@ -272,6 +272,21 @@ def test_parts_fused_in_one_launch_agree() -> None:
     assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 100)
 
 
+def test_no_column_slots_are_no_columns() -> None:
+    """As after a budget of 0 columns: nothing of the index is there to be read."""
+    (grad_out, q, k, v), mask = problem(tokens=64, padding=0, block=32, toeplitz=True, heads=(2, 1))
+    mask = dataclasses.replace(mask, columns=torch.empty(2, 0, dtype=torch.int32))
+    everything = torch.arange(64)
+    index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
+    columns = *backend.gather_columns(k, v, column_index), column_index
+    out, lse = backend.column_forward(q, *columns, scale=SCALE)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)
+    *grads, of_columns = backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=SCALE, columns=columns)
+    assert of_columns is not None and of_columns[0].shape == columns[0].shape
+    assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 64)
+
+
 def test_columns_of_a_shard_are_gathered_and_added_back() -> None:
     (_, _, k, v), mask = problem(tokens=150, padding=10, block=32, toeplitz=True, columns=50)
     at = torch.cat([torch.arange(b * 32, (b + 1) * 32) for b in (1, 3, 4)])
