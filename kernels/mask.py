@@ -27,7 +27,8 @@ class AttentionMask:
     columns: int32 [H, C], sorted token positions of each head, padded at the end with seq_len_tokens; or None.
     documents: int32 [>= seq_len_tokens], the document of each global token position; or None.
     own_blocks: True if every block pair (I, I) is known to be active, as selectors see to it: kernels are faster then.
-        Not given, it is looked up where that needs no wait (`active` on the CPU), else False.
+        Looked up unless False where that needs no wait (`active` on the CPU); elsewhere True is believed, and not given
+        is False. So who replaces `active` on a GPU must say it anew.
     Raises ValueError when shapes or dtypes do not fit together (values are not read: that would stall a GPU).
     """
 
@@ -48,8 +49,11 @@ class AttentionMask:
             _check_columns(self.columns, heads=self.heads)
         if self.documents is not None:
             _check_documents(self.documents, seq_len_tokens=self.seq_len_tokens)
-        if self.own_blocks is None:
-            object.__setattr__(self, "own_blocks", not self.active.is_cuda and _own_blocks_active(self.active))
+        if self.own_blocks is not False:
+            # True may be that of another mask, which this one was made from by dataclasses.replace.
+            on_host = self.active.device.type == "cpu"
+            own = _own_blocks_active(self.active) if on_host else self.own_blocks is True
+            object.__setattr__(self, "own_blocks", own)
 
     @property
     def heads(self) -> int:

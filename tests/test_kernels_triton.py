@@ -121,6 +121,9 @@ def test_columns_where_every_own_block_is_active(toeplitz: bool) -> None:
     mask = dataclasses.replace(mask, active=active, own_blocks=None)
     assert mask.own_blocks
     assert_same(run(tensors, mask), expected(tensors, mask), 150)
+    active = active.clone()
+    (active[:, 0] if toeplitz else active[:, 2, 2])[:] = False
+    assert not dataclasses.replace(mask, active=active).own_blocks, "what was true of the mask it was made from"
 
 
 @pytest.mark.parametrize("padding", [0, 17])
