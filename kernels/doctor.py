@@ -44,6 +44,7 @@ def tune_kernels(shape_settings: Mapping[str, Any], output: Path, say: Say) -> d
         trials.append(trial)
         say(_line(trial))
     document = tune.launches_document(shape, tune.best(trials), capability=capability)
+    _check_found(document, say)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -51,6 +52,20 @@ def tune_kernels(shape_settings: Mapping[str, Any], output: Path, say: Say) -> d
     say(f"fastest settings written to {output}")
     rows = [{"kernel": t.kernel, "launch": vars(t.launch), "time_ms": t.time_ms, "tflops": t.tflops} for t in trials]
     return {"launches": document, "trials": rows, "output": str(output)}
+
+
+def _check_found(document: Mapping[str, Any], say: Say) -> None:
+    """Raise ValueError, before anything is written, when attention with the fastest launches is not exact enough."""
+    tuning.use(**document)
+    shape = document["head_dim"], document["block_size"]
+    wrong = []
+    for case in accuracy.cases():
+        if (case.head_dim, case.block_size) == shape:
+            ratios = accuracy.error_ratios(case, "triton", torch.device("cuda"))
+            wrong += [str(case)] if not all(ratio <= accuracy.ALLOWED_RATIO for ratio in ratios.values()) else []
+    if wrong:
+        raise ValueError(f"the fastest launches are wrong for {'; '.join(wrong)}: nothing was written")
+    say("the fastest settings of every kernel agree with float64 too")
 
 
 def _line(trial: tune.Trial) -> str:

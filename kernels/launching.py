@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -170,7 +171,7 @@ def query_task(index: BlockTask | None, columns: Columns | None) -> Task:
     """The index that knows the queries; ValueError when the two were built for different ones."""
     if columns is not None:
         check_columns(columns[0], columns[2])
-        if index is not None and len(index.q_side.blocks) != len(columns[2].q_side.blocks):
+        if index is not None and not np.array_equal(index.q_side.blocks, columns[2].q_side.blocks):
             raise ValueError("columns: their index was built for other queries than the block index")
     task = index if index is not None else columns[2] if columns else None
     assert task is not None

@@ -154,10 +154,11 @@ def column_and_slash_sums(
     if not keys:
         raise ValueError("shard: the probe's kernels do not cover it (see tile_keys)")
     k = shard.k[0] if shard.k.stride(-1) == 1 else shard.k[0].contiguous()
+    positions = shard.positions.contiguous()
     capacity, tiles = _row_capacity(count), triton.cdiv(k.shape[0], keys)
     chunks = triton.cdiv(tiles, TILES_A_PROGRAM)
     common = {
-        "rows": rows.contiguous(), "k": k, "positions": shard.positions, "k_s": k.stride(0), "k_h": k.stride(1),
+        "rows": rows.contiguous(), "k": k, "positions": positions, "k_s": k.stride(0), "k_h": k.stride(1),
         "tokens": k.shape[0], "tiles": tiles, "chunks": chunks, "seq_len": shard.seq_len_tokens,
         "first_row": first_row, "count": count, "scale": scale, "GROUP": heads // k.shape[1], "R": capacity,
         "T": keys, "D": dim, "CHUNK": TILES_A_PROGRAM, "PRECISION": "ieee" if k.element_size() > 2 else "tf32",
@@ -174,7 +175,7 @@ def column_and_slash_sums(
         weights = torch.empty(here, capacity, tiles * keys, dtype=torch.float32, device=k.device)
         run(columns_kernel, (here * chunks,), peaks=peaks, totals=totals, columns=sums[0], weights=weights,
             first_head=first, **common)
-        run(slashes_kernel, (tiles, here), weights, shard.positions, sums[1], tiles, shard.seq_len_tokens, first_row,
+        run(slashes_kernel, (tiles, here), weights, positions, sums[1], tiles, shard.seq_len_tokens, first_row,
             first, R=capacity, T=keys)
     return sums
 
