@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import backward, columns, forward, tuning
+from .launching import BLOCK_ONLY, COLUMN_ONLY
 
 KERNELS = {
     tuning.FORWARD: forward.forward_kernel,
@@ -32,24 +33,6 @@ KERNELS = {
     tuning.GRAD_KV: backward.grad_kv_kernel,
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
-_BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
-_COLUMN_ONLY = (
-    "column_k",
-    "column_v",
-    "columns",
-    "usable",
-    "limits",
-    "q_blocks",
-    "column_documents",
-    "ck_b",
-    "ck_h",
-    "ck_s",
-    "cv_b",
-    "cv_h",
-    "cv_s",
-    "capacity",
-    "words",
-)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The forward writes bfloat16 where nothing will be merged, else the accumulator's dtype.
 _TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
@@ -118,8 +101,8 @@ def resources(
     if not documents:
         constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
     if kernel != tuning.COLUMN_GRAD_KV:
-        constants |= dict.fromkeys(() if constants["COLUMNS"] else _COLUMN_ONLY)
-        constants |= dict.fromkeys(() if constants["BLOCKS"] else _BLOCK_ONLY)
+        constants |= dict.fromkeys(() if constants["COLUMNS"] else COLUMN_ONLY)
+        constants |= dict.fromkeys(() if constants["BLOCKS"] else BLOCK_ONLY)
     function = KERNELS[kernel]
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}

@@ -25,6 +25,25 @@ BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 64, 128)
 PREPARE_ROWS, PREPARE_OUT_ROWS = 1024, 64
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Arguments that only one part of a launch reads: without that part they are None.
+BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
+COLUMN_ONLY = (
+    "column_k",
+    "column_v",
+    "columns",
+    "usable",
+    "limits",
+    "q_blocks",
+    "column_documents",
+    "ck_b",
+    "ck_h",
+    "ck_s",
+    "cv_b",
+    "cv_h",
+    "cv_s",
+    "capacity",
+    "words",
+)
 
 Task = BlockTask | ColumnTask
 Columns = tuple[Tensor, Tensor, ColumnTask]  # column_k, column_v [B, H, C, D] and their index
@@ -106,8 +125,7 @@ def block_arguments(
 ) -> dict[str, Any]:
     """Arguments of the block part of a query-tile launch; without an index, what leaves that part out."""
     if k is None or v is None or index is None:
-        names = ("k", "v", "row_fields", "entries", "k_documents", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
-        return dict.fromkeys(names) | {"GROUP": 1, "SIGN": 1, "BLOCKS": False}
+        return dict.fromkeys(BLOCK_ONLY) | {"GROUP": 1, "SIGN": 1, "BLOCKS": False}
     lists, valid = index.queries, index.k_valid_tokens
     return {
         "k": source(k, valid, launch.n, launch),
@@ -131,24 +149,7 @@ def column_arguments(
     column_k, column_v [B, H, C, D].
     """
     if column_k is None or column_v is None or index is None or not index.columns.shape[1]:
-        names = (
-            "column_k",
-            "column_v",
-            "columns",
-            "usable",
-            "limits",
-            "q_blocks",
-            "column_documents",
-            "ck_b",
-            "ck_h",
-            "ck_s",
-            "cv_b",
-            "cv_h",
-            "cv_s",
-            "capacity",
-            "words",
-        )
-        return dict.fromkeys(names) | {"COLUMNS": False, "OWN": False}
+        return dict.fromkeys(COLUMN_ONLY) | {"COLUMNS": False, "OWN": False}
     capacity = index.columns.shape[1]
     ck, cv = column_k.transpose(1, 2), column_v.transpose(1, 2)
     return {
