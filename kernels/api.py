@@ -9,6 +9,7 @@ nothing to attend have out 0 and lse -inf. Backends: "reference" (float64 dense 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from .gathered import gather_columns, scatter_columns
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
+from .row_sums import plain_row_products
 
 __all__ = [
     "BACKENDS",
@@ -29,6 +31,7 @@ __all__ = [
     "ColumnPart",
     "Partial",
     "accumulator_dtype",
+    "add_up",
     "block_backward",
     "block_forward",
     "block_index",
@@ -40,6 +43,7 @@ __all__ = [
     "gather_column_pair",
     "gather_columns",
     "merge",
+    "row_products",
     "scatter_column_pair",
     "scatter_columns",
 ]
@@ -54,6 +58,8 @@ BACKENDS = {
 
 # Backends that attend columns in the launch of a block part.
 FUSING_BACKENDS = frozenset({"triton"})
+# Backends whose launches may begin an accumulator, and end it in the inputs' dtype; for others that is done around them.
+WRITING_BACKENDS = frozenset({"triton", "flash4"})
 
 Partial = tuple[Tensor, Tensor]
 
@@ -99,21 +105,33 @@ def block_forward(
     backend: str,
     into: Partial | None = None,
     columns: ColumnPart | None = None,
+    final: bool = False,
 ) -> Partial:
     """(out, lse) of the block part of one task: attention of the query shard over the key shard's active blocks.
 
     into: (out, lse) of earlier partials over other keys; they are merged, and may be overwritten: use what returns.
     columns: the column part of the same queries, attended as well; in one launch where the backend can.
+    final: nothing will be merged with what returns, so out has q's dtype.
     """
     _check_qkv(q, k, v)
     found, data = _backend(backend), _data(index, backend)
-    if columns is None:
-        return found.block_forward(q, k, v, data, scale=scale, into=into)
-    if backend in FUSING_BACKENDS:
-        given = *columns[:2], _data(columns[2], backend)
-        return found.block_forward(q, k, v, data, scale=scale, into=into, columns=given)
-    partial = column_forward(q, *columns, scale=scale, backend=backend, into=into)
-    return found.block_forward(q, k, v, data, scale=scale, into=partial)
+    given: dict[str, Any] = {"scale": scale, "into": into}
+    if columns is not None and backend in FUSING_BACKENDS:
+        given["columns"] = *columns[:2], _data(columns[2], backend)
+    elif columns is not None:
+        given["into"] = column_forward(q, *columns, scale=scale, backend=backend, into=into)
+    return _forward(found.block_forward, backend, q, k, v, data, final=final, given=given)
+
+
+def _forward(
+    function: Callable[..., Partial], backend: str, q: Tensor, *inputs: Any, final: bool, given: dict[str, Any]
+) -> Partial:
+    if not final:
+        return function(q, *inputs, **given)
+    if backend in WRITING_BACKENDS:
+        return function(q, *inputs, **given, out_dtype=q.dtype)
+    out, lse = function(q, *inputs, **given)
+    return out.to(q.dtype), lse
 
 
 def block_backward(
@@ -132,28 +150,39 @@ def block_backward(
     grad_v: Tensor,
     columns: ColumnPart | None = None,
     grad_columns: Partial | None = None,
+    add_q: bool = True,
+    add_kv: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
     """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
 
     lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out). columns: the
     column part of the same queries too, its gradients added into grad_columns (two tensors [B, H, C, D]).
+    add_q, add_kv: False where the accumulators hold nothing yet: they are overwritten. final_q: [B, S_q, H, D] in q's
+    dtype and grad_q's strides, where the task is the last one: the total is written there, and grad_q means no more.
     """
     _check_qkv(q, k, v)
     found, data = _backend(backend), _data(index, backend)
     inputs = grad_out, q, k, v, lse, delta, data
-    into = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-    if columns is None:
-        found.block_backward(*inputs, scale=scale, **into)
-        return
-    if grad_columns is None:
+    into: dict[str, Any] = {"scale": scale, "grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    if columns is not None and grad_columns is None:
         raise ValueError("grad_columns: None, though there are columns")
-    if backend in FUSING_BACKENDS:
-        given = *columns[:2], _data(columns[2], backend)
-        found.block_backward(*inputs, scale=scale, **into, columns=given, grad_columns=grad_columns)
+    if columns is not None and grad_columns is not None:
+        if backend in FUSING_BACKENDS:
+            into |= {"columns": (*columns[:2], _data(columns[2], backend)), "grad_columns": grad_columns}
+        else:
+            of_columns = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            of_columns |= {"scale": scale, "backend": backend, "add_q": add_q}
+            column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], **of_columns)
+            add_q = True
+    if backend in WRITING_BACKENDS:
+        found.block_backward(*inputs, **into, add_q=add_q, add_kv=add_kv, final_q=final_q)
         return
-    of_columns = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
-    column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], scale=scale, backend=backend, **of_columns)
-    found.block_backward(*inputs, scale=scale, **into)
+    for grad in ([] if add_q else [grad_q]) + ([] if add_kv else [grad_k, grad_v]):
+        grad.zero_()
+    found.block_backward(*inputs, **into)
+    if final_q is not None:
+        final_q.copy_(grad_q)
 
 
 def column_index(mask: AttentionMask, q_positions: Tensor, *, backend: str) -> ColumnIndex:
@@ -171,12 +200,14 @@ def column_forward(
     scale: float,
     backend: str,
     into: Partial | None = None,
+    final: bool = False,
 ) -> Partial:
     """(out, lse) of the column part: attention over gathered column_k, column_v [B, H, C, D] (per query head).
 
-    into: as in block_forward.
+    into, final: as in block_forward.
     """
-    return _backend(backend).column_forward(q, column_k, column_v, _data(index, backend), scale=scale, into=into)
+    function, given = _backend(backend).column_forward, {"scale": scale, "into": into}
+    return _forward(function, backend, q, column_k, column_v, _data(index, backend), final=final, given=given)
 
 
 def column_backward(
@@ -193,21 +224,43 @@ def column_backward(
     grad_q: Tensor,
     grad_column_k: Tensor,
     grad_column_v: Tensor,
+    add_q: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
-    """Add the column part into grad_q [B, S_q, H, D] and grad_column_k, grad_column_v [B, H, C, D]."""
-    _backend(backend).column_backward(
-        grad_out,
-        q,
-        column_k,
-        column_v,
-        lse,
-        delta,
-        _data(index, backend),
-        scale=scale,
-        grad_q=grad_q,
-        grad_column_k=grad_column_k,
-        grad_column_v=grad_column_v,
-    )
+    """Add the column part into grad_q [B, S_q, H, D] and grad_column_k, grad_column_v [B, H, C, D].
+
+    add_q, final_q: as in block_backward.
+    """
+    found, inputs = _backend(backend), (grad_out, q, column_k, column_v, lse, delta, _data(index, backend))
+    into = {"scale": scale, "grad_q": grad_q, "grad_column_k": grad_column_k, "grad_column_v": grad_column_v}
+    if backend in WRITING_BACKENDS:
+        found.column_backward(*inputs, **into, add_q=add_q, final_q=final_q)
+        return
+    if not add_q:
+        grad_q.zero_()
+    found.column_backward(*inputs, **into)
+    if final_q is not None:
+        final_q.copy_(grad_q)
+
+
+def row_products(left: Tensor, right: Tensor, *, backend: str) -> Tensor:
+    """[B, H, S] in the accumulator's dtype: the sums over D of the products of two [B, S, H, D]; delta of backward."""
+    found = _backend(backend)
+    if hasattr(found, "row_products"):
+        return found.row_products(left, right)
+    return plain_row_products(left, right)
+
+
+def add_up(target: Tensor, parts: Tensor, *, add: bool, backend: str) -> None:
+    """target (add: +=) the sum over the first dimension of parts [n, *target.shape], in order; repeatable."""
+    found = _backend(backend)
+    if hasattr(found, "add_up"):
+        found.add_up(target, parts, add=add)
+        return
+    if not add:
+        target.zero_()
+    for part in parts:
+        target += part
 
 
 def gather_column_pair(k: Tensor, v: Tensor, mask: AttentionMask, k_positions: Tensor, index: ColumnIndex) -> Tensor:
@@ -264,30 +317,32 @@ class _FullAttention(torch.autograd.Function):
             of_columns = column_index(mask, positions, backend=backend)
             column_k, column_v = gather_column_pair(k, v, mask, positions, of_columns)
             columns = column_k, column_v, of_columns
-        out, lse = block_forward(q, k, v, index, scale=scale, backend=backend, columns=columns)
+        out, lse = block_forward(q, k, v, index, scale=scale, backend=backend, columns=columns, final=True)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = mask, scale, backend, positions, index, columns and columns[2]
         ctx.mark_non_differentiable(lse)
-        return out.to(q.dtype), lse
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         mask, scale, backend, positions, index, of_columns = ctx.given
-        grad_out = grads[0]
-        delta = (grad_out.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
-        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
-        into: dict[str, Any] = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+        grad_out, dtype = grads[0], accumulator_dtype(q.dtype)
+        delta = row_products(grad_out, out, backend=backend)
+        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        into: dict[str, Any] = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "add_q": False, "add_kv": False}
+        if dtype != q.dtype:
+            into["final_q"] = grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_columns: Partial | None = None
         if of_columns is not None:
             column_k, column_v = gather_column_pair(k, v, mask, positions, of_columns)
             into["columns"] = column_k, column_v, of_columns
-            grad_columns = torch.zeros_like(column_k, dtype=out.dtype), torch.zeros_like(column_v, dtype=out.dtype)
+            grad_columns = torch.zeros_like(column_k, dtype=dtype), torch.zeros_like(column_v, dtype=dtype)
             into["grad_columns"] = grad_columns
         block_backward(grad_out, q, k, v, lse, delta, index, scale=scale, backend=backend, **into)
         if grad_columns is not None and of_columns is not None:
             scatter_column_pair(grad_columns, mask, positions, of_columns, grad_k=grad_k, grad_v=grad_v)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
 def fastest_backend(device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> str:

@@ -65,15 +65,18 @@ def prepare_from_out_kernel(out, grad_out, lse, row_values, out_b, out_s, out_h,
 
 @triton.jit
 def grad_q_kernel(
-    q, k, v, grad_out, row_values, grad_q, row_fields, entries, order, q_documents, k_documents,
+    q, k, v, grad_out, row_values, grad_q, prior, row_fields, entries, order, q_documents, k_documents,
     column_k, column_v, columns, usable, limits, q_blocks, column_documents, scale, scale_log2,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
     heads, tiles, padded, q_valid, k_valid, capacity, words,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-    ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PRIOR: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (B * H * T * BLOCK / M), as the forward."""
+    """Grid (B * H * T * BLOCK / M), as the forward.
+
+    PRIOR: writes the sum with `prior` (strides of grad_q, which is of another dtype). ADD: adds into grad_q.
+    """
     program = tl.program_id(0)
     part = program % (BLOCK // M)
     program = program // (BLOCK // M)
@@ -132,6 +135,8 @@ def grad_q_kernel(
             acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns, usable,
             reach, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
             words, scale, scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
+    if PRIOR:
+        acc += load_tile(prior, batch, head, first, q_valid, dq_b, dq_h, dq_s, M, D, TMA, True)
     write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, ADD)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -21,9 +22,8 @@ _CHUNK = 1024
 class ColumnTask:
     """The index of one query shard's column part, on the mask's device.
 
-    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 3]: see columns.usable_kernel. first_tile int32
-    [H, ceil(C / COLUMN_TILE)]: the first query tile that can use any of COLUMN_TILE columns (T if none). has_own int32
-    [H]: whether any tile attends columns of its own block here, because its diagonal pair is inactive.
+    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 3]: see columns.usable_kernel. What backward alone needs
+    is made when it asks.
     """
 
     mask: AttentionMask
@@ -32,11 +32,23 @@ class ColumnTask:
     columns: Tensor
     usable: Tensor
     limits: Tensor
-    first_tile: Tensor
-    has_own: Tensor
     order: Tensor
     q_documents: Tensor | None
     column_documents: Tensor | None
+
+    @cached_property
+    def first_tile(self) -> Tensor:
+        """int32 [H, ceil(C / COLUMN_TILE)]: the first query tile that can use any of COLUMN_TILE columns, T if none."""
+        heads, tiles, words = self.usable.shape
+        if not tiles:
+            return self.usable.new_zeros(heads, words, dtype=torch.int32)
+        tile = torch.arange(tiles, dtype=torch.int32, device=self.usable.device)[:, None]
+        return torch.where(self.usable != 0, tile, tiles).amin(1)
+
+    @cached_property
+    def has_own(self) -> Tensor:
+        """int32 [H]: whether any tile attends columns of its own block here, because its diagonal pair is inactive."""
+        return (self.limits[:, :, 2] > self.limits[:, :, 1]).any(1).to(torch.int32)
 
     @property
     def nbytes(self) -> int:
@@ -81,11 +93,6 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
             TOEPLITZ=mask.is_toeplitz,
             CHUNK=chunk,
         )
-    tile = torch.arange(tiles, dtype=torch.int32, device=columns.device)[:, None]
-    first_tile = (
-        torch.where(usable != 0, tile, tiles).amin(1) if tiles else usable.new_zeros(heads, words, dtype=torch.int32)
-    )
-    has_own = (limits[:, :, 2] > limits[:, :, 1]).any(1).to(torch.int32)
     q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
     return ColumnTask(
         mask=mask,
@@ -94,8 +101,6 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
         columns=columns,
         usable=usable,
         limits=limits,
-        first_tile=first_tile,
-        has_own=has_own,
         order=q_side.order(falling=True),
         q_documents=q_documents,
         column_documents=column_documents,

@@ -33,11 +33,12 @@ KERNELS = {
     tuning.GRAD_KV: backward.grad_kv_kernel,
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
+_OF_DQ = (tuning.GRAD_Q, tuning.FUSED_GRAD_Q, tuning.COLUMN_GRAD_Q)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The forward writes bfloat16 where nothing will be merged, else the accumulator's dtype.
 _TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
-_ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n"}
-_FLOATS = {"out", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
+_ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n", "prior": "m"}
+_FLOATS = {"out", "prior", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
 _INTEGERS = {
     "row_fields",
     "entries",
@@ -73,10 +74,15 @@ def resources(
     group: int = 8,
     documents: bool = False,
     merge: bool = False,
+    final: bool = False,
     own: bool = False,
     launch: tuning.Launch | None = None,
 ) -> Resources:
-    """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given."""
+    """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given.
+
+    merge: the forward goes on from an earlier partial. final: it, or dQ, is the last of several launches, and writes
+    the inputs' dtype.
+    """
     launch = launch or tuning.launch_for(
         kernel, capability=capability, block_size=block_size, head_dim=head_dim, itemsize=2
     )
@@ -91,13 +97,16 @@ def resources(
         "OWN": own or kernel == tuning.COLUMN_GRAD_KV,
         "SPLIT": False,
         "TMA": launch.tma,
-        "MERGE": merge,
-        "ADD": True,
+        "MERGE": merge or final,
+        "PRIOR": final,
+        "ADD": not (final and kernel in _OF_DQ),
         "ACC": tl.float32,
         "PRECISION": "tf32",
         "BLOCKS": not kernel.startswith("column"),
         "COLUMNS": kernel.startswith(("column", "fused")),
     }
+    if not (merge or final) or (kernel in _OF_DQ and not final):
+        constants["prior"] = None
     if not documents:
         constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
     if kernel != tuning.COLUMN_GRAD_KV:
@@ -107,7 +116,7 @@ def resources(
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {
-        name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge)
+        name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge, final)
         for name in names
     }
     aligned = {
@@ -127,7 +136,7 @@ def resources(
     )
 
 
-def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch, merge: bool) -> str:
+def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch, merge: bool, final: bool) -> str:
     if name in _TILED:
         rows = getattr(launch, _TILED[name])
         return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
@@ -135,6 +144,8 @@ def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Laun
         return f"tensordesc<fp32[1, {launch.m}]>"
     if name in ("grad_k", "grad_v") and kernel == tuning.COLUMN_GRAD_KV and launch.tma:
         return f"tensordesc<fp32[1, {launch.n}, {head_dim}]>"
+    if final and name in ("out", "grad_q"):
+        return f"tensordesc<{dtype}[1, 1, {launch.m}, {head_dim}]>" if launch.tma else f"*{dtype}"
     if name in _ADDED and launch.tma:
         return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[name])}, {head_dim}]>"
     if name == "out" and launch.tma:

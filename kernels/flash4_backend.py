@@ -22,15 +22,17 @@ from .flash4_index import Flash4Task, flash4_task
 from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels
 from .flash4_merge import merge_part
 from .gradients import grad_columns, grad_query
-from .launching import loadable
+from .launching import QueryGradient, loadable
 from .mask import AttentionMask
 from .merge import accumulator_dtype
+from .passes import add_rows, add_up, row_products
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITIES = ((9, 0), (10, 0))
 
 __all__ = [
+    "add_up",
     "block_backward",
     "block_forward",
     "block_index",
@@ -39,6 +41,7 @@ __all__ = [
     "column_index",
     "full_gradients",
     "gather_columns",
+    "row_products",
     "scatter_columns",
 ]
 
@@ -69,18 +72,18 @@ def block_forward(
     out_dtype: torch.dtype | None = None,
     columns: Columns | None = None,
 ) -> Partial:
-    """See api.block_forward. `into` is merged in place and returned.
+    """See api.block_forward. `into` is merged in place where it has the dtype wanted.
 
-    out_dtype: of a fresh out, where the caller will not merge it; default the accumulator's. columns: (column_k,
-    column_v, index) of the same queries, attended by a Triton launch before.
+    out_dtype: of what is merged; default the accumulator's. A fresh out is in q's dtype, to which the wheels round.
+    columns: (column_k, column_v, index) of the same queries, attended by a Triton launch before.
     """
     _check_tensors(q, k, index)
-    wanted = into[0].dtype if into else out_dtype or accumulator_dtype(q.dtype)
+    wanted = out_dtype or accumulator_dtype(q.dtype)
     if into is not None:
         launching.check_partial(*into, q)
     if columns is not None:
         into = triton_backend.column_forward(q, *columns, scale=scale, into=into)
-    if into is None and wanted == q.dtype:
+    if into is None:
         return _written(q, k, v, index, scale)
     valid = index.task.q_valid_tokens
     part = _empty(q, valid)
@@ -89,10 +92,17 @@ def block_forward(
 
 
 def column_forward(
-    q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float, into: Partial | None = None
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    index: ColumnTask,
+    *,
+    scale: float,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """See api.column_forward: the Triton backend's."""
-    return triton_backend.column_forward(q, column_k, column_v, index, scale=scale, into=into)
+    return triton_backend.column_forward(q, column_k, column_v, index, scale=scale, into=into, out_dtype=out_dtype)
 
 
 def block_backward(
@@ -108,16 +118,27 @@ def block_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    add_q: bool = True,
+    add_kv: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
     """See api.block_backward. Not bitwise repeatable: see the module.
 
     flash-attn-4 computes delta = rowsum(grad_out * out) - grad_lse itself: it gets out = 0 and grad_lse = -delta.
     """
     _check_tensors(q, k, index)
+    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
+    groups = launch_groups(q, k, index, transposed=True)
+    shared = bool(groups) and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]  # KV heads in several launches
+    if not add_kv:
+        written = 0 if shared or not groups else index.task.k_valid_tokens
+        grad_k[:, written:], grad_v[:, written:] = 0, 0
+    of_query.finish_rows(index.task.q_valid_tokens if groups else 0)
     out = torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
     inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=out, lse=lse, grad_lse=-delta)
     for part in gradient_parts(inputs, index, scale):
-        part.add_to(grad_q, grad_k, grad_v)
+        part.add_query_to(of_query)
+        part.add_keys_to(grad_k, grad_v, add=add_kv or shared)
 
 
 def column_backward(
@@ -133,6 +154,8 @@ def column_backward(
     grad_q: Tensor,
     grad_column_k: Tensor,
     grad_column_v: Tensor,
+    add_q: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
     """See api.column_backward: the Triton backend's."""
     triton_backend.column_backward(
@@ -147,6 +170,8 @@ def column_backward(
         grad_q=grad_q,
         grad_column_k=grad_column_k,
         grad_column_v=grad_column_v,
+        add_q=add_q,
+        final_q=final_q,
     )
 
 
@@ -183,7 +208,8 @@ def _whole_gradients(inputs: Inputs, index: Flash4Task, scale: float) -> tuple[T
     if groups and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]:
         sums = [torch.zeros(x.shape, dtype=accumulator_dtype(q.dtype), device=q.device) for x in (q, k, v)]
         for part in gradient_parts(inputs, index, scale):
-            part.add_to(*sums)
+            part.add_query_to(QueryGradient(total=sums[0], add=True))
+            part.add_keys_to(*sums[1:], add=True)
         grad_q, grad_k, grad_v = (x.to(q.dtype) for x in sums)
         return grad_q, grad_k, grad_v
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -202,7 +228,8 @@ def _add_columns(inputs: Inputs, columns: Columns, scale: float, grad_q: Tensor)
     values = launching.row_values_from_out(loadable(inputs.out), grad_out, inputs.lse, task, scale)
     of_columns = torch.empty(q.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
     grad_query(grad_out, q, None, None, values, None, columns, scale, of_columns, add=False)
-    grad_q[:, :valid] += of_columns[:, :valid]
+    prior = grad_q[:, :valid]
+    add_rows(of_columns[:, :valid], prior, prior, add=True)
     return grad_columns(grad_out, q, columns, values, scale)
 
 

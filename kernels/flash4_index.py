@@ -3,7 +3,8 @@
 A *row* is a local query tile or, transposed, a local key tile (see index.py). Its *full* tiles need no element mask;
 its *partial* ones do: the row's own block (causality, the ragged tail) and, with documents, tiles where several meet.
 A table holds four bytes for each (head, row, tile of the other side): 64 MiB at 128K tokens and 16 heads, where one
-launch takes all heads and the tables are kept. What is larger is built and launched by groups of heads, and dropped.
+launch takes all heads and the tables are kept. What is larger is dropped after its launch, and what is larger still is
+built and launched by groups of heads.
 """
 
 # Triton's language is not Python to a type checker.
@@ -27,7 +28,8 @@ from .index import BlockTask, Side, block_task
 from .mask import AttentionMask
 from .triton_run import run
 
-TABLE_BYTES = 72 << 20  # of the tables of one launch (a head's alone may be larger): 128K tokens with 16 heads fit
+TABLE_BYTES = 72 << 20  # of tables that are kept until backward: 128K tokens with 16 heads fit
+LAUNCH_TABLE_BYTES = 160 << 20  # of the tables of one launch; a head's alone may be larger
 _CHUNK = 1024
 
 
@@ -194,11 +196,11 @@ def flash4_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -
 
 
 def head_groups(heads: int, group: int, bytes_of_a_head: int) -> list[tuple[int, int]]:
-    """(first, last) of consecutive heads whose tables stay within TABLE_BYTES, at least one head each.
+    """(first, last) of consecutive heads whose tables stay within LAUNCH_TABLE_BYTES, at least one head each.
 
     group: query heads of one KV head. A group of heads is whole KV groups, or an equal share of one.
     """
-    size = max(1, min(heads, TABLE_BYTES // max(bytes_of_a_head, 1)))
+    size = max(1, min(heads, LAUNCH_TABLE_BYTES // max(bytes_of_a_head, 1)))
     size = size - size % group if size >= group else max(n for n in range(1, size + 1) if group % n == 0)
     return [(first, min(first + size, heads)) for first in range(0, heads, size)]
 

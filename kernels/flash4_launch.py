@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
+from .launching import QueryGradient
+from .passes import add_rows
 
 BLOCK_SIZE = 128  # the tile of the wheels' backward along keys
 Partial = tuple[Tensor, Tensor]
@@ -42,11 +44,16 @@ class Part:
     grad_k: Tensor
     grad_v: Tensor
 
-    def add_to(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
-        """Add into accumulators of all tokens and heads."""
-        grad_q[:, : self.grad_q.shape[1], self.heads] += self.grad_q
-        grad_k[:, : self.grad_k.shape[1], self.kv_heads] += self.grad_k
-        grad_v[:, : self.grad_v.shape[1], self.kv_heads] += self.grad_v
+    def add_keys_to(self, grad_k: Tensor, grad_v: Tensor, *, add: bool) -> None:
+        """Write, or add into, the accumulators of dK and dV."""
+        for whole, part in ((grad_k, self.grad_k), (grad_v, self.grad_v)):
+            target = whole[:, : part.shape[1], self.kv_heads]
+            add_rows(part, target, target, add=add)
+
+    def add_query_to(self, of_query: QueryGradient) -> None:
+        """Write dQ of these heads where it goes."""
+        total, target = (x[:, : self.grad_q.shape[1], self.heads] for x in (of_query.total, of_query.target))
+        add_rows(self.grad_q, total, target, add=of_query.add)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float, out: Tensor, lse: Tensor) -> None:

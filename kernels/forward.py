@@ -22,7 +22,7 @@ from .tiles import load_tile, softmax_step, start_partial, store_partial
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, row_fields, entries, order, q_documents, k_documents,
+    q, k, v, out, prior, lse, row_fields, entries, order, q_documents, k_documents,
     column_k, column_v, columns, usable, limits, q_blocks, column_documents, scale_log2,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, out_b, out_s, out_h, lse_b, lse_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
     heads, tiles, q_tokens, q_valid, k_valid, capacity, words,
@@ -30,7 +30,10 @@ def forward_kernel(
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
     MERGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (B * H * T * BLOCK / M): all of a head's tiles together, long rows first."""
+    """Grid (B * H * T * BLOCK / M): all of a head's tiles together, long rows first.
+
+    MERGE: goes on from the partial in `prior` (strides of out; may be out itself) and lse.
+    """
     program = tl.program_id(0)
     part = program % (BLOCK // M)
     program = program // (BLOCK // M)
@@ -53,7 +56,7 @@ def forward_kernel(
         if OWN:
             earlier, end = tl.load(limits + line * 3 + 1), tl.load(limits + line * 3 + 2)
 
-    acc, peak, total = start_partial(out, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M,
+    acc, peak, total = start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M,
                                      D, TMA, MERGE, ACC)
     if BLOCKS:
         fields = row_fields + (head * tiles + tile) * 4

@@ -49,8 +49,12 @@ def grad_query(
     grad_q: Tensor,
     *,
     add: bool,
+    prior: Tensor | None = None,
 ) -> None:
-    """Launch dQ of the block part, the column part, or both; row_values: see launching.row_values_of."""
+    """Launch dQ of the block part, the column part, or both; row_values: see launching.row_values_of.
+
+    prior: [B, S_q, H, D] of grad_q's strides, in any float dtype: what is written is the sum with it.
+    """
     task = query_task(index, columns)
     kernel = tuning.COLUMN_GRAD_Q if index is None else tuning.FUSED_GRAD_Q if columns else tuning.GRAD_Q
     launch, common = settings(kernel, q, task.mask)
@@ -62,9 +66,11 @@ def grad_query(
         row_values=row_values,
         padded=row_values.shape[1],
         grad_q=source(grad_q, valid, launch.m, launch),
+        prior=None if prior is None else source(prior, valid, launch.m, launch),
         scale=scale,
         scale_log2=scale * BASE_2,
         order=query_order(index, columns),
+        PRIOR=prior is not None,
         ADD=add,
         **strides(do=grad_out, dq=grad_q),
         **launching.query_arguments(q, task, launch),

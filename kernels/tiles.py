@@ -104,16 +104,16 @@ def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.cons
 
 
 @triton.jit
-def start_partial(out, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M: tl.constexpr,
+def start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M: tl.constexpr,
                   D: tl.constexpr, TMA: tl.constexpr, MERGE: tl.constexpr, ACC: tl.constexpr):
-    """(acc [M, D], peak [M], total [M]) of an online softmax: empty, or with MERGE the partial that out and lse hold.
+    """(acc [M, D], peak [M], total [M]) of an online softmax: empty, or with MERGE the partial in prior and lse.
 
     A partial is a state with total 1 and its lse (in base 2) as peak: going on from it is the merge.
     """
     if MERGE:
         old = tl.load(lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows, mask=rows < q_tokens,
                       other=float("-inf")).to(ACC)
-        acc = load_tile(out, batch, head, first, q_tokens, out_b, out_h, out_s, M, D, TMA, True).to(ACC)
+        acc = load_tile(prior, batch, head, first, q_tokens, out_b, out_h, out_s, M, D, TMA, True).to(ACC)
         peak = old * LOG2_E
         total = tl.where(old == float("-inf"), 0.0, 1.0).to(ACC)
     else:

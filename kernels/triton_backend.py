@@ -21,6 +21,7 @@ from .launching import (
     BASE_2,
     Columns,
     Partial,
+    QueryGradient,
     both_parts,
     loadable,
     query_order,
@@ -30,9 +31,11 @@ from .launching import (
     strides,
 )
 from .mask import AttentionMask
+from .passes import add_up, row_products
 from .triton_run import run
 
 __all__ = [
+    "add_up",
     "block_backward",
     "block_forward",
     "block_index",
@@ -41,6 +44,7 @@ __all__ = [
     "column_index",
     "full_gradients",
     "gather_columns",
+    "row_products",
     "scatter_columns",
 ]
 
@@ -68,10 +72,10 @@ def block_forward(
     out_dtype: torch.dtype | None = None,
     columns: Columns | None = None,
 ) -> Partial:
-    """See api.block_forward. `into` is merged in place and returned.
+    """See api.block_forward. `into` is merged in place where it has the dtype wanted.
 
-    out_dtype: of a fresh out, where the caller will not merge it; default the accumulator's. columns: (column_k,
-    column_v, index) of the same queries, attended in the same launch.
+    out_dtype: of out; default the accumulator's. columns: (column_k, column_v, index) of the same queries, attended in
+    the same launch.
     """
     launching.check_query(q, index)
     launching.check_keys(k, index)
@@ -80,12 +84,19 @@ def block_forward(
 
 
 def column_forward(
-    q: Tensor, column_k: Tensor, column_v: Tensor, index: ColumnTask, *, scale: float, into: Partial | None = None
+    q: Tensor,
+    column_k: Tensor,
+    column_v: Tensor,
+    index: ColumnTask,
+    *,
+    scale: float,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """See api.column_forward. `into` is merged in place and returned."""
+    """See api.column_forward; into and out_dtype as in block_forward."""
     launching.check_query(q, index)
     q = loadable(q)
-    return _forward(q, None, None, None, (column_k, column_v, index), scale, into, None)
+    return _forward(q, None, None, None, (column_k, column_v, index), scale, into, out_dtype)
 
 
 def _forward(
@@ -102,13 +113,18 @@ def _forward(
     kernel = tuning.COLUMN_FORWARD if index is None else tuning.FUSED_FORWARD if columns else tuning.FORWARD
     launch, common = settings(kernel, q, task.mask)
     grid = launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
-    out, lse = into or launching.empty_partial(q, out_dtype)
-    launching.check_partial(out, lse, q)
+    if into is not None:
+        launching.check_partial(*into, q)
+    if launching.narrows_after(launch, q, into, out_dtype):
+        out, lse = _forward(q, k, v, index, columns, scale, into, None)
+        return out.to(q.dtype), lse
+    (out, lse), prior = launching.next_partial(q, into, out_dtype)
     if grid[0]:
         run(
             forward_kernel,
             grid,
             out=source(out, q.shape[1], launch.m, launch),
+            prior=None if prior is None else source(prior, q.shape[1], launch.m, launch),
             lse=lse,
             scale_log2=scale * BASE_2,
             q_tokens=q.shape[1],
@@ -139,20 +155,31 @@ def block_backward(
     grad_v: Tensor,
     columns: Columns | None = None,
     grad_columns: Partial | None = None,
+    add_q: bool = True,
+    add_kv: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
     """See api.block_backward. Bitwise repeatable: every accumulator element has one owner and one order."""
     launching.check_query(q, index)
     launching.check_keys(k, index)
+    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
+    if not add_kv:
+        valid = index.k_valid_tokens if index.q_valid_tokens else 0
+        grad_k[:, valid:], grad_v[:, valid:] = 0, 0
     if not index.q_valid_tokens or not index.k_valid_tokens:
         if columns is not None and grad_columns is not None:
-            into = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            into = {"grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            into |= {"grad_q": grad_q, "add_q": add_q, "final_q": final_q}
             column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], scale=scale, **into)
+        else:
+            of_query.finish_rows(0)
         return
     q, k, v, grad_out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype)))
     values = launching.row_values_of(lse, delta, index, scale)
-    with launching.accumulators(grad_q, grad_k, grad_v) as (into_q, into_k, into_v):
-        grad_query(grad_out, q, k, v, values, index, columns, scale, into_q, add=True)
-        grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=True)
+    of_query.finish_rows(index.q_valid_tokens)
+    with of_query.launched() as into_q, launching.accumulators(grad_k, grad_v) as (into_k, into_v):
+        grad_query(grad_out, q, k, v, values, index, columns, scale, **into_q)
+        grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=add_kv)
     if columns is not None and grad_columns is not None:
         of_columns = gradients.grad_columns(grad_out, q, columns, values, scale)
         for part, added in zip(grad_columns, of_columns, strict=True):
@@ -172,17 +199,22 @@ def column_backward(
     grad_q: Tensor,
     grad_column_k: Tensor,
     grad_column_v: Tensor,
+    add_q: bool = True,
+    final_q: Tensor | None = None,
 ) -> None:
     """See api.column_backward. Bitwise repeatable: partial sums of query chunks are added in a fixed order."""
     launching.check_query(q, index)
     launching.check_columns(column_k, index)
+    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
     if not index.q_valid_tokens or not column_k.shape[2]:
+        of_query.finish_rows(0)
         return
     q, grad_out = loadable(q), loadable(grad_out.to(q.dtype))
     values = launching.row_values_of(lse, delta, index, scale)
     columns = column_k, column_v, index
-    with launching.accumulators(grad_q) as (into_q,):
-        grad_query(grad_out, q, None, None, values, None, columns, scale, into_q, add=True)
+    of_query.finish_rows(index.q_valid_tokens)
+    with of_query.launched() as into_q:
+        grad_query(grad_out, q, None, None, values, None, columns, scale, **into_q)
     grad_k, grad_v = grad_columns(grad_out, q, columns, values, scale)
     grad_column_k += grad_k
     grad_column_v += grad_v

@@ -157,7 +157,7 @@ def _columns_buffers(direction: Direction, shape: AttentionShape) -> list[Buffer
 def _add_columns(rank: int, draft: Draft, direction: Direction, shape: AttentionShape) -> None:
     """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
 
-    Backward keeps the gathered K and V: computed in phase 0, gradients summed while the rest goes on.
+    Backward keeps the gathered K and V: computed first of all, gradients summed while the rest goes on.
     """
     forward = direction == "forward"
     buffer = COLUMNS_HOME if forward else DCOLUMNS_HOME
@@ -187,7 +187,7 @@ def _add_columns(rank: int, draft: Draft, direction: Direction, shape: Attention
         draft.launch(0, [transfer], wait=1)
         draft.compute(1, task, first=True)
     else:
-        draft.compute(0, task)
+        draft.compute(0, task, first=True)
         draft.launch(1, [transfer], wait=max(2, last))
 
 

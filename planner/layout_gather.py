@@ -31,9 +31,10 @@ def gather(
 ) -> Schedule:
     """A pipelined all-gather: every shard goes straight from its owner to all that need it, in `chunks` launches.
 
-    Phase c computes the shards of chunk c together. Needs as many K/V slots as a rank needs other shards. Backward:
-    dK/dV go straight home. keep_kv: 1 keeps what forward gathered for backward, which then fetches nothing; 0 gathers
-    again.
+    A phase computes the shards of one chunk together. Needs as many K/V slots as a rank needs other shards. Forward
+    begins with the own shard, while others arrive. Backward ends with it: dK/dV go straight home meanwhile, and they
+    are twice as many bytes as K/V, which arrive while columns are computed. keep_kv: 1 keeps what forward gathered for
+    backward, which then fetches nothing; 0 gathers again.
     """
     if keep_kv not in (0, 1):
         raise InputError(f"is 0 or 1, not {keep_kv}", field="keep_kv")
@@ -129,9 +130,10 @@ class _Gather:
         return f"landing:{place}"
 
     def draft(self, rank: int, parts: Draft) -> None:
-        own_grad = None if self.direction == "forward" else DKV_HOME
-        parts.compute(0, block_task(rank, rank, KV_HOME, self.shape, own_grad))
+        backward = self.direction == "backward"
+        begins = 1 if self.fetches else 0  # the phase of the first chunk
         for chunk, piece in enumerate(self.pieces, start=1):
+            phase = begins + chunk - 1
             fetch: list[Transfer] = []
             homeward: list[Transfer] = []
             for offset in piece:
@@ -141,12 +143,14 @@ class _Gather:
                 homeward += [self._return(owner, rank, offset, chunk)] * reads
                 homeward += [self._return(rank, reader, offset, chunk)] * serves
                 if reads:
-                    grad = self.grad_slot(rank, offset, chunk) if self.direction == "backward" else None
-                    parts.compute(chunk, block_task(rank, owner, self.kv_slot(rank, offset), self.shape, grad))
+                    grad = self.grad_slot(rank, offset, chunk) if backward else None
+                    parts.compute(phase, block_task(rank, owner, self.kv_slot(rank, offset), self.shape, grad))
             if self.fetches:
-                parts.launch(0, fetch, wait=chunk)
-            if self.direction == "backward":
-                parts.launch(chunk + 1, homeward, wait=chunk + 2)
+                parts.launch(0, fetch, wait=phase)
+            if backward:
+                parts.launch(phase + 1, homeward, wait=phase + 2)
+        own_phase = begins + len(self.pieces) if backward and self.pieces else 0
+        parts.compute(own_phase, block_task(rank, rank, KV_HOME, self.shape, DKV_HOME if backward else None))
 
     def _fetch(self, owner: int, reader: int, offset: int) -> Transfer:
         kv = Route(kind="kv", communicator="gather", capacity_bytes=self.shape.kv_bytes)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from .layout_draft import AttentionShape
 from .schedule import HOMES, Phase, Schedule
 
-# Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes, and at most.
+# Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
+# entry; those of one launch are kept up to a size, for both directions, and never larger than another.
 FLASH4_BACKENDS = frozenset({"flash4", "fastest"})
-TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES, TABLE_LIMIT_BYTES = 128, 4, 72 << 20
+TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
+KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,9 @@ def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) ->
     rows = shape.tokens_per_rank * (shape.heads + 2 * max(launches, default=0) * shape.kv_heads)
     tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
     table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
-    tables_bytes = 2 * sum(min(shards * table_bytes, TABLE_LIMIT_BYTES) for shards in launches)
+    tables = [shards * table_bytes for shards in launches]
+    tables_bytes = 2 * sum(size for size in tables if size <= KEPT_TABLE_LIMIT_BYTES)
+    tables_bytes += max([min(size, TABLE_LIMIT_BYTES) for size in tables if size > KEPT_TABLE_LIMIT_BYTES], default=0)
     return rows * shape.head_dim * (shape.accumulator_bytes + shape.element_bytes) + tables_bytes
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend
+from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend, row_products
 from ..planner.check import check_step
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction
@@ -26,8 +26,6 @@ from .patterns import PairGuard, RunningHash
 from .recompute import current_kept
 from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
-
-ROW_SUM_PIECES = 8
 
 Chooser = Callable[[Tensor, Tensor], AttentionMask]
 
@@ -102,6 +100,10 @@ class PlannedAttention:
         count = sum(buffer.name.startswith(KEPT) for buffer in self.schedules["forward"].buffers)
         return k.new_empty((2, count, *k.shape)) if count else None
 
+    def tasks(self, direction: Direction) -> int:
+        """Return how many tasks this rank computes in one direction."""
+        return sum(len(phase.tasks) for phase in self.schedules[direction].phases(self.mesh.rank))
+
     def play(self, direction: Direction, stage: Stage) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""
         try:
@@ -141,20 +143,6 @@ class PlannedAttention:
                 raise InputError(f"{tensor.dtype} is not the plan's {self.dtype}", field=name)
             if tensor.device != self.mesh.device:
                 raise InputError(f"is on {tensor.device}, this rank works on {self.mesh.device}", field=name)
-
-
-def _row_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [B, H, S], the sums over D of the products of two [B, S, H, D], in `dtype`.
-
-    A few rows at a time: whole products in the accumulator's type would be the largest tensors of backward.
-    """
-    batch, tokens, heads, _ = left.shape
-    sums = torch.empty(batch, heads, tokens, dtype=dtype, device=left.device)
-    step = -(-tokens // ROW_SUM_PIECES)
-    for start in range(0, tokens, step):
-        piece = slice(start, start + step)
-        sums[:, :, piece] = (left[:, piece].to(dtype) * right[:, piece]).sum(-1).transpose(1, 2)
-    return sums
 
 
 def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
@@ -209,11 +197,17 @@ class _RingFunction(torch.autograd.Function):
             chosen=planned.note_pattern,
         )
         kept_kv = planned.kept_slots(k)
-        stage = ForwardStage(q=q, kv=kv, slots=planned.slots("forward", k, kept_kv), indexes=indexes, scale=scale)
+        stage = ForwardStage(
+            q=q,
+            kv=kv,
+            slots=planned.slots("forward", k, kept_kv),
+            indexes=indexes,
+            scale=scale,
+            tasks=planned.tasks("forward"),
+        )
         planned.play("forward", stage)
         assert stage.result is not None
-        accumulated, lse = stage.result
-        out = accumulated.to(q.dtype)
+        out, lse = stage.result
         if kept is not None:
             kept.put(out, lse, stage.gathered, kept_kv, indexes)
         ctx.save_for_backward(q, *kv, out, lse, stage.gathered, kept_kv)
@@ -227,20 +221,19 @@ class _RingFunction(torch.autograd.Function):
         planned, indexes, scale = ctx.given
         dtype = accumulator_dtype(q.dtype)
         grad_out = grads[0].contiguous()
-        delta = _row_sums(grad_out, out, dtype)
         stage = BackwardStage(
             q=q,
             kv=(k, v),
             grad_out=grad_out,
             lse=lse,
-            delta=delta,
+            delta=row_products(grad_out, out, backend=planned.backend),
             slots=planned.slots("backward", k, kept_kv),
             indexes=indexes,
             scale=scale,
-            grad_q=torch.zeros_like(q, dtype=dtype),
-            grad_kv=(torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)),
+            tasks=planned.tasks("backward"),
+            grad_kv=(torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)),
             gathered=gathered,
         )
         planned.play("backward", stage)
-        grad_k, grad_v = stage.grad_kv
-        return stage.grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        grad_q, grad_k, grad_v = stage.finish()
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

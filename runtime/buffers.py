@@ -60,6 +60,17 @@ def neighbours(names: Sequence[str]) -> bool:
     return [_parse(name) for name in names] == [(prefix, first + place) for place in range(len(names))]
 
 
+def runs_of_neighbours(names: Sequence[str]) -> list[list[str]]:
+    """Cut names into runs of neighbouring slots, in order."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and neighbours([*runs[-1], name]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return runs
+
+
 def _parse(name: str) -> tuple[str, int]:
     prefix, _, number = name.partition(":")
     return prefix, int(number)

@@ -39,8 +39,8 @@ class Stage(Protocol):
         """Learn that a transfer from here is complete: moved content is gone."""
         ...
 
-    def received(self, transfer: Transfer) -> None:
-        """Learn that a transfer to here has landed, and add it where it belongs."""
+    def received(self, transfers: Sequence[Transfer]) -> None:
+        """Learn that transfers to here have landed, and add them where they belong."""
         ...
 
 
@@ -63,20 +63,23 @@ class _Player:
         self.in_flight: dict[str, tuple[Transfer, Pending]] = {}
 
     def play(self, phase: Phase) -> None:
-        for name in phase.waits:
-            self._wait(name)
+        self._wait(phase.waits)
         for call in phase.group_calls:
             self._launch(call, phase.index)
         for together in self.stage.launches(phase.tasks):
             self._compute(together, phase.index)
 
-    def _wait(self, name: str) -> None:
-        transfer, pending = self.in_flight.pop(name)
-        pending.wait()
-        if transfer.source in (self.rank, ALL_RANKS):
-            self.stage.sent(transfer)
-        if transfer.destination in (self.rank, ALL_RANKS):
-            self.stage.received(transfer)
+    def _wait(self, names: Sequence[str]) -> None:
+        landed: list[Transfer] = []
+        for name in names:
+            transfer, pending = self.in_flight.pop(name)
+            pending.wait()
+            if transfer.source in (self.rank, ALL_RANKS):
+                self.stage.sent(transfer)
+            if transfer.destination in (self.rank, ALL_RANKS):
+                landed.append(transfer)
+        if landed:
+            self.stage.received(landed)
 
     def _launch(self, call: GroupCall, phase: int) -> None:
         messages = [message for transfer in call.transfers for message in self._messages(transfer)]

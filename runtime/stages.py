@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import api
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer, slots_from
-from .buffers import Pair, Slots, neighbours
+from .buffers import Pair, Slots, neighbours, runs_of_neighbours
 
 MaskSource = Callable[[], api.AttentionMask]
 
@@ -114,13 +114,17 @@ class Indexes:
 
 @dataclass(eq=False)
 class ForwardStage:
-    """Accumulates out and lse over the tasks. q [B, S, H, D]; kv the rank's own (K, V), contiguous."""
+    """Accumulates out and lse over the tasks. q [B, S, H, D]; kv the rank's own (K, V), contiguous.
+
+    tasks: how many this rank computes; with the last one, `result` becomes (out in q's dtype, lse).
+    """
 
     q: Tensor
     kv: Pair
     slots: Slots
     indexes: Indexes
     scale: float
+    tasks: int
     gathered: Tensor | None = None
     result: tuple[Tensor, Tensor] | None = None
 
@@ -139,7 +143,7 @@ class ForwardStage:
     def sent(self, transfer: Transfer) -> None:
         """K/V stay where they are."""
 
-    def received(self, transfer: Transfer) -> None:
+    def received(self, transfers: Sequence[Transfer]) -> None:
         """K/V are used where they landed."""
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
@@ -148,7 +152,9 @@ class ForwardStage:
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Compute the tasks of one launch and merge them into the result."""
-        common = {"scale": self.scale, "backend": self.indexes.backend, "into": self.result}
+        self.tasks -= len(tasks)
+        common: dict[str, Any] = {"scale": self.scale, "backend": self.indexes.backend}
+        common |= {"into": self.result, "final": self.tasks == 0}
         with_columns, keyed = split_columns(tasks)
         columns = None
         if with_columns:
@@ -174,7 +180,8 @@ class ForwardStage:
 class BackwardStage:
     """Accumulates dq, and the dk and dv of the rank's own shard. Gradients are in the accumulator's type.
 
-    grad_kv: the rank's own (dK, dV), zeroed; gathered: the columns [2, B, H, C, D] kept from forward.
+    tasks: how many this rank computes; with the last one, `grad_q` becomes dq in q's dtype. grad_kv: where the rank's
+    own (dK, dV) are summed, holding nothing yet; gathered: the columns [2, B, H, C, D] kept from forward.
     """
 
     q: Tensor
@@ -185,11 +192,12 @@ class BackwardStage:
     slots: Slots
     indexes: Indexes
     scale: float
-    grad_q: Tensor
+    tasks: int
     grad_kv: Pair
     gathered: Tensor | None
+    grad_q: Tensor | None = None
     grad_gathered: Tensor | None = None
-    filled: set[str] = field(default_factory=lambda: {DKV_HOME})
+    filled: set[str] = field(default_factory=set)
 
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
@@ -213,19 +221,17 @@ class BackwardStage:
         elif transfer.kind == "dkv":
             self.filled.discard(transfer.source_buffer)
 
-    def received(self, transfer: Transfer) -> None:
-        """Add what landed to where it belongs."""
-        if transfer.accumulate_into is None:
-            return
-        if transfer.source_buffer == DCOLUMNS_HOME:
+    def received(self, transfers: Sequence[Transfer]) -> None:
+        """Add what landed to where it belongs; what lies side by side, in one pass."""
+        landed: dict[str, list[str]] = {}
+        for transfer in transfers:
+            if transfer.accumulate_into is not None and transfer.source_buffer != DCOLUMNS_HOME:
+                landed.setdefault(transfer.accumulate_into, []).append(transfer.buffer)
+        for target, names in landed.items():
+            for together in runs_of_neighbours(names):
+                self._add_up(target, together)
+        if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
             self._scatter_columns()
-            return
-        target = self._pair(transfer.accumulate_into)
-        landed = self._pair(transfer.buffer)
-        add = transfer.accumulate_into in self.filled
-        for into, part in zip(target, landed, strict=True):
-            into.add_(part) if add else into.copy_(part)
-        self.filled.add(transfer.accumulate_into)
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into kernel launches."""
@@ -234,41 +240,76 @@ class BackwardStage:
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
         with_columns, keyed = split_columns(tasks)
+        of_query = self._query_gradient(len(tasks))
         columns: dict[str, Any] = {}
         if with_columns:
             assert self.gathered is not None
-            self.grad_gathered = torch.zeros_like(self.gathered, dtype=self.grad_q.dtype)
+            self.grad_gathered = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
             if not keyed:
-                self._compute_columns(self.gathered, self.grad_gathered)
+                self._compute_columns(self.gathered, self.grad_gathered, of_query)
                 return
             columns["columns"] = self.gathered[0], self.gathered[1], self.indexes.columns()
             columns["grad_columns"] = self.grad_gathered.unbind()
         k, v = self._joined([task.key_buffer for task in keyed])
-        grad_k, grad_v = self._grads(keyed)
+        (grad_k, grad_v), add = self._grads(keyed)
         inputs = self.grad_out, self.q, k, v, self.lse, self.delta, self.indexes.block(keyed)
-        api.block_backward(*inputs, grad_k=grad_k, grad_v=grad_v, **columns, **self._common())
+        into = {"grad_k": grad_k, "grad_v": grad_v, "add_kv": add} | of_query | columns
+        api.block_backward(*inputs, **into, **self._common())
 
-    def _compute_columns(self, gathered: Tensor, grad_gathered: Tensor) -> None:
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq (in q's dtype), dk and dv (the accumulator's); what nothing was added to is zero."""
+        if self.grad_q is None:
+            self.grad_q = torch.zeros_like(self.q)
+        self._fill(DKV_HOME)
+        return self.grad_q, *self.grad_kv
+
+    def _query_gradient(self, tasks: int) -> dict[str, Any]:
+        """Return where this launch's dq goes: the first one begins the sum, the last one ends it in q's dtype."""
+        self.tasks -= tasks
+        add = self.grad_q is not None
+        total = self.grad_q
+        if total is None:
+            total = torch.empty_like(self.q, dtype=api.accumulator_dtype(self.q.dtype))
+        self.grad_q, given = total, {"grad_q": total, "add_q": add}
+        if self.tasks == 0 and total.dtype != self.q.dtype:
+            self.grad_q = given["final_q"] = torch.empty_like(self.q)
+        return given
+
+    def _compute_columns(self, gathered: Tensor, grad_gathered: Tensor, of_query: dict[str, Any]) -> None:
         (k, v), (grad_k, grad_v), index = gathered.unbind(), grad_gathered.unbind(), self.indexes.columns()
         inputs = self.grad_out, self.q, k, v, self.lse, self.delta, index
-        api.column_backward(*inputs, grad_column_k=grad_k, grad_column_v=grad_v, **self._common())
+        api.column_backward(*inputs, grad_column_k=grad_k, grad_column_v=grad_v, **of_query, **self._common())
 
     def _common(self) -> dict[str, Any]:
-        return {"scale": self.scale, "backend": self.indexes.backend, "grad_q": self.grad_q}
+        return {"scale": self.scale, "backend": self.indexes.backend}
 
     def _joined(self, names: list[str]) -> Pair:
         return self._pair(names[0]) if len(names) == 1 else self.slots.joined(names)
 
-    def _grads(self, tasks: Sequence[Task]) -> Pair:
-        """Return where the tasks add dk and dv; slots that hold nothing yet are zeroed first."""
+    def _grads(self, tasks: Sequence[Task]) -> tuple[Pair, bool]:
+        """Return where the tasks add dk and dv, and whether something is there already."""
         names = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
         assert len(names) == len(tasks)
-        for name in names:
-            if name not in self.filled:
-                for part in self._pair(name):
-                    part.zero_()
+        add = any(name in self.filled for name in names)
+        if add:
+            for name in names:
+                self._fill(name)
         self.filled.update(names)
-        return self._joined(names) if names[0] != DKV_HOME else self.grad_kv
+        return self._joined(names), add
+
+    def _fill(self, name: str) -> None:
+        """Zero a buffer that holds nothing yet."""
+        if name not in self.filled:
+            for part in self._pair(name):
+                part.zero_()
+        self.filled.add(name)
+
+    def _add_up(self, target: str, landed: list[str]) -> None:
+        """Add the contents of neighbouring slots into a buffer."""
+        add, backend = target in self.filled, self.indexes.backend
+        for into, parts in zip(self._pair(target), self.slots.block(landed[0], len(landed)), strict=True):
+            api.add_up(into, parts, add=add, backend=backend)
+        self.filled.add(target)
 
     def _pair(self, name: str) -> Pair:
         if name == KV_HOME:
@@ -277,6 +318,7 @@ class BackwardStage:
 
     def _scatter_columns(self) -> None:
         assert self.grad_gathered is not None
+        self._fill(DKV_HOME)
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
         grad_k, grad_v = self.grad_kv
         parts = self.grad_gathered[0], self.grad_gathered[1]

@@ -273,7 +273,7 @@ def test_flash4_in_head_groups(groups: int, columns: int, backend: str, monkeypa
     tokens = torch.arange(q.shape[1], device="cuda")
     index = flash4_backend.block_index(mask, tokens, tokens)
     per_head = max(index.table_bytes_of_a_head(transposed=t) for t in (False, True))
-    monkeypatch.setattr(flash4_index, "TABLE_BYTES", per_head * (8 // groups))
+    monkeypatch.setattr(flash4_index, "LAUNCH_TABLE_BYTES", per_head * (8 // groups))
     given = None
     if columns:
         columns_task = flash4_backend.column_index(mask, tokens)

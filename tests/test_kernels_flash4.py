@@ -111,7 +111,7 @@ def test_groups_of_heads_hold_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_groups_of_heads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash4_index, "TABLE_BYTES", 100)
+    monkeypatch.setattr(flash4_index, "LAUNCH_TABLE_BYTES", 100)
     assert head_groups(16, 8, 1) == [(0, 16)]
     assert head_groups(16, 8, 10) == [(0, 8), (8, 16)]  # ten would fit, but split a KV head unevenly
     assert head_groups(16, 8, 20) == [(first, first + 4) for first in range(0, 16, 4)]

@@ -1,0 +1,150 @@
+"""The launches of one query shard as a chain: the first begins the accumulators, the last ends them in 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsering.kernels import api
+from sparsering.kernels.mask import AttentionMask
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("tests/test_gpu_ring.py covers GPUs", allow_module_level=True)
+
+BLOCK, HEADS, KV_HEADS, DIM, COLUMNS = 16, 4, 2, 16, 20
+SCALE = 0.3
+SHARDS = {"whole": [[0, 2, 4], [1, 3, 5]], "keys beyond the end": [[0, 1, 2], [6, 7]], "queries too": [[6, 7], [0, 1]]}
+BACKENDS = ["triton", "blockwise"]
+
+
+def problem(*, toeplitz: bool, tokens: int = 6 * BLOCK - 10) -> tuple[list[Tensor], AttentionMask]:
+    """([grad_out, q, k, v] of 8 blocks, float16, mask of 6 blocks)."""
+    generator = torch.Generator().manual_seed(5)
+    active = torch.rand((HEADS, 6) if toeplitz else (HEADS, 6, 6), generator=generator) < 0.6
+    columns = torch.stack([torch.randperm(tokens, generator=generator)[:COLUMNS].sort().values for _ in range(HEADS)])
+    mask = AttentionMask(seq_len_tokens=tokens, block_size=BLOCK, active=active, columns=columns.int())
+    shapes = (HEADS, HEADS, KV_HEADS, KV_HEADS)
+    return [torch.randn(1, 8 * BLOCK, n, DIM, generator=generator).half() for n in shapes], mask
+
+
+def positions(shard: list[int]) -> Tensor:
+    return torch.cat([torch.arange(block * BLOCK, (block + 1) * BLOCK) for block in shard])
+
+
+class Chain:
+    """Forward and backward of the first shard's queries against both shards and the columns, launch by launch.
+
+    plain: accumulators begun as zeros and cast at the end; else launches do both, and begin with NaN.
+    """
+
+    def __init__(self, *, toeplitz: bool, shards: list[list[int]], backend: str, plain: bool) -> None:
+        (grad_out, q, k, v), mask = problem(toeplitz=toeplitz)
+        self.plain, self.backend = plain, backend
+        own, *others = [positions(shard) for shard in shards]
+        self.q, self.grad_out = q[:, own], grad_out[:, own]
+        keys = [own, *others]
+        self.kv = [(k[:, at], v[:, at]) for at in keys]
+        self.indexes = [api.block_index(mask, own, at, backend=backend) for at in keys]
+        column_k, column_v = (api.gather_columns(x, mask, torch.arange(q.shape[1])) for x in (k, v))
+        self.columns = column_k, column_v, api.column_index(mask, own, backend=backend)
+        self.call: dict[str, Any] = {"scale": SCALE, "backend": backend}
+
+    def forward(self, *, columns_last: bool) -> tuple[Tensor, Tensor]:
+        final = {"final": not self.plain}
+        partial = api.block_forward(self.q, *self.kv[0], self.indexes[0], **self.call)
+        if columns_last:
+            partial = api.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, into=partial)
+            out, lse = api.column_forward(self.q, *self.columns, **self.call, into=partial, **final)
+        else:
+            given = {"into": partial, "columns": self.columns, **final}
+            out, lse = api.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, **given)
+        assert plain_or(self.plain, out.dtype, torch.float32, torch.float16)
+        return out.half(), lse
+
+    def accumulator(self, like: Tensor) -> Tensor:
+        return torch.full(like.shape, 0.0 if self.plain else torch.nan)
+
+    def backward(self, out: Tensor, lse: Tensor, *, columns_last: bool) -> list[Tensor]:
+        """[dq in float16, dk, dv of every shard, dk, dv of the columns]."""
+        delta = api.row_products(self.grad_out, out, backend=self.backend)
+        inputs = lse, delta
+        grad_q, final_q = self.accumulator(self.q), None if self.plain else torch.full_like(self.q, torch.nan)
+        grads = [[self.accumulator(x) for x in pair] for pair in self.kv]
+        grad_columns = torch.zeros(self.columns[0].shape), torch.zeros(self.columns[0].shape)
+        last = {} if self.plain else {"final_q": final_q}
+        for number, (pair, index, (grad_k, grad_v)) in enumerate(zip(self.kv, self.indexes, grads, strict=True)):
+            given: dict[str, Any] = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+            if not self.plain:
+                given |= {"add_q": number > 0, "add_kv": False}
+            if number and not columns_last:
+                given |= {"columns": self.columns, "grad_columns": grad_columns, **last}
+            api.block_backward(self.grad_out, self.q, *pair, *inputs, index, **self.call, **given)
+        if columns_last:
+            into = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1], **last}
+            column_k, column_v, of_columns = self.columns
+            api.column_backward(self.grad_out, self.q, column_k, column_v, *inputs, of_columns, **self.call, **into)
+        dq = grad_q.half() if final_q is None else final_q
+        return [dq, *(x for pair in grads for x in pair), *grad_columns]
+
+
+def plain_or(plain: bool, found: torch.dtype, then: torch.dtype, otherwise: torch.dtype) -> bool:
+    return found == (then if plain else otherwise)
+
+
+@pytest.mark.parametrize("columns_last", [False, True])
+@pytest.mark.parametrize(("shards", "toeplitz"), [*((name, True) for name in SHARDS), ("whole", False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_and_last_launch(backend: str, toeplitz: bool, shards: str, columns_last: bool) -> None:
+    results = []
+    for plain in (True, False):
+        chain = Chain(toeplitz=toeplitz, shards=SHARDS[shards], backend=backend, plain=plain)
+        out, lse = chain.forward(columns_last=columns_last)
+        results.append([out, lse, *chain.backward(out, lse, columns_last=columns_last)])
+    for plain, chained in zip(*results, strict=True):
+        assert plain.dtype == chained.dtype and torch.equal(plain, chained)
+    if shards == "whole":
+        assert all(bool(x.any()) for x in results[0])
+
+
+def test_a_final_gradient_must_lie_like_its_accumulator() -> None:
+    chain = Chain(toeplitz=True, shards=SHARDS["whole"], backend="triton", plain=False)
+    out, lse = chain.forward(columns_last=False)
+    delta = api.row_products(chain.grad_out, out, backend="triton")
+    accumulators = [torch.zeros(x.shape) for x in (chain.q, *chain.kv[0])]
+    given = dict(zip(("grad_q", "grad_k", "grad_v"), accumulators, strict=True))
+    across = torch.empty(chain.q.transpose(1, 2).shape, dtype=torch.float16).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"final_q: .* are not those of grad_q"):
+        api.block_backward(
+            chain.grad_out, chain.q, *chain.kv[0], lse, delta, chain.indexes[0], **chain.call, **given, final_q=across
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_parts_are_added_up_in_order(backend: str, add: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    parts = torch.randn(count, 2, 700, 2, 16, generator=generator)
+    target = torch.randn(parts.shape[1:], generator=generator) if add else torch.full(parts.shape[1:], torch.nan)
+    right = target.clone() if add else torch.zeros_like(target)
+    for part in parts:
+        right += part
+    api.add_up(target, parts, add=add, backend=backend)
+    assert torch.equal(target, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_row_products(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(2, 45, 16, 3, generator=generator).to(dtype).transpose(2, 3)  # rows of D are not in one piece
+    right = torch.randn(2, 45, 3, 16, generator=generator).to(dtype)
+    found = api.row_products(left, right, backend=backend)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        found.double(), (left.double() * right.double()).sum(-1).transpose(1, 2), atol=1e-5, rtol=1e-5
+    )
