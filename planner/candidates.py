@@ -22,6 +22,7 @@ GRANULARITY_BLOCKS = (1, 2, 4, 8)
 RING_PREFETCH = (1, 2, 3)
 GATHER_CHUNKS = (1, 2, 4)
 MAX_INNER_SIZES = 6
+MAX_TWO_LEVEL_SIZES = 2
 # Coarser units than a block may pad the sequence, but by no more than this.
 MAX_PADDING = 1.125
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
@@ -62,8 +63,15 @@ class LayoutChoice:
 
     @property
     def keeps_kv(self) -> bool:
-        """Whether forward keeps K/V for backward: then both directions must."""
-        return ("keep_kv", 1) in self.parameters
+        """Whether forward keeps K/V for backward: then both directions must, in the same slots."""
+        return self.kept_slots is not None
+
+    @property
+    def kept_slots(self) -> tuple[object, ...] | None:
+        """What decides which slot keeps which shard; None where nothing is kept."""
+        if self.layout == "two_level":
+            return self.layout, self.parameters
+        return (self.layout,) if ("keep_kv", 1) in self.parameters else None
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.parameters)
@@ -118,6 +126,8 @@ def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> l
     choices = [_layout("gather", chunks=count) for count in chunks]
     choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
     choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
+    if cluster.nodes > 1:
+        choices += [_layout("two_level", inner_size=size) for size in inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]]
     choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     choices.append(_layout("ulysses"))

@@ -10,6 +10,7 @@ from .layout_draft import AttentionShape
 from .layout_gather import gather
 from .layout_hierarchical import hierarchical
 from .layout_ring import ring
+from .layout_two_level import two_level
 from .layout_ulysses import ulysses
 from .pairs import Pairs
 from .schedule import Direction, Schedule
@@ -18,6 +19,7 @@ LAYOUTS: dict[str, Callable[..., Schedule]] = {
     "ring": ring,
     "gather": gather,
     "hierarchical": hierarchical,
+    "two_level": two_level,
     "collective": collective,
     "ulysses": ulysses,
 }

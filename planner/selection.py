@@ -83,9 +83,9 @@ class Options:
 
     @property
     def mixtures(self) -> list[tuple[LayoutChoice, LayoutChoice]]:
-        """(forward, backward) layouts that go together: either both keep K/V or none does."""
+        """(forward, backward) layouts that go together: both keep K/V in the same slots, or none does."""
         both = product(self.forward, self.backward)
-        return [(forward, backward) for forward, backward in both if forward.keeps_kv == backward.keeps_kv]
+        return [(forward, backward) for forward, backward in both if forward.kept_slots == backward.kept_slots]
 
     @property
     def complete(self) -> bool:
@@ -200,8 +200,8 @@ def _finalists(
             (options[choice].forward, kept.forward),
             (options[choice].backward, kept.backward),
         ):
-            for keeps in (False, True):
-                alike = [layout for layout in all_of_them if layout.keeps_kv == keeps]
+            for kept_slots in dict.fromkeys(layout.kept_slots for layout in all_of_them):
+                alike = [layout for layout in all_of_them if layout.kept_slots == kept_slots]
                 best = sorted(alike, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
                 of_them.update((layout, all_of_them[layout]) for layout in best)
     return found

@@ -131,6 +131,7 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "collective", {}
     if world_size == 4:
         yield "hierarchical", {"inner_size": 2}
+        yield "two_level", {"inner_size": 2}
 
 
 def _cases() -> Iterator[Case]:

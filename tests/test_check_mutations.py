@@ -54,13 +54,14 @@ def reduced_schedules(draw: st.DrawFn) -> tuple[Schedule, Pairs]:
 
 @st.composite
 def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -> Schedule:
-    kinds = ["ring", "gather", "hierarchical", *(["collective", "ulysses"] if pairs is None else [])]
+    kinds = ["ring", "gather", "hierarchical", *(["collective", "two_level", "ulysses"] if pairs is None else [])]
     layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {"chunks": draw(st.integers(1, 4)), "keep_kv": draw(st.integers(0, 1))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
+        "two_level": {"inner_size": draw(st.sampled_from(divisors))},
         "collective": {},
         "ulysses": {},
     }[layout]

@@ -37,6 +37,7 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "gather", {"chunks": 2, "keep_kv": 1}
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
+    yield from (("two_level", {"inner_size": size}) for size in divisors)
     yield "collective", {}
     yield "ulysses", {}
 
