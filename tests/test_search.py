@@ -265,7 +265,7 @@ def test_candidates_of_four_nodes_of_eight():
         "gather (chunks 1)", "gather (chunks 2)", "gather (chunks 4)", "gather (chunks 31)",
         "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
         "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
-        "hierarchical (inner_size 2)", "collective",
+        "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)", "collective",
         *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)), "ulysses",
     ]  # fmt: skip
     choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)
@@ -397,7 +397,7 @@ def test_evenly_spread():
 
 def test_unknown_names_are_refused():
     with pytest.raises(
-        InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, collective, ulysses"
+        InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, two_level, collective, ulysses"
     ):
         select(problem(), quick=CompiledRecurrence(), layouts=["spiral"])
     with pytest.raises(InputError, match="placement: 'random' is not one of"):
