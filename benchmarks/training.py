@@ -5,7 +5,8 @@ pay for choosing: the selector runs in every layer and its choice is thrown away
 is timed apart from everything else, on every rank; rows hold the slowest rank's figures.
 
     python -m sparsering.benchmarks.training --gpus 8 --impl ours --density 0.05 0.02
-    python -m sparsering.benchmarks.training --gpus 8 --impl dense-zigzag torch-context-parallel --steps 1
+    python -m sparsering.benchmarks.training --gpus 8 --impl ours dense-zigzag torch-context-parallel \\
+        --fused-layers --whole-layers 6 --dense-whole-layers 0 --dense-steps 1 --dense-warmups 0
     python -m sparsering.benchmarks.training --merge results/training-*.json
     python -m sparsering.benchmarks.training --toy            # two gloo processes on CPUs, a tiny model
 
@@ -75,13 +76,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="sparsering-training-") as folder:
             raise SystemExit(_start(arguments, arguments.work or Path(folder)))
     world = join(device="cpu" if arguments.toy else None, timeout_s=540)
+    rows: list[dict[str, Any]] = []
     try:
-        rows = _measure_all(arguments, world)
-        if world.rank == 0:
+        _measure_all(arguments, world, rows)
+    finally:  # what was measured before an implementation ran out of memory is a result
+        if world.rank == 0 and rows:
             print(_table(rows))
             print(write_result("training", rows, folder=arguments.results, gpus=arguments.gpus))
-    finally:
-        leave()
+    leave()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,9 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument(
+        "--dense-steps", type=int, help="measured steps of dense rings, which are slow; default: as all"
+    )
+    parser.add_argument("--dense-warmups", type=int, help="warm-ups of dense rings; default: as all")
     parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
     parser.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
     parser.add_argument("--whole-layers", type=int, default=0, help="layers that are not recomputed, as memory allows")
+    parser.add_argument("--dense-whole-layers", type=int, help="the same for dense rings; default: as all")
     parser.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
     parser.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,8 +150,7 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> None:
         write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"]), None, None))
 
 
-def _measure_all(arguments: argparse.Namespace, world: Mesh) -> list[dict[str, Any]]:
-    rows = []
+def _measure_all(arguments: argparse.Namespace, world: Mesh, rows: list[dict[str, Any]]) -> None:
     for implementation in arguments.impl:
         for density in arguments.density if implementation == "ours" else [None]:
             rows.append(_measure(arguments, world, implementation, density))
@@ -154,11 +160,11 @@ def _measure_all(arguments: argparse.Namespace, world: Mesh) -> list[dict[str, A
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-    return rows
 
 
 def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, density: float | None) -> dict[str, Any]:
     began = time.perf_counter()
+    arguments = _effort(arguments, implementation)
     masks = _masks(arguments, density, world.device) if density is not None else None
     config = _config(arguments, world, implementation, masks)
     setup = set_up(config, verify_data=False)
@@ -197,10 +203,23 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
         "loss": results[-1].loss,
         "grad_norm": results[-1].grad_norm,
         "steps": arguments.steps,
+        "warmups": arguments.warmups,
+        "fused_layers": arguments.fused_layers,
+        "whole_layers": arguments.whole_layers,
         "prepared_s": prepared_s,
         "seed": arguments.seed,
         "plan_digest": setup.plan.digest,
     }
+
+
+def _effort(arguments: argparse.Namespace, implementation: str) -> argparse.Namespace:
+    """Return the arguments with the steps and whole layers of this implementation."""
+    own = argparse.Namespace(**vars(arguments))
+    if not implementation.startswith("ours"):
+        for name in ("steps", "warmups", "whole_layers"):
+            stated = getattr(arguments, f"dense_{name}")
+            setattr(own, name, getattr(arguments, name) if stated is None else stated)
+    return own
 
 
 def _rate(peak_seconds: float | None, step_ms: float) -> float | None:
