@@ -10,6 +10,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +28,19 @@ aten = torch.ops.aten
 
 
 class ZigzagAttention:
-    """Dense causal attention over the ranks of a mesh whose shards are placed zigzag. Making it is collective."""
+    """Dense causal attention over the ranks of a mesh whose shards are placed zigzag. Making it is collective.
 
-    def __init__(self, mesh: Mesh, *, kernel: str | None = None) -> None:
-        self.mesh = mesh
+    waiting: made around every wait for other ranks, to measure it.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        kernel: str | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.mesh, self._waiting = mesh, waiting
         self.kernel = kernel or ("cudnn" if mesh.device.type == "cuda" else "cpu")
         if (self.kernel == "cpu") != (mesh.device.type == "cpu") or self.kernel not in KERNELS:
             raise UnsupportedError(f"{self.kernel!r} does not run on {mesh.device.type}", field="kernel")
@@ -57,8 +67,9 @@ class ZigzagAttention:
         works = dist.batch_isend_irecv(operations)
 
         def wait() -> tuple[Tensor, ...]:
-            for work in works:
-                work.wait()
+            with self._waiting():
+                for work in works:
+                    work.wait()
             return landed
 
         return wait

@@ -16,7 +16,7 @@ from ..planner.placement import Placement
 from ..planner.plan import Plan
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern, VerticalSlash
-from .comm import reducers
+from .comm import AllReduce, reducers
 from .mesh import Mesh
 from .selectors import make_selector
 
@@ -172,6 +172,13 @@ class PlannedChoice:
         self._selector = make_selector(plan.pattern.selector, plan.pattern.settings)
         total, largest = reducers(mesh)
         self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
+
+    def wrap_reductions(self, wrap: Callable[[AllReduce], AllReduce]) -> None:
+        """Put `wrap` around the reductions over ranks that choosing needs, to measure them."""
+        before = self._collectives
+        self._collectives = Collectives(
+            all_reduce_sum=wrap(before.all_reduce_sum), all_reduce_max=wrap(before.all_reduce_max)
+        )
 
     def of_layer(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor], AttentionMask]:
         """Return a function of this rank's (q, k) that chooses that layer's mask. Collective when called."""

@@ -21,6 +21,7 @@ from .attention import Chooser, PlannedAttention
 from .capture import trace_header
 from .checkpoint import Checkpointer
 from .dense_ring import ZigzagAttention
+from .exposure import Exposure
 from .hf import Attached, Attention
 from .mesh import Mesh, agree
 from .optimizer import GradientNorms, clip_gradients, gradient_norms, learning_rate, make_optimizer, set_learning_rate
@@ -78,7 +79,7 @@ class Trainer:
         agree(world, f"training {Trainer._made} configuration", setup.config.digest)
         agree(world, f"training {Trainer._made} facts", str(sorted(setup.run_facts().items())))
         self.mesh = world.replica_of(setup.config.parallel.context)
-        self.clock = Clock(world.device)
+        self.clock, self.exposure = Clock(world.device), Exposure(world.device)
         model = build_model(
             setup.config.model, setup.model_config, device=world.device, dtype=master_dtype(setup.config),
             seed=setup.config.seed,
@@ -130,13 +131,17 @@ class Trainer:
         return results
 
     def step(self, *, measured: bool = False, recorded: bool = False) -> StepResult:
-        """Do one optimizer step. measured: also density and imbalance; recorded: keep the patterns for the trace."""
+        """Do one optimizer step.
+
+        measured: also density, imbalance and exposed communication; recorded: keep the patterns for the trace.
+        """
         began = time.perf_counter()
         number = self.next_step
         batches = [self._microbatch(number, m) for m in range(self.config.microbatches)]
         valid = torch.tensor(sum(batch.valid for batch in batches), dtype=torch.float64, device=self.world.device)
         dist.all_reduce(valid)
         self.watch.reset()
+        self.exposure.on = measured
         loss_sum = self._forward_backward(batches, valid, measured=measured, recorded=recorded)
         norms = gradient_norms(self.hf_model.named_parameters())
         loss, norm, same = self._checked(number, loss_sum, valid, norms)
@@ -171,13 +176,14 @@ class Trainer:
 
     def _attention(self, source: Callable[[PlannedAttention, Source], Source] | None) -> Attention:
         if self.config.attention == "dense-zigzag":
-            return ZigzagAttention(self.mesh)
+            return ZigzagAttention(self.mesh, waiting=self.exposure.waiting)
         if self.config.attention == "torch-context-parallel":
             return TorchContextParallel(self.mesh)
         planned = PlannedAttention(self.setup.plan, self.mesh)
+        planned.channels = self.exposure.channels(planned.channels)
         self.masks = planned_masks(
             self.setup.plan, self.mesh, planned.positions[self.mesh.rank], trace=self.setup.resolved.trace,
-            clock=self.clock, seed=self.config.seed,
+            clock=self.clock, seed=self.config.seed, exposure=self.exposure,
         )  # fmt: skip
         if source is not None:
             self.masks.source = source(planned, self.masks.source)
@@ -246,6 +252,7 @@ class Trainer:
         loads = self.masks.take_loads() if self.masks is not None else {}
         means = {layer: sum(load.density) / len(load.density) for layer, load in loads.items()}
         mean = sum(means.values()) / len(means) if means else None
+        exposed_ms = self.exposure.take_ms()
         flops = step_flops(self.setup.facts, self.setup.plan, sequences=config.sequences_per_step, density=mean)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name, config.metrics.peak_flops_per_device if config.metrics else None)
@@ -257,6 +264,8 @@ class Trainer:
             "density_per_layer": [means[layer] for layer in sorted(means)],
             "density_per_head": [loads[layer].density for layer in sorted(loads)],
             "imbalance_per_layer": [loads[layer].imbalance for layer in sorted(loads)],
+            # PyTorch's own ring cannot be seen into.
+            "exposed_communication_ms": None if config.attention == "torch-context-parallel" else exposed_ms,
             "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         }
 

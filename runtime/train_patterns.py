@@ -24,6 +24,7 @@ from ..traces.store import LayerRecord, Trace
 from .attention import Chooser
 from .capture import pattern_of
 from .comm import reducers
+from .exposure import Exposure
 from .mesh import Mesh
 from .patterns import PlannedChoice, RunningHash, replayed_mask
 from .train_timing import Clock
@@ -149,9 +150,13 @@ class LayerMasks:
 
 
 def planned_masks(
-    plan: Plan, mesh: Mesh, positions: Tensor, *, trace: Trace | None, clock: Clock | None, seed: int
-) -> LayerMasks:
-    """Return the masks of a plan: replayed from the trace's last step, or chosen. Collective."""
+    plan: Plan, mesh: Mesh, positions: Tensor, *, trace: Trace | None, clock: Clock | None, seed: int,
+    exposure: Exposure | None = None,
+) -> LayerMasks:  # fmt: skip
+    """Return the masks of a plan: replayed from the trace's last step, or chosen. Collective.
+
+    exposure: counts the reductions of choosing.
+    """
     if trace is not None:
         step = trace.steps[-1]
         masks = [
@@ -160,7 +165,10 @@ def planned_masks(
         ]
         source: Callable[[int], AttentionMask | Chooser] = masks.__getitem__
     else:
-        source = PlannedChoice(plan, mesh, positions).of_layer
+        choice = PlannedChoice(plan, mesh, positions)
+        if exposure is not None:
+            choice.wrap_reductions(exposure.reduction)
+        source = choice.of_layer
     return LayerMasks(plan=plan, mesh=mesh, source=source, positions=positions, clock=clock, seed=seed)
 
 

@@ -51,12 +51,16 @@ class Clock:
         """Return milliseconds of each part since the last call, and forget them. Waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        totals = {part: sum(self._between(*ends) for ends in self._spans[part]) for part in PARTS}
+        totals = {part: sum(self.between_ms(*ends) for ends in self._spans[part]) for part in PARTS}
         self._spans.clear()
         return totals
 
-    def _between(self, started: Any, ended: Any) -> float:
-        return started.elapsed_time(ended) if self._device.type == "cuda" else (ended - started) / 1e6
+    def between_ms(self, started: Any, ended: Any) -> float:
+        """Return the milliseconds between two marks. Waits for the second."""
+        if self._device.type != "cuda":
+            return (ended - started) / 1e6
+        ended.synchronize()
+        return started.elapsed_time(ended)
 
 
 class TimedAttention:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from sparsering.planner.plan import Plan
 from sparsering.runtime.attention import PlannedAttention
 from sparsering.runtime.comm import Channel, Channels
+from sparsering.runtime.exposure import Exposure
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
@@ -131,6 +132,30 @@ def attention_and_die(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, directio
             os.kill(os.getpid(), signal.SIGKILL)
 
     attention(mesh, plan=plan, pattern=pattern, seed=0, wrap=lambda planned: _hook(planned, die_at_last))
+
+
+def exposed_communication(
+    mesh: Mesh, *, plan: Plan, pattern: LayerPattern, late_rank: int, late_s: float, on: bool
+) -> dict[str, float]:
+    """Run one layer in which a rank sleeps before each of its posts; return what this rank waited, by the meter."""
+    exposure, posts = Exposure(mesh.device), 0
+
+    def late() -> None:
+        nonlocal posts
+        posts += 1
+        time.sleep(late_s if mesh.rank == late_rank else 0.0)
+
+    def wrap(planned: PlannedAttention) -> None:
+        _hook(planned, late)
+        planned.channels = exposure.channels(planned.channels)
+        exposure.on = on
+
+    began = time.perf_counter()
+    attention(mesh, plan=plan, pattern=pattern, seed=0, wrap=wrap)
+    whole_ms = (time.perf_counter() - began) * 1e3
+    waits = len(exposure.waits)
+    return {"exposed_ms": exposure.take_ms(), "whole_ms": whole_ms, "posts": posts, "waits": waits,
+            "after_ms": exposure.take_ms()}  # fmt: skip
 
 
 class _Counted:

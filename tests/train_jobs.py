@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
     """Do one step and count how often patterns were chosen and each direction of attention was played."""
     trainer = Trainer(set_up(parse_config(config)), mesh)
     assert trainer.masks is not None
-    counts = {"chosen": 0, "forward": 0, "backward": 0}
+    counts: dict[str, Any] = {"chosen": 0, "forward": 0, "backward": 0}
     source, play = trainer.masks.source, ring_attention.play
 
     def chosen(layer: int) -> Any:
@@ -48,13 +49,32 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
         counts[schedule.direction] += 1
         play(schedule, *arguments)
 
-    trainer.masks.source, ring_attention.play = chosen, played
+    take_ms = trainer.exposure.take_ms
+
+    def taken() -> float:
+        counts["waits"] = len(trainer.exposure.waits)
+        return take_ms()
+
+    trainer.masks.source, ring_attention.play, trainer.exposure.take_ms = chosen, played, taken
     try:
-        trainer.step()
+        trainer.step(measured=True)
     finally:
         ring_attention.play = play
         trainer.close()
     return counts | {"parameters": parameters(trainer)}
+
+
+def late_attention(mesh: Mesh, *, config: dict[str, Any], late_rank: int, late_s: float) -> tuple[dict[str, Any], int]:
+    """Do two steps; in the second, which is measured, a rank is late for every layer. Return metrics and layers."""
+    trainer = Trainer(set_up(parse_config(config)), mesh)
+    trainer.step()
+    layers = decoder_layers(trainer.hf_model)
+    for layer in layers if mesh.rank == late_rank else ():
+        block: Any = layer.self_attn
+        block.register_forward_pre_hook(lambda *_: time.sleep(late_s))
+    values = trainer.step(measured=True).values()
+    trainer.close()
+    return values, len(layers)
 
 
 def broken(mesh: Mesh, *, config: dict[str, Any], rank: int, layer: int, forward: bool) -> dict[str, Any]:
