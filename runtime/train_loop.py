@@ -278,7 +278,9 @@ class _Outputs:
         world, section = trainer.world, trainer.config.metrics
         self._metrics = MetricsFile(section.folder, world.rank) if section is not None else None
         board = section is not None and section.tensorboard and world.rank == 0
-        self._board = TensorBoard(section.folder) if board and section is not None else None
+        self._board = (
+            TensorBoard(section.folder, first_step=trainer.next_step) if board and section is not None else None
+        )
         self._writer = self._trace_writer() if world.rank == 0 else None
 
     def measures(self, step: int) -> bool:

@@ -78,21 +78,40 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Scalars of rank 0 for TensorBoard; InputError where the package is missing."""
+    """Scalars of rank 0 for TensorBoard. first_step: what an earlier run wrote from that step on no longer counts.
 
-    def __init__(self, folder: Path) -> None:
+    Raises InputError where the package is missing.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+        writer = _summary_writer()
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("needs the package tensorboard", field="metrics.tensorboard") from error
-        self._writer: Any = SummaryWriter(str(folder))
+            self._writer: Any = writer(str(folder), purge_step=first_step or None)
+        except OSError as error:
+            raise InputError(f"cannot be written: {error.strerror}", source=folder, field="metrics.folder") from error
+
+    @staticmethod
+    def require() -> None:
+        """Raise InputError where the package is missing; write nothing."""
+        _summary_writer()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write what is a number."""
+        """Write what is a number, and of lists (one value a layer) every number apart."""
         for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(name, value, step)
+            numbered = enumerate(value) if isinstance(value, list) else ()
+            for tag, number in ((name, value), *((f"{name}/{place:03d}", entry) for place, entry in numbered)):
+                if isinstance(number, int | float) and name != "step":
+                    self._writer.add_scalar(tag, number, step)
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("needs the package tensorboard: pip install 'sparsering[tensorboard]'",
+                         field="metrics.tensorboard") from error  # fmt: skip
+    return SummaryWriter

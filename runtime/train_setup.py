@@ -93,7 +93,7 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
     if config.metrics is not None and config.metrics.tensorboard:
-        TensorBoard(config.metrics.folder).close()
+        TensorBoard.require()
     setup = Setup(config=config, device=device, model_config=model_config, facts=facts, resolved=resolved, data=data)
     _check_resume(setup)
     return setup
