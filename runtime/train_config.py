@@ -134,10 +134,15 @@ class TraceOutSection(_Section):
 
 
 class MetricsSection(_Section):
-    """folder: one JSON-lines file per rank; tensorboard: also an event file of rank 0, where the package is present."""
+    """folder: one JSON-lines file per rank; tensorboard: also an event file of rank 0, where the package is present.
+
+    kept_mass_every_steps: how often kept attention mass is weighed, which costs about as much as choosing; None: only
+    in the steps that are recorded for the trace.
+    """
 
     folder: Path
     every_steps: int = Field(default=1, ge=1)
+    kept_mass_every_steps: int | None = Field(default=None, ge=1)
     tensorboard: bool = False
     peak_flops_per_device: float | None = Field(default=None, gt=0)
 

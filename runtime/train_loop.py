@@ -121,7 +121,8 @@ class Trainer:
         try:
             while self.next_step < last:
                 step = self.next_step
-                results.append(self.step(measured=outputs.measures(step), recorded=outputs.records(step)))
+                wanted = {"measured": outputs.measures(step), "weighed": outputs.weighs(step)}
+                results.append(self.step(**wanted, recorded=outputs.records(step)))
                 outputs.write(results[-1])
                 report(results[-1])
             if self.checkpoints is not None:
@@ -130,10 +131,11 @@ class Trainer:
             outputs.close()
         return results
 
-    def step(self, *, measured: bool = False, recorded: bool = False) -> StepResult:
+    def step(self, *, measured: bool = False, weighed: bool = False, recorded: bool = False) -> StepResult:
         """Do one optimizer step.
 
-        measured: also density, imbalance and exposed communication; recorded: keep the patterns for the trace.
+        measured: also density, imbalance and exposed communication; weighed: of a measured step also the kept mass;
+        recorded: keep the patterns, with their kept mass, for the trace.
         """
         began = time.perf_counter()
         number = self.next_step
@@ -142,7 +144,7 @@ class Trainer:
         dist.all_reduce(valid)
         self.watch.reset()
         self.exposure.on = measured
-        loss_sum = self._forward_backward(batches, valid, measured=measured, recorded=recorded)
+        loss_sum = self._forward_backward(batches, valid, measured=measured, weighed=weighed, recorded=recorded)
         norms = gradient_norms(self.hf_model.named_parameters())
         loss, norm, same = self._checked(number, loss_sum, valid, norms)
         if not same:
@@ -204,7 +206,9 @@ class Trainer:
             rank=self.mesh.rank, device=self.world.device,
         )  # fmt: skip
 
-    def _forward_backward(self, batches: list[Microbatch], valid: Tensor, *, measured: bool, recorded: bool) -> Tensor:
+    def _forward_backward(
+        self, batches: list[Microbatch], valid: Tensor, *, measured: bool, weighed: bool, recorded: bool
+    ) -> Tensor:
         """Accumulate gradients of the mean loss over all valid tokens; return this rank's summed loss."""
         # FSDP averages gradients over all processes; what is wanted is their sum over the number of valid tokens.
         factor = self.world.world_size / valid.clamp(min=1.0)
@@ -212,7 +216,9 @@ class Trainer:
         for number, batch in enumerate(batches):
             if self.masks is not None:
                 self.masks.documents = batch.documents
-                self.masks.watch, self.masks.record = measured and number == 0, recorded and number == 0
+                first = number == 0
+                self.masks.watch, self.masks.weigh = first and measured, first and weighed
+                self.masks.record = first and recorded
             part = self.model(batch.input_ids, batch.position_ids, batch.labels)
             (part * factor.to(part.dtype)).backward()
             loss_sum += part.detach()
@@ -253,6 +259,7 @@ class Trainer:
         means = {layer: sum(load.density) / len(load.density) for layer, load in loads.items()}
         mean = sum(means.values()) / len(means) if means else None
         exposed_ms = self.exposure.take_ms()
+        kept = [sum(load.kept_mass) / len(load.kept_mass) for _, load in sorted(loads.items()) if load.kept_mass]
         flops = step_flops(self.setup.facts, self.setup.plan, sequences=config.sequences_per_step, density=mean)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name, config.metrics.peak_flops_per_device if config.metrics else None)
@@ -264,6 +271,8 @@ class Trainer:
             "density_per_layer": [means[layer] for layer in sorted(means)],
             "density_per_head": [loads[layer].density for layer in sorted(loads)],
             "imbalance_per_layer": [loads[layer].imbalance for layer in sorted(loads)],
+            "kept_mass": (sum(kept) / len(kept) if kept else None) if self.masks is not None else 1.0,
+            "kept_mass_per_layer": kept,
             # PyTorch's own ring cannot be seen into.
             "exposed_communication_ms": None if config.attention == "torch-context-parallel" else exposed_ms,
             "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -286,6 +295,11 @@ class _Outputs:
     def measures(self, step: int) -> bool:
         section = self._config.metrics
         return section is not None and step % section.every_steps == 0
+
+    def weighs(self, step: int) -> bool:
+        section = self._config.metrics
+        every = section.kept_mass_every_steps if section is not None else None
+        return every is not None and step % every == 0
 
     def records(self, step: int) -> bool:
         section = self._config.trace_out

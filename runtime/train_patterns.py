@@ -32,16 +32,22 @@ from .train_timing import Clock
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """What one layer's pattern costs. density [H]; imbalance: worker imbalance of active blocks (max over mean)."""
+    """What one layer's pattern costs and keeps.
+
+    density [H]; imbalance: worker imbalance of active blocks (max over mean); kept_mass [H]: share of attention's mass
+    that sampled queries keep, None where it was not weighed.
+    """
 
     density: list[float]
     imbalance: float
+    kept_mass: list[float] | None
 
 
 @dataclass(eq=False)
 class _Watched:
     rows: Tensor  # [H, N] active key blocks of every query block
-    record: tuple[AttentionMask, Tensor | None, Tensor | None] | None = None
+    masses: tuple[Tensor, Tensor] | None = None  # kept mass [H], by the probe's queries and by sampled ones
+    record: AttentionMask | None = None
 
 
 @dataclass(eq=False)
@@ -49,7 +55,8 @@ class LayerMasks:
     """Gives every layer its mask (`of_layer`), and watches what is given.
 
     source: layer -> mask or chooser; owners int64 [N]: which rank owns each query block.
-    documents int32 [S]: laid over the masks of this microbatch. watch, record: whether this microbatch is measured.
+    documents int32 [S]: laid over the masks of this microbatch. watch, weigh, record: whether this microbatch's density
+    and imbalance, kept mass, and whole patterns are kept.
     """
 
     plan: Plan
@@ -59,6 +66,7 @@ class LayerMasks:
     clock: Clock | None = None
     documents: Tensor | None = None
     watch: bool = False
+    weigh: bool = False
     record: bool = False
     seed: int = 0
     _watched: dict[int, _Watched] = field(default_factory=dict)
@@ -86,7 +94,7 @@ class LayerMasks:
         return self._hash.take()
 
     def take_loads(self) -> dict[int, LayerLoad]:
-        """Return and forget density and imbalance of the layers that were watched. Waits for the device."""
+        """Return and forget what the watched layers cost and keep. Waits for the device."""
         owners = self._owners()
         loads: dict[int, LayerLoad] = {}
         for layer, watched in sorted(self._watched.items()):
@@ -94,7 +102,11 @@ class LayerMasks:
             density = watched.rows.sum(1).double() / (blocks * (blocks + 1) / 2)
             work = torch.zeros(self.mesh.world_size, dtype=torch.float64, device=owners.device)
             work.index_add_(0, owners, watched.rows.sum(0).double())
-            loads[layer] = LayerLoad(density=density.tolist(), imbalance=(work.max() / work.mean()).item())
+            loads[layer] = LayerLoad(
+                density=density.tolist(),
+                imbalance=(work.max() / work.mean()).item(),
+                kept_mass=None if watched.masses is None else watched.masses[1].clamp(0, 1).tolist(),
+            )
         self._watched = {layer: watched for layer, watched in self._watched.items() if watched.record is not None}
         return loads
 
@@ -103,10 +115,9 @@ class LayerMasks:
         spec = self.plan.pattern
         records: dict[int, LayerRecord] = {}
         for layer, watched in sorted(self._watched.items()):
-            assert watched.record is not None
-            mask, probe, sampled = watched.record
-            pattern = pattern_of(mask)
-            masses = [[None] * mask.heads if m is None else m.clamp(0, 1).tolist() for m in (probe, sampled)]
+            assert watched.record is not None and watched.masses is not None
+            pattern = pattern_of(watched.record)
+            masses = [mass.clamp(0, 1).tolist() for mass in watched.masses]
             records[layer] = pattern, [
                 HeadChoice(
                     selector=spec.selector or "replayed", settings=dict(spec.settings), kept_mass_probe=near,
@@ -121,9 +132,8 @@ class LayerMasks:
         with torch.no_grad():
             self._hash.note(mask)
             if self.watch or self.record:
-                self._watched[layer] = _Watched(block_rows(mask))
-            if self.record:
-                self._watched[layer].record = mask, *self._masses(mask, q, k)
+                masses = self._masses(mask, q, k) if self.weigh or self.record else None
+                self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.record else None)
 
     def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self._collectives is None:

@@ -155,7 +155,7 @@ def test_live_patterns_become_a_trace_and_steps_become_metrics(tmp_path: Path, r
     pattern = {"selector": "vertical-slash", "settings": {"columns": 8, "slashes": 8, "window_tokens": 8}}
     config = write_run(
         tmp_path, steps=4, plan={"pattern": pattern},
-        metrics={"folder": str(tmp_path / "metrics"), "peak_flops_per_device": 1e9},
+        metrics={"folder": str(tmp_path / "metrics"), "peak_flops_per_device": 1e9, "kept_mass_every_steps": 3},
         trace_out={"folder": str(tmp_path / "trace"), "every_steps": 2},
     )  # fmt: skip
     rank_pools(2).run("train_jobs.run", config=config)
@@ -173,5 +173,11 @@ def test_live_patterns_become_a_trace_and_steps_become_metrics(tmp_path: Path, r
             densities = [trace.layer_pattern(step, layer).density for layer in trace.layers]
             assert lines[step]["density_per_layer"] == pytest.approx(densities)
             assert lines[step]["density"] < 1
+            rows = [trace.layer_rows(step, layer) for layer in trace.layers]
+            kept = [np.mean([row.choice.kept_mass_sampled or 0.0 for row in layer]) for layer in rows]
+            assert lines[step]["kept_mass_per_layer"] == pytest.approx(kept)
+        assert lines[3]["kept_mass"] == pytest.approx(np.mean(lines[3]["kept_mass_per_layer"]))
+        assert 0 < lines[3]["kept_mass"] < 1
+        assert lines[1]["kept_mass"] is None  # neither asked for nor recorded
     rows = trace.layer_rows(2, 1)
     assert all(0 < (row.choice.kept_mass_sampled or 0) <= 1 for row in rows)
