@@ -4,6 +4,7 @@
     python -m sparsering.benchmarks.ring --gpus 8 --family xattention documents --placement striped planned
     python -m sparsering.benchmarks.ring --gpus 8 --two-nodes --layout hierarchical:inner_size=4 --layout ring
     python -m sparsering.benchmarks.ring --gpus 8 --backends triton flash4 --baselines torch-context-parallel
+    python -m sparsering.benchmarks.ring --gpus 8 --baselines mtraining-hierarchical --mtraining FOLDER
     python -m sparsering.benchmarks.ring --toy            # two gloo processes on CPUs, to try the road
 
 One process group, one run. `compute_ms` plays the same schedule with channels that send nothing: the slowest rank's
@@ -38,6 +39,8 @@ from ..runtime.mesh import Mesh, join, leave
 from ..runtime.torch_ring import TorchContextParallel
 from .common import RESULTS, write_result
 from .masks import density_of
+from .mtraining import FUNCTIONS as PEERS
+from .mtraining import MTraining, check_peer, measure_peer, refusal
 from .ring_plans import (
     FAMILIES,
     MODEL,
@@ -68,7 +71,8 @@ def main() -> None:
         arguments.gpus, arguments.seq_len, arguments.columns = min(arguments.gpus, 2), 2048, 64
         arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
     if "RANK" not in os.environ:
-        raise SystemExit(_start(arguments))
+        problem = refusal(arguments.baselines, arguments.family, arguments.mtraining, toy=arguments.toy)
+        raise SystemExit(problem or _start(arguments))
     mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
     try:
         rows = _measure_all(arguments, mesh)
@@ -94,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
     parser.add_argument("--cluster", default="h200-nvlink-8", help=f"for planned: file or {', '.join(preset_names())}")
     parser.add_argument("--backends", "--backend", nargs="+", default=["triton"], help="triton flash4 blockwise")
-    parser.add_argument("--baselines", nargs="+", default=[], choices=list(DENSE_RINGS), help="dense rings (slow)")
+    parser.add_argument("--baselines", nargs="+", default=[], choices=[*DENSE_RINGS, *PEERS],
+                        help="dense rings (slow); MTraining's sparse rings, over every slash mask")  # fmt: skip
+    parser.add_argument("--mtraining", type=Path, metavar="FOLDER", help="folder with MTraining's package minference")
+    parser.add_argument("--mtraining-inner-size", type=int, metavar="RANKS",
+                        help="of the inner rings of mtraining-hierarchical (ranks of a node)")  # fmt: skip
     parser.add_argument("--torch-context-parallel", action="append_const", dest="baselines",
                         const="torch-context-parallel", help="the same as that baseline")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
@@ -125,6 +133,7 @@ def _start(arguments: argparse.Namespace) -> int:
 def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     channels = Channels(mesh)
+    peers = _peers(arguments, mesh)
     cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=_nodes(arguments))
     for family, density in product(arguments.family, arguments.density):
         work = make_work(
@@ -140,9 +149,24 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, An
             rows.append(_measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement})
             if mesh.rank == 0:
                 print(_table(rows[-1:]).splitlines()[-1], flush=True)
+        if family == "slash":
+            for peer, errors in peers:
+                rows += [row | errors for row in _measure_mtraining(arguments, mesh, peer, work)]
     for baseline in dict.fromkeys(arguments.baselines):
-        rows.append(_measure_dense(arguments, mesh, baseline))
+        if baseline in DENSE_RINGS:
+            rows.append(_measure_dense(arguments, mesh, baseline))
     return rows
+
+
+def _peers(arguments: argparse.Namespace, mesh: Mesh) -> list[tuple[MTraining, dict[str, float]]]:
+    """MTraining's rings that are asked for, each with its errors on a short sequence."""
+    peers = []
+    inner_size = arguments.mtraining_inner_size or mesh.world_size // _nodes(arguments)
+    for name in dict.fromkeys(arguments.baselines):
+        if name in PEERS:
+            peer = MTraining(name, arguments.mtraining, mesh, inner_size=inner_size)
+            peers.append((peer, check_peer(peer, _model(arguments), seed=arguments.seed)))
+    return peers
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
@@ -304,16 +328,32 @@ def _measure_dense(arguments: argparse.Namespace, mesh: Mesh, name: str) -> dict
     return _row(arguments, mesh, impl, "zigzag ring", figures)
 
 
+def _measure_mtraining(arguments: argparse.Namespace, mesh: Mesh, peer: MTraining, work: Work) -> list[dict[str, Any]]:
+    """Two rows: as it is called, with consecutive tokens on every rank, and with tokens placed as it computes."""
+    before = allocated_bytes(mesh)
+    tokens = arguments.seq_len // mesh.world_size
+    tensors = _random(_model(arguments), tokens, mesh, arguments.seed, torch.bfloat16)
+    figures = measure_peer(peer, work.mask, tensors, arguments.repeats, before)
+    given = {"mask": work.family, "density": density_of(work.mask), "columns": work.columns}
+    rows = [
+        _row(arguments, mesh, peer.name, peer.layout, value) | given | {"placement": placement, "transport": transport}
+        for (placement, transport), value in figures.items()
+    ]
+    if mesh.rank == 0:
+        print("\n".join(_table(rows).splitlines()[1:]), flush=True)
+    return rows
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'impl':20}{'mask':11}{'placement':11}{'layout':48}{'density':>8}{'forward':>9}{'backward':>9}{'alone':>8}"
+        f"{'impl':24}{'mask':11}{'placement':11}{'layout':48}{'density':>8}{'forward':>9}{'backward':>9}{'alone':>8}"
         f"{'ratio':>7}{'imbal.':>7}{'peak GB':>9}{'/plan':>7}"
     ]
     for row in rows:
         total, alone = row["forward_ms"] + row["backward_ms"], row.get("compute_ms", float("nan"))
         peak, ratio = row["peak_bytes"], row.get("peak_ratio")
         lines.append(
-            f"{row['impl']:20}{row['mask']:11}{row['placement']:11}{row['layout']:48}{row['density']:8.3f}"
+            f"{row['impl']:24}{row['mask']:11}{row['placement']:11}{row['layout']:48}{row['density']:8.3f}"
             f"{row['forward_ms']:9.2f}{row['backward_ms']:9.2f}{alone:8.2f}{total / alone:7.3f}"
             f"{row.get('imbalance', float('nan')):7.3f}{'-' if peak is None else f'{peak / 1e9:.3f}':>9}"
             f"{'-' if ratio is None else f'{ratio:.3f}':>7}"
