@@ -215,7 +215,7 @@ def _measure_planned(
     tensors = _tensors(plan, planned.positions[0].numel(), mesh, arguments.seed)
     attend = _attend(planned, mask)
     whole = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    imbalance = _imbalance(planned, tensors, arguments, f"{work.family} {name_of(plan)}", mask)
+    imbalance = _imbalance(planned, tensors, arguments, f"{plan.kernels.backend} {work.family} {name_of(plan)}", mask)
     silent: Channel = SilentChannel()
     planned.channels = dict.fromkeys(planned.channels, silent)
     alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
