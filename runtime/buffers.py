@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..planner.launches import neighbours, parse_slot
 from ..planner.schedule import HOMES, KEPT, Schedule
 
 Pair = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ class Slots:
         self._pools, self._names = pools, names
 
     def __getitem__(self, name: str) -> Pair:
-        prefix, number = _parse(name)
+        prefix, number = parse_slot(name)
         assert name in self._names, f"no buffer {name!r}"
         return self._pools[prefix][0, number], self._pools[prefix][1, number]
 
@@ -39,25 +40,17 @@ class Slots:
         return iter(sorted(self._names))
 
     def joined(self, names: Sequence[str]) -> Pair:
-        """Return neighbouring slots as one pair [1, slots * S, H_kv, D], in order; see `neighbours`."""
-        prefix, first = _parse(names[0])
+        """Return neighbouring slots as one pair [1, slots * S, H_kv, D], in order; see `launches.neighbours`."""
+        prefix, first = parse_slot(names[0])
         parts = self._pools[prefix][:, first : first + len(names)]
         assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
         return parts[0].flatten(0, 2)[None], parts[1].flatten(0, 2)[None]
 
     def block(self, first: str, count: int) -> Pair:
         """Return `count` neighbouring slots as one pair [count, B, S, H_kv, D]: what a collective fills or takes."""
-        prefix, number = _parse(first)
+        prefix, number = parse_slot(first)
         parts = self._pools[prefix][:, number : number + count]
         return parts[0], parts[1]
-
-
-def neighbours(names: Sequence[str]) -> bool:
-    """Whether these are slots of one pool, one after the other."""
-    if any(name in HOMES for name in names):
-        return False
-    prefix, first = _parse(names[0])
-    return [_parse(name) for name in names] == [(prefix, first + place) for place in range(len(names))]
 
 
 def runs_of_neighbours(names: Sequence[str]) -> list[list[str]]:
@@ -69,11 +62,6 @@ def runs_of_neighbours(names: Sequence[str]) -> list[list[str]]:
         else:
             runs.append([name])
     return runs
-
-
-def _parse(name: str) -> tuple[str, int]:
-    prefix, _, number = name.partition(":")
-    return prefix, int(number)
 
 
 class BufferPool:
@@ -125,7 +113,7 @@ def _kinds(schedule: Schedule) -> dict[str, str]:
 def _pools(schedule: Schedule, dtypes: dict[str, torch.dtype]) -> dict[str, tuple[int, torch.dtype]]:
     """Return how many slots each pool has, and their type."""
     kinds = _kinds(schedule)
-    counts = Counter(_parse(name)[0] for name in kinds)
+    counts = Counter(parse_slot(name)[0] for name in kinds)
     return {prefix: (count, dtypes[kinds[f"{prefix}:0"]]) for prefix, count in counts.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..planner.launches import launch_name
 from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Task, Transfer
 from .comm import Channel, Message, Pending
 from .measure import Record, Recorder
@@ -125,14 +126,9 @@ class _Player:
             return
         started = self.recorder.mark()
         self.stage.compute(tasks)
-        self.recorder.add_compute(_launch_name(tasks), "compute", self.direction, phase, started)
+        self.recorder.add_compute(launch_name(tasks), "compute", self.direction, phase, started)
 
 
 def _call_name(call: GroupCall) -> str:
     kinds: Mapping[str, None] = dict.fromkeys(transfer.kind for transfer in call.transfers)
     return " ".join(kinds)
-
-
-def _launch_name(tasks: tuple[Task, ...]) -> str:
-    keys = " ".join("columns" if task.key is None else f"k{task.key}" for task in tasks)
-    return f"q{tasks[0].query} {keys}"

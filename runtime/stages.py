@@ -13,49 +13,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import api
+from ..planner.launches import launches_of
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer, slots_from
-from .buffers import Pair, Slots, neighbours, runs_of_neighbours
+from .buffers import Pair, Slots, runs_of_neighbours
 
 MaskSource = Callable[[], api.AttentionMask]
-
-# Backends whose indexes take several key shards laid one after the other.
-JOINING_BACKENDS = frozenset({"triton", "flash4"})
-
-
-def launches(tasks: Sequence[Task], backend: str, batch: int) -> list[tuple[Task, ...]]:
-    """Cut a phase's tasks into kernel launches: tasks whose keys (and gradients) lie side by side are one launch.
-
-    One long launch beats several short ones: out and dq are read and written once, and no tail is left idle. A launch
-    may begin with the columns, where the backend attends both kinds of keys at once.
-    """
-    cut: list[tuple[Task, ...]] = []
-    for task in tasks:
-        joined = (*cut[-1], task) if cut else (task,)
-        if cut and _together(joined, backend, batch):
-            cut[-1] = joined
-        else:
-            cut.append((task,))
-    return cut
 
 
 def split_columns(tasks: Sequence[Task]) -> tuple[bool, list[Task]]:
     """Return whether a launch attends the columns, and its tasks over key shards."""
     keyed = [task for task in tasks if task.key is not None]
     return len(keyed) < len(tasks), keyed
-
-
-def _together(tasks: Sequence[Task], backend: str, batch: int) -> bool:
-    columns, keyed = split_columns(tasks)
-    if len(tasks) - len(keyed) > 1 or (columns and (tasks[0].key is not None or backend not in api.FUSING_BACKENDS)):
-        return False
-    if any(task.heads != tasks[0].heads for task in tasks):
-        return False
-    return len(keyed) == 1 or (backend in JOINING_BACKENDS and batch == 1 and _side_by_side(keyed))
-
-
-def _side_by_side(tasks: Sequence[Task]) -> bool:
-    grads = [task.grad_buffer for task in tasks if task.grad_buffer is not None]
-    return neighbours([task.key_buffer for task in tasks]) and (not grads or neighbours(grads))
 
 
 @dataclass(eq=False)
@@ -148,7 +116,7 @@ class ForwardStage:
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into kernel launches."""
-        return launches(tasks, self.indexes.backend, self.q.shape[0])
+        return launches_of(tasks, backend=self.indexes.backend, batch=self.q.shape[0])
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Compute the tasks of one launch and merge them into the result."""
@@ -235,7 +203,7 @@ class BackwardStage:
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into kernel launches."""
-        return launches(tasks, self.indexes.backend, self.q.shape[0])
+        return launches_of(tasks, backend=self.indexes.backend, batch=self.q.shape[0])
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""

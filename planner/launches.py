@@ -1,0 +1,102 @@
+"""Which tasks of a phase are one kernel launch: the runtime plays by this rule, evaluators price by it.
+
+One long launch beats several short ones: out and dQ are read and written once, and no tail is left idle. Keys that lie
+in neighbouring slots are one long key shard to kernels that take several; columns come first, where a backend attends
+both kinds of keys at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .schedule import HOMES, Phase, Task
+
+# Backends whose indexes take several key shards laid one after the other.
+JOINING_BACKENDS = frozenset({"triton", "flash4"})
+# Backends that attend columns and keys in one launch; a test holds it equal to kernels/api.py's.
+FUSING_BACKENDS = frozenset({"triton"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """Tasks that are one kernel launch. begins, ends: whether it is its rank's first, last that adds to out (dQ)."""
+
+    tasks: tuple[Task, ...]
+    begins: bool = True
+    ends: bool = True
+
+
+def launches_of(tasks: Sequence[Task], *, backend: str, batch: int = 1) -> list[tuple[Task, ...]]:
+    """Cut a phase's tasks into kernel launches, in order. batch: sequences computed together.
+
+    Tasks whose keys (and gradients) lie in neighbouring slots are one launch; it may begin with the columns. Backends
+    that are neither JOINING nor FUSING launch every task alone.
+    """
+    cut: list[list[Task]] = []
+    for task in tasks:
+        if cut and _joins(cut[-1], task, backend, batch):
+            cut[-1].append(task)
+        else:
+            cut.append([task])
+    return [tuple(together) for together in cut]
+
+
+def rank_launches(phases: Sequence[Phase], *, backend: str) -> list[list[Launch]]:
+    """Return the launches of each of a rank's phases, of one sequence at a time."""
+    cut = [launches_of(phase.tasks, backend=backend) for phase in phases]
+    left = Counter(_sum_of(tasks) for together in cut for tasks in together)
+    begun: set[tuple[object, ...]] = set()
+
+    def launch(tasks: tuple[Task, ...]) -> Launch:
+        into = _sum_of(tasks)
+        left[into] -= 1
+        made = Launch(tasks=tasks, begins=into not in begun, ends=not left[into])
+        begun.add(into)
+        return made
+
+    return [[launch(tasks) for tasks in together] for together in cut]
+
+
+def launch_name(tasks: Sequence[Task]) -> str:
+    """Name a launch by its queries and all its keys: what spans of timelines are called."""
+    keys = " ".join("columns" if task.key is None else f"k{task.key}" for task in tasks)
+    return f"q{tasks[0].query} {keys}"
+
+
+def neighbours(names: Sequence[str]) -> bool:
+    """Whether these are slots of one pool, one after the other; a rank's own data (":home") is nobody's neighbour."""
+    if any(name in HOMES for name in names):
+        return False
+    prefix, first = parse_slot(names[0])
+    return [parse_slot(name) for name in names] == [(prefix, first + place) for place in range(len(names))]
+
+
+def parse_slot(name: str) -> tuple[str, int]:
+    """Return the pool of a slot and its number there."""
+    prefix, _, number = name.partition(":")
+    return prefix, int(number)
+
+
+def _joins(launch: Sequence[Task], task: Task, backend: str, batch: int) -> bool:
+    """Whether a task becomes part of the launch that the tasks before it make."""
+    before = launch[-1]
+    if task.key is None or _sum_of(launch) != _sum_of([task]):
+        return False
+    if before.key is None:
+        return backend in FUSING_BACKENDS
+    return backend in JOINING_BACKENDS and batch == 1 and _side_by_side(before, task)
+
+
+def _side_by_side(before: Task, task: Task) -> bool:
+    if not neighbours([before.key_buffer, task.key_buffer]):
+        return False
+    if before.grad_buffer is None or task.grad_buffer is None:
+        return before.grad_buffer == task.grad_buffer
+    return neighbours([before.grad_buffer, task.grad_buffer])
+
+
+def _sum_of(tasks: Sequence[Task]) -> tuple[object, ...]:
+    """Name what a launch adds to: out (dQ) of some queries and heads."""
+    return tasks[0].query, tasks[0].heads, tasks[0].out_buffer
