@@ -1,4 +1,4 @@
-"""The dense baseline: a zigzag ring over PyTorch's fused attention kernels (cuDNN, FlashAttention 2, CPU flash).
+"""The dense baseline: a zigzag ring over fused attention kernels (PyTorch's cuDNN, FlashAttention 2, CPU flash; FA4).
 
 Rank r owns chunks r and 2W - 1 - r of 2W, so that all ranks have the same causal work. K and V travel around the ring;
 partial results merge by log-sum-exp; in backward the kernels are handed the merged out and log-sum-exp, which makes
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.api import merge
 from ..traces.errors import UnsupportedError
+from .dense_flash4 import flash4_backward, flash4_forward, require_flash4_on
 from .mesh import Mesh
 from .recompute import current_kept
 
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 class ZigzagAttention:
     """Dense causal attention over the ranks of a mesh whose shards are placed zigzag. Making it is collective.
 
-    waiting: made around every wait for other ranks, to measure it.
+    kernel: a name of KERNELS; default: cuDNN's on GPUs. waiting: made around every wait for other ranks, to measure it.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class ZigzagAttention:
     ) -> None:
         self.mesh, self._waiting = mesh, waiting
         self.kernel = kernel or ("cudnn" if mesh.device.type == "cuda" else "cpu")
+        if self.kernel == "flash4":
+            require_flash4_on(mesh.device)
         if (self.kernel == "cpu") != (mesh.device.type == "cpu") or self.kernel not in KERNELS:
             raise UnsupportedError(f"{self.kernel!r} does not run on {mesh.device.type}", field="kernel")
         self.group = mesh.new_group(range(mesh.world_size)) if mesh.world_size > 1 else None
@@ -99,15 +102,15 @@ class _Zigzag(torch.autograd.Function):
 
 
 def _forward(ring: ZigzagAttention, q: Tensor, kv: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    attend, _ = KERNELS[ring.kernel]
+    kernel = KERNELS[ring.kernel]
     rank, world = ring.mesh.rank, ring.mesh.world_size
     wide = torch.promote_types(q.dtype, torch.float32)
     total_out = total_lse = None
     for step in range(world):
         wait = ring.rotate(kv) if step + 1 < world else None
         rows, keys, causal = _work(rank, (rank - step) % world, q.shape[2])
-        k, v = (_expanded(part[:, :, keys], q.shape[1]) for part in kv)
-        out, lse, _ = attend(q[:, :, rows].contiguous(), k, v, causal, scale)
+        k, v = (kernel.keys(part[:, :, keys], q.shape[1]) for part in kv)
+        out, lse, _ = kernel.attend(q[:, :, rows].contiguous(), k, v, causal, scale)
         out = out.to(wide)
         if total_out is None or total_lse is None:
             total_out, total_lse = out, lse
@@ -123,7 +126,7 @@ def _forward(ring: ZigzagAttention, q: Tensor, kv: tuple[Tensor, Tensor], scale:
 def _backward(
     ring: ZigzagAttention, own: tuple[Tensor, Tensor, Tensor, Tensor], kv: tuple[Tensor, Tensor], scale: float
 ) -> Gradients:
-    _, differentiate = KERNELS[ring.kernel]
+    kernel = KERNELS[ring.kernel]
     q, out, lse, grad_out = own
     rank, world = ring.mesh.rank, ring.mesh.world_size
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -132,9 +135,9 @@ def _backward(
     for step in range(world):
         wait = ring.rotate(kv) if step + 1 < world else None
         rows, keys, causal = _work(rank, (rank - step) % world, q.shape[2])
-        k, v = (_expanded(part[:, :, keys], q.shape[1]) for part in kv)
+        k, v = (kernel.keys(part[:, :, keys], q.shape[1]) for part in kv)
         rows_of = [x[:, :, rows].contiguous() for x in (grad_out, q, out, lse)]
-        part_q, part_k, part_v = differentiate(rows_of, k, v, causal, scale)
+        part_q, part_k, part_v = kernel.differentiate(rows_of, k, v, causal, scale)
         grad_q[:, :, rows] += part_q
         grad_kv = tuple(torch.zeros_like(x, dtype=wide) for x in kv) if arriving is None else arriving()
         for into, part in zip(grad_kv, (part_k, part_v), strict=True):
@@ -166,11 +169,6 @@ def _pair(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def _bshd(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
-
-
-def _expanded(part: Tensor, heads: int) -> Tensor:
-    """Repeat K/V heads for their query heads: not all of these kernels know grouped queries."""
-    return part.repeat_interleave(heads // part.shape[1], dim=1)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
@@ -212,8 +210,21 @@ def _cpu_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale:
     )
 
 
-KERNELS: dict[str, tuple[Callable[..., Partial], Callable[..., Gradients]]] = {
-    "cudnn": (_cudnn, _cudnn_backward),
-    "flash2": (_flash, _flash_backward),
-    "cpu": (_cpu, _cpu_backward),
+class Kernel(NamedTuple):
+    """attend and differentiate one block of work; grouped: whether they know grouped queries."""
+
+    attend: Callable[..., Partial]
+    differentiate: Callable[..., Gradients]
+    grouped: bool = False
+
+    def keys(self, part: Tensor, heads: int) -> Tensor:
+        """Return K or V [B, H_kv, S, D] as the kernel wants it: its heads repeated for query heads, or as it is."""
+        return part if self.grouped else part.repeat_interleave(heads // part.shape[1], dim=1)
+
+
+KERNELS = {
+    "cudnn": Kernel(_cudnn, _cudnn_backward),
+    "flash2": Kernel(_flash, _flash_backward),
+    "flash4": Kernel(flash4_forward, flash4_backward, grouped=True),
+    "cpu": Kernel(_cpu, _cpu_backward),
 }

@@ -18,7 +18,7 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_bytes, sha256_of_bytes
 
 MAX_CONFIG_BYTES = 1 << 20
-AttentionName = Literal["planned", "dense", "dense-zigzag", "torch-context-parallel"]
+AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
 
 
 class _Section(BaseModel):

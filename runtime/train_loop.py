@@ -20,6 +20,7 @@ from ..traces.store import TraceWriter
 from .attention import Chooser, PlannedAttention
 from .capture import trace_header
 from .checkpoint import Checkpointer
+from .dense_flash4 import NAME as FLASH4_RING
 from .dense_ring import ZigzagAttention
 from .exposure import Exposure
 from .hf import Attached, Attention
@@ -177,8 +178,9 @@ class Trainer:
         self.checkpoints.save(self.next_step, self.hf_model, self.optimizer)
 
     def _attention(self, source: Callable[[PlannedAttention, Source], Source] | None) -> Attention:
-        if self.config.attention == "dense-zigzag":
-            return ZigzagAttention(self.mesh, waiting=self.exposure.waiting)
+        if self.config.attention in ("dense-zigzag", FLASH4_RING):
+            kernel = "flash4" if self.config.attention == FLASH4_RING else None
+            return ZigzagAttention(self.mesh, kernel=kernel, waiting=self.exposure.waiting)
         if self.config.attention == "torch-context-parallel":
             return TorchContextParallel(self.mesh)
         planned = PlannedAttention(self.setup.plan, self.mesh)

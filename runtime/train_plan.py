@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..planner.placement import Placement, striped, zigzag
 from ..planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
 from ..traces.errors import InputError, UnsupportedError
 from ..traces.store import Trace
+from .dense_flash4 import NAME as FLASH4_RING
+from .dense_flash4 import require_flash4
 from .selectors import make_selector
 from .train_config import TrainConfig
 
@@ -31,7 +35,9 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> Reso
     Dense baselines that are not planned get a plan for its zigzag placement alone.
     """
     backend = config.plan.backend or ("triton" if device == "cuda" else "blockwise")
-    if config.attention in ("dense-zigzag", "torch-context-parallel"):
+    if config.attention == FLASH4_RING:
+        require_flash4(device, dtype=getattr(torch, config.dtype), head_dim=shape.head_dim)
+    if config.attention in ("dense-zigzag", FLASH4_RING, "torch-context-parallel"):
         plan = _zigzag_plan(config, shape, backend)
         return ResolvedPlan(plan=plan, made_here=f"{config.attention}, zigzag placement")
     if config.plan.file is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rank_pool import RankPool
+from sparsering.traces.errors import UnsupportedError
 from train_runs import write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(570)]
@@ -41,8 +42,22 @@ def _config(folder: Path, **changes: Any) -> dict[str, Any]:
     return write_run(folder, **(common | changes))
 
 
-@pytest.mark.parametrize("attention", ["cudnn", "flash2", "torch"])
+def _flash4_runs_here() -> bool:
+    import torch
+
+    from sparsering.runtime.dense_flash4 import require_flash4_on
+
+    try:
+        require_flash4_on(torch.device("cuda", 0))
+    except UnsupportedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash2", "flash4", "torch"])
 def test_dense_rings_are_as_exact_as_plain_torch(attention: str, pool: RankPool) -> None:
+    if attention == "flash4" and not _flash4_runs_here():
+        pytest.skip("needs the flash-attn-4 wheels and a GPU that they run on")
     for errors in pool.run("train_jobs.dense_ring", attention=attention, seq_len_tokens=4096, dtype="bfloat16"):
         for name, (error, plain) in errors.items():
             assert error <= 2 * plain, f"{name}: {error} against {plain} of plain torch"
@@ -50,7 +65,8 @@ def test_dense_rings_are_as_exact_as_plain_torch(attention: str, pool: RankPool)
 
 def test_all_attentions_train_alike(tmp_path: Path, pool: RankPool) -> None:
     runs = {}
-    for attention in ("planned", "dense", "dense-zigzag", "torch-context-parallel"):
+    flash4 = ["dense-zigzag-flash4"] if _flash4_runs_here() else []
+    for attention in ("planned", "dense", "dense-zigzag", *flash4, "torch-context-parallel"):
         config = _config(tmp_path / attention, attention=attention)
         runs[attention] = pool.run("train_jobs.run", config=config)[0]
     for attention, run in runs.items():

@@ -93,6 +93,14 @@ def test_the_zigzag_ring_is_dense_attention(world_size: int, rank_pools: Pools) 
             assert error < 1e-12, name
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_zigzag_ring_asks_flash4_for_dense_attention(world_size: int, rank_pools: Pools) -> None:
+    job = {"attention": "flash4-contract", "seq_len_tokens": 64, "dtype": "bfloat16"}
+    for errors in rank_pools(world_size).run("train_jobs.dense_ring", **job):
+        for name, (error, plain) in errors.items():
+            assert error <= 2 * plain, name
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen3"])
 def test_families_that_are_called_tested(family: str, tmp_path: Path, rank_pools: Pools) -> None:
     changes = {"model_type": family, "head_dim": 8, "architectures": None, "pad_token_id": 0, "sliding_window": None}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparsering.kernels import flash4_launch
 from sparsering.planner.placement import striped
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
 from sparsering.runtime.losses import linear_cross_entropy_sum
@@ -145,6 +146,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "zigzag length": ({"attention": "dense-zigzag", "seq_len_tokens": 254}, "254 is no multiple of 4"),
     "baseline with plan": ({"attention": "dense", "plan": {"file": "x"}}, "takes no plan"),
     "torch ring on CPU": ({"attention": "torch-context-parallel"}, "attention: 'torch-context-parallel' needs GPUs"),
+    "flash4 ring on CPU": ({"attention": "dense-zigzag-flash4"}, "attention: 'dense-zigzag-flash4' needs GPUs"),
+    "flash4 ring in float32": (
+        {"attention": "dense-zigzag-flash4", "device": "cuda"},
+        "attention: 'dense-zigzag-flash4' knows bfloat16 and float16, not torch.float32",
+    ),
+    "flash4 ring, small heads": (
+        {"attention": "dense-zigzag-flash4", "device": "cuda", "dtype": "bfloat16"},
+        r"attention: 'dense-zigzag-flash4' knows heads of \(64, 128\), not of 8",
+    ),
     "rope": ({"model": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}, "'dynamic'"),
     "float16": ({"dtype": "float16"}, "'float16' cannot be trained in"),
     "liger on CPU": ({"memory": {"loss": "liger"}}, "memory.loss: needs a GPU"),
@@ -159,6 +169,29 @@ def test_what_cannot_be_trained_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as caught:
         set_up(parse_config(raw))
     assert "\n" not in str(caught.value)
+
+
+def test_the_flash4_ring_without_its_wheels_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_run(tmp_path, model={"head_dim": 64}, attention="dense-zigzag-flash4", dtype="bfloat16", device="cuda")
+    flash4_launch.wheels.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)  # how Python says that an import must fail
+    try:
+        with pytest.raises(InputError, match=r"^attention: 'dense-zigzag-flash4': .*sparsering\[flash4\]") as caught:
+            set_up(parse_config(raw))
+    finally:
+        flash4_launch.wheels.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_flash4_ring_is_placed_like_the_other_dense_rings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsering.kernels.flash4_backend.wheels", lambda: (object(), object()))
+    common = {"model": {"head_dim": 64}, "dtype": "bfloat16", "device": "cuda"}
+    plans = [
+        set_up(parse_config(write_run(tmp_path, attention=attention, **common))).plan
+        for attention in ("dense-zigzag", "dense-zigzag-flash4")
+    ]
+    assert plans[0].digest == plans[1].digest
+    assert plans[1].placement.name == "zigzag"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+import flash4_contract
+from sparsering.kernels import flash4_launch
 from sparsering.planner.placement import zigzag
 from sparsering.runtime import attention as ring_attention
 from sparsering.runtime.dense_ring import ZigzagAttention
@@ -111,7 +113,8 @@ def parameters(trainer: Trainer) -> dict[str, Any]:
 def dense_ring(mesh: Mesh, *, attention: str, seq_len_tokens: int, dtype: str, seed: int = 0) -> dict[str, list[float]]:
     """Run a dense baseline forward and backward; return per tensor [its error, that of plain torch in its type].
 
-    Errors are the largest over this rank's rows, against float64.
+    "flash4-contract": the ring of "flash4" with flash4_contract.py in the place of the wheels. Errors are the largest
+    over this rank's rows, against float64.
     """
     kind, device = getattr(torch, dtype), mesh.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -122,12 +125,24 @@ def dense_ring(mesh: Mesh, *, attention: str, seq_len_tokens: int, dtype: str, s
         granularity_tokens=seq_len_tokens // (2 * mesh.world_size),
     )  # fmt: skip
     own = torch.from_numpy(placement.positions(mesh.rank)).to(device)
-    ring = TorchContextParallel(mesh) if attention == "torch" else ZigzagAttention(mesh, kernel=attention)
+    if attention == "torch":
+        ring = TorchContextParallel(mesh)
+    elif attention == "flash4-contract":
+        ring = ZigzagAttention(mesh)
+        ring.kernel = "flash4"
+    else:
+        ring = ZigzagAttention(mesh, kernel=attention)
     wanted = _plainly(*(x.double() for x in whole))
     plain = _plainly(*whole)
     q, k, v = (x[:, own].contiguous().requires_grad_() for x in whole[:3])
-    out = ring(q, k, v)
-    out.backward(whole[3][:, own])
+    wheels = flash4_launch.wheels
+    if attention == "flash4-contract":
+        flash4_launch.wheels = lambda: (flash4_contract, None)
+    try:
+        out = ring(q, k, v)
+        out.backward(whole[3][:, own])
+    finally:
+        flash4_launch.wheels = wheels
     errors: dict[str, list[float]] = {}
     results = zip(("out", "dq", "dk", "dv"), (out, q.grad, k.grad, v.grad), wanted, plain, strict=True)
     for name, got, exact, rounded in results:
