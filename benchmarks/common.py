@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
+from ..runtime.dense_flash4 import NAME as FLASH4_RING
+from ..runtime.dense_flash4 import require_flash4
+from ..traces.errors import UnsupportedError
 from ..traces.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +43,18 @@ def versions() -> dict[str, str]:
     if "flash_attn.cute.interface" in sys.modules:
         found |= {name: metadata.version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")}
     return found
+
+
+def require_flash4_ring(implementations: Sequence[str], *, head_dim: int, toy: bool) -> None:
+    """End with one line and exit code 2 where the ring over flash-attn-4 is asked for and cannot run here."""
+    if FLASH4_RING not in implementations:
+        return
+    device_type = "cuda" if torch.cuda.is_available() and not toy else "cpu"
+    try:
+        require_flash4(device_type, dtype=torch.bfloat16, head_dim=head_dim)
+    except UnsupportedError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def write_result(

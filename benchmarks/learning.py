@@ -27,12 +27,13 @@ import torch
 
 from ..runtime.data import TokenData
 from ..runtime.data_writer import byte_tokenizer, write_data
+from ..runtime.dense_flash4 import NAME as FLASH4_RING
 from ..runtime.mesh import Mesh, join, leave
 from ..runtime.train_config import TrainConfig, parse_config
 from ..runtime.train_loop import StepResult, Trainer
 from ..runtime.train_setup import set_up
 from ..traces.files import write_atomically, write_json
-from .common import RESULTS, write_result
+from .common import RESULTS, require_flash4_ring, write_result
 
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 256, "hidden_size": 512,
@@ -54,6 +55,7 @@ def main() -> None:
         arguments.gpus, arguments.steps, arguments.seq_len = min(arguments.gpus, 2), min(arguments.steps, 8), 1024
         arguments.microbatches = 1
     if "RANK" not in os.environ:
+        require_flash4_ring([arguments.dense], head_dim=int(MODEL["head_dim"]), toy=arguments.toy)
         with tempfile.TemporaryDirectory(prefix="sparsering-learning-") as folder:
             raise SystemExit(_start(arguments, arguments.work or Path(folder)))
     world = join(device="cpu" if arguments.toy else None, timeout_s=540)
@@ -74,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", type=int, default=512)
     parser.add_argument("--slashes", type=int, default=110, help="token distances, the nearest 100 among them")
     parser.add_argument("--max-density", type=float, default=0.1)
-    parser.add_argument("--dense", default="dense", choices=["dense", "dense-zigzag"], help="our kernels, or cuDNN's")
+    parser.add_argument("--dense", default="dense", choices=["dense", "dense-zigzag", FLASH4_RING],
+                        help="our kernels, cuDNN's, or flash-attn-4's where its wheels are")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--text", type=Path, nargs="+", help="source trees; default: Python's own and site-packages")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,8 @@
 
 Qwen2.5-3B's shape with random weights on random tokens. Sparse runs replay seeded masks of a stated density, and still
 pay for choosing: the selector runs in every layer and its choice is thrown away. Attention (which includes choosing)
-is timed apart from everything else, on every rank; rows hold the slowest rank's figures.
+is timed apart from everything else, on every rank, and so is what it waits for other ranks (`exposed`; PyTorch's own
+ring cannot be seen into); rows hold the slowest rank's figures, each figure its own slowest rank.
 
     python -m sparsering.benchmarks.training --gpus 8 --impl ours --density 0.05 0.02
     python -m sparsering.benchmarks.training --gpus 8 --impl ours dense-zigzag torch-context-parallel \\
@@ -38,16 +39,17 @@ from ..planner.placement import striped
 from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
 from ..runtime.attention import Chooser
 from ..runtime.data_writer import Tokenizer, write_data
+from ..runtime.dense_flash4 import NAME as FLASH4_RING
 from ..runtime.mesh import Mesh, join, leave
 from ..runtime.train_config import TrainConfig, parse_config
 from ..runtime.train_loop import StepResult, Trainer
 from ..runtime.train_patterns import replay_and_pay
 from ..runtime.train_setup import set_up
 from ..traces.files import read_json, write_json
-from .common import RESULTS, write_result
+from .common import RESULTS, require_flash4_ring, write_result
 from .masks import density_of, slash_mask
 
-IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", "torch-context-parallel")
+IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", FLASH4_RING, "torch-context-parallel")
 ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}
 BLOCK_SIZE = 128
 QWEN25_3B = {
@@ -73,6 +75,8 @@ def main() -> None:
         arguments.gpus, arguments.layers = min(arguments.gpus, 2), 2
         arguments.seq_len, arguments.columns = min(arguments.seq_len, 2048), 64
     if "RANK" not in os.environ:
+        head_dim = int(QWEN25_3B["hidden_size"]) // int(QWEN25_3B["num_attention_heads"])
+        require_flash4_ring(arguments.impl, head_dim=head_dim, toy=arguments.toy)
         with tempfile.TemporaryDirectory(prefix="sparsering-training-") as folder:
             raise SystemExit(_start(arguments, arguments.work or Path(folder)))
     world = join(device="cpu" if arguments.toy else None, timeout_s=540)
@@ -230,6 +234,9 @@ def _medians(results: list[StepResult]) -> dict[str, float]:
     parts = {f"{part}_ms": [r.parts_ms[part] for r in results] for part in results[0].parts_ms}
     parts["attention_ms"] = [r.parts_ms["attention_forward"] + r.parts_ms["attention_backward"] for r in results]
     parts["step_ms"] = [r.seconds * 1e3 for r in results]
+    exposed = [r.extra["exposed_communication_ms"] for r in results]
+    if None not in exposed:
+        parts["exposed_communication_ms"] = exposed
     medians = {name: statistics.median(values) for name, values in parts.items()}
     return medians | {"memory_bytes": float(results[-1].extra["memory_bytes"] or 0)}
 
@@ -325,14 +332,16 @@ def _name(implementation: str, backend: str, device: str) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     """One line a row, with speed against every dense baseline of the same length."""
     lines = [f"{'impl':26}{'seq_len':>9}{'density':>9}{'step ms':>10}{'attn ms':>10}{'other ms':>10}"
-             f"{'choose':>8}{'MFU':>7}{'dense-eq':>9}{'GiB':>7}  against"]  # fmt: skip
+             f"{'choose':>8}{'exposed':>9}{'MFU':>7}{'dense-eq':>9}{'GiB':>7}  against"]  # fmt: skip
     for row in sorted(rows, key=lambda r: (r["seq_len"], -r["step_ms"])):
         dense = [r for r in rows if r["seq_len"] == row["seq_len"] and r["impl"].startswith(("dense", "torch"))]
         against = ", ".join(f"{r['impl']} ×{r['step_ms'] / row['step_ms']:.2f}" for r in dense if r is not row)
         mfu = [f"{row[name]:.3f}" if row[name] else "-" for name in ("mfu_actual", "mfu_dense_equivalent")]
+        exposed = row.get("exposed_communication_ms")
+        waited = "-" if exposed is None else f"{exposed:.1f}"
         lines.append(
             f"{row['impl']:26}{row['seq_len']:9}{row['density']:9.4f}{row['step_ms']:10.1f}{row['attention_ms']:10.1f}"
-            f"{row['other_ms']:10.1f}{row['choosing_ms']:8.1f}{mfu[0]:>7}{mfu[1]:>9}"
+            f"{row['other_ms']:10.1f}{row['choosing_ms']:8.1f}{waited:>9}{mfu[0]:>7}{mfu[1]:>9}"
             f"{row['memory_bytes'] / 2**30:7.1f}  {against}"
         )
     return "\n".join(lines)
