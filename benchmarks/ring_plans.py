@@ -13,7 +13,7 @@ from ..kernels.mask import AttentionMask
 from ..planner.candidates import LayoutChoice
 from ..planner.cluster import Cluster, Nics, load_cluster
 from ..planner.compiled import CompiledRecurrence
-from ..planner.cost import DatasheetCost
+from ..planner.cost import datasheet_cost
 from ..planner.memory import layer_memory
 from ..planner.pairs import active_blocks, pattern_pairs
 from ..planner.placement import REGULAR_PLACEMENTS, Placement, balanced
@@ -160,7 +160,7 @@ def _picked(
     pattern = work.pattern
     problem = Problem(
         cluster=cluster,
-        cost=DatasheetCost(gpu=cluster.gpu, head_dim=model.head_dim, block_size=pattern.block_size),
+        cost=datasheet_cost(cluster.gpu, model, block_size=pattern.block_size, backend=case.backend),
         model=model,
         seq_len_tokens=pattern.seq_len_tokens,
         block_size=pattern.block_size,

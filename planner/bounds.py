@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .cluster import Cluster
 from .cost import CostModel
+from .launches import Launch
 from .layout_draft import AttentionShape
 from .pairs import Pairs
 from .schedule import DIRECTIONS, Direction, ShardId, Task
@@ -76,24 +77,31 @@ def step_bound_us(
 
 
 def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
-    """Return the time of an even share of the work, as one block task and one column task with rows for all programs.
+    """Return the time of an even share of the work as one launch of columns and keys, with rows for all programs.
 
-    It holds for cost models in which cutting a task never makes it quicker. One tile pair of columns is given back,
-    since the busiest rank need not be the one that launches columns.
+    It holds for cost models in which cutting a launch never makes it quicker. A launch of one tile pair of columns is
+    given back, since the busiest rank need not be the one that has columns.
     """
     world, heads = workload.world_size, workload.active.shape[2]
     rows = -(-workload.tokens_per_rank // workload.block_size) * heads
+    own = ShardId(sequence_part=0)
+    block = Task(query=own, key=own, heads=(0, heads), key_buffer="")
+    columns = Task(query=own, key=None, heads=(0, heads), key_buffer="", kind="columns")
 
-    def share_us(kind_pairs: int, task: Task) -> float:
-        work = TaskWork(tile_pairs=kind_pairs // world, rows_with_work=rows, longest_row=0)
-        return cost.task_us(work, task, direction) if work.tile_pairs else 0.0
+    def launch_us(*parts: tuple[Task, int]) -> float:
+        present = [(task, share(pairs)) for task, pairs in parts if pairs]
+        launch = Launch(tasks=tuple(task for task, _ in present))
+        return cost.launch_us(launch, [work for _, work in present], direction) if present else 0.0
 
-    block = Task(query=ShardId(sequence_part=0), key=ShardId(sequence_part=0), heads=(0, heads), key_buffer="")
-    columns = Task(query=ShardId(sequence_part=0), key=None, heads=(0, heads), key_buffer="", kind="columns")
-    block_us = share_us(int(workload.active.sum()), block)
-    columns_us = share_us(int(workload.columns.sum()), columns)
-    given_back_us = share_us(world, columns) if block_us and columns_us else 0.0
-    return block_us + columns_us - given_back_us
+    def share(pairs: int) -> TaskWork:
+        return TaskWork(
+            tile_pairs=pairs, rows_with_work=rows, longest_row=0, key_rows_with_work=world * rows, longest_key_row=0,
+            rows=rows,
+        )  # fmt: skip
+
+    block_pairs, column_pairs = int(workload.active.sum()) // world, int(workload.columns.sum()) // world
+    given_back_us = launch_us((columns, 1)) if block_pairs and column_pairs else 0.0
+    return launch_us((columns, column_pairs), (block, block_pairs)) - given_back_us
 
 
 def communication_bound_us(

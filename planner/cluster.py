@@ -21,7 +21,7 @@ class _Strict(BaseModel):
 
 
 class Gpu(_Strict):
-    """One GPU and what kernels reach on it: efficiencies are shares of the peak, launch overhead is per task."""
+    """One GPU and what kernels reach on it: efficiencies are shares of the peak, overhead is per kernel."""
 
     name: str
     memory_bytes: int = Field(gt=0)
@@ -32,6 +32,9 @@ class Gpu(_Strict):
     block_backward_efficiency: float = Field(gt=0, le=1)
     column_efficiency: float = Field(gt=0, le=1)
     launch_overhead_us: float = Field(ge=0)
+    memory_bandwidth_bytes_per_us: float | None = Field(
+        default=None, gt=0, description="of the GPU's own memory; None: what launches read and write costs nothing"
+    )
     communication_slowdown: float = Field(
         default=0.0, ge=0, lt=1, description="share of compute speed lost while this GPU communicates"
     )

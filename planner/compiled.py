@@ -1,7 +1,7 @@
 """The recurrence for many workloads: what a schedule and a cluster alone decide is worked out once and kept.
 
 A search evaluates a few schedules under many placements and layers. The events and their order depend on the schedule
-and the cluster; a workload only changes how long tasks take. Equal to `recurrence`, number for number.
+and the cluster; a workload only changes how long launches take. Equal to `recurrence`, number for number.
 """
 
 from __future__ import annotations
@@ -13,64 +13,74 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cluster import Cluster
-from .cost import CostModel
+from .cost import CostModel, task_work
 from .evaluation import Evaluation
+from .launches import Launch, rank_launches
 from .recurrence import EventSystem, longest_paths
 from .schedule import Direction, Schedule, Task
-from .timing import NS_PER_US, check_sizes, task_ns
-from .workload import Workload
+from .timing import NS_PER_US, check_sizes, launch_ns
+from .workload import TaskWork, Workload
 
-# (query part, key part or -1 for columns, first head, last head): what a task's time depends on beside its direction
+# (query part, key part or -1 for columns, first head, last head): what a task's work depends on
 TaskKey = tuple[int, int, int, int]
+# (its tasks, begins, ends): what a launch's time depends on beside its direction
+LaunchKey = tuple[tuple[TaskKey, ...], bool, bool]
 
 
 @dataclass(kw_only=True, eq=False)
 class CompiledRecurrence:
-    """An `Evaluator` that keeps compiled schedules and task times; it keeps the objects too, so ids stay theirs."""
+    """An `Evaluator` that keeps compiled schedules and launch times; it keeps the objects too, so ids stay theirs."""
 
-    _schedules: dict[tuple[int, int], _CompiledSchedule] = field(default_factory=dict)
-    _tables: dict[tuple[int, int, Direction], _TaskTable] = field(default_factory=dict)
+    _schedules: dict[tuple[int, int, str], _CompiledSchedule] = field(default_factory=dict)
+    _tables: dict[tuple[int, int, Direction], _LaunchTable] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel) -> Evaluation:
         """Predict one schedule. ScheduleError when it can never finish."""
         check_sizes(schedule, workload, cluster)
-        key = (id(schedule), id(cluster))
+        key = (id(schedule), id(cluster), cost.backend)
         if key not in self._schedules:
-            self._schedules[key] = _CompiledSchedule.of(schedule, cluster)
+            self._schedules[key] = _CompiledSchedule.of(schedule, cluster, cost.backend)
         table_key = (id(workload), id(cost), schedule.direction)
         if table_key not in self._tables:
-            self._tables[table_key] = _TaskTable(workload=workload, cost=cost, direction=schedule.direction)
+            self._tables[table_key] = _LaunchTable(workload=workload, cost=cost, direction=schedule.direction)
         return self._schedules[key].evaluate(self._tables[table_key])
 
 
 @dataclass(kw_only=True, eq=False)
-class _TaskTable:
-    """Times of tasks under one workload, each worked out once."""
+class _LaunchTable:
+    """Times of launches under one workload, each worked out once; the work of tasks is shared by launches."""
 
     workload: Workload
     cost: CostModel
     direction: Direction
-    _times: dict[TaskKey, int] = field(default_factory=dict)
+    _work: dict[TaskKey, TaskWork] = field(default_factory=dict)
+    _times: dict[LaunchKey, int] = field(default_factory=dict)
 
-    def times_ns(self, tasks: dict[TaskKey, Task]) -> NDArray[np.int64]:
-        """Return int64 [tasks]."""
-        for key, task in tasks.items():
+    def times_ns(self, launches: dict[LaunchKey, Launch]) -> NDArray[np.int64]:
+        """Return int64 [launches]."""
+        for key, launch in launches.items():
             if key not in self._times:
-                self._times[key] = task_ns(task, self.workload, self.cost, self.direction)
-        return np.fromiter((self._times[key] for key in tasks), dtype=np.int64, count=len(tasks))
+                work = [self._work_of(*one) for one in zip(key[0], launch.tasks, strict=True)]
+                self._times[key] = launch_ns(launch, work, self.cost, self.direction)
+        return np.fromiter((self._times[key] for key in launches), dtype=np.int64, count=len(launches))
+
+    def _work_of(self, key: TaskKey, task: Task) -> TaskWork:
+        if key not in self._work:
+            self._work[key] = task_work(task, self.workload)
+        return self._work[key]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _CompiledSchedule:
-    """A schedule's events. tasks: the distinct ones; task_of, cell_of: per task played, which, and in which cell of
-    [W, phases]; phase_cells: the cells whose compute stands at `phase_edges`; levels: nodes with all the edges into
+    """A schedule's events. launches: the distinct ones; launch_of, cell_of: per launch played, which, and in which cell
+    of [W, phases]; phase_cells: the cells whose compute stands at `phase_edges`; levels: nodes with all the edges into
     them, so that one pass in order settles all times.
     """
 
     schedule: Schedule
     cluster: Cluster
-    tasks: dict[TaskKey, Task]
-    task_of: NDArray[np.int64]
+    launches: dict[LaunchKey, Launch]
+    launch_of: NDArray[np.int64]
     cell_of: NDArray[np.int64]
     cells: tuple[int, int]
     phase_cells: NDArray[np.int64]
@@ -80,27 +90,28 @@ class _CompiledSchedule:
     levels: list[_Level]
 
     @classmethod
-    def of(cls, schedule: Schedule, cluster: Cluster) -> _CompiledSchedule:
-        """Work out the events of a schedule on a cluster."""
+    def of(cls, schedule: Schedule, cluster: Cluster, backend: str) -> _CompiledSchedule:
+        """Work out the events of a schedule on a cluster, its tasks launched as the backend does."""
         programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
         phases = max(len(program) for program in programs)
         system = EventSystem(schedule=schedule, cluster=cluster)
-        tasks: dict[TaskKey, Task] = {}
-        played: list[tuple[TaskKey, int]] = []
+        distinct: dict[LaunchKey, Launch] = {}
+        played: list[tuple[LaunchKey, int]] = []
         phase_cells: list[int] = []
         for rank, program in enumerate(programs):
             system.add_rank(rank, np.zeros(len(program), dtype=np.int64))
-            for number, phase in enumerate(program):
+            for number, launches in enumerate(rank_launches(program, backend=backend)):
                 phase_cells.append(rank * phases + number)
-                played += [(_key(task), phase_cells[-1]) for task in phase.tasks]
-                tasks.update((_key(task), task) for task in phase.tasks)
-        numbers = {key: number for number, key in enumerate(tasks)}
+                keyed = [(_launch_key(launch), launch) for launch in launches]
+                played += [(key, phase_cells[-1]) for key, _ in keyed]
+                distinct.update(keyed)
+        numbers = {key: number for number, key in enumerate(distinct)}
         edges = system.weighted_edges()
         return cls(
             schedule=schedule,
             cluster=cluster,
-            tasks=tasks,
-            task_of=np.array([numbers[key] for key, _ in played], dtype=np.int64),
+            launches=distinct,
+            launch_of=np.array([numbers[key] for key, _ in played], dtype=np.int64),
             cell_of=np.array([cell for _, cell in played], dtype=np.int64),
             cells=(schedule.world_size, phases),
             phase_cells=np.array(phase_cells, dtype=np.int64),
@@ -110,10 +121,10 @@ class _CompiledSchedule:
             levels=_levels(system.nodes, edges),
         )
 
-    def evaluate(self, table: _TaskTable) -> Evaluation:
+    def evaluate(self, table: _LaunchTable) -> Evaluation:
         """Return the prediction under one workload."""
         phase_ns = np.zeros(self.cells[0] * self.cells[1], dtype=np.int64)
-        np.add.at(phase_ns, self.cell_of, table.times_ns(self.tasks)[self.task_of])
+        np.add.at(phase_ns, self.cell_of, table.times_ns(self.launches)[self.launch_of])
         weight = self.edges[:, 2].copy()
         weight[self.phase_edges] = phase_ns[self.phase_cells]
         time = np.zeros(self.nodes, dtype=np.int64)
@@ -138,7 +149,11 @@ class _Level:
     starts: NDArray[np.int64]
 
 
-def _key(task: Task) -> TaskKey:
+def _launch_key(launch: Launch) -> LaunchKey:
+    return tuple(_task_key(task) for task in launch.tasks), launch.begins, launch.ends
+
+
+def _task_key(task: Task) -> TaskKey:
     return task.query.sequence_part, -1 if task.key is None else task.key.sequence_part, *task.heads
 
 

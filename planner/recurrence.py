@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from ..traces.errors import ScheduleError
 from .cluster import Cluster
-from .cost import CostModel
+from .cost import CostModel, launch_work
 from .evaluation import Evaluation
+from .launches import rank_launches
 from .schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
 from .timing import (
     NS_PER_US,
@@ -29,9 +30,9 @@ from .timing import (
     capacity_bytes_per_us,
     check_sizes,
     latency_ns,
+    launch_ns,
     legs_of,
     route,
-    task_ns,
     transfer_ns,
 )
 from .workload import Workload
@@ -58,8 +59,10 @@ def _phase_compute_ns(schedule: Schedule, workload: Workload, cost: CostModel) -
     programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
     result = np.zeros((len(programs), max(len(program) for program in programs)), dtype=np.int64)
     for rank, program in enumerate(programs):
-        for number, phase in enumerate(program):
-            result[rank, number] = sum(task_ns(task, workload, cost, schedule.direction) for task in phase.tasks)
+        for number, launches in enumerate(rank_launches(program, backend=cost.backend)):
+            result[rank, number] = sum(
+                launch_ns(launch, launch_work(launch, workload), cost, schedule.direction) for launch in launches
+            )
     return result
 
 

@@ -13,7 +13,7 @@ from ..traces.store import Trace
 from .check import check, check_step
 from .cluster import Cluster
 from .compiled import CompiledRecurrence
-from .cost import CostModel, DatasheetCost
+from .cost import CostModel, datasheet_cost
 from .evaluation import Evaluator
 from .plan import DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
@@ -49,7 +49,7 @@ def plan_trace(
     """Return the best executable plan for the trace's patterns on all GPUs of the cluster.
 
     evaluator: has the last word over the best few and all plain layouts (the simulator's); None: the recurrence alone.
-    cost: times of tasks; by default from the cluster's datasheet.
+    cost: times of launches; by default from the cluster's datasheet.
     memory_limit_bytes: for one layer's attention on one GPU; by default `memory_fraction` of the GPU's memory.
     steps, layers: what to evaluate on; by default up to four evenly spread layers of the last training step.
     tuned: launches that the plan's kernels shall prefer.
@@ -57,10 +57,11 @@ def plan_trace(
     Raises InputError, in one line, for what cannot be planned.
     """
     header = trace.header
+    model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
     problem = Problem(
         cluster=cluster,
-        cost=cost or DatasheetCost(gpu=cluster.gpu, head_dim=header.model.head_dim, block_size=header.block_size),
-        model=ModelShape(**header.model.model_dump(exclude={"model_id"})),
+        cost=cost or datasheet_cost(cluster.gpu, model, block_size=header.block_size, dtype=dtype, backend=backend),
+        model=model,
         seq_len_tokens=header.seq_len_tokens,
         block_size=header.block_size,
         dtype=dtype,

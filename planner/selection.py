@@ -23,15 +23,12 @@ from .candidates import (
 from .evaluation import Evaluator
 from .layouts import SIMULATED_ONLY
 from .sampling import Progress, evenly_spread, no_progress
-from .schedule import Direction
 from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
-# Candidates of one kind this close are equal to any evaluator; the one with fewest launches is taken.
-EQUAL_WITHIN = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,11 +207,8 @@ def _finalists(
 def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress) -> Step:
     """Return the quickest mixture; the directions' layouts may differ, the placement is shared.
 
-    Of those that differ from it in numbers alone (chunks, prefetch) and by EQUAL_WITHIN in time, the one with fewest
-    phases of work: tasks of a phase are launched together, and a long launch beats several short ones by more than
-    evaluators know. Options come plainest first, the same layout in both
-    directions before mixtures, and `min` keeps the first of equals. Scores that are there already are not computed
-    again.
+    Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
+    equals. Scores that are there already are not computed again.
     """
     complete = {choice: one for choice, one in options.items() if one.complete}
     steps = []
@@ -222,26 +216,7 @@ def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rat
         mixtures = sorted(one.mixtures, key=lambda both: both[0] != both[1])
         steps += [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
         progress("choosing", number + 1, len(complete))
-    quickest = min(steps, key=lambda step: step.step_time_us)
-    limit_us = (1.0 + EQUAL_WITHIN) * quickest.step_time_us
-    equal = [step for step in steps if step.step_time_us <= limit_us and _kind(step) == _kind(quickest)]
-    return min(equal, key=lambda step: _working_phases(board, step))
-
-
-def _kind(step: Step) -> tuple[object, ...]:
-    """Name what steps share that differ in numbers alone, such as chunks."""
-    layouts = step.forward_layout, step.backward_layout
-    return step.placement, *((layout.layout, layout.keeps_kv) for layout in layouts)
-
-
-def _working_phases(board: ScoreBoard, step: Step) -> int:
-    """Count the phases of both directions in which the first rank computes."""
-    layouts: tuple[tuple[Direction, LayoutChoice], ...] = (
-        ("forward", step.forward_layout),
-        ("backward", step.backward_layout),
-    )
-    schedules = [board.schedule(step.placement, layout, direction) for direction, layout in layouts]
-    return sum(bool(phase.tasks) for schedule in schedules for phase in schedule.phases(0))
+    return min(steps, key=lambda step: step.step_time_us)
 
 
 def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:

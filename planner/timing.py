@@ -9,13 +9,15 @@ each member passes on W - 1 slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..traces.errors import InputError, UnsupportedError
 from .cluster import Cluster, Link
-from .cost import CostModel, task_work
-from .schedule import ALL_RANKS, Direction, Schedule, Task, Transfer
-from .workload import Workload
+from .cost import CostModel
+from .launches import Launch
+from .schedule import ALL_RANKS, Direction, Schedule, Transfer
+from .workload import TaskWork, Workload
 
 NS_PER_US = 1000
 
@@ -94,9 +96,9 @@ def transfer_ns(nbytes: float, bytes_per_us: float) -> int:
     return round(nbytes / bytes_per_us * NS_PER_US)
 
 
-def task_ns(task: Task, workload: Workload, cost: CostModel, direction: Direction) -> int:
-    """Return the time that a task takes alone on its GPU."""
-    return round(cost.task_us(task_work(task, workload), task, direction) * NS_PER_US)
+def launch_ns(launch: Launch, work: Sequence[TaskWork], cost: CostModel, direction: Direction) -> int:
+    """Return the time that a launch takes alone on its GPU. work: of each of its tasks."""
+    return round(cost.launch_us(launch, work, direction) * NS_PER_US)
 
 
 def check_sizes(schedule: Schedule, workload: Workload, cluster: Cluster) -> None:

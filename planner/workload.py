@@ -1,4 +1,4 @@
-"""How much work a pattern makes under a placement: what tasks cost is a function of these counts alone.
+"""How much work a pattern makes under a placement: what launches cost follows from these counts.
 
 The unit is a *tile pair*: block_size local query tokens against block_size local key tokens of one head. Under a
 placement whose granularity is a multiple of the block size a tile is exactly one mask block; under token striping a
@@ -18,21 +18,32 @@ from scipy import sparse
 from ..traces.pattern import HeadPattern, LayerPattern
 from .placement import Placement
 
+RowLengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of query rows, of key rows
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskWork:
-    """The work of one task: tile pairs, query rows (head, tile) that have any, and the longest of these rows."""
+    """The work of one task: tile pairs, query rows (head, tile) that have any, and the longest of these rows.
+
+    The same of key rows, which dK and dV are summed over: a row is a head's key tile. Of columns they are not counted.
+    rows: all query rows of the task, which are as many as its key rows.
+    """
 
     tile_pairs: int
     rows_with_work: int
     longest_row: int
+    key_rows_with_work: int
+    longest_key_row: int
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
     """Counts of one layer. active, rows, longest: int64 [W, W, H] for (query rank, key rank, head); columns: [W, H].
 
-    columns counts (query tile, column tile) pairs of the gathered columns; column_rows the query tiles that have any.
+    key_rows and longest_key are what rows and longest are, of key tiles: those that some query tile attends, and how
+    many attend one of them. columns counts (query tile, column tile) pairs of the gathered columns; column_rows the
+    query tiles that have any.
     """
 
     block_size: int
@@ -40,6 +51,8 @@ class Workload:
     active: NDArray[np.int64]
     rows: NDArray[np.int64]
     longest: NDArray[np.int64]
+    key_rows: NDArray[np.int64]
+    longest_key: NDArray[np.int64]
     columns: NDArray[np.int64]
     column_rows: NDArray[np.int64]
     longest_column_row: NDArray[np.int64]
@@ -56,6 +69,9 @@ class Workload:
             tile_pairs=int(self.active[chosen].sum()),
             rows_with_work=int(self.rows[chosen].sum()),
             longest_row=int(self.longest[chosen].max(initial=0)),
+            key_rows_with_work=int(self.key_rows[chosen].sum()),
+            longest_key_row=int(self.longest_key[chosen].max(initial=0)),
+            rows=self._rows(heads),
         )
 
     def columns_task(self, query: int, heads: tuple[int, int]) -> TaskWork:
@@ -65,7 +81,13 @@ class Workload:
             tile_pairs=int(self.columns[chosen].sum()),
             rows_with_work=int(self.column_rows[chosen].sum()),
             longest_row=int(self.longest_column_row[chosen].max(initial=0)),
+            key_rows_with_work=0,
+            longest_key_row=0,
+            rows=self._rows(heads),
         )
+
+    def _rows(self, heads: tuple[int, int]) -> int:
+        return -(-self.tokens_per_rank // self.block_size) * (heads[1] - heads[0])
 
     def pairs_per_rank(self) -> NDArray[np.int64]:
         """Return int64 [W]: tile pairs each rank computes, columns included."""
@@ -78,18 +100,19 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
     tiles = -(-placement.tokens_per_rank // pattern.block_size)
     aligned = placement.granularity_tokens % pattern.block_size == 0
     row_lengths = _aligned_row_lengths if aligned else _straddling_row_lengths
-    active, rows, longest = (np.zeros((world, world, heads), dtype=np.int64) for _ in range(3))
+    counts = active, rows, longest, key_rows, longest_key = np.zeros((5, world, world, heads), dtype=np.int64)
     seen: dict[int, int] = {}  # synthetic patterns repeat one head object; count it once
     for number, head in enumerate(pattern.heads):
         first = seen.setdefault(id(head), number)
         if first != number:
-            for counts in (active, rows, longest):
-                counts[:, :, number] = counts[:, :, first]
+            counts[..., number] = counts[..., first]
             continue
-        lengths = row_lengths(pattern, head, placement, tiles)  # [W query, T, W key]
+        lengths, key_lengths = row_lengths(pattern, head, placement, tiles)  # [W query, T, W key], T of queries, keys
         active[:, :, number] = lengths.sum(axis=1)
         rows[:, :, number] = (lengths > 0).sum(axis=1)
         longest[:, :, number] = lengths.max(axis=1)
+        key_rows[:, :, number] = (key_lengths > 0).sum(axis=1)
+        longest_key[:, :, number] = key_lengths.max(axis=1)
     columns = _column_row_lengths(pattern, placement, tiles)  # [W, T, H]
     return Workload(
         block_size=pattern.block_size,
@@ -97,6 +120,8 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
         active=active,
         rows=rows,
         longest=longest,
+        key_rows=key_rows,
+        longest_key=longest_key,
         columns=columns.sum(axis=1),
         column_rows=(columns > 0).sum(axis=1),
         longest_column_row=columns.max(axis=1),
@@ -132,28 +157,30 @@ def active_pairs(pattern: LayerPattern, head: HeadPattern) -> tuple[NDArray[np.i
     return query[shared], key[shared]
 
 
-def _aligned_row_lengths(
-    pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int
-) -> NDArray[np.int64]:
+def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
     world = placement.world_size
     padded_blocks = placement.padded_tokens // pattern.block_size
     owner = np.repeat(placement.owner_of_units(), placement.granularity_tokens // pattern.block_size)
-    query, key = active_pairs(pattern, head)
-    lengths = np.bincount(query * world + owner[key], minlength=padded_blocks * world).reshape(padded_blocks, world)
     blocks_of_rank = np.argsort(owner, kind="stable").reshape(world, tiles)
-    return lengths[blocks_of_rank]
+    query, key = active_pairs(pattern, head)
+
+    def lengths(row: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64 [W of rows, T, W of the others]."""
+        found = np.bincount(row * world + owner[other], minlength=padded_blocks * world).reshape(padded_blocks, world)
+        return found[blocks_of_rank]
+
+    return lengths(query, key), lengths(key, query).transpose(2, 1, 0)
 
 
-def _straddling_row_lengths(
-    pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int
-) -> NDArray[np.int64]:
+def _straddling_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
     kinds, kind_of_rank = _tile_kinds(pattern, placement, tiles)
     query, key = active_pairs(pattern, head)
-    lengths = np.zeros((len(kinds), tiles, len(kinds)), dtype=np.int64)
+    lengths, key_lengths = np.zeros((2, len(kinds), tiles, len(kinds)), dtype=np.int64)
     for q, query_tiles in enumerate(kinds):
         for k, key_tiles in enumerate(kinds):
-            lengths[q, :, k] = _count_tile_pairs(query, key, query_tiles, key_tiles, pattern.num_blocks, tiles)
-    return lengths[kind_of_rank][:, :, kind_of_rank]
+            counted = _count_tile_pairs(query, key, query_tiles, key_tiles, pattern.num_blocks, tiles)
+            lengths[q, :, k], key_lengths[q, :, k] = counted
+    return lengths[kind_of_rank][:, :, kind_of_rank], key_lengths[kind_of_rank][:, :, kind_of_rank]
 
 
 def _tile_kinds(
@@ -181,21 +208,23 @@ def _count_tile_pairs(
     key_tiles: NDArray[np.int64],
     blocks: int,
     tiles: int,
-) -> NDArray[np.int64]:
-    """Return int64 [T]: for every query tile, the key tiles that share an active block pair with it."""
+) -> RowLengths:
+    """Return int64 [T] twice: per query tile the key tiles that share an active block pair with it, and the reverse."""
     if max(_most_tiles(query_tiles), _most_tiles(key_tiles)) <= 1:  # a block lies in one tile
         query_tile, key_tile = (np.full(blocks, -1, dtype=np.int64) for _ in range(2))
         query_tile[query_tiles[:, 1]] = query_tiles[:, 0]
         key_tile[key_tiles[:, 1]] = key_tiles[:, 0]
         owned = (query_tile[query] >= 0) & (key_tile[key] >= 0)
         pairs = np.bincount(query_tile[query[owned]] * tiles + key_tile[key[owned]], minlength=tiles * tiles)
-        return np.count_nonzero(pairs.reshape(tiles, tiles), axis=1)
+        shared = pairs.reshape(tiles, tiles) > 0
+        return shared.sum(axis=1), shared.sum(axis=0)
     bits = sparse.csr_array((np.ones(query.size, dtype=np.int64), (query, key)), shape=(blocks, blocks))
     incidence = [
         sparse.csr_array((np.ones(len(touched), dtype=np.int64), tuple(touched.T)), shape=(tiles, blocks))
         for touched in (query_tiles, key_tiles)
     ]
-    return np.diff((incidence[0] @ bits @ incidence[1].T).tocsr().indptr).astype(np.int64)
+    pairs = (incidence[0] @ bits @ incidence[1].T).tocsr()
+    return np.diff(pairs.indptr).astype(np.int64), np.bincount(pairs.indices, minlength=tiles)
 
 
 def _most_tiles(incidence: NDArray[np.int64]) -> int:

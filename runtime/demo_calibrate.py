@@ -7,7 +7,7 @@ from a run of *another* plan than the one that is predicted with it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from scipy.optimize import nnls
 
 from ..planner.cluster import Cluster
 from ..planner.cost import task_work
+from ..planner.launches import FUSING_BACKENDS, JOINING_BACKENDS, Launch
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS, Direction, Task
+from ..planner.schedule import DIRECTIONS, Direction
 from ..planner.workload import TaskWork, workload
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
@@ -39,16 +40,18 @@ class FittedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedCost:
-    """A `CostModel` of this machine."""
+    """A `CostModel` of this machine, for a backend that launches every task alone."""
 
     tasks: Mapping[Key, FittedTask]
+    backend: str
 
-    def task_us(self, work: TaskWork, task: Task, direction: Direction) -> float:
+    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         """Return the microseconds of one task; an empty one costs nothing."""
-        if not work.tile_pairs:
+        (task,), (counted,) = launch.tasks, work
+        if not counted.tile_pairs:
             return 0.0
         fitted = self.tasks[direction, task.kind]
-        return fitted.launch_us + fitted.row_us * work.rows_with_work + fitted.tile_pair_us * work.tile_pairs
+        return fitted.launch_us + fitted.row_us * counted.rows_with_work + fitted.tile_pair_us * counted.tile_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +74,18 @@ def calibrate(cluster: Cluster, plan: Plan, pattern: LayerPattern, measured: Tim
     """Fit to a measured run of `plan` on `pattern`. cluster: what the run was on, by its data sheet.
 
     Time that processes spend sharing cores is in the measured tasks already, so the fitted cluster slows no compute
-    for communication. Raises InputError when the timeline is not of that plan.
+    for communication. Raises InputError when the timeline is not of that plan, or its backend joins tasks in launches:
+    then what each of them takes cannot be told.
     """
+    backend = plan.kernels.backend
+    if backend in JOINING_BACKENDS | FUSING_BACKENDS:
+        raise InputError(f"{backend!r} computes several tasks in one launch", source="calibration", field="backend")
     if measured.metadata.get("plan_digest") != plan.digest:
         raise InputError("is of another plan", source="calibration", field="plan_digest")
     points: dict[Key, list[tuple[TaskWork, float]]] = defaultdict(list)
     for key, work, duration_us in _measured_tasks(plan, pattern, measured):
         points[key].append((work, duration_us))
-    cost = FittedCost(tasks={key: _fit(found) for key, found in sorted(points.items())})
+    cost = FittedCost(tasks={key: _fit(found) for key, found in sorted(points.items())}, backend=backend)
     return Calibration(cluster=_fitted_cluster(cluster, measured), cost=cost)
 
 

@@ -1,10 +1,11 @@
 """The reference semantics of a schedule, played in simulated time (simpy, integer nanoseconds).
 
-Every rank is a process that walks through its phases (schedule.py says what happens in which order): wait, launch,
-compute. Every group call is a process that waits for its turn in its communicator's queue on that rank, joins its
-transfers, and ends with the last of them. A transfer is a rendezvous: it begins, one link latency later, when all its
-ends have joined; its bytes share links with all others (network.py). While data moves to or from a GPU, its compute
-slows by the cluster's `communication_slowdown`.
+Every rank is a process that walks through its phases (schedule.py says what happens in which order): wait, launch
+transfers, compute; the tasks of a phase in the kernel launches that the backend makes of them (planner/launches.py).
+Every group call is a process that waits for its turn in its communicator's queue on that rank, joins its transfers, and
+ends with the last of them. A transfer is a rendezvous: it begins, one link latency later, when all its ends have
+joined; its bytes share links with all others (network.py). While data moves to or from a GPU, its compute slows by the
+cluster's `communication_slowdown`.
 
 Not modelled: adding landed gradients to a buffer, choosing patterns, the host.
 """
@@ -19,10 +20,11 @@ import numpy as np
 import simpy
 
 from ..planner.cluster import Cluster
-from ..planner.cost import CostModel
+from ..planner.cost import CostModel, launch_work
 from ..planner.evaluation import Evaluation
-from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Task, Transfer
-from ..planner.timing import check_sizes, latency_ns, legs_of, task_ns
+from ..planner.launches import Launch, rank_launches
+from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
+from ..planner.timing import check_sizes, latency_ns, launch_ns, legs_of
 from ..planner.workload import Workload
 from ..traces.errors import InputError, ScheduleError
 from ..traces.timeline import Timeline
@@ -44,7 +46,7 @@ def simulate(
 ) -> Evaluation:
     """Play one direction of one layer; an `Evaluator`.
 
-    jitter: standard deviation of the logarithm of a factor (of mean 1) on every task's time, drawn per rank from
+    jitter: standard deviation of the logarithm of a factor (of mean 1) on every launch's time, drawn per rank from
     `seed`. Raises InputError for sizes that do not fit, ScheduleError when the schedule deadlocks.
     """
     check_sizes(schedule, workload, cluster)
@@ -141,14 +143,15 @@ class _Engine:
 
     def _rank(self, rank: int) -> Process:
         """Walk through a rank's phases: wait, launch, compute."""
+        launches = rank_launches(self.schedule.phases(rank), backend=self.cost.backend)
         for number, phase in enumerate(self.schedule.phases(rank)):
             self.position[rank] = number
             for name in phase.waits:
                 yield self._end_of(rank, phase, name)
             for call in phase.group_calls:
                 self._launch(rank, phase, call)
-            for task in phase.tasks:
-                yield from self._compute(rank, number, task)
+            for launch in launches[number]:
+                yield from self._compute(rank, number, launch)
         self.recorder.ended(self.now)
 
     def _end_of(self, rank: int, phase: Phase, name: str) -> simpy.Event:
@@ -197,9 +200,9 @@ class _Engine:
         rendezvous.arrived_ns = self.now
         rendezvous.done.succeed()
 
-    def _compute(self, rank: int, phase: int, task: Task) -> Process:
-        """Compute one task, slower while this GPU communicates."""
-        work_ns = task_ns(task, self.workload, self.cost, self.schedule.direction)
+    def _compute(self, rank: int, phase: int, launch: Launch) -> Process:
+        """Compute the tasks of one launch, slower while this GPU communicates."""
+        work_ns = launch_ns(launch, launch_work(launch, self.workload), self.cost, self.schedule.direction)
         work_ns = self.noise[rank].of(work_ns)
         if not work_ns:
             return
@@ -208,7 +211,7 @@ class _Engine:
             yield from self._compute_beside_transfers(rank, float(work_ns))
         else:
             yield self.environment.timeout(work_ns)
-        self.recorder.computed(rank, phase, task, start_ns, self.now)
+        self.recorder.computed(rank, phase, launch.tasks, start_ns, self.now)
 
     def _compute_beside_transfers(self, rank: int, left_ns: float) -> Process:
         while left_ns > 0.5:

@@ -22,6 +22,7 @@ from .engine import simulate
 from .ladder_work import Setting, shape_of, workloads
 
 CLUSTER = "a100-hdr-4x8"
+KERNELS = "mtraining"  # no backend of ours: every step of a ring is one launch, in backward too
 PUBLISHED_INTRA_STEP_US = 130.0
 PUBLISHED_INTER_STEP_US = 980.0
 
@@ -187,15 +188,24 @@ def _outcome(
 
 
 def _cost(variant: Variant, rung: Rung, forward_efficiency: float, backward_efficiency: float) -> DatasheetCost:
-    """Return the cost of a rung's kernels: those of dense attention, or sparse ones of the given efficiencies."""
+    """Return the cost of a rung's kernels: those of dense attention, or sparse ones of the given efficiencies.
+
+    Accumulators are not modelled: partial outputs are merged outside of these kernels.
+    """
     setting = variant.setting
     if not rung.sparse:
         forward_efficiency, backward_efficiency = setting.dense_forward_efficiency, setting.dense_backward_efficiency
     gpu = variant.cluster.gpu.model_copy(
-        update={"block_forward_efficiency": forward_efficiency, "block_backward_efficiency": backward_efficiency}
+        update={
+            "block_forward_efficiency": forward_efficiency,
+            "block_backward_efficiency": backward_efficiency,
+            "memory_bandwidth_bytes_per_us": None,
+        }
     )
     block_size = setting.sparse_block if rung.sparse else setting.dense_block
-    return DatasheetCost(gpu=gpu, head_dim=setting.model.head_dim, block_size=block_size)
+    return DatasheetCost(
+        gpu=gpu, head_dim=setting.model.head_dim, block_size=block_size, backend=KERNELS, one_pass_backward=True
+    )
 
 
 def _sparse_forward_efficiency(variant: Variant, work: Workload) -> float:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..planner.evaluation import Evaluation
+from ..planner.launches import launch_name
 from ..planner.schedule import Direction, GroupCall, Task
 from ..planner.timing import NS_PER_US, legs_of
 from ..traces.timeline import COMPUTE_STREAM, Flow, Span, Timeline
@@ -21,13 +22,13 @@ class Recorder:
     def __init__(self, direction: Direction, world_size: int) -> None:
         self._direction = direction
         self._world_size = world_size
-        self._tasks: list[tuple[int, int, Task, int, int]] = []
+        self._launches: list[tuple[int, int, tuple[Task, ...], int, int]] = []
         self._calls: list[tuple[int, int, GroupCall, tuple[int, ...], int, int]] = []
         self._end_ns = 0
 
-    def computed(self, rank: int, phase: int, task: Task, start_ns: int, end_ns: int) -> None:
-        """Note a task."""
-        self._tasks.append((rank, phase, task, start_ns, end_ns))
+    def computed(self, rank: int, phase: int, tasks: tuple[Task, ...], start_ns: int, end_ns: int) -> None:
+        """Note the tasks of one launch."""
+        self._launches.append((rank, phase, tasks, start_ns, end_ns))
 
     def transferred(
         self, rank: int, phase: int, call: GroupCall, group: tuple[int, ...], start_ns: int, end_ns: int
@@ -43,7 +44,7 @@ class Recorder:
     def evaluation(self, phases: int, buffer_bytes: int, transfers: TransferTimes | None) -> Evaluation:
         """Return the run; with a timeline when the times of its transfers are given."""
         phase_ns = np.zeros((self._world_size, phases), dtype=np.int64)
-        for rank, phase, _, start_ns, end_ns in self._tasks:
+        for rank, phase, _, start_ns, end_ns in self._launches:
             phase_ns[rank, phase] += end_ns - start_ns
         return Evaluation(
             makespan_us=self._end_ns / NS_PER_US,
@@ -54,7 +55,7 @@ class Recorder:
         )
 
     def _timeline(self, transfers: TransferTimes) -> Timeline:
-        spans = [self._task_span(*record) for record in self._tasks]
+        spans = [self._launch_span(*record) for record in self._launches]
         spans += [self._call_span(*record) for record in self._calls]
         return Timeline(
             source="simulated",
@@ -63,11 +64,11 @@ class Recorder:
             flows=tuple(flow for rank, _, call, *_ in self._calls for flow in _sends(rank, call, transfers)),
         )
 
-    def _task_span(self, rank: int, phase: int, task: Task, start_ns: int, end_ns: int) -> Span:
+    def _launch_span(self, rank: int, phase: int, tasks: tuple[Task, ...], start_ns: int, end_ns: int) -> Span:
         return Span(
             rank=rank,
             stream=COMPUTE_STREAM,
-            name="columns" if task.key is None else f"q{task.query} k{task.key}",
+            name=launch_name(tasks),
             category="compute",
             direction=self._direction,
             phase=phase,

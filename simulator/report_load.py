@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from ..planner.cluster import Cluster
-from ..planner.cost import DatasheetCost, task_work
+from ..planner.cost import plan_cost, task_work
 from ..planner.evaluation import imbalance
 from ..planner.layouts import build
 from ..planner.placement import REGULAR_PLACEMENTS, Placement
@@ -82,7 +82,7 @@ def _load(
     counts = workload(pattern, placement)
     step_time_us = None
     if cluster is not None:
-        cost = DatasheetCost(gpu=cluster.gpu, head_dim=plan.model.head_dim, block_size=plan.block_size)
+        cost = plan_cost(plan, cluster)
         step_time_us = sum(simulate(schedule, counts, cluster, cost).makespan_us for schedule in schedules)
     return Loads(title=title, planned=planned, pairs=_pairs(schedules[0], counts), step_time_us=step_time_us)
 

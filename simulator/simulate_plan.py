@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..planner.cluster import Cluster
-from ..planner.cost import CostModel, DatasheetCost
+from ..planner.cost import CostModel, plan_cost
 from ..planner.plan import Plan
 from ..planner.workload import workload
 from ..traces.errors import InputError
@@ -37,7 +37,7 @@ def simulate_plan(
             field="pattern",
         )
     plan.require_covered(pattern)
-    cost = cost or DatasheetCost(gpu=cluster.gpu, head_dim=plan.model.head_dim, block_size=plan.block_size)
+    cost = cost or plan_cost(plan, cluster)
     result = simulate_layer(
         plan.schedule("forward"),
         plan.schedule("backward"),

@@ -23,6 +23,16 @@ def test_presets_are_the_users_clusters() -> None:
         assert cluster.name == name
         assert cluster.origin == "datasheet"
         assert cluster.notes
+        has_gpus = cluster.gpu.multiprocessors > 1
+        assert (cluster.gpu.memory_bandwidth_bytes_per_us is not None) == has_gpus
+
+
+def test_memory_bandwidth_may_be_left_out_but_not_be_nothing() -> None:
+    gpu = tiny.cluster().gpu.model_dump(mode="json")
+    del gpu["memory_bandwidth_bytes_per_us"]
+    assert parse_cluster(document(gpu=gpu), source="here").gpu.memory_bandwidth_bytes_per_us is None
+    with pytest.raises(InputError, match="gpu.memory_bandwidth_bytes_per_us: Input should be greater than 0, not 0"):
+        parse_cluster(document(gpu=gpu | {"memory_bandwidth_bytes_per_us": 0}), source="here")
 
 
 def document(**changes: Any) -> dict[str, Any]:

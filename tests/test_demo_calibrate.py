@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from sparsering.planner.cluster import load_cluster
+from sparsering.planner.launches import Launch
 from sparsering.planner.placement import zigzag
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
-from sparsering.planner.schedule import Direction, Task
+from sparsering.planner.schedule import Direction
 from sparsering.planner.workload import TaskWork
 from sparsering.runtime.demo_calibrate import calibrate
 from sparsering.simulator.simulate_plan import simulate_plan
@@ -25,11 +27,14 @@ TOKENS, BLOCK = 2048, 64
 class KnownCost:
     """100 µs a task, 5 a row, 7 a tile pair; backward three times that, columns half."""
 
-    def task_us(self, work: TaskWork, task: Task, direction: Direction) -> float:
-        if not work.tile_pairs:
+    backend: str = "blockwise"
+
+    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
+        (task,), (counted,) = launch.tasks, work
+        if not counted.tile_pairs:
             return 0.0
         factor = (3.0 if direction == "backward" else 1.0) * (0.5 if task.kind == "columns" else 1.0)
-        return factor * (100.0 + 5.0 * work.rows_with_work + 7.0 * work.tile_pairs)
+        return factor * (100.0 + 5.0 * counted.rows_with_work + 7.0 * counted.tile_pairs)
 
 
 def pattern() -> LayerPattern:
@@ -86,3 +91,10 @@ def test_a_timeline_of_another_plan_is_refused():
     other = replace(timeline, metadata={"plan_digest": "f" * 64})
     with pytest.raises(InputError, match="another plan"):
         calibrate(cluster, ring_plan(), pattern(), other)
+
+
+def test_a_backend_that_joins_tasks_is_refused():
+    cluster, timeline = measured_with_known_cost()
+    plan = ring_plan().model_copy(update={"kernels": KernelSpec(backend="triton")})
+    with pytest.raises(InputError, match="calibration: backend: 'triton' computes several tasks in one launch"):
+        calibrate(cluster, plan, pattern(), timeline)

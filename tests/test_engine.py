@@ -14,6 +14,7 @@ from sparsering.planner.timing import legs_of
 from sparsering.simulator.engine import simulate, simulate_layer
 from sparsering.tests import tiny
 from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
+from sparsering.traces.pattern import LayerPattern, VerticalSlash
 from sparsering.traces.timeline import COMPUTE_STREAM, Timeline
 
 COST = tiny.PairCost()
@@ -26,9 +27,11 @@ def events(timeline: Timeline | None) -> list[tuple[float, float, int, str, str]
     return [(span.start_us, span.end_us, span.rank, span.stream, span.name) for span in timeline.spans]
 
 
-def play(schedule: Schedule, *, placement: str = "contiguous", **cluster: float) -> Timeline:
+def play(
+    schedule: Schedule, *, placement: str = "contiguous", cost: tiny.PairCost = COST, **cluster: float
+) -> Timeline:
     workload = tiny.dense_workload(schedule.world_size, placement)
-    result = simulate(schedule, workload, tiny.cluster(**cluster), COST, timeline=True)  # type: ignore[arg-type]
+    result = simulate(schedule, workload, tiny.cluster(**cluster), cost, timeline=True)  # type: ignore[arg-type]
     assert result.timeline is not None
     return result.timeline
 
@@ -73,6 +76,37 @@ def test_transfers_of_one_call_share_the_ports() -> None:
     # each rank sends two shards at once through one port: 1 + 2 * 4
     gather = [e[:3] for e in events(play(tiny.schedule("gather", 3, chunks=1))) if e[3] == "gather"]
     assert gather == [(0.0, 9.0, 0), (0.0, 9.0, 1), (0.0, 9.0, 2)]
+
+
+def test_tasks_that_a_backend_joins_are_one_span() -> None:
+    # 2 us a launch, 3 a pair; all shards arrive at 1 + 2 * 4; only pairs of the causal half have work
+    schedule = tiny.schedule("gather", 3, chunks=1)
+
+    def computed(backend: str) -> list[tuple[float, float, str]]:
+        cost = tiny.PairCost(us_per_launch=2.0, backend=backend)
+        return [(e[0], e[1], e[4]) for e in events(play(schedule, cost=cost)) if e[2:4] == (2, "compute")]
+
+    own = (0.0, 5.0, "q2.0 k2.0")
+    assert computed("triton") == computed("flash4") == [own, (9.0, 17.0, "q2.0 k1.0 k0.0")]
+    assert computed("blockwise") == [own, (9.0, 14.0, "q2.0 k1.0"), (14.0, 19.0, "q2.0 k0.0")]
+
+
+@pytest.mark.parametrize(("backend", "name"), [("triton", "q1.0 columns k0.0"), ("flash4", "q1.0 columns")])
+def test_columns_are_fused_where_the_backend_fuses_them(backend: str, name: str) -> None:
+    counted = tiny.counted(
+        LayerPattern(
+            seq_len_tokens=2 * tiny.BLOCK,
+            block_size=tiny.BLOCK,
+            heads=(VerticalSlash(columns=np.array([0, 1]), diagonals=np.array([0, 1])),),
+        ),
+        2,
+    )
+    schedule, cost = tiny.schedule("ring", 2, columns=2), tiny.PairCost(us_per_launch=2.0, backend=backend)
+    timeline = simulate(schedule, counted, tiny.cluster(), cost, timeline=True).timeline
+    spans = [e for e in events(timeline) if e[2:4] == (1, "compute")]
+    assert spans[1][4] == name
+    work_us = sum(end - start for start, end, *_ in spans)
+    assert work_us == (2 if backend == "triton" else 3) * 2.0 + 3 * 3.0  # launches; own, columns, the other shard
 
 
 def test_hierarchical_ring_over_shared_cards() -> None:
@@ -233,6 +267,6 @@ def test_a_transport_without_a_model_is_refused() -> None:
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_one_rank_alone_only_computes(layout: str) -> None:
-    parameters: dict[str, int] = {"inner_size": 1} if layout == "hierarchical" else {}
+    parameters: dict[str, int] = {"inner_size": 1} if layout in ("hierarchical", "two_level") else {}
     result = simulate(tiny.schedule(layout, 1, "forward", **parameters), tiny.dense_workload(1), tiny.cluster(), COST)
     assert (result.makespan_us, result.exposed_us.tolist()) == (3.0, [0.0])

@@ -30,7 +30,12 @@ clusters = st.fixed_dictionaries(
 )
 grids = st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 2), (2, 3), (3, 2)])
 placements = st.sampled_from(["contiguous", "zigzag", "striped"])
-us_per_pair = st.floats(0.1, 30.0)
+costs = st.builds(
+    tiny.PairCost,
+    us_per_pair=st.floats(0.1, 30.0),
+    us_per_launch=st.floats(0.0, 5.0),
+    backend=st.sampled_from(["triton", "flash4", "blockwise"]),
+)
 
 
 @st.composite
@@ -53,35 +58,35 @@ def both(
     return engine, quick
 
 
-@given(st.data(), grids, clusters, us_per_pair, st.integers(1, 4))
+@given(st.data(), grids, clusters, costs, st.integers(1, 4))
 def test_equal_on_forward_rings(
-    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], us: float, prefetch: int
+    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], cost: tiny.PairCost, prefetch: int
 ) -> None:
     nodes, gpus = grid
     schedule = tiny.schedule("ring", nodes * gpus, blocks_per_rank=4, prefetch=prefetch)
     cluster = tiny.cluster(nodes=nodes, gpus=gpus, **links)  # type: ignore[arg-type]
-    engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, tiny.PairCost(us_per_pair=us))
+    engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
 
-@given(st.data(), grids, clusters, us_per_pair)
+@given(st.data(), grids, clusters, costs)
 def test_equal_on_forward_hierarchical_rings_with_a_card_each(
-    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], us: float
+    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], cost: tiny.PairCost
 ) -> None:
     nodes, gpus = grid
     schedule = tiny.schedule("hierarchical", nodes * gpus, blocks_per_rank=4, inner_size=gpus)
     cluster = tiny.cluster(nodes=nodes, gpus=gpus, nics=gpus, **links)  # type: ignore[arg-type]
-    engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, tiny.PairCost(us_per_pair=us))
+    engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
 
-@given(st.data(), st.integers(1, 6), clusters, us_per_pair, st.integers(1, 5))
+@given(st.data(), st.integers(1, 6), clusters, costs, st.integers(1, 5))
 def test_equal_on_forward_gathers_of_one_node(
-    data: st.DataObject, world: int, links: dict[str, float], us: float, chunks: int
+    data: st.DataObject, world: int, links: dict[str, float], cost: tiny.PairCost, chunks: int
 ) -> None:
     schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks)
     cluster = tiny.cluster(gpus=world, **links)  # type: ignore[arg-type]
-    engine, quick = both(schedule, data.draw(workloads(world)), cluster, tiny.PairCost(us_per_pair=us))
+    engine, quick = both(schedule, data.draw(workloads(world)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
 
@@ -100,18 +105,18 @@ LAYOUTS = st.sampled_from(
 )
 
 
-@given(st.data(), LAYOUTS, clusters, us_per_pair, st.sampled_from(["forward", "backward"]), st.integers(0, 40))
+@given(st.data(), LAYOUTS, clusters, costs, st.sampled_from(["forward", "backward"]), st.integers(0, 40))
 def test_never_above_the_engine(
     data: st.DataObject,
     layout: tuple[str, dict[str, int]],
     links: dict[str, float],
-    us: float,
+    cost: tiny.PairCost,
     direction: Direction,
     columns: int,
 ) -> None:
     schedule = tiny.schedule(layout[0], 4, direction, columns=columns, blocks_per_rank=4, **layout[1])
     cluster = tiny.cluster(nodes=2, gpus=2, nics=1, **links)  # type: ignore[arg-type]
-    engine, quick = both(schedule, data.draw(workloads(4)), cluster, tiny.PairCost(us_per_pair=us))
+    engine, quick = both(schedule, data.draw(workloads(4)), cluster, cost)
     assert quick.makespan_us <= engine.makespan_us + ROUNDING_US
     assert quick.makespan_us >= quick.compute_us.max()
 

@@ -1,6 +1,9 @@
-"""Workload counts against counting by brute force, from the definition of a tile pair."""
+"""Workload counts against counting by brute force, from the definition of a tile pair; what launches of them cost."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsering.planner.cost import DatasheetCost, task_work
+from sparsering.planner.cost import DatasheetCost, datasheet_cost, task_work
+from sparsering.planner.launches import Launch
 from sparsering.planner.placement import REGULAR_PLACEMENTS, Placement
-from sparsering.planner.schedule import KV_HOME, ShardId, Task
+from sparsering.planner.plan import ModelShape
+from sparsering.planner.schedule import DIRECTIONS, KV_HOME, Direction, ShardId, Task
 from sparsering.planner.workload import TaskWork, Workload, unit_load, workload
 from sparsering.tests import tiny
 from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
@@ -76,9 +81,13 @@ def test_block_counts_are_those_of_brute_force(case: tuple[LayerPattern, Placeme
         bits = head.block_bits(pattern.num_blocks)
         for query in range(world):
             for key in range(world):
-                rows = [sum(pair_is_active(pattern, bits, q, k) for k in tiles[key]) for q in tiles[query]]
-                found = [int(counts[query, key, number]) for counts in (work.active, work.rows, work.longest)]
-                assert found == [sum(rows), sum(row > 0 for row in rows), max(rows)]
+                active = np.array(
+                    [[pair_is_active(pattern, bits, q, k) for k in tiles[key]] for q in tiles[query]], dtype=int
+                )
+                rows, key_rows = active.sum(axis=1), active.sum(axis=0)
+                counted = (work.active, work.rows, work.longest, work.key_rows, work.longest_key)
+                found = [int(counts[query, key, number]) for counts in counted]
+                assert found == [rows.sum(), (rows > 0).sum(), rows.max(), (key_rows > 0).sum(), key_rows.max()]
 
 
 @given(cases())
@@ -122,33 +131,122 @@ def test_tasks_ask_for_their_heads() -> None:
     shard = ShardId(sequence_part=1)
     block = Task(query=shard, key=ShardId(sequence_part=0), heads=(1, 3), key_buffer=KV_HOME)
     # rank 1 has query blocks 1 and 3, rank 0 key blocks 0 and 2: pairs at distance 1 (two) and 3 (one, not active)
-    assert as_tuple(task_work(block, work)) == (4, 4, 1)
+    assert as_tuple(task_work(block, work)) == (4, 4, 1, 4, 1, 4)
     columns = Task(query=shard, key=None, heads=(0, 3), key_buffer="columns:home", kind="columns")
-    assert as_tuple(task_work(columns, work)) == (6, 6, 1)
+    assert as_tuple(task_work(columns, work)) == (6, 6, 1, 0, 0, 6)
 
 
-def as_tuple(work: TaskWork) -> tuple[int, int, int]:
-    return work.tile_pairs, work.rows_with_work, work.longest_row
+def as_tuple(work: TaskWork) -> tuple[int, ...]:
+    return tuple(getattr(work, one.name) for one in fields(work))
+
+
+def work_of(pairs: int, rows: int, longest: int, key_rows: int = 8, longest_key: int = 0) -> TaskWork:
+    return TaskWork(
+        tile_pairs=pairs, rows_with_work=rows, longest_row=longest, key_rows_with_work=key_rows,
+        longest_key_row=longest_key, rows=8,
+    )  # fmt: skip
+
+
+OWN = ShardId(sequence_part=0)
+BLOCK = Task(query=OWN, key=OWN, heads=(0, 1), key_buffer=KV_HOME)
+COLUMNS = Task(query=OWN, key=None, heads=(0, 1), key_buffer="columns:home", kind="columns")
+PAIR_US = 4 * SIZE**2 * 8 / 0.5e6  # 4 programs, 1e6 flops a us at half efficiency, 1 us a launch
+
+
+def cost_of(bandwidth: float | None = None, **settings: Any) -> DatasheetCost:
+    gpu = tiny.cluster().gpu.model_copy(update={"memory_bandwidth_bytes_per_us": bandwidth})
+    return DatasheetCost(gpu=gpu, head_dim=8, block_size=SIZE, **settings)
+
+
+def us(direction: Direction, *parts: tuple[Task, TaskWork], cost: DatasheetCost | None = None, **where: bool) -> float:
+    launch = Launch(tasks=tuple(task for task, _ in parts), **where)
+    return (cost or cost_of()).launch_us(launch, [work for _, work in parts], direction)
 
 
 def test_datasheet_times_follow_waves() -> None:
-    gpu = tiny.cluster().gpu  # 4 programs, 1e6 flops a us at half efficiency, 1 us a launch
-    cost = DatasheetCost(gpu=gpu, head_dim=8, block_size=SIZE)
-    pair_us = 4 * SIZE**2 * 8 / 0.5e6
-    task = Task(query=ShardId(sequence_part=0), key=ShardId(sequence_part=0), heads=(0, 1), key_buffer=KV_HOME)
+    assert us("forward", (BLOCK, work_of(0, 0, 0))) == 0.0
+    assert us("forward", (BLOCK, work_of(8, 8, 1))) == pytest.approx(1 + 2 * 4 * PAIR_US)  # two waves of four programs
+    assert us("forward", (BLOCK, work_of(8, 8, 5))) == pytest.approx(1 + 5 * 4 * PAIR_US)  # the longest row
+    assert us("forward", (BLOCK, work_of(8, 2, 4))) == pytest.approx(1 + 4 * 4 * PAIR_US)  # two rows, two programs
 
-    def us(pairs: int, rows: int, longest: int, direction: str = "forward") -> float:
-        return cost.task_us(
-            TaskWork(tile_pairs=pairs, rows_with_work=rows, longest_row=longest),
-            task,
-            direction,  # type: ignore[arg-type]
-        )
 
-    assert us(0, 0, 0) == 0.0
-    assert us(8, 8, 1) == pytest.approx(1 + 2 * 4 * pair_us)  # two waves of four programs
-    assert us(8, 8, 5) == pytest.approx(1 + 5 * 4 * pair_us)  # the longest row
-    assert us(8, 2, 4) == pytest.approx(1 + 4 * 4 * pair_us)  # two rows keep two programs busy
-    assert us(8, 8, 1, "backward") == pytest.approx(1 + 2 * 4 * pair_us * 2.5)
+def test_datasheet_times_of_backward_are_two_kernels() -> None:
+    both = PAIR_US * 2.5
+    assert us("backward", (BLOCK, work_of(8, 8, 1))) == pytest.approx(2 + 2 * 4 * both)
+    # dQ as long as its longest query row, dK/dV as their longest key row
+    apart = (BLOCK, work_of(8, 8, 5, longest_key=7))
+    assert us("backward", apart) == pytest.approx(2 + (5 * 3 / 7 + 7 * 4 / 7) * 4 * both)
+    one_pass = cost_of(one_pass_backward=True)
+    assert us("backward", apart, cost=one_pass) == pytest.approx(1 + 5 * 4 * both)
+    # a program of dK/dV walks the query heads of its K/V head: 8 key rows are 2 programs
+    grouped = cost_of(queries_per_kv_head=4)
+    assert us("backward", (BLOCK, work_of(8, 8, 1)), cost=grouped) == pytest.approx(2 + (3 / 7 + 4 / 7 * 2) * 8 * both)
+    # columns, at half efficiency, and keys: one dQ, dK/dV of each
+    mixed = us("backward", (COLUMNS, work_of(4, 8, 1, 0)), (BLOCK, work_of(8, 8, 1)))
+    assert mixed == pytest.approx(3 + (4 * 2 + 8) * both)
+
+
+def test_rows_of_joined_tasks_are_as_long_as_their_parts_together() -> None:
+    short, long = work_of(8, 8, 2, longest_key=6), work_of(4, 2, 2, longest_key=3)
+    apart = [us("forward", (BLOCK, one)) for one in (short, long)]
+    joined = us("forward", (BLOCK, short), (BLOCK, long))
+    assert apart == pytest.approx([1 + 2 * 4 * PAIR_US] * 2)
+    assert joined == pytest.approx(1 + 4 * 4 * PAIR_US)  # longest rows of 2 + 2
+    # of key rows, which are not the same: the longest of any
+    assert us("backward", (BLOCK, short), (BLOCK, long)) == pytest.approx(
+        2 + (4 * 3 / 7 + 6 * 4 / 7) * 4 * PAIR_US * 2.5
+    )
+
+
+def test_accumulators_are_read_and_written() -> None:
+    work, elements = work_of(8, 8, 1), 8 * SIZE * 8
+    cost = cost_of(1.0, queries_per_kv_head=2)  # a byte a microsecond
+
+    def bytes_of(direction: Direction, *parts: tuple[Task, TaskWork], **where: bool) -> float:
+        free = us(direction, *parts, cost=cost_of(queries_per_kv_head=2))
+        return us(direction, *parts, cost=cost, **where) - free
+
+    alone, first, middle, last = {}, {"ends": False}, {"begins": False, "ends": False}, {"begins": False}
+    found = [bytes_of("forward", (BLOCK, work), **where) for where in (alone, first, middle, last)]
+    assert found == pytest.approx([elements * each for each in (2, 4, 8, 6)])
+    keys = 2 * 4 * elements / 2  # dK and dV in float32, of half as many heads
+    assert bytes_of("backward", (BLOCK, work), **last) == pytest.approx(6 * elements + keys)
+    assert bytes_of("backward", (BLOCK, work), (BLOCK, work), **last) == pytest.approx(6 * elements + 2 * keys)
+    assert bytes_of("backward", (COLUMNS, work), **first) == pytest.approx(4 * elements)
+
+
+parts_of_a_launch = st.lists(
+    st.builds(
+        lambda pairs, rows, longest, keys, longest_key: (
+            BLOCK,
+            work_of(max(pairs, rows, longest), rows, longest, keys, longest_key),
+        ),
+        *(st.integers(1, most) for most in (40, 8, 8, 8, 8)),
+    ),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(parts_of_a_launch, st.sampled_from([None, 100.0]), st.sampled_from(DIRECTIONS))
+def test_joining_tasks_is_never_dearer(
+    parts: list[tuple[Task, TaskWork]], bandwidth: float | None, direction: Direction
+) -> None:
+    cost, last = cost_of(bandwidth), len(parts) - 1
+    apart = sum(
+        us(direction, part, cost=cost, begins=place == 0, ends=place == last) for place, part in enumerate(parts)
+    )
+    assert us(direction, *parts, cost=cost) < apart
+
+
+def test_fastest_is_priced_as_triton() -> None:
+    model = ModelShape(layers=1, heads=8, kv_heads=2, head_dim=16)
+    made = {
+        name: datasheet_cost(tiny.cluster().gpu, model, block_size=SIZE, dtype="float32", backend=name)
+        for name in ("fastest", "triton", "flash4")
+    }
+    assert made["fastest"] == made["triton"] != made["flash4"]
+    assert (made["flash4"].queries_per_kv_head, made["flash4"].element_bytes) == (4, 4)
 
 
 def test_an_empty_sequence_part_has_no_work() -> None:

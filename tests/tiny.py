@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsering.planner.cluster import Cluster, parse_cluster
+from sparsering.planner.launches import Launch
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
 from sparsering.planner.placement import REGULAR_PLACEMENTS
-from sparsering.planner.schedule import Direction, Schedule, Task
+from sparsering.planner.schedule import Direction, Schedule
 from sparsering.planner.workload import TaskWork, Workload, workload
 from sparsering.traces.pattern import LayerPattern, dense
 
@@ -18,12 +20,15 @@ KV_BYTES = 4000  # of one shard of one block under `shape`
 
 @dataclass(frozen=True, kw_only=True)
 class PairCost:
-    """So many microseconds per tile pair; backward twice that."""
+    """So many microseconds per launch that has work, and per tile pair; backward twice that of pairs."""
 
     us_per_pair: float = 3.0
+    us_per_launch: float = 0.0
+    backend: str = "reference"  # which launches every task alone
 
-    def task_us(self, work: TaskWork, task: Task, direction: Direction) -> float:
-        return work.tile_pairs * self.us_per_pair * (2 if direction == "backward" else 1)
+    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
+        pairs = sum(one.tile_pairs for one in work)
+        return (pairs > 0) * self.us_per_launch + pairs * self.us_per_pair * (2 if direction == "backward" else 1)
 
 
 def cluster(
