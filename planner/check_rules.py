@@ -174,6 +174,9 @@ class Rules:
         into = transfer.accumulate_into
         site.require(transfer.capacity_bytes >= 1, f"capacity_bytes {transfer.capacity_bytes}")
         site.require(transfer.kind != "dkv" or self.schedule.direction == "backward", "gradients in forward")
+        if transfer.narrow:
+            summed = transfer.kind == "dkv" and transfer.transport in POINT_TO_POINT and into is not None
+            site.require(summed, "only gradients from rank to rank that are added on arrival travel narrow")
         for name in (transfer.source_buffer, transfer.buffer):
             self._check_fits(site, transfer, name, transfer.kind)
         if transfer.kind == "columns":

@@ -208,6 +208,7 @@ class Route:
     kind: TransferKind
     communicator: str
     capacity_bytes: int
+    narrow: bool = False
 
     def move(
         self, shard: int, source: int, destination: int, sequence: int, source_buffer: str, buffer: str,
@@ -225,6 +226,7 @@ class Route:
             buffer=buffer,
             capacity_bytes=self.capacity_bytes,
             accumulate_into=accumulate_into,
+            narrow=self.narrow,
         )
 
 

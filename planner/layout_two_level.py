@@ -13,18 +13,30 @@ from .schedule import DKV_HOME, KEPT, KV_HOME, Buffer, Communicator, Direction, 
 MAX_GRAD_SETS = 3  # of dK/dV: being computed, being summed within the node, on the way to another node
 
 
-def two_level(*, shape: AttentionShape, direction: Direction, inner_size: int, pairs: Pairs | None = None) -> Schedule:
+def two_level(
+    *,
+    shape: AttentionShape,
+    direction: Direction,
+    inner_size: int,
+    narrow_grads: int = 0,
+    pairs: Pairs | None = None,
+) -> Schedule:
     """A gather where links between groups of `inner_size` ranks are slow: every shard crosses to a group once.
 
     Rank r is place l of node n (r = n * inner_size + l). In step o it fetches the shard of (n - o, l), and passes it
     on to all places of its node. Forward keeps all K/V for backward, which fetches nothing: other nodes' shards are
     computed first, their dK/dV summed within the node and sent home while the node's own shards are computed.
-    Everything travels and is computed whatever `pairs` leaves out.
+    Everything travels and is computed whatever `pairs` leaves out. narrow_grads: 1 rounds a node's sums to the type of
+    q, k and v before they cross to another node, and halves what crosses; 0 sends them as they are summed.
     """
     world = shape.world_size
     if inner_size < 1 or world % inner_size:
         raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
-    layout = _TwoLevel(shape=shape, inner=inner_size, outer=world // inner_size, direction=direction)
+    if narrow_grads not in (0, 1):
+        raise InputError(f"is 0 or 1, not {narrow_grads}", field="narrow_grads")
+    layout = _TwoLevel(
+        shape=shape, inner=inner_size, outer=world // inner_size, direction=direction, narrow_grads=bool(narrow_grads)
+    )
     parts = layout.communicators(), layout.buffers(), layout.draft
     return close_schedule("two_level", direction, shape, *parts, kept=layout.kept)
 
@@ -37,6 +49,7 @@ class _TwoLevel:
     inner: int
     outer: int
     direction: Direction
+    narrow_grads: bool
 
     def rank(self, node: int, place: int) -> int:
         return (node % self.outer) * self.inner + place % self.inner
@@ -156,7 +169,8 @@ class _TwoLevel:
 
     def _cross_home(self, node: int, place: int, step: int) -> Iterable[Transfer]:
         """Sums of this node to their owner in the node `step` back, and the own shard's from the node further on."""
-        route = Route(kind="dkv", communicator="rails_grad", capacity_bytes=self.shape.dkv_bytes)
+        size = self.shape.kv_bytes if self.narrow_grads else self.shape.dkv_bytes
+        route = Route(kind="dkv", communicator="rails_grad", capacity_bytes=size, narrow=self.narrow_grads)
         for owner, helper in ((node - step, node), (node, node + step)):
             home, away = self.rank(owner, place), self.rank(helper, place)
             yield route.move(home, away, home, step, self.grad_slot(step, 0), "landing_rail:0", DKV_HOME)

@@ -82,7 +82,8 @@ class Transfer:
     that the landed content is added to when the transfer is waited for. Collectives have source and destination
     ALL_RANKS and no shard: "all_reduce" sums in place; "all_gather" fills a slot per rank, from `buffer` on; and
     "reduce_scatter" moves the sums out of a slot per rank, from `source_buffer` on, and adds them up in `buffer`.
-    capacity_bytes is that of one slot.
+    capacity_bytes is that of one slot. narrow: gradients travel in the type of q, k and v, rounded once; both ends sum
+    in the accumulator's.
     """
 
     kind: TransferKind
@@ -96,6 +97,7 @@ class Transfer:
     buffer: str
     capacity_bytes: int
     accumulate_into: str | None = None
+    narrow: bool = False
 
     @property
     def id(self) -> str:
@@ -209,8 +211,18 @@ class Schedule:
             head |= {"kept": kept}
         digest = hashlib.sha256(canonical_json(head))
         for rank in range(self.world_size):
-            digest.update(canonical_json([asdict(phase) for phase in self.program(rank)]))
+            digest.update(canonical_json([_plain(phase) for phase in self.program(rank)]))
         return digest.hexdigest()
+
+
+def _plain(phase: Phase) -> dict[str, object]:
+    """Return a phase as plain values; `narrow` only where it is set, so that it changes no other schedule's digest."""
+    plain = asdict(phase)
+    for call in plain["group_calls"]:
+        for transfer in call["transfers"]:
+            if not transfer["narrow"]:
+                del transfer["narrow"]
+    return plain
 
 
 def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -> Schedule:

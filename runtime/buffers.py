@@ -53,6 +53,11 @@ class Slots:
         return parts[0], parts[1]
 
 
+def narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the first bytes of a slot's contiguous tensor as one of the same shape in a type no larger than its own."""
+    return part.flatten().view(dtype)[: part.numel()].view(part.shape)
+
+
 def runs_of_neighbours(names: Sequence[str]) -> list[list[str]]:
     """Cut names into runs of neighbouring slots, in order."""
     runs: list[list[str]] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import api
 from ..planner.launches import launches_of
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer, slots_from
-from .buffers import Pair, Slots, runs_of_neighbours
+from .buffers import Pair, Slots, narrowed, runs_of_neighbours
 
 MaskSource = Callable[[], api.AttentionMask]
 
@@ -174,13 +174,15 @@ class BackwardStage:
             return (self.grad_gathered,)
         if transfer.transport == "reduce_scatter":
             return self.slots.block(transfer.source_buffer, len(self.indexes.positions))
-        return self._pair(transfer.source_buffer)
+        pair = self._pair(transfer.source_buffer)
+        return tuple(part.to(self.q.dtype) for part in pair) if transfer.narrow else pair
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
         if transfer.transport == "all_gather":
             return self.slots.block(transfer.buffer, len(self.indexes.positions))
-        return self._pair(transfer.buffer)
+        pair = self._pair(transfer.buffer)
+        return tuple(narrowed(part, self.q.dtype) for part in pair) if transfer.narrow else pair
 
     def sent(self, transfer: Transfer) -> None:
         """dK/dV that went on are no longer here."""
@@ -193,7 +195,9 @@ class BackwardStage:
         """Add what landed to where it belongs; what lies side by side, in one pass."""
         landed: dict[str, list[str]] = {}
         for transfer in transfers:
-            if transfer.accumulate_into is not None and transfer.source_buffer != DCOLUMNS_HOME:
+            if transfer.narrow:
+                self._add_narrow(transfer)
+            elif transfer.accumulate_into is not None and transfer.source_buffer != DCOLUMNS_HOME:
                 landed.setdefault(transfer.accumulate_into, []).append(transfer.buffer)
         for target, names in landed.items():
             for together in runs_of_neighbours(names):
@@ -271,6 +275,14 @@ class BackwardStage:
             for part in self._pair(name):
                 part.zero_()
         self.filled.add(name)
+
+    def _add_narrow(self, transfer: Transfer) -> None:
+        """Add what landed in q's type."""
+        target = transfer.accumulate_into
+        assert target is not None
+        for into, part in zip(self._pair(target), self.incoming(transfer), strict=True):
+            api.add_up(into, part[None], add=target in self.filled, backend=self.indexes.backend)
+        self.filled.add(target)
 
     def _add_up(self, target: str, landed: list[str]) -> None:
         """Add the contents of neighbouring slots into a buffer."""

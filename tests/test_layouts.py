@@ -38,6 +38,7 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
     yield from (("two_level", {"inner_size": size}) for size in divisors)
+    yield "two_level", {"inner_size": divisors[len(divisors) // 2], "narrow_grads": 1}
     yield "collective", {}
     yield "ulysses", {}
 

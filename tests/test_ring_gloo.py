@@ -71,6 +71,26 @@ def test_what_is_never_needed_is_never_sent(
     assert sent[True]["bytes"] <= 0.6 * sent[False]["bytes"]
 
 
+def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(rank_pools: Callable[[int], RankPool]) -> None:
+    """bfloat16 over two "nodes" of two: dK/dV differ by one rounding of a node's sum at most, all else by nothing."""
+    pattern, answers, plans = PATTERNS["gqa"].pattern, {}, {}
+    for narrow in (0, 1):
+        case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="two_level",
+                    parameters={"inner_size": 2, "narrow_grads": narrow}, pattern="gqa")  # fmt: skip
+        plans[narrow] = make_case_plan(case, dtype="bfloat16")
+        answers[narrow] = rank_pools(4).run("counted_attention", plan=plans[narrow], pattern=pattern, seed=7)
+    shape, differences = plans[0].attention_shape(), 0
+    for (wide, wide_sent), (narrow, narrow_sent) in zip(answers[0], answers[1], strict=True):
+        assert wide_sent["bytes"] - narrow_sent["bytes"] == shape.dkv_bytes - shape.kv_bytes
+        for name in ("out", "lse", "dq"):
+            assert largest_difference(wide[name], narrow[name]) == 0
+        for name in ("dk", "dv"):
+            largest = float(np.abs(wide[name]).max())
+            assert largest_difference(wide[name], narrow[name]) <= largest / 64  # 2 of 128 steps of bfloat16
+            differences += int((wide[name] != narrow[name]).sum())
+    assert differences, "nothing was rounded"
+
+
 def test_a_mask_that_needs_what_is_left_out_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
     case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout="ring", parameters={},
                 pattern="documents")  # fmt: skip
