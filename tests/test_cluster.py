@@ -31,7 +31,7 @@ def test_memory_bandwidth_may_be_left_out_but_not_be_nothing() -> None:
     gpu = tiny.cluster().gpu.model_dump(mode="json")
     del gpu["memory_bandwidth_bytes_per_us"]
     assert parse_cluster(document(gpu=gpu), source="here").gpu.memory_bandwidth_bytes_per_us is None
-    with pytest.raises(InputError, match="gpu.memory_bandwidth_bytes_per_us: Input should be greater than 0, not 0"):
+    with pytest.raises(InputError, match=r"gpu\.memory_bandwidth_bytes_per_us: Input should be greater than 0, not 0"):
         parse_cluster(document(gpu=gpu | {"memory_bandwidth_bytes_per_us": 0}), source="here")
 
 
