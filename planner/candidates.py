@@ -118,8 +118,13 @@ def placement_choices(
     return [choice for choice in dict.fromkeys(choices) if names is None or choice.name in names]
 
 
-def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> list[LayoutChoice]:
-    """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`."""
+def layout_choices(
+    *, cluster: Cluster, names: Sequence[str] | None = None, narrow_gradients: bool = False
+) -> list[LayoutChoice]:
+    """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`.
+
+    narrow_gradients: whether dK/dV may cross nodes in 16 bits.
+    """
     _known(names, tuple(LAYOUTS), "layout")
     peers = max(cluster.world_size - 1, 1)
     chunks = sorted({min(count, peers) for count in (*GATHER_CHUNKS, peers)})
@@ -127,7 +132,9 @@ def layout_choices(*, cluster: Cluster, names: Sequence[str] | None = None) -> l
     choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
     choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
     if cluster.nodes > 1:
-        choices += [_layout("two_level", inner_size=size) for size in inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]]
+        narrow = {"narrow_grads": 1} if narrow_gradients else {}
+        sizes = inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]
+        choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]
     choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     choices.append(_layout("ulysses"))

@@ -66,6 +66,10 @@ def plan(
     placement: Annotated[
         list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(PLACEMENTS)}.")
     ] = None,
+    narrow_gradients: Annotated[
+        bool,
+        typer.Option("--narrow-gradients", help="Let sums of dK/dV cross nodes rounded to 16 bits: half the bytes."),
+    ] = False,
     pattern: Annotated[str, typer.Option(help="trace: replay its patterns; choose: choose anew as it did.")] = "trace",
     seed: Annotated[int, typer.Option(help="Recorded in the plan's provenance.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -91,6 +95,7 @@ def plan(
             layers=_numbers("--layers", layers),
             layouts=layout,
             placements=placement,
+            narrow_gradients=narrow_gradients,
             pattern=pattern,
             seed=seed,
             command=shlex.join(["sparsering", *sys.argv[1:]]),

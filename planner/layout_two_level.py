@@ -150,7 +150,10 @@ class _TwoLevel:
         moves = []
         for offset in range(1, self.inner):
             for source in (place, place - offset):
-                shard, ends = self.rank(node - step, source), (self.rank(node, source), self.rank(node, source + offset))
+                shard, ends = (
+                    self.rank(node - step, source),
+                    (self.rank(node, source), self.rank(node, source + offset)),
+                )
                 moves.append(route.move(shard, *ends, step, source_buffer, self.kv_slot(step, offset)))
         return moves
 
@@ -161,7 +164,10 @@ class _TwoLevel:
         moves = []
         for offset in range(1, self.inner):
             for target in (place - offset, place):
-                shard, ends = self.rank(node - step, target), (self.rank(node, target + offset), self.rank(node, target))
+                shard, ends = (
+                    self.rank(node - step, target),
+                    (self.rank(node, target + offset), self.rank(node, target)),
+                )
                 moves.append(
                     route.move(shard, *ends, step, self.grad_slot(step, offset), f"landing:{offset - 1}", into)
                 )

@@ -41,6 +41,7 @@ def plan_trace(
     layers: Sequence[int] | None = None,
     layouts: Sequence[str] | None = None,
     placements: Sequence[str] | None = None,
+    narrow_gradients: bool = False,
     pattern: str = "trace",
     seed: int = 0,
     command: str = "",
@@ -53,7 +54,8 @@ def plan_trace(
     memory_limit_bytes: for one layer's attention on one GPU; by default `memory_fraction` of the GPU's memory.
     steps, layers: what to evaluate on; by default up to four evenly spread layers of the last training step.
     tuned: launches that the plan's kernels shall prefer.
-    layouts, placements: names to restrict the pick to. pattern: "trace" to replay it, "choose" to choose as it did.
+    layouts, placements: names to restrict the pick to. narrow_gradients: whether sums of dK/dV may be rounded to 16
+    bits, once, before they cross to another node. pattern: "trace" to replay it, "choose" to choose as it did.
     Raises InputError, in one line, for what cannot be planned.
     """
     header = trace.header
@@ -69,6 +71,7 @@ def plan_trace(
         memory_limit_bytes=_memory_limit_bytes(cluster, memory_limit_bytes, memory_fraction),
         samples=take_samples(trace, steps=steps, layers=layers),
         replayed=pattern == "trace",
+        narrow_gradients=narrow_gradients,
         summary=summarize(trace, progress=progress),
     )
     spec = pattern_spec(trace, pattern, problem.samples)

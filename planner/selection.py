@@ -152,7 +152,7 @@ def _pairs(
         choices = [one for one in choices if one.granularity_tokens > 1]
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
     pairs = []
-    for layout in layout_choices(cluster=problem.cluster, names=layouts):
+    for layout in layout_choices(cluster=problem.cluster, names=layouts, narrow_gradients=problem.narrow_gradients):
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
         relevant = choices[:1] if layout.layout in SIMULATED_ONLY else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]

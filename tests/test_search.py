@@ -258,6 +258,19 @@ def test_kv_are_kept_where_memory_allows():
     assert found.pick.memory_bytes <= poor.memory_limit_bytes
 
 
+def test_slow_links_between_nodes_are_crossed_once():
+    """Two nodes of two: every shard crosses once; rounded gradients, where allowed, are quicker, and only there."""
+    slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
+    wide, narrow = (
+        select(replace(slow, narrow_gradients=allowed), quick=CompiledRecurrence()).pick for allowed in (False, True)
+    )
+    for pick, parameters in ((wide, {"inner_size": 2}), (narrow, {"inner_size": 2, "narrow_grads": 1})):
+        for layout in (pick.forward_layout, pick.backward_layout):
+            assert (layout.layout, dict(layout.parameters)) == ("two_level", parameters)
+    assert narrow.backward.makespan_us < 0.75 * wide.backward.makespan_us
+    assert narrow.forward.makespan_us == wide.forward.makespan_us
+
+
 def test_candidates_of_four_nodes_of_eight():
     cluster = tiny.cluster(nodes=4, gpus=8)
     names = [str(choice) for choice in layout_choices(cluster=cluster)]
