@@ -36,6 +36,17 @@ def run(mesh: Mesh, *, config: dict[str, Any], stop_before: int | None = None) -
     }
 
 
+def states(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
+    """Train, and say of what types the parameters and the optimizer's tensors are."""
+    trainer = Trainer(set_up(parse_config(config)), mesh)
+    results = trainer.run()
+    tensors = list(trainer.hf_model.parameters())
+    tensors += [x for one in trainer.optimizer.state.values() for x in one.values() if torch.is_tensor(x)]
+    trainer.close()
+    types = sorted({str(tensor.dtype) for tensor in tensors})
+    return {"losses": [result.loss for result in results], "types": types, "parameters": parameters(trainer)}
+
+
 def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
     """Do one step and count how often patterns were chosen and each direction of attention was played."""
     trainer = Trainer(set_up(parse_config(config)), mesh)
