@@ -30,6 +30,10 @@ def train(
 
     Without RANK in the environment it checks the run, then starts torchrun with one process per rank; with it, it is a
     rank. Exit code 2 with one line when configuration, plan, model or data cannot be used, before any GPU work.
+
+    In the file, `attention` is planned, or a baseline: dense, dense-zigzag, dense-zigzag-flash4,
+    torch-context-parallel. `metrics` writes a JSON line per step and rank (speed, MFU, density, kept mass, imbalance,
+    exposed communication, memory, loss) and, if asked, TensorBoard's files. docs/training.md has every key.
     """
     loaded = load_config(config)
     if is_rank():

@@ -136,8 +136,8 @@ class TraceOutSection(_Section):
 class MetricsSection(_Section):
     """folder: one JSON-lines file per rank; tensorboard: also an event file of rank 0, where the package is present.
 
-    kept_mass_every_steps: how often kept attention mass is weighed, which costs about as much as choosing; None: only
-    in the steps that are recorded for the trace.
+    kept_mass_every_steps: how often kept attention mass is weighed, which takes passes over all keys; None: only in
+    the steps that are recorded for the trace.
     """
 
     folder: Path
