@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .cluster import Cluster
 from .cost import CostModel
-from .launches import Launch
+from .launches import Launch, launches_of
 from .layout_draft import AttentionShape
 from .pairs import Pairs
 from .schedule import DIRECTIONS, Direction, ShardId, Task
@@ -77,7 +77,7 @@ def step_bound_us(
 
 
 def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
-    """Return the time of an even share of the work as one launch of columns and keys, with rows for all programs.
+    """Return the time of an even share of the work as one task of keys and one of columns, with rows for all programs.
 
     It holds for cost models in which cutting a launch never makes it quicker. A launch of one tile pair of columns is
     given back, since the busiest rank need not be the one that has columns.
@@ -88,10 +88,11 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
     block = Task(query=own, key=own, heads=(0, heads), key_buffer="")
     columns = Task(query=own, key=None, heads=(0, heads), key_buffer="", kind="columns")
 
-    def launch_us(*parts: tuple[Task, int]) -> float:
-        present = [(task, share(pairs)) for task, pairs in parts if pairs]
-        launch = Launch(tasks=tuple(task for task, _ in present))
-        return cost.launch_us(launch, [work for _, work in present], direction) if present else 0.0
+    def tasks_us(pairs_of: dict[Task, int]) -> float:
+        cut = launches_of([task for task, pairs in pairs_of.items() if pairs], backend=cost.backend)
+        return sum(
+            cost.launch_us(Launch(tasks=tasks), [share(pairs_of[task]) for task in tasks], direction) for tasks in cut
+        )
 
     def share(pairs: int) -> TaskWork:
         return TaskWork(
@@ -100,8 +101,8 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
         )  # fmt: skip
 
     block_pairs, column_pairs = int(workload.active.sum()) // world, int(workload.columns.sum()) // world
-    given_back_us = launch_us((columns, 1)) if block_pairs and column_pairs else 0.0
-    return launch_us((columns, column_pairs), (block, block_pairs)) - given_back_us
+    given_back_us = tasks_us({columns: 1}) if block_pairs and column_pairs else 0.0
+    return tasks_us({columns: column_pairs, block: block_pairs}) - given_back_us
 
 
 def communication_bound_us(

@@ -115,8 +115,12 @@ def close_schedule(
     buffers: list[Buffer],
     draft: Callable[[int, Draft], None],
     kept: Callable[[int], dict[str, ShardId]] = keeps_nothing,
+    columns_phase: int = 0,
 ) -> Schedule:
-    """Close a layout: add home buffers and the columns' part, and make the program."""
+    """Close a layout: add home buffers and the columns' part, and make the program.
+
+    columns_phase: in which backward computes the columns.
+    """
     if shape.columns_capacity:
         communicators = [*communicators, Communicator(name=COLUMNS, groups=(tuple(range(shape.world_size)),))]
     home = [Buffer(name=KV_HOME, kind="kv", capacity_bytes=shape.kv_bytes)]
@@ -129,7 +133,7 @@ def close_schedule(
         parts = Draft()
         draft(rank, parts)
         if shape.columns_capacity:
-            _add_columns(rank, parts, direction, shape)
+            _add_columns(rank, parts, direction, shape, columns_phase)
         return parts.phases(order)
 
     return Schedule(
@@ -154,10 +158,10 @@ def _columns_buffers(direction: Direction, shape: AttentionShape) -> list[Buffer
     return buffers
 
 
-def _add_columns(rank: int, draft: Draft, direction: Direction, shape: AttentionShape) -> None:
+def _add_columns(rank: int, draft: Draft, direction: Direction, shape: AttentionShape, backward_phase: int) -> None:
     """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
 
-    Backward keeps the gathered K and V: computed first of all, gradients summed while the rest goes on.
+    Backward keeps the gathered K and V: computed first in its phase, gradients summed while the rest goes on.
     """
     forward = direction == "forward"
     buffer = COLUMNS_HOME if forward else DCOLUMNS_HOME
@@ -187,8 +191,8 @@ def _add_columns(rank: int, draft: Draft, direction: Direction, shape: Attention
         draft.launch(0, [transfer], wait=1)
         draft.compute(1, task, first=True)
     else:
-        draft.compute(0, task, first=True)
-        draft.launch(1, [transfer], wait=max(2, last))
+        draft.compute(backward_phase, task, first=True)
+        draft.launch(backward_phase + 1, [transfer], wait=max(backward_phase + 2, last))
 
 
 def block_task(rank: int, key: int, key_buffer: str, shape: AttentionShape, grad_buffer: str | None) -> Task:

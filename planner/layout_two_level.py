@@ -25,7 +25,8 @@ def two_level(
 
     Rank r is place l of node n (r = n * inner_size + l). In step o it fetches the shard of (n - o, l), and passes it
     on to all places of its node. Forward keeps all K/V for backward, which fetches nothing: other nodes' shards are
-    computed first, their dK/dV summed within the node and sent home while the node's own shards are computed.
+    computed first, their dK/dV summed within the node while columns are computed (or the own shard, where there are
+    none), and sent home while the rest is computed.
     Everything travels and is computed whatever `pairs` leaves out. narrow_grads: 1 rounds a node's sums to the type of
     q, k and v before they cross to another node, and halves what crosses; 0 sends them as they are summed.
     """
@@ -38,7 +39,7 @@ def two_level(
         shape=shape, inner=inner_size, outer=world // inner_size, direction=direction, narrow_grads=bool(narrow_grads)
     )
     parts = layout.communicators(), layout.buffers(), layout.draft
-    return close_schedule("two_level", direction, shape, *parts, kept=layout.kept)
+    return close_schedule("two_level", direction, shape, *parts, kept=layout.kept, columns_phase=layout.filling_phase)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,11 @@ class _TwoLevel:
     @property
     def grad_sets(self) -> int:
         return max(1, min(MAX_GRAD_SETS, self.outer))
+
+    @property
+    def filling_phase(self) -> int:
+        """The phase of backward in which the last node's gradients are summed: something short should be computed."""
+        return self.outer - 1
 
     def grad_slot(self, step: int, offset: int) -> str:
         return f"dkv:{step % self.grad_sets * self.inner + offset}"
@@ -111,19 +117,21 @@ class _TwoLevel:
             self._compute_step(parts, node, place, step, phase=spread + 1)
 
     def _draft_backward(self, parts: Draft, node: int, place: int) -> None:
-        """Other nodes' shards, farthest first, the own shard, then the rest of the own node."""
+        """Other nodes' shards, farthest first, what fills, then the own node's."""
         me, last_step = self.rank(node, place), self.outer - 1
-        own_phase = last_step if self.outer > 1 or self.inner == 1 else 1
         for step in range(last_step, 0, -1):
             phase = last_step - step
             self._compute_step(parts, node, place, step, phase=phase)
             parts.launch(phase + 1, self._sum_in_node(node, place, step), wait=phase + 2)
-            end = max(own_phase + 3, phase + 3) if step == 1 else phase + 3
+            end = self.filling_phase + 3 if step == 1 else phase + 3
             parts.launch(phase + 2, self._cross_home(node, place, step), wait=end)
-        phase = own_phase + 1 if self.outer > 1 else 0
+        phase = self.filling_phase + 1 if self.outer > 1 else 0
         self._compute_step(parts, node, place, 0, phase=phase)
         parts.launch(phase + 1, self._sum_in_node(node, place, 0), wait=phase + 2)
-        parts.compute(own_phase, block_task(me, me, KV_HOME, self.shape, DKV_HOME))
+        own_phase = phase + 1 if self.outer == 1 and self.inner > 1 else self.filling_phase
+        if self.outer > 1 and self.shape.columns_capacity:
+            own_phase = phase
+        parts.compute(own_phase, block_task(me, me, KV_HOME, self.shape, DKV_HOME), first=True)
 
     def _compute_step(self, parts: Draft, node: int, place: int, step: int, *, phase: int) -> None:
         for offset in range(0 if step else 1, self.inner):
