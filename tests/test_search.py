@@ -219,6 +219,11 @@ def test_bounds_by_hand():
     )
     # 4 heads of 136 block pairs over 4 ranks, three microseconds each; there are no columns.
     assert compute_bound_us(found, tiny.PairCost(us_per_pair=3.0), "forward") == 136 * 3
+    # With columns: one launch where they are fused, two else; a launch of one pair of columns is given back.
+    with_columns = replace(found, columns=np.ones((4, 4), dtype=np.int64))
+    for backend, launches in (("triton", 1), ("flash4", 2), ("blockwise", 2)):
+        cost = tiny.PairCost(us_per_pair=3.0, us_per_launch=5.0, backend=backend)
+        assert compute_bound_us(with_columns, cost, "forward") == launches * 5 + (136 + 4) * 3 - (5 + 3)
 
 
 def test_memory_by_hand():
