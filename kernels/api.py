@@ -58,7 +58,7 @@ BACKENDS = {
 
 # Backends that attend columns in the launch of a block part.
 FUSING_BACKENDS = frozenset({"triton"})
-# Backends whose launches may begin an accumulator, and end it in the inputs' dtype; for others that is done around them.
+# Backends whose launches may begin an accumulator, and end it in the inputs' dtype; else that is done around them.
 WRITING_BACKENDS = frozenset({"triton", "flash4"})
 
 Partial = tuple[Tensor, Tensor]

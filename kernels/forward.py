@@ -56,8 +56,8 @@ def forward_kernel(
         if OWN:
             earlier, end = tl.load(limits + line * 3 + 1), tl.load(limits + line * 3 + 2)
 
-    acc, peak, total = start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M,
-                                     D, TMA, MERGE, ACC)
+    acc, peak, total = start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h,
+                                     M, D, TMA, MERGE, ACC)
     if BLOCKS:
         fields = row_fields + (head * tiles + tile) * 4
         start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)

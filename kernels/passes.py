@@ -77,7 +77,7 @@ def add_up(target: Tensor, parts: Tensor, *, add: bool) -> None:
 
 
 def add_rows(part: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
-    """target = (add: prior +) part, all [B, S, H, D], summed in prior's dtype; quick where a row's heads are together."""
+    """target = (add: prior +) part, all [B, S, H, D], in prior's dtype; quick where a row's heads are together."""
     batch, tokens, heads, dim = part.shape
     if part.is_contiguous() and prior.is_contiguous() and target.is_contiguous():
         _add_flat(part[None], prior, target, add=add)

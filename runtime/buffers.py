@@ -54,7 +54,7 @@ class Slots:
 
 
 def narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the first bytes of a slot's contiguous tensor as one of the same shape in a type no larger than its own."""
+    """Return the first bytes of a slot's contiguous tensor as one of the same shape in a type no wider than its own."""
     return part.flatten().view(dtype)[: part.numel()].view(part.shape)
 
 
