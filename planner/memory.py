@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .launches import launches_of
 from .layout_draft import AttentionShape
-from .schedule import HOMES, Phase, Schedule
+from .schedule import Phase, Schedule
 
 # Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
@@ -83,8 +84,7 @@ def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) ->
 
 
 def _launched_shards(phase: Phase) -> list[int]:
-    """Return how many key shards each launch of a phase reads: the own one alone, those in slots together."""
-    keyed = [task.key_buffer for task in phase.tasks if task.key is not None]
-    own = sum(name in HOMES for name in keyed)
-    others = len(keyed) - own
-    return [1] * own + ([others] if others else [])
+    """Return how many key shards each launch of a phase reads, where it reads any."""
+    launches = launches_of(phase.tasks, backend="flash4")
+    counts = [sum(task.key is not None for task in tasks) for tasks in launches]
+    return [count for count in counts if count]

@@ -6,7 +6,6 @@ own, which is kept until backward: like every implementation here it runs forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class TorchContextParallel:
         chosen = SDPBackend.CUDNN_ATTENTION if self._backend == "cudnn" else SDPBackend.FLASH_ATTENTION
         group = q.shape[1] // k.shape[1]
         keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        with sdpa_kernel(chosen), self.ring(), saved_tensors_hooks(*_narrowing(keys, values, group)):
+        with sdpa_kernel(chosen), self.ring():
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale)
 
 
@@ -67,8 +66,8 @@ class _TorchRing(torch.autograd.Function):
             return kept.take(q.device)[0]
         leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
         # The inner graph keeps its own tensors: an activation checkpoint around this layer must not see them, since
-        # nothing of it is computed again. See _narrowing.
-        with torch.enable_grad():
+        # nothing of it is computed again. Detached, so that a saved output does not hold its own graph.
+        with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
             out = ring.forward(leaves[0], leaves[1], leaves[2], scale)
         ctx.graph = out, leaves, ring
         result = out.detach().transpose(1, 2).contiguous()
@@ -83,24 +82,6 @@ class _TorchRing(torch.autograd.Function):
         with ring.ring():
             gradients = torch.autograd.grad(out, leaves, grads[0].transpose(1, 2).contiguous())
         return *(x.transpose(1, 2).contiguous() for x in gradients), None, None
-
-
-def _narrowing(keys: Tensor, values: Tensor, group: int) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-    """Hooks that save repeated K/V heads [B, H, S, D] once; other tensors detached, so that none holds its own graph.
-
-    Without them every layer would hold `group` times its K and V until backward, and long sequences would not fit.
-    """
-    repeated = {keys.data_ptr(), values.data_ptr()}
-
-    def pack(tensor: Tensor) -> tuple[bool, Tensor]:
-        narrow = tensor.data_ptr() in repeated and tensor.shape == keys.shape and tensor.stride() == keys.stride()
-        return narrow, tensor.detach()[:, ::group].clone() if narrow else tensor.detach()
-
-    def unpack(packed: tuple[bool, Tensor]) -> Tensor:
-        narrow, tensor = packed
-        return tensor.repeat_interleave(group, dim=1) if narrow else tensor
-
-    return pack, unpack
 
 
 def _group(mesh: Mesh) -> Any:

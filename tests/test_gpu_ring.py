@@ -135,7 +135,15 @@ def test_block_masks_and_documents(
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "balanced", layout), pattern)
 
 
-@pytest.mark.parametrize("layout", [("collective", {}), ("gather", {"chunks": 2, "keep_kv": 1})], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("collective", {}),
+        ("gather", {"chunks": 2, "keep_kv": 1}),
+        ("two_level", {"inner_size": 2, "narrow_grads": 1}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_other_transports_and_kept_keys(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
