@@ -31,6 +31,7 @@ from ..runtime.mesh import Mesh, join, leave
 from .common import RESULTS, write_result
 from .masks import density_of
 from .ring_plans import FAMILIES, MODEL, Case, Work, cluster_of, make_case_plan, make_work, name_of
+from .ring_rows import random_tensors
 from .ring_timing import allocated_bytes, time_steps
 
 TOP_KERNELS = 16
@@ -99,7 +100,7 @@ def _measure_rank(arguments: argparse.Namespace, mesh: Mesh, plan: Plan, work: W
     alone = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=_EchoStore())  # pyright: ignore[reportArgumentType]
     planned = PlannedAttention(plan, alone, channels=_NoiseChannels(alone))
     mask = work.mask.to(mesh.device)
-    tensors = _tensors(planned, arguments.seed + rank)
+    tensors = random_tensors(MODEL, planned.positions[0].numel(), alone, arguments.seed, planned.dtype)
     figures = time_steps(
         lambda q, k, v: planned(q, k, v, mask), tensors, mesh, arguments.repeats, allocated_bytes(mesh)
     )
@@ -123,18 +124,6 @@ def _measure_rank(arguments: argparse.Namespace, mesh: Mesh, plan: Plan, work: W
         "backward_ms": figures.backward_ms,
         "plan_digest": plan.digest,
     }
-
-
-def _tensors(planned: PlannedAttention, seed: int) -> list[Tensor]:
-    """q, k, v (requiring gradients) and grad_out, [1, tokens, heads, D]."""
-    device, tokens = planned.mesh.device, planned.positions[0].numel()
-    generator = torch.Generator(device).manual_seed(seed)
-    shapes = [(MODEL.heads, True), (MODEL.kv_heads, True), (MODEL.kv_heads, True), (MODEL.heads, False)]
-    return [
-        torch.randn(1, tokens, heads, MODEL.head_dim, generator=generator, device=device, dtype=planned.dtype)
-        .requires_grad_(gradient)
-        for heads, gradient in shapes
-    ]  # fmt: skip
 
 
 def _print_kernels(planned: PlannedAttention, tensors: list[Tensor], mask: Any) -> None:

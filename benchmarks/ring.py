@@ -54,7 +54,8 @@ from .ring_plans import (
     predicted_peak_bytes,
     transports_of,
 )
-from .ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
+from .ring_rows import make_row, random_tensors, table
+from .ring_timing import SilentChannel, allocated_bytes, time_steps
 
 LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "collective", "ring:prefetch=1", "ring:prefetch=3"]
 DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
@@ -77,7 +78,7 @@ def main() -> None:
     try:
         rows = _measure_all(arguments, mesh)
         if mesh.rank == 0:
-            print(_table(rows))
+            print(table(rows))
             print(write_result("ring", rows, folder=arguments.results, gpus=arguments.gpus))
     finally:
         leave()
@@ -148,7 +149,7 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, An
             plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {len(rows)}")
             rows.append(_measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement})
             if mesh.rank == 0:
-                print(_table(rows[-1:]).splitlines()[-1], flush=True)
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
         if family == "slash":
             for peer, errors in peers:
                 rows += [row | errors for row in _measure_mtraining(arguments, mesh, peer, work)]
@@ -220,7 +221,7 @@ def _measure_planned(
     planned.channels = dict.fromkeys(planned.channels, silent)
     alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
     predicted = predicted_peak_bytes(plan)
-    return _row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole) | {
+    return make_row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole, model=plan.model) | {
         "transport": transports_of(plan),
         "mask": work.family,
         "density": density_of(work.mask),
@@ -237,30 +238,6 @@ def _measure_planned(
     }
 
 
-def _row(arguments: argparse.Namespace, mesh: Mesh, impl: str, layout: str, figures: Figures) -> dict[str, Any]:
-    model = _model(arguments)
-    return {
-        "impl": impl,
-        "layout": layout,
-        "transport": "p2p",
-        "world_size": mesh.world_size,
-        "nodes": _nodes(arguments),
-        "seq_len": arguments.seq_len,
-        "heads": model.heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "dtype": "float32" if arguments.toy else "bfloat16",
-        "mask": "dense",
-        "placement": "zigzag",
-        "density": 1.0,
-        "columns": 0,
-        "seed": arguments.seed,
-        "forward_ms": figures.forward_ms,
-        "backward_ms": figures.backward_ms,
-        "peak_bytes": figures.peak_bytes,
-    }
-
-
 def _model(arguments: argparse.Namespace) -> ModelShape:
     return TOY_MODEL if arguments.toy else MODEL
 
@@ -270,18 +247,7 @@ def _nodes(arguments: argparse.Namespace) -> int:
 
 
 def _tensors(plan: Plan, tokens: int, mesh: Mesh, seed: int) -> list[Tensor]:
-    """Return a rank's q, k, v (requiring gradients) and grad_out, [1, tokens, heads, D]."""
-    return _random(plan.model, tokens, mesh, seed, getattr(torch, plan.dtype))
-
-
-def _random(model: ModelShape, tokens: int, mesh: Mesh, seed: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator(mesh.device).manual_seed(seed + mesh.rank)
-    shapes = [(model.heads, True), (model.kv_heads, True), (model.kv_heads, True), (model.heads, False)]
-    return [
-        torch.randn(1, tokens, heads, model.head_dim, generator=generator, device=mesh.device, dtype=dtype)
-        .requires_grad_(gradient)
-        for heads, gradient in shapes
-    ]  # fmt: skip
+    return random_tensors(plan.model, tokens, mesh, seed, getattr(torch, plan.dtype))
 
 
 def _attend(planned: PlannedAttention, mask: AttentionMask) -> Callable[..., Tensor]:
@@ -322,43 +288,28 @@ def _measure_dense(arguments: argparse.Namespace, mesh: Mesh, name: str) -> dict
     before, model = allocated_bytes(mesh), _model(arguments)
     attend = DENSE_RINGS[name](mesh)
     dtype = torch.float32 if arguments.toy else torch.bfloat16
-    tensors = _random(model, arguments.seq_len // mesh.world_size, mesh, arguments.seed, dtype)
+    tensors = random_tensors(model, arguments.seq_len // mesh.world_size, mesh, arguments.seed, dtype)
     figures = time_steps(attend, tensors, mesh, 1, before)
     impl = f"{name}-{attend.kernel}" if isinstance(attend, ZigzagAttention) else name
-    return _row(arguments, mesh, impl, "zigzag ring", figures)
+    return make_row(arguments, mesh, impl, "zigzag ring", figures, model=model)
 
 
 def _measure_mtraining(arguments: argparse.Namespace, mesh: Mesh, peer: MTraining, work: Work) -> list[dict[str, Any]]:
     """Two rows: as it is called, with consecutive tokens on every rank, and with tokens placed as it computes."""
     before = allocated_bytes(mesh)
     tokens = arguments.seq_len // mesh.world_size
-    tensors = _random(_model(arguments), tokens, mesh, arguments.seed, torch.bfloat16)
+    tensors = random_tensors(_model(arguments), tokens, mesh, arguments.seed, torch.bfloat16)
     figures = measure_peer(peer, work.mask, tensors, arguments.repeats, before)
     given = {"mask": work.family, "density": density_of(work.mask), "columns": work.columns}
     rows = [
-        _row(arguments, mesh, peer.name, peer.layout, value) | given | {"placement": placement, "transport": transport}
+        make_row(arguments, mesh, peer.name, peer.layout, value, model=_model(arguments))
+        | given
+        | {"placement": placement, "transport": transport}
         for (placement, transport), value in figures.items()
     ]
     if mesh.rank == 0:
-        print("\n".join(_table(rows).splitlines()[1:]), flush=True)
+        print("\n".join(table(rows).splitlines()[1:]), flush=True)
     return rows
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{'impl':24}{'mask':11}{'placement':11}{'layout':48}{'density':>8}{'forward':>9}{'backward':>9}{'alone':>8}"
-        f"{'ratio':>7}{'imbal.':>7}{'peak GB':>9}{'/plan':>7}"
-    ]
-    for row in rows:
-        total, alone = row["forward_ms"] + row["backward_ms"], row.get("compute_ms", float("nan"))
-        peak, ratio = row["peak_bytes"], row.get("peak_ratio")
-        lines.append(
-            f"{row['impl']:24}{row['mask']:11}{row['placement']:11}{row['layout']:48}{row['density']:8.3f}"
-            f"{row['forward_ms']:9.2f}{row['backward_ms']:9.2f}{alone:8.2f}{total / alone:7.3f}"
-            f"{row.get('imbalance', float('nan')):7.3f}{'-' if peak is None else f'{peak / 1e9:.3f}':>9}"
-            f"{'-' if ratio is None else f'{ratio:.3f}':>7}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

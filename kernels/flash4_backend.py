@@ -22,9 +22,10 @@ from .flash4_index import Flash4Task, flash4_task
 from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels
 from .flash4_merge import merge_part
 from .gradients import grad_columns, grad_query
-from .launching import QueryGradient, loadable
+from .launching import loadable
 from .mask import AttentionMask
 from .merge import accumulator_dtype
+from .partials import QueryGradient, check_partial
 from .passes import add_rows, add_up, row_products
 
 HEAD_DIMS = (64, 128)
@@ -80,7 +81,7 @@ def block_forward(
     _check_tensors(q, k, index)
     wanted = out_dtype or accumulator_dtype(q.dtype)
     if into is not None:
-        launching.check_partial(*into, q)
+        check_partial(*into, q)
     if columns is not None:
         into = triton_backend.column_forward(q, *columns, scale=scale, into=into)
     if into is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
-from .launching import QueryGradient
+from .partials import QueryGradient
 from .passes import add_rows
 
 BLOCK_SIZE = 128  # the tile of the wheels' backward along keys

@@ -21,7 +21,6 @@ from .launching import (
     BASE_2,
     Columns,
     Partial,
-    QueryGradient,
     both_parts,
     loadable,
     query_order,
@@ -31,6 +30,7 @@ from .launching import (
     strides,
 )
 from .mask import AttentionMask
+from .partials import QueryGradient, accumulators, check_partial, narrows_after, next_partial
 from .passes import add_up, row_products
 from .triton_run import run
 
@@ -114,11 +114,11 @@ def _forward(
     launch, common = settings(kernel, q, task.mask)
     grid = launching.programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
     if into is not None:
-        launching.check_partial(*into, q)
-    if launching.narrows_after(launch, q, into, out_dtype):
+        check_partial(*into, q)
+    if narrows_after(launch, q, into, out_dtype):
         out, lse = _forward(q, k, v, index, columns, scale, into, None)
         return out.to(q.dtype), lse
-    (out, lse), prior = launching.next_partial(q, into, out_dtype)
+    (out, lse), prior = next_partial(q, into, out_dtype)
     if grid[0]:
         run(
             forward_kernel,
@@ -177,7 +177,7 @@ def block_backward(
     q, k, v, grad_out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype)))
     values = launching.row_values_of(lse, delta, index, scale)
     of_query.finish_rows(index.q_valid_tokens)
-    with of_query.launched() as into_q, launching.accumulators(grad_k, grad_v) as (into_k, into_v):
+    with of_query.launched() as into_q, accumulators(grad_k, grad_v) as (into_k, into_v):
         grad_query(grad_out, q, k, v, values, index, columns, scale, **into_q)
         grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=add_kv)
     if columns is not None and grad_columns is not None:
