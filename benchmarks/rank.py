@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..planner.plan import Plan
@@ -131,7 +130,7 @@ def _print_kernels(planned: PlannedAttention, tensors: list[Tensor], mask: Any) 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         planned(q, k, v, mask).backward(grad_out)
         torch.cuda.synchronize()
-    kernels = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in kernels)
     print(f"  all kernels {total / 1e3:.2f} ms")

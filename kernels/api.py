@@ -171,8 +171,8 @@ def block_backward(
         if backend in FUSING_BACKENDS:
             into |= {"columns": (*columns[:2], _data(columns[2], backend)), "grad_columns": grad_columns}
         else:
-            of_columns = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
-            of_columns |= {"scale": scale, "backend": backend, "add_q": add_q}
+            of_columns: dict[str, Any] = {"grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            of_columns |= {"grad_q": grad_q, "scale": scale, "backend": backend, "add_q": add_q}
             column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], **of_columns)
             add_q = True
     if backend in WRITING_BACKENDS:

@@ -7,6 +7,8 @@ On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -168,7 +170,7 @@ def block_backward(
         grad_k[:, valid:], grad_v[:, valid:] = 0, 0
     if not index.q_valid_tokens or not index.k_valid_tokens:
         if columns is not None and grad_columns is not None:
-            into = {"grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
+            into: dict[str, Any] = {"grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1]}
             into |= {"grad_q": grad_q, "add_q": add_q, "final_q": final_q}
             column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], scale=scale, **into)
         else:

@@ -54,7 +54,7 @@ class Chain:
         self.call: dict[str, Any] = {"scale": SCALE, "backend": backend}
 
     def forward(self, *, columns_last: bool) -> tuple[Tensor, Tensor]:
-        final = {"final": not self.plain}
+        final: dict[str, Any] = {"final": not self.plain}
         partial = api.block_forward(self.q, *self.kv[0], self.indexes[0], **self.call)
         if columns_last:
             partial = api.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, into=partial)
