@@ -4,8 +4,8 @@
     python -m sparsering.benchmarks.rank --world-size 8 --seq-len 524288 --backends triton flash4 --kernels
 
 Plays the schedule with channels that send nothing: what others would send is random numbers, copied in on a side
-stream. `slowest_ms` is forward + backward of the slowest rank measured: below it no ring of that plan ends on such
-GPUs, and only real rings (benchmarks/ring.py) say how far above. `--kernels` lists what takes the time.
+stream. No ring of that plan is much quicker than forward + backward of its slowest rank here; how much slower it is,
+only real rings (benchmarks/ring.py) say. `--kernels` lists what takes the time.
 """
 
 from __future__ import annotations

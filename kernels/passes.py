@@ -49,20 +49,20 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     return sums
 
 
-@triton.jit(do_not_specialize=["width", "parts"])
-def add_up_kernel(target, prior, part, t_r, p_r, part_r, part_stride, width, parts, ADD: tl.constexpr,
-                  SIZE: tl.constexpr):
-    """target = (ADD: prior +) all parts, row by row of `width` elements. Grid (rows, width / SIZE)."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+@triton.jit(do_not_specialize=["width", "chunks", "parts"])
+def add_up_kernel(target, prior, part, t_r, p_r, part_r, part_stride, width, chunks, parts, ADD: tl.constexpr,
+                  ACC: tl.constexpr, SIZE: tl.constexpr):
+    """target = (ADD: prior +) all parts, by rows of `width` elements. Grid (rows * chunks): `chunks` programs a row."""
+    program = tl.program_id(0).to(tl.int64)
+    row, at = program // chunks, program % chunks * SIZE + tl.arange(0, SIZE)
     inside = at < width
     if ADD:
-        total = tl.load(prior + row * p_r + at, mask=inside, other=0.0)
+        total = tl.load(prior + row * p_r + at, mask=inside, other=0.0).to(ACC)
     else:
-        total = tl.zeros([SIZE], prior.dtype.element_ty)
+        total = tl.zeros([SIZE], ACC)
     source = part + row * part_r + at
     for number in range(0, parts):
-        total += tl.load(source + tl.cast(number, tl.int64) * part_stride, mask=inside, other=0.0).to(total.dtype)
+        total += tl.load(source + tl.cast(number, tl.int64) * part_stride, mask=inside, other=0.0).to(ACC)
     tl.store(target + row * t_r + at, total.to(target.dtype.element_ty), mask=inside)
 
 
@@ -77,26 +77,34 @@ def add_up(target: Tensor, parts: Tensor, *, add: bool) -> None:
 
 
 def add_rows(part: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
-    """target = (add: prior +) part, all [B, S, H, D], in prior's dtype; quick where a row's heads are together."""
+    """target = (add: prior +) part, all [B, S, H, D], rounded once; quick where a row's heads are together."""
     batch, tokens, heads, dim = part.shape
     if part.is_contiguous() and prior.is_contiguous() and target.is_contiguous():
         _add_flat(part[None], prior, target, add=add)
         return
     if any(x.stride(3) != 1 or x.stride(2) != dim for x in (part, prior, target)):
-        target.copy_(prior + part if add else part)
+        wide = torch.promote_types(part.dtype, prior.dtype)
+        target.copy_(prior.to(wide) + part if add else part)
         return
-    size = min(_ELEMENTS, triton.next_power_of_2(heads * dim))
+    width = heads * dim
+    size = min(_ELEMENTS, triton.next_power_of_2(width))
     for entry in range(batch if tokens else 0):
-        run(
-            add_up_kernel, (tokens, triton.cdiv(heads * dim, size)),
-            target[entry], prior[entry], part[entry], target.stride(1), prior.stride(1), part.stride(1), 0,
-            heads * dim, 1, ADD=add, SIZE=size)
+        given = target[entry], prior[entry], part[entry], target.stride(1), prior.stride(1), part.stride(1), 0
+        _launch(given, rows=tokens, width=width, size=size, parts=1, add=add)
 
 
 def _add_flat(parts: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
     """target = (add: prior +) the sum of parts [n, *target.shape]; everything is in one piece."""
-    size = target.numel()
-    if size:
-        run(
-            add_up_kernel, (1, triton.cdiv(size, _ELEMENTS)),
-            target, prior, parts, 0, 0, 0, size, size, len(parts), ADD=add, SIZE=_ELEMENTS)
+    width = target.numel()
+    if width:
+        given = target, prior, parts, 0, 0, 0, width
+        _launch(given, rows=1, width=width, size=_ELEMENTS, parts=len(parts), add=add)
+
+
+def _launch(given: tuple[Tensor | int, ...], *, rows: int, width: int, size: int, parts: int, add: bool) -> None:
+    """One program per `size` elements of a row, along the grid's first axis: the others end at 65,535."""
+    chunks = triton.cdiv(width, size)
+    wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in given)
+    run(
+        add_up_kernel, (rows * chunks,),
+        *given, width, chunks, parts, ADD=add, ACC=tl.float64 if wide else tl.float32, SIZE=size)

@@ -131,7 +131,7 @@ def layout_choices(
     choices = [_layout("gather", chunks=count) for count in chunks]
     choices += [_layout("ring", prefetch=depth) for depth in sorted({min(depth, peers) for depth in RING_PREFETCH})]
     choices += [_layout("hierarchical", inner_size=size) for size in inner_sizes(cluster)]
-    if cluster.nodes > 1:
+    if cluster.nodes > 1 or "two_level" in (names or ()):
         narrow = {"narrow_grads": 1} if narrow_gradients else {}
         sizes = inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]
         choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]

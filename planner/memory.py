@@ -10,6 +10,7 @@ Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an elem
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .launches import launches_of
@@ -20,6 +21,7 @@ from .schedule import Phase, Schedule
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
 FLASH4_BACKENDS = frozenset({"flash4", "fastest"})
 TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
+MOST_RANKS = 64
 KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
 
 
@@ -32,7 +34,8 @@ class LayerMemory:
     columns_bytes: gathered K and V of all columns and their gradients
     buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them
     kept_bytes: the kept slots of all other layers, which wait for their backward
-    workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for
+    workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for, and gradients
+    rounded to be sent
     """
 
     home_bytes: int
@@ -65,15 +68,31 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
         buffer_bytes=schedule.buffer_bytes,
         kept_bytes=(layers - 1) * schedule.kept_bytes,
-        workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes),
+        workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes)
+        + _rounded_bytes(schedule, shape),
     )
+
+
+def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:
+    """Return what gradients take that wait, rounded, to be sent; every rank sends alike."""
+    calls = [call for phase in schedule.phases(0) for call in phase.group_calls]
+    return shape.kv_bytes if any(transfer.narrow for call in calls for transfer in call.transfers) else 0
 
 
 def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
     """Return what a backward launch of flash-attn-4 holds at most, with the tables of all launches; else 0."""
     if backend not in FLASH4_BACKENDS or schedule.direction != "backward":
         return 0
-    launches = [shards for phase in schedule.phases(0) for shards in _launched_shards(phase)]
+    return max(_launches_bytes(schedule.phases(rank), shape) for rank in _looked_at(schedule.world_size))
+
+
+def _looked_at(world_size: int) -> Iterable[int]:
+    """Return the ranks that may launch most: all, or of very many the first and the last, which causality favours."""
+    return range(world_size) if world_size <= MOST_RANKS else (0, world_size - 1)
+
+
+def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape) -> int:
+    launches = [shards for phase in phases for shards in _launched_shards(phase)]
     rows = shape.tokens_per_rank * (shape.heads + 2 * max(launches, default=0) * shape.kv_heads)
     tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
     table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles

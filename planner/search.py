@@ -58,6 +58,8 @@ def plan_trace(
     bits, once, before they cross to another node. pattern: "trace" to replay it, "choose" to choose as it did.
     Raises InputError, in one line, for what cannot be planned.
     """
+    if narrow_gradients and cluster.nodes == 1:
+        raise InputError(f"nothing crosses nodes: {cluster.name} has one", field="narrow_gradients")
     header = trace.header
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
     problem = Problem(

@@ -137,6 +137,36 @@ def test_parts_are_added_up_in_order(backend: str, add: bool, count: int) -> Non
     assert torch.equal(target, right)
 
 
+def test_long_tensors_fit_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's grid has 2**31 - 1 programs along its first axis, and 65,535 along the others."""
+    from sparsering.kernels import passes
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(passes, "run", lambda kernel, grid, *given, **constants: grids.append(grid))
+    whole, parts = (torch.empty(*shape, device="meta") for shape in ((1, 1 << 17, 32, 128), (3, 1, 1 << 17, 32, 128)))
+    passes.add_up(whole, parts, add=True)
+    passes.add_rows(whole, whole, whole, add=False)
+    passes.add_rows(whole[:, :, :16], whole[:, :, :16], whole[:, :, :16], add=True)
+    passes.row_products(whole, whole)
+    assert len(grids) == 4
+    for grid in grids:
+        assert 1 << 12 <= grid[0] < 1 << 31 and all(size <= 65535 for size in grid[1:])
+
+
+def test_a_sum_in_16_bits_is_rounded_once() -> None:
+    from sparsering.kernels import passes
+
+    generator = torch.Generator().manual_seed(0)
+    prior = torch.randn(1, 40, 4, 16, generator=generator).half()
+    part = torch.randn(1, 40, 4, 16, generator=generator) * 1e-3
+    right = (prior.float() + part).half()
+    for heads in (slice(None), slice(1, 3)):  # in one piece, and not
+        target = prior.clone()[:, :, heads]
+        passes.add_rows(part[:, :, heads], target, target, add=True)
+        assert torch.equal(target, right[:, :, heads])
+    assert not torch.equal(right, prior + part.half())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_row_products(backend: str, dtype: torch.dtype) -> None:

@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
+from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layouts import build
 from sparsering.planner.memory import layer_memory
+from sparsering.planner.pairs import Pairs
 from sparsering.planner.placement import striped
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule import DIRECTIONS
@@ -87,3 +91,26 @@ def test_what_gpus_needed_is_what_the_plan_says(backend: str, layout: str) -> No
     assert measured == pytest.approx([predicted] * 2, rel=0.1)
     as_triton = max(layer_memory(plan.schedule(way), shape).total_bytes for way in DIRECTIONS)
     assert (predicted > 1.25 * as_triton) == (backend == "flash4")
+
+
+def test_the_rank_that_launches_most_is_counted() -> None:
+    """Of contiguous stretches under causality the last rank reads all others' keys, and the first none."""
+    shape = AttentionShape(world_size=8, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
+    causal = Pairs.of(np.tril(np.ones((8, 8), dtype=bool)))
+    every, reduced = (
+        layer_memory(build("gather", {"chunks": 1}, shape=shape, direction="backward", pairs=pairs), shape,
+                     backend="flash4").workspace_bytes
+        for pairs in (None, causal)
+    )  # fmt: skip
+    assert reduced == every
+
+
+def test_rounded_gradients_are_counted() -> None:
+    shape = AttentionShape(world_size=4, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
+    wide, narrow = (
+        layer_memory(
+            build("two_level", {"inner_size": 2, "narrow_grads": value}, shape=shape, direction="backward"), shape
+        )
+        for value in (0, 1)
+    )
+    assert narrow.total_bytes - wide.total_bytes == shape.kv_bytes

@@ -163,6 +163,7 @@ def test_check_refuses_a_plan_whose_schedule_changed(planned: tuple[Path, dict[s
         (("--layout", "spiral"), "layout: 'spiral' is not one of"),
         (("--placement", "random"), "placement: 'random' is not one of"),
         (("--layout", "ulysses"), "layout, placement: nothing is left to choose from: ulysses does not apply"),
+        (("--narrow-gradients",), "narrow_gradients: nothing crosses nodes: local-cpu-4 has one"),
         (("--pattern", "guess"), "pattern: 'guess' is neither 'trace' nor 'choose'"),
         (("--pattern", "choose"), "pattern: a synthetic trace was not chosen by a selector"),
     ],
@@ -171,6 +172,14 @@ def test_refusals_are_one_line(trace: Trace, tmp_path: Path, options: tuple[str,
     path = tmp_path / "plan.json"
     assert named in refusal(plan(trace, "-o", str(path), *options))
     assert not path.exists()
+
+
+def test_two_levels_within_a_node_where_asked_for(trace: Trace, tmp_path: Path):
+    path = tmp_path / "plan.json"
+    result = plan(trace, "-o", str(path), "--layout", "two_level", "--json")
+    assert result.exit_code == 0, result.output
+    made = load_plan(path)
+    assert (made.forward.layout, made.backward.layout) == ("two_level", "two_level")
 
 
 def test_unknown_clusters_and_traces_are_refused(trace: Trace, tmp_path: Path):
