@@ -40,14 +40,18 @@ def lower_bound(
     direction: Direction,
     pairs: Pairs | None = None,
     keep_kv: bool = False,
+    narrow_gradients: bool = False,
 ) -> Bound:
     """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
     pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
+    narrow_gradients: dK/dV may travel in the inputs' type.
     """
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=communication_bound_us(cluster, shape, direction, pairs, keep_kv=keep_kv),
+        communication_us=communication_bound_us(
+            cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients
+        ),
     )
 
 
@@ -59,6 +63,7 @@ def step_bound_us(
     shape: AttentionShape,
     pairs: Pairs | None = None,
     keep_kv: bool = False,
+    narrow_gradients: bool = False,
 ) -> float:
     """Return the bound of forward + backward of one layer."""
     bounds = [
@@ -70,6 +75,7 @@ def step_bound_us(
             direction=direction,
             pairs=pairs,
             keep_kv=keep_kv,
+            narrow_gradients=narrow_gradients,
         )
         for direction in DIRECTIONS
     ]
@@ -112,16 +118,19 @@ def communication_bound_us(
     pairs: Pairs | None = None,
     *,
     keep_kv: bool = False,
+    narrow_gradients: bool = False,
 ) -> float:
     """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
     Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
     gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
     its ranks need, those of other nodes enter. Columns are left out. keep_kv: backward moves no K/V.
+    narrow_gradients: dK/dV as small as K/V, if only between nodes.
     """
     shard_bytes = shape.kv_bytes
     if direction == "backward":
-        shard_bytes = shape.dkv_bytes + (0 if keep_kv else shape.kv_bytes)
+        shard_bytes = shape.kv_bytes if narrow_gradients else shape.dkv_bytes
+        shard_bytes += 0 if keep_kv else shape.kv_bytes
     needed = (pairs or Pairs.all_of(shape.world_size)).matrix
     foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us

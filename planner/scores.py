@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..traces.errors import UnsupportedError
 from .bounds import step_bound_us
-from .candidates import KEEPING, LayoutChoice, PlacementChoice, why_not_executable
+from .candidates import KEEPING, LayoutChoice, PlacementChoice, layout_choices, why_not_executable
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
@@ -216,14 +216,11 @@ class ScoreBoard:
 
     def may_keep(self, choice: PlacementChoice) -> bool:
         """Whether the memory limit allows to keep all gathered K/V of every layer until backward."""
-        schedule = self.schedule(choice, KEEPING, "backward")
-        memory = layer_memory(
-            schedule,
-            self.problem.shape(self.placement(choice)),
-            layers=self.problem.model.layers,
-            backend=self.problem.backend,
-        )
-        return memory.total_bytes <= self.problem.memory_limit_bytes
+        problem, shape = self.problem, self.problem.shape(self.placement(choice))
+        two_levels = layout_choices(cluster=problem.cluster, names=["two_level"]) if problem.cluster.nodes > 1 else []
+        schedules = [self.schedule(choice, layout, "backward") for layout in (KEEPING, *two_levels)]
+        memories = [layer_memory(one, shape, layers=problem.model.layers, backend=problem.backend) for one in schedules]
+        return min(memory.total_bytes for memory in memories) <= problem.memory_limit_bytes
 
     def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
         """Whether the layout can be built for these sizes at all."""
@@ -274,6 +271,7 @@ class ScoreBoard:
                     shape=problem.shape(placement),
                     pairs=self.pairs(choice),
                     keep_kv=self.may_keep(choice),
+                    narrow_gradients=problem.narrow_gradients,
                 )
                 for choice, placement in self._placements.items()
             ]

@@ -205,6 +205,8 @@ def test_bounds_by_hand():
     assert communication_bound_us(cluster, shape, "forward") == max(4 * 200 / 1000, 7 * 200 / 1500)
     assert communication_bound_us(cluster, shape, "backward") == max(4 * 600 / 1000, 7 * 600 / 1500)
     assert communication_bound_us(cluster, shape, "backward", keep_kv=True) == max(4 * 400 / 1000, 7 * 400 / 1500)
+    narrow = communication_bound_us(cluster, shape, "backward", keep_kv=True, narrow_gradients=True)
+    assert narrow == max(4 * 200 / 1000, 7 * 200 / 1500)
     one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
     assert communication_bound_us(one_node, shape, "forward") == 7 * 200 / 1000
     given_problem = problem(kind="dense", gpus=4, blocks=16)
