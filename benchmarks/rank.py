@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -39,13 +40,13 @@ TOP_KERNELS = 16
 def main() -> None:
     """Measure every rank asked for, of every plan."""
     arguments = _parser().parse_args()
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29411",
-    }
+    if not torch.cuda.is_available():
+        raise SystemExit("rank: needs a GPU")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= alone
     mesh = join(timeout_s=60)
     try:
         rows = [row for family in arguments.family for row in _measure_family(arguments, mesh, family)]

@@ -310,6 +310,7 @@ class _FullAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
     ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse), and keep what backward reads."""
         positions = torch.arange(q.shape[1], device=q.device)
         index = block_index(mask, positions, positions, backend=backend)
         columns = None
@@ -325,6 +326,7 @@ class _FullAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dq, dk, dv and nothing for the rest. Columns are gathered again."""
         q, k, v, out, lse = ctx.saved_tensors
         mask, scale, backend, positions, index, of_columns = ctx.given
         grad_out, dtype = grads[0], accumulator_dtype(q.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launching, triton_backend
+from . import launching
 from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
 from .column_index import ColumnTask, column_task
@@ -27,6 +27,7 @@ from .mask import AttentionMask
 from .merge import accumulator_dtype
 from .partials import QueryGradient, check_partial
 from .passes import add_rows, add_up, row_products
+from .triton_backend import column_backward, column_forward
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -83,27 +84,13 @@ def block_forward(
     if into is not None:
         check_partial(*into, q)
     if columns is not None:
-        into = triton_backend.column_forward(q, *columns, scale=scale, into=into)
+        into = column_forward(q, *columns, scale=scale, into=into)
     if into is None:
         return _written(q, k, v, index, scale)
     valid = index.task.q_valid_tokens
     part = _empty(q, valid)
     attend(q, k, v, index, scale, *part)
     return merge_part(part, into, tokens=q.shape[1], out_dtype=wanted)
-
-
-def column_forward(
-    q: Tensor,
-    column_k: Tensor,
-    column_v: Tensor,
-    index: ColumnTask,
-    *,
-    scale: float,
-    into: Partial | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Partial:
-    """See api.column_forward: the Triton backend's."""
-    return triton_backend.column_forward(q, column_k, column_v, index, scale=scale, into=into, out_dtype=out_dtype)
 
 
 def block_backward(
@@ -140,40 +127,6 @@ def block_backward(
     for part in gradient_parts(inputs, index, scale):
         part.add_query_to(of_query)
         part.add_keys_to(grad_k, grad_v, add=add_kv or shared)
-
-
-def column_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    column_k: Tensor,
-    column_v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    index: ColumnTask,
-    *,
-    scale: float,
-    grad_q: Tensor,
-    grad_column_k: Tensor,
-    grad_column_v: Tensor,
-    add_q: bool = True,
-    final_q: Tensor | None = None,
-) -> None:
-    """See api.column_backward: the Triton backend's."""
-    triton_backend.column_backward(
-        grad_out,
-        q,
-        column_k,
-        column_v,
-        lse,
-        delta,
-        index,
-        scale=scale,
-        grad_q=grad_q,
-        grad_column_k=grad_column_k,
-        grad_column_v=grad_column_v,
-        add_q=add_q,
-        final_q=final_q,
-    )
 
 
 def full_gradients(

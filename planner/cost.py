@@ -42,10 +42,10 @@ class DatasheetCost:
     Waves: programs take the longest rows first. Rows on P resident programs end no sooner than total / P, and no
     sooner than the longest row. Forward and dQ have a program per query row. In a joined launch a row is as long as
     its parts together: tile pairs add up; the longest row is taken to be the sum of the parts' longest, which is the
-    most it can be, and rows with work to be those of the part that has most, which is the least. So joining tasks is
-    never dearer than launching them one by one. dK/dV have a program per key row, and keys of different shards are
-    different rows: their numbers add up, and the longest is the longest of any part. Programs for dK/dV walk all query
-    heads of a K/V head; a row is a head's all the same, since kernels split the longest of them by heads.
+    most it can be, and rows with work to be those of the part that has most, which is the least. So joining tasks that
+    have work is never dearer than launching them one by one. dK/dV have a program per key row, and keys of different
+    shards are different rows: their numbers add up, and the longest is the longest of any part. Programs for dK/dV walk
+    all query heads of a K/V head; a row is a head's all the same, since kernels split the longest of them by heads.
 
     Kernels: one in forward; in backward one for dQ, one for dK/dV of keys and one for those of columns, by the shares
     of their matrix products. one_pass_backward: one kernel over query rows for all gradients, as MTraining's.

@@ -218,6 +218,7 @@ class Route:
         self, shard: int, source: int, destination: int, sequence: int, source_buffer: str, buffer: str,
         accumulate_into: str | None = None,
     ) -> Transfer:  # fmt: skip
+        """Return the transfer of a shard from rank to rank."""
         return Transfer(
             kind=self.kind,
             shard=ShardId(sequence_part=shard),

@@ -130,6 +130,7 @@ class _Gather:
         return f"landing:{place}"
 
     def draft(self, rank: int, parts: Draft) -> None:
+        """Drop a rank's transfers and tasks into their phases."""
         backward = self.direction == "backward"
         begins = 1 if self.fetches else 0  # the phase of the first chunk
         for chunk, piece in enumerate(self.pieces, start=1):

@@ -99,6 +99,7 @@ class _TwoLevel:
         return buffers
 
     def draft(self, rank: int, parts: Draft) -> None:
+        """Drop a rank's transfers and tasks into their phases."""
         node, place = divmod(rank, self.inner)
         if self.direction == "forward":
             self._draft_forward(parts, node, place)

@@ -179,6 +179,7 @@ class _RingFunction(torch.autograd.Function):
         mask: AttentionMask | Chooser,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        """Play the plan's forward, or take its results where a checkpointed layer kept them."""
         q, kv = q.contiguous(), (k.contiguous(), v.contiguous())
         kept = current_kept()
         if kept is not None and kept.replaying:
@@ -217,6 +218,7 @@ class _RingFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Play the plan's backward: dq, dk, dv, and nothing for the rest."""
         q, k, v, out, lse, gathered, kept_kv = ctx.saved_tensors
         planned, indexes, scale = ctx.given
         dtype = accumulator_dtype(q.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,9 @@ def events(timeline: Timeline | None) -> list[tuple[float, float, int, str, str]
     return [(span.start_us, span.end_us, span.rank, span.stream, span.name) for span in timeline.spans]
 
 
-def play(
-    schedule: Schedule, *, placement: str = "contiguous", cost: tiny.PairCost = COST, **cluster: float
-) -> Timeline:
+def play(schedule: Schedule, *, placement: str = "contiguous", cost: tiny.PairCost = COST, **cluster: Any) -> Timeline:
     workload = tiny.dense_workload(schedule.world_size, placement)
-    result = simulate(schedule, workload, tiny.cluster(**cluster), cost, timeline=True)  # type: ignore[arg-type]
+    result = simulate(schedule, workload, tiny.cluster(**cluster), cost, timeline=True)
     assert result.timeline is not None
     return result.timeline
 
