@@ -270,7 +270,7 @@ def gather_column_pair(k: Tensor, v: Tensor, mask: AttentionMask, k_positions: T
     """
     found = _backend(index.backend)
     if hasattr(found, "gather_columns"):
-        return torch.stack(found.gather_columns(k, v, index.data))
+        return found.gather_columns(k, v, index.data)
     return torch.stack([gather_columns(x, mask, k_positions) for x in (k, v)])
 
 

@@ -67,19 +67,19 @@ def scatter_kernel(part_k, part_v, grad_k, grad_v, columns, row_blocks, dk_b, dk
             tl.store(v_row, (tl.load(v_row) + tl.load(part_v + at)).to(grad_v.dtype.element_ty))
 
 
-def gather(k: Tensor, v: Tensor, index: ColumnTask) -> tuple[Tensor, Tensor]:
-    """(column_k, column_v) [B, H, C, D] of the shard k, v [B, S, H_kv, D] that the index's queries belong to."""
+def gather(k: Tensor, v: Tensor, index: ColumnTask) -> Tensor:
+    """[2, B, H, C, D]: columns of the shard k, v [B, S, H_kv, D] that the index's queries belong to; zero elsewhere."""
     batch, tokens, kv_heads, dim = k.shape
     heads, capacity = index.columns.shape
     _check(tokens, heads, kv_heads, index)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    column_k, column_v = torch.empty(2, batch, heads, capacity, dim, dtype=k.dtype, device=k.device)
+    columns = torch.empty(2, batch, heads, capacity, dim, dtype=k.dtype, device=k.device)
     run(
         gather_kernel, (triton.cdiv(capacity, _SLOTS), heads, batch),
-        k, v, column_k, column_v, index.columns, index.q_side.tile_of_block(index.mask.blocks), *k.stride()[:3],
+        k, v, columns[0], columns[1], index.columns, index.q_side.tile_of_block(index.mask.blocks), *k.stride()[:3],
         *v.stride()[:3], heads, capacity, index.mask.seq_len_tokens, GROUP=heads // kv_heads,
         BLOCK=index.mask.block_size, D=dim, SIZE=_SLOTS)
-    return column_k, column_v
+    return columns
 
 
 def scatter(part_k: Tensor, part_v: Tensor, index: ColumnTask, *, grad_k: Tensor, grad_v: Tensor) -> None:

@@ -22,19 +22,31 @@ _CHUNK = 1024
 class ColumnTask:
     """The index of one query shard's column part, on the mask's device.
 
-    usable int64 [H, T, ceil(C / 64)] and limits int32 [H, T, 3]: see columns.usable_kernel. What backward alone needs
-    is made when it asks.
+    Gathering columns needs no more than the fields. What attention needs is made when it asks: columns are gathered
+    before a layer's first kernel, which should not wait for the host.
     """
 
     mask: AttentionMask
     q_side: Side
     q_valid_tokens: int
     columns: Tensor
-    usable: Tensor
-    limits: Tensor
     order: Tensor
     q_documents: Tensor | None
     column_documents: Tensor | None
+
+    @property
+    def usable(self) -> Tensor:
+        """int64 [H, T, ceil(C / 64)]: see columns.usable_kernel."""
+        return self._bits[0]
+
+    @property
+    def limits(self) -> Tensor:
+        """int32 [H, T, 3]: see columns.usable_kernel."""
+        return self._bits[1]
+
+    @cached_property
+    def _bits(self) -> tuple[Tensor, Tensor]:
+        return _usable_bits(self.mask, self.columns, self.q_side.device_blocks)
 
     @cached_property
     def first_tile(self) -> Tensor:
@@ -67,21 +79,33 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
         raise ValueError("mask.columns: None, so there is no column part")
     q_side = side_of(q_positions, mask.block_size, mask.active.device, name="q_positions")
     columns = mask.columns.contiguous()
-    blocks = q_side.device_blocks
-    tiles, (heads, capacity) = len(blocks), columns.shape
+    q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
+    return ColumnTask(
+        mask=mask,
+        q_side=q_side,
+        q_valid_tokens=q_side.valid_tokens(mask),
+        columns=columns,
+        order=q_side.order(falling=True),
+        q_documents=q_documents,
+        column_documents=column_documents,
+    )
+
+
+def _usable_bits(mask: AttentionMask, columns: Tensor, q_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(usable, limits) of columns [H, C] for the mask blocks int32 [T] of query tiles. Does not wait."""
+    tiles, (heads, capacity) = len(q_blocks), columns.shape
     words = -(-capacity // COLUMN_TILE)
     # Kernels read one word ahead.
     usable = torch.empty(heads * tiles * words + 1, dtype=torch.int64, device=columns.device)
     usable = usable[:-1].view(heads, tiles, words)
     limits = torch.empty(heads, tiles, 3, dtype=torch.int32, device=columns.device)
-    chunk = min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE))
     if tiles and capacity:
         run(
             usable_kernel,
             (tiles, heads),
             columns,
             mask.active.contiguous().view(torch.uint8),
-            blocks,
+            q_blocks,
             usable,
             limits,
             tiles,
@@ -91,20 +115,9 @@ def column_task(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
             mask.blocks,
             BLOCK=mask.block_size,
             TOEPLITZ=mask.is_toeplitz,
-            CHUNK=chunk,
+            CHUNK=min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE)),
         )
-    q_documents, column_documents = (_documents(mask, x) for x in (q_positions.to(columns.device), columns))
-    return ColumnTask(
-        mask=mask,
-        q_side=q_side,
-        q_valid_tokens=q_side.valid_tokens(mask),
-        columns=columns,
-        usable=usable,
-        limits=limits,
-        order=q_side.order(falling=True),
-        q_documents=q_documents,
-        column_documents=column_documents,
-    )
+    return usable, limits
 
 
 def _documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:

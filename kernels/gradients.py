@@ -217,7 +217,9 @@ def grad_columns(grad_out: Tensor, q: Tensor, columns: Columns, row_values: Tens
     batch, heads, capacity, dim = column_k.shape
     chunks = -(-len(index.q_side.blocks) // COLUMN_CHUNK_TILES)
     column_tiles = -(-capacity // launch.n)
-    first_tile = index.first_tile.repeat_interleave(COLUMN_TILE // launch.n, 1)[:, :column_tiles].contiguous()
+    first_tile = index.first_tile
+    if launch.n != COLUMN_TILE:
+        first_tile = first_tile.repeat_interleave(COLUMN_TILE // launch.n, 1)[:, :column_tiles].contiguous()
     parts = torch.empty(2, chunks * batch * heads, capacity, dim, dtype=accumulator_dtype(q.dtype), device=q.device)
     arguments = launching.column_arguments(column_k, column_v, index, launch)
     del arguments["COLUMNS"]

@@ -119,14 +119,17 @@ class Side:
         return int((self.blocks < mask.blocks).sum()) if self.ascending else len(self.blocks)
 
     def valid_tokens(self, mask: AttentionMask) -> int:
-        """Tokens before the padding."""
+        """Tokens before the padding; counted once for a length."""
         if not self.ascending:
             return self.tokens
-        b = mask.block_size
-        sizes = np.full(len(self.blocks), b)
-        if len(sizes):
-            sizes[-1] = self.last_block_tokens
-        return int(np.clip(mask.seq_len_tokens - self.blocks * b, 0, sizes).sum())
+        known = self.__dict__.setdefault("_valid_tokens", {})
+        key = mask.seq_len_tokens, mask.block_size
+        if key not in known:
+            sizes = np.full(len(self.blocks), mask.block_size)
+            if len(sizes):
+                sizes[-1] = self.last_block_tokens
+            known[key] = int(np.clip(mask.seq_len_tokens - self.blocks * mask.block_size, 0, sizes).sum())
+        return known[key]
 
 
 _SIDES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -232,21 +235,20 @@ def _lists(
     if residues is not None:
         return _toeplitz_lists(mask, rows, others, residues, transposed=transposed)
     tables = rows.periodic_tables(others, mask.blocks, transposed=transposed) if mask.is_toeplitz else None
-    lists = None if tables is None else periodic_lists(mask, tables, transposed=transposed)
-    if lists is None:
-        sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
-        starts, counts, entries = csr_lists(mask, *sides, transposed=transposed)
-        base, sign = torch.zeros_like(counts[:1]), 1
-    else:
-        starts, counts, base, entries, sign = lists
+    if tables is not None:
+        given = mask.active, tables, rows.device_blocks, rows.own_tiles(others)
+        fields, entries = periodic_lists(*given, transposed=transposed)
+        return TileLists(rows=fields, entries=entries, order=rows.order(falling=not transposed), sign=1)
+    sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
+    starts, counts, entries = csr_lists(mask, *sides, transposed=transposed)
     diagonal = _diagonal_tiles(mask, rows, others)
     if mask.is_toeplitz:
         order = rows.order(falling=not transposed)
     else:
         work = counts.sum(0) + (diagonal >= 0).sum(0)
         order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
-    fields = torch.stack([starts, counts, base.expand_as(counts), diagonal], dim=-1).to(torch.int32)
-    return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=sign)
+    fields = torch.stack([starts, counts, torch.zeros_like(counts), diagonal], dim=-1).to(torch.int32)
+    return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=1)
 
 
 def _toeplitz_lists(

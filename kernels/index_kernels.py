@@ -1,8 +1,10 @@
-"""Two small kernels that build a Toeplitz index in place of some fifty tensor operations: launches cost more than work.
+"""Small kernels that build a Toeplitz index in place of some fifty tensor operations: launches cost more than work.
 
-Forward, a row is query block I and visits key tiles u = (I - first - d) / stride = m - entry; transposed, it is key
-block J and visits query tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder and quotient of
-the row's distance from the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
+residue_kernel and rows_kernel, where the other side's blocks are an arithmetic progression: forward, a row is query
+block I and visits key tiles u = (I - first - d) / stride = m - entry; transposed, it is key block J and visits query
+tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder and quotient of the row's distance from
+the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
+periodic_kernel and periodic_rows_kernel, where they are periodic: see index_periodic.py.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
@@ -77,6 +79,52 @@ def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others
     tl.store(pointers + 3, tl.where(has_own & diagonal_active, own, -1), mask=rows < tiles)
 
 
+@triton.jit(do_not_specialize=["classes", "blocks"])
+def periodic_kernel(active, constant, present, entries, before, classes, blocks, CHUNK: tl.constexpr):
+    """Constants of the active diagonals of each (head, class) in order, and how many lie below d = 0 .. N. Grid (H, C).
+
+    constant int32 [C, N], present [C, N]: see PeriodicTables. Lists are blocks + 1 apart.
+    """
+    head, row_class = tl.program_id(0), tl.program_id(1)
+    line = (head * classes + row_class) * (blocks + 1)
+    tl.store(before + line, 0)
+    carry = 0
+    for start in range(0, blocks, CHUNK):
+        diagonal = start + tl.arange(0, CHUNK)
+        inside = diagonal < blocks
+        here = tl.load(present + row_class * blocks + diagonal, mask=inside, other=0) != 0
+        on = (here & (tl.load(active + head * blocks + diagonal, mask=inside, other=0) != 0)).to(tl.int32)
+        up_to = carry + tl.cumsum(on, 0)
+        value = tl.load(constant + row_class * blocks + diagonal, mask=inside, other=0)
+        tl.store(before + line + 1 + diagonal, up_to, mask=inside)
+        tl.store(entries + line + up_to - 1, value, mask=on != 0)
+        carry += tl.sum(on, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "classes", "blocks"])
+def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_tiles, fields, tiles, classes, blocks,
+                         TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H)."""
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    inside = rows < tiles
+    block = tl.load(row_blocks + rows, mask=inside, other=blocks)
+    valid = block < blocks
+    if TRANSPOSED:
+        reach = blocks - block
+    else:
+        reach = block + 1
+    reach = tl.where(valid, reach, 0)  # so many diagonals stay in the sequence
+    line = (head * classes + tl.load(row_class + rows, mask=inside, other=0)) * (blocks + 1)
+    own = tl.load(own_tiles + rows, mask=inside, other=-1).to(tl.int32)
+    diagonal_active = tl.load(active + head * blocks) != 0
+    pointers = fields + (head * tiles + rows) * 4
+    tl.store(pointers, line, mask=inside)
+    tl.store(pointers + 1, tl.load(before + line + reach, mask=inside, other=0), mask=inside)
+    tl.store(pointers + 2, tl.load(row_base + rows, mask=inside, other=0), mask=inside)
+    tl.store(pointers + 3, tl.where(valid & diagonal_active, own, -1), mask=inside)
+
+
 def residue_lists(active: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """(entries, before) int32 [H * stride * (length + 1)] of active [H, N], length = ceil(N / stride)."""
     heads, blocks = active.shape
@@ -98,4 +146,28 @@ def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: in
             rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
             active.contiguous().view(torch.uint8), row_blocks, before, fields, tiles, stride, first, others,
             -(-blocks // stride), blocks, TRANSPOSED=transposed, SIZE=_ROWS)
+    return fields
+
+
+def periodic_entries(active: Tensor, constant: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """(entries, before) int32 [H * C * (N + 1)] of active [H, N]: see periodic_kernel."""
+    (heads, blocks), classes = active.shape, constant.shape[0]
+    entries, before = torch.empty(2, heads * classes * (blocks + 1), dtype=torch.int32, device=active.device)
+    run(
+        periodic_kernel, (heads, classes),
+        active.contiguous().view(torch.uint8), constant, present.view(torch.uint8), entries, before, classes, blocks,
+        CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
+    return entries, before
+
+
+def periodic_fields(active: Tensor, before: Tensor, row_blocks: Tensor, row_class: Tensor, row_base: Tensor,
+                    own_tiles: Tensor, *, transposed: bool) -> Tensor:
+    """int32 [H, T, 4]: see periodic_rows_kernel. row_blocks, row_class, row_base int32 [T], own_tiles int64 [T]."""
+    (heads, blocks), tiles = active.shape, row_blocks.shape[0]
+    fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
+    classes = before.shape[0] // (heads * (blocks + 1))
+    run(
+        periodic_rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
+        active.contiguous().view(torch.uint8), before, row_blocks, row_class, row_base, own_tiles, fields, tiles,
+        classes, blocks, TRANSPOSED=transposed, SIZE=_ROWS)
     return fields

@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .mask import AttentionMask
-
-Lists = tuple[Tensor, Tensor, Tensor, Tensor, int]
+from .index_kernels import periodic_entries, periodic_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +23,13 @@ class PeriodicTables:
     """What does not depend on the mask. C classes: the distinct residues of the rows' blocks; N blocks.
 
     constant int32 [C, N]: tile - step * a of the block that diagonal d leads to; present bool [C, N]: whether it is
-    here; row_class, base, rows int64 [T]: each row's class, step * a, and block.
+    here, d = 0 excepted; row_class, base int32 [T]: each row's class, and step * a.
     """
 
     constant: Tensor
     present: Tensor
     row_class: Tensor
     base: Tensor
-    rows: Tensor
 
 
 def periodic_tables(
@@ -55,28 +52,23 @@ def periodic_tables(
     return PeriodicTables(
         constant=torch.from_numpy(constant.astype(np.int32)).to(device),
         present=torch.from_numpy(present).to(device),
-        row_class=torch.from_numpy(row_class.reshape(-1)).to(device),
-        base=torch.from_numpy(step * (rows // period)).to(device),
-        rows=torch.from_numpy(rows).to(device),
+        row_class=torch.from_numpy(row_class.reshape(-1).astype(np.int32)).to(device),
+        base=torch.from_numpy((step * (rows // period)).astype(np.int32)).to(device),
     )
 
 
-def periodic_lists(mask: AttentionMask, tables: PeriodicTables, *, transposed: bool) -> Lists:
-    """Starts [H, T], counts [H, T], base [1, T], entries and sign, as `index._lists` wants them. Does not wait."""
-    device, heads, blocks = mask.active.device, mask.heads, mask.blocks
-    taken = mask.active[:, None, :] & tables.present[None]
-    classes = taken.shape[1]
-    before = torch.zeros(heads, classes, blocks + 1, dtype=torch.int64, device=device)
-    torch.cumsum(taken, dim=-1, out=before[:, :, 1:])
-    slot = torch.where(taken, before[:, :, :-1], blocks)  # the last slot takes what is not active
-    entries = torch.zeros(heads, classes, blocks + 1, dtype=torch.int32, device=device)
-    entries.scatter_(2, slot, tables.constant.expand_as(slot))
-    reach = blocks - tables.rows if transposed else tables.rows + 1  # so many diagonals stay in the sequence
-    reach = torch.where(tables.rows < blocks, reach, 0)
-    counts = before[:, tables.row_class, reach]
-    head = torch.arange(heads, device=device)[:, None]
-    starts = (head * classes + tables.row_class) * (blocks + 1)
-    return starts, counts, tables.base[None, :], entries.flatten(), 1
+def periodic_lists(
+    active: Tensor, tables: PeriodicTables, row_blocks: Tensor, own_tiles: Tensor, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """(rows [H, T, 4], entries) of `index.TileLists` for active [H, N], to be added to the base. Does not wait.
+
+    row_blocks int32 [T]: the rows' mask blocks; own_tiles int64 [T]: the other side's tile of each, or -1.
+    """
+    entries, before = periodic_entries(active, tables.constant, tables.present)
+    fields = periodic_fields(
+        active, before, row_blocks, tables.row_class, tables.base, own_tiles, transposed=transposed
+    )
+    return fields, entries
 
 
 def _period(others: np.ndarray, blocks: int) -> tuple[int, int, np.ndarray] | None:

@@ -170,7 +170,8 @@ def query_task(index: BlockTask | None, columns: Columns | None) -> Task:
     """The index that knows the queries; ValueError when the two were built for different ones."""
     if columns is not None:
         check_columns(columns[0], columns[2])
-        if index is not None and not np.array_equal(index.q_side.blocks, columns[2].q_side.blocks):
+        other = columns[2].q_side
+        if index is not None and index.q_side is not other and not np.array_equal(index.q_side.blocks, other.blocks):
             raise ValueError("columns: their index was built for other queries than the block index")
     task = index if index is not None else columns[2] if columns else None
     assert task is not None

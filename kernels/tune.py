@@ -111,7 +111,8 @@ class Work:
         assert mask.columns is not None
         positions = torch.arange(tokens, device="cuda")
         self.index, of_columns = backend.block_index(mask, positions, positions), backend.column_index(mask, positions)
-        self.columns = *backend.gather_columns(self.k, self.v, of_columns), of_columns
+        column_k, column_v = backend.gather_columns(self.k, self.v, of_columns)
+        self.columns = column_k, column_v, of_columns
         self.scale = shape.head_dim**-0.5
         out, lse = backend.block_forward(self.q, self.k, self.v, self.index, scale=self.scale, out_dtype=shape.dtype)
         delta = (self.grad_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
