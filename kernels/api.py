@@ -158,10 +158,12 @@ def block_backward(
 
     lse and delta [B, H, S_q] are those of the whole (merged) attention; delta = rowsum(grad_out * out). columns: the
     column part of the same queries too, its gradients added into grad_columns (two tensors [B, H, C, D]).
-    add_q, add_kv: False where the accumulators hold nothing yet: they are overwritten. final_q: [B, S_q, H, D] in q's
-    dtype and grad_q's strides, where the task is the last one: the total is written there, and grad_q means no more.
+    add_q, add_kv: False where the accumulators hold nothing yet: they are overwritten, and then grad_k and grad_v may
+    have q's dtype, to which the task's sums are rounded once. final_q: [B, S_q, H, D] in q's dtype and grad_q's
+    strides, where the task is the last one: the total is written there, and grad_q means no more.
     """
     _check_qkv(q, k, v)
+    _check_key_gradients(q, grad_k, grad_v, add=add_kv)
     found, data = _backend(backend), _data(index, backend)
     inputs = grad_out, q, k, v, lse, delta, data
     into: dict[str, Any] = {"scale": scale, "grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
@@ -178,9 +180,13 @@ def block_backward(
     if backend in WRITING_BACKENDS:
         found.block_backward(*inputs, **into, add_q=add_q, add_kv=add_kv, final_q=final_q)
         return
-    for grad in ([] if add_q else [grad_q]) + ([] if add_kv else [grad_k, grad_v]):
+    rounded = {} if grad_k.dtype == grad_q.dtype else {"grad_k": grad_k, "grad_v": grad_v}
+    into |= {name: torch.empty_like(grad, dtype=grad_q.dtype) for name, grad in rounded.items()}
+    for grad in ([] if add_q else [grad_q]) + ([] if add_kv else [into["grad_k"], into["grad_v"]]):
         grad.zero_()
     found.block_backward(*inputs, **into)
+    for name, grad in rounded.items():
+        grad.copy_(into[name])
     if final_q is not None:
         final_q.copy_(grad_q)
 
@@ -368,6 +374,14 @@ def _data(index: BlockIndex | ColumnIndex, backend: str) -> Any:
     if index.backend != backend:
         raise ValueError(f"index: built for backend {index.backend!r}, used with {backend!r}")
     return index.data
+
+
+def _check_key_gradients(q: Tensor, grad_k: Tensor, grad_v: Tensor, *, add: bool) -> None:
+    for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
+        if add and grad.dtype != accumulator_dtype(q.dtype):
+            raise ValueError(f"{name}: sums go on in {accumulator_dtype(q.dtype)}, not {grad.dtype}")
+        if grad.dtype != grad_k.dtype or grad.dtype not in (accumulator_dtype(q.dtype), q.dtype):
+            raise ValueError(f"{name}: dtype {grad.dtype} is neither {accumulator_dtype(q.dtype)} nor q's {q.dtype}")
 
 
 def _check_positions(name: str, positions: Tensor) -> None:

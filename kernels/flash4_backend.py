@@ -124,9 +124,18 @@ def block_backward(
     of_query.finish_rows(index.task.q_valid_tokens if groups else 0)
     out = torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
     inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=out, lse=lse, grad_lse=-delta)
+    rounded = grad_k.dtype == q.dtype
+    if rounded and not shared:  # written where it belongs
+        for part in gradient_parts(inputs, index, scale, {"dk": grad_k, "dv": grad_v}):
+            part.add_query_to(of_query)
+        return
+    wide = [torch.zeros_like(x, dtype=grad_q.dtype) for x in (grad_k, grad_v)] if rounded else [grad_k, grad_v]
     for part in gradient_parts(inputs, index, scale):
         part.add_query_to(of_query)
-        part.add_keys_to(grad_k, grad_v, add=add_kv or shared)
+        part.add_keys_to(*wide, add=add_kv or shared)
+    if rounded:
+        grad_k.copy_(wide[0])
+        grad_v.copy_(wide[1])
 
 
 def full_gradients(
@@ -170,7 +179,7 @@ def _whole_gradients(inputs: Inputs, index: Flash4Task, scale: float) -> tuple[T
     q_end, k_end = (index.task.q_valid_tokens, index.task.k_valid_tokens) if groups else (0, 0)
     for grad, end in ((grad_q, q_end), (grad_k, k_end), (grad_v, k_end)):
         grad[:, end:] = 0
-    for _ in gradient_parts(inputs, index, scale, (grad_q, grad_k, grad_v)):
+    for _ in gradient_parts(inputs, index, scale, {"dq": grad_q, "dk": grad_k, "dv": grad_v}):
         pass
     return grad_q, grad_k, grad_v
 

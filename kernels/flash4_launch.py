@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -110,18 +110,19 @@ def _launch_forward(
 
 
 def gradient_parts(
-    inputs: Inputs, index: Flash4Task, scale: float, grads: tuple[Tensor, Tensor, Tensor] | None = None
+    inputs: Inputs, index: Flash4Task, scale: float, grads: Mapping[str, Tensor] | None = None
 ) -> Iterator[Part]:
-    """Launch the backward by groups of heads, each when its turn comes; it writes into grads where they are given."""
+    """Launch the backward by groups of heads, each when its turn comes.
+
+    grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made.
+    """
     interface, _ = wheels()
     q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
         heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
         queries, keys = (slice(None), slice(q_end), heads), (slice(None), slice(k_end), kv_heads)
         lines = (slice(None), heads, slice(q_end))
-        given = {}
-        if grads is not None:
-            given = {"dq": grads[0][queries], "dk": grads[1][keys], "dv": grads[2][keys]}
+        given = {name: grad[queries if name == "dq" else keys] for name, grad in (grads or {}).items()}
         grad_q, grad_k, grad_v = interface._flash_attn_bwd(
             inputs.q[queries],
             inputs.k[keys],

@@ -107,6 +107,18 @@ class QueryGradient:
 
 
 @contextmanager
+def key_gradients(grad_k: Tensor, grad_v: Tensor, *, add: bool) -> Iterator[tuple[Tensor, ...]]:
+    """`accumulators` of dK and dV; or themselves, where one launch writes them rounded. ValueError if it cannot."""
+    if add or grad_k.dtype in ACCUMULATOR_DTYPES:
+        with accumulators(grad_k, grad_v) as used:
+            yield used
+        return
+    if any(loadable(grad) is not grad for grad in (grad_k, grad_v)):
+        raise ValueError("grad_k, grad_v: rows of D elements are not in one piece, 16-byte aligned")
+    yield grad_k, grad_v
+
+
+@contextmanager
 def accumulators(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The given accumulators, or aligned copies of them that are written back at the end."""
     for grad in grads:

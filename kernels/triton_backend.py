@@ -32,7 +32,7 @@ from .launching import (
     strides,
 )
 from .mask import AttentionMask
-from .partials import QueryGradient, accumulators, check_partial, narrows_after, next_partial
+from .partials import QueryGradient, check_partial, key_gradients, narrows_after, next_partial
 from .passes import add_up, row_products
 from .triton_run import run
 
@@ -179,7 +179,7 @@ def block_backward(
     q, k, v, grad_out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype)))
     values = launching.row_values_of(lse, delta, index, scale)
     of_query.finish_rows(index.q_valid_tokens)
-    with of_query.launched() as into_q, accumulators(grad_k, grad_v) as (into_k, into_v):
+    with of_query.launched() as into_q, key_gradients(grad_k, grad_v, add=add_kv) as (into_k, into_v):
         grad_query(grad_out, q, k, v, values, index, columns, scale, **into_q)
         grad_key_value(grad_out, q, k, v, values, index, scale, into_k, into_v, add=add_kv)
     if columns is not None and grad_columns is not None:

@@ -123,6 +123,26 @@ def test_a_final_gradient_must_lie_like_its_accumulator() -> None:
         )
 
 
+@pytest.mark.parametrize(("shards", "toeplitz"), [*((name, True) for name in SHARDS), ("whole", False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_gradients_of_one_launch_may_be_rounded(backend: str, toeplitz: bool, shards: str) -> None:
+    chain = Chain(toeplitz=toeplitz, shards=SHARDS[shards], backend=backend, plain=False)
+    out, lse = chain.forward(columns_last=False)
+    delta = api.row_products(chain.grad_out, out, backend=backend)
+    inputs = chain.grad_out, chain.q, *chain.kv[1], lse, delta, chain.indexes[1]
+    found: dict[torch.dtype, list[Tensor]] = {}
+    into: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float16):
+        grads = [torch.full(x.shape, torch.nan, dtype=dtype) for x in chain.kv[1]]
+        into = {"grad_q": torch.zeros(chain.q.shape), "grad_k": grads[0], "grad_v": grads[1]}
+        api.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=False)
+        found[dtype] = [into["grad_q"], *grads]
+    for wide, rounded in zip(found[torch.float32], found[torch.float16], strict=True):
+        assert torch.equal(wide.to(rounded.dtype), rounded)
+    with pytest.raises(ValueError, match=r"grad_k: sums go on in torch\.float32, not torch\.float16"):
+        api.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 3])
