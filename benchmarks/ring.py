@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,8 @@ def _measure_planned(
     silent: Channel = SilentChannel()
     planned.channels = dict.fromkeys(planned.channels, silent)
     alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
+    if whole.peak_bytes is not None:
+        whole = replace(whole, peak_bytes=whole.peak_bytes + planned.pool.uncounted_bytes)
     predicted = predicted_peak_bytes(plan)
     return make_row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole, model=plan.model) | {
         "transport": transports_of(plan),

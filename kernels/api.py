@@ -332,7 +332,9 @@ class _FullAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dq, dk, dv and nothing for the rest. Columns are gathered again."""
+        """Return dq, dk, dv and nothing for the rest. Columns are gathered again. ValueError under create_graph."""
+        if torch.is_grad_enabled():
+            raise ValueError("create_graph: gradients of gradients of attention are not supported")
         q, k, v, out, lse = ctx.saved_tensors
         mask, scale, backend, positions, index, of_columns = ctx.given
         grad_out, dtype = grads[0], accumulator_dtype(q.dtype)

@@ -123,7 +123,8 @@ def layout_choices(
 ) -> list[LayoutChoice]:
     """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`.
 
-    narrow_gradients: whether dK/dV may cross nodes in 16 bits.
+    narrow_gradients: whether dK/dV may cross nodes in 16 bits. Pulls (`gather` with pull=1) are left out: evaluators
+    price them as sends.
     """
     _known(names, tuple(LAYOUTS), "layout")
     peers = max(cluster.world_size - 1, 1)

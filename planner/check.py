@@ -57,13 +57,29 @@ def check(schedule: Schedule, *, inactive: Collection[tuple[int, int]] = frozens
 
 
 def check_step(forward: Schedule, backward: Schedule) -> None:
-    """Prove that backward begins with the K/V that forward keeps; ScheduleError, naming the rank, when it does not."""
+    """Prove of two proved schedules that one is the other's backward; ScheduleError says what does not fit.
+
+    Backward begins with the K/V that forward keeps, and computes the columns where forward attends them.
+    """
+    _check_columns_alike(forward, backward)
     for rank in range(forward.world_size):
         kept, expected = forward.kept(rank), backward.kept(rank)
         if kept != expected:
             shown = [", ".join(f"{shard} in {name}" for name, shard in held.items()) for held in (kept, expected)]
             told = f"forward keeps {shown[0] or 'nothing'}, backward begins with {shown[1] or 'nothing'}"
             raise broken(told, rank=rank, about="kept K/V")
+
+
+def _check_columns_alike(forward: Schedule, backward: Schedule) -> None:
+    """Rank 0 stands for all: a proved schedule has columns on every rank, or on none."""
+    attended, computed = (
+        any(task.key is None for phase in schedule.phases(0) for task in phase.tasks)
+        for schedule in (forward, backward)
+    )
+    if attended and not computed:
+        raise broken("forward attends them, backward computes no gradients of them", about="columns")
+    if computed and not attended:
+        raise broken("backward computes gradients of them, forward does not attend them", about="columns")
 
 
 def _check_coverage(schedule: Schedule, inactive: frozenset[tuple[int, int]]) -> None:

@@ -3,7 +3,8 @@
 One rank at a time is enough. A transfer states its shard on both ends alike, and here its source is held to send just
 that shard; so what a destination receives is known without looking at the source. Partial sums (dkv, out) are moved
 whole, never copied and never overwritten, and may only be added to a sum of the same shard; so once no rank is left
-with one outside its home, every contribution has arrived home exactly once.
+with one outside its home, every contribution has arrived home exactly once. A sum that lands without being added
+anywhere is the slot's content, to which tasks and transfers may add before it moves on.
 
 K/V and queries: a slot's content is a shard, and kept slots hold theirs when forward ends and when backward begins.
 Columns: the rank's own rows (or gradients), then those of all ranks.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .check_rules import SUMS, Rules, Site, is_own
-from .schedule import COLUMNS_HOME, GroupCall, Phase, Schedule, ShardId, Task, Transfer, slots_from
+from .schedule import COLUMNS_HOME, KEPT, GroupCall, Phase, Schedule, ShardId, Task, Transfer, slots_from
 
 OWN_COLUMNS = "the rank's own columns"
 ALL_COLUMNS = "all columns"
@@ -108,8 +109,10 @@ class _Walk:
         self._touch(name)
 
     def _launch_all_gather(self, transfer: Transfer) -> None:
+        site = self._site(transfer)
         for part, name in enumerate(self._slots_of(transfer.buffer)):
-            self._require_idle(self._site(transfer), name)
+            self._require_idle(site, name)
+            self._require_not_kept(site, name)
             slot = self.slots[name]
             slot.content, slot.incoming = ShardId(sequence_part=part), transfer
             self._touch(name, fresh=True)
@@ -151,10 +154,13 @@ class _Walk:
         fifo = incoming.communicator == transfer.communicator and incoming.transport == transfer.transport == "p2p"
         site.require(fifo, f"sends {transfer.source_buffer} before {incoming.id} has arrived")
         site.require(incoming.accumulate_into is None, f"sends {incoming.id} on before it is added")
+        # Rounding is no part of the communicator's queue: it happens when the call is launched.
+        site.require(not transfer.narrow, f"rounds {transfer.source_buffer} before {incoming.id} has arrived")
 
     def _launch_receive(self, transfer: Transfer) -> None:
         site, name = self._site(transfer), transfer.buffer
         self._require_idle(site, name)
+        self._require_not_kept(site, name)
         slot = self.slots[name]
         if transfer.kind in SUMS and slot.content is not None:
             raise site.broken(f"overwrites {slot.content} in {name}, which was not sent on")
@@ -242,6 +248,8 @@ class _Walk:
         slot = self.slots[name]
         if slot.content not in (None, content):
             raise site.broken(f"{name} holds {slot.content}, not {content}")
+        if slot.content is not None and self.rules.buffers[name].narrow:
+            raise site.broken(f"adds to {name}, which holds rounded sums")
         self._touch(name, fresh=slot.content is None)
         slot.content = content
 
@@ -252,6 +260,11 @@ class _Walk:
         flights = [*slot.outgoing, *([slot.incoming] if slot.incoming else [])]
         if flights:
             raise site.broken(f"writes {name} while {flights[0].id} is in flight")
+
+    def _require_not_kept(self, site: Site, name: str) -> None:
+        """Backward may run again over a graph that was retained: what forward kept stays."""
+        kept = self.schedule.direction == "backward" and name.startswith(KEPT)
+        site.require(not kept, f"overwrites {name}, which forward kept")
 
     def _require_content(self, site: Site, name: str, expected: Content) -> None:
         held = self.slots[name].content

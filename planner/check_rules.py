@@ -131,6 +131,11 @@ class Rules:
         for name, buffer in self.buffers.items():
             if buffer.kind != OWN.get(name, buffer.kind) or (name.endswith(":home") and name not in OWN):
                 raise broken(f"cannot hold {buffer.kind}", about=f"buffer {name}")
+            if buffer.shared and name.startswith(KEPT):
+                raise broken("a layer's own, others cannot read it", about=f"buffer {name}")
+            if buffer.kind != "kv" and name.startswith(KEPT):
+                raise broken(f"keeps K/V for backward, not {buffer.kind}", about=f"buffer {name}")
+        self._check_pools()
         if self.schedule.num_heads % self.head_groups:
             raise broken(f"{self.schedule.num_heads} heads do not split in {self.head_groups} head groups")
         for rank in range(world):
@@ -140,6 +145,23 @@ class Rules:
             indices = [phase.index for phase in self.schedule.phases(rank)]
             if indices != list(range(len(indices))):
                 raise broken(f"phases are numbered {indices}", rank=rank)
+
+    def _check_pools(self) -> None:
+        """Slots of one pool lie in one tensor, so they hold one kind of content."""
+        kinds: dict[str, Buffer] = {}
+        for buffer in self.schedule.buffers:
+            first = kinds.setdefault(buffer.name.partition(":")[0], buffer)
+            if buffer.kind != first.kind:
+                problem = f"is for {buffer.kind}, {first.name} of the same pool for {first.kind}"
+                raise broken(problem, about=f"buffer {buffer.name}")
+        widths: dict[str, bool] = {}
+        for buffer in self.schedule.buffers:
+            if buffer.narrow and (buffer.kind != "dkv" or is_own(buffer.name)):
+                raise broken("is narrow, which only slots for gradients are", about=f"buffer {buffer.name}")
+            if is_own(buffer.name):
+                continue
+            if widths.setdefault(buffer.name.partition(":")[0], buffer.narrow) != buffer.narrow:
+                raise broken("is narrow or wide unlike others of its pool", about=f"buffer {buffer.name}")
 
     def _check_call(self, rank: int, phase: int, call: GroupCall) -> None:
         site = Site(rank, phase, f"group call on {call.communicator}")
@@ -151,6 +173,18 @@ class Rules:
             at.require(transfer.communicator == call.communicator, f"launched on {call.communicator}")
             self._check_ends(at, transfer)
             self._check_buffers(at, transfer)
+
+    def _check_narrow(self, site: Site, transfer: Transfer) -> None:
+        """What lies rounded travels rounded; what does not is rounded where it is sent, so that nobody can pull it."""
+        source, target = (self._is_narrow(name) for name in (transfer.source_buffer, transfer.buffer))
+        site.require(transfer.narrow or not (source or target), "leaves or enters a narrow buffer, but travels wide")
+        pulled = transfer.narrow and transfer.transport == "pull"
+        site.require(source or not pulled, f"pulls rounded what {transfer.source_buffer} holds wide")
+        into = transfer.accumulate_into
+        site.require(into is None or not self._is_narrow(into), f"is added into {into}, which holds rounded sums")
+
+    def _is_narrow(self, name: str) -> bool:
+        return name in self.buffers and self.buffers[name].narrow
 
     def _check_ends(self, site: Site, transfer: Transfer) -> None:
         group = self.groups[transfer.communicator][site.rank]
@@ -176,9 +210,13 @@ class Rules:
         site.require(transfer.kind != "dkv" or self.schedule.direction == "backward", "gradients in forward")
         if transfer.narrow:
             summed = transfer.kind == "dkv" and transfer.transport in POINT_TO_POINT and into is not None
-            site.require(summed, "only gradients from rank to rank that are added on arrival travel narrow")
+            site.require(summed, "only gradients sent from rank to rank that are added on arrival travel narrow")
         for name in (transfer.source_buffer, transfer.buffer):
             self._check_fits(site, transfer, name, transfer.kind)
+        self._check_narrow(site, transfer)
+        if transfer.transport == "pull":
+            name = transfer.source_buffer
+            site.require(self.buffers[name].shared, f"pulls from {name}, which is not stated as shared")
         if transfer.kind == "columns":
             site.require(transfer.source_buffer == transfer.buffer, "an all_reduce is done in place")
             backward = self.schedule.direction == "backward"
@@ -200,7 +238,8 @@ class Rules:
         """A slot per rank; K/V come from home, and sums of gradients go there."""
         gathers = transfer.transport == "all_gather"
         first = transfer.buffer if gathers else transfer.source_buffer
-        site.require(not is_own(first), f"has no slot per rank in {first}")
+        numbered = first.partition(":")[2].isdecimal()
+        site.require(numbered and not is_own(first), f"has no slot per rank in {first}")
         for name in slots_from(first, self.schedule.world_size):
             self._check_fits(site, transfer, name, transfer.kind)
             site.require(gathers or name != transfer.buffer, f"lands in {name}, which it takes from")

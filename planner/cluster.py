@@ -127,4 +127,6 @@ def validation_error(error: ValidationError, source: str | Path) -> InputError:
     place = ".".join(str(part) for part in first["loc"]) or None
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
-    return InputError(f"{first['msg']}, not {shown}", source=source, field=place)
+    own = first["type"] == "value_error"  # of our own checks, which name the value themselves
+    problem = first["msg"].removeprefix("Value error, ") if own else f"{first['msg']}, not {shown}"
+    return InputError(problem, source=source, field=place)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..traces.errors import InputError, ScheduleError
+from ..traces.files import require_output
 from ..traces.store import Trace
 from .candidates import PLACEMENTS
 from .check import CheckReport, check_step
@@ -81,6 +82,7 @@ def plan(
         ("--evaluator", evaluator, EVALUATORS),
     ):
         _one_of(field, value, known)
+    require_output(output, kind="plan", key="placement")
     with _progress() as report:
         made = plan_trace(
             Trace.open(trace),

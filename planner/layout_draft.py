@@ -7,7 +7,7 @@ A shard's number is the rank that owns it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..traces.errors import InputError
 from .schedule import (
@@ -26,6 +26,7 @@ from .schedule import (
     Task,
     Transfer,
     TransferKind,
+    Transport,
     keeps_nothing,
 )
 
@@ -116,10 +117,11 @@ def close_schedule(
     draft: Callable[[int, Draft], None],
     kept: Callable[[int], dict[str, ShardId]] = keeps_nothing,
     columns_phase: int = 0,
+    shared: frozenset[str] = frozenset(),
 ) -> Schedule:
     """Close a layout: add home buffers and the columns' part, and make the program.
 
-    columns_phase: in which backward computes the columns.
+    columns_phase: in which backward computes the columns. shared: names of buffers that others pull from.
     """
     if shape.columns_capacity:
         communicators = [*communicators, Communicator(name=COLUMNS, groups=(tuple(range(shape.world_size)),))]
@@ -142,7 +144,7 @@ def close_schedule(
         world_size=shape.world_size,
         num_heads=shape.heads,
         communicators=tuple(communicators),
-        buffers=tuple(home + buffers),
+        buffers=tuple(replace(one, shared=one.name in shared) for one in home + buffers),
         program=program,
         kept=kept,
     )
@@ -207,12 +209,13 @@ def block_task(rank: int, key: int, key_buffer: str, shape: AttentionShape, grad
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Makes the transfers of one kind on one communicator."""
+    """Makes the transfers of one kind on one communicator. transport: "p2p" or "pull"."""
 
     kind: TransferKind
     communicator: str
     capacity_bytes: int
     narrow: bool = False
+    transport: Transport = "p2p"
 
     def move(
         self, shard: int, source: int, destination: int, sequence: int, source_buffer: str, buffer: str,
@@ -226,7 +229,7 @@ class Route:
             destination=destination,
             sequence=sequence,
             communicator=self.communicator,
-            transport="p2p",
+            transport=self.transport,
             source_buffer=source_buffer,
             buffer=buffer,
             capacity_bytes=self.capacity_bytes,
@@ -235,5 +238,8 @@ class Route:
         )
 
 
-def slots(prefix: str, kind: TransferKind, count: int, capacity_bytes: int) -> list[Buffer]:
-    return [Buffer(name=f"{prefix}:{slot}", kind=kind, capacity_bytes=capacity_bytes) for slot in range(count)]
+def slots(prefix: str, kind: TransferKind, count: int, capacity_bytes: int, *, narrow: bool = False) -> list[Buffer]:
+    return [
+        Buffer(name=f"{prefix}:{slot}", kind=kind, capacity_bytes=capacity_bytes, narrow=narrow)
+        for slot in range(count)
+    ]

@@ -22,28 +22,42 @@ from .schedule import (
     Schedule,
     ShardId,
     Transfer,
+    Transport,
     keeps_nothing,
 )
 
 
 def gather(
-    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4, keep_kv: int = 0
-) -> Schedule:
+    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4, keep_kv: int = 0,
+    pull: int = 0, narrow_grads: int = 0,
+) -> Schedule:  # fmt: skip
     """A pipelined all-gather: every shard goes straight from its owner to all that need it, in `chunks` launches.
 
     A phase computes the shards of one chunk together. Needs as many K/V slots as a rank needs other shards. Forward
     begins with the own shard, while others arrive. Backward ends with it: dK/dV go straight home meanwhile, and they
     are twice as many bytes as K/V, which arrive while columns are computed. keep_kv: 1 keeps what forward gathered for
-    backward, which then fetches nothing; 0 gathers again.
+    backward, which then fetches nothing; 0 gathers again. pull: 1 lets every rank copy from its peers' memory, by copy
+    engines on the GPUs of one host; 0 sends and receives. narrow_grads: 1 rounds what a rank adds to dK/dV of another's
+    shard to the type of q, k and v, once, where its kernel writes it: half the bytes; owners sum in the accumulator's.
     """
-    if keep_kv not in (0, 1):
-        raise InputError(f"is 0 or 1, not {keep_kv}", field="keep_kv")
+    for name, value in (("keep_kv", keep_kv), ("pull", pull), ("narrow_grads", narrow_grads)):
+        if value not in (0, 1):
+            raise InputError(f"is 0 or 1, not {value}", field=name)
     if chunks < 1:
         raise InputError(f"must be at least 1, not {chunks}", field="chunks")
     needed = (pairs or Pairs.all_of(shape.world_size)).distances
-    layout = _Gather(shape=shape, direction=direction, needed=needed, chunks=chunks, keep_kv=bool(keep_kv))
+    layout = _Gather(
+        shape=shape,
+        direction=direction,
+        needed=needed,
+        chunks=chunks,
+        keep_kv=bool(keep_kv),
+        transport="pull" if pull else "p2p",
+        narrow_grads=bool(narrow_grads),
+    )
     parts = layout.communicators(), layout.buffers(), layout.draft
-    return close_schedule("gather", direction, shape, *parts, kept=layout.kept if keep_kv else keeps_nothing)
+    kept = layout.kept if keep_kv else keeps_nothing
+    return close_schedule("gather", direction, shape, *parts, kept=kept, shared=layout.shared())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,8 @@ class _Gather:
     needed: NDArray[np.bool_]
     chunks: int
     keep_kv: bool
+    transport: Transport
+    narrow_grads: bool
 
     @property
     def world(self) -> int:
@@ -64,6 +80,11 @@ class _Gather:
     def fetches(self) -> bool:
         """Whether K/V are gathered in this direction."""
         return self.direction == "forward" or not self.keep_kv
+
+    @property
+    def grad_bytes(self) -> int:
+        """dK and dV of one shard on their way home."""
+        return self.shape.kv_bytes if self.narrow_grads else self.shape.dkv_bytes
 
     @property
     def kv_pool(self) -> str:
@@ -98,10 +119,18 @@ class _Gather:
         fetched = int(self.reads[:, 1:].sum(axis=1).max())
         buffers = slots(self.kv_pool, "kv", fetched, self.shape.kv_bytes)
         if self.direction == "backward" and fetched:
-            buffers += slots("dkv", "dkv", self.largest * min(2, len(self.pieces)), self.shape.dkv_bytes)
+            count, narrow = self.largest * min(2, len(self.pieces)), self.narrow_grads
+            buffers += slots("dkv", "dkv", count, self.grad_bytes, narrow=narrow)
             landing = max(int(self.needed[:, piece].sum(axis=1).max()) for piece in self.pieces)
-            buffers += slots("landing", "dkv", landing, self.shape.dkv_bytes)
+            buffers += slots("landing", "dkv", landing, self.grad_bytes, narrow=narrow)
         return buffers
+
+    def shared(self) -> frozenset[str]:
+        """Return the buffers that others pull from: the own K/V where they are gathered, and their own gradients."""
+        if self.transport != "pull" or not self.pieces:
+            return frozenset()
+        gradients = {buffer.name for buffer in self.buffers() if buffer.name.startswith("dkv:")}
+        return frozenset(gradients | ({KV_HOME} if self.fetches else set()))
 
     @cached_property
     def largest(self) -> int:
@@ -154,11 +183,15 @@ class _Gather:
         parts.compute(own_phase, block_task(rank, rank, KV_HOME, self.shape, DKV_HOME if backward else None))
 
     def _fetch(self, owner: int, reader: int, offset: int) -> Transfer:
-        kv = Route(kind="kv", communicator="gather", capacity_bytes=self.shape.kv_bytes)
+        capacity_bytes = self.shape.kv_bytes
+        kv = Route(kind="kv", communicator="gather", capacity_bytes=capacity_bytes, transport=self.transport)
         return kv.move(owner, owner, reader, offset, KV_HOME, self.kv_slot(reader, offset))
 
     def _return(self, owner: int, reader: int, offset: int, chunk: int) -> Transfer:
-        dkv = Route(kind="dkv", communicator="gather_grad", capacity_bytes=self.shape.dkv_bytes)
+        dkv = Route(
+            kind="dkv", communicator="gather_grad", capacity_bytes=self.grad_bytes, transport=self.transport,
+            narrow=self.narrow_grads,
+        )  # fmt: skip
         source_buffer, buffer = self.grad_slot(reader, offset, chunk), self.landing(owner, offset, chunk)
         return dkv.move(owner, reader, owner, offset, source_buffer, buffer, DKV_HOME)
 

@@ -10,12 +10,12 @@ Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an elem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from .launches import launches_of
 from .layout_draft import AttentionShape
-from .schedule import Phase, Schedule
+from .schedule import Phase, Schedule, Task
 
 # Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
@@ -32,7 +32,8 @@ class LayerMemory:
     home_bytes: the rank's own q, k, v, out, dout, log-sum-exp, delta; dq, dk and dv as they are summed and as they are
     returned, which is twice where the types differ
     columns_bytes: gathered K and V of all columns and their gradients
-    buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them
+    buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them, and the copy of K/V
+    that others pull
     kept_bytes: the kept slots of all other layers, which wait for their backward
     workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for, and gradients
     rounded to be sent
@@ -76,14 +77,20 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
 def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:
     """Return what gradients take that wait, rounded, to be sent; every rank sends alike."""
     calls = [call for phase in schedule.phases(0) for call in phase.group_calls]
-    return shape.kv_bytes if any(transfer.narrow for call in calls for transfer in call.transfers) else 0
+    rounded = {transfer.source_buffer for call in calls for transfer in call.transfers if transfer.narrow}
+    return shape.kv_bytes if rounded - _narrow_slots(schedule) else 0
+
+
+def _narrow_slots(schedule: Schedule) -> set[str]:
+    return {buffer.name for buffer in schedule.buffers if buffer.narrow}
 
 
 def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
     """Return what a backward launch of flash-attn-4 holds at most, with the tables of all launches; else 0."""
     if backend not in FLASH4_BACKENDS or schedule.direction != "backward":
         return 0
-    return max(_launches_bytes(schedule.phases(rank), shape) for rank in _looked_at(schedule.world_size))
+    narrow = _narrow_slots(schedule)
+    return max(_launches_bytes(schedule.phases(rank), shape, narrow) for rank in _looked_at(schedule.world_size))
 
 
 def _looked_at(world_size: int) -> Iterable[int]:
@@ -91,19 +98,28 @@ def _looked_at(world_size: int) -> Iterable[int]:
     return range(world_size) if world_size <= MOST_RANKS else (0, world_size - 1)
 
 
-def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape) -> int:
-    launches = [shards for phase in phases for shards in _launched_shards(phase)]
-    rows = shape.tokens_per_rank * (shape.heads + 2 * max(launches, default=0) * shape.kv_heads)
+def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
+    """narrow: names of slots that launches write rounded, with no copy of their own."""
+    launched = [_slots_of(tasks) for phase in phases for tasks in launches_of(phase.tasks, backend="flash4")]
+    row_bytes = [_row_bytes(shape, names, narrow) if names else 0 for names in launched]
+    if launched and launched[-1]:  # the last launch writes dq as it is returned, which has to be there already
+        row_bytes[-1] += shape.heads * shape.element_bytes
+    launches = [len(names) for names in launched if names]
     tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
     table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
     tables = [shards * table_bytes for shards in launches]
     tables_bytes = 2 * sum(size for size in tables if size <= KEPT_TABLE_LIMIT_BYTES)
     tables_bytes += max([min(size, TABLE_LIMIT_BYTES) for size in tables if size > KEPT_TABLE_LIMIT_BYTES], default=0)
-    return rows * shape.head_dim * (shape.accumulator_bytes + shape.element_bytes) + tables_bytes
+    return shape.tokens_per_rank * shape.head_dim * max(row_bytes, default=0) + tables_bytes
 
 
-def _launched_shards(phase: Phase) -> list[int]:
-    """Return how many key shards each launch of a phase reads, where it reads any."""
-    launches = launches_of(phase.tasks, backend="flash4")
-    counts = [sum(task.key is not None for task in tasks) for tasks in launches]
-    return [count for count in counts if count]
+def _slots_of(tasks: Sequence[Task]) -> list[str]:
+    """Return the slots for dK/dV of a launch, one for every key shard that it reads."""
+    return [str(task.grad_buffer) for task in tasks if task.key is not None]
+
+
+def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str]) -> int:
+    """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
+    copied_bytes = shape.accumulator_bytes + shape.element_bytes
+    of_keys = shape.accumulator_bytes if narrow.issuperset(names) else copied_bytes
+    return shape.heads * copied_bytes + 2 * len(names) * shape.kv_heads * of_keys

@@ -13,6 +13,9 @@ Buffers are named slots of equal size on every rank; names ending in ":home" are
 Slots named "kept:" are a layer's own: forward fills them, backward begins with them; all others serve all layers.
 A transfer reads `source_buffer` on its source and fills `buffer` on its destination. A `dkv` or `out` transfer moves
 its content: the source buffer is empty once it completes. A task writes `grad_buffer`/`out_buffer` by adding to it.
+A "pull" transfer is a "p2p" one that its destination carries out: the source says when `source_buffer` may be read, the
+destination copies it from there and says when it has. So that buffer is stated as `shared`, and what a call receives
+may not be pulled on before it was waited for.
 Shapes of all transfers are a function of the plan alone.
 """
 
@@ -147,11 +150,17 @@ class Communicator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Buffer:
-    """A slot on every rank that holds one shard's content of one kind."""
+    """A slot on every rank that holds one shard's content of one kind.
+
+    shared: other ranks may read it where it lies, which "pull" transfers do. narrow: it holds dK/dV in the type of q, k
+    and v, which one launch or transfer writes whole: sums are added up elsewhere.
+    """
 
     name: str
     kind: TransferKind
     capacity_bytes: int
+    shared: bool = False
+    narrow: bool = False
 
 
 def keeps_nothing(rank: int) -> dict[str, ShardId]:
@@ -193,8 +202,14 @@ class Schedule:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all buffers on one rank, the rank's own data (":home") excluded."""
-        return sum(buffer.capacity_bytes for buffer in self.buffers if not buffer.name.endswith(":home"))
+        """Bytes of all buffers on one rank. Of the rank's own data (":home") only copies that are shared count."""
+        counted = [buffer for buffer in self.buffers if buffer.shared or not buffer.name.endswith(":home")]
+        return sum(buffer.capacity_bytes for buffer in counted)
+
+    @property
+    def shares(self) -> bool:
+        """Whether ranks read others' buffers where they lie."""
+        return any(buffer.shared for buffer in self.buffers)
 
     @property
     def kept_bytes(self) -> int:
@@ -205,7 +220,7 @@ class Schedule:
         """Return the SHA-256 of the expanded schedule of all ranks, in canonical JSON rank by rank."""
         head = {"direction": self.direction, "layout": self.layout, "world_size": self.world_size}
         head |= {"num_heads": self.num_heads, "communicators": [asdict(c) for c in self.communicators]}
-        head |= {"buffers": [asdict(b) for b in self.buffers]}
+        head |= {"buffers": [_stated(b) for b in self.buffers]}
         kept = [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in range(self.world_size)]
         if any(kept):
             head |= {"kept": kept}
@@ -213,6 +228,11 @@ class Schedule:
         for rank in range(self.world_size):
             digest.update(canonical_json([_plain(phase) for phase in self.program(rank)]))
         return digest.hexdigest()
+
+
+def _stated(buffer: Buffer) -> dict[str, object]:
+    """Return a buffer as plain values; flags only where set, so that they change no other schedule's digest."""
+    return {name: value for name, value in asdict(buffer).items() if name not in ("shared", "narrow") or value}
 
 
 def _plain(phase: Phase) -> dict[str, object]:

@@ -4,7 +4,8 @@ A transfer leaves through a port of its source and enters through a port of its 
 own ports, between nodes the network cards, which several GPUs may share. Where a switch is given a capacity, the
 transfer crosses that too. An all-reduce is a ring of its members in rank order: a reduce-scatter and an all-gather
 pass 2 (W - 1) / W of the bytes from each member to the next. An all-gather or reduce-scatter alone is the same ring:
-each member passes on W - 1 slots.
+each member passes on W - 1 slots. A pull takes as long as a send; that it leaves a GPU's multiprocessors to kernels is
+not priced.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def capacity_bytes_per_us(cluster: Cluster, port: Port) -> float:
 
 def legs_of(transfer: Transfer, group: tuple[int, ...]) -> list[Leg]:
     """Return what a transfer moves between which ranks; UnsupportedError for a transport without a model."""
-    if transfer.transport == "p2p" and transfer.source != ALL_RANKS:
+    if transfer.transport in ("p2p", "pull") and transfer.source != ALL_RANKS:
         return [Leg(transfer.source, transfer.destination, transfer.capacity_bytes)]
     if transfer.transport == "all_reduce":
         share = 2 * (len(group) - 1) * transfer.capacity_bytes // len(group)
@@ -102,7 +103,10 @@ def launch_ns(launch: Launch, work: Sequence[TaskWork], cost: CostModel, directi
 
 
 def check_sizes(schedule: Schedule, workload: Workload, cluster: Cluster) -> None:
-    """Raise InputError unless schedule and workload are of the same ranks, and the cluster has that many."""
+    """Raise InputError unless schedule and workload are of the same ranks, and the cluster has that many.
+
+    A schedule whose ranks pull must lie within one node.
+    """
     if schedule.world_size != workload.world_size:
         raise InputError(
             f"is for {workload.world_size} ranks, the schedule for {schedule.world_size}", field="workload"
@@ -110,4 +114,8 @@ def check_sizes(schedule: Schedule, workload: Workload, cluster: Cluster) -> Non
     if schedule.world_size > cluster.world_size:
         raise InputError(
             f"{cluster.name} has {cluster.world_size} GPUs, the schedule {schedule.world_size} ranks", field="cluster"
+        )
+    if schedule.shares and cluster.node_of(schedule.world_size - 1):
+        raise InputError(
+            f"ranks pull within one node only, {cluster.name} has {cluster.gpus_per_node} GPUs a node", field="cluster"
         )

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..kernels import tuning
 from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend, row_products
 from ..planner.check import check_step
+from ..planner.check_playable import check_playable
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction
-from ..traces.errors import InputError
+from ..traces.errors import InputError, UnsupportedError
 from .buffers import BufferPool, Slots
 from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks
@@ -52,10 +53,12 @@ class PlannedAttention:
         self.plan, self.mesh, self.recorder = plan, mesh, recorder
         self.backend = _settled_backend(plan, mesh, self.topic)
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
+        for schedule in self.schedules.values():
+            check_playable(schedule, mesh.rank)
         check_step(self.schedules["forward"], self.schedules["backward"])
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
-        self.pool = BufferPool(mesh.device, list(self.schedules.values()))
+        self.pool = BufferPool(mesh.device, list(self.schedules.values()), self._channels.peers)
         placement = plan.make_placement()
         self._pairs = PairGuard(plan.active_pairs(), placement)
         self.positions = [
@@ -168,6 +171,12 @@ def _use_tuned_launches(plan: Plan) -> None:
         raise InputError(str(error), field="kernels.tuned") from error
 
 
+def _refuse_second_gradients() -> None:
+    """Refuse to run as part of a graph; once_differentiable would, but only where the incoming gradient has one."""
+    if torch.is_grad_enabled():  # in backward: create_graph
+        raise UnsupportedError("gradients of gradients of planned attention are not supported", field="create_graph")
+
+
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -218,7 +227,8 @@ class _RingFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Play the plan's backward: dq, dk, dv, and nothing for the rest."""
+        """Play the plan's backward: dq, dk, dv, and nothing for the rest. UnsupportedError under create_graph."""
+        _refuse_second_gradients()
         q, k, v, out, lse, gathered, kept_kv = ctx.saved_tensors
         planned, indexes, scale = ctx.given
         dtype = accumulator_dtype(q.dtype)

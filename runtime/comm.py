@@ -1,7 +1,8 @@
 """Channels: one communicator on this rank. Groups of messages posted on one channel run first in, first out.
 
 On GPUs a channel is a side stream over an NCCL process group: a group starts once the compute stream has reached the
-point of the post, and nothing here ever blocks the host. On CPUs it is a thread over a gloo process group.
+point of the post, and nothing here ever blocks the host. Pulls leave NCCL alone (pull.py). On CPUs it is a thread over
+a gloo process group, and a pull is a send and a receive: no process can read another's memory over gloo.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..planner.schedule import Communicator, Schedule
 from .mesh import Mesh
+from .pull import PeerMemory, Pull, Signals, require_peer_access
 
 # Newer versions of PyTorch have them under other names, and warn of the old ones.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,13 +32,16 @@ class Message:
     """One tensor to send to, or receive from, rank `peer` of the mesh; or one part of a collective of the whole group.
 
     "all_reduce" sums `tensor` in place. "all_gather" fills `output`, "reduce_scatter" sums `tensor` into it: the larger
-    of the two holds a part for every rank, one after the other.
+    of the two holds a part for every rank, one after the other. pulled: the receiver copies from the sender's memory,
+    where that can be: from `origin`, which is the sender's tensor; else a pull is carried by a send and a receive.
     """
 
     operation: Literal["send", "receive", "all_reduce", "all_gather", "reduce_scatter"]
     tensor: Tensor
     peer: int = -1
     output: Tensor | None = None
+    pulled: bool = False
+    origin: Tensor | None = None
 
 
 class Pending(Protocol):
@@ -152,7 +157,9 @@ class _DevicePending:
 
 
 class DeviceChannel:
-    """An NCCL channel on a stream of its own."""
+    """An NCCL channel on a stream of its own. signals: what pulls need; set before the first of them is posted."""
+
+    signals: Signals | None = None
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int = 0) -> None:
         self._group, self._timed, self._first_process = group, timed, first_process
@@ -164,7 +171,10 @@ class DeviceChannel:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             started.record()
-            for work in _transmit(self._group, messages, self._first_process):
+            pulled = [message for message in messages if message.pulled]
+            if pulled:
+                self._pull(pulled)
+            for work in _transmit(self._group, [m for m in messages if not m.pulled], self._first_process):
                 work.wait()
             ended.record()
         return _DevicePending(messages=tuple(messages), started=started, ended=ended)
@@ -173,20 +183,33 @@ class DeviceChannel:
         """Wait for what was posted."""
         self._stream.synchronize()
 
+    def _pull(self, messages: Sequence[Message]) -> None:
+        assert self.signals is not None
+        pulls = [Pull(source=m.peer, target=m.tensor, origin=m.origin) for m in messages if m.operation == "receive"]
+        self.signals.exchange(readers=[m.peer for m in messages if m.operation == "send"], pulls=pulls)
+
 
 class Channels:
     """The channels of this rank, made once and shared by all layers and plans that use the same communicators.
 
     Process groups are made in the same order on every rank, so `bind` is collective. `timed` makes GPU channels record
-    timing events.
+    timing events. peers: memory that all ranks read, from the first schedule on whose ranks pull; None on CPUs.
     """
+
+    peers: PeerMemory | None = None
 
     def __init__(self, mesh: Mesh, *, timed: bool = False) -> None:
         self._mesh, self._timed = mesh, timed
         self._channels: dict[Communicator, Channel] = {}
 
     def bind(self, schedules: Sequence[Schedule]) -> dict[str, Channel]:
-        """Return the channels of the schedules' communicators by name, opening those that are not open yet."""
+        """Return the channels of the schedules' communicators by name, opening those that are not open yet.
+
+        Raises InputError, on all ranks, when ranks are to pull from GPUs that they have no access to.
+        """
+        shares = self._mesh.device.type == "cuda" and any(schedule.shares for schedule in schedules)
+        if shares and self.peers is None:
+            require_peer_access(self._mesh)
         named: dict[str, Communicator] = {}
         for schedule in schedules:
             for communicator in schedule.communicators:
@@ -194,6 +217,8 @@ class Channels:
         for communicator in named.values():
             if communicator not in self._channels:
                 self._open(communicator)
+        if shares:
+            self._let_pull()
         return {name: self._channels[communicator] for name, communicator in named.items()}
 
     def close(self) -> None:
@@ -201,6 +226,14 @@ class Channels:
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
+        self.peers = None
+
+    def _let_pull(self) -> None:
+        if self.peers is None:
+            self.peers = PeerMemory(self._mesh)
+        for number, channel in enumerate(self._channels.values()):  # all ranks opened them in one order
+            if isinstance(channel, DeviceChannel):
+                channel.signals = self.peers.signals(number)
 
     def _open(self, communicator: Communicator) -> None:
         for ranks in communicator.groups:

@@ -49,6 +49,10 @@ def model_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a local model folder; InputError when there is none."""
     from transformers import AutoTokenizer
 
+    from .load import TOKENIZER_FILES
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # else transformers would look for it elsewhere
+        raise InputError("holds no tokenizer", source=folder, field="tokenizer")
     try:
         own: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
@@ -72,8 +76,8 @@ def write_data(
     document each), or folders of these, walked in the order of names. Raises InputError when there is nothing, when a
     file cannot be used, or when the folder holds something already.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError("is not empty", source=folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("is not empty" if folder.is_dir() else "is no folder", source=folder)
     files = list(_files(inputs))
     writer = _Writer(folder, tokenizer.vocabulary, shard_tokens)
     for number, path in enumerate(files):

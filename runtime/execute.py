@@ -82,7 +82,7 @@ def execute(
         progress(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
         results = _step(planned, own, mask, recorder)
         if mesh.device.type == "cuda":
-            peak = max(peak, torch.cuda.max_memory_allocated(mesh.device))
+            peak = max(peak, torch.cuda.max_memory_allocated(mesh.device) + planned.pool.uncounted_bytes)
         if repeat >= options.warmups:
             spans.append(recorder.spans(mesh.rank))
         if repeat == 0 and options.verify:

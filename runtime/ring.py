@@ -28,6 +28,10 @@ class Stage(Protocol):
         """Return the tensors that this transfer fills on its destination."""
         ...
 
+    def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
+        """Return the tensors that this pull reads, in the memory of its source; None where that cannot be read."""
+        ...
+
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into what is computed together, in order."""
         ...
@@ -72,9 +76,12 @@ class _Player:
 
     def _wait(self, names: Sequence[str]) -> None:
         landed: list[Transfer] = []
+        waited: list[Pending] = []
         for name in names:
             transfer, pending = self.in_flight.pop(name)
-            pending.wait()
+            if not any(pending is one for one in waited):  # transfers of one call complete together
+                pending.wait()
+                waited.append(pending)
             if transfer.source in (self.rank, ALL_RANKS):
                 self.stage.sent(transfer)
             if transfer.destination in (self.rank, ALL_RANKS):
@@ -103,11 +110,16 @@ class _Player:
     def _messages(self, transfer: Transfer) -> list[Message]:
         if transfer.source == ALL_RANKS:
             return self._collective(transfer)
+        pulled = transfer.transport == "pull"
         if transfer.source == self.rank:
-            tensors = self.stage.outgoing(transfer)
-            return [Message(operation="send", tensor=tensor, peer=transfer.destination) for tensor in tensors]
-        tensors = self.stage.incoming(transfer)
-        return [Message(operation="receive", tensor=tensor, peer=transfer.source) for tensor in tensors]
+            peer, tensors = transfer.destination, self.stage.outgoing(transfer)
+            return [Message(operation="send", tensor=tensor, peer=peer, pulled=pulled) for tensor in tensors]
+        peer, tensors = transfer.source, self.stage.incoming(transfer)
+        origins = self.stage.origins(transfer) if pulled else (None,) * len(tensors)
+        return [
+            Message(operation="receive", tensor=tensor, peer=peer, pulled=pulled, origin=origin)
+            for tensor, origin in zip(tensors, origins, strict=True)
+        ]
 
     def _collective(self, transfer: Transfer) -> list[Message]:
         tensors = self.stage.outgoing(transfer)

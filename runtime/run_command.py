@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..planner.plan import Plan, load_plan
 from ..planner.replay import find_trace, recorded_layer
+from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
+from ..traces.timeline import Timeline
 from .execute import RunOptions, RunResult, execute
 from .launch import launch_ranks
 from .mesh import inherited_environment, is_rank, join, leave
@@ -40,11 +43,14 @@ def run(
     Joins the other ranks when RANK is set (torchrun); otherwise starts all ranks on this host. Exit code 1 when
     --verify finds an error too large.
     """
+    if output is not None:
+        Timeline.require_writable(output)
     loaded = load_plan(plan)
     loaded.require_executable()
     pattern = _replayed(loaded, plan, trace, training_step, layer)
     options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed)
     if not is_rank():
+        _require_devices(device, loaded.world_size)
         environment = inherited_environment(world_size=loaded.world_size)
         raise typer.Exit(launch_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
     mesh = join(device=device, timeout_s=timeout_s)
@@ -58,6 +64,15 @@ def run(
     finally:
         leave()
     raise typer.Exit(0 if passed else 1)
+
+
+def _require_devices(device: str | None, ranks: int) -> None:
+    """Refuse once what every rank that is started on this host would refuse: InputError names the device."""
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"{device!r} is neither 'cpu' nor 'cuda'", field="device")
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < ranks:
+        raise InputError(f"the plan is for {ranks} ranks, this host has {gpus} GPUs", field="device")
 
 
 def _replayed(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import api
 from ..planner.launches import launches_of
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, KV_HOME, Task, Transfer, slots_from
-from .buffers import Pair, Slots, narrowed, runs_of_neighbours
+from .buffers import Pair, Slots, narrowed, runs_of_neighbours, source_slot
 
 MaskSource = Callable[[], api.AttentionMask]
 
@@ -96,17 +96,25 @@ class ForwardStage:
     gathered: Tensor | None = None
     result: tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        """Put K/V where others pull them from."""
+        self.slots.stage(self.kv)
+
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
         if transfer.source_buffer == COLUMNS_HOME:
             return (self._own_columns(),)
-        return self._pair(transfer.source_buffer)
+        return self._pair(source_slot(transfer))
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
         if transfer.transport == "all_gather":
             return self.slots.block(transfer.buffer, len(self.indexes.positions))
         return self._pair(transfer.buffer)
+
+    def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
+        """Return the tensors that the pull reads, in the memory of its source."""
+        return self.slots.of_peer(source_slot(transfer), transfer.source)
 
     def sent(self, transfer: Transfer) -> None:
         """K/V stay where they are."""
@@ -167,6 +175,10 @@ class BackwardStage:
     grad_gathered: Tensor | None = None
     filled: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        """Put K/V where others pull them from."""
+        self.slots.stage(self.kv)
+
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
         if transfer.source_buffer == DCOLUMNS_HOME:
@@ -174,15 +186,21 @@ class BackwardStage:
             return (self.grad_gathered,)
         if transfer.transport == "reduce_scatter":
             return self.slots.block(transfer.source_buffer, len(self.indexes.positions))
-        pair = self._pair(transfer.source_buffer)
+        pair = self._pair(source_slot(transfer))
         return tuple(part.to(self.q.dtype) for part in pair) if transfer.narrow else pair
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
         if transfer.transport == "all_gather":
             return self.slots.block(transfer.buffer, len(self.indexes.positions))
+        if transfer.kind == "dkv" and transfer.accumulate_into is None:
+            self.filled.add(transfer.buffer)  # from here on: it may have been sent on before it is waited for
         pair = self._pair(transfer.buffer)
         return tuple(narrowed(part, self.q.dtype) for part in pair) if transfer.narrow else pair
+
+    def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
+        """Return the tensors that the pull reads, in the memory of its source."""
+        return self.slots.of_peer(source_slot(transfer), transfer.source)
 
     def sent(self, transfer: Transfer) -> None:
         """dK/dV that went on are no longer here."""
@@ -195,13 +213,12 @@ class BackwardStage:
         """Add what landed to where it belongs; what lies side by side, in one pass."""
         landed: dict[str, list[str]] = {}
         for transfer in transfers:
-            if transfer.narrow:
+            if transfer.narrow and self.slots[transfer.buffer][0].dtype != self.q.dtype:
+                self._add_landed(landed)  # its sum may lie in a slot that one of them landed in
                 self._add_narrow(transfer)
             elif transfer.accumulate_into is not None and transfer.source_buffer != DCOLUMNS_HOME:
                 landed.setdefault(transfer.accumulate_into, []).append(transfer.buffer)
-        for target, names in landed.items():
-            for together in runs_of_neighbours(names):
-                self._add_up(target, together)
+        self._add_landed(landed)
         if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
             self._scatter_columns()
 
@@ -276,8 +293,15 @@ class BackwardStage:
                 part.zero_()
         self.filled.add(name)
 
+    def _add_landed(self, landed: dict[str, list[str]]) -> None:
+        """Add what landed for every target into it, and forget it."""
+        for target, names in landed.items():
+            for together in runs_of_neighbours(names):
+                self._add_up(target, together)
+        landed.clear()
+
     def _add_narrow(self, transfer: Transfer) -> None:
-        """Add what landed in q's type."""
+        """Add what landed in q's type in a slot that is wider."""
         target = transfer.accumulate_into
         assert target is not None
         for into, part in zip(self._pair(target), self.incoming(transfer), strict=True):

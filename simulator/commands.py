@@ -20,7 +20,7 @@ from ..traces.errors import InputError
 from ..traces.files import write_atomically, write_json
 from ..traces.timeline import Timeline
 from .ladder import climb, default_variants
-from .ladder_page import markdown, result_document, result_path
+from .ladder_page import markdown, require_page, result_document, result_path
 from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
 from .simulate_plan import UNVALIDATED, simulate_plan
 
@@ -41,6 +41,8 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Play a plan in simulated time: forward and backward of one recorded layer; write its timeline."""
+    if output is not None:
+        Timeline.require_writable(output)
     made = load_plan(plan)
     where = load_cluster(cluster)
     recorded = recorded_layer(find_trace(made, plan, trace), training_step, layer)
@@ -104,6 +106,8 @@ def ladder(
     as_json: AsJson = False,
 ) -> None:
     """Simulate MTraining's ladder: Qwen2.5-3B at 512K tokens on 32 A100s, beside the published speed-ups."""
+    if page is not None:
+        require_page(page)
     command = shlex.join(["sparsering", *sys.argv[1:]])
     with Console(stderr=True).status("simulating"):
         found = climb(default_variants())

@@ -12,6 +12,7 @@ Not modelled: adding landed gradients to a buffer, choosing patterns, the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,10 @@ def simulate(
     `seed`. Raises InputError for sizes that do not fit, ScheduleError when the schedule deadlocks.
     """
     check_sizes(schedule, workload, cluster)
-    if jitter < 0 or (jitter and seed is None):
-        raise InputError(f"jitter {jitter} needs to be positive and to have a seed, not {seed}", field="jitter")
+    if not 0 <= jitter < math.inf:
+        raise InputError(f"must be finite and not negative, not {jitter}", field="jitter")
+    if jitter and seed is None:
+        raise InputError(f"{jitter} needs a seed", field="jitter")
     engine = _Engine(schedule, workload, cluster, cost)
     engine.noise = [_Noise(jitter, [seed or 0, rank]) for rank in range(schedule.world_size)]
     return engine.run(with_timeline=timeline)

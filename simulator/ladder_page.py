@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..traces.errors import InputError
+from ..traces.files import read_bytes
 from ..traces.manifest import library_versions
 from .ladder import ASSUMPTIONS, CLUSTER, Ladder, Outcome
 
@@ -48,6 +50,13 @@ READING = """## Reading it
 - No backward time is published for these kernels on an A100. It is most of a step, so it is the figure to measure
   first; the last table shows what it decides.
 """
+
+
+def require_page(path: Path) -> None:
+    """Refuse, before any work, to write the page in the place of something else than an older page: InputError."""
+    title = INTRODUCTION.partition("\n")[0].encode()
+    if path.exists() and not read_bytes(path).startswith(title):
+        raise InputError("exists and is no page of the ladder: it is not overwritten", source=path)
 
 
 def markdown(ladders: Sequence[Ladder], *, command: str) -> str:

@@ -72,6 +72,23 @@ def attention(
     return {name: _numpy(value) for name, value in results.items() if value is not None}
 
 
+def second_gradients(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> tuple[str, float]:
+    """Ask for a graph of the gradients, then for the gradients alone: the refusal, and how much dq is not as before."""
+    planned = _planned(plan, mesh)
+    shape, heads = (1, planned.positions[0].numel()), (plan.model.heads, plan.model.kv_heads, plan.model.kv_heads)
+    q, k, v = (torch.randn(*shape, h, plan.model.head_dim, dtype=planned.dtype, requires_grad=True) for h in heads)
+    mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    out = planned(q, k, v, mask)
+    (expected,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    try:
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+        refusal = "none"
+    except ValueError as error:
+        refusal = str(error)
+    (again,) = torch.autograd.grad(out.sum(), q)
+    return refusal, float((again - expected).abs().max())
+
+
 def _poison(planned: PlannedAttention, direction: str, k: torch.Tensor) -> None:
     """What a schedule forgets to fill shows up as NaN."""
     slots = planned.slots(direction, k)

@@ -128,6 +128,10 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield "gather", {"chunks": 2}
         yield "gather", {"chunks": 2, "keep_kv": 1}
     yield "gather", {"chunks": 1}
+    if world_size in (2, 4):
+        yield "gather", {"chunks": world_size // 2, "pull": 1}
+    if world_size == 4:
+        yield "gather", {"chunks": 2, "keep_kv": 1, "pull": 1}
     yield "collective", {}
     if world_size == 4:
         yield "hierarchical", {"inner_size": 2}

@@ -23,6 +23,7 @@ from sparsering.planner.pairs import Pairs
 from sparsering.planner.schedule import (
     ALL_RANKS,
     DIRECTIONS,
+    DKV_HOME,
     GroupCall,
     Phase,
     Schedule,
@@ -59,7 +60,7 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
-        "gather": {"chunks": draw(st.integers(1, 4)), "keep_kv": draw(st.integers(0, 1))},
+        "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
         "two_level": {"inner_size": draw(st.sampled_from(divisors))},
         "collective": {},
@@ -238,7 +239,8 @@ def ends_disagree(schedule: Schedule) -> Iterator[Mutant]:
             if len(ranks) < schedule.world_size and len(ranks) == 1:
                 yield partial(_edit, schedule, transfer, ranks, capacity_bytes=transfer.capacity_bytes - 1)
                 yield partial(_edit, schedule, transfer, ranks, sequence=transfer.sequence + 1000)
-                yield partial(_edit, schedule, transfer, ranks, transport="pull")
+                other = "p2p" if transfer.transport == "pull" else "pull"
+                yield partial(_edit, schedule, transfer, ranks, transport=other)
                 yield partial(_edit, schedule, transfer, ranks, communicator="elsewhere")
 
 
@@ -441,6 +443,92 @@ def every_call(schedule: Schedule) -> Iterator[GroupCall]:
             yield from phase.group_calls
 
 
+def gradients(schedule: Schedule) -> list[Transfer]:
+    """The sums of dK/dV that go from rank to rank."""
+    return [each for each in every_transfer(schedule) if each.kind == "dkv" and each.source != ALL_RANKS]
+
+
+def gradients_stay_where_they_land(schedule: Schedule) -> Iterator[Mutant]:
+    """Not added anywhere, or to a slot that has no part in their way home; rounded or not."""
+    unused = replace(schedule.buffers[0], name="dkv_nowhere:0", kind="dkv", capacity_bytes=1 << 40)
+    stated = replace(schedule, buffers=(*schedule.buffers, unused))
+    for transfer in gradients(schedule):
+        if transfer.accumulate_into is not None:
+            both = sides(schedule, transfer)[-1]
+            for into in (None, unused.name):
+                yield partial(_edit, stated, transfer, both, accumulate_into=into)
+                yield partial(_edit, stated, transfer, both, accumulate_into=into, narrow=True)
+
+
+def gradients_land_where_nothing_takes_them(schedule: Schedule) -> Iterator[Mutant]:
+    """In the slot that they are to be added to, or in another, where they are left."""
+    unused = replace(schedule.buffers[0], name="dkv_nowhere:0", kind="dkv", capacity_bytes=1 << 40)
+    stated = replace(schedule, buffers=(*schedule.buffers, unused))
+    for transfer in gradients(schedule):
+        both = sides(schedule, transfer)[-1]
+        if transfer.accumulate_into == DKV_HOME:
+            yield partial(_edit, stated, transfer, both, buffer=DKV_HOME, accumulate_into=None)
+        yield partial(_edit, stated, transfer, both, buffer=unused.name, accumulate_into=None)
+
+
+def gradients_sent_twice(schedule: Schedule) -> Iterator[Mutant]:
+    """The same sum once more: in the same call, or when everything else is done."""
+    for transfer in gradients(schedule):
+        again = edited(transfer, sequence=transfer.sequence + 1000)
+        yield partial(_again_at_the_end, schedule, again)
+        yield partial(_again_in_the_call, schedule, transfer, again)
+
+
+def _again_at_the_end(schedule: Schedule, again: Transfer) -> Schedule:
+    changed = {}
+    for rank in (again.source, again.destination):
+        phases = schedule.phases(rank)
+        call = GroupCall(communicator=again.communicator, transfers=(again,))
+        launch = Phase(index=len(phases), group_calls=(call,))
+        changed[rank] = (*phases, launch, Phase(index=len(phases) + 1, waits=(again.id,)))
+    return with_programs(schedule, changed)
+
+
+def _again_in_the_call(schedule: Schedule, transfer: Transfer, again: Transfer) -> Schedule:
+    def doubled(call: GroupCall) -> GroupCall:
+        return replace(call, transfers=(*call.transfers, again)) if transfer in call.transfers else call
+
+    changed = {
+        rank: [
+            replace(
+                phase,
+                group_calls=tuple(map(doubled, phase.group_calls)),
+                waits=(*phase.waits, again.id) if transfer.id in phase.waits else phase.waits,
+            )
+            for phase in schedule.phases(rank)
+        ]
+        for rank in (transfer.source, transfer.destination)
+    }
+    return with_programs(schedule, changed)
+
+
+def column_gradients_lost(schedule: Schedule) -> Iterator[Mutant]:
+    """Summed and left; not summed at all; computed on one rank when the sum is under way."""
+    if schedule.direction == "forward":
+        return
+    for transfer in every_transfer(schedule):
+        if transfer.kind == "columns":
+            everyone = sides(schedule, transfer)[-1]
+            yield partial(with_transfers, schedule, transfer.id, lambda _: None, ranks=everyone)
+            for into in {None, *(buffer.name for buffer in schedule.buffers)} - {transfer.accumulate_into}:
+                yield partial(_edit, schedule, transfer, everyone, accumulate_into=into)
+            yield from _late_columns(schedule, transfer)
+
+
+def _late_columns(schedule: Schedule, transfer: Transfer) -> Iterator[Mutant]:
+    launched = {rank: phase.index for rank, phase, each in ends(schedule) if each == transfer}
+    for rank, phase, index in every_task(schedule):
+        if phase.tasks[index].key is None:
+            without = _with_tasks(schedule, rank, phase, phase.tasks[:index] + phase.tasks[index + 1 :])
+            for later in without.phases(rank)[launched[rank] :]:
+                yield partial(_with_tasks, without, rank, later, (*later.tasks, phase.tasks[index]))
+
+
 MUTATIONS = [
     drop_transfer,
     drop_group_call,
@@ -463,6 +551,10 @@ MUTATIONS = [
     swap_communicators,
     swap_calls,
     launch_on_foreign_ranks,
+    gradients_stay_where_they_land,
+    gradients_land_where_nothing_takes_them,
+    gradients_sent_twice,
+    column_gradients_lost,
 ]
 
 
@@ -499,6 +591,7 @@ REDUCED_MUTATIONS = [swap_calls_of_one_route if mutation is swap_calls else muta
 
 @pytest.mark.parametrize("mutation", REDUCED_MUTATIONS, ids=lambda mutation: mutation.__name__)
 @given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_every_mutation_of_a_reduced_schedule_is_rejected(
     mutation: Callable[[Schedule], Iterator[Mutant]], data: st.DataObject
 ) -> None:

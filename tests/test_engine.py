@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsering.planner.layouts import LAYOUTS
+from sparsering.planner.recurrence import recurrence
 from sparsering.planner.schedule import Direction, Phase, Schedule, with_programs
 from sparsering.planner.timing import legs_of
 from sparsering.simulator.engine import simulate, simulate_layer
@@ -248,8 +249,14 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         simulate(tiny.schedule("ring", 2), tiny.dense_workload(4), tiny.cluster(), COST)
     with pytest.raises(InputError, match="cluster: tiny has 4 GPUs, the schedule 8 ranks"):
         simulate(tiny.schedule("ring", 8), tiny.dense_workload(8), tiny.cluster(), COST)
-    with pytest.raises(InputError, match="jitter"):
-        simulate(tiny.schedule("ring", 2), tiny.dense_workload(2), tiny.cluster(), COST, jitter=0.1)
+    for jitter, problem in (
+        (0.1, "jitter: 0.1 needs a seed"),
+        (-1.0, "jitter: must be finite and not negative, not -1.0"),
+        (float("nan"), "jitter: must be finite and not negative, not nan"),
+        (float("inf"), "jitter: must be finite and not negative, not inf"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            simulate(tiny.schedule("ring", 2), tiny.dense_workload(2), tiny.cluster(), COST, jitter=jitter)
 
 
 def test_a_transport_without_a_model_is_refused() -> None:
@@ -258,10 +265,20 @@ def test_a_transport_without_a_model_is_refused() -> None:
     for rank in range(2):
         first, last = schedule.phases(rank)
         call = first.group_calls[0]
-        pulls = tuple(replace(transfer, transport="pull") for transfer in call.transfers)
-        programs[rank] = [replace(first, group_calls=(replace(call, transfers=pulls),)), last]
-    with pytest.raises(UnsupportedError, match="pull of kv"):
+        unknown = tuple(replace(transfer, transport="pigeons") for transfer in call.transfers)
+        programs[rank] = [replace(first, group_calls=(replace(call, transfers=unknown),)), last]
+    with pytest.raises(UnsupportedError, match="pigeons of kv"):
         simulate(with_programs(schedule, programs), tiny.dense_workload(2), tiny.cluster(), COST)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_pull_is_priced_as_a_send_within_one_node(direction: Direction) -> None:
+    sent, pulled = (tiny.schedule("gather", 4, direction, chunks=2, pull=pull) for pull in (0, 1))
+    inputs = tiny.dense_workload(4), tiny.cluster(), COST
+    for evaluate in (simulate, recurrence):
+        assert evaluate(sent, *inputs).makespan_us == evaluate(pulled, *inputs).makespan_us
+        with pytest.raises(InputError, match="cluster: ranks pull within one node only, tiny has 2 GPUs a node"):
+            evaluate(pulled, inputs[0], tiny.cluster(nodes=2, gpus=2), COST)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

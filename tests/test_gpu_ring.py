@@ -126,6 +126,20 @@ def test_wider_stripes(world_size: int, granularity_tokens: int, gpu_pools: Call
     _check(gpu_pools(world_size, False), plan, pattern)
 
 
+@pytest.mark.parametrize("pull", [0, 1])
+@pytest.mark.parametrize("backend", ["triton", "flash4"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_gradients_written_rounded(
+    world_size: int, backend: str, pull: int, gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    if backend == "flash4":
+        pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
+    layout = "gather", {"chunks": 1, "narrow_grads": 1, "pull": pull}
+    pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
+    plan = _plan(pattern, world_size, "striped", layout, backend=backend)
+    _check(gpu_pools(world_size, False), plan, pattern)
+
+
 @pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 2})], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_block_masks_and_documents(
@@ -150,6 +164,31 @@ def test_other_transports_and_kept_keys(
 ) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
+
+
+PULLING = [("gather", {"chunks": 1, "pull": 1}), ("gather", {"chunks": 2, "keep_kv": 1, "pull": 1})]
+
+
+@pytest.mark.parametrize("layout", PULLING, ids=str)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_pulls_by_copy_engines(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    """Twice over the same channels: signals of one plan must not be left for the next."""
+    pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
+    for placement in ("striped", "zigzag"):
+        _check(gpu_pools(world_size, False), _plan(pattern, world_size, placement, layout), pattern)
+
+
+@pytest.mark.parametrize("layout", PULLING, ids=str)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_pulls_where_ranks_have_different_numbers_of_calls(
+    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+) -> None:
+    pattern = anchor_pattern(seq_len_tokens=16384, density=0.3, columns=64, documents=9)
+    plan = _plan(pattern, world_size, "contiguous", layout, leave_out=True)
+    assert plan.active_pairs().left_out()
+    _check(gpu_pools(world_size, False), plan, pattern)
 
 
 @pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})], ids=str)

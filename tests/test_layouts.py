@@ -35,6 +35,9 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("ring", {"prefetch": depth}) for depth in (1, 2, 3, 9))
     yield from (("gather", {"chunks": chunks}) for chunks in (1, 2, 3, 9))
     yield "gather", {"chunks": 2, "keep_kv": 1}
+    yield from (("gather", {"chunks": chunks, "keep_kv": chunks - 1, "pull": 1}) for chunks in (1, 2))
+    yield "gather", {"chunks": 1, "narrow_grads": 1}
+    yield "gather", {"chunks": 3, "keep_kv": 1, "narrow_grads": 1, "pull": 1}
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
     yield from (("two_level", {"inner_size": size}) for size in divisors)
@@ -120,6 +123,68 @@ def test_report_of_a_ring() -> None:
     assert report.transfers == 4 * 6 + 1
     assert report.phases == 6
     assert report.peak_bytes == 3 * made.kv_bytes + 3 * made.dkv_bytes
+
+
+def test_pulls_differ_from_sends_in_transport_and_shared_buffers_alone() -> None:
+    made = shape(4, 64)
+    for direction in DIRECTIONS:
+        for keep_kv in (0, 1):
+            sent, pulled = (
+                build("gather", {"chunks": 2, "keep_kv": keep_kv, "pull": pull}, shape=made, direction=direction)
+                for pull in (0, 1)
+            )
+            fetches = direction == "forward" or not keep_kv
+            shared = {buffer.name for buffer in pulled.buffers if buffer.shared}
+            grads = {f"dkv:{slot}" for slot in range(4)} if direction == "backward" else set()
+            assert shared == grads | ({"kv:home"} if fetches else set())
+            assert pulled.buffer_bytes == sent.buffer_bytes + made.kv_bytes * fetches  # a copy that others can read
+            assert transports(pulled) == {"columns": {"all_reduce"}} | {
+                kind: {"pull"} for kind in kinds(fetches, grads)
+            }
+            assert not sent.shares and pulled.shares and sent.sha256() != pulled.sha256()
+            for name in sources(pulled):
+                buffers = [replace(buffer, shared=buffer.shared and buffer.name != name) for buffer in pulled.buffers]
+                with pytest.raises(ScheduleError, match=f"pulls from {name}, which is not stated as shared"):
+                    check(replace(pulled, buffers=tuple(buffers)))
+            kept = [replace(buffer, shared=buffer.name == "kept:0") for buffer in pulled.buffers]
+            if keep_kv:
+                with pytest.raises(ScheduleError, match="kept:0: a layer's own, others cannot read it"):
+                    check(replace(pulled, buffers=tuple(kept)))
+
+
+def sources(schedule: Schedule) -> set[str]:
+    phases = [phase for rank in range(schedule.world_size) for phase in schedule.phases(rank)]
+    transfers = [transfer for phase in phases for call in phase.group_calls for transfer in call.transfers]
+    return {transfer.source_buffer for transfer in transfers if transfer.transport == "pull"}
+
+
+def transports(schedule: Schedule) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for rank in range(schedule.world_size):
+        for transfer in (t for p in schedule.phases(rank) for c in p.group_calls for t in c.transfers):
+            found.setdefault(transfer.kind, set()).add(transfer.transport)
+    return found
+
+
+def kinds(fetches: bool, grads: set[str]) -> list[str]:
+    return ["kv"] * fetches + ["dkv"] * bool(grads)
+
+
+# What schedules said before they could share buffers: plan files name these hashes.
+HASHES = {
+    ("collective", "backward"): "1e4baac6658d6fad70b2da8827b6a9ee2b3cfcac4e303e6eb70de30d63140b78",
+    ("collective", "forward"): "40ac62bd0e5ea0661fd5bb3e4e03e9bd78c138784b928b20508ab56c61162803",
+    ("gather", "backward"): "6993308efffc63d27a2b6f7e6474fa58cfc37eb46b810a0ec6119a3e5bcda5f6",
+    ("gather", "forward"): "f4131b50e5a21ff227ab9f0a755395eb5cc2a9f3b95c090e363bcbc6e21d92cb",
+    ("ring", "backward"): "2937aa6d85dfe9c2fcda92352e2556609d7a81890cd3ce7739b7cfa2b3aebff2",
+    ("ring", "forward"): "6a4241be06113a550f8a756d16a28be6a2082fc4af1c9a11c9c6998877f2ecec",
+}
+
+
+@pytest.mark.parametrize(("layout", "direction"), sorted(HASHES))
+def test_schedules_without_pulls_keep_their_hashes(layout: str, direction: Direction) -> None:
+    schedule = build(layout, {}, shape=shape(4, 64), direction=direction)
+    assert schedule.sha256() == HASHES[layout, direction]
 
 
 # One program by heart
@@ -298,6 +363,8 @@ def test_what_builders_refuse() -> None:
         build("ring", {"prefetch": 0}, shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
         build("gather", {"chunks": 0}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="pull: is 0 or 1, not 2"):
+        build("gather", {"pull": 2}, shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="inner_size: 3 does not divide 4 ranks"):
         build("hierarchical", {"inner_size": 3}, shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="layout: 'star' is not one of"):

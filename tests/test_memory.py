@@ -45,8 +45,9 @@ def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int
         (("ring", {"prefetch": 1}), ("ring", {"prefetch": 1}), 0),
         (("gather", {"chunks": 1}), ("ring", {"prefetch": 1}), 16),
         (("gather", {"chunks": 2, "keep_kv": 1}), ("gather", {"chunks": 1, "keep_kv": 1}), 16),
+        (("gather", {"chunks": 1, "pull": 1}), ("gather", {"chunks": 1, "pull": 1}), 16),
     ],
-    ids=["ring", "gather-ring", "kept"],
+    ids=["ring", "gather-ring", "kept", "pulled"],
 )
 def test_a_layer_needs_what_the_plan_says(
     forward: Layout, backward: Layout, columns: int, rank_pools: Callable[[int], RankPool]
@@ -114,3 +115,19 @@ def test_rounded_gradients_are_counted() -> None:
         for value in (0, 1)
     )
     assert narrow.total_bytes - wide.total_bytes == shape.kv_bytes
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash4"])
+def test_slots_that_hold_rounded_gradients_are_half_as_large(backend: str) -> None:
+    """flash4 writes them there, with no copy of its own."""
+    shape = AttentionShape(world_size=8, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
+    wide, narrow = (
+        layer_memory(
+            build("gather", {"chunks": 1, "narrow_grads": value}, shape=shape, direction="backward"),
+            shape,
+            backend=backend,
+        )
+        for value in (0, 1)
+    )
+    assert wide.buffer_bytes - narrow.buffer_bytes == 14 * shape.kv_bytes
+    assert wide.workspace_bytes - narrow.workspace_bytes == (7 * shape.kv_bytes if backend == "flash4" else 0)

@@ -42,6 +42,7 @@ def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[
         ("ring", {"prefetch": 1}),
         ("ring", {"prefetch": 2}),
         ("gather", {"chunks": 2}),
+        ("gather", {"chunks": 2, "pull": 1}),
         ("hierarchical", {"inner_size": 2}),
     ],
 )
@@ -71,17 +72,27 @@ def test_what_is_never_needed_is_never_sent(
     assert sent[True]["bytes"] <= 0.6 * sent[False]["bytes"]
 
 
-def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(rank_pools: Callable[[int], RankPool]) -> None:
-    """bfloat16 over two "nodes" of two: dK/dV differ by one rounding of a node's sum at most, all else by nothing."""
+@pytest.mark.parametrize(
+    ("layout", "parameters", "crossing"),
+    [
+        ("two_level", {"inner_size": 2}, 1),
+        ("gather", {"chunks": 1}, 3),
+        ("gather", {"chunks": 2, "keep_kv": 1, "pull": 1}, 3),
+    ],
+)
+def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(
+    rank_pools: Callable[[int], RankPool], layout: str, parameters: dict[str, int], crossing: int
+) -> None:
+    """bfloat16, two "nodes" of two or four ranks: dK/dV of `crossing` shards are rounded once, all else is the same."""
     pattern, answers, plans = PATTERNS["gqa"].pattern, {}, {}
     for narrow in (0, 1):
-        case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="two_level",
-                    parameters={"inner_size": 2, "narrow_grads": narrow}, pattern="gqa")  # fmt: skip
+        case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout,
+                    parameters=parameters | {"narrow_grads": narrow}, pattern="gqa")  # fmt: skip
         plans[narrow] = make_case_plan(case, dtype="bfloat16")
         answers[narrow] = rank_pools(4).run("counted_attention", plan=plans[narrow], pattern=pattern, seed=7)
     shape, differences = plans[0].attention_shape(), 0
     for (wide, wide_sent), (narrow, narrow_sent) in zip(answers[0], answers[1], strict=True):
-        assert wide_sent["bytes"] - narrow_sent["bytes"] == shape.dkv_bytes - shape.kv_bytes
+        assert wide_sent["bytes"] - narrow_sent["bytes"] == crossing * (shape.dkv_bytes - shape.kv_bytes)
         for name in ("out", "lse", "dq"):
             assert largest_difference(wide[name], narrow[name]) == 0
         for name in ("dk", "dv"):
@@ -97,6 +108,17 @@ def test_a_mask_that_needs_what_is_left_out_is_refused(rank_pools: Callable[[int
     other = replace(PATTERNS["documents"].pattern, documents=None)
     with pytest.raises(RankFailure, match="pairs: the mask activates the queries of rank 2 against the keys of rank 0"):
         rank_pools(4).run("attention", plan=make_case_plan(case, leave_out=True), pattern=other, seed=7)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"keep_kv": 1}], ids=str)
+def test_a_graph_of_the_gradients_is_refused_and_gradients_may_be_asked_for_again(
+    parameters: dict[str, int], rank_pools: Callable[[int], RankPool]
+) -> None:
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="gather", parameters=parameters,
+                pattern="gqa")  # fmt: skip
+    results = rank_pools(2).run("second_gradients", plan=make_case_plan(case), pattern=PATTERNS["gqa"].pattern)
+    refusal = "create_graph: gradients of gradients of planned attention are not supported"
+    assert results == [(refusal, 0.0)] * 2
 
 
 def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:

@@ -76,6 +76,27 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
+def require_output(path: Path, *, kind: str, key: str) -> None:
+    """Refuse, before any work, an output in the place of something else: InputError names it.
+
+    kind, key: what the output is, and a key of its JSON. An older one of the same kind may be replaced, and so may an
+    empty file; a folder, a device, or a file of another kind may not.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"cannot be written: {folder.name} is no folder", source=path)
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    if not path.is_file():
+        raise InputError(f"cannot be written: is {'a folder' if path.is_dir() else 'no regular file'}", source=path)
+    try:
+        document = read_json(path)
+    except InputError:
+        document = None
+    if not isinstance(document, dict) or key not in document:
+        raise InputError(f"exists and is no {kind}: it is not overwritten", source=path)
+
+
 def read_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Return the file's bytes; InputError when it is missing, unreadable or larger than `max_bytes`."""
     try:

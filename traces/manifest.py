@@ -186,7 +186,8 @@ def parse_model(model: type[Model], value: Any, *, source: str | Path | None = N
         field = ".".join(str(part) for part in problem["loc"]) or None
         shown = problem["input"] if isinstance(problem["input"], str | int | float | None) else None
         suffix = "" if shown is None else f", not {str(shown)[:80]!r}"
-        raise InputError(f"{problem['msg']}{suffix}", source=source, field=field) from error
+        told = problem["msg"].removeprefix("Value error, ")  # pydantic's, before the text of our own checks
+        raise InputError(f"{told}{suffix}", source=source, field=field) from error
 
 
 def library_versions(*packages: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json, write_json
+from .files import read_json, require_output, write_json
 
 TIMELINE_SCHEMA_VERSION = 1
 COMPUTE_STREAM = "compute"
@@ -79,6 +79,11 @@ class Timeline:
         if not self.spans:
             return 0.0
         return max(span.end_us for span in self.spans) - min(span.start_us for span in self.spans)
+
+    @staticmethod
+    def require_writable(path: Path) -> None:
+        """Refuse, before any work, to write a timeline in the place of something else: InputError."""
+        require_output(path, kind="timeline", key="traceEvents")
 
     def save(self, path: Path) -> None:
         """Write Chrome trace JSON, atomically."""
