@@ -121,5 +121,5 @@ def _slots_of(tasks: Sequence[Task]) -> list[str]:
 def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str]) -> int:
     """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
     copied_bytes = shape.accumulator_bytes + shape.element_bytes
-    of_keys = shape.accumulator_bytes if narrow.issuperset(names) else copied_bytes
+    of_keys = shape.accumulator_bytes if narrow >= set(names) else copied_bytes
     return shape.heads * copied_bytes + 2 * len(names) * shape.kv_heads * of_keys

@@ -381,3 +381,13 @@ def test_an_empty_shard_is_fine():
     out, lse = api.block_forward(problem.q, problem.k[:, :0], problem.v[:, :0], index, scale=1.0, backend="blockwise")
     assert not out.any() and torch.all(lse == -torch.inf)
     assert not api.gather_columns(problem.k[:, :0], problem.mask, none).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_gradients_of_gradients_are_refused(backend: str) -> None:
+    q, k, v = (torch.randn(1, 32, 1, 16, requires_grad=True) for _ in range(3))
+    mask = AttentionMask(seq_len_tokens=32, block_size=16, active=torch.ones(1, 2, dtype=torch.bool), columns=None)
+    out, _ = api.full_attention(q, k, v, mask, scale=0.25, backend=backend)
+    with pytest.raises(ValueError, match="create_graph: gradients of gradients"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+    torch.autograd.grad(out.sum(), q)
