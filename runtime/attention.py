@@ -20,7 +20,7 @@ from ..planner.schedule import DIRECTIONS, KEPT, Direction
 from ..traces.errors import InputError, UnsupportedError
 from .buffers import BufferPool, Slots
 from .comm import Channel, Channels, CommunicationError
-from .failures import name_lost_ranks
+from .failures import name_lost_ranks, naming_lost_ranks
 from .measure import Recorder
 from .mesh import Mesh, agree
 from .patterns import PairGuard, RunningHash
@@ -109,10 +109,11 @@ class PlannedAttention:
 
     def play(self, direction: Direction, stage: Stage) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""
-        try:
-            play(self.schedules[direction], self.mesh.rank, stage, self.channels, self.recorder)
-        except CommunicationError as error:
-            raise name_lost_ranks(self.mesh, self.topic, error) from error
+        with naming_lost_ranks(self.mesh):
+            try:
+                play(self.schedules[direction], self.mesh.rank, stage, self.channels, self.recorder)
+            except CommunicationError as error:
+                raise name_lost_ranks(self.mesh, self.topic, error) from error
 
     def note_pattern(self, mask: AttentionMask) -> None:
         """Take a layer's mask into the hash that `agree_on_patterns` compares.
@@ -125,10 +126,13 @@ class PlannedAttention:
     def agree_on_patterns(self) -> None:
         """Check, once per training step, that all ranks used the same patterns since the last time. Collective.
 
-        Raises InputError naming the first rank that differs. Waits for the device.
+        Raises InputError naming the first rank that differs, RankLost when ranks are lost. Waits for the device.
         """
         self._agreements += 1
-        agree(self.mesh, f"{self.topic} patterns {self._agreements}", f"{int(self._pattern_hash.take()):016x}")
+        with naming_lost_ranks(self.mesh):
+            own = f"{int(self._pattern_hash.take()):016x}"
+            self.mesh.check()  # before the others are asked, who may be gone
+            agree(self.mesh, f"{self.topic} patterns {self._agreements}", own)
 
     def close(self) -> None:
         """Finish all channels."""

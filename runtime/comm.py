@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..planner.schedule import Communicator, Schedule
+from .failures import CommunicationError
 from .mesh import Mesh
 from .pull import PeerMemory, Pull, Signals, require_peer_access
 
@@ -65,10 +66,6 @@ class Channel(Protocol):
     def close(self) -> None:
         """Finish what was posted and free the channel's thread or stream."""
         ...
-
-
-class CommunicationError(RuntimeError):
-    """A group of messages failed: names the communicator and the peers."""
 
 
 def _transmit(group: dist.ProcessGroup, messages: Sequence[Message], first_process: int) -> list[dist.Work]:

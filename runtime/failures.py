@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from .comm import CommunicationError
-from .mesh import Mesh
+if TYPE_CHECKING:  # mesh.py starts the sentinel, which raises what stands here
+    from .mesh import Mesh
 
 GRACE = timedelta(seconds=5)
 
 
+class CommunicationError(RuntimeError):
+    """A group of messages failed: names the communicator and the peers."""
+
+
 class RankLost(RuntimeError):
     """Ranks that stopped answering, by number, as the survivors agree."""
+
+
+# What a rank's death looks like to those who talked to it. Other errors are a rank's own.
+SYMPTOMS = (CommunicationError, dist.DistError, torch.AcceleratorError)
+
+
+def ranks_lost(ranks: Sequence[int], world_size: int, *, seen_by: str, because: object) -> RankLost:
+    """Return the error for ranks that are gone."""
+    names = ", ".join(f"rank {rank}" for rank in ranks)
+    return RankLost(f"{names} of {world_size} stopped answering (seen by {seen_by}); {because}")
+
+
+def host_lost(store_host: str, world_size: int, *, seen_by: str, because: object) -> RankLost:
+    """Return the error for a store that cannot be reached: nobody can be asked who else is gone."""
+    host = f"{store_host} of {world_size}" if store_host.startswith("rank") else store_host
+    return RankLost(f"{host}, which hosts the store, stopped answering (seen by {seen_by}); {because}")
+
+
+def nobody_lost(rank: int, *, because: object) -> RankLost:
+    """Return the error for a failed transfer among ranks that all live."""
+    return RankLost(f"rank {rank}: all ranks are alive, but a transfer failed: {because}")
 
 
 def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLost:
@@ -25,6 +54,7 @@ def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLo
     When the store itself cannot be reached, whoever hosts it is lost. `topic` is the same on all ranks.
     """
     prefix = f"sparsering/survivors/{topic}"
+    seen_by = f"rank {mesh.rank}"
     lost: list[int] = []
     try:
         mesh.store.set(f"{prefix}/{mesh.rank}", "here")
@@ -32,12 +62,34 @@ def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLo
             if not _signed_in(mesh.store, f"{prefix}/{rank}", timedelta(0) if lost else GRACE):
                 lost.append(rank)
     except (dist.DistError, RuntimeError):
-        host = f"{mesh.store_host} of {mesh.world_size}" if mesh.hosted_by_rank else mesh.store_host
-        return RankLost(f"{host}, which hosts the store, stopped answering (seen by rank {mesh.rank}); {error}")
+        return host_lost(mesh.store_host, mesh.world_size, seen_by=seen_by, because=error)
     if not lost:
-        return RankLost(f"rank {mesh.rank}: all ranks are alive, but a transfer failed: {error}")
-    names = ", ".join(f"rank {rank}" for rank in lost)
-    return RankLost(f"{names} of {mesh.world_size} stopped answering (seen by rank {mesh.rank}); {error}")
+        return nobody_lost(mesh.rank, because=error)
+    return ranks_lost(lost, mesh.world_size, seen_by=seen_by, because=error)
+
+
+@contextmanager
+def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
+    """Raise RankLost where a lost rank makes what is inside fail, or end with what nobody sent.
+
+    For errors that a rank's death may look like, waits until the sentinel can tell; others pass at once, and so does
+    everything where no sentinel watches.
+    """
+    sentinel = mesh.sentinel
+    if sentinel is None:
+        yield
+        return
+    sentinel.check()
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        lost = sentinel.verdict(wait=isinstance(error, SYMPTOMS))
+        if lost is None:
+            raise
+        raise lost from error
+    sentinel.check()
 
 
 def _signed_in(store: Store, key: str, patience: timedelta) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from ..traces.errors import InputError
+from .failures import ranks_lost
 
 POLL_S = 0.05
 GRACE_S = 15.0
@@ -56,10 +58,20 @@ def _join(processes: list[subprocess.Popen[bytes]]) -> int:
         if failed_at is None and any(codes):
             failed_at = time.monotonic()
             code = next(value for value in codes if value)
+            _name_killed(codes)
         if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
             return code
         time.sleep(POLL_S)
     return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _name_killed(codes: Sequence[int | None]) -> None:
+    """Say which ranks a signal ended: they could not say so themselves, and the others may not live to see it."""
+    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+    if killed:
+        names = sorted({signal.Signals(-code).name for code in codes if code is not None and code < 0})
+        error = ranks_lost(killed, len(codes), seen_by="the launcher", because=f"ended by {', '.join(names)}")
+        print(f"sparsering: {error}", file=sys.stderr, flush=True)
 
 
 def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

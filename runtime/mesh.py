@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +19,13 @@ from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivat
 from torch.distributed.rendezvous import rendezvous
 
 from ..traces.errors import InputError
+from .heartbeat import connection_of_its_own
+from .sentinel import Sentinel, Watch
 
 DEFAULT_TIMEOUT_S = 600.0
+
+# This process's own, as its process group is: `leave` ends both.
+_sentinels: list[Sentinel] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class Mesh:
     """This process among its peers: its rank, its device, and the store that all share.
 
     store_host: who holds the store, in words: without it nobody can ask who is left
+    sentinel: who watches the other processes; None where nobody does
     replica, replicas: of so many groups of `world_size` consecutive processes that do the same on other data, this one
     """
 
@@ -38,6 +45,7 @@ class Mesh:
     store_host: str = "rank 0"
     replica: int = 0
     replicas: int = 1
+    sentinel: Sentinel | None = None
 
     @property
     def backend(self) -> str:
@@ -70,6 +78,7 @@ class Mesh:
             store_host=self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0",
             replica=replica,
             replicas=self.world_size // world_size,
+            sentinel=self.sentinel,
         )
 
     def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
@@ -81,6 +90,11 @@ class Mesh:
             if replica == self.replica and self.rank in ranks and isinstance(group, dist.ProcessGroup):
                 own = group
         return own
+
+    def check(self) -> None:
+        """Raise RankLost when the sentinel knows of lost ranks. Before anything is kept that came from others."""
+        if self.sentinel is not None:
+            self.sentinel.check()
 
     def collect(self, topic: str, value: Any) -> list[Any] | None:
         """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""
@@ -110,24 +124,19 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Mesh:
+def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float = 0.0) -> Mesh:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe, or the one that exists.
 
-    device: "cpu" or "cuda"; the default is CUDA where there is one. InputError when the environment is incomplete.
+    device: "cpu" or "cuda"; the default is CUDA where there is one. patience_s: after how long a silence a rank is lost
+    (sentinel.py), less than timeout_s; 0 watches nobody. InputError when the environment is incomplete.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_patience(patience_s, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
         local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        return Mesh(
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            device=_device(kind, local),
-            store=store,
-            timeout=timeout,
-            store_host=_store_host(),
-        )
+        return _mesh(dist.get_rank(), dist.get_world_size(), _device(kind, local), store, timeout, patience_s)
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
@@ -135,8 +144,12 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
     local = int(os.environ.get("LOCAL_RANK", rank))
     chosen = _device(kind, local)
     # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
-    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(_attempt(), store)
     store.set_timeout(timeout)
+    if kind == "cuda" and patience_s:
+        # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process. By
+        # default the watchdog would end it first, and by std::terminate.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=PrefixStore("default", store),
@@ -145,7 +158,39 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         timeout=timeout,
         device_id=chosen if kind == "cuda" else None,
     )
-    return Mesh(rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=_store_host())
+    return _mesh(rank, world_size, chosen, store, timeout, patience_s)
+
+
+def _mesh(
+    rank: int, world_size: int, device: torch.device, store: Store, timeout: timedelta, patience_s: float
+) -> Mesh:
+    """Return this process's mesh; its sentinel starts with the first."""
+    if patience_s and world_size > 1 and not _sentinels:
+        connection = connection_of_its_own(store, timeout)
+        if connection is not None:
+            watch = Watch(
+                rank=rank, world_size=world_size, store_host=_store_host(), patience_s=patience_s,
+                device_type=device.type,
+            )  # fmt: skip
+            _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        store=store,
+        timeout=timeout,
+        store_host=_store_host(),
+        sentinel=_sentinels[0] if _sentinels else None,
+    )
+
+
+def _check_patience(patience_s: float, timeout_s: float) -> None:
+    if not 0 <= patience_s < timeout_s:
+        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
+
+
+def _attempt() -> str:
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store_host() -> str:
@@ -154,15 +199,28 @@ def _store_host() -> str:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    """Leave the process group, if there is one, and say goodbye to the others.
+
+    While an error is on its way out (in a `finally`) there is no goodbye: the others, who wait for this rank, lose it.
+    """
+    sentinel = _sentinels.pop() if _sentinels else None
+    failing = sys.exc_info()[1] is not None
+    if sentinel is not None:
+        if failing:
+            sentinel.close()
+        else:
+            sentinel.say_goodbye()
+    if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
         dist.destroy_process_group()
+    if sentinel is not None and not failing:
+        sentinel.close()
 
 
 def agree(mesh: Mesh, topic: str, value: str) -> None:
     """Compare `value` with every rank's through the store; InputError names the first rank that differs.
 
-    topic must be new for every call. A rank that never says its value is named too, after the mesh's timeout.
+    topic must be new for every call. A rank that never says its value is named too, after the mesh's timeout;
+    with a sentinel, RankLost names ranks that are lost.
     """
     prefix = f"sparsering/{topic}"
     mesh.store.set(f"{prefix}/{mesh.rank}", value)
@@ -171,6 +229,9 @@ def agree(mesh: Mesh, topic: str, value: str) -> None:
         try:
             mesh.store.wait([f"{prefix}/{rank}"], mesh.timeout)
         except (dist.DistStoreError, RuntimeError) as error:
+            lost = mesh.sentinel.verdict(wait=True) if mesh.sentinel is not None else None
+            if lost is not None:
+                raise lost from error
             raise InputError(f"rank {rank} did not say its {topic} in {mesh.timeout}", field=topic) from error
         values.append(mesh.store.get(f"{prefix}/{rank}").decode())
     for rank, other in enumerate(values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,9 @@ from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
 from ..traces.timeline import Timeline
 from .execute import RunOptions, RunResult, execute
+from .failures import RankLost, naming_lost_ranks
 from .launch import launch_ranks
-from .mesh import inherited_environment, is_rank, join, leave
+from .mesh import Mesh, inherited_environment, is_rank, join, leave
 
 
 def run(
@@ -35,13 +37,16 @@ def run(
     verify: Annotated[bool, typer.Option(help="Check out, lse and all gradients in float64 on every rank.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1.0, help="How long a rank waits for the others.")] = 600.0,
+    patience_s: Annotated[
+        float, typer.Option(min=0.0, help="After how long a silence a rank is lost; 0: torch's own time-outs decide.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the random q, k, v and gradient.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Execute one layer of a plan, forward and backward, on real processes, and measure its timeline.
 
     Joins the other ranks when RANK is set (torchrun); otherwise starts all ranks on this host. Exit code 1 when
-    --verify finds an error too large.
+    --verify finds an error too large, or ranks are lost.
     """
     if output is not None:
         Timeline.require_writable(output)
@@ -53,17 +58,29 @@ def run(
         _require_devices(device, loaded.world_size)
         environment = inherited_environment(world_size=loaded.world_size)
         raise typer.Exit(launch_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
-    mesh = join(device=device, timeout_s=timeout_s)
+    mesh = join(device=device, timeout_s=timeout_s, patience_s=patience_s)
+    try:
+        passed = _run_rank(mesh, loaded, pattern, options, lambda result: _report(loaded, result, output, as_json))
+    except RankLost as error:
+        typer.echo(f"sparsering: {error}", err=True)
+        raise typer.Exit(1) from error
+    raise typer.Exit(0 if passed else 1)
+
+
+def _run_rank(
+    mesh: Mesh, plan: Plan, pattern: LayerPattern | None, options: RunOptions, report: Callable[[RunResult], None]
+) -> bool:
+    """Execute the plan as one rank; rank 0 reports. Return, on all ranks, whether all verdicts are good."""
     console = Console(stderr=True, quiet=bool(mesh.rank))
     try:
-        with console.status("starting") as status:
-            result = execute(loaded, mesh, pattern, options, lambda text: status.update(text))
-        if result is not None:
-            _report(loaded, result, output, as_json)
-        passed = mesh.broadcast("verified", result is None or all(v.ok for v in result.verdicts))
+        with naming_lost_ranks(mesh):
+            with console.status("starting") as status:
+                result = execute(plan, mesh, pattern, options, lambda text: status.update(text))
+            if result is not None:
+                report(result)
+            return mesh.broadcast("verified", result is None or all(v.ok for v in result.verdicts))
     finally:
         leave()
-    raise typer.Exit(0 if passed else 1)
 
 
 def _require_devices(device: str | None, ranks: int) -> None:

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 from ..traces.errors import InputError
+from .failures import RankLost
 from .train_command import run_rank
 from .train_config import load_config
 from .train_loop import TrainingError
 
 
 def main() -> int:
-    """Train as the rank that the environment says; 2 and one line for input that cannot be used, 1 for a broken run."""
+    """Train as the rank that the environment says; 2 and one line for unusable input, 1 for a broken run."""
     parser = argparse.ArgumentParser(prog="sparsering.runtime.train", description=__doc__)
     parser.add_argument("config", type=Path, help="the run's YAML file")
     try:
@@ -21,7 +22,7 @@ def main() -> int:
     except InputError as error:
         print(f"sparsering: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, RankLost) as error:
         print(f"sparsering: {error}", file=sys.stderr)
         return 1
 

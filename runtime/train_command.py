@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..traces.errors import InputError
+from .failures import RankLost, naming_lost_ranks
 from .mesh import inherited_environment, is_rank, join, leave
 from .train_config import TrainConfig, load_config
 from .train_export import export_checkpoint
-from .train_loop import StepResult, Trainer
+from .train_loop import StepResult, Trainer, TrainingError
 from .train_setup import Setup, set_up
 
 
@@ -37,7 +38,7 @@ def train(
     """
     loaded = load_config(config)
     if is_rank():
-        raise typer.Exit(run_rank(loaded))
+        raise typer.Exit(_run_rank(loaded))
     if export is not None:
         written = export_checkpoint(loaded, export)
         typer.echo(json.dumps(written) if as_json else f"step {written['step']} written to {export}")
@@ -64,14 +65,15 @@ def start(path: Path, config: TrainConfig) -> int:
 
 def run_rank(config: TrainConfig) -> int:
     """Train as one rank; 0 when all steps are done. Rank 0 alone reads all data once to verify it."""
-    world = join(device=config.device, timeout_s=config.timeout_s)
+    world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
     try:
         setup = set_up(config, verify_data=world.rank == 0)
         if world.world_size != config.parallel.world_size:
             raise InputError(f"{config.parallel.world_size} ranks are configured, {world.world_size} were started",
                              field="parallel")  # fmt: skip
-        trainer = Trainer(setup, world)
-        first = trainer.resume()
+        with naming_lost_ranks(world):
+            trainer = Trainer(setup, world)
+            first = trainer.resume()
         console = Console(stderr=True, quiet=bool(world.rank))
         if setup.resolved.made_here and config.attention == "planned":
             console.print(f"no plan given: default plan {setup.plan.digest[:12]} ({setup.resolved.made_here})")
@@ -79,10 +81,20 @@ def run_rank(config: TrainConfig) -> int:
             console.print(f"resumed at step {first}")
         with _progress(console, config, first) as (bar, task):
             trainer.run(lambda result: _advance(bar, task, result))
-        trainer.close()
+        with naming_lost_ranks(world):
+            trainer.close()
     finally:
         leave()
     return 0
+
+
+def _run_rank(config: TrainConfig) -> int:
+    """Train as one rank; 1, and one line, when the run broke or ranks were lost."""
+    try:
+        return run_rank(config)
+    except (TrainingError, RankLost) as error:
+        typer.echo(f"sparsering: {error}", err=True)
+        return 1
 
 
 class _progress:

@@ -23,6 +23,7 @@ from .checkpoint import Checkpointer
 from .dense_flash4 import NAME as FLASH4_RING
 from .dense_ring import ZigzagAttention
 from .exposure import Exposure
+from .failures import naming_lost_ranks
 from .hf import Attached, Attention
 from .mesh import Mesh, agree
 from .optimizer import GradientNorms, clip_gradients, gradient_norms, learning_rate, make_optimizer, set_learning_rate
@@ -123,8 +124,9 @@ class Trainer:
             while self.next_step < last:
                 step = self.next_step
                 wanted = {"measured": outputs.measures(step), "weighed": outputs.weighs(step)}
-                results.append(self.step(**wanted, recorded=outputs.records(step)))
-                outputs.write(results[-1])
+                with naming_lost_ranks(self.world):
+                    results.append(self.step(**wanted, recorded=outputs.records(step)))
+                    outputs.write(results[-1])
                 report(results[-1])
             if self.checkpoints is not None:
                 self.checkpoints.finish()
@@ -229,7 +231,10 @@ class Trainer:
     def _checked(
         self, step: int, loss_sum: Tensor, valid: Tensor, norms: GradientNorms
     ) -> tuple[float | None, float, bool]:
-        """Return (loss, gradient norm, whether ranks chose alike); TrainingError when the gradient is not finite."""
+        """Return (loss, gradient norm, whether ranks chose alike); TrainingError when the gradient is not finite.
+
+        RankLost when ranks are lost: what was waited for here may be what nobody sent.
+        """
         dist.all_reduce(loss_sum)
         own = self.masks.take_hash() if self.masks is not None else torch.zeros_like(valid, dtype=torch.int64)
         ends = torch.stack([own, ~own])
@@ -237,6 +242,7 @@ class Trainer:
         same = (ends[0] == ~ends[1]).double()  # largest and smallest hash
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
         loss, norm, count, alike = torch.stack([loss_sum, norms.total, valid, same]).tolist()
+        self.world.check()
         if not torch.isfinite(torch.tensor([norm, loss])).all():
             raise TrainingError(f"step {step}: {self._diagnosis(norms)}; the parameters are those before this step")
         return (loss / count if count else None), norm, bool(alike)

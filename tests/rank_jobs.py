@@ -135,8 +135,13 @@ def _hook(planned: PlannedAttention, hook: Callable[[], None]) -> None:
     planned.channels = {name: _Hooked(channel, hook) for name, channel in planned.channels.items()}
 
 
-def attention_and_die(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, direction: str, victim: int) -> None:
-    """Run one layer; the victim kills itself at its last post of that direction."""
+def attention_and_die(
+    mesh: Mesh, *, plan: Plan, pattern: LayerPattern, direction: str, victim: int, check_patterns: bool = False
+) -> None:
+    """Run one layer; the victim kills itself at its last post of that direction.
+
+    check_patterns: as a training step ends; on GPUs the first time that anybody waits for what the layer posted.
+    """
     schedule = plan.schedule("forward"), plan.schedule("backward")
     posts = [sum(len(phase.group_calls) for phase in one.phases(mesh.rank)) for one in schedule]
     deadly = posts[0] if direction == "forward" else sum(posts)
@@ -148,7 +153,14 @@ def attention_and_die(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, directio
         if mesh.rank == victim and count == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    attention(mesh, plan=plan, pattern=pattern, seed=0, wrap=lambda planned: _hook(planned, die_at_last))
+    attention(
+        mesh,
+        plan=plan,
+        pattern=pattern,
+        seed=0,
+        check_patterns=check_patterns,
+        wrap=lambda planned: _hook(planned, die_at_last),
+    )
 
 
 def exposed_communication(

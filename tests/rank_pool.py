@@ -41,15 +41,23 @@ def rank_environment(rank: int, world_size: int, port: int, **extra: str) -> dic
 class RankPool:
     """`world_size` worker processes that wait for jobs."""
 
-    def __init__(self, world_size: int, *, device: str = "cpu", environment: dict[int, dict[str, str]] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        device: str = "cpu",
+        environment: dict[int, dict[str, str]] | None = None,
+        patience_s: float | None = None,
+    ):
         self.world_size = world_size
+        patience = [] if patience_s is None else [str(patience_s)]
         port = free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         address = str(Path(self._folder.name) / "socket")
         self._listener = Listener(address, family="AF_UNIX")
         self._processes = [
             subprocess.Popen(
-                [sys.executable, str(WORKER), address, device],
+                [sys.executable, str(WORKER), address, device, *patience],
                 env=rank_environment(rank, world_size, port, **(environment or {}).get(rank, {})),
             )
             for rank in range(world_size)

@@ -21,7 +21,8 @@ def main() -> None:
     torch.set_num_threads(1)
     from sparsering.runtime.mesh import join, leave
 
-    mesh = join(device=sys.argv[2], timeout_s=120)
+    patience_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+    mesh = join(device=sys.argv[2], timeout_s=120, patience_s=patience_s)
     jobs = _jobs()
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send(mesh.rank)

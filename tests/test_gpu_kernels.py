@@ -277,7 +277,8 @@ def test_flash4_in_head_groups(groups: int, columns: int, backend: str, monkeypa
     given = None
     if columns:
         columns_task = flash4_backend.column_index(mask, tokens)
-        given = *flash4_backend.gather_columns(k, v, columns_task), columns_task
+        column_k, column_v = flash4_backend.gather_columns(k, v, columns_task)
+        given = column_k, column_v, columns_task
     out, lse = flash4_backend.block_forward(q, k, v, index, scale=0.1, out_dtype=q.dtype, columns=given)
     dq, dk, dv, of_columns = flash4_backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=0.1, columns=given)
     if given is not None and of_columns is not None:

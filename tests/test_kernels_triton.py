@@ -281,7 +281,8 @@ def test_no_column_slots_are_no_columns() -> None:
     mask = dataclasses.replace(mask, columns=torch.empty(2, 0, dtype=torch.int32))
     everything = torch.arange(64)
     index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
-    columns = *backend.gather_columns(k, v, column_index), column_index
+    column_k, column_v = backend.gather_columns(k, v, column_index)
+    columns = column_k, column_v, column_index
     out, lse = backend.column_forward(q, *columns, scale=SCALE)
     assert (out == 0).all() and (lse == -torch.inf).all()
     out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)

@@ -144,6 +144,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "data.documents.attention: 'vertical-slash' does not choose per document",
     ),
     "zigzag length": ({"attention": "dense-zigzag", "seq_len_tokens": 254}, "254 is no multiple of 4"),
+    "patience": ({"timeout_s": 20, "patience_s": 30}, "patience_s 30 is not less than timeout_s 20"),
     "baseline with plan": ({"attention": "dense", "plan": {"file": "x"}}, "takes no plan"),
     "torch ring on CPU": ({"attention": "torch-context-parallel"}, "attention: 'torch-context-parallel' needs GPUs"),
     "flash4 ring on CPU": ({"attention": "dense-zigzag-flash4"}, "attention: 'dense-zigzag-flash4' needs GPUs"),
