@@ -165,6 +165,7 @@ class _Writer:
             self._write()
 
     def finish(self, tokenizer: str) -> DataManifest:
+        """Write what waits, the documents' starts and the manifest, and return it; InputError when nothing came."""
         if self._waiting:
             self._write()
         if not self.shards:

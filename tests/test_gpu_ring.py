@@ -180,22 +180,12 @@ def test_pulls_by_copy_engines(
         _check(gpu_pools(world_size, False), _plan(pattern, world_size, placement, layout), pattern)
 
 
-@pytest.mark.parametrize("layout", PULLING, ids=str)
-@pytest.mark.parametrize("world_size", [4, 8])
-def test_pulls_where_ranks_have_different_numbers_of_calls(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
-) -> None:
-    pattern = anchor_pattern(seq_len_tokens=16384, density=0.3, columns=64, documents=9)
-    plan = _plan(pattern, world_size, "contiguous", layout, leave_out=True)
-    assert plan.active_pairs().left_out()
-    _check(gpu_pools(world_size, False), plan, pattern)
-
-
-@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})], ids=str)
+@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), *PULLING], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_pairs_that_documents_never_need_are_left_out(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
+    """Ranks have different numbers of calls then, which those that pull must not wait for."""
     pattern = anchor_pattern(seq_len_tokens=16384, density=0.3, columns=64, documents=9)
     plan = _plan(pattern, world_size, "contiguous", layout, leave_out=True)
     assert plan.active_pairs().left_out()
