@@ -5,8 +5,9 @@ Contracts are those of api.py, and the extra keywords those of triton_backend.py
 of 128 tokens, head dims 64 and 128, float16 and bfloat16; anything else raises ValueError.
 
 A partial is rounded to the inputs' dtype before it is merged in float32, and so are a task's gradients before they are
-added. Repeatability: out, lse, dK and dV of a KV head with one query head repeat bit for bit; dQ, and with grouped
-queries dK and dV, are added up by atomics in float32 in an order that varies from run to run (a few ulps in 16 bits).
+added. Repeatability: out, lse, and dK and dV of KV heads whose query heads one program walks (flash4_fold.py) repeat
+bit for bit; dQ, and other dK and dV, are added up by atomics in float32 in an order that varies from run to run (a few
+ulps in 16 bits).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
 from .column_index import ColumnTask, column_task
 from .flash4_index import Flash4Task, flash4_task
-from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels
+from .flash4_launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels, zeros_like_rows
 from .flash4_merge import merge_part
 from .gradients import grad_columns, grad_query
 from .launching import loadable
@@ -122,8 +123,7 @@ def block_backward(
         written = 0 if shared or not groups else index.task.k_valid_tokens
         grad_k[:, written:], grad_v[:, written:] = 0, 0
     of_query.finish_rows(index.task.q_valid_tokens if groups else 0)
-    out = torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
-    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=out, lse=lse, grad_lse=-delta)
+    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=zeros_like_rows(q), lse=lse, grad_lse=-delta)
     rounded = grad_k.dtype == q.dtype
     if rounded and not shared:  # written where it belongs
         for part in gradient_parts(inputs, index, scale, {"dk": grad_k, "dv": grad_v}):

@@ -2,6 +2,7 @@
 
 A *row* is a local query tile or, transposed, a local key tile (see index.py). Its *full* tiles need no element mask;
 its *partial* ones do: the row's own block (causality, the ragged tail) and, with documents, tiles where several meet.
+Query heads may be laid end to end (see flash4_fold.py): a row's table then has the tiles of all of them, numbered on.
 A table holds four bytes for each (head, row, tile of the other side): 64 MiB at 128K tokens and 16 heads, where one
 launch takes all heads and the tables are kept. What is larger is dropped after its launch, and what is larger still is
 built and launched by groups of heads.
@@ -36,19 +37,23 @@ _CHUNK = 1024
 @triton.jit(do_not_specialize=["rows", "others", "full_capacity", "partial_capacity", "blocks"])
 def tiles_kernel(active, row_blocks, other_blocks, row_documents, other_documents, full_counts, full_tiles,
                  partial_counts, partial_tiles, rows, others, full_capacity, partial_capacity, blocks,
-                 TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
-    """Ascending full and partial tiles of each (head, row), and how many. Grid (rows, H).
+                 FOLD: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DOCUMENTS: tl.constexpr,
+                 CHUNK: tl.constexpr):
+    """Ascending full and partial tiles of each (FOLD heads, row), and how many. Grid (rows, H / FOLD).
 
     row_documents, other_documents int32 [2, T]: the lowest and the highest document of each tile.
     """
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, fold = tl.program_id(0), tl.program_id(1)
     block = tl.load(row_blocks + row)
-    line = head.to(tl.int64) * rows + row
+    line = fold.to(tl.int64) * rows + row
     full, partial = 0, 0
     if DOCUMENTS:
         low, high = tl.load(row_documents + row), tl.load(row_documents + rows + row)
-    for start in range(0, others, CHUNK):
-        tile = start + tl.arange(0, CHUNK)
+    chunks = tl.cdiv(others, CHUNK)
+    for step in range(0, FOLD * chunks):
+        member = step // chunks
+        head = fold * FOLD + member
+        tile = (step % chunks) * CHUNK + tl.arange(0, CHUNK)
         other = tl.load(other_blocks + tile, mask=tile < others, other=blocks)
         if TRANSPOSED:
             query, key = other, tl.zeros_like(other) + block
@@ -68,11 +73,11 @@ def tiles_kernel(active, row_blocks, other_blocks, row_documents, other_document
             masked = masked | (low != high) | (other_low != other_high)
         taken = (on & (masked == 0)).to(tl.int32)
         slot = full + tl.cumsum(taken, 0) - 1
-        tl.store(full_tiles + line * full_capacity + slot, tile, mask=taken != 0)
+        tl.store(full_tiles + line * full_capacity + slot, member * others + tile, mask=taken != 0)
         full += tl.sum(taken, 0)
         taken = (on & masked).to(tl.int32)
         slot = partial + tl.cumsum(taken, 0) - 1
-        tl.store(partial_tiles + line * partial_capacity + slot, tile, mask=taken != 0)
+        tl.store(partial_tiles + line * partial_capacity + slot, member * others + tile, mask=taken != 0)
         partial += tl.sum(taken, 0)
     tl.store(full_counts + line, full)
     tl.store(partial_counts + line, partial)
@@ -80,7 +85,10 @@ def tiles_kernel(active, row_blocks, other_blocks, row_documents, other_document
 
 @dataclass(frozen=True, kw_only=True)
 class TileTables:
-    """The rows of heads `first` .. `last` - 1: counts int32 [1, G, T], tiles int32 [1, G, T, capacity]."""
+    """The rows of heads `first` .. `last` - 1, `fold` of them end to end: G = (last - first) / fold lists of rows.
+
+    counts int32 [1, G, T], tiles int32 [1, G, T, capacity].
+    """
 
     first: int
     last: int
@@ -122,7 +130,7 @@ class Flash4Task:
     task: BlockTask
     q_documents: TileDocuments | None
     k_documents: TileDocuments | None
-    _kept: dict[bool, TileTables] = field(default_factory=dict)
+    _kept: dict[tuple[bool, int], TileTables] = field(default_factory=dict)
 
     @cached_property
     def q_tiles(self) -> int:
@@ -139,13 +147,17 @@ class Flash4Task:
         rows, others = (self.k_tiles, self.q_tiles) if transposed else (self.q_tiles, self.k_tiles)
         return 4 * rows * (others + self._partial_capacity(others) + 2)
 
-    def tables(self, first: int, last: int, *, transposed: bool) -> TileTables:
-        """The tables of heads first .. last - 1; rows are query (or, transposed, key) tiles. Kept if of all heads."""
-        if transposed in self._kept:
-            return self._kept[transposed]
-        tables = self._build(first, last, transposed=transposed)
+    def tables(self, first: int, last: int, *, transposed: bool, fold: int = 1) -> TileTables:
+        """The tables of heads first .. last - 1; rows are query (or, transposed, key) tiles. Kept if of all heads.
+
+        fold: how many query heads are end to end, where transposed.
+        """
+        key = transposed, fold
+        if key in self._kept:
+            return self._kept[key]
+        tables = self._build(first, last, transposed=transposed, fold=fold)
         if last - first == self.task.mask.heads and tables.nbytes <= TABLE_BYTES:
-            self._kept[transposed] = tables
+            self._kept[key] = tables
         return tables
 
     def build_tables(self) -> int:
@@ -164,20 +176,22 @@ class Flash4Task:
     def _partial_capacity(self, others: int) -> int:
         return others if self.q_documents is not None else 1
 
-    def _build(self, first: int, last: int, *, transposed: bool) -> TileTables:
-        mask, heads = self.task.mask, last - first
+    def _build(self, first: int, last: int, *, transposed: bool, fold: int) -> TileTables:
+        mask, lists = self.task.mask, (last - first) // fold
         sides = [(self.task.q_side, self.q_documents, self.q_tiles), (self.task.k_side, self.k_documents, self.k_tiles)]
         (side, documents, rows), (other_side, other_documents, others) = reversed(sides) if transposed else sides
         device = mask.active.device
-        counts = torch.empty(2, 1, heads, rows, dtype=torch.int32, device=device)
-        full_tiles = torch.empty(1, heads, rows, others, dtype=torch.int32, device=device)
-        partial_tiles = torch.empty(1, heads, rows, self._partial_capacity(others), dtype=torch.int32, device=device)
+        counts = torch.empty(2, 1, lists, rows, dtype=torch.int32, device=device)
+        capacities = fold * others, fold * self._partial_capacity(others)
+        full_tiles, partial_tiles = (
+            torch.empty(1, lists, rows, capacity, dtype=torch.int32, device=device) for capacity in capacities
+        )
         run(
-            tiles_kernel, (rows, heads),
+            tiles_kernel, (rows, lists),
             mask.active[first:last].contiguous().view(torch.uint8), side.device_blocks, other_side.device_blocks,
             documents.bounds if documents else None, other_documents.bounds if other_documents else None,
-            counts[0], full_tiles, counts[1], partial_tiles, rows, others, others, partial_tiles.shape[3], mask.blocks,
-            TRANSPOSED=transposed, TOEPLITZ=mask.is_toeplitz, DOCUMENTS=documents is not None,
+            counts[0], full_tiles, counts[1], partial_tiles, rows, others, *capacities, mask.blocks,
+            FOLD=fold, TRANSPOSED=transposed, TOEPLITZ=mask.is_toeplitz, DOCUMENTS=documents is not None,
             CHUNK=min(_CHUNK, triton.next_power_of_2(others)))
         return TileTables(
             first=first, last=last, full_counts=counts[0], full_tiles=full_tiles, partial_counts=counts[1],

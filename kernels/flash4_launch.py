@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from .flash4_fold import Fold, heads_together
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
 from .partials import QueryGradient
-from .passes import add_rows
+from .passes import add_rows, row_products
 
 BLOCK_SIZE = 128  # the tile of the wheels' backward along keys
 Partial = tuple[Tensor, Tensor]
@@ -32,6 +33,20 @@ class Inputs:
     out: Tensor
     lse: Tensor
     grad_lse: Tensor | None
+
+    def folded(self, fold: Fold) -> Inputs:
+        """The same with query heads end to end. The row sums of grad_out * out replace out, a third copy."""
+        grad_lse = -row_products(self.out, self.grad_out) if self.grad_lse is None else self.grad_lse
+        q = fold.rows(self.q)
+        return Inputs(
+            q=q,
+            k=self.k,
+            v=self.v,
+            grad_out=fold.rows(self.grad_out),
+            out=zeros_like_rows(q),
+            lse=fold.values(self.lse),
+            grad_lse=fold.values(grad_lse),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +69,11 @@ class Part:
         """Write dQ of these heads where it goes."""
         total, target = (x[:, : self.grad_q.shape[1], self.heads] for x in (of_query.total, of_query.target))
         add_rows(self.grad_q, total, target, add=of_query.add)
+
+
+def zeros_like_rows(q: Tensor) -> Tensor:
+    """Zeros of q's shape that take one row."""
+    return torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -116,27 +136,59 @@ def gradient_parts(
 
     grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made.
     """
-    interface, _ = wheels()
     q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
         heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
         queries, keys = (slice(None), slice(q_end), heads), (slice(None), slice(k_end), kv_heads)
-        lines = (slice(None), heads, slice(q_end))
         given = {name: grad[queries if name == "dq" else keys] for name, grad in (grads or {}).items()}
-        grad_q, grad_k, grad_v = interface._flash_attn_bwd(
-            inputs.q[queries],
-            inputs.k[keys],
-            inputs.v[keys],
-            inputs.out[queries],
-            inputs.grad_out[queries],
-            inputs.lse[lines],
-            softmax_scale=scale,
-            dlse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
-            block_sparse_tensors=_sparse(index.tables(first, last, transposed=True)),
-            **given,
-            **_mask(index),
+        lines = slice(None), heads, slice(q_end)
+        part = Inputs(
+            q=inputs.q[queries],
+            k=inputs.k[keys],
+            v=inputs.v[keys],
+            grad_out=inputs.grad_out[queries],
+            out=inputs.out[queries],
+            lse=inputs.lse[lines],
+            grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
         )
+        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given)
         yield Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+
+
+def _launch_backward(
+    inputs: Inputs, index: Flash4Task, heads: tuple[int, int], scale: float, given: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one launch, its query heads folded where that is quicker."""
+    fold = _fold(inputs, index)
+    arguments: dict[str, Any] = {"softmax_scale": scale, **_mask(index, fold=fold.heads)}
+    arguments["block_sparse_tensors"] = _sparse(index.tables(*heads, transposed=True, fold=fold.heads))
+    backward = wheels()[0]._flash_attn_bwd
+    if fold.heads == 1:
+        x = inputs
+        return backward(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments, **given)
+    x, wanted = inputs.folded(fold), given.pop("dq", None)
+    found, grad_k, grad_v = backward(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments, **given)
+    grad_q = fold.unfolded(found, inputs.q.shape[1])
+    if wanted is None:
+        return grad_q, grad_k, grad_v
+    add_rows(grad_q, wanted, wanted, add=False)
+    return wanted, grad_k, grad_v
+
+
+def _fold(inputs: Inputs, index: Flash4Task) -> Fold:
+    """How the query heads of a launch lie: see flash4_fold.py."""
+    batch, _, heads, _ = inputs.q.shape
+    count = heads_together(
+        group=heads // inputs.k.shape[2],
+        lists=batch * heads * index.k_tiles,
+        multiprocessors=_multiprocessors(inputs.q.device),
+    )
+    return Fold(heads=count, tokens=index.q_tiles * BLOCK_SIZE)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_groups(q: Tensor, k: Tensor, index: Flash4Task, *, transposed: bool) -> list[tuple[int, int]]:
@@ -167,12 +219,14 @@ def _sparse(tables: TileTables) -> Any:
     )
 
 
-def _mask(index: Flash4Task, *, by_tiles: bool = False) -> dict[str, Any]:
+def _mask(index: Flash4Task, *, fold: int = 1, by_tiles: bool = False) -> dict[str, Any]:
     """The element mask of partial tiles and what it reads."""
     q, k = index.q_documents, index.k_documents
     if q is None or k is None:
         return {"mask_mod": own_block_mask()}
-    return {"mask_mod": documents_mask(by_tiles), "aux_tensors": [q.positions, k.positions, q.tokens, k.tokens]}
+    of_queries = q.positions.repeat(fold), q.tokens.repeat(fold)
+    aux = [of_queries[0], k.positions, of_queries[1], k.tokens]
+    return {"mask_mod": documents_mask(by_tiles), "aux_tensors": aux}
 
 
 @cache

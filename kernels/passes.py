@@ -49,21 +49,18 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     return sums
 
 
-@triton.jit(do_not_specialize=["width", "chunks", "parts"])
-def add_up_kernel(target, prior, part, t_r, p_r, part_r, part_stride, width, chunks, parts, ADD: tl.constexpr,
-                  ACC: tl.constexpr, SIZE: tl.constexpr):
-    """target = (ADD: prior +) all parts, by rows of `width` elements. Grid (rows * chunks): `chunks` programs a row."""
-    program = tl.program_id(0).to(tl.int64)
-    row, at = program // chunks, program % chunks * SIZE + tl.arange(0, SIZE)
+@triton.jit(do_not_specialize=["width", "parts"])
+def add_up_kernel(target, prior, part, width, parts, ADD: tl.constexpr, ACC: tl.constexpr, SIZE: tl.constexpr):
+    """target = (ADD: prior +) all parts, `width` elements each, one after the other. Grid (width / SIZE)."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < width
     if ADD:
-        total = tl.load(prior + row * p_r + at, mask=inside, other=0.0).to(ACC)
+        total = tl.load(prior + at, mask=inside, other=0.0).to(ACC)
     else:
         total = tl.zeros([SIZE], ACC)
-    source = part + row * part_r + at
     for number in range(0, parts):
-        total += tl.load(source + tl.cast(number, tl.int64) * part_stride, mask=inside, other=0.0).to(ACC)
-    tl.store(target + row * t_r + at, total.to(target.dtype.element_ty), mask=inside)
+        total += tl.load(part + tl.cast(number, tl.int64) * width + at, mask=inside, other=0.0).to(ACC)
+    tl.store(target + at, total.to(target.dtype.element_ty), mask=inside)
 
 
 def add_up(target: Tensor, parts: Tensor, *, add: bool) -> None:
@@ -76,35 +73,48 @@ def add_up(target: Tensor, parts: Tensor, *, add: bool) -> None:
         target.zero_()
 
 
-def add_rows(part: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
-    """target = (add: prior +) part, all [B, S, H, D], rounded once; quick where a row's heads are together."""
-    batch, tokens, heads, dim = part.shape
-    if part.is_contiguous() and prior.is_contiguous() and target.is_contiguous():
-        _add_flat(part[None], prior, target, add=add)
-        return
-    if any(x.stride(3) != 1 or x.stride(2) != dim for x in (part, prior, target)):
-        wide = torch.promote_types(part.dtype, prior.dtype)
-        target.copy_(prior.to(wide) + part if add else part)
-        return
-    width = heads * dim
-    size = min(_ELEMENTS, triton.next_power_of_2(width))
-    for entry in range(batch if tokens else 0):
-        given = target[entry], prior[entry], part[entry], target.stride(1), prior.stride(1), part.stride(1), 0
-        _launch(given, rows=tokens, width=width, size=size, parts=1, add=add)
-
-
 def _add_flat(parts: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
     """target = (add: prior +) the sum of parts [n, *target.shape]; everything is in one piece."""
     width = target.numel()
     if width:
-        given = target, prior, parts, 0, 0, 0, width
-        _launch(given, rows=1, width=width, size=_ELEMENTS, parts=len(parts), add=add)
+        run(
+            add_up_kernel, (triton.cdiv(width, _ELEMENTS),),
+            target, prior, parts, width, len(parts), ADD=add, ACC=_sums(target, prior, parts), SIZE=_ELEMENTS)
 
 
-def _launch(given: tuple[Tensor | int, ...], *, rows: int, width: int, size: int, parts: int, add: bool) -> None:
-    """One program per `size` elements of a row, along the grid's first axis: the others end at 65,535."""
-    chunks = triton.cdiv(width, size)
-    wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in given)
-    run(
-        add_up_kernel, (rows * chunks,),
-        *given, width, chunks, parts, ADD=add, ACC=tl.float64 if wide else tl.float32, SIZE=size)
+@triton.jit(do_not_specialize=["heads", "tokens", "part_tokens"])
+def add_rows_kernel(part, prior, target, p_b, p_s, p_h, e_b, e_s, e_h, t_b, t_s, t_h, heads, tokens, part_tokens,
+                    ADD: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """target = (ADD: prior +) part, which is 0 from part_tokens on. Grid (tokens / ROWS, B * H)."""
+    pair = tl.program_id(1)
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, dims, row = (rows < tokens)[:, None], tl.arange(0, D)[None, :], rows.to(tl.int64)[:, None]
+    at = part + batch * p_b + head * p_h + row * p_s + dims
+    total = tl.load(at, mask=(rows < part_tokens)[:, None], other=0.0).to(ACC)
+    if ADD:
+        total += tl.load(prior + batch * e_b + head * e_h + row * e_s + dims, mask=inside, other=0.0).to(ACC)
+    tl.store(target + batch * t_b + head * t_h + row * t_s + dims, total.to(target.dtype.element_ty), mask=inside)
+
+
+def add_rows(part: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
+    """target [B, S, H, D] = (add: prior +) part, rounded once.
+
+    part [B, S', H, D], S' <= S, counts as 0 from S' on. D is a power of two. Heads and tokens may lie in any order in
+    memory, a row's elements only side by side: ValueError.
+    """
+    batch, tokens, heads, dim = target.shape
+    if any(x.stride(3) != 1 for x in (part, prior, target)):
+        raise ValueError("add_rows: the elements of a row are not side by side")
+    if part.shape == target.shape and all(x.is_contiguous() for x in (part, prior, target)):
+        _add_flat(part[None], prior, target, add=add)
+    elif target.numel():
+        run(
+            add_rows_kernel, (triton.cdiv(tokens, _ROWS), batch * heads),
+            part, prior, target, *part.stride()[:3], *prior.stride()[:3], *target.stride()[:3], heads, tokens,
+            part.shape[1], ADD=add, ACC=_sums(target, prior, part), ROWS=_ROWS, D=dim)
+
+
+def _sums(*tensors: Tensor) -> tl.dtype:
+    """The type to add in."""
+    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
