@@ -7,9 +7,10 @@
     python -m sparsering.benchmarks.ring --gpus 8 --baselines mtraining-hierarchical --mtraining FOLDER
     python -m sparsering.benchmarks.ring --toy            # two gloo processes on CPUs, to try the road
 
-One process group, one run. `compute_ms` plays the same schedule with channels that send nothing: the slowest rank's
-kernels alone. `exposed_ms` is what the whole step takes beyond that. `peak_bytes` is what the layer adds to the memory
-of the fullest GPU, its inputs included, beside `predicted_peak_bytes`, what the plan says.
+One process group, one run. `forward_ms` and `backward_ms` begin at a standstill each, `step_ms` is both in one go.
+`compute_ms` (their sum) and `compute_step_ms` play the same schedule with channels that send nothing: the slowest
+rank's kernels alone. `exposed_ms` is what forward and backward take beyond that. `peak_bytes` is what the layer adds to
+the memory of the fullest GPU, its inputs included, beside `predicted_peak_bytes`, what the plan says.
 """
 
 from __future__ import annotations
@@ -233,6 +234,7 @@ def _measure_planned(
         "exposed_ms": whole.forward_ms + whole.backward_ms - alone.forward_ms - alone.backward_ms,
         "compute_forward_ms": alone.forward_ms,
         "compute_backward_ms": alone.backward_ms,
+        "compute_step_ms": alone.step_ms,
         "imbalance": imbalance,
         "predicted_peak_bytes": predicted,
         "peak_ratio": None if whole.peak_bytes is None else whole.peak_bytes / predicted,

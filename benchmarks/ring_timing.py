@@ -41,11 +41,13 @@ class SilentChannel:
 class Figures:
     """Milliseconds of one configuration on the slowest rank, medians over repeats; peak_bytes added on the fullest.
 
-    On CPUs nobody counts bytes: None.
+    forward_ms and backward_ms: each from a standstill, where the device waits until the host has issued its first
+    kernels; step_ms: both from one standstill. On CPUs nobody counts bytes: None.
     """
 
     forward_ms: float
     backward_ms: float
+    step_ms: float
     peak_bytes: int | None
 
 
@@ -58,7 +60,7 @@ def allocated_bytes(mesh: Mesh) -> int:
 def time_steps(
     attend: Callable[..., Tensor], tensors: list[Tensor], mesh: Mesh, repeats: int, before_bytes: int
 ) -> Figures:
-    """Return the slowest rank's medians after two warm-ups; ranks start every direction together.
+    """Return the slowest rank's medians after two warm-ups; ranks start together.
 
     before_bytes: allocated before the layer's inputs and buffers were.
     """
@@ -66,20 +68,28 @@ def time_steps(
     on_gpu = mesh.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    samples: list[tuple[float, float]] = []
+    apart, together = [], []
     for _ in range(repeats + 2):
-        for tensor in inputs:
-            tensor.grad = None
+        _forget_gradients(inputs)
         forward, out = _timed(lambda: attend(*inputs), mesh)
         backward, _ = _timed(lambda out=out: out.backward(grad_out), mesh)
-        samples.append((forward, backward))
+        apart.append((forward, backward))
         del out
-    medians = [statistics.median(column) for column in zip(*samples[2:], strict=True)]
+    for _ in range(repeats):
+        _forget_gradients(inputs)
+        together.append(_timed(lambda: attend(*inputs).backward(grad_out), mesh)[0])
+    medians = [statistics.median(column) for column in zip(*apart[2:], strict=True)]
     peak = torch.cuda.max_memory_allocated() - before_bytes if on_gpu else 0
-    worst = torch.tensor([*medians, float(peak)], dtype=torch.float64, device=mesh.device)
+    figures = [*medians, statistics.median(together), float(peak)]
+    worst = torch.tensor(figures, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    forward, backward, peak = worst.tolist()
-    return Figures(forward_ms=forward, backward_ms=backward, peak_bytes=int(peak) if on_gpu else None)
+    forward, backward, step, peak = worst.tolist()
+    return Figures(forward_ms=forward, backward_ms=backward, step_ms=step, peak_bytes=int(peak) if on_gpu else None)
+
+
+def _forget_gradients(inputs: Sequence[Tensor]) -> None:
+    for tensor in inputs:
+        tensor.grad = None
 
 
 def _timed(work: Callable[[], Any], mesh: Mesh) -> tuple[float, Any]:

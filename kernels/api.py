@@ -60,6 +60,8 @@ BACKENDS = {
 FUSING_BACKENDS = frozenset({"triton"})
 # Backends whose launches may begin an accumulator, and end it in the inputs' dtype; else that is done around them.
 WRITING_BACKENDS = frozenset({"triton", "flash4"})
+# Backends whose backward keeps something of the queries from launch to launch.
+KEEPING_BACKENDS = frozenset({"flash4"})
 
 Partial = tuple[Tensor, Tensor]
 
@@ -153,6 +155,7 @@ def block_backward(
     add_q: bool = True,
     add_kv: bool = True,
     final_q: Tensor | None = None,
+    scratch: dict[Any, Any] | None = None,
 ) -> None:
     """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
 
@@ -160,7 +163,8 @@ def block_backward(
     column part of the same queries too, its gradients added into grad_columns (two tensors [B, H, C, D]).
     add_q, add_kv: False where the accumulators hold nothing yet: they are overwritten, and then grad_k and grad_v may
     have q's dtype, to which the task's sums are rounded once. final_q: [B, S_q, H, D] in q's dtype and grad_q's
-    strides, where the task is the last one: the total is written there, and grad_q means no more.
+    strides, where the task is the last one: the total is written there, and grad_q means no more. scratch: empty at
+    first, then shared by calls with the same grad_out, q, lse and delta, of which some backends keep something there.
     """
     _check_qkv(q, k, v)
     _check_key_gradients(q, grad_k, grad_v, add=add_kv)
@@ -177,6 +181,8 @@ def block_backward(
             of_columns |= {"grad_q": grad_q, "scale": scale, "backend": backend, "add_q": add_q}
             column_backward(grad_out, q, *columns[:2], lse, delta, columns[2], **of_columns)
             add_q = True
+    if backend in KEEPING_BACKENDS:
+        into["scratch"] = scratch
     if backend in WRITING_BACKENDS:
         found.block_backward(*inputs, **into, add_q=add_q, add_kv=add_kv, final_q=final_q)
         return

@@ -12,6 +12,8 @@ ulps in 16 bits).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -110,6 +112,7 @@ def block_backward(
     add_q: bool = True,
     add_kv: bool = True,
     final_q: Tensor | None = None,
+    scratch: dict[Any, Any] | None = None,
 ) -> None:
     """See api.block_backward. Not bitwise repeatable: see the module.
 
@@ -126,11 +129,11 @@ def block_backward(
     inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=zeros_like_rows(q), lse=lse, grad_lse=-delta)
     rounded = grad_k.dtype == q.dtype
     if rounded and not shared:  # written where it belongs
-        for part in gradient_parts(inputs, index, scale, {"dk": grad_k, "dv": grad_v}):
+        for part in gradient_parts(inputs, index, scale, {"dk": grad_k, "dv": grad_v}, scratch):
             part.add_query_to(of_query)
         return
     wide = [torch.zeros_like(x, dtype=grad_q.dtype) for x in (grad_k, grad_v)] if rounded else [grad_k, grad_v]
-    for part in gradient_parts(inputs, index, scale):
+    for part in gradient_parts(inputs, index, scale, scratch=scratch):
         part.add_query_to(of_query)
         part.add_keys_to(*wide, add=add_kv or shared)
     if rounded:

@@ -2,9 +2,13 @@
 
 There one program takes a key tile and one query head, and query heads that share a K/V head meet in atomic additions of
 dK and dV in float32, whose sums are zeroed before and converted after. With sparse masks a program has few query tiles,
-and those additions are a third of the time. Masks here name tiles, not positions, so nothing keeps a program from
-walking the tiles of several query heads one after the other: dK and dV then stay in its registers, are written once,
-and repeat bit for bit where all heads of a K/V head are together.
+so that its beginning and those additions weigh: up to a fifth of the launch. Masks here name tiles, not positions, so
+nothing keeps a program from walking the tiles of several query heads one after the other: dK and dV then stay in its
+registers, are written once, and repeat bit for bit where all heads of a K/V head are together.
+
+The price is the L2 cache. Programs that run together walk the same head's tiles at first, and drift apart; then q,
+grad_out and dQ of all their heads pass through it. With 512 query tiles (64K tokens) eight heads together were quickest
+on an H100, with 1,024 two to four: see docs/kernels.md.
 
 Shape legend: B batch, S tokens, H query heads, f heads end to end, T tokens of whole tiles, D head dim.
 """
@@ -20,6 +24,7 @@ from torch import Tensor
 from .passes import add_rows
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer and the longest of them is waited for
+TILES_TOGETHER = 4096  # query tiles of all heads that one program walks, beyond which the L2 cache misses more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,11 @@ class Fold:
         return x.transpose(1, 2).view(batch, folds * self.heads, self.tokens, dim)[:, :, :tokens].transpose(1, 2)
 
 
-def heads_together(*, group: int, lists: int, multiprocessors: int) -> int:
-    """How many of the `group` query heads of a K/V head to lay end to end: as many as leave enough programs.
+def heads_together(*, group: int, lists: int, tiles: int, wanted: int) -> int:
+    """How many of the `group` query heads of a K/V head to lay end to end.
 
-    lists: programs that there are with one head each, over all query heads.
+    As many as leave the programs wanted, and have no more than TILES_TOGETHER tiles together. lists: programs that
+    there are with one head each, over all query heads; tiles: of one head's queries.
     """
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    return max((n for n in range(1, group + 1) if group % n == 0 and lists // n >= wanted), default=1)
+    counts = (n for n in range(1, group + 1) if group % n == 0)
+    return max((n for n in counts if lists // n >= wanted and n * tiles <= TILES_TOGETHER), default=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .flash4_fold import Fold, heads_together
+from .flash4_fold import PROGRAMS_PER_MULTIPROCESSOR, Fold, heads_together
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
 from .partials import QueryGradient
@@ -37,16 +37,9 @@ class Inputs:
     def folded(self, fold: Fold) -> Inputs:
         """The same with query heads end to end. The row sums of grad_out * out replace out, a third copy."""
         grad_lse = -row_products(self.out, self.grad_out) if self.grad_lse is None else self.grad_lse
-        q = fold.rows(self.q)
-        return Inputs(
-            q=q,
-            k=self.k,
-            v=self.v,
-            grad_out=fold.rows(self.grad_out),
-            out=zeros_like_rows(q),
-            lse=fold.values(self.lse),
-            grad_lse=fold.values(grad_lse),
-        )
+        q, grad_out = fold.rows(self.q), fold.rows(self.grad_out)
+        lse, grad_lse = fold.values(self.lse), fold.values(grad_lse)
+        return replace(self, q=q, grad_out=grad_out, out=zeros_like_rows(q), lse=lse, grad_lse=grad_lse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +123,18 @@ def _launch_forward(
 
 
 def gradient_parts(
-    inputs: Inputs, index: Flash4Task, scale: float, grads: Mapping[str, Tensor] | None = None
+    inputs: Inputs,
+    index: Flash4Task,
+    scale: float,
+    grads: Mapping[str, Tensor] | None = None,
+    scratch: dict[Any, Any] | None = None,
 ) -> Iterator[Part]:
     """Launch the backward by groups of heads, each when its turn comes.
 
-    grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made.
+    grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made. scratch:
+    see api.block_backward.
     """
+    kept = {} if scratch is None else scratch
     q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
         heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
@@ -151,28 +150,38 @@ def gradient_parts(
             lse=inputs.lse[lines],
             grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
         )
-        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given)
+        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given, kept)
         yield Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
 
 
 def _launch_backward(
-    inputs: Inputs, index: Flash4Task, heads: tuple[int, int], scale: float, given: dict[str, Tensor]
+    inputs: Inputs,
+    index: Flash4Task,
+    heads: tuple[int, int],
+    scale: float,
+    given: dict[str, Tensor],
+    kept: dict[Any, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one launch, its query heads folded where that is quicker."""
+    """dq, dk, dv of one launch, its query heads folded where that is quicker. kept: what was folded before."""
     fold = _fold(inputs, index)
-    arguments: dict[str, Any] = {"softmax_scale": scale, **_mask(index, fold=fold.heads)}
+    arguments: dict[str, Any] = {"softmax_scale": scale, **_mask(index, fold=fold.heads), **given}
     arguments["block_sparse_tensors"] = _sparse(index.tables(*heads, transposed=True, fold=fold.heads))
-    backward = wheels()[0]._flash_attn_bwd
     if fold.heads == 1:
-        x = inputs
-        return backward(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments, **given)
-    x, wanted = inputs.folded(fold), given.pop("dq", None)
-    found, grad_k, grad_v = backward(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments, **given)
+        return _backward(inputs, arguments)
+    key = fold, heads
+    if key not in kept:
+        kept[key] = inputs.folded(fold)
+    wanted = arguments.pop("dq", None)
+    found, grad_k, grad_v = _backward(replace(kept[key], k=inputs.k, v=inputs.v), arguments)
     grad_q = fold.unfolded(found, inputs.q.shape[1])
     if wanted is None:
         return grad_q, grad_k, grad_v
     add_rows(grad_q, wanted, wanted, add=False)
     return wanted, grad_k, grad_v
+
+
+def _backward(x: Inputs, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    return wheels()[0]._flash_attn_bwd(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments)
 
 
 def _fold(inputs: Inputs, index: Flash4Task) -> Fold:
@@ -181,7 +190,8 @@ def _fold(inputs: Inputs, index: Flash4Task) -> Fold:
     count = heads_together(
         group=heads // inputs.k.shape[2],
         lists=batch * heads * index.k_tiles,
-        multiprocessors=_multiprocessors(inputs.q.device),
+        tiles=index.q_tiles,
+        wanted=PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(inputs.q.device),
     )
     return Fold(heads=count, tokens=index.q_tiles * BLOCK_SIZE)
 

@@ -1,9 +1,9 @@
 """Bytes that one layer's attention needs on a rank under a schedule (batch of one), before anything is run.
 
 Counted is what runtime/attention.py holds when backward ends, which is when it holds most: tensors of the layer, and
-the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32 accumulators and
-16-bit gradients of a launch, and its tables. Not counted: indexes of the mask (about 1 % where shards are long), and
-whatever else lives on the GPU.
+the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32 accumulators,
+16-bit gradients and copies of a launch, and its tables. Not counted: indexes of the mask (about 1 % where shards are
+long), and whatever else lives on the GPU.
 
 Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
 """
@@ -20,6 +20,7 @@ from .schedule import Phase, Schedule, Task
 # Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
 FLASH4_BACKENDS = frozenset({"flash4", "fastest"})
+PROGRAMS_WANTED, TILES_TOGETHER = 4 * 132, 4096  # of its backward on H100 and H200; see kernels/flash4_fold.py
 TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
 MOST_RANKS = 64
 KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
@@ -119,7 +120,16 @@ def _slots_of(tasks: Sequence[Task]) -> list[str]:
 
 
 def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str]) -> int:
-    """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
-    copied_bytes = shape.accumulator_bytes + shape.element_bytes
-    of_keys = shape.accumulator_bytes if narrow >= set(names) else copied_bytes
-    return shape.heads * copied_bytes + 2 * len(names) * shape.kv_heads * of_keys
+    """Return what a launch holds over tokens of a shard and head dim: for dq, dk, dv, and copies of q and dout."""
+    element, accumulator, group = shape.element_bytes, shape.accumulator_bytes, shape.heads // shape.kv_heads
+    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
+    together = heads_together(group=group, lists=shape.heads * tiles * len(names), tiles=tiles)
+    of_queries = accumulator + element + (2 * element if together > 1 else 0)
+    of_keys = (accumulator if together < group else 0) + (0 if narrow >= set(names) else element)
+    return shape.heads * of_queries + 2 * len(names) * shape.kv_heads * of_keys
+
+
+def heads_together(*, group: int, lists: int, tiles: int) -> int:
+    """Return how many query heads of a K/V head flash-attn-4's backward takes as one; see kernels/flash4_fold.py."""
+    counts = (n for n in range(1, group + 1) if group % n == 0)
+    return max((n for n in counts if lists // n >= PROGRAMS_WANTED and n * tiles <= TILES_TOGETHER), default=1)

@@ -202,7 +202,7 @@ class _RingFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(lse)
             return out, lse
         indexes = Indexes(
-            source=(lambda: mask) if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
+            source=mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
             positions=planned.positions,
             rank=planned.mesh.rank,
             backend=planned.backend,

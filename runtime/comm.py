@@ -10,8 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -184,6 +186,26 @@ class DeviceChannel:
         assert self.signals is not None
         pulls = [Pull(source=m.peer, target=m.tensor, origin=m.origin) for m in messages if m.operation == "receive"]
         self.signals.exchange(readers=[m.peer for m in messages if m.operation == "send"], pulls=pulls)
+
+
+@cache
+def _posting_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Moment:
+    """A point on the compute stream, from which messages can be posted although the host has issued more since."""
+
+    def __init__(self) -> None:
+        current = torch.cuda.current_stream()
+        self._stream = _posting_stream(current.device)
+        self._stream.wait_stream(current)
+
+    @contextmanager
+    def posting(self) -> Iterator[None]:
+        """What is posted within waits for what had been issued at that point, and for nothing that came after it."""
+        with torch.cuda.stream(self._stream):
+            yield
 
 
 class Channels:

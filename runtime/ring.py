@@ -13,12 +13,17 @@ from torch import Tensor
 
 from ..planner.launches import launch_name
 from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Task, Transfer
-from .comm import Channel, Message, Pending
+from .comm import Channel, Message, Moment, Pending
 from .measure import Record, Recorder
 
 
 class Stage(Protocol):
     """One direction of one layer on this rank."""
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether the first tasks are ready, on a device that idles until the host has issued them."""
+        ...
 
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that this transfer reads on its source."""
@@ -69,10 +74,22 @@ class _Player:
 
     def play(self, phase: Phase) -> None:
         self._wait(phase.waits)
+        if phase.index == 0 and phase.tasks and self.stage.computes_at_once:
+            self._play_computing_first(phase)
+            return
         for call in phase.group_calls:
-            self._launch(call, phase.index)
-        for together in self.stage.launches(phase.tasks):
-            self._compute(together, phase.index)
+            self._post(call, self._messages(call), phase.index)
+        self._compute(phase)
+
+    def _play_computing_first(self, phase: Phase) -> None:
+        """Issue the tasks before the transfers, which wait for no more than if they had been issued first."""
+        calls = [(call, self._messages(call)) for call in phase.group_calls]
+        before_tasks = Moment() if calls else None
+        self._compute(phase)
+        if before_tasks is not None:
+            with before_tasks.posting():
+                for call, messages in calls:
+                    self._post(call, messages, phase.index)
 
     def _wait(self, names: Sequence[str]) -> None:
         landed: list[Transfer] = []
@@ -89,8 +106,7 @@ class _Player:
         if landed:
             self.stage.received(landed)
 
-    def _launch(self, call: GroupCall, phase: int) -> None:
-        messages = [message for transfer in call.transfers for message in self._messages(transfer)]
+    def _post(self, call: GroupCall, messages: Sequence[Message], phase: int) -> None:
         pending = self.channels[call.communicator].post(messages)
         for transfer in call.transfers:
             self.in_flight[transfer.id] = (transfer, pending)
@@ -107,7 +123,10 @@ class _Player:
                 )
             )
 
-    def _messages(self, transfer: Transfer) -> list[Message]:
+    def _messages(self, call: GroupCall) -> list[Message]:
+        return [message for transfer in call.transfers for message in self._messages_of(transfer)]
+
+    def _messages_of(self, transfer: Transfer) -> list[Message]:
         if transfer.source == ALL_RANKS:
             return self._collective(transfer)
         pulled = transfer.transport == "pull"
@@ -132,13 +151,14 @@ class _Player:
             for tensor, output in zip(tensors, outputs, strict=True)
         ]
 
-    def _compute(self, tasks: tuple[Task, ...], phase: int) -> None:
-        if self.recorder is None:
-            self.stage.compute(tasks)
-            return
-        started = self.recorder.mark()
-        self.stage.compute(tasks)
-        self.recorder.add_compute(launch_name(tasks), "compute", self.direction, phase, started)
+    def _compute(self, phase: Phase) -> None:
+        for together in self.stage.launches(phase.tasks):
+            if self.recorder is None:
+                self.stage.compute(together)
+                continue
+            started = self.recorder.mark()
+            self.stage.compute(together)
+            self.recorder.add_compute(launch_name(together), "compute", self.direction, phase.index, started)
 
 
 def _call_name(call: GroupCall) -> str:

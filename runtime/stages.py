@@ -34,7 +34,7 @@ class Indexes:
     The mask may be chosen while the first transfers are in flight; `chosen` is told when it is.
     """
 
-    source: MaskSource | None
+    source: api.AttentionMask | MaskSource | None
     positions: list[Tensor]
     rank: int
     backend: str
@@ -46,11 +46,16 @@ class Indexes:
     _columns: api.ColumnIndex | None = None
 
     @property
+    def known(self) -> bool:
+        """Whether the mask need not be chosen first."""
+        return self._mask is not None or isinstance(self.source, api.AttentionMask)
+
+    @property
     def mask(self) -> api.AttentionMask:
         """The layer's mask; ValueError when it has another number of column slots than the plan."""
         if self._mask is None:
             assert self.source is not None
-            mask = self.source()
+            mask = self.source if isinstance(self.source, api.AttentionMask) else self.source()
             if mask.column_capacity != self.columns_capacity:
                 raise ValueError(f"the mask has {mask.column_capacity} column slots, the plan {self.columns_capacity}")
             self._mask = mask
@@ -99,6 +104,11 @@ class ForwardStage:
     def __post_init__(self) -> None:
         """Put K/V where others pull them from."""
         self.slots.stage(self.kv)
+
+    @property
+    def computes_at_once(self) -> bool:
+        """See `ring.Stage`: while a pattern is being chosen, K and V had better travel."""
+        return self.q.is_cuda and self.indexes.known
 
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
@@ -174,10 +184,16 @@ class BackwardStage:
     grad_q: Tensor | None = None
     grad_gathered: Tensor | None = None
     filled: set[str] = field(default_factory=set)
+    scratch: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Put K/V where others pull them from."""
         self.slots.stage(self.kv)
+
+    @property
+    def computes_at_once(self) -> bool:
+        """See `ring.Stage`."""
+        return self.q.is_cuda
 
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
@@ -243,7 +259,9 @@ class BackwardStage:
         (grad_k, grad_v), add = self._grads(keyed)
         inputs = self.grad_out, self.q, k, v, self.lse, self.delta, self.indexes.block(keyed)
         into = {"grad_k": grad_k, "grad_v": grad_v, "add_kv": add} | of_query | columns
-        api.block_backward(*inputs, **into, **self._common())
+        api.block_backward(*inputs, **into, **self._common(), scratch=self.scratch)
+        if self.tasks == 0:
+            self.scratch.clear()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq (in q's dtype), dk and dv (the accumulator's); what nothing was added to is zero."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from itertools import product
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from sparsering.kernels import api, flash4_index
+from sparsering.kernels.flash4_fold import Fold, heads_together
 from sparsering.kernels.flash4_index import Flash4Task, flash4_task, head_groups
 from sparsering.kernels.flash4_merge import merge_part
 from sparsering.kernels.mask import AttentionMask, active_block_pairs, allowed_pairs, block_part
 from sparsering.kernels.merge import merge
+from sparsering.planner import memory
 
 BLOCK = 16
 interpreted = pytest.mark.skipif(
@@ -108,6 +111,58 @@ def test_groups_of_heads_hold_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> 
     parts = [attended(task, first, first + 2, transposed=True) for first in (0, 2)]
     assert torch.equal(torch.cat(parts), whole)
     assert task.nbytes == 0, "tables of a group are not kept"
+
+
+@interpreted
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("fold", [2, 4])
+def test_heads_end_to_end_have_the_tiles_of_all_of_them(fold: int, documents: bool) -> None:
+    mask, (q_blocks, k_blocks) = mask_of(16 * BLOCK, toeplitz=True, documents=documents, heads=4), PLACEMENTS["whole"]
+    task = flash4_task(mask, positions(q_blocks), positions(k_blocks))
+    apart = task.tables(0, 4, transposed=True)
+    together = task.tables(0, 4, transposed=True, fold=fold)
+    for kind in ("full", "partial"):
+        counts, tiles = getattr(apart, f"{kind}_counts")[0], getattr(apart, f"{kind}_tiles")[0]
+        found_counts, found_tiles = getattr(together, f"{kind}_counts")[0], getattr(together, f"{kind}_tiles")[0]
+        assert found_counts.shape == (4 // fold, len(k_blocks))
+        for row in range(len(k_blocks)):
+            for number in range(4 // fold):
+                heads = [number * fold + member for member in range(fold)]
+                listed = [tiles[head, row, : counts[head, row]] for head in heads]
+                expected = torch.cat([part + member * len(q_blocks) for member, part in enumerate(listed)])
+                assert found_counts[number, row] == len(expected)
+                assert torch.equal(found_tiles[number, row, : len(expected)], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [96, 85])
+def test_rows_laid_end_to_end_come_back(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 100, 8, 16, generator=generator).half()
+    x, values = whole[:, :tokens], torch.randn(2, 8, tokens, generator=generator)
+    fold = Fold(heads=4, tokens=96)
+    laid, laid_values = fold.rows(x), fold.values(values)
+    assert laid.shape == (2, 4 * 96, 2, 16) and laid_values.shape == (2, 2, 4 * 96)
+    for head in range(8):
+        area = slice(head % 4 * 96, head % 4 * 96 + 96)
+        assert torch.equal(laid[:, area, head // 4][:, :tokens], x[:, :, head])
+        assert torch.equal(laid_values[:, head // 4, area][:, :tokens], values[:, head])
+        assert not laid[:, area, head // 4][:, tokens:].any() and not laid_values[:, head // 4, area][:, tokens:].any()
+    assert torch.equal(fold.unfolded(torch.empty_like(laid).copy_(laid), tokens), x)
+
+
+def test_as_many_heads_end_to_end_as_leave_enough_programs_and_tiles_in_the_cache() -> None:
+    assert heads_together(group=8, lists=16 * 512, tiles=512, wanted=528) == 8
+    assert heads_together(group=8, lists=16 * 256, tiles=512, wanted=528) == 4
+    assert heads_together(group=8, lists=16 * 1024, tiles=1024, wanted=528) == 4
+    assert heads_together(group=8, lists=16 * 8192, tiles=8192, wanted=528) == 1
+    assert heads_together(group=8, lists=16, tiles=1, wanted=528) == 1
+    assert heads_together(group=6, lists=4000, tiles=8, wanted=1000) == 3
+    assert heads_together(group=1, lists=1 << 20, tiles=512, wanted=528) == 1
+    for group, lists, tiles in product((1, 3, 4, 8), (10, 500, 2000, 5000, 100_000), (1, 500, 2000, 5000)):
+        given = {"group": group, "lists": lists, "tiles": tiles}
+        counted = memory.heads_together(**given)
+        assert heads_together(**given, wanted=memory.PROGRAMS_WANTED) == counted, "the planner counts what is held"
 
 
 def test_groups_of_heads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

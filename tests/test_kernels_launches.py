@@ -173,6 +173,22 @@ def test_long_tensors_fit_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 1 << 12 <= grid[0] < 1 << 31 and all(size <= 65535 for size in grid[1:])
 
 
+def test_rows_are_added_whatever_order_they_lie_in() -> None:
+    from sparsering.kernels import passes
+
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randn(2, 4, 60, 16, generator=generator).half().transpose(1, 2)[:, :45]
+    prior = torch.randn(2, 50, 4, 16, generator=generator)
+    target = torch.full((2, 4, 50, 16), torch.nan).transpose(1, 2)
+    for add in (False, True):
+        passes.add_rows(part, prior, target, add=add)
+        right = prior.clone() if add else torch.zeros_like(prior)
+        right[:, :45] += part
+        assert torch.equal(target, right)
+    with pytest.raises(ValueError, match="elements of a row are not side by side"):
+        passes.add_rows(part.transpose(2, 3), prior, target, add=False)
+
+
 def test_a_sum_in_16_bits_is_rounded_once() -> None:
     from sparsering.kernels import passes
 

@@ -44,7 +44,7 @@ def stage(dtype: torch.dtype = torch.float64) -> BackwardStage:
     pattern = dense(seq_len_tokens=TOKENS, block_size=64, heads=HEADS)
     mask = mask_of(pattern, columns_capacity=0, device=torch.device("cpu"))
     indexes = Indexes(
-        source=lambda: mask,
+        source=mask,
         positions=[torch.arange(TOKENS)],
         rank=0,
         backend="reference",
