@@ -6,9 +6,10 @@ so that its beginning and those additions weigh: up to a fifth of the launch. Ma
 nothing keeps a program from walking the tiles of several query heads one after the other: dK and dV then stay in its
 registers, are written once, and repeat bit for bit where all heads of a K/V head are together.
 
-The price is the L2 cache. Programs that run together walk the same head's tiles at first, and drift apart; then q,
-grad_out and dQ of all their heads pass through it. With 512 query tiles (64K tokens) eight heads together were quickest
-on an H100, with 1,024 two to four: see docs/kernels.md.
+Two things speak against it. q and grad_out are copied, which pays where several launches, or one with many keys, share
+the copies: in rings, not where a GPU holds everything. And the L2 cache: programs that run together walk the same
+head's tiles at first, and drift apart; then q, grad_out and dQ of all their heads pass through it. With 512 query tiles
+(64K tokens) eight heads together were quicker on an H100, with 1,024 slower: see docs/kernels.md.
 
 Shape legend: B batch, S tokens, H query heads, f heads end to end, T tokens of whole tiles, D head dim.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from .passes import add_rows
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer and the longest of them is waited for
-TILES_TOGETHER = 4096  # query tiles of all heads that one program walks, beyond which the L2 cache misses more
+TILES_TOGETHER = 4096  # query tiles of all query heads of a K/V head, beyond which the L2 cache misses too much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,11 @@ class Fold:
 
 
 def heads_together(*, group: int, lists: int, tiles: int, wanted: int) -> int:
-    """How many of the `group` query heads of a K/V head to lay end to end.
+    """How many of the `group` query heads of a K/V head to lay end to end: as many as leave the programs wanted.
 
-    As many as leave the programs wanted, and have no more than TILES_TOGETHER tiles together. lists: programs that
-    there are with one head each, over all query heads; tiles: of one head's queries.
+    None where all of them have more than TILES_TOGETHER tiles. lists: programs that there are with one head each, over
+    all query heads; tiles: of one head's queries.
     """
-    counts = (n for n in range(1, group + 1) if group % n == 0)
-    return max((n for n in counts if lists // n >= wanted and n * tiles <= TILES_TOGETHER), default=1)
+    if group * tiles > TILES_TOGETHER:
+        return 1
+    return max((n for n in range(1, group + 1) if group % n == 0 and lists // n >= wanted), default=1)

@@ -16,7 +16,7 @@ from .flash4_fold import PROGRAMS_PER_MULTIPROCESSOR, Fold, heads_together
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
 from .partials import QueryGradient
-from .passes import add_rows, row_products
+from .passes import add_rows
 
 BLOCK_SIZE = 128  # the tile of the wheels' backward along keys
 Partial = tuple[Tensor, Tensor]
@@ -35,10 +35,10 @@ class Inputs:
     grad_lse: Tensor | None
 
     def folded(self, fold: Fold) -> Inputs:
-        """The same with query heads end to end. The row sums of grad_out * out replace out, a third copy."""
-        grad_lse = -row_products(self.out, self.grad_out) if self.grad_lse is None else self.grad_lse
+        """The same with query heads end to end; of out and grad_lse, as block_backward gives them."""
+        assert self.grad_lse is not None
         q, grad_out = fold.rows(self.q), fold.rows(self.grad_out)
-        lse, grad_lse = fold.values(self.lse), fold.values(grad_lse)
+        lse, grad_lse = fold.values(self.lse), fold.values(self.grad_lse)
         return replace(self, q=q, grad_out=grad_out, out=zeros_like_rows(q), lse=lse, grad_lse=grad_lse)
 
 
@@ -132,9 +132,8 @@ def gradient_parts(
     """Launch the backward by groups of heads, each when its turn comes.
 
     grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made. scratch:
-    see api.block_backward.
+    see api.block_backward; with it, and no "dq", query heads may be laid end to end.
     """
-    kept = {} if scratch is None else scratch
     q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
         heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
@@ -150,7 +149,7 @@ def gradient_parts(
             lse=inputs.lse[lines],
             grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
         )
-        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given, kept)
+        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given, scratch)
         yield Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
 
 
@@ -160,40 +159,34 @@ def _launch_backward(
     heads: tuple[int, int],
     scale: float,
     given: dict[str, Tensor],
-    kept: dict[Any, Any],
+    scratch: dict[Any, Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one launch, its query heads folded where that is quicker. kept: what was folded before."""
-    fold = _fold(inputs, index)
+    """dq, dk, dv of one launch, its query heads end to end where that is quicker."""
+    fold = Fold(heads=1 if scratch is None else _heads_together(inputs, index), tokens=index.q_tiles * BLOCK_SIZE)
     arguments: dict[str, Any] = {"softmax_scale": scale, **_mask(index, fold=fold.heads), **given}
     arguments["block_sparse_tensors"] = _sparse(index.tables(*heads, transposed=True, fold=fold.heads))
-    if fold.heads == 1:
+    if scratch is None or fold.heads == 1:
         return _backward(inputs, arguments)
-    key = fold, heads
-    if key not in kept:
-        kept[key] = inputs.folded(fold)
-    wanted = arguments.pop("dq", None)
-    found, grad_k, grad_v = _backward(replace(kept[key], k=inputs.k, v=inputs.v), arguments)
-    grad_q = fold.unfolded(found, inputs.q.shape[1])
-    if wanted is None:
-        return grad_q, grad_k, grad_v
-    add_rows(grad_q, wanted, wanted, add=False)
-    return wanted, grad_k, grad_v
+    if (fold, heads) not in scratch:
+        scratch[fold, heads] = inputs.folded(fold)
+    laid: Inputs = scratch[fold, heads]
+    grad_q, grad_k, grad_v = _backward(replace(laid, k=inputs.k, v=inputs.v), arguments)
+    return fold.unfolded(grad_q, inputs.q.shape[1]), grad_k, grad_v
 
 
 def _backward(x: Inputs, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return wheels()[0]._flash_attn_bwd(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments)
 
 
-def _fold(inputs: Inputs, index: Flash4Task) -> Fold:
-    """How the query heads of a launch lie: see flash4_fold.py."""
+def _heads_together(inputs: Inputs, index: Flash4Task) -> int:
+    """How many query heads of a launch to lay end to end: see flash4_fold.py."""
     batch, _, heads, _ = inputs.q.shape
-    count = heads_together(
+    return heads_together(
         group=heads // inputs.k.shape[2],
         lists=batch * heads * index.k_tiles,
         tiles=index.q_tiles,
         wanted=PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(inputs.q.device),
     )
-    return Fold(heads=count, tokens=index.q_tiles * BLOCK_SIZE)
 
 
 @cache

@@ -131,5 +131,6 @@ def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str]) ->
 
 def heads_together(*, group: int, lists: int, tiles: int) -> int:
     """Return how many query heads of a K/V head flash-attn-4's backward takes as one; see kernels/flash4_fold.py."""
-    counts = (n for n in range(1, group + 1) if group % n == 0)
-    return max((n for n in counts if lists // n >= PROGRAMS_WANTED and n * tiles <= TILES_TOGETHER), default=1)
+    if group * tiles > TILES_TOGETHER:
+        return 1
+    return max((n for n in range(1, group + 1) if group % n == 0 and lists // n >= PROGRAMS_WANTED), default=1)

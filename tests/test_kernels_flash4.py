@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
+import flash4_contract
+
 pytest.importorskip("triton")
-from sparsering.kernels import api, flash4_index
+from sparsering.kernels import api, flash4_backend, flash4_index, flash4_launch
 from sparsering.kernels.flash4_fold import Fold, heads_together
 from sparsering.kernels.flash4_index import Flash4Task, flash4_task, head_groups
 from sparsering.kernels.flash4_merge import merge_part
@@ -151,11 +154,68 @@ def test_rows_laid_end_to_end_come_back(tokens: int) -> None:
     assert torch.equal(fold.unfolded(torch.empty_like(laid).copy_(laid), tokens), x)
 
 
+@pytest.fixture
+def contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash4_contract.py in the place of the wheels and of a GPU with one multiprocessor."""
+    monkeypatch.setattr(flash4_launch, "wheels", lambda: (flash4_contract, flash4_contract))
+    for name in ("own_block_mask", "documents_mask"):
+        monkeypatch.setattr(flash4_launch, name, getattr(flash4_contract, name))
+    monkeypatch.setattr(flash4_launch, "_multiprocessors", lambda device: 1)
+
+
+@interpreted
+@pytest.mark.usefixtures("contract")
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["added", "rounded"])
+@pytest.mark.parametrize(
+    ("valid_tokens", "batch", "wanted", "together"), [(384, 1, 4, 4), (300, 2, 4, 4), (300, 1, 12, 2), (300, 1, 25, 1)]
+)
+def test_gradients_of_heads_end_to_end(
+    valid_tokens: int,
+    batch: int,
+    wanted: int,
+    together: int,
+    rounded: bool,
+    documents: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two launches with the same queries, beside the reference. A sequence has 24 programs with a head each."""
+    monkeypatch.setattr(flash4_launch, "PROGRAMS_PER_MULTIPROCESSOR", wanted)
+    generator = torch.Generator().manual_seed(0)
+    active = torch.rand(8, 3, 3, generator=generator) < 0.7
+    active[0] = False
+    starts = (torch.arange(384) // 100).int() if documents else None
+    mask = AttentionMask(seq_len_tokens=valid_tokens, block_size=128, active=active, documents=starts)
+    tokens = torch.arange(384)
+    grad_out, q, k, v = (torch.randn(batch, 384, heads, 64, generator=generator).half() for heads in (8, 8, 2, 2))
+    lse = torch.rand(batch, 8, 384, generator=generator) + 4
+    lse[:, 0] = -torch.inf
+    delta = torch.randn(batch, 8, 384, generator=generator)
+    inputs = grad_out, q, k, v, lse, delta
+    right = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    index = api.block_index(mask, tokens, tokens, backend="reference")
+    into = dict(zip(("grad_q", "grad_k", "grad_v"), right, strict=True))
+    api.block_backward(*(x.double() for x in inputs), index=index, scale=0.2, backend="reference", **into)
+    kind = torch.float16 if rounded else torch.float32
+    grads = [torch.full_like(x, torch.nan, dtype=dtype) for x, dtype in ((q, torch.float32), (k, kind), (v, kind))]
+    final_q = torch.full_like(q, torch.nan)
+    scratch: dict[Any, Any] = {}
+    task = flash4_task(mask, tokens, tokens)
+    for last in (False, True):
+        flash4_backend.block_backward(
+            *inputs, task, scale=0.2, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2], add_q=last,
+            add_kv=last and not rounded, final_q=final_q if last else None, scratch=scratch,
+        )  # fmt: skip
+    assert [(fold.heads, fold.tokens, heads) for fold, heads in scratch] == [(together, 384, (0, 8))] * (together > 1)
+    for found, expected, times in zip((final_q, *grads[1:]), right, (2, *[1 if rounded else 2] * 2), strict=True):
+        torch.testing.assert_close(found.double(), expected * times, atol=2e-2, rtol=4e-3)
+
+
 def test_as_many_heads_end_to_end_as_leave_enough_programs_and_tiles_in_the_cache() -> None:
     assert heads_together(group=8, lists=16 * 512, tiles=512, wanted=528) == 8
     assert heads_together(group=8, lists=16 * 256, tiles=512, wanted=528) == 4
-    assert heads_together(group=8, lists=16 * 1024, tiles=1024, wanted=528) == 4
-    assert heads_together(group=8, lists=16 * 8192, tiles=8192, wanted=528) == 1
+    assert heads_together(group=8, lists=16 * 1024, tiles=1024, wanted=528) == 1
+    assert heads_together(group=4, lists=16 * 1024, tiles=1024, wanted=528) == 4
     assert heads_together(group=8, lists=16, tiles=1, wanted=528) == 1
     assert heads_together(group=6, lists=4000, tiles=8, wanted=1000) == 3
     assert heads_together(group=1, lists=1 << 20, tiles=512, wanted=528) == 1
