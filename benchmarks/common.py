@@ -57,23 +57,37 @@ def require_flash4_ring(implementations: Sequence[str], *, head_dim: int, toy: b
         raise SystemExit(2) from error
 
 
+class ResultFile:
+    """`<benchmark>-<hardware>-<time>.json` in `folder`, which can be written again as rows come in.
+
+    Until the last time it says `"unfinished": true`: what a time limit or a failure leaves is a result too.
+    """
+
+    def __init__(self, benchmark: str, *, folder: Path = RESULTS, gpus: int | None = None) -> None:
+        now = datetime.now(UTC)
+        self._head: dict[str, Any] = {
+            "benchmark": benchmark,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": now.isoformat(timespec="seconds"),
+            "hardware": hardware(gpus),
+        }
+        where = self._head["hardware"]
+        device = str(where["device"]).lower().replace("nvidia ", "").replace(" ", "-") or "cpu"
+        self.path = folder / f"{benchmark}-{device}x{where['count']}-{now:%Y-%m-%dT%H%M%SZ}.json"
+
+    def write(self, rows: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
+        """Write all rows there are; they are flat."""
+        state = {} if finished else {"unfinished": True}
+        write_json(self.path, self._head | {"versions": versions()} | state | {"rows": list(rows)})
+
+
 def write_result(
     benchmark: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RESULTS, gpus: int | None = None
 ) -> Path:
-    """Write `<benchmark>-<hardware>-<time>.json` into `folder` and return its path. rows are flat."""
-    where, now = hardware(gpus), datetime.now(UTC)
-    document = {
-        "benchmark": benchmark,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": now.isoformat(timespec="seconds"),
-        "hardware": where,
-        "versions": versions(),
-        "rows": list(rows),
-    }
-    device = str(where["device"]).lower().replace("nvidia ", "").replace(" ", "-") or "cpu"
-    path = folder / f"{benchmark}-{device}x{where['count']}-{now:%Y-%m-%dT%H%M%SZ}.json"
-    write_json(path, document)
-    return path
+    """Write all rows of a run into `folder` and return the file's path."""
+    result = ResultFile(benchmark, folder=folder, gpus=gpus)
+    result.write(rows, finished=True)
+    return result.path
 
 
 def _memory_bytes() -> int:

@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from ..runtime.train_loop import StepResult, Trainer
 from ..runtime.train_setup import set_up
 from ..traces.files import write_atomically, write_json
 from .common import RESULTS, require_flash4_ring, write_result
+from .ranks import start_ranks
 
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 256, "hidden_size": 512,
@@ -91,24 +89,9 @@ def _start(arguments: argparse.Namespace, work: Path) -> int:
     write_json(work / "model" / "config.json", TOY if arguments.toy else MODEL)
     if not (work / "data").exists():
         _write_text(arguments, work)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.gpus),
-              "OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "sparsering.benchmarks.learning", *sys.argv[1:], "--work", str(work)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(arguments.gpus)
-    ]
-    try:
-        while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
-            time.sleep(0.2)
-        return next((rank.poll() or 1 for rank in ranks if rank.poll()), 0)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
+    given = [*sys.argv[1:], "--work", str(work)]
+    shared = {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1"}
+    return start_ranks("sparsering.benchmarks.learning", given, count=arguments.gpus, shared=shared)
 
 
 def _write_text(arguments: argparse.Namespace, work: Path) -> None:

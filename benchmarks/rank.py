@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..planner.schedule import Schedule
 from ..runtime.attention import PlannedAttention
 from ..runtime.comm import Channel, Channels, Message
 from ..runtime.mesh import Mesh, join, leave
-from .common import RESULTS, write_result
+from .common import RESULTS, ResultFile
 from .masks import density_of
 from .ring_plans import FAMILIES, MODEL, Case, Work, cluster_of, make_case_plan, make_work, name_of
 from .ring_rows import random_tensors
@@ -49,8 +49,13 @@ def main() -> None:
     os.environ |= alone
     mesh = join(timeout_s=60)
     try:
-        rows = [row for family in arguments.family for row in _measure_family(arguments, mesh, family)]
-        print(write_result("rank", rows, folder=arguments.results, gpus=1))
+        result = ResultFile("rank", folder=arguments.results, gpus=1)
+        rows: list[dict[str, Any]] = []
+        for measured in (ranks for family in arguments.family for ranks in _measure_family(arguments, mesh, family)):
+            rows += measured
+            result.write(rows, finished=False)
+        result.write(rows, finished=True)
+        print(result.path)
     finally:
         leave()
 
@@ -74,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure_family(arguments: argparse.Namespace, mesh: Mesh, family: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _measure_family(arguments: argparse.Namespace, mesh: Mesh, family: str) -> Iterator[list[dict[str, Any]]]:
+    """The rows of all ranks asked for, plan by plan."""
     cluster = cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
     for density in arguments.density:
         work = make_work(
@@ -87,13 +92,12 @@ def _measure_family(arguments: argparse.Namespace, mesh: Mesh, family: str) -> l
             ranks = arguments.ranks or range(arguments.world_size)
             measured = [_measure_rank(arguments, mesh, plan, work, rank) for rank in ranks]
             slowest = max(measured, key=lambda row: row["step_ms"])
-            rows += measured
             print(
                 f"{family} {density_of(work.mask):.3f} {name_of(plan)} {backend}: slowest rank {slowest['rank']} "
                 f"{slowest['forward_ms']:.2f} + {slowest['backward_ms']:.2f} ms, in one go {slowest['step_ms']:.2f} ms",
                 flush=True,
             )
-    return rows
+            yield measured
 
 
 def _measure_rank(arguments: argparse.Namespace, mesh: Mesh, plan: Plan, work: Work, rank: int) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -39,10 +37,11 @@ from ..runtime.dense_ring import ZigzagAttention
 from ..runtime.measure import Recorder, collect_timeline
 from ..runtime.mesh import Mesh, join, leave
 from ..runtime.torch_ring import TorchContextParallel
-from .common import RESULTS, write_result
+from .common import RESULTS, ResultFile
 from .masks import density_of
 from .mtraining import FUNCTIONS as PEERS
 from .mtraining import MTraining, check_peer, measure_peer, refusal
+from .ranks import start_ranks
 from .ring_plans import (
     FAMILIES,
     MODEL,
@@ -78,10 +77,16 @@ def main() -> None:
         raise SystemExit(problem or _start(arguments))
     mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
     try:
-        rows = _measure_all(arguments, mesh)
+        result = ResultFile("ring", folder=arguments.results, gpus=arguments.gpus)
+        rows: list[dict[str, Any]] = []
+        for row in _measure_all(arguments, mesh):
+            rows.append(row)
+            if mesh.rank == 0:
+                print(table([row]).splitlines()[-1], flush=True)
+                result.write(rows, finished=False)
         if mesh.rank == 0:
-            print(table(rows))
-            print(write_result("ring", rows, folder=arguments.results, gpus=arguments.gpus))
+            result.write(rows, finished=True)
+            print(table(rows), result.path, sep="\n")
     finally:
         leave()
 
@@ -117,24 +122,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     half = max(arguments.gpus // 2, 1)
-    ranks = []
-    for rank in range(arguments.gpus):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": arguments.gpus, "MASTER_PORT": port}
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
-        if arguments.two_nodes:
-            environment["NCCL_HOSTID"] = f"node{rank // half}"
-        ranks.append(
-            subprocess.Popen([sys.executable, "-m", "sparsering.benchmarks.ring", *sys.argv[1:]], env=environment)
-        )
-    return max(rank.wait() for rank in ranks)
+    nodes = [{"NCCL_HOSTID": f"node{rank // half}"} for rank in range(arguments.gpus)] if arguments.two_nodes else []
+    return start_ranks("sparsering.benchmarks.ring", sys.argv[1:], count=arguments.gpus, shared={}, own=nodes)
 
 
-def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str, Any]]:
     channels = Channels(mesh)
     peers = _peers(arguments, mesh)
     cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=_nodes(arguments))
@@ -147,18 +140,16 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> list[dict[str, An
             seed=arguments.seed,
             heads=_model(arguments).heads,
         )
-        for case in _cases(arguments):
-            plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {len(rows)}")
-            rows.append(_measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement})
-            if mesh.rank == 0:
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+        for number, case in enumerate(_cases(arguments)):
+            topic = f"benchmark plan {family} {density} {number}"
+            plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=topic)
+            yield _measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement}
         if family == "slash":
             for peer, errors in peers:
-                rows += [row | errors for row in _measure_mtraining(arguments, mesh, peer, work)]
+                yield from (row | errors for row in _measure_mtraining(arguments, mesh, peer, work))
     for baseline in dict.fromkeys(arguments.baselines):
         if baseline in DENSE_RINGS:
-            rows.append(_measure_dense(arguments, mesh, baseline))
-    return rows
+            yield _measure_dense(arguments, mesh, baseline)
 
 
 def _peers(arguments: argparse.Namespace, mesh: Mesh) -> list[tuple[MTraining, dict[str, float]]]:
@@ -306,15 +297,12 @@ def _measure_mtraining(arguments: argparse.Namespace, mesh: Mesh, peer: MTrainin
     tensors = random_tensors(_model(arguments), tokens, mesh, arguments.seed, torch.bfloat16)
     figures = measure_peer(peer, work.mask, tensors, arguments.repeats, before)
     given = {"mask": work.family, "density": density_of(work.mask), "columns": work.columns}
-    rows = [
+    return [
         make_row(arguments, mesh, peer.name, peer.layout, value, model=_model(arguments))
         | given
         | {"placement": placement, "transport": transport}
         for (placement, transport), value in figures.items()
     ]
-    if mesh.rank == 0:
-        print("\n".join(table(rows).splitlines()[1:]), flush=True)
-    return rows
 
 
 if __name__ == "__main__":

@@ -21,13 +21,11 @@ import argparse
 import gc
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +44,9 @@ from ..runtime.train_loop import StepResult, Trainer
 from ..runtime.train_patterns import replay_and_pay
 from ..runtime.train_setup import set_up
 from ..traces.files import read_json, write_json
-from .common import RESULTS, require_flash4_ring, write_result
+from .common import RESULTS, ResultFile, require_flash4_ring
 from .masks import density_of, slash_mask
+from .ranks import start_ranks
 
 IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", FLASH4_RING, "torch-context-parallel")
 ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}
@@ -80,13 +79,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="sparsering-training-") as folder:
             raise SystemExit(_start(arguments, arguments.work or Path(folder)))
     world = join(device="cpu" if arguments.toy else None, timeout_s=540)
+    result = ResultFile("training", folder=arguments.results, gpus=arguments.gpus)
     rows: list[dict[str, Any]] = []
-    try:
-        _measure_all(arguments, world, rows)
-    finally:  # what was measured before an implementation ran out of memory is a result
-        if world.rank == 0 and rows:
-            print(_table(rows))
-            print(write_result("training", rows, folder=arguments.results, gpus=arguments.gpus))
+    for row in _measure_all(arguments, world):
+        rows.append(row)
+        if world.rank == 0:
+            print(json.dumps(row), flush=True)
+            result.write(rows, finished=False)
+    if world.rank == 0:
+        result.write(rows, finished=True)
+        print(_table(rows), result.path, sep="\n")
     leave()
 
 
@@ -124,24 +126,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _start(arguments: argparse.Namespace, work: Path) -> int:
     _prepare(arguments, work)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.gpus)}
-    shared |= {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    command = [sys.executable, "-m", "sparsering.benchmarks.training", *sys.argv[1:], "--work", str(work)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(arguments.gpus)
-    ]
-    try:
-        while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
-            time.sleep(0.2)
-        return next((rank.poll() or 1 for rank in ranks if rank.poll()), 0)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
+    shared = {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    given = [*sys.argv[1:], "--work", str(work)]
+    return start_ranks("sparsering.benchmarks.training", given, count=arguments.gpus, shared=shared)
 
 
 def _prepare(arguments: argparse.Namespace, work: Path) -> None:
@@ -154,12 +141,10 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> None:
         write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"]), None, None))
 
 
-def _measure_all(arguments: argparse.Namespace, world: Mesh, rows: list[dict[str, Any]]) -> None:
+def _measure_all(arguments: argparse.Namespace, world: Mesh) -> Iterator[dict[str, Any]]:
     for implementation in arguments.impl:
         for density in arguments.density if implementation == "ours" else [None]:
-            rows.append(_measure(arguments, world, implementation, density))
-            if world.rank == 0:
-                print(json.dumps(rows[-1]), flush=True)
+            yield _measure(arguments, world, implementation, density)
             gc.collect()
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()

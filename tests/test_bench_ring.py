@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +108,9 @@ def test_the_whole_road_on_two_processes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("ring-*.json")
-    rows = json.loads(path.read_text())["rows"]
+    document = json.loads(path.read_text())
+    assert "unfinished" not in document
+    rows = document["rows"]
     assert [(row["mask"], row["placement"]) for row in rows] == [
         ("slash", "contiguous"), ("slash", "planned"), ("documents", "contiguous"), ("documents", "planned"),
         ("dense", "zigzag"),
@@ -114,4 +118,36 @@ def test_the_whole_road_on_two_processes(tmp_path: Path) -> None:
     for row in rows[:-1]:
         assert row["compute_ms"] > 0 and row["predicted_peak_bytes"] > 0 and row["peak_bytes"] is None
         assert row["imbalance"] >= 1
+        assert min(row["forward_ms"], row["backward_ms"]) < row["step_ms"] and row["compute_step_ms"] > 0
     assert [row["pairs_left_out"] for row in rows if row.get("placement") == "contiguous"] == [1, 1]
+
+
+def test_an_interrupted_run_leaves_its_rows_and_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsering.benchmarks.ring", "--toy", "--density", *["0.2"] * 50]
+    command += ["--layout", "ring", "--repeats", "1", "--results", str(tmp_path)]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "SPARSERING_TEST_RUN": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None and "ours-blockwise" in started.stdout.readline()
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("ring-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(_processes_of(tmp_path)) == 3
+        started.terminate()
+        assert started.wait(60) == 128 + signal.SIGTERM
+    assert not _processes_of(tmp_path)
+    (path,) = tmp_path.glob("ring-*.json")
+    document = json.loads(path.read_text())
+    assert document["unfinished"] is True
+    assert 1 <= len(document["rows"]) < 50 and document["rows"][0]["impl"] == "ours-blockwise"
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """Processes that run and were started for this test, by a variable of their environment."""
+    mark, found = f"SPARSERING_TEST_RUN={folder}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # gone meanwhile, or another user's
+    return found
