@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str
     channels = Channels(mesh)
     peers = _peers(arguments, mesh)
     cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=_nodes(arguments))
+    plans = count()
     for family, density in product(arguments.family, arguments.density):
         work = make_work(
             family,
@@ -140,9 +141,8 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str
             seed=arguments.seed,
             heads=_model(arguments).heads,
         )
-        for number, case in enumerate(_cases(arguments)):
-            topic = f"benchmark plan {family} {density} {number}"
-            plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=topic)
+        for case in _cases(arguments):
+            plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {next(plans)}")
             yield _measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement}
         if family == "slash":
             for peer, errors in peers:

@@ -155,7 +155,7 @@ def block_backward(
     add_q: bool = True,
     add_kv: bool = True,
     final_q: Tensor | None = None,
-    scratch: dict[Any, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> None:
     """Add one task's block part into grad_q [B, S_q, H, D], grad_k and grad_v [B, S_k, H_kv, D] (accumulator dtype).
 
@@ -164,7 +164,8 @@ def block_backward(
     add_q, add_kv: False where the accumulators hold nothing yet: they are overwritten, and then grad_k and grad_v may
     have q's dtype, to which the task's sums are rounded once. final_q: [B, S_q, H, D] in q's dtype and grad_q's
     strides, where the task is the last one: the total is written there, and grad_q means no more. scratch: empty at
-    first, then shared by calls with the same grad_out, q, lse and delta, of which some backends keep something there.
+    first, then shared by calls with the same queries (grad_out, q, lse, delta and q_positions of the index), of which
+    some backends keep something there; None where no other call follows, for which that would not pay.
     """
     _check_qkv(q, k, v)
     _check_key_gradients(q, grad_k, grad_v, add=add_kv)

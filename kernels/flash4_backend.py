@@ -112,7 +112,7 @@ def block_backward(
     add_q: bool = True,
     add_kv: bool = True,
     final_q: Tensor | None = None,
-    scratch: dict[Any, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> None:
     """See api.block_backward. Not bitwise repeatable: see the module.
 

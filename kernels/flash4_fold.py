@@ -29,29 +29,47 @@ TILES_TOGETHER = 4096  # query tiles of all query heads of a K/V head, beyond wh
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fold:
-    """heads: query heads end to end, each with `tokens` tokens, which are whole tiles."""
+class LaidQueries:
+    """What a backward reads of all its queries, copied head by head, zeros from S to T: launches take views of it.
 
-    heads: int
-    tokens: int
+    q, grad_out [B, H, T, D]; lse, grad_lse [B, H, T].
+    """
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Copy [B, S, H, D] to [B, f T, H / f, D], zeros from S to T of every head."""
-        batch, _, heads, dim = x.shape
-        laid = torch.empty(batch, heads, self.tokens, dim, dtype=x.dtype, device=x.device)
-        target = laid.transpose(1, 2)
-        add_rows(x, target, target, add=False)
-        return laid.view(batch, heads // self.heads, self.heads * self.tokens, dim).transpose(1, 2)
+    q: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    grad_lse: Tensor
 
-    def values(self, x: Tensor) -> Tensor:
-        """[B, H, S] as [B, H / f, f T], zeros from S to T of every head."""
-        padded = functional.pad(x, (0, self.tokens - x.shape[2])) if x.shape[2] < self.tokens else x
-        return padded.reshape(x.shape[0], x.shape[1] // self.heads, self.heads * self.tokens)
+    def end_to_end(self, first: int, last: int, together: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """View q, grad_out [B, f T, H', D], lse, grad_lse [B, H', f T] of heads first .. last - 1, f = together."""
+        batch, _, tokens, dim = self.q.shape
+        lists = (last - first) // together
+        q, grad_out = (
+            x[:, first:last].view(batch, lists, together * tokens, dim).transpose(1, 2) for x in (self.q, self.grad_out)
+        )
+        lse, grad_lse = (x[:, first:last].view(batch, lists, together * tokens) for x in (self.lse, self.grad_lse))
+        return q, grad_out, lse, grad_lse
 
-    def unfolded(self, x: Tensor, tokens: int) -> Tensor:
-        """View what `rows` made, or a tensor like it, as [B, tokens, H, D]."""
-        batch, _, folds, dim = x.shape
-        return x.transpose(1, 2).view(batch, folds * self.heads, self.tokens, dim)[:, :, :tokens].transpose(1, 2)
+
+def lay_queries(q: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor, *, tokens: int) -> LaidQueries:
+    """Copy q, grad_out [B, S, H, D] and lse, grad_lse [B, H, S] to whole tiles: S <= T = tokens."""
+    missing = tokens - q.shape[1]
+    padded_lse, padded_grad_lse = (functional.pad(x, (0, missing)).contiguous() for x in (lse, grad_lse))
+    return LaidQueries(q=_laid(q, tokens), grad_out=_laid(grad_out, tokens), lse=padded_lse, grad_lse=padded_grad_lse)
+
+
+def _laid(x: Tensor, tokens: int) -> Tensor:
+    batch, _, heads, dim = x.shape
+    laid = torch.empty(batch, heads, tokens, dim, dtype=x.dtype, device=x.device)
+    target = laid.transpose(1, 2)
+    add_rows(x, target, target, add=False)
+    return laid
+
+
+def heads_apart(x: Tensor, *, together: int, tokens: int) -> Tensor:
+    """View [B, f T, H / f, D], laid as `end_to_end` lays q, as [B, tokens, H, D]; f = together."""
+    batch, rows, lists, dim = x.shape
+    return x.transpose(1, 2).view(batch, lists * together, rows // together, dim)[:, :, :tokens].transpose(1, 2)
 
 
 def heads_together(*, group: int, lists: int, tiles: int, wanted: int) -> int:

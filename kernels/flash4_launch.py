@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .flash4_fold import PROGRAMS_PER_MULTIPROCESSOR, Fold, heads_together
+from .flash4_fold import PROGRAMS_PER_MULTIPROCESSOR, LaidQueries, heads_apart, heads_together, lay_queries
 from .flash4_index import Flash4Task, TileTables, head_groups
 from .flash4_masks import documents_mask, own_block_mask
 from .partials import QueryGradient
@@ -33,13 +33,6 @@ class Inputs:
     out: Tensor
     lse: Tensor
     grad_lse: Tensor | None
-
-    def folded(self, fold: Fold) -> Inputs:
-        """The same with query heads end to end; of out and grad_lse, as block_backward gives them."""
-        assert self.grad_lse is not None
-        q, grad_out = fold.rows(self.q), fold.rows(self.grad_out)
-        lse, grad_lse = fold.values(self.lse), fold.values(self.grad_lse)
-        return replace(self, q=q, grad_out=grad_out, out=zeros_like_rows(q), lse=lse, grad_lse=grad_lse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +120,7 @@ def gradient_parts(
     index: Flash4Task,
     scale: float,
     grads: Mapping[str, Tensor] | None = None,
-    scratch: dict[Any, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Iterator[Part]:
     """Launch the backward by groups of heads, each when its turn comes.
 
@@ -138,54 +131,58 @@ def gradient_parts(
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
         heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
         queries, keys = (slice(None), slice(q_end), heads), (slice(None), slice(k_end), kv_heads)
+        k, v = inputs.k[keys], inputs.v[keys]
         given = {name: grad[queries if name == "dq" else keys] for name, grad in (grads or {}).items()}
-        lines = slice(None), heads, slice(q_end)
-        part = Inputs(
-            q=inputs.q[queries],
-            k=inputs.k[keys],
-            v=inputs.v[keys],
-            grad_out=inputs.grad_out[queries],
-            out=inputs.out[queries],
-            lse=inputs.lse[lines],
-            grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
-        )
-        grad_q, grad_k, grad_v = _launch_backward(part, index, (first, last), scale, given, scratch)
+        together = 1 if scratch is None else _heads_together(inputs.q[queries], k, index)
+        given |= {"softmax_scale": scale, **_mask(index, together=together)}
+        given["block_sparse_tensors"] = _sparse(index.tables(first, last, transposed=True, fold=together))
+        if scratch is not None and together > 1:
+            q, grad_out, lse, grad_lse = _laid_queries(inputs, index, scratch).end_to_end(first, last, together)
+            laid = Inputs(q=q, k=k, v=v, grad_out=grad_out, out=zeros_like_rows(q), lse=lse, grad_lse=grad_lse)
+            found, grad_k, grad_v = _backward(laid, given)
+            grad_q = heads_apart(found, together=together, tokens=q_end)
+        else:
+            lines = slice(None), heads, slice(q_end)
+            part = Inputs(
+                q=inputs.q[queries],
+                k=k,
+                v=v,
+                grad_out=inputs.grad_out[queries],
+                out=inputs.out[queries],
+                lse=inputs.lse[lines],
+                grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
+            )
+            grad_q, grad_k, grad_v = _backward(part, given)
         yield Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
 
 
-def _launch_backward(
-    inputs: Inputs,
-    index: Flash4Task,
-    heads: tuple[int, int],
-    scale: float,
-    given: dict[str, Tensor],
-    scratch: dict[Any, Any] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one launch, its query heads end to end where that is quicker."""
-    fold = Fold(heads=1 if scratch is None else _heads_together(inputs, index), tokens=index.q_tiles * BLOCK_SIZE)
-    arguments: dict[str, Any] = {"softmax_scale": scale, **_mask(index, fold=fold.heads), **given}
-    arguments["block_sparse_tensors"] = _sparse(index.tables(*heads, transposed=True, fold=fold.heads))
-    if scratch is None or fold.heads == 1:
-        return _backward(inputs, arguments)
-    if (fold, heads) not in scratch:
-        scratch[fold, heads] = inputs.folded(fold)
-    laid: Inputs = scratch[fold, heads]
-    grad_q, grad_k, grad_v = _backward(replace(laid, k=inputs.k, v=inputs.v), arguments)
-    return fold.unfolded(grad_q, inputs.q.shape[1]), grad_k, grad_v
+def _laid_queries(inputs: Inputs, index: Flash4Task, scratch: dict[str, Any]) -> LaidQueries:
+    """All heads' queries head by head, copied by the first launch that wants them."""
+    if "laid" not in scratch:
+        end, grad_lse = index.task.q_valid_tokens, inputs.grad_lse
+        assert grad_lse is not None
+        scratch["laid"] = lay_queries(
+            inputs.q[:, :end],
+            inputs.grad_out[:, :end],
+            inputs.lse[:, :, :end],
+            grad_lse[:, :, :end],
+            tokens=index.q_tiles * BLOCK_SIZE,
+        )
+    return scratch["laid"]
 
 
 def _backward(x: Inputs, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return wheels()[0]._flash_attn_bwd(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments)
 
 
-def _heads_together(inputs: Inputs, index: Flash4Task) -> int:
+def _heads_together(q: Tensor, k: Tensor, index: Flash4Task) -> int:
     """How many query heads of a launch to lay end to end: see flash4_fold.py."""
-    batch, _, heads, _ = inputs.q.shape
+    batch, _, heads, _ = q.shape
     return heads_together(
-        group=heads // inputs.k.shape[2],
+        group=heads // k.shape[2],
         lists=batch * heads * index.k_tiles,
         tiles=index.q_tiles,
-        wanted=PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(inputs.q.device),
+        wanted=PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device),
     )
 
 
@@ -222,14 +219,15 @@ def _sparse(tables: TileTables) -> Any:
     )
 
 
-def _mask(index: Flash4Task, *, fold: int = 1, by_tiles: bool = False) -> dict[str, Any]:
-    """The element mask of partial tiles and what it reads."""
+def _mask(index: Flash4Task, *, together: int = 1, by_tiles: bool = False) -> dict[str, Any]:
+    """The element mask of partial tiles and what it reads, for query heads of which so many are end to end."""
     q, k = index.q_documents, index.k_documents
     if q is None or k is None:
         return {"mask_mod": own_block_mask()}
-    of_queries = q.positions.repeat(fold), q.tokens.repeat(fold)
-    aux = [of_queries[0], k.positions, of_queries[1], k.tokens]
-    return {"mask_mod": documents_mask(by_tiles), "aux_tensors": aux}
+    positions, documents = q.positions, q.tokens
+    if together > 1:
+        positions, documents = positions.repeat(together), documents.repeat(together)
+    return {"mask_mod": documents_mask(by_tiles), "aux_tensors": [positions, k.positions, documents, k.tokens]}
 
 
 @cache

@@ -100,13 +100,16 @@ def add_rows_kernel(part, prior, target, p_b, p_s, p_h, e_b, e_s, e_h, t_b, t_s,
 def add_rows(part: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
     """target [B, S, H, D] = (add: prior +) part, rounded once.
 
-    part [B, S', H, D], S' <= S, counts as 0 from S' on. D is a power of two. Heads and tokens may lie in any order in
-    memory, a row's elements only side by side: ValueError.
+    part [B, S', H, D], S' <= S, counts as 0 from S' on. D is a power of two. Quick where a row's elements are side by
+    side; heads and tokens may lie in any order.
     """
     batch, tokens, heads, dim = target.shape
     if any(x.stride(3) != 1 for x in (part, prior, target)):
-        raise ValueError("add_rows: the elements of a row are not side by side")
-    if part.shape == target.shape and all(x.is_contiguous() for x in (part, prior, target)):
+        wide = torch.promote_types(part.dtype, prior.dtype)
+        total = prior.to(wide, copy=True) if add else torch.zeros_like(prior, dtype=wide)
+        total[:, : part.shape[1]] += part
+        target.copy_(total)
+    elif part.shape == target.shape and all(x.is_contiguous() for x in (part, prior, target)):
         _add_flat(part[None], prior, target, add=add)
     elif target.numel():
         run(

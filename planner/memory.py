@@ -102,11 +102,18 @@ def _looked_at(world_size: int) -> Iterable[int]:
 def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
     """narrow: names of slots that launches write rounded, with no copy of their own."""
     launched = [_slots_of(tasks) for phase in phases for tasks in launches_of(phase.tasks, backend="flash4")]
-    row_bytes = [_row_bytes(shape, names, narrow) if names else 0 for names in launched]
+    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
+    together = [_heads_of_a_launch(shape, len(names), tiles) for names in launched]
+    if sum(map(len, launched)) < 2:  # a copy for one launch of the own shard does not pay
+        together = [1] * len(launched)
+    copied_bytes = 2 * shape.heads * shape.element_bytes  # q and dout, from the first launch that wants them on
+    row_bytes = [
+        _row_bytes(shape, names, narrow, heads) + copied_bytes * (max(together[: number + 1]) > 1) if names else 0
+        for number, (names, heads) in enumerate(zip(launched, together, strict=True))
+    ]
     if launched and launched[-1]:  # the last launch writes dq as it is returned, which has to be there already
         row_bytes[-1] += shape.heads * shape.element_bytes
     launches = [len(names) for names in launched if names]
-    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
     table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
     tables = [shards * table_bytes for shards in launches]
     tables_bytes = 2 * sum(size for size in tables if size <= KEPT_TABLE_LIMIT_BYTES)
@@ -119,14 +126,16 @@ def _slots_of(tasks: Sequence[Task]) -> list[str]:
     return [str(task.grad_buffer) for task in tasks if task.key is not None]
 
 
-def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str]) -> int:
-    """Return what a launch holds over tokens of a shard and head dim: for dq, dk, dv, and copies of q and dout."""
+def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str], together: int) -> int:
+    """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
     element, accumulator, group = shape.element_bytes, shape.accumulator_bytes, shape.heads // shape.kv_heads
-    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
-    together = heads_together(group=group, lists=shape.heads * tiles * len(names), tiles=tiles)
-    of_queries = accumulator + element + (2 * element if together > 1 else 0)
     of_keys = (accumulator if together < group else 0) + (0 if narrow >= set(names) else element)
-    return shape.heads * of_queries + 2 * len(names) * shape.kv_heads * of_keys
+    return shape.heads * (accumulator + element) + 2 * len(names) * shape.kv_heads * of_keys
+
+
+def _heads_of_a_launch(shape: AttentionShape, shards: int, tiles: int) -> int:
+    group = shape.heads // shape.kv_heads
+    return heads_together(group=group, lists=shape.heads * tiles * shards, tiles=tiles)
 
 
 def heads_together(*, group: int, lists: int, tiles: int) -> int:

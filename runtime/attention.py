@@ -16,7 +16,7 @@ from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend, row
 from ..planner.check import check_step
 from ..planner.check_playable import check_playable
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS, KEPT, Direction
+from ..planner.schedule import DIRECTIONS, KEPT, Direction, Task
 from ..traces.errors import InputError, UnsupportedError
 from .buffers import BufferPool, Slots
 from .comm import Channel, Channels, CommunicationError
@@ -105,7 +105,14 @@ class PlannedAttention:
 
     def tasks(self, direction: Direction) -> int:
         """Return how many tasks this rank computes in one direction."""
-        return sum(len(phase.tasks) for phase in self.schedules[direction].phases(self.mesh.rank))
+        return len(self._tasks(direction))
+
+    def key_shards(self, direction: Direction) -> int:
+        """Return how many key shards this rank attends in one direction, columns apart."""
+        return sum(task.key is not None for task in self._tasks(direction))
+
+    def _tasks(self, direction: Direction) -> list[Task]:
+        return [task for phase in self.schedules[direction].phases(self.mesh.rank) for task in phase.tasks]
 
     def play(self, direction: Direction, stage: Stage) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""
@@ -249,6 +256,7 @@ class _RingFunction(torch.autograd.Function):
             tasks=planned.tasks("backward"),
             grad_kv=(torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)),
             gathered=gathered,
+            scratch={} if planned.key_shards("backward") > 1 else None,
         )
         planned.play("backward", stage)
         grad_q, grad_k, grad_v = stage.finish()

@@ -1,8 +1,9 @@
 """Channels: one communicator on this rank. Groups of messages posted on one channel run first in, first out.
 
 On GPUs a channel is a side stream over an NCCL process group: a group starts once the compute stream has reached the
-point of the post, and nothing here ever blocks the host. Pulls leave NCCL alone (pull.py). On CPUs it is a thread over
-a gloo process group, and a pull is a send and a receive: no process can read another's memory over gloo.
+point of the post (or an earlier `Moment`), and nothing here ever blocks the host. Pulls leave NCCL alone (pull.py). On
+CPUs it is a thread over a gloo process group, and a pull is a send and a receive: no process can read another's memory
+over gloo.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class DeviceChannel:
         self._stream = torch.cuda.Stream(device, priority=-1)  # transfers start before queued compute fills the GPU
 
     def post(self, messages: Sequence[Message]) -> _DevicePending:
-        """Enqueue the messages behind the compute stream's work so far and everything posted here before."""
+        """Enqueue the messages behind the current stream's work so far and everything posted here before."""
         started, ended = (torch.cuda.Event(enable_timing=self._timed) for _ in range(2))
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

@@ -1,7 +1,8 @@
 """Playing a schedule: the same phases that the simulator plays, on real tensors, streams and processes.
 
 Nothing here knows how the schedule was made. A `Stage` (forward or backward of one layer) says what a buffer's tensors
-are and how a task is computed; `play` does the rest in the order that planner/schedule.py defines.
+are and how a task is computed; `play` does the rest in the order that planner/schedule.py defines for the device, even
+where the host issues a first phase's tasks before its calls.
 """
 
 from __future__ import annotations

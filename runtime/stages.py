@@ -167,7 +167,8 @@ class BackwardStage:
     """Accumulates dq, and the dk and dv of the rank's own shard. Gradients are in the accumulator's type.
 
     tasks: how many this rank computes; with the last one, `grad_q` becomes dq in q's dtype. grad_kv: where the rank's
-    own (dK, dV) are summed, holding nothing yet; gathered: the columns [2, B, H, C, D] kept from forward.
+    own (dK, dV) are summed, holding nothing yet; gathered: the columns [2, B, H, C, D] kept from forward. scratch: see
+    api.block_backward; None where a single key shard is computed.
     """
 
     q: Tensor
@@ -184,7 +185,7 @@ class BackwardStage:
     grad_q: Tensor | None = None
     grad_gathered: Tensor | None = None
     filled: set[str] = field(default_factory=set)
-    scratch: dict[Any, Any] = field(default_factory=dict)
+    scratch: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Put K/V where others pull them from."""
@@ -260,11 +261,10 @@ class BackwardStage:
         inputs = self.grad_out, self.q, k, v, self.lse, self.delta, self.indexes.block(keyed)
         into = {"grad_k": grad_k, "grad_v": grad_v, "add_kv": add} | of_query | columns
         api.block_backward(*inputs, **into, **self._common(), scratch=self.scratch)
-        if self.tasks == 0:
-            self.scratch.clear()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq (in q's dtype), dk and dv (the accumulator's); what nothing was added to is zero."""
+        self.scratch = None
         if self.grad_q is None:
             self.grad_q = torch.zeros_like(self.q)
         self._fill(DKV_HOME)

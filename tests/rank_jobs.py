@@ -10,15 +10,18 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 
 from sparsering.planner.plan import Plan
+from sparsering.runtime import ring, stages
 from sparsering.runtime.attention import PlannedAttention
 from sparsering.runtime.comm import Channel, Channels
 from sparsering.runtime.exposure import Exposure
@@ -70,6 +73,45 @@ def attention(
         planned.agree_on_patterns()
     results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return {name: _numpy(value) for name, value in results.items() if value is not None}
+
+
+class _Earlier:
+    """In the place of ring.Moment, which is a point on a GPU's stream; counts what is posted from it."""
+
+    posts = 0
+
+    @contextmanager
+    def posting(self) -> Iterator[None]:
+        """Count."""
+        _Earlier.posts += 1
+        yield
+
+
+def attention_computing_first(
+    mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int, every: int
+) -> dict[str, Any]:
+    """`attention`, as on GPUs: the first tasks before the first transfers, on ranks that `every` divides.
+
+    Adds "posts", the phases played so; "launches" of block kernels in backward, and "scratches", how many distinct ones
+    they were given.
+    """
+    scratches: list[Any] = []
+    block_backward = stages.api.block_backward
+
+    def noting(*given: Any, scratch: Any, **named: Any) -> None:
+        scratches.append(scratch)
+        block_backward(*given, scratch=scratch, **named)
+
+    _Earlier.posts = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "Moment", _Earlier)
+        patch.setattr(stages.api, "block_backward", noting)
+        for stage in (stages.ForwardStage, stages.BackwardStage):
+            patch.setattr(stage, "computes_at_once", mesh.rank % every == 0)
+        results = attention(mesh, plan=plan, pattern=pattern, seed=seed)
+    distinct = {id(scratch) for scratch in scratches if scratch is not None}
+    assert not distinct or None not in scratches
+    return results | {"posts": _Earlier.posts, "scratches": len(distinct), "launches": len(scratches)}
 
 
 def second_gradients(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> tuple[str, float]:

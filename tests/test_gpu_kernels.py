@@ -180,7 +180,7 @@ def test_query_heads_end_to_end(case: Case, backend: str) -> None:
     out, lse = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
     delta = api.row_products(grad_out, out, backend=backend)
 
-    def gradients(scratch: dict[object, object] | None, dtype: torch.dtype) -> list[torch.Tensor]:
+    def gradients(scratch: dict[str, object] | None, dtype: torch.dtype) -> list[torch.Tensor]:
         grads = [torch.full_like(x, torch.nan, dtype=kind) for x, kind in ((q, torch.float32), (k, dtype), (v, dtype))]
         into = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
         given = {"scale": 0.1, "backend": backend, "add_q": False, "add_kv": False, "scratch": scratch}
@@ -188,7 +188,7 @@ def test_query_heads_end_to_end(case: Case, backend: str) -> None:
         return grads
 
     apart = gradients(None, torch.float32)
-    scratch: dict[object, object] = {}
+    scratch: dict[str, object] = {}
     together = gradients(scratch, torch.float32)
     assert bool(scratch) == (case.heads[0] > case.heads[1])
     for found, right in zip(together, apart, strict=True):

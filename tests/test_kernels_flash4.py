@@ -5,16 +5,24 @@ from __future__ import annotations
 import importlib.util
 import sys
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import flash4_contract
 
 pytest.importorskip("triton")
 from sparsering.kernels import api, flash4_backend, flash4_index, flash4_launch
-from sparsering.kernels.flash4_fold import Fold, heads_together
+from sparsering.kernels.flash4_fold import (
+    PROGRAMS_PER_MULTIPROCESSOR,
+    TILES_TOGETHER,
+    heads_apart,
+    heads_together,
+    lay_queries,
+)
 from sparsering.kernels.flash4_index import Flash4Task, flash4_task, head_groups
 from sparsering.kernels.flash4_merge import merge_part
 from sparsering.kernels.mask import AttentionMask, active_block_pairs, allowed_pairs, block_part
@@ -141,17 +149,18 @@ def test_heads_end_to_end_have_the_tiles_of_all_of_them(fold: int, documents: bo
 @pytest.mark.parametrize("tokens", [96, 85])
 def test_rows_laid_end_to_end_come_back(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(2, 100, 8, 16, generator=generator).half()
-    x, values = whole[:, :tokens], torch.randn(2, 8, tokens, generator=generator)
-    fold = Fold(heads=4, tokens=96)
-    laid, laid_values = fold.rows(x), fold.values(values)
-    assert laid.shape == (2, 4 * 96, 2, 16) and laid_values.shape == (2, 2, 4 * 96)
-    for head in range(8):
-        area = slice(head % 4 * 96, head % 4 * 96 + 96)
-        assert torch.equal(laid[:, area, head // 4][:, :tokens], x[:, :, head])
-        assert torch.equal(laid_values[:, head // 4, area][:, :tokens], values[:, head])
-        assert not laid[:, area, head // 4][:, tokens:].any() and not laid_values[:, head // 4, area][:, tokens:].any()
-    assert torch.equal(fold.unfolded(torch.empty_like(laid).copy_(laid), tokens), x)
+    q, grad_out = torch.randn(2, 2, tokens, 8, 16, generator=generator).half()
+    lse, grad_lse = torch.randn(2, 2, 8, tokens, generator=generator)
+    laid = lay_queries(q, grad_out, lse, grad_lse, tokens=96)
+    for first, last, together in ((0, 8, 4), (4, 8, 4), (2, 4, 2), (0, 8, 1)):
+        rows_and_values = laid.end_to_end(first, last, together)
+        for found, right in zip(rows_and_values[:2], (q, grad_out), strict=True):
+            assert found.shape == (2, together * 96, (last - first) // together, 16)
+            assert torch.equal(heads_apart(found, together=together, tokens=tokens), right[:, :, first:last])
+            assert not heads_apart(found, together=together, tokens=96)[:, tokens:].any()
+        for found, right in zip(rows_and_values[2:], (lse, grad_lse), strict=True):
+            assert found.shape == (2, (last - first) // together, together * 96)
+            assert torch.equal(found.reshape(2, last - first, 96)[:, :, :tokens], right[:, first:last])
 
 
 @pytest.fixture
@@ -168,18 +177,35 @@ def contract(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("rounded", [False, True], ids=["added", "rounded"])
 @pytest.mark.parametrize(
-    ("valid_tokens", "batch", "wanted", "together"), [(384, 1, 4, 4), (300, 2, 4, 4), (300, 1, 12, 2), (300, 1, 25, 1)]
+    ("valid_tokens", "batch", "wanted", "heads_a_launch", "together"),
+    [
+        (384, 1, 4, 8, 4),
+        (300, 2, 4, 8, 4),
+        (300, 2, 20, 8, 2),
+        (300, 1, 12, 8, 2),
+        (300, 1, 25, 8, 1),
+        (384, 1, 3, 4, 4),
+        (300, 2, 3, 2, 2),
+    ],
 )
 def test_gradients_of_heads_end_to_end(
     valid_tokens: int,
     batch: int,
     wanted: int,
+    heads_a_launch: int,
     together: int,
     rounded: bool,
     documents: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two launches with the same queries, beside the reference. A sequence has 24 programs with a head each."""
+    """The same keys twice, beside the reference. A sequence has 24 programs with a head each."""
+    laid_heads = []
+
+    def launch(q: Tensor, *given: Any, **named: Any) -> Any:
+        laid_heads.append(q.shape[1] // 384)
+        return flash4_contract._flash_attn_bwd(q, *given, **named)
+
+    monkeypatch.setattr(flash4_launch, "wheels", lambda: (SimpleNamespace(_flash_attn_bwd=launch), flash4_contract))
     monkeypatch.setattr(flash4_launch, "PROGRAMS_PER_MULTIPROCESSOR", wanted)
     generator = torch.Generator().manual_seed(0)
     active = torch.rand(8, 3, 3, generator=generator) < 0.7
@@ -199,14 +225,17 @@ def test_gradients_of_heads_end_to_end(
     kind = torch.float16 if rounded else torch.float32
     grads = [torch.full_like(x, torch.nan, dtype=dtype) for x, dtype in ((q, torch.float32), (k, kind), (v, kind))]
     final_q = torch.full_like(q, torch.nan)
-    scratch: dict[Any, Any] = {}
+    scratch: dict[str, Any] = {}
     task = flash4_task(mask, tokens, tokens)
+    table_bytes = task.table_bytes_of_a_head(transposed=True)
+    monkeypatch.setattr(flash4_index, "LAUNCH_TABLE_BYTES", heads_a_launch * table_bytes)
     for last in (False, True):
         flash4_backend.block_backward(
             *inputs, task, scale=0.2, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2], add_q=last,
             add_kv=last and not rounded, final_q=final_q if last else None, scratch=scratch,
         )  # fmt: skip
-    assert [(fold.heads, fold.tokens, heads) for fold, heads in scratch] == [(together, 384, (0, 8))] * (together > 1)
+    assert laid_heads == [together if together > 1 else 0] * (2 * 8 // heads_a_launch)
+    assert list(scratch) == ["laid"] * (together > 1)
     for found, expected, times in zip((final_q, *grads[1:]), right, (2, *[1 if rounded else 2] * 2), strict=True):
         torch.testing.assert_close(found.double(), expected * times, atol=2e-2, rtol=4e-3)
 
@@ -219,6 +248,8 @@ def test_as_many_heads_end_to_end_as_leave_enough_programs_and_tiles_in_the_cach
     assert heads_together(group=8, lists=16, tiles=1, wanted=528) == 1
     assert heads_together(group=6, lists=4000, tiles=8, wanted=1000) == 3
     assert heads_together(group=1, lists=1 << 20, tiles=512, wanted=528) == 1
+    assert memory.PROGRAMS_WANTED == 132 * PROGRAMS_PER_MULTIPROCESSOR  # an H100's and an H200's multiprocessors
+    assert memory.TILES_TOGETHER == TILES_TOGETHER
     for group, lists, tiles in product((1, 3, 4, 8), (10, 500, 2000, 5000, 100_000), (1, 500, 2000, 5000)):
         given = {"group": group, "lists": lists, "tiles": tiles}
         counted = memory.heads_together(**given)

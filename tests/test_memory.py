@@ -139,3 +139,34 @@ def test_slots_that_hold_rounded_gradients_are_half_as_large(backend: str) -> No
     )
     assert wide.buffer_bytes - narrow.buffer_bytes == 14 * shape.kv_bytes
     assert wide.workspace_bytes - narrow.workspace_bytes == (7 * shape.kv_bytes if backend == "flash4" else 0)
+
+
+def test_heads_end_to_end_are_counted() -> None:
+    """flash4's backward by hand: the own shard is the last launch, or the only one."""
+
+    def workspace(tokens: int, world_size: int = 8, heads: int = 16, kv_heads: int = 2) -> tuple[int, AttentionShape]:
+        shape = AttentionShape(
+            world_size=world_size, tokens_per_rank=tokens, heads=heads, kv_heads=kv_heads, head_dim=128
+        )  # fmt: skip
+        schedule = build("gather", {"chunks": 1}, shape=shape, direction="backward")
+        returned = tokens * 128 * 2 * (heads + 2 * kv_heads)
+        tiles = tokens // 128
+        tables = [4 * heads * tiles * tiles * shards for shards in (*[world_size - 1] * (world_size > 1), 1)]
+        kept = 2 * sum(size for size in tables if size <= 72 << 20) + max(
+            [min(size, 160 << 20) for size in tables if size > 72 << 20], default=0
+        )
+        return layer_memory(schedule, shape, backend="flash4").workspace_bytes + returned - kept, shape
+
+    def rows(dq: int, copies: int, keys: int) -> int:
+        return 128 * (16 * (dq + copies) + 2 * 2 * keys)
+
+    # 512 query tiles: all eight heads together, no float32 dK and dV; q and dout copied for as long as it takes.
+    assert workspace(65536)[0] == 65536 * max(rows(6, 4, 7 * 2), rows(6 + 2, 4, 2))
+    # 1,024: each alone, float32 dK and dV.
+    assert workspace(131072)[0] == 131072 * max(rows(6, 0, 7 * 6), rows(6 + 2, 0, 6))
+    # 256: eight together of seven shards, four of the own one, which are added up; one copy serves both.
+    assert workspace(32768)[0] == 32768 * max(rows(6, 4, 7 * 2), rows(6 + 2, 4, 6))
+    # 32: four together of seven shards, each alone of the own one; the copy is still there then.
+    assert workspace(4096)[0] == 4096 * max(rows(6, 4, 7 * 6), rows(6 + 2, 4, 6))
+    # One rank: a single launch.
+    assert workspace(65536, world_size=1)[0] == 65536 * rows(6 + 2, 0, 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from rank_pool import RankFailure, RankPool
 from ring_cases import CASES, PATTERNS, Case, expected, make_case_plan
 from sparsering.planner.check import check
+from sparsering.planner.plan import Plan
 from sparsering.planner.schedule import DIRECTIONS
 
 TOLERANCE = 1e-8
@@ -22,7 +24,11 @@ def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[
     plan = make_case_plan(case)
     pattern = PATTERNS[case.pattern].pattern
     results = rank_pools(case.world_size).run("attention", plan=plan, pattern=pattern, seed=7)
-    placement = plan.make_placement()
+    _check_all(case, plan, results)
+
+
+def _check_all(case: Case, plan: Plan, results: list[dict[str, Any]]) -> None:
+    pattern, placement = PATTERNS[case.pattern].pattern, plan.make_placement()
     wanted = expected(case.pattern, placement.padded_tokens, seed=7)
     for rank, result in enumerate(results):
         rows = placement.positions(rank)
@@ -119,6 +125,34 @@ def test_a_graph_of_the_gradients_is_refused_and_gradients_may_be_asked_for_agai
     results = rank_pools(2).run("second_gradients", plan=make_case_plan(case), pattern=PATTERNS["gqa"].pattern)
     refusal = "create_graph: gradients of gradients of planned attention are not supported"
     assert results == [(refusal, 0.0)] * 2
+
+
+@pytest.mark.parametrize("every", [1, 2], ids=["every rank", "every second rank"])
+@pytest.mark.parametrize(
+    ("layout", "parameters"),
+    [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), ("hierarchical", {"inner_size": 2})],
+)
+def test_first_tasks_may_be_issued_before_first_transfers(
+    layout: str, parameters: dict[str, int], every: int, rank_pools: Callable[[int], RankPool]
+) -> None:
+    """What GPUs do, with the same results; and launches of one backward share their scratch."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout, parameters=parameters,
+                pattern="gqa")  # fmt: skip
+    plan = make_case_plan(case)
+    pattern = PATTERNS[case.pattern].pattern
+    job = {"plan": plan, "pattern": pattern, "seed": 7, "every": every}
+    results = rank_pools(4).run("attention_computing_first", **job)
+    for rank, result in enumerate(results):
+        assert result.pop("posts") == 2 * (rank % every == 0)
+        assert result.pop("launches") > 1 == result.pop("scratches")
+    _check_all(case, plan, results)
+
+
+def test_launches_of_a_single_shard_get_no_scratch(rank_pools: Callable[[int], RankPool]) -> None:
+    case = Case(world_size=1, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    job = {"plan": make_case_plan(case), "pattern": PATTERNS["gqa"].pattern, "seed": 7, "every": 1}
+    (result,) = rank_pools(1).run("attention_computing_first", **job)
+    assert (result["launches"], result["scratches"]) == (1, 0)
 
 
 def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:

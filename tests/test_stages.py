@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from schedule_cases import FIRST
 from sparsering.kernels.api import accumulator_dtype, block_forward, row_products
 from sparsering.planner.schedule import DKV_HOME, KV_HOME, Buffer, Schedule, ShardId, Task, Transfer
 from sparsering.runtime.buffers import BufferPool
@@ -21,18 +22,7 @@ from sparsering.traces.pattern import dense
 TOKENS, HEADS, HEAD_DIM = 64, 2, 16
 OWN = ShardId(sequence_part=0)
 TASK = Task(query=OWN, key=OWN, heads=(0, HEADS), key_buffer=KV_HOME, grad_buffer="dkv:0")
-LANDS = Transfer(
-    kind="dkv",
-    shard=OWN,
-    source=1,
-    destination=0,
-    sequence=0,
-    communicator="a",
-    transport="p2p",
-    source_buffer="dkv:0",
-    buffer="dkv:0",
-    capacity_bytes=8,
-)
+LANDS = replace(FIRST, destination=0)
 GOES_ON = replace(LANDS, source=0, destination=2)
 
 
