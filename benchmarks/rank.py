@@ -1,11 +1,17 @@
-"""One rank of a planned ring on one GPU: its kernels, whatever world size the plan is for.
+"""Ranks of a planned ring on one or two GPUs, whatever world size the plan is for.
 
     python -m sparsering.benchmarks.rank --world-size 8 --seq-len 524288 --ranks 0 7
     python -m sparsering.benchmarks.rank --world-size 8 --seq-len 524288 --backends triton flash4 --kernels
+    python -m sparsering.benchmarks.rank --world-size 8 --seq-len 524288 --gpus 2 --ranks 7 6
+    python -m sparsering.benchmarks.rank --toy            # two gloo processes on CPUs, to try the road
 
-Plays the schedule with channels that send nothing: what others would send is random numbers, copied in on a side
-stream. No ring of that plan is much quicker than forward + backward of its slowest rank here; how much slower it is,
-only real rings (benchmarks/ring.py) say. `--kernels` lists what takes the time.
+On one GPU a rank's kernels alone: the schedule is played with channels that send nothing; what others would send is
+random numbers, copied in on a side stream. No ring of that plan is much quicker than forward + backward of its slowest
+rank here. On two GPUs two ranks at a time, in the order of --ranks, each the other's peers: all that a rank sends to
+any other goes to the second GPU, all that it receives comes from there, in the sizes, groups and phases of the plan.
+Sums over all ranks are sums over two, and nobody waits for more than one other: what eight make of it, only real rings
+(benchmarks/ring.py) say. Rows then have `compute_step_ms`, the same with channels that do nothing, and memory beside
+the plan's prediction. `--kernels` lists what takes the time.
 """
 
 from __future__ import annotations
@@ -13,8 +19,10 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,16 +31,33 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..kernels.mask import AttentionMask
 from ..planner.plan import Plan
-from ..planner.schedule import Schedule
+from ..planner.schedule import DIRECTIONS
 from ..runtime.attention import PlannedAttention
-from ..runtime.comm import Channel, Channels, Message
+from ..runtime.comm import Channel, Channels
 from ..runtime.mesh import Mesh, join, leave
+from ..traces.errors import InputError
 from .common import RESULTS, ResultFile
 from .masks import density_of
-from .ring_plans import FAMILIES, MODEL, Case, Work, cluster_of, make_case_plan, make_work, name_of
+from .rank_channels import EchoStore, NoiseChannels, PairChannels, require_pair
+from .ranks import start_ranks
+from .ring_plans import (
+    FAMILIES,
+    MODEL,
+    PLACEMENTS,
+    TOY_MODEL,
+    Case,
+    Work,
+    cluster_of,
+    make_case_plan,
+    make_work,
+    name_of,
+    predicted_peak_bytes,
+    transports_of,
+)
 from .ring_rows import random_tensors
-from .ring_timing import allocated_bytes, time_steps
+from .ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
 
 TOP_KERNELS = 16
 
@@ -40,28 +65,38 @@ TOP_KERNELS = 16
 def main() -> None:
     """Measure every rank asked for, of every plan."""
     arguments = _parser().parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("rank: needs a GPU")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= alone
-    mesh = join(timeout_s=60)
+    if arguments.toy:
+        arguments.gpus, arguments.world_size, arguments.seq_len, arguments.columns = 2, 4, 2048, 64
+        arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
+    elif not torch.cuda.is_available():
+        raise SystemExit("rank: needs a GPU; --toy does not")
+    groups = _groups(arguments)
+    if arguments.gpus == 1:
+        os.environ |= _alone()
+    elif "RANK" not in os.environ:
+        raise SystemExit(start_ranks("sparsering.benchmarks.rank", sys.argv[1:], count=2, shared={}))
+    mesh = join(device="cpu" if arguments.toy else None, timeout_s=60)
     try:
-        result = ResultFile("rank", folder=arguments.results, gpus=1)
+        result = ResultFile("rank", folder=arguments.results, gpus=arguments.gpus)
         rows: list[dict[str, Any]] = []
-        for measured in (ranks for family in arguments.family for ranks in _measure_family(arguments, mesh, family)):
+        for measured in (
+            step for family in arguments.family for step in _measure_family(arguments, mesh, family, groups)
+        ):
             rows += measured
-            result.write(rows, finished=False)
-        result.write(rows, finished=True)
-        print(result.path)
+            if mesh.rank == 0:
+                result.write(rows, finished=False)
+        if mesh.rank == 0:
+            result.write(rows, finished=True)
+            print(result.path)
+    except InputError as error:
+        raise SystemExit(f"rank: {error}") from error
     finally:
         leave()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=1, choices=[1, 2], help="2: two ranks at a time, with transfers")
     parser.add_argument("--world-size", type=int, default=8, help="ranks of the plan")
     parser.add_argument("--ranks", type=int, nargs="+", help="of them to measure; default all")
     parser.add_argument("--seq-len", type=int, default=524288)
@@ -69,55 +104,97 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
     parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
     parser.add_argument("--layout", nargs="+", default=["gather:chunks=1"], help="name:parameter=value,…")
-    parser.add_argument("--placement", nargs="+", default=["striped"])
+    parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS)
+    parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
     parser.add_argument("--cluster", default="h200-nvlink-8")
     parser.add_argument("--backends", nargs="+", default=["triton"], help="triton flash4")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernels", action="store_true", help=f"list the {TOP_KERNELS} kernels that take most time")
+    parser.add_argument("--toy", action="store_true", help="two gloo processes and a small layer, to try the road")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
 
-def _measure_family(arguments: argparse.Namespace, mesh: Mesh, family: str) -> Iterator[list[dict[str, Any]]]:
+def _alone() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def _groups(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Return the ranks asked for, as many at a time as there are GPUs."""
+    ranks = arguments.ranks or list(range(arguments.world_size))
+    if not all(0 <= rank < arguments.world_size for rank in ranks):
+        raise SystemExit(f"rank: --ranks {ranks}: ranks are 0 to {arguments.world_size - 1}")
+    if len(ranks) % arguments.gpus:
+        raise SystemExit(f"rank: --ranks {ranks}: not pairs")
+    return [tuple(ranks[first : first + arguments.gpus]) for first in range(0, len(ranks), arguments.gpus)]
+
+
+def _measure_family(
+    arguments: argparse.Namespace, mesh: Mesh, family: str, groups: Sequence[tuple[int, ...]]
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of all ranks asked for, plan by plan."""
     cluster = cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
+    model = TOY_MODEL if arguments.toy else MODEL
+    channels: Channels = NoiseChannels(mesh) if arguments.gpus == 1 else PairChannels(mesh)
     for density in arguments.density:
         work = make_work(
-            family, seq_len=arguments.seq_len, density=density, columns=arguments.columns, seed=arguments.seed
-        )
+            family, seq_len=arguments.seq_len, density=density, columns=arguments.columns, seed=arguments.seed,
+            heads=model.heads,
+        )  # fmt: skip
         for placement, backend, layout in product(arguments.placement, arguments.backends, arguments.layout):
             case = Case(placement=placement, granularity_blocks=1, backend=backend, layout=layout)
-            plan = make_case_plan(case, work, cluster=cluster)
-            ranks = arguments.ranks or range(arguments.world_size)
-            measured = [_measure_rank(arguments, mesh, plan, work, rank) for rank in ranks]
-            slowest = max(measured, key=lambda row: row["step_ms"])
-            print(
-                f"{family} {density_of(work.mask):.3f} {name_of(plan)} {backend}: slowest rank {slowest['rank']} "
-                f"{slowest['forward_ms']:.2f} + {slowest['backward_ms']:.2f} ms, in one go {slowest['step_ms']:.2f} ms",
-                flush=True,
+            dtype = "float32" if arguments.toy else "bfloat16"
+            plan = make_case_plan(
+                case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype
             )
-            yield measured
+            measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
+            if mesh.rank == 0:
+                print(_slowest(work, plan, measured), flush=True)
+            yield [row | {"placement": placement} for row in measured]
 
 
-def _measure_rank(arguments: argparse.Namespace, mesh: Mesh, plan: Plan, work: Work, rank: int) -> dict[str, Any]:
-    alone = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=_EchoStore())  # pyright: ignore[reportArgumentType]
-    planned = PlannedAttention(plan, alone, channels=_NoiseChannels(alone))
-    mask = work.mask.to(mesh.device)
-    tensors = random_tensors(MODEL, planned.positions[0].numel(), alone, arguments.seed, planned.dtype)
-    figures = time_steps(
-        lambda q, k, v: planned(q, k, v, mask), tensors, mesh, arguments.repeats, allocated_bytes(mesh)
+def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
+    row = max(measured, key=lambda row: row["step_ms"])
+    text = (
+        f"{work.family} {density_of(work.mask):.3f} {name_of(plan)} {plan.kernels.backend}: slowest "
+        f"{'rank' if 'rank' in row else 'ranks'} {row.get('rank', row.get('ranks'))} "
+        f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f} ms, in one go {row['step_ms']:.2f} ms"
     )
+    if "compute_step_ms" not in row:
+        return text
+    peak = "" if row["peak_ratio"] is None else f", memory {row['peak_ratio']:.3f} of the plan's"
+    return f"{text}, kernels alone {row['compute_step_ms']:.2f} ms{peak}"
+
+
+def _measure(
+    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, plan: Plan, work: Work, ranks: tuple[int, ...]
+) -> dict[str, Any]:
+    """Measure one rank alone, or two of which this process is one: the figures are those of the slower."""
+    rank = ranks[mesh.rank]
+    if len(ranks) == 2:
+        for way in DIRECTIONS:
+            require_pair(plan.schedule(way), (ranks[0], ranks[1]))
+    one_of_many = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=EchoStore())  # pyright: ignore[reportArgumentType]
+    before = allocated_bytes(mesh)
+    mask = work.mask.to(mesh.device)
+    planned = PlannedAttention(plan, one_of_many, channels=channels)
+    tensors = random_tensors(plan.model, planned.positions[0].numel(), one_of_many, arguments.seed, planned.dtype)
+    attend = partial(_attend, planned, mask)
+    figures = time_steps(attend, tensors, mesh, arguments.repeats, before)
     if arguments.kernels:
-        _print_kernels(planned, tensors, mask)
-    return {
+        _print_kernels(planned, tensors, mask, aloud=mesh.rank == 0)
+    row = {
         "impl": f"ours-{plan.kernels.backend}",
         "mask": work.family,
         "density": density_of(work.mask),
         "columns": work.columns,
         "layout": name_of(plan),
+        "transport": transports_of(plan),
         "world_size": plan.placement.world_size,
-        "rank": rank,
         "seq_len": plan.seq_len_tokens,
         "heads": plan.model.heads,
         "kv_heads": plan.model.kv_heads,
@@ -129,83 +206,41 @@ def _measure_rank(arguments: argparse.Namespace, mesh: Mesh, plan: Plan, work: W
         "step_ms": figures.step_ms,
         "plan_digest": plan.digest,
     }
+    if len(ranks) == 1:
+        return row | {"rank": rank}
+    silent: Channel = SilentChannel()
+    planned.channels = dict.fromkeys(planned.channels, silent)
+    alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
+    return row | {"ranks": list(ranks), "compute_step_ms": alone.step_ms} | _memory(plan, planned, figures)
 
 
-def _print_kernels(planned: PlannedAttention, tensors: list[Tensor], mask: Any) -> None:
+def _attend(planned: PlannedAttention, mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return planned(q, k, v, mask)
+
+
+def _memory(plan: Plan, planned: PlannedAttention, figures: Figures) -> dict[str, Any]:
+    predicted = predicted_peak_bytes(plan)
+    peak = None if figures.peak_bytes is None else figures.peak_bytes + planned.pool.uncounted_bytes
+    return {
+        "peak_bytes": peak,
+        "predicted_peak_bytes": predicted,
+        "peak_ratio": None if peak is None else peak / predicted,
+    }
+
+
+def _print_kernels(planned: PlannedAttention, tensors: list[Tensor], mask: AttentionMask, *, aloud: bool) -> None:
     q, k, v, grad_out = tensors
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         planned(q, k, v, mask).backward(grad_out)
         torch.cuda.synchronize()
+    if not aloud:
+        return
     kernels = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in kernels)
     print(f"  all kernels {total / 1e3:.2f} ms")
     for event in kernels[:TOP_KERNELS]:
         print(f"  {event.self_device_time_total / 1e3:8.3f} ms {event.count:4d}  {event.key[:110]}")
-
-
-class _EchoStore:
-    """A store whose other ranks say whatever this one says."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self._said[key.rpartition("/")[0]] = value.encode()
-
-    def wait(self, keys: Sequence[str], timeout: Any) -> None:
-        assert all(key.rpartition("/")[0] in self._said for key in keys)
-
-    def get(self, key: str) -> bytes:
-        return self._said[key.rpartition("/")[0]]
-
-
-@dataclass(kw_only=True)
-class _Copied:
-    started: Any
-    ended: Any
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.ended)
-
-
-class _NoiseChannel:
-    """Copies random numbers to where K/V would land; gradients and columns are left as they are."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._noise: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def post(self, messages: Sequence[Message]) -> _Copied:
-        """Start the copies behind the current stream's work so far."""
-        targets = [m.tensor for m in messages if m.operation == "receive"]
-        targets += [m.output for m in messages if m.operation == "all_gather" and m.output is not None]
-        started, ended = torch.cuda.Event(), torch.cuda.Event()
-        noise = [self._noise_like(target) for target in targets]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            started.record()
-            for target, values in zip(targets, noise, strict=True):
-                target.view(-1).copy_(values)
-            ended.record()
-        return _Copied(started=started, ended=ended)
-
-    def close(self) -> None:
-        """Wait for what was posted."""
-        self._stream.synchronize()
-
-    def _noise_like(self, target: Tensor) -> Tensor:
-        key = target.numel(), target.dtype
-        if key not in self._noise:
-            values = torch.randn(target.numel(), device=target.device, dtype=target.dtype)
-            self._noise[key] = values * (1.0 if target.dtype.itemsize == 2 else 0.0)
-        return self._noise[key]
-
-
-class _NoiseChannels(Channels):
-    def bind(self, schedules: Sequence[Schedule]) -> dict[str, Channel]:
-        channel = _NoiseChannel(self._mesh.device)
-        return {communicator.name: channel for schedule in schedules for communicator in schedule.communicators}
 
 
 if __name__ == "__main__":

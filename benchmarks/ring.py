@@ -46,6 +46,7 @@ from .ring_plans import (
     FAMILIES,
     MODEL,
     PLACEMENTS,
+    TOY_MODEL,
     Case,
     Work,
     cluster_of,
@@ -63,7 +64,6 @@ DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
     "torch-context-parallel": TorchContextParallel,
     "dense-zigzag": ZigzagAttention,
 }
-TOY_MODEL = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32)
 
 
 def main() -> None:

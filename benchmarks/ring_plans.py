@@ -28,6 +28,7 @@ from ..traces.pattern import LayerPattern
 from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
 
 MODEL = ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128)
+TOY_MODEL = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32)
 BLOCK = 128
 MEMORY_SHARE = 0.5
 # 64 MB per GPU took 45 ms from four GPUs to four over one host's sockets.
