@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
     parser.add_argument("--layout", nargs="+", default=["gather:chunks=1"], help="name:parameter=value,…")
     parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS)
+    parser.add_argument(
+        "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
+    )
     parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
     parser.add_argument("--cluster", default="h200-nvlink-8")
     parser.add_argument("--backends", nargs="+", default=["triton"], help="triton flash4")
@@ -149,8 +152,9 @@ def _measure_family(
             case = Case(placement=placement, granularity_blocks=1, backend=backend, layout=layout)
             dtype = "float32" if arguments.toy else "bfloat16"
             plan = make_case_plan(
-                case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype
-            )
+                case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype,
+                narrow_gradients=arguments.narrow_gradients,
+            )  # fmt: skip
             measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
             if mesh.rank == 0:
                 print(_slowest(work, plan, measured), flush=True)

@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS,
                         help="planned: the planner picks placement and layouts, on --cluster")  # fmt: skip
     parser.add_argument("--granularity-blocks", type=int, nargs="+", default=[1], help="blocks of one unit")
+    parser.add_argument(
+        "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
+    )
     parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
     parser.add_argument("--cluster", default="h200-nvlink-8", help=f"for planned: file or {', '.join(preset_names())}")
     parser.add_argument("--backends", "--backend", nargs="+", default=["triton"], help="triton flash4 blockwise")
@@ -193,6 +196,7 @@ def _agreed_plan(
             work,
             cluster=cluster,
             leave_out=not arguments.keep_all_pairs,
+            narrow_gradients=arguments.narrow_gradients,
             model=_model(arguments),
             dtype="float32" if arguments.toy else "bfloat16",
         )

@@ -78,11 +78,11 @@ def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: 
 
 def make_case_plan(
     case: Case, work: Work, *, cluster: Cluster, leave_out: bool = True, model: ModelShape = MODEL,
-    dtype: str = "bfloat16",
+    dtype: str = "bfloat16", narrow_gradients: bool = False,
 ) -> Plan:  # fmt: skip
     """Return the plan of a case for all GPUs of the cluster; "planned" is the planner's pick, layouts and all.
 
-    leave_out: without the pairs of shards that the mask does not need.
+    leave_out: without the pairs of shards that the mask does not need. narrow_gradients: the planner may round them.
     """
     common: dict[str, Any] = {
         "model": model,
@@ -94,7 +94,7 @@ def make_case_plan(
         "kernels": KernelSpec.model_validate({"backend": case.backend}),
     }
     if case.placement == "planned":
-        placement, forward, backward = _picked(case, work, model, dtype, cluster)
+        placement, forward, backward = _picked(case, work, model, dtype, cluster, narrow_gradients)
     else:
         placement = _placement(case, work.pattern, cluster.world_size)
         forward, backward = _parsed(case.layout)
@@ -155,7 +155,7 @@ def _placement(case: Case, pattern: LayerPattern, world_size: int) -> Placement:
 
 
 def _picked(
-    case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster
+    case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster, narrow_gradients: bool
 ) -> tuple[Placement, Layout, Layout]:
     """Search on the cluster with the planner's own recurrence."""
     pattern = work.pattern
@@ -167,6 +167,7 @@ def _picked(
         block_size=pattern.block_size,
         dtype=dtype,  # pyright: ignore[reportArgumentType]  # make_plan refuses others
         backend=case.backend,
+        narrow_gradients=narrow_gradients,
         memory_limit_bytes=int(MEMORY_SHARE * cluster.gpu.memory_bytes),
         samples=(Sample(training_step=0, layer=0, pattern=pattern),),
         summary=TraceSummary(

@@ -79,48 +79,69 @@ def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others
     tl.store(pointers + 3, tl.where(has_own & diagonal_active, own, -1), mask=rows < tiles)
 
 
-@triton.jit(do_not_specialize=["classes", "blocks"])
-def periodic_kernel(active, constant, present, entries, before, classes, blocks, CHUNK: tl.constexpr):
-    """Constants of the active diagonals of each (head, class) in order, and how many lie below d = 0 .. N. Grid (H, C).
+@triton.jit(do_not_specialize=["classes", "blocks", "reach"])
+def periodic_kernel(active, constant, present, by_shard, entries, before, classes, blocks, reach, room,
+                    SECTIONS: tl.constexpr, CHUNK: tl.constexpr):
+    """Constants of the active diagonals of each (head, class, section), and how many come before each of the section's.
 
-    constant int32 [C, N], present [C, N]: see PeriodicTables. Lists are blocks + 1 apart.
+    Grid (H, C * SECTIONS). constant int32 [C, N], present, by_shard [C, N]: see PeriodicTables. Section s is of rows
+    with diagonals up to s * reach .. (s + 1) * reach - 1: its list has all below s * reach, by shard, then these.
+    entries [H, C, room], section s from s (s + 1) / 2 * reach on; before [H, C, SECTIONS, reach + 1].
     """
-    head, row_class = tl.program_id(0), tl.program_id(1)
-    line = (head * classes + row_class) * (blocks + 1)
-    tl.store(before + line, 0)
+    head, row_class, section = tl.program_id(0), tl.program_id(1) // SECTIONS, tl.program_id(1) % SECTIONS
+    listing = head * classes + row_class
+    target = entries + listing.to(tl.int64) * room + section * (section + 1) // 2 * reach
+    counts = before + (listing * SECTIONS + section) * (reach + 1)
+    first = section * reach
     carry = 0
-    for start in range(0, blocks, CHUNK):
-        diagonal = start + tl.arange(0, CHUNK)
-        inside = diagonal < blocks
+    if SECTIONS > 1:
+        for start in range(0, tl.where(section > 0, blocks, 0), CHUNK):
+            place = start + tl.arange(0, CHUNK)
+            diagonal = tl.load(by_shard + row_class * blocks + place, mask=place < blocks, other=blocks)
+            below = diagonal < first
+            here = tl.load(present + row_class * blocks + diagonal, mask=below, other=0) != 0
+            on = (here & (tl.load(active + head * blocks + diagonal, mask=below, other=0) != 0)).to(tl.int32)
+            up_to = carry + tl.cumsum(on, 0)
+            value = tl.load(constant + row_class * blocks + diagonal, mask=below, other=0)
+            tl.store(target + up_to - 1, value, mask=on != 0)
+            carry += tl.sum(on, 0)
+    tl.store(counts, carry)
+    for start in range(0, reach, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        diagonal = first + place
+        inside = (place < reach) & (diagonal < blocks)
         here = tl.load(present + row_class * blocks + diagonal, mask=inside, other=0) != 0
         on = (here & (tl.load(active + head * blocks + diagonal, mask=inside, other=0) != 0)).to(tl.int32)
         up_to = carry + tl.cumsum(on, 0)
         value = tl.load(constant + row_class * blocks + diagonal, mask=inside, other=0)
-        tl.store(before + line + 1 + diagonal, up_to, mask=inside)
-        tl.store(entries + line + up_to - 1, value, mask=on != 0)
+        tl.store(counts + 1 + place, up_to, mask=place < reach)
+        tl.store(target + up_to - 1, value, mask=on != 0)
         carry += tl.sum(on, 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "classes", "blocks"])
+@triton.jit(do_not_specialize=["tiles", "classes", "blocks", "reach"])
 def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_tiles, fields, tiles, classes, blocks,
-                         TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
-    """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H)."""
+                         reach, room, SECTIONS: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H). See periodic_kernel."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = rows < tiles
     block = tl.load(row_blocks + rows, mask=inside, other=blocks)
     valid = block < blocks
     if TRANSPOSED:
-        reach = blocks - block
+        diagonals = blocks - block
     else:
-        reach = block + 1
-    reach = tl.where(valid, reach, 0)  # so many diagonals stay in the sequence
-    line = (head * classes + tl.load(row_class + rows, mask=inside, other=0)) * (blocks + 1)
+        diagonals = block + 1
+    diagonals = tl.where(valid, diagonals, 1)  # so many stay in the sequence
+    section = (diagonals - 1) // reach
+    listing = head * classes + tl.load(row_class + rows, mask=inside, other=0)
+    start = listing * room + section * (section + 1) // 2 * reach
+    counts = before + (listing * SECTIONS + section) * (reach + 1) + diagonals - section * reach
     own = tl.load(own_tiles + rows, mask=inside, other=-1).to(tl.int32)
     diagonal_active = tl.load(active + head * blocks) != 0
     pointers = fields + (head * tiles + rows) * 4
-    tl.store(pointers, line, mask=inside)
-    tl.store(pointers + 1, tl.load(before + line + reach, mask=inside, other=0), mask=inside)
+    tl.store(pointers, start, mask=inside)
+    tl.store(pointers + 1, tl.load(counts, mask=inside & valid, other=0), mask=inside)
     tl.store(pointers + 2, tl.load(row_base + rows, mask=inside, other=0), mask=inside)
     tl.store(pointers + 3, tl.where(valid & diagonal_active, own, -1), mask=inside)
 
@@ -149,25 +170,29 @@ def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: in
     return fields
 
 
-def periodic_entries(active: Tensor, constant: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """(entries, before) int32 [H * C * (N + 1)] of active [H, N]: see periodic_kernel."""
+def periodic_entries(active: Tensor, constant: Tensor, present: Tensor, by_shard: Tensor | None, *,
+                     sections: int) -> tuple[Tensor, Tensor]:
+    """(entries [H, C, room], before [H, C, sections, reach + 1]) int32 of active [H, N]: see periodic_kernel."""
     (heads, blocks), classes = active.shape, constant.shape[0]
-    entries, before = torch.empty(2, heads * classes * (blocks + 1), dtype=torch.int32, device=active.device)
+    reach = -(-blocks // sections)
+    room = sections * (sections + 1) // 2 * reach
+    entries = torch.empty(heads, classes, room, dtype=torch.int32, device=active.device)
+    before = torch.empty(heads, classes, sections, reach + 1, dtype=torch.int32, device=active.device)
     run(
-        periodic_kernel, (heads, classes),
-        active.contiguous().view(torch.uint8), constant, present.view(torch.uint8), entries, before, classes, blocks,
-        CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
+        periodic_kernel, (heads, classes * sections),
+        active.contiguous().view(torch.uint8), constant, present.view(torch.uint8), by_shard, entries, before, classes,
+        blocks, reach, room, SECTIONS=sections, CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
     return entries, before
 
 
-def periodic_fields(active: Tensor, before: Tensor, row_blocks: Tensor, row_class: Tensor, row_base: Tensor,
-                    own_tiles: Tensor, *, transposed: bool) -> Tensor:
+def periodic_fields(active: Tensor, entries: Tensor, before: Tensor, row_blocks: Tensor, row_class: Tensor,
+                    row_base: Tensor, own_tiles: Tensor, *, transposed: bool) -> Tensor:
     """int32 [H, T, 4]: see periodic_rows_kernel. row_blocks, row_class, row_base int32 [T], own_tiles int64 [T]."""
     (heads, blocks), tiles = active.shape, row_blocks.shape[0]
     fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
-    classes = before.shape[0] // (heads * (blocks + 1))
+    _, classes, sections, reach = before.shape
     run(
         periodic_rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
         active.contiguous().view(torch.uint8), before, row_blocks, row_class, row_base, own_tiles, fields, tiles,
-        classes, blocks, TRANSPOSED=transposed, SIZE=_ROWS)
+        classes, blocks, reach - 1, entries.shape[2], SECTIONS=sections, TRANSPOSED=transposed, SIZE=_ROWS)
     return fields

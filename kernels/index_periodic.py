@@ -5,6 +5,13 @@ the same `step` blocks, so that local tile(J) = offset[J mod P] + step * (J div 
 diagonals back, J = I - d, whose residue depends on (x, d) alone; so does tile(J) - step * a. Rows with the same x share
 one list of these constants, sorted by d, and each visits a prefix of it: the diagonals d <= I. For keys (transposed)
 the same with I = J + d, and the prefix d < blocks - J.
+
+Of several gathered shards a row should visit one after the other. Rows computed at the same time are neighbours in a
+shard, P blocks apart: what one of them reads of a key shard, another one reads a step later where the list goes on in
+the same shard, and some P steps later where it goes by d, long after the L2 cache has lost it (a fifth of the forward
+at 512K tokens, docs/kernels.md). But then a row's diagonals d <= I are no prefix. So there is a list for each of
+SECTIONS stretches of queries: first, shard by shard, all diagonals that reach no further back than to the beginning
+of the stretch, which all its rows visit; then the others by d, of which each row visits a prefix.
 """
 
 from __future__ import annotations
@@ -17,19 +24,28 @@ from torch import Tensor
 
 from .index_kernels import periodic_entries, periodic_fields
 
+SECTIONS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodicTables:
     """What does not depend on the mask. C classes: the distinct residues of the rows' blocks; N blocks.
 
     constant int32 [C, N]: tile - step * a of the block that diagonal d leads to; present bool [C, N]: whether it is
-    here, d = 0 excepted; row_class, base int32 [T]: each row's class, and step * a.
+    here, d = 0 excepted; row_class, base int32 [T]: each row's class, and step * a. by_shard int32 [C, N]: all
+    diagonals, shard after shard, and by d in each; None for lists by d alone.
     """
 
     constant: Tensor
     present: Tensor
     row_class: Tensor
     base: Tensor
+    by_shard: Tensor | None
+
+    @property
+    def sections(self) -> int:
+        """Stretches of rows that have lists of their own."""
+        return 1 if self.by_shard is None else SECTIONS
 
 
 def periodic_tables(
@@ -49,11 +65,15 @@ def periodic_tables(
     residue = distance % period
     constant = offset[residue] + step * ((distance - residue) // period)
     present = (offset[residue] >= 0) & (diagonals > 0)
+    gathered = not transposed and bool((np.diff(others) <= 0).any())
+    # Tiles of a shard are neighbours, and fall with d.
+    by_shard = np.argsort(-constant, axis=1, kind="stable").astype(np.int32) if gathered else None
     return PeriodicTables(
         constant=torch.from_numpy(constant.astype(np.int32)).to(device),
         present=torch.from_numpy(present).to(device),
         row_class=torch.from_numpy(row_class.reshape(-1).astype(np.int32)).to(device),
         base=torch.from_numpy((step * (rows // period)).astype(np.int32)).to(device),
+        by_shard=None if by_shard is None else torch.from_numpy(by_shard).to(device),
     )
 
 
@@ -64,11 +84,10 @@ def periodic_lists(
 
     row_blocks int32 [T]: the rows' mask blocks; own_tiles int64 [T]: the other side's tile of each, or -1.
     """
-    entries, before = periodic_entries(active, tables.constant, tables.present)
-    fields = periodic_fields(
-        active, before, row_blocks, tables.row_class, tables.base, own_tiles, transposed=transposed
-    )
-    return fields, entries
+    given = tables.constant, tables.present, tables.by_shard
+    entries, before = periodic_entries(active, *given, sections=tables.sections)
+    rows = row_blocks, tables.row_class, tables.base, own_tiles
+    return periodic_fields(active, entries, before, *rows, transposed=transposed), entries.view(-1)
 
 
 def _period(others: np.ndarray, blocks: int) -> tuple[int, int, np.ndarray] | None:

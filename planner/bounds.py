@@ -134,6 +134,8 @@ def communication_bound_us(
     needed = (pairs or Pairs.all_of(shape.world_size)).matrix
     foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
+    if cluster.pulls:
+        port_bytes_per_us = max(port_bytes_per_us, cluster.intra_node.pull_bandwidth_bytes_per_us or 0.0)
     if cluster.inter_node is None or cluster.nodes == 1:
         return foreign * shard_bytes / port_bytes_per_us
     nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us

@@ -21,6 +21,8 @@ from .placement import REGULAR_PLACEMENTS, Placement, balanced
 GRANULARITY_BLOCKS = (1, 2, 4, 8)
 RING_PREFETCH = (1, 2, 3)
 GATHER_CHUNKS = (1, 2, 4)
+FEW_CHUNKS = (1, 2)
+TRANSFER_PARAMETERS = frozenset({"pull", "narrow_grads"})
 MAX_INNER_SIZES = 6
 MAX_TWO_LEVEL_SIZES = 2
 # Coarser units than a block may pad the sequence, but by no more than this.
@@ -73,6 +75,11 @@ class LayoutChoice:
             return self.layout, self.parameters
         return (self.layout,) if ("keep_kv", 1) in self.parameters else None
 
+    @property
+    def transfers(self) -> tuple[tuple[str, int], ...]:
+        """How K/V and gradients travel, among layouts that are otherwise the same."""
+        return tuple(one for one in self.parameters if one[0] in TRANSFER_PARAMETERS)
+
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.parameters)
         return f"{self.layout} ({shown})" if shown else self.layout
@@ -119,12 +126,12 @@ def placement_choices(
 
 
 def layout_choices(
-    *, cluster: Cluster, names: Sequence[str] | None = None, narrow_gradients: bool = False
+    *, cluster: Cluster, names: Sequence[str] | None = None, narrow_gradients: bool = False, pulls: bool = True
 ) -> list[LayoutChoice]:
     """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`.
 
-    narrow_gradients: whether dK/dV may cross nodes in 16 bits. Pulls (`gather` with pull=1) are left out: evaluators
-    price them as sends.
+    narrow_gradients: whether dK/dV may travel in 16 bits. pulls: whether ranks may pull where the cluster's file says
+    how fast; with FEW_CHUNKS alone, since more of them are more launches that hide nothing more (docs/ring.md).
     """
     _known(names, tuple(LAYOUTS), "layout")
     peers = max(cluster.world_size - 1, 1)
@@ -138,8 +145,20 @@ def layout_choices(
         choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]
     choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
+    for transport in _transports(cluster, narrow_gradients=narrow_gradients, pulls=pulls):
+        few = [count for count in chunks if count in FEW_CHUNKS]
+        choices += [
+            _layout("gather", chunks=count, **kept, **transport) for kept in ({}, {"keep_kv": 1}) for count in few
+        ]
     choices.append(_layout("ulysses"))
     return [choice for choice in choices if names is None or choice.layout in names]
+
+
+def _transports(cluster: Cluster, *, narrow_gradients: bool, pulls: bool) -> list[dict[str, int]]:
+    """Return what a `gather` may do beyond sending in full width, as parameters: rounded gradients, pulls, both."""
+    narrow = [{"narrow_grads": 1}] if narrow_gradients else []
+    pulled = [{"pull": 1} | one for one in ({}, *narrow)] if pulls and cluster.pulls else []
+    return narrow + pulled
 
 
 def inner_sizes(cluster: Cluster) -> list[int]:
@@ -154,7 +173,9 @@ def baselines(*, cluster: Cluster, block_size: int) -> list[Baseline]:
     striped, zigzag, contiguous = (
         PlacementChoice(name=name, granularity_tokens=block_size) for name in ("striped", "zigzag", "contiguous")
     )
-    gathers = [layout for layout in layout_choices(cluster=cluster, names=["gather"]) if not layout.keeps_kv]
+    gathers = [
+        layout for layout in layout_choices(cluster=cluster, names=["gather"], pulls=False) if not layout.keeps_kv
+    ]
     found = [Baseline(placement=striped, layout=layout) for layout in gathers]
     ring = _layout("ring", prefetch=1)
     found += [Baseline(placement=placement, layout=ring) for placement in (striped, zigzag, contiguous)]

@@ -38,6 +38,15 @@ class Gpu(_Strict):
     communication_slowdown: float = Field(
         default=0.0, ge=0, lt=1, description="share of compute speed lost while this GPU communicates"
     )
+    pull_slowdown: float | None = Field(
+        default=None, ge=0, lt=1, description="the same while copy engines alone carry it; None: no less"
+    )
+
+    def slowdown_of(self, *, sends: bool, pulls: bool) -> float:
+        """Return the share of compute speed lost while this GPU sends or receives, pulls or is pulled from."""
+        if sends or self.pull_slowdown is None:
+            return self.communication_slowdown if sends or pulls else 0.0
+        return self.pull_slowdown if pulls else 0.0
 
 
 class Link(_Strict):
@@ -48,6 +57,14 @@ class Link(_Strict):
     latency_us: float = Field(ge=0)
     switch_bandwidth_bytes_per_us: float | None = Field(
         default=None, gt=0, description="what all ports together carry (of one node, or between nodes); else no limit"
+    )
+
+
+class NodeLink(Link):
+    """The link within a node. pull_bandwidth_bytes_per_us: what copy engines carry where GPUs read others' memory."""
+
+    pull_bandwidth_bytes_per_us: float | None = Field(
+        default=None, gt=0, description="None: they cannot, or nobody measured it; plans are made without pulls"
     )
 
 
@@ -66,7 +83,7 @@ class Cluster(_Strict):
     nodes: int = Field(gt=0, le=4096)
     gpus_per_node: int = Field(gt=0, le=256)
     gpu: Gpu
-    intra_node: Link
+    intra_node: NodeLink
     inter_node: Nics | None = None
     notes: str = ""
 
@@ -74,6 +91,11 @@ class Cluster(_Strict):
     def world_size(self) -> int:
         """GPUs of the cluster."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def pulls(self) -> bool:
+        """Whether every GPU can read the memory of all others, as far as the file says."""
+        return self.nodes == 1 and self.intra_node.pull_bandwidth_bytes_per_us is not None
 
     def node_of(self, rank: int) -> int:
         """Return the node that holds `rank`."""

@@ -69,7 +69,11 @@ def plan(
     ] = None,
     narrow_gradients: Annotated[
         bool,
-        typer.Option("--narrow-gradients", help="Let sums of dK/dV cross nodes rounded to 16 bits: half the bytes."),
+        typer.Option("--narrow-gradients", help="Let dK/dV of others travel rounded to 16 bits: half the bytes."),
+    ] = False,
+    no_pulls: Annotated[
+        bool,
+        typer.Option("--no-pulls", help="Send, even where the cluster's GPUs could read each other's memory."),
     ] = False,
     pattern: Annotated[str, typer.Option(help="trace: replay its patterns; choose: choose anew as it did.")] = "trace",
     seed: Annotated[int, typer.Option(help="Recorded in the plan's provenance.")] = 0,
@@ -98,6 +102,7 @@ def plan(
             layouts=layout,
             placements=placement,
             narrow_gradients=narrow_gradients,
+            pulls=not no_pulls,
             pattern=pattern,
             seed=seed,
             command=shlex.join(["sparsering", *sys.argv[1:]]),

@@ -32,6 +32,7 @@ from .timing import (
     latency_ns,
     launch_ns,
     legs_of,
+    port_bytes,
     route,
     transfer_ns,
 )
@@ -135,7 +136,8 @@ class EventSystem:
 
     def _leg_ns(self, leg: Leg, load: Counter[Port]) -> int:
         ports = route(self.cluster, leg.source, leg.destination)
-        return transfer_ns(leg.nbytes, min(capacity_bytes_per_us(self.cluster, port) / load[port] for port in ports))
+        share = min(capacity_bytes_per_us(self.cluster, port) / load[port] for port in ports)
+        return transfer_ns(port_bytes(self.cluster, leg), share)
 
     def solve(self) -> NDArray[np.int64]:
         """Return int64 [nodes]: the time of every node."""

@@ -34,7 +34,7 @@ class Problem:
     """All that a search is given.
 
     memory_limit_bytes: for one layer's attention on one GPU; replayed: whether a run replays the recorded patterns,
-    and no others; narrow_gradients: whether dK/dV may cross nodes in 16 bits.
+    and no others; narrow_gradients: whether dK/dV may travel in 16 bits; pulls: whether ranks may pull.
     """
 
     cluster: Cluster
@@ -49,6 +49,7 @@ class Problem:
     summary: TraceSummary
     replayed: bool = True
     narrow_gradients: bool = False
+    pulls: bool = True
 
     def pairs(self, placement: Placement) -> Pairs:
         """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.

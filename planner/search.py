@@ -13,9 +13,9 @@ from ..traces.store import Trace
 from .check import check, check_step
 from .cluster import Cluster
 from .compiled import CompiledRecurrence
-from .cost import CostModel, datasheet_cost
+from .cost import ACCUMULATOR_BYTES, CostModel, datasheet_cost
 from .evaluation import Evaluator
-from .plan import DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
+from .plan import ELEMENT_BYTES, DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
 from .schedule import DIRECTIONS
 from .scores import Problem, ScoreBoard, Step
@@ -42,6 +42,7 @@ def plan_trace(
     layouts: Sequence[str] | None = None,
     placements: Sequence[str] | None = None,
     narrow_gradients: bool = False,
+    pulls: bool = True,
     pattern: str = "trace",
     seed: int = 0,
     command: str = "",
@@ -54,12 +55,13 @@ def plan_trace(
     memory_limit_bytes: for one layer's attention on one GPU; by default `memory_fraction` of the GPU's memory.
     steps, layers: what to evaluate on; by default up to four evenly spread layers of the last training step.
     tuned: launches that the plan's kernels shall prefer.
-    layouts, placements: names to restrict the pick to. narrow_gradients: whether sums of dK/dV may be rounded to 16
-    bits, once, before they cross to another node. pattern: "trace" to replay it, "choose" to choose as it did.
+    layouts, placements: names to restrict the pick to. narrow_gradients: whether what a rank adds to dK/dV of
+    others (with two_level: a node's sum of them) may be rounded to 16 bits, once, before it travels. pulls: whether
+    ranks may pull where the cluster's file says how fast. pattern: "trace" to replay it, "choose" to choose as it did.
     Raises InputError, in one line, for what cannot be planned.
     """
-    if narrow_gradients and cluster.nodes == 1:
-        raise InputError(f"nothing crosses nodes: {cluster.name} has one", field="narrow_gradients")
+    if narrow_gradients and ELEMENT_BYTES[dtype] >= ACCUMULATOR_BYTES:
+        raise InputError(f"sums are kept in {dtype} as it is: nothing to round", field="narrow_gradients")
     header = trace.header
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
     problem = Problem(
@@ -74,6 +76,7 @@ def plan_trace(
         samples=take_samples(trace, steps=steps, layers=layers),
         replayed=pattern == "trace",
         narrow_gradients=narrow_gradients,
+        pulls=pulls,
         summary=summarize(trace, progress=progress),
     )
     spec = pattern_spec(trace, pattern, problem.samples)

@@ -6,7 +6,7 @@ execute within the memory limit; equal times go to the plainer candidate. No pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -152,7 +152,10 @@ def _pairs(
         choices = [one for one in choices if one.granularity_tokens > 1]
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
     pairs = []
-    for layout in layout_choices(cluster=problem.cluster, names=layouts, narrow_gradients=problem.narrow_gradients):
+    candidates = layout_choices(
+        cluster=problem.cluster, names=layouts, narrow_gradients=problem.narrow_gradients, pulls=problem.pulls
+    )
+    for layout in candidates:
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
         relevant = choices[:1] if layout.layout in SIMULATED_ONLY else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
@@ -188,7 +191,11 @@ def _eligible_options(pairs: Sequence[Pair], steps: dict[Pair, Step]) -> dict[Pl
 def _finalists(
     options: dict[PlacementChoice, Options], steps: dict[Pair, Step], plain: Sequence[Pair]
 ) -> dict[PlacementChoice, Options]:
-    """Return the best few layouts of each direction for the best few placements, and the eligible plain layouts."""
+    """Return the best few layouts of each direction for the best few placements, and the eligible plain layouts.
+
+    The best few of each way to keep K/V, since both directions must agree on it, and of each way to transfer, since
+    what transfers take from kernels is nothing that the recurrence sees.
+    """
     found = _eligible_options(plain, steps)
     complete = [choice for choice in options if options[choice].complete]
     for choice in sorted(complete, key=lambda choice: options[choice].best_us)[:FINAL_PLACEMENTS]:
@@ -197,11 +204,18 @@ def _finalists(
             (options[choice].forward, kept.forward),
             (options[choice].backward, kept.backward),
         ):
-            for kept_slots in dict.fromkeys(layout.kept_slots for layout in all_of_them):
-                alike = [layout for layout in all_of_them if layout.kept_slots == kept_slots]
+            for alike in _grouped(all_of_them):
                 best = sorted(alike, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
                 of_them.update((layout, all_of_them[layout]) for layout in best)
     return found
+
+
+def _grouped(layouts: Iterable[LayoutChoice]) -> list[list[LayoutChoice]]:
+    """Group layouts that keep K/V in the same slots and transfer in the same way."""
+    groups: dict[tuple[object, ...], list[LayoutChoice]] = {}
+    for layout in layouts:
+        groups.setdefault((layout.kept_slots, layout.transfers), []).append(layout)
+    return list(groups.values())
 
 
 def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress) -> Step:

@@ -4,8 +4,8 @@ A transfer leaves through a port of its source and enters through a port of its 
 own ports, between nodes the network cards, which several GPUs may share. Where a switch is given a capacity, the
 transfer crosses that too. An all-reduce is a ring of its members in rank order: a reduce-scatter and an all-gather
 pass 2 (W - 1) / W of the bytes from each member to the next. An all-gather or reduce-scatter alone is the same ring:
-each member passes on W - 1 slots. A pull takes as long as a send; that it leaves a GPU's multiprocessors to kernels is
-not priced.
+each member passes on W - 1 slots. Pulls share ports with sends; where copy engines carry more of them than a port
+carries of sends, a pull counts as so many bytes fewer.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Port(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """Bytes that move from one rank to another."""
+    """Bytes that move from one rank to another. pulled: by copy engines."""
 
     source: int
     destination: int
     nbytes: int
+    pulled: bool = False
 
 
 def route(cluster: Cluster, source: int, destination: int) -> tuple[Port, ...]:
@@ -76,7 +77,8 @@ def capacity_bytes_per_us(cluster: Cluster, port: Port) -> float:
 def legs_of(transfer: Transfer, group: tuple[int, ...]) -> list[Leg]:
     """Return what a transfer moves between which ranks; UnsupportedError for a transport without a model."""
     if transfer.transport in ("p2p", "pull") and transfer.source != ALL_RANKS:
-        return [Leg(transfer.source, transfer.destination, transfer.capacity_bytes)]
+        pulled = transfer.transport == "pull"
+        return [Leg(transfer.source, transfer.destination, transfer.capacity_bytes, pulled)]
     if transfer.transport == "all_reduce":
         share = 2 * (len(group) - 1) * transfer.capacity_bytes // len(group)
         return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
@@ -84,6 +86,14 @@ def legs_of(transfer: Transfer, group: tuple[int, ...]) -> list[Leg]:
         share = (len(group) - 1) * transfer.capacity_bytes
         return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
     raise UnsupportedError(f"{transfer.transport} of {transfer.id} has no timing model", field="transport")
+
+
+def port_bytes(cluster: Cluster, leg: Leg) -> float:
+    """Return the bytes that could be sent while a leg's are on their way: fewer, where pulls are quicker."""
+    link = cluster.intra_node
+    if not leg.pulled or link.pull_bandwidth_bytes_per_us is None:
+        return leg.nbytes
+    return leg.nbytes * link.bandwidth_bytes_per_us / link.pull_bandwidth_bytes_per_us
 
 
 def latency_ns(cluster: Cluster, legs: list[Leg]) -> int:

@@ -129,7 +129,7 @@ def _fitted_cluster(cluster: Cluster, measured: Timeline) -> Cluster:
     if rates:
         rate = float(np.quantile(rates, LINK_QUANTILE))
         link = link.model_copy(update={"bandwidth_bytes_per_us": rate, "switch_bandwidth_bytes_per_us": None})
-    gpu = cluster.gpu.model_copy(update={"communication_slowdown": 0.0})
+    gpu = cluster.gpu.model_copy(update={"communication_slowdown": 0.0, "pull_slowdown": None})
     return cluster.model_copy(
         update={
             "name": f"{cluster.name}-calibrated",

@@ -5,7 +5,7 @@ transfers, compute; the tasks of a phase in the kernel launches that the backend
 Every group call is a process that waits for its turn in its communicator's queue on that rank, joins its transfers, and
 ends with the last of them. A transfer is a rendezvous: it begins, one link latency later, when all its ends have
 joined; its bytes share links with all others (network.py). While data moves to or from a GPU, its compute slows by the
-cluster's `communication_slowdown`.
+cluster's `communication_slowdown`, or by its `pull_slowdown` where copy engines alone move it.
 
 Not modelled: adding landed gradients to a buffer, choosing patterns, the host.
 """
@@ -199,7 +199,7 @@ class _Engine:
         legs = legs_of(transfer, group)
         yield self.environment.timeout(latency_ns(self.cluster, legs))
         rendezvous.started_ns = self.now
-        yield self.environment.all_of([self.network.send(*leg) for leg in legs])
+        yield self.environment.all_of([self.network.move(leg) for leg in legs])
         rendezvous.arrived_ns = self.now
         rendezvous.done.succeed()
 
@@ -210,7 +210,7 @@ class _Engine:
         if not work_ns:
             return
         start_ns = self.now
-        if self.cluster.gpu.communication_slowdown:
+        if self.cluster.gpu.communication_slowdown or self.cluster.gpu.pull_slowdown:
             yield from self._compute_beside_transfers(rank, float(work_ns))
         else:
             yield self.environment.timeout(work_ns)
@@ -218,7 +218,7 @@ class _Engine:
 
     def _compute_beside_transfers(self, rank: int, left_ns: float) -> Process:
         while left_ns > 0.5:
-            speed = 1 - self.cluster.gpu.communication_slowdown if self.network.is_busy(rank) else 1.0
+            speed = 1 - self.network.slowdown(rank)
             start_ns = self.now
             whole = self.environment.timeout(max(1, round(left_ns / speed)))
             yield whole | self.network.flip(rank)

@@ -214,7 +214,8 @@ def _sparse_forward_efficiency(variant: Variant, work: Workload) -> float:
     A task takes overhead + (its time at full efficiency) / efficiency, so one evaluation at 1.0 settles it.
     """
     gpu = variant.cluster.gpu
-    quiet = variant.cluster.model_copy(update={"gpu": gpu.model_copy(update={"communication_slowdown": 0.0})})
+    silent = gpu.model_copy(update={"communication_slowdown": 0.0, "pull_slowdown": None})
+    quiet = variant.cluster.model_copy(update={"gpu": silent})
     schedule = _build(CALIBRATION_RUNG, variant, "forward")
     ideal_us = simulate(schedule, work, quiet, _cost(variant, CALIBRATION_RUNG, 1.0, 1.0)).phase_us
     tasks = np.count_nonzero(ideal_us)

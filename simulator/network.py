@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import simpy
 
 from ..planner.cluster import Cluster
-from ..planner.timing import NS_PER_US, Port, capacity_bytes_per_us, route, transfer_ns
+from ..planner.timing import NS_PER_US, Leg, Port, capacity_bytes_per_us, port_bytes, route, transfer_ns
 
 SAME_SHARE = 1 + 1e-12
 
@@ -45,7 +45,7 @@ def max_min_rates(routes: Sequence[tuple[Port, ...]], capacity: Callable[[Port],
 class _Flow:
     """Bytes on their way. `version` counts rate changes, so that an outdated end is recognised."""
 
-    ends: tuple[int, int]
+    leg: Leg
     ports: tuple[Port, ...]
     left_bytes: float
     done: simpy.Event
@@ -62,16 +62,16 @@ class Network:
         self._cluster = cluster
         self._flows: dict[Port, dict[_Flow, None]] = {}  # dicts keep the order of arrival: runs repeat exactly
         self._changed: dict[Port, None] = {}
-        self._active: Counter[int] = Counter()
+        self._active: Counter[tuple[int, bool]] = Counter()  # flows by rank, and whether they are pulls
         self._flips: dict[int, simpy.Event] = {}
 
-    def send(self, source: int, destination: int, nbytes: int) -> simpy.Event:
+    def move(self, leg: Leg) -> simpy.Event:
         """Start a flow now; the returned event happens when its last byte has arrived."""
-        ports = route(self._cluster, source, destination)
+        ports = route(self._cluster, leg.source, leg.destination)
         flow = _Flow(
-            ends=(source, destination),
+            leg=leg,
             ports=ports,
-            left_bytes=float(nbytes),
+            left_bytes=float(port_bytes(self._cluster, leg)),
             done=self._environment.event(),
             since_ns=int(self._environment.now),
         )
@@ -81,21 +81,22 @@ class Network:
         self._mark(ports)
         return flow.done
 
-    def is_busy(self, rank: int) -> bool:
-        """Whether any flow leaves or enters this rank now."""
-        return self._active[rank] > 0
+    def slowdown(self, rank: int) -> float:
+        """Return the share of its compute speed that this rank loses now, to what leaves and enters it."""
+        sends, pulls = (self._active[rank, pulled] > 0 for pulled in (False, True))
+        return self._cluster.gpu.slowdown_of(sends=sends, pulls=pulls)
 
     def flip(self, rank: int) -> simpy.Event:
-        """Return the event of the next moment at which `is_busy(rank)` changes."""
+        """Return the event of the next moment at which `slowdown(rank)` changes."""
         if rank not in self._flips:
             self._flips[rank] = self._environment.event()
         return self._flips[rank]
 
     def _count(self, flow: _Flow, step: int) -> None:
-        for rank in flow.ends:
-            was_busy = self.is_busy(rank)
-            self._active[rank] += step
-            if was_busy != self.is_busy(rank) and rank in self._flips:
+        for rank in (flow.leg.source, flow.leg.destination):
+            before = self.slowdown(rank)
+            self._active[rank, flow.leg.pulled] += step
+            if before != self.slowdown(rank) and rank in self._flips:
                 self._flips.pop(rank).succeed()
 
     def _mark(self, ports: Iterable[Port]) -> None:

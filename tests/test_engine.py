@@ -135,6 +135,28 @@ def test_communication_slows_compute() -> None:
     assert [e[:3] for e in events(timeline) if e[3] == "compute"] == [(0.0, 5.0, 0), (0.0, 5.0, 1), (5.0, 8.0, 1)]
 
 
+def test_pulls_take_less_time_and_slow_compute_less() -> None:
+    # a shard of 4,000 bytes: 1 us of latency and 4 us by sends, 2 us by pulls; 3 us of work before it, 3 after it
+    cases: list[tuple[int, dict[str, float], list[float]]] = [
+        (0, {"slowdown": 0.5, "pull_slowdown": 0.25}, [5.0, 5.0, 8.0]),  # as test_communication_slows_compute
+        (1, {"slowdown": 0.5, "pull_slowdown": 0.0}, [3.0, 3.0, 6.0]),
+        (1, {"slowdown": 0.5, "pull_slowdown": 0.5}, [4.0, 4.0, 7.0]),  # 1 us, then 2 us for 1 us of work, then 1 us
+        (1, {"slowdown": 0.5}, [4.0, 4.0, 7.0]),
+    ]
+    for pull, slowdowns, ends in cases:
+        schedule = tiny.schedule("gather", 2, chunks=1, pull=pull)
+        timeline = play(schedule, **({"pull_bandwidth": 2000.0} | slowdowns))  # pyright: ignore[reportArgumentType]
+        assert [event[1] for event in events(timeline) if event[3] == "compute"] == ends, (pull, slowdowns)
+        (span, _) = [span for span in timeline.spans if span.stream == "gather"]
+        assert (span.end_us, span.nbytes) == (3.0 if pull else 5.0, 8000)  # sent and received
+
+
+def test_sends_beside_pulls_slow_compute_as_sends() -> None:
+    gpu = tiny.cluster(slowdown=0.5, pull_slowdown=0.25).gpu
+    cases = [(True, True), (True, False), (False, True), (False, False)]
+    assert [gpu.slowdown_of(sends=sends, pulls=pulls) for sends, pulls in cases] == [0.5, 0.5, 0.25, 0.0]
+
+
 def test_imbalance_and_exposed_communication() -> None:
     result = simulate(tiny.schedule("ring", 2), tiny.dense_workload(2), tiny.cluster(), COST)
     assert result.makespan_us == 8.0

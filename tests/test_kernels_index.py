@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 import torch
 
 from sparsering.kernels.index import BlockTask, TileLists, block_task
+from sparsering.kernels.index_periodic import SECTIONS
 from sparsering.kernels.mask import AttentionMask
 
 BLOCK = 16
@@ -150,6 +153,32 @@ def test_striped_shards_need_no_list_per_row() -> None:
     shards = [[b for b in range(96) if b // 4 % 4 == rank] for rank in range(4)]
     task = block_task(mask, positions(shards[1]), positions(shards[0] + shards[3] + shards[2]))
     gathered = shards[0] + shards[3] + shards[2]
-    assert len(task.queries.entries) == mask.heads * 4 * (mask.blocks + 1)
+    assert len(task.queries.entries) == mask.heads * 4 * sum(range(SECTIONS + 1)) * (mask.blocks // SECTIONS)
     assert pairs_of(task.queries, transposed=False) == pairs_by_definition(mask, shards[1], gathered)
     assert pairs_of(task.keys, transposed=True) == pairs_by_definition(mask, shards[1], gathered)
+
+
+@pytest.mark.parametrize("chunk", [16, 1024])
+def test_rows_visit_gathered_shards_one_after_the_other(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the last diagonals of a row, shard by shard, nearest block first: see index_periodic.py."""
+    monkeypatch.setattr("sparsering.kernels.index_kernels._CHUNK", chunk)
+    mask = mask_of(96 * BLOCK - 3, toeplitz=True)
+    shards = [list(range(rank, 96, 4)) for rank in range(4)]
+    gathered = shards[0] + shards[3] + shards[2]
+    lists = block_task(mask, positions(shards[1]), positions(gathered)).queries
+    assert pairs_of(lists, transposed=False) == pairs_by_definition(mask, shards[1], gathered)
+    reach, moves = 96 // SECTIONS, 0
+    for head in range(mask.heads):
+        for row, query in enumerate(shards[1]):
+            start, count, base, _ = lists.rows[head, row].tolist()
+            keys = [gathered[base + int(entry)] for entry in lists.entries[start : start + count]]
+            begun = query // reach * reach  # diagonals below are visited shard by shard
+            whole = [key for key in keys if query - key < begun]
+            assert whole == keys[: len(whole)] and keys[len(whole) :] == sorted(keys[len(whole) :], reverse=True)
+            owners = [key % 4 for key in whole]
+            assert [owner for owner, _ in groupby(owners)] == sorted(set(owners), key=[2, 3, 0].index)
+            for owner in set(owners):
+                of_owner = [key for key in whole if key % 4 == owner]
+                assert of_owner == sorted(of_owner, reverse=True)
+            moves += len(set(owners)) > 1
+    assert moves > 20

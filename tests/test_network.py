@@ -9,7 +9,7 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsering.planner.timing import Port, capacity_bytes_per_us, route
+from sparsering.planner.timing import Leg, Port, capacity_bytes_per_us, route
 from sparsering.simulator.network import Network, max_min_rates
 from sparsering.tests import tiny
 
@@ -62,7 +62,7 @@ def arrivals(sends: list[tuple[int, int, int, int]], **cluster: float) -> list[t
 
     def send(number: int, start: int, source: int, destination: int, nbytes: int):
         yield environment.timeout(start)
-        yield network.send(source, destination, nbytes)
+        yield network.move(Leg(source, destination, nbytes))
         log.append((int(environment.now), number))
 
     for number, flow in enumerate(sends):

@@ -163,7 +163,7 @@ def test_check_refuses_a_plan_whose_schedule_changed(planned: tuple[Path, dict[s
         (("--layout", "spiral"), "layout: 'spiral' is not one of"),
         (("--placement", "random"), "placement: 'random' is not one of"),
         (("--layout", "ulysses"), "layout, placement: nothing is left to choose from: ulysses does not apply"),
-        (("--narrow-gradients",), "narrow_gradients: nothing crosses nodes: local-cpu-4 has one"),
+        (("--narrow-gradients", "--dtype", "float32"), "narrow_gradients: sums are kept in float32 as it is"),
         (("--pattern", "guess"), "pattern: 'guess' is neither 'trace' nor 'choose'"),
         (("--pattern", "choose"), "pattern: a synthetic trace was not chosen by a selector"),
     ],

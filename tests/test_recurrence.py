@@ -80,12 +80,12 @@ def test_equal_on_forward_hierarchical_rings_with_a_card_each(
     assert quick.makespan_us == engine.makespan_us
 
 
-@given(st.data(), st.integers(1, 6), clusters, costs, st.integers(1, 5))
+@given(st.data(), st.integers(1, 6), clusters, costs, st.integers(1, 5), st.sampled_from([None, 700.0, 3000.0]))
 def test_equal_on_forward_gathers_of_one_node(
-    data: st.DataObject, world: int, links: dict[str, float], cost: tiny.PairCost, chunks: int
+    data: st.DataObject, world: int, links: dict[str, float], cost: tiny.PairCost, chunks: int, pulled: float | None
 ) -> None:
-    schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks)
-    cluster = tiny.cluster(gpus=world, **links)  # type: ignore[arg-type]
+    schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks, pull=int(pulled is not None))
+    cluster = tiny.cluster(gpus=world, pull_bandwidth=pulled, **links)  # type: ignore[arg-type]
     engine, quick = both(schedule, data.draw(workloads(world)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 

@@ -21,6 +21,7 @@ from sparsering.planner.candidates import (
     placement_choices,
     why_not_executable,
 )
+from sparsering.planner.cluster import Cluster
 from sparsering.planner.compiled import CompiledRecurrence
 from sparsering.planner.cost import DatasheetCost
 from sparsering.planner.evaluation import Evaluation
@@ -89,6 +90,7 @@ def problems(draw: st.DrawFn) -> Problem:
         seed=draw(st.integers(0, 9)),
         backend=draw(st.sampled_from(["triton", "blockwise"])),
         bandwidth=draw(st.sampled_from([1000.0, 1e5])),
+        pull_bandwidth=draw(st.sampled_from([None, 2e5])),
     )
 
 
@@ -276,6 +278,43 @@ def test_slow_links_between_nodes_are_crossed_once():
             assert (layout.layout, dict(layout.parameters)) == ("two_level", parameters)
     assert narrow.backward.makespan_us < 0.75 * wide.backward.makespan_us
     assert narrow.forward.makespan_us == wide.forward.makespan_us
+
+
+def test_ranks_pull_where_the_file_says_how_fast_and_may_be_told_not_to():
+    """Pulls at twice the rate, in whose shadow no compute slows, are picked in both directions."""
+    slow = problem(kind="dense", pull_bandwidth=2000.0, pull_slowdown=0.0, slowdown=0.5)
+    pulling, sending = (select(replace(slow, pulls=pulls), quick=CompiledRecurrence()).pick for pulls in (True, False))
+    for layout, pulled in ((pulling.forward_layout, True), (pulling.backward_layout, True)):
+        assert layout.layout == "gather" and (("pull", 1) in layout.parameters) == pulled
+    assert "pull" not in f"{sending.forward_layout} {sending.backward_layout}"
+    assert pulling.step_time_us < sending.step_time_us
+    final = select(slow, quick=CompiledRecurrence(), final=simulate).pick
+    assert ("pull", 1) in final.forward_layout.parameters
+
+
+def test_pulls_and_rounded_gradients_are_looked_at_where_they_may_be():
+    def gathers(cluster: Cluster, **allowed: bool) -> set[str]:
+        return {str(one) for one in layout_choices(cluster=cluster, names=["gather"], **allowed)}
+
+    pulling, split = tiny.cluster(pull_bandwidth=2000.0), tiny.cluster(nodes=2, gpus=2, pull_bandwidth=2000.0)
+    plain = gathers(tiny.cluster())
+    assert gathers(split) == plain == gathers(pulling, pulls=False)
+    pulls = {f"gather (chunks {count}, {kept}pull 1)" for count in (1, 2) for kept in ("", "keep_kv 1, ")}
+    assert gathers(pulling) - plain == pulls
+    rounded = {name.replace("pull", "narrow_grads") for name in pulls}
+    assert gathers(split, narrow_gradients=True) - plain == rounded
+    both = {name.replace("pull", "narrow_grads 1, pull") for name in pulls}
+    assert gathers(pulling, narrow_gradients=True) - plain == pulls | rounded | both
+
+
+def test_rounded_gradients_are_quicker_within_a_node_too():
+    slow = problem(kind="dense", bandwidth=100.0)
+    wide, narrow = (
+        select(replace(slow, narrow_gradients=allowed), quick=CompiledRecurrence()) for allowed in (False, True)
+    )
+    assert ("narrow_grads", 1) in narrow.pick.backward_layout.parameters
+    assert narrow.pick.backward.makespan_us < 0.75 * wide.pick.backward.makespan_us
+    assert narrow.bound_us <= narrow.pick.step_time_us
 
 
 def test_candidates_of_four_nodes_of_eight():

@@ -42,6 +42,8 @@ def cluster(
     nics: int = 1,
     slowdown: float = 0.0,
     switch: float | None = None,
+    pull_bandwidth: float | None = None,
+    pull_slowdown: float | None = None,
 ) -> Cluster:
     """A cluster whose ports carry one byte a nanosecond."""
     return parse_cluster(
@@ -60,12 +62,14 @@ def cluster(
                 "column_efficiency": 0.5,
                 "launch_overhead_us": 1.0,
                 "communication_slowdown": slowdown,
+                "pull_slowdown": pull_slowdown,
             },
             "intra_node": {
                 "name": "port",
                 "bandwidth_bytes_per_us": bandwidth,
                 "latency_us": latency_us,
                 "switch_bandwidth_bytes_per_us": switch,
+                "pull_bandwidth_bytes_per_us": pull_bandwidth,
             },
             "inter_node": {
                 "name": "card",
