@@ -24,6 +24,7 @@ from ..planner.scores import Problem, ScoreBoard
 from ..planner.selection import select
 from ..planner.workload import unit_load
 from ..runtime.capture import pattern_of
+from ..simulator.engine import simulate
 from ..traces.pattern import LayerPattern
 from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
 
@@ -157,7 +158,7 @@ def _placement(case: Case, pattern: LayerPattern, world_size: int) -> Placement:
 def _picked(
     case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster, narrow_gradients: bool
 ) -> tuple[Placement, Layout, Layout]:
-    """Search on the cluster with the planner's own recurrence."""
+    """Search on the cluster as `sparsering plan` does."""
     pattern = work.pattern
     problem = Problem(
         cluster=cluster,
@@ -184,7 +185,7 @@ def _picked(
             active_blocks=active_blocks(pattern),
         ),
     )
-    pick = select(problem, quick=CompiledRecurrence()).pick
+    pick = select(problem, quick=CompiledRecurrence(), final=simulate).pick
     placement = ScoreBoard(problem=problem).placement(pick.placement)
     return placement, _chosen(pick.forward_layout), _chosen(pick.backward_layout)
 

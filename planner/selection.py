@@ -1,7 +1,8 @@
 """Picks a candidate: every candidate under a quick evaluator, the best few and all plain layouts under a good one.
 
 Placement is shared by both directions, layouts are chosen for each. The pick is the quickest step that the backend can
-execute within the memory limit; equal times go to the plainer candidate. No plain layout that is eligible is quicker.
+execute within the memory limit; equal times go to the plainer candidate, and so do placements within PLACEMENT_MARGIN.
+No plain layout that is eligible is quicker.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
+# What a placement must gain over a plainer one. Evaluators know how many blocks a rank computes, not in which order its
+# kernels meet them: rows of irregular placements share less of the cache (2 to 13 % of a layer, docs/kernels.md).
+PLACEMENT_MARGIN = 0.01
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
@@ -119,13 +123,15 @@ def select(
     rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
     steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], rater, "estimating", progress)
     options = _eligible_options(pairs, steps)
+    plainness = list(options)  # placements, the plainest first
     if not any(one.complete for one in options.values()):
         raise _none_eligible(problem, [steps[pair] for pair in pairs])
     if final is not None:
         rater = Rater(name=final_name, evaluator=final, samples=_simulated_samples(problem))
         steps |= _rate(board, list(plain), rater, "simulating plain layouts", progress)
         options = _finalists(options, steps, [pair for pair in plain if pair in pairs])
-    pick = _pick(board, options, rater, progress)
+    best = _best_steps(board, options, rater, progress)
+    pick = _pick({choice: best[choice] for choice in plainness if choice in best}, [steps[pair] for pair in plain])
     for choice, one in options.items():  # scores of both directions are there already
         both = [layout for layout in one.forward if layout in one.backward]
         steps |= {Pair(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both}
@@ -198,7 +204,10 @@ def _finalists(
     """
     found = _eligible_options(plain, steps)
     complete = [choice for choice in options if options[choice].complete]
-    for choice in sorted(complete, key=lambda choice: options[choice].best_us)[:FINAL_PLACEMENTS]:
+    quickest = sorted(complete, key=lambda choice: options[choice].best_us)
+    within_us = (1 + PLACEMENT_MARGIN) * options[quickest[0]].best_us
+    plainest = next(choice for choice in complete if options[choice].best_us <= within_us)
+    for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], plainest]):
         kept = found.setdefault(choice, Options())
         for all_of_them, of_them in (
             (options[choice].forward, kept.forward),
@@ -218,19 +227,33 @@ def _grouped(layouts: Iterable[LayoutChoice]) -> list[list[LayoutChoice]]:
     return list(groups.values())
 
 
-def _pick(board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress) -> Step:
-    """Return the quickest mixture; the directions' layouts may differ, the placement is shared.
+def _best_steps(
+    board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress
+) -> dict[PlacementChoice, Step]:
+    """Return the quickest mixture of every placement; the directions' layouts may differ.
 
     Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
     equals. Scores that are there already are not computed again.
     """
     complete = {choice: one for choice, one in options.items() if one.complete}
-    steps = []
+    best = {}
     for number, (choice, one) in enumerate(complete.items()):
         mixtures = sorted(one.mixtures, key=lambda both: both[0] != both[1])
-        steps += [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
+        steps = [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
+        best[choice] = min(steps, key=lambda step: step.step_time_us)
         progress("choosing", number + 1, len(complete))
-    return min(steps, key=lambda step: step.step_time_us)
+    return best
+
+
+def _pick(best: dict[PlacementChoice, Step], plain: Sequence[Step]) -> Step:
+    """Return the step of the plainest placement within the margin, but none that an eligible plain layout beats.
+
+    best: of every placement, the plainest first.
+    """
+    quickest_us = min(step.step_time_us for step in best.values())
+    plain_us = min((step.step_time_us for step in plain if step.eligible), default=float("inf"))
+    within_us = min((1 + PLACEMENT_MARGIN) * quickest_us, max(plain_us, quickest_us))
+    return next(step for step in best.values() if step.step_time_us <= within_us)
 
 
 def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,8 @@ from sparsering.planner.plan import ModelShape
 from sparsering.planner.recurrence import recurrence
 from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
 from sparsering.planner.schedule import DIRECTIONS
-from sparsering.planner.scores import Problem, ScoreBoard
-from sparsering.planner.selection import Selection, select
+from sparsering.planner.scores import Problem, ScoreBoard, Step
+from sparsering.planner.selection import PLACEMENT_MARGIN, Selection, select
 from sparsering.planner.verdict import predictions, verdict
 from sparsering.planner.workload import unit_load, workload
 from sparsering.simulator.engine import simulate
@@ -109,6 +110,10 @@ def whimsical(schedule, workload, cluster, cost) -> Evaluation:
     return senseless(float(hashlib.sha256(text.encode()).digest()[0]), schedule.world_size)
 
 
+def plain_steps(found: Selection) -> list[Step]:
+    return [rated.step for rated in found.baselines]
+
+
 def check_promises(given_problem: Problem, found: Selection) -> None:
     # Values are taken out first: an assertion that fails would print the whole of what it names.
     pick, backend = found.pick, given_problem.backend
@@ -119,7 +124,9 @@ def check_promises(given_problem: Problem, found: Selection) -> None:
     step_time_us, name = pick.step_time_us, pick.rater.name
     rivals = [rated.step for rated in found.table if rated.step.eligible and rated.step.rater.name == name]
     quickest_us = min(step.step_time_us for step in rivals)
-    assert step_time_us <= quickest_us
+    assert step_time_us <= quickest_us * (1 + PLACEMENT_MARGIN)
+    plain_us = min((step.step_time_us for step in rivals if step in plain_steps(found)), default=math.inf)
+    assert step_time_us <= max(plain_us, quickest_us)
     plain = {rated.baseline for rated in found.baselines}
     assert plain == set(baselines(cluster=given_problem.cluster, block_size=BLOCK))
     assert {rated.step.rater.name for rated in found.baselines} == {name}
@@ -406,6 +413,29 @@ def test_equal_candidates_go_to_the_plainer_one():
     found = select(problem(gpus=4), quick=equal)
     layouts = {str(layout) for layout in (found.pick.forward_layout, found.pick.backward_layout)}
     assert (str(found.pick.placement), layouts) == (f"striped ({BLOCK} tokens)", {"gather (chunks 1)"})
+
+
+@pytest.mark.parametrize(("gained", "picked"), [(0.009, "striped"), (0.011, "balanced")])
+@pytest.mark.parametrize("final", [None, "simulator"])
+def test_irregular_placements_must_gain_more_than_their_kernels_may_lose(gained: float, picked: str, final: str | None):
+    given_problem = problem()
+    board = ScoreBoard(problem=given_problem)
+    choice = next(iter(placement_choices(
+        seq_len_tokens=given_problem.seq_len_tokens, world_size=4, block_size=BLOCK, names=["striped"]
+    )))  # fmt: skip
+    striped = workload(given_problem.samples[0].pattern, board.placement(choice)).active.tobytes()
+
+    def balanced_is_quicker(schedule, workload, cluster, cost) -> Evaluation:
+        plain = workload.active.tobytes() == striped or schedule.layout != "gather"
+        return senseless(100.0 if plain else 100.0 * (1 - gained), schedule.world_size)
+
+    found = select(
+        given_problem,
+        quick=balanced_is_quicker,
+        final=balanced_is_quicker if final else None,
+        placements=["striped", "balanced"],
+    )
+    assert found.pick.placement.name == picked
 
 
 def test_directions_may_have_different_layouts():
