@@ -23,7 +23,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,14 @@ from .ring_plans import (
     MODEL,
     PLACEMENTS,
     TOY_MODEL,
-    Case,
     Work,
     cluster_of,
     make_case_plan,
+    make_cases,
     make_work,
     name_of,
     predicted_peak_bytes,
+    predicted_times,
     transports_of,
 )
 from .ring_rows import random_tensors
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
     )
     parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
-    parser.add_argument("--cluster", default="h200-nvlink-8")
+    parser.add_argument("--cluster", default="h200-nvlink-8", help="for planned, and for predicted times")
     parser.add_argument("--backends", nargs="+", default=["triton"], help="triton flash4")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -148,17 +148,23 @@ def _measure_family(
             family, seq_len=arguments.seq_len, density=density, columns=arguments.columns, seed=arguments.seed,
             heads=model.heads,
         )  # fmt: skip
-        for placement, backend, layout in product(arguments.placement, arguments.backends, arguments.layout):
-            case = Case(placement=placement, granularity_blocks=1, backend=backend, layout=layout)
+        cases = make_cases(
+            placements=arguments.placement,
+            granularities_blocks=[1],
+            backends=arguments.backends,
+            layouts=arguments.layout,
+        )
+        for case in cases:
             dtype = "float32" if arguments.toy else "bfloat16"
             plan = make_case_plan(
                 case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype,
                 narrow_gradients=arguments.narrow_gradients,
             )  # fmt: skip
             measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
+            predicted = predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
             if mesh.rank == 0:
                 print(_slowest(work, plan, measured), flush=True)
-            yield [row | {"placement": placement} for row in measured]
+            yield [row | {"placement": case.placement} | predicted for row in measured]
 
 
 def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ One process group, one run. `forward_ms` and `backward_ms` begin at a standstill
 `compute_ms` (their sum) and `compute_step_ms` play the same schedule with channels that send nothing: the slowest
 rank's kernels alone. `exposed_ms` is what forward and backward take beyond that. `peak_bytes` is what the layer adds to
 the memory of the fullest GPU, its inputs included, beside `predicted_peak_bytes`, what the plan says.
+`predicted_forward_ms` and `predicted_backward_ms` are the simulator's for --cluster.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ from .ring_plans import (
     Work,
     cluster_of,
     make_case_plan,
+    make_cases,
     make_work,
     name_of,
     predicted_peak_bytes,
+    predicted_times,
     transports_of,
 )
 from .ring_rows import make_row, random_tensors, table
@@ -107,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
     )
     parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
-    parser.add_argument("--cluster", default="h200-nvlink-8", help=f"for planned: file or {', '.join(preset_names())}")
+    parser.add_argument(
+        "--cluster",
+        default="h200-nvlink-8",
+        help=f"for planned, and for predicted times: file or {', '.join(preset_names())}",
+    )
     parser.add_argument("--backends", "--backend", nargs="+", default=["triton"], help="triton flash4 blockwise")
     parser.add_argument("--baselines", nargs="+", default=[], choices=[*DENSE_RINGS, *PEERS],
                         help="dense rings (slow); MTraining's sparse rings, over every slash mask")  # fmt: skip
@@ -146,7 +153,8 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str
         )
         for case in _cases(arguments):
             plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {next(plans)}")
-            yield _measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement}
+            row = _measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement}
+            yield row | (predicted_times(plan, work, cluster) if mesh.rank == 0 else {})
         if family == "slash":
             for peer, errors in peers:
                 yield from (row | errors for row in _measure_mtraining(arguments, mesh, peer, work))
@@ -167,22 +175,12 @@ def _peers(arguments: argparse.Namespace, mesh: Mesh) -> list[tuple[MTraining, d
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
-    """Every combination; what the planner picks does not vary with layout and granularity."""
-    combinations = product(
-        arguments.placement, arguments.granularity_blocks, arguments.backends, arguments.layout or LAYOUTS
+    return make_cases(
+        placements=arguments.placement,
+        granularities_blocks=arguments.granularity_blocks,
+        backends=arguments.backends,
+        layouts=arguments.layout or LAYOUTS,
     )
-    cases = []
-    for placement, granularity, backend, layout in combinations:
-        free = placement == "planned"
-        cases.append(
-            Case(
-                placement=placement,
-                granularity_blocks=1 if free else granularity,
-                backend=backend,
-                layout="" if free else layout,
-            )
-        )
-    return list(dict.fromkeys(cases))
 
 
 def _agreed_plan(

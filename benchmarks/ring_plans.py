@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..planner.selection import select
 from ..planner.workload import unit_load
 from ..runtime.capture import pattern_of
 from ..simulator.engine import simulate
+from ..simulator.simulate_plan import simulate_plan
 from ..traces.pattern import LayerPattern
 from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
 
@@ -77,6 +79,24 @@ def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: 
     return Work(family=family, columns=mask.column_capacity, mask=mask)
 
 
+def make_cases(
+    *, placements: Sequence[str], granularities_blocks: Sequence[int], backends: Sequence[str], layouts: Sequence[str]
+) -> list[Case]:
+    """Return every combination; what the planner picks does not vary with layout and granularity."""
+    cases = []
+    for placement, granularity, backend, layout in product(placements, granularities_blocks, backends, layouts):
+        free = placement == "planned"
+        cases.append(
+            Case(
+                placement=placement,
+                granularity_blocks=1 if free else granularity,
+                backend=backend,
+                layout="" if free else layout,
+            )
+        )
+    return list(dict.fromkeys(cases))
+
+
 def make_case_plan(
     case: Case, work: Work, *, cluster: Cluster, leave_out: bool = True, model: ModelShape = MODEL,
     dtype: str = "bfloat16", narrow_gradients: bool = False,
@@ -121,6 +141,16 @@ def predicted_peak_bytes(plan: Plan) -> int:
     """Return what the plan says that a step of one layer needs on every rank."""
     shape, backend = plan.attention_shape(), plan.kernels.backend
     return max(layer_memory(plan.schedule(way), shape, backend=backend).total_bytes for way in DIRECTIONS)
+
+
+def predicted_times(plan: Plan, work: Work, cluster: Cluster) -> dict[str, Any]:
+    """Return what the simulator says of the plan on a cluster: a row's fields."""
+    simulated = simulate_plan(plan, work.pattern, cluster, timeline=False)
+    return {
+        "predicted_for": cluster.name,
+        "predicted_forward_ms": simulated.forward.makespan_us / 1e3,
+        "predicted_backward_ms": simulated.backward.makespan_us / 1e3,
+    }
 
 
 def transports_of(plan: Plan) -> str:

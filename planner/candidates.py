@@ -29,6 +29,7 @@ MAX_TWO_LEVEL_SIZES = 2
 MAX_PADDING = 1.125
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
 MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
+ROUNDING_BACKENDS = frozenset({"flash4"})  # whose kernels write dK/dV in the type of q, k and v
 WHOLE_BLOCK_BACKENDS = frozenset({"triton", "flash4", "fastest"})
 PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
 
@@ -126,12 +127,18 @@ def placement_choices(
 
 
 def layout_choices(
-    *, cluster: Cluster, names: Sequence[str] | None = None, narrow_gradients: bool = False, pulls: bool = True
+    *,
+    cluster: Cluster,
+    names: Sequence[str] | None = None,
+    narrow_gradients: bool = False,
+    narrow_parts: bool = False,
+    pulls: bool = True,
 ) -> list[LayoutChoice]:
     """Return the layouts worth a look on the cluster, the plainest first; InputError for an unknown name in `names`.
 
-    narrow_gradients: whether dK/dV may travel in 16 bits. pulls: whether ranks may pull where the cluster's file says
-    how fast; with FEW_CHUNKS alone, since more of them are more launches that hide nothing more (docs/ring.md).
+    narrow_gradients: whether dK/dV may travel in 16 bits; narrow_parts: only those that one kernel wrote, and no sums.
+    pulls: whether ranks may pull where the cluster's file says how fast. Both with FEW_CHUNKS alone, since more chunks
+    are more launches, and hid nothing more where they were measured (docs/ring.md).
     """
     _known(names, tuple(LAYOUTS), "layout")
     peers = max(cluster.world_size - 1, 1)
@@ -145,7 +152,7 @@ def layout_choices(
         choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]
     choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
-    for transport in _transports(cluster, narrow_gradients=narrow_gradients, pulls=pulls):
+    for transport in _transports(cluster, narrow=narrow_gradients or narrow_parts, pulls=pulls):
         few = [count for count in chunks if count in FEW_CHUNKS]
         choices += [
             _layout("gather", chunks=count, **kept, **transport) for kept in ({}, {"keep_kv": 1}) for count in few
@@ -154,11 +161,11 @@ def layout_choices(
     return [choice for choice in choices if names is None or choice.layout in names]
 
 
-def _transports(cluster: Cluster, *, narrow_gradients: bool, pulls: bool) -> list[dict[str, int]]:
+def _transports(cluster: Cluster, *, narrow: bool, pulls: bool) -> list[dict[str, int]]:
     """Return what a `gather` may do beyond sending in full width, as parameters: rounded gradients, pulls, both."""
-    narrow = [{"narrow_grads": 1}] if narrow_gradients else []
-    pulled = [{"pull": 1} | one for one in ({}, *narrow)] if pulls and cluster.pulls else []
-    return narrow + pulled
+    rounded = [{"narrow_grads": 1}] if narrow else []
+    pulled = [{"pull": 1} | one for one in ({}, *rounded)] if pulls and cluster.pulls else []
+    return rounded + pulled
 
 
 def inner_sizes(cluster: Cluster) -> list[int]:

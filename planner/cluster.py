@@ -20,17 +20,25 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Gpu(_Strict):
-    """One GPU and what kernels reach on it: efficiencies are shares of the peak, overhead is per kernel."""
+class Kernels(_Strict):
+    """What a backend's kernels reach: blocks a share of the GPU's peak, columns a share of the rate of blocks."""
+
+    block_forward_efficiency: float = Field(gt=0, le=1)
+    block_backward_efficiency: float = Field(gt=0, le=1)
+    column_efficiency: float = Field(gt=0, le=1)
+
+
+class Gpu(Kernels):
+    """One GPU and what kernels reach on it; overhead is per kernel. Efficiencies: of all backends but those named."""
 
     name: str
     memory_bytes: int = Field(gt=0)
     peak_flops_per_us: float = Field(gt=0)
     multiprocessors: int = Field(gt=0)
     programs_per_multiprocessor: int = Field(default=1, gt=0)
-    block_forward_efficiency: float = Field(gt=0, le=1)
-    block_backward_efficiency: float = Field(gt=0, le=1)
-    column_efficiency: float = Field(gt=0, le=1)
+    backends: dict[Literal["flash4"], Kernels] = Field(
+        default_factory=dict, description="of backends whose kernels are not Triton's"
+    )
     launch_overhead_us: float = Field(ge=0)
     memory_bandwidth_bytes_per_us: float | None = Field(
         default=None, gt=0, description="of the GPU's own memory; None: what launches read and write costs nothing"
@@ -41,6 +49,10 @@ class Gpu(_Strict):
     pull_slowdown: float | None = Field(
         default=None, ge=0, lt=1, description="the same while copy engines alone carry it; None: no less"
     )
+
+    def kernels_of(self, backend: str) -> Kernels:
+        """Return the efficiencies of a backend's kernels."""
+        return next((kernels for name, kernels in self.backends.items() if name == backend), self)
 
     def slowdown_of(self, *, sends: bool, pulls: bool) -> float:
         """Return the share of compute speed lost while this GPU sends or receives, pulls or is pulled from."""

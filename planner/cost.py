@@ -100,12 +100,13 @@ class DatasheetCost:
 
     def _pair_us(self, task: Task, direction: Direction) -> float:
         flops = 4.0 * self.block_size**2 * self.head_dim
-        efficiency = self.gpu.block_forward_efficiency
+        kernels = self.gpu.kernels_of(self.backend)
+        efficiency = kernels.block_forward_efficiency
         if direction == "backward":
             flops *= BACKWARD_FLOPS_FACTOR
-            efficiency = self.gpu.block_backward_efficiency
+            efficiency = kernels.block_backward_efficiency
         if task.kind == "columns":
-            efficiency *= self.gpu.column_efficiency
+            efficiency *= kernels.column_efficiency
         return flops / (self.gpu.peak_flops_per_us * efficiency)
 
     def _traffic_us(self, launch: Launch, work: Sequence[TaskWork], key_shards: int) -> float:

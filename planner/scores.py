@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..traces.errors import UnsupportedError
 from .bounds import step_bound_us
-from .candidates import KEEPING, LayoutChoice, PlacementChoice, layout_choices, why_not_executable
+from .candidates import KEEPING, ROUNDING_BACKENDS, LayoutChoice, PlacementChoice, layout_choices, why_not_executable
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
@@ -50,6 +50,11 @@ class Problem:
     replayed: bool = True
     narrow_gradients: bool = False
     pulls: bool = True
+
+    @property
+    def narrow_parts(self) -> bool:
+        """Whether what one kernel adds to dK/dV may travel in 16 bits: in any case where it wrote no more."""
+        return self.narrow_gradients or self.backend in ROUNDING_BACKENDS
 
     def pairs(self, placement: Placement) -> Pairs:
         """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.
@@ -272,7 +277,7 @@ class ScoreBoard:
                     shape=problem.shape(placement),
                     pairs=self.pairs(choice),
                     keep_kv=self.may_keep(choice),
-                    narrow_gradients=problem.narrow_gradients,
+                    narrow_gradients=problem.narrow_parts,
                 )
                 for choice, placement in self._placements.items()
             ]

@@ -159,7 +159,11 @@ def _pairs(
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
     pairs = []
     candidates = layout_choices(
-        cluster=problem.cluster, names=layouts, narrow_gradients=problem.narrow_gradients, pulls=problem.pulls
+        cluster=problem.cluster,
+        names=layouts,
+        narrow_gradients=problem.narrow_gradients,
+        narrow_parts=problem.narrow_parts,
+        pulls=problem.pulls,
     )
     for layout in candidates:
         # A layout that computes whole sequences does the same work under every placement: one stands for all.

@@ -40,6 +40,7 @@ def test_two_processes_play_four_ranks_two_at_a_time(tmp_path: Path) -> None:
     assert [row["transport"] for row in rows] == ["pull", "pull", "p2p", "p2p"]
     for row in rows:
         assert (row["world_size"], row["seq_len"], row["peak_ratio"]) == (4, 2048, None)
+        assert row["predicted_for"] == "local-cpu-4" and 0 < row["predicted_forward_ms"] < row["predicted_backward_ms"]
         assert row["compute_step_ms"] > 0 and row["step_ms"] > 0 and row["predicted_peak_bytes"] > 0
 
 

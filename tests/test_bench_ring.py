@@ -118,6 +118,8 @@ def test_the_whole_road_on_two_processes(tmp_path: Path) -> None:
     for row in rows[:-1]:
         assert row["compute_ms"] > 0 and row["predicted_peak_bytes"] > 0 and row["peak_bytes"] is None
         assert row["imbalance"] >= 1
+        assert row["predicted_for"] == "local-cpu-4"
+        assert 0 < row["predicted_forward_ms"] < row["predicted_backward_ms"]
         assert min(row["forward_ms"], row["backward_ms"]) < row["step_ms"] and row["compute_step_ms"] > 0
     assert [row["pairs_left_out"] for row in rows if row.get("placement") == "contiguous"] == [1, 1]
 

@@ -9,7 +9,12 @@ import pytest
 import yaml
 
 from sparsering.planner.cluster import load_cluster, parse_cluster, preset_names
+from sparsering.planner.cost import datasheet_cost
+from sparsering.planner.launches import Launch
+from sparsering.planner.plan import ModelShape
+from sparsering.planner.schedule import Direction, ShardId, Task
 from sparsering.planner.timing import Port, capacity_bytes_per_us, link_of, route
+from sparsering.planner.workload import TaskWork
 from sparsering.tests import tiny
 from sparsering.traces.errors import InputError
 
@@ -17,7 +22,8 @@ from sparsering.traces.errors import InputError
 def test_presets_are_the_users_clusters() -> None:
     sizes = {name: (load_cluster(name).nodes, load_cluster(name).gpus_per_node) for name in preset_names()}
     expected = {"a100-nvlink-8": (1, 8), "a100-hdr-4x8": (4, 8), "h200-nvlink-8": (1, 8), "local-cpu-4": (1, 4)}
-    assert expected.items() <= sizes.items()
+    assert sizes == expected | {"h100-nvlink-8": (1, 8), "h100-ndr-4x8": (4, 8)}
+    assert {name for name in sizes if load_cluster(name).pulls} == {"h100-nvlink-8", "h200-nvlink-8"}
     for name in preset_names():
         cluster = load_cluster(name)
         assert cluster.name == name
@@ -88,3 +94,27 @@ def test_routes_go_through_ports_within_a_node_and_cards_between() -> None:
     assert link_of(cluster, 1, 6) is cluster.inter_node
     assert route(tiny.cluster(switch=10.0), 0, 1)[-1] == Port("gpu-switch", 0)
     assert [cluster.nic_of(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_kernels_of_a_backend_may_have_efficiencies_of_their_own() -> None:
+    quick = {"block_forward_efficiency": 0.9, "block_backward_efficiency": 0.8, "column_efficiency": 0.3}
+    gpu = tiny.cluster().gpu.model_dump(mode="json") | {"backends": {"flash4": quick}}
+    cluster = parse_cluster(document(gpu=gpu), source="here")
+    model = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=64)
+    own = ShardId(sequence_part=0)
+    block = Task(query=own, key=own, heads=(0, 4), key_buffer="")
+    columns = Task(query=own, key=None, heads=(0, 4), key_buffer="", kind="columns")
+    work = TaskWork(tile_pairs=1000, rows_with_work=100, longest_row=10, key_rows_with_work=100, longest_key_row=10,
+                    rows=100)  # fmt: skip
+    costs = {name: datasheet_cost(cluster.gpu, model, block_size=64, backend=name) for name in ("triton", "flash4")}
+
+    def us(backend: str, task: Task, direction: Direction) -> float:
+        launches = 2 if direction == "backward" else 1
+        overhead_us = launches * cluster.gpu.launch_overhead_us
+        return costs[backend].launch_us(Launch(tasks=(task,)), [work], direction) - overhead_us
+
+    assert us("triton", block, "forward") == pytest.approx(us("flash4", block, "forward") * 0.9 / 0.5)
+    assert us("triton", block, "backward") == pytest.approx(us("flash4", block, "backward") * 0.8 / 0.5)
+    assert us("triton", columns, "forward") == pytest.approx(us("flash4", columns, "forward") * 0.9 * 0.3 / 0.25)
+    with pytest.raises(InputError, match=r"backends\.abacus"):
+        parse_cluster(document(gpu=gpu | {"backends": {"abacus": quick}}), source="here")

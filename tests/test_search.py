@@ -314,6 +314,19 @@ def test_pulls_and_rounded_gradients_are_looked_at_where_they_may_be():
     assert gathers(pulling, narrow_gradients=True) - plain == pulls | rounded | both
 
 
+def test_gradients_that_kernels_round_travel_so_unasked():
+    """flash4 writes 16 bits: nothing is lost. Sums of a node's ranks are another thing."""
+    cluster, slow = tiny.cluster(nodes=2, gpus=2), problem(kind="dense", nodes=2, gpus=2, bandwidth=100.0)
+    names = {str(one) for one in layout_choices(cluster=cluster, narrow_parts=True)}
+    assert "gather (chunks 1, narrow_grads 1)" in names and "two_level (inner_size 2)" in names
+    assert not any("two_level" in name and "narrow_grads" in name for name in names)
+    assert (slow.narrow_parts, replace(slow, backend="flash4").narrow_parts) == (False, True)
+    assert replace(slow, narrow_gradients=True).narrow_parts
+    one_node = replace(problem(kind="dense", bandwidth=100.0), backend="flash4")
+    pick = select(one_node, quick=CompiledRecurrence()).pick
+    assert ("narrow_grads", 1) in pick.backward_layout.parameters
+
+
 def test_rounded_gradients_are_quicker_within_a_node_too():
     slow = problem(kind="dense", bandwidth=100.0)
     wide, narrow = (
