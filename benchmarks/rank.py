@@ -65,6 +65,8 @@ TOP_KERNELS = 16
 def main() -> None:
     """Measure every rank asked for, of every plan."""
     arguments = _parser().parse_args()
+    if arguments.repeats < 1:
+        raise SystemExit(f"rank: --repeats {arguments.repeats}: at least 1")
     if arguments.toy:
         arguments.gpus, arguments.world_size, arguments.seq_len, arguments.columns = 2, 4, 2048, 64
         arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
@@ -89,7 +91,9 @@ def main() -> None:
             result.write(rows, finished=True)
             print(result.path)
     except InputError as error:
-        raise SystemExit(f"rank: {error}") from error
+        if mesh.rank == 0:
+            print(f"rank: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     finally:
         leave()
 
@@ -114,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernels", action="store_true", help=f"list the {TOP_KERNELS} kernels that take most time")
-    parser.add_argument("--toy", action="store_true", help="two gloo processes and a small layer, to try the road")
+    parser.add_argument(
+        "--toy", action="store_true", help="two gloo processes, 4 ranks, 2,048 tokens, blockwise: to try the road"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
@@ -131,8 +137,8 @@ def _groups(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
     ranks = arguments.ranks or list(range(arguments.world_size))
     if not all(0 <= rank < arguments.world_size for rank in ranks):
         raise SystemExit(f"rank: --ranks {ranks}: ranks are 0 to {arguments.world_size - 1}")
-    if len(ranks) % arguments.gpus:
-        raise SystemExit(f"rank: --ranks {ranks}: not pairs")
+    if len(ranks) % arguments.gpus or len(set(ranks)) < len(ranks):
+        raise SystemExit(f"rank: --ranks {ranks}: not {'pairs of ranks' if arguments.gpus > 1 else 'ranks'}, each once")
     return [tuple(ranks[first : first + arguments.gpus]) for first in range(0, len(ranks), arguments.gpus)]
 
 
@@ -160,6 +166,9 @@ def _measure_family(
                 case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype,
                 narrow_gradients=arguments.narrow_gradients,
             )  # fmt: skip
+            for pair in groups if arguments.gpus == 2 else ():
+                for way in DIRECTIONS:
+                    require_pair(plan.schedule(way), (pair[0], pair[1]))
             measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
             predicted = predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
             if mesh.rank == 0:
@@ -185,9 +194,6 @@ def _measure(
 ) -> dict[str, Any]:
     """Measure one rank alone, or two of which this process is one: the figures are those of the slower."""
     rank = ranks[mesh.rank]
-    if len(ranks) == 2:
-        for way in DIRECTIONS:
-            require_pair(plan.schedule(way), (ranks[0], ranks[1]))
     one_of_many = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=EchoStore())  # pyright: ignore[reportArgumentType]
     before = allocated_bytes(mesh)
     mask = work.mask.to(mesh.device)
@@ -195,7 +201,7 @@ def _measure(
     tensors = random_tensors(plan.model, planned.positions[0].numel(), one_of_many, arguments.seed, planned.dtype)
     attend = partial(_attend, planned, mask)
     figures = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    if arguments.kernels:
+    if arguments.kernels and mesh.device.type == "cuda":
         _print_kernels(planned, tensors, mask, aloud=mesh.rank == 0)
     row = {
         "impl": f"ours-{plan.kernels.backend}",

@@ -41,7 +41,7 @@ class _Copied:
 
 
 class _NoiseChannel:
-    """Copies random numbers to where K/V would land; gradients and columns are left as they are."""
+    """Copies random numbers to where 16 bits would land, zeros to where wider gradients would; columns stay."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)

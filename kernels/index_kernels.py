@@ -79,7 +79,7 @@ def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others
     tl.store(pointers + 3, tl.where(has_own & diagonal_active, own, -1), mask=rows < tiles)
 
 
-@triton.jit(do_not_specialize=["classes", "blocks", "reach"])
+@triton.jit(do_not_specialize=["classes", "blocks", "reach", "room"])
 def periodic_kernel(active, constant, present, by_shard, entries, before, classes, blocks, reach, room,
                     SECTIONS: tl.constexpr, CHUNK: tl.constexpr):
     """Constants of the active diagonals of each (head, class, section), and how many come before each of the section's.
@@ -98,7 +98,7 @@ def periodic_kernel(active, constant, present, by_shard, entries, before, classe
         for start in range(0, tl.where(section > 0, blocks, 0), CHUNK):
             place = start + tl.arange(0, CHUNK)
             diagonal = tl.load(by_shard + row_class * blocks + place, mask=place < blocks, other=blocks)
-            below = diagonal < first
+            below = (place < blocks) & (diagonal < first)
             here = tl.load(present + row_class * blocks + diagonal, mask=below, other=0) != 0
             on = (here & (tl.load(active + head * blocks + diagonal, mask=below, other=0) != 0)).to(tl.int32)
             up_to = carry + tl.cumsum(on, 0)
@@ -119,7 +119,7 @@ def periodic_kernel(active, constant, present, by_shard, entries, before, classe
         carry += tl.sum(on, 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "classes", "blocks", "reach"])
+@triton.jit(do_not_specialize=["tiles", "classes", "blocks", "reach", "room"])
 def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_tiles, fields, tiles, classes, blocks,
                          reach, room, SECTIONS: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
     """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H). See periodic_kernel."""

@@ -10,8 +10,9 @@ Of several gathered shards a row should visit one after the other. Rows computed
 shard, P blocks apart: what one of them reads of a key shard, another one reads a step later where the list goes on in
 the same shard, and some P steps later where it goes by d, long after the L2 cache has lost it (a fifth of the forward
 at 512K tokens, docs/kernels.md). But then a row's diagonals d <= I are no prefix. So there is a list for each of
-SECTIONS stretches of queries: first, shard by shard, all diagonals that reach no further back than to the beginning
-of the stretch, which all its rows visit; then the others by d, of which each row visits a prefix.
+several stretches of queries: first, shard by shard, all diagonals that reach no further back than to the beginning
+of the stretch, which all its rows visit; then the others by d, of which each row visits a prefix. Shards come in the
+opposite of their order in memory, so that tiles fall throughout.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from .index_kernels import periodic_entries, periodic_fields
 
-SECTIONS = 16
+SECTIONS = 16  # stretches, where rows are of one class
+FEWEST_SECTIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,12 @@ class PeriodicTables:
     @property
     def sections(self) -> int:
         """Stretches of rows that have lists of their own."""
-        return 1 if self.by_shard is None else SECTIONS
+        return 1 if self.by_shard is None else sections_of(self.constant.shape[0])
+
+
+def sections_of(classes: int) -> int:
+    """Return how many stretches of gathered rows have lists: fewer of many classes, whose lists take as much each."""
+    return max(SECTIONS // classes, FEWEST_SECTIONS)
 
 
 def periodic_tables(

@@ -41,16 +41,17 @@ def lower_bound(
     pairs: Pairs | None = None,
     keep_kv: bool = False,
     narrow_gradients: bool = False,
+    pulls: bool = True,
 ) -> Bound:
     """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
     pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
-    narrow_gradients: dK/dV may travel in the inputs' type.
+    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can.
     """
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
         communication_us=communication_bound_us(
-            cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients
+            cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients, pulls=pulls
         ),
     )
 
@@ -64,6 +65,7 @@ def step_bound_us(
     pairs: Pairs | None = None,
     keep_kv: bool = False,
     narrow_gradients: bool = False,
+    pulls: bool = True,
 ) -> float:
     """Return the bound of forward + backward of one layer."""
     bounds = [
@@ -76,6 +78,7 @@ def step_bound_us(
             pairs=pairs,
             keep_kv=keep_kv,
             narrow_gradients=narrow_gradients,
+            pulls=pulls,
         )
         for direction in DIRECTIONS
     ]
@@ -119,13 +122,14 @@ def communication_bound_us(
     *,
     keep_kv: bool = False,
     narrow_gradients: bool = False,
+    pulls: bool = True,
 ) -> float:
     """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
     Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
     gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
     its ranks need, those of other nodes enter. Columns are left out. keep_kv: backward moves no K/V.
-    narrow_gradients: dK/dV as small as K/V, if only between nodes.
+    narrow_gradients: dK/dV as small as K/V. pulls: at their rate within a node, where that is the larger.
     """
     shard_bytes = shape.kv_bytes
     if direction == "backward":
@@ -134,7 +138,7 @@ def communication_bound_us(
     needed = (pairs or Pairs.all_of(shape.world_size)).matrix
     foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
-    if cluster.pulls:
+    if pulls and cluster.pulls:
         port_bytes_per_us = max(port_bytes_per_us, cluster.intra_node.pull_bandwidth_bytes_per_us or 0.0)
     if cluster.inter_node is None or cluster.nodes == 1:
         return foreign * shard_bytes / port_bytes_per_us

@@ -41,6 +41,11 @@ class PlacementChoice:
     name: str
     granularity_tokens: int
 
+    @property
+    def regular(self) -> bool:
+        """Whether neighbours among a rank's blocks are at one distance, all along or nearly so."""
+        return self.name != "balanced"
+
     def __str__(self) -> str:
         return f"{self.name} ({self.granularity_tokens} tokens)"
 

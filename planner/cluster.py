@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..traces.errors import InputError
 from ..traces.files import read_bytes
@@ -56,9 +56,8 @@ class Gpu(Kernels):
 
     def slowdown_of(self, *, sends: bool, pulls: bool) -> float:
         """Return the share of compute speed lost while this GPU sends or receives, pulls or is pulled from."""
-        if sends or self.pull_slowdown is None:
-            return self.communication_slowdown if sends or pulls else 0.0
-        return self.pull_slowdown if pulls else 0.0
+        of_pulls = self.communication_slowdown if self.pull_slowdown is None else self.pull_slowdown
+        return max(self.communication_slowdown if sends else 0.0, of_pulls if pulls else 0.0)
 
 
 class Link(_Strict):
@@ -78,6 +77,12 @@ class NodeLink(Link):
     pull_bandwidth_bytes_per_us: float | None = Field(
         default=None, gt=0, description="None: they cannot, or nobody measured it; plans are made without pulls"
     )
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.pull_bandwidth_bytes_per_us is not None and self.switch_bandwidth_bytes_per_us is not None:
+            raise ValueError("a switch's capacity beside pulls is not modelled: give one of the two")
+        return self
 
 
 class Nics(Link):

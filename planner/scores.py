@@ -278,6 +278,7 @@ class ScoreBoard:
                     pairs=self.pairs(choice),
                     keep_kv=self.may_keep(choice),
                     narrow_gradients=problem.narrow_parts,
+                    pulls=problem.pulls,
                 )
                 for choice, placement in self._placements.items()
             ]

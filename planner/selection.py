@@ -1,8 +1,8 @@
 """Picks a candidate: every candidate under a quick evaluator, the best few and all plain layouts under a good one.
 
 Placement is shared by both directions, layouts are chosen for each. The pick is the quickest step that the backend can
-execute within the memory limit; equal times go to the plainer candidate, and so do placements within PLACEMENT_MARGIN.
-No plain layout that is eligible is quicker.
+execute within the memory limit; equal times go to the plainer candidate, and an irregular placement must gain more than
+IRREGULAR_MARGIN. No plain layout that is eligible is quicker.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
-# What a placement must gain over a plainer one. Evaluators know how many blocks a rank computes, not in which order its
-# kernels meet them: rows of irregular placements share less of the cache (2 to 13 % of a layer, docs/kernels.md).
-PLACEMENT_MARGIN = 0.01
+# What an irregular placement must gain over all regular ones. Evaluators know how many blocks a rank computes, not in
+# which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
+# docs/kernels.md).
+IRREGULAR_MARGIN = 0.01
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
@@ -123,15 +124,13 @@ def select(
     rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
     steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], rater, "estimating", progress)
     options = _eligible_options(pairs, steps)
-    plainness = list(options)  # placements, the plainest first
     if not any(one.complete for one in options.values()):
         raise _none_eligible(problem, [steps[pair] for pair in pairs])
     if final is not None:
         rater = Rater(name=final_name, evaluator=final, samples=_simulated_samples(problem))
         steps |= _rate(board, list(plain), rater, "simulating plain layouts", progress)
         options = _finalists(options, steps, [pair for pair in plain if pair in pairs])
-    best = _best_steps(board, options, rater, progress)
-    pick = _pick({choice: best[choice] for choice in plainness if choice in best}, [steps[pair] for pair in plain])
+    pick = _pick(_best_steps(board, options, rater, progress))
     for choice, one in options.items():  # scores of both directions are there already
         both = [layout for layout in one.forward if layout in one.backward]
         steps |= {Pair(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both}
@@ -172,6 +171,8 @@ def _pairs(
         pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:
             notes.append(f"{layout} does not apply to these sizes")
+    if problem.narrow_gradients and not any(("narrow_grads", 1) in pair.layout.parameters for pair in pairs):
+        raise InputError("no layout that is left to choose from rounds gradients", field="narrow_gradients")
     if not pairs:
         raise InputError("nothing is left to choose from: " + "; ".join(notes), field="layout, placement")
     order = {choice: number for number, choice in enumerate(choices)}
@@ -209,9 +210,8 @@ def _finalists(
     found = _eligible_options(plain, steps)
     complete = [choice for choice in options if options[choice].complete]
     quickest = sorted(complete, key=lambda choice: options[choice].best_us)
-    within_us = (1 + PLACEMENT_MARGIN) * options[quickest[0]].best_us
-    plainest = next(choice for choice in complete if options[choice].best_us <= within_us)
-    for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], plainest]):
+    regular = [choice for choice in quickest if choice.regular]
+    for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], *regular[:1]]):
         kept = found.setdefault(choice, Options())
         for all_of_them, of_them in (
             (options[choice].forward, kept.forward),
@@ -249,15 +249,19 @@ def _best_steps(
     return best
 
 
-def _pick(best: dict[PlacementChoice, Step], plain: Sequence[Step]) -> Step:
-    """Return the step of the plainest placement within the margin, but none that an eligible plain layout beats.
+def _pick(best: dict[PlacementChoice, Step]) -> Step:
+    """Return the quickest step: of regular placements, unless an irregular one gains more than the margin.
 
-    best: of every placement, the plainest first.
+    best: of every placement. Plain layouts have regular ones, so none of them is quicker.
     """
-    quickest_us = min(step.step_time_us for step in best.values())
-    plain_us = min((step.step_time_us for step in plain if step.eligible), default=float("inf"))
-    within_us = min((1 + PLACEMENT_MARGIN) * quickest_us, max(plain_us, quickest_us))
-    return next(step for step in best.values() if step.step_time_us <= within_us)
+    quickest = min(best.values(), key=lambda step: step.step_time_us)
+    regular = [step for choice, step in best.items() if choice.regular]
+    within_us = (1 + IRREGULAR_MARGIN) * quickest.step_time_us
+    return min(
+        (step for step in regular if step.step_time_us <= within_us),
+        key=lambda step: step.step_time_us,
+        default=quickest,
+    )
 
 
 def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:

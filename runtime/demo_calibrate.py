@@ -128,7 +128,13 @@ def _fitted_cluster(cluster: Cluster, measured: Timeline) -> Cluster:
     link = cluster.intra_node
     if rates:
         rate = float(np.quantile(rates, LINK_QUANTILE))
-        link = link.model_copy(update={"bandwidth_bytes_per_us": rate, "switch_bandwidth_bytes_per_us": None})
+        link = link.model_copy(
+            update={
+                "bandwidth_bytes_per_us": rate,
+                "switch_bandwidth_bytes_per_us": None,
+                "pull_bandwidth_bytes_per_us": None,
+            }
+        )
     gpu = cluster.gpu.model_copy(update={"communication_slowdown": 0.0, "pull_slowdown": None})
     return cluster.model_copy(
         update={

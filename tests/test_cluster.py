@@ -51,9 +51,16 @@ def test_a_file_says_the_same_as_what_it_was_written_from(tmp_path: Path) -> Non
     assert load_cluster(path) == parse_cluster(document(name="mine"), source="here")
 
 
+NODE_LINK = {"name": "port", "bandwidth_bytes_per_us": 1.0, "latency_us": 1.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"intra_node": NODE_LINK | {"switch_bandwidth_bytes_per_us": 1.0, "pull_bandwidth_bytes_per_us": 1.0}},
+            "c.yaml: intra_node: a switch's capacity beside pulls is not modelled: give one of the two",
+        ),
         ({"nodes": 0}, "c.yaml: nodes: Input should be greater than 0, not 0"),
         ({"gpus": 8}, "c.yaml: gpus: Extra inputs are not permitted, not 8"),
         ({"schema_version": 2}, "c.yaml: schema_version: is 2; this version reads up to 1"),

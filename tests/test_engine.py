@@ -152,9 +152,14 @@ def test_pulls_take_less_time_and_slow_compute_less() -> None:
 
 
 def test_sends_beside_pulls_slow_compute_as_sends() -> None:
-    gpu = tiny.cluster(slowdown=0.5, pull_slowdown=0.25).gpu
     cases = [(True, True), (True, False), (False, True), (False, False)]
-    assert [gpu.slowdown_of(sends=sends, pulls=pulls) for sends, pulls in cases] == [0.5, 0.5, 0.25, 0.0]
+    for pull_slowdown, lost in (
+        (0.25, [0.5, 0.5, 0.25, 0.0]),
+        (0.75, [0.75, 0.5, 0.75, 0.0]),
+        (None, [0.5, 0.5, 0.5, 0.0]),
+    ):
+        gpu = tiny.cluster(slowdown=0.5, pull_slowdown=pull_slowdown).gpu
+        assert [gpu.slowdown_of(sends=sends, pulls=pulls) for sends, pulls in cases] == lost
 
 
 def test_imbalance_and_exposed_communication() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 
 from sparsering.kernels.index import BlockTask, TileLists, block_task
-from sparsering.kernels.index_periodic import SECTIONS
+from sparsering.kernels.index_kernels import periodic_kernel
+from sparsering.kernels.index_periodic import SECTIONS, periodic_tables, sections_of
 from sparsering.kernels.mask import AttentionMask
+from sparsering.kernels.triton_run import run
 
 BLOCK = 16
 
@@ -153,7 +156,8 @@ def test_striped_shards_need_no_list_per_row() -> None:
     shards = [[b for b in range(96) if b // 4 % 4 == rank] for rank in range(4)]
     task = block_task(mask, positions(shards[1]), positions(shards[0] + shards[3] + shards[2]))
     gathered = shards[0] + shards[3] + shards[2]
-    assert len(task.queries.entries) == mask.heads * 4 * sum(range(SECTIONS + 1)) * (mask.blocks // SECTIONS)
+    assert len(task.queries.entries) == mask.heads * 4 * sum(range(4 + 1)) * (mask.blocks // 4)
+    assert (sections_of(1), sections_of(2), sections_of(4), sections_of(8)) == (SECTIONS, SECTIONS // 2, 4, 4)
     assert pairs_of(task.queries, transposed=False) == pairs_by_definition(mask, shards[1], gathered)
     assert pairs_of(task.keys, transposed=True) == pairs_by_definition(mask, shards[1], gathered)
 
@@ -182,3 +186,35 @@ def test_rows_visit_gathered_shards_one_after_the_other(chunk: int, monkeypatch:
                 assert of_owner == sorted(of_owner, reverse=True)
             moves += len(set(owners)) > 1
     assert moves > 20
+
+
+@pytest.mark.parametrize("blocks", [7, 17, 33, 40, 132])
+def test_nothing_is_read_or_written_beyond_the_tables(blocks: int) -> None:
+    """Bytes after `active` and `present` are on, and numbers after `entries` and `before` stay what they are."""
+    guard, heads, untouched = 4096, 2, -7
+
+    def guarded(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values.flatten(), torch.ones(guard, dtype=values.dtype)])
+
+    shards = [np.arange(rank, blocks, 3) for rank in range(3)]
+    given = periodic_tables(
+        shards[1], np.concatenate([shards[2], shards[0]]), blocks=blocks, transposed=False, device=torch.device("cpu")
+    )
+    assert given is not None and given.by_shard is not None
+    sections = given.sections
+    reach = -(-blocks // sections)
+    room = sum(range(sections + 1)) * reach
+    entries, before = (
+        torch.full((heads * size + guard,), untouched, dtype=torch.int32) for size in (room, sections * (reach + 1))
+    )
+    active = torch.ones(heads, blocks, dtype=torch.uint8)
+    run(
+        periodic_kernel, (heads, sections),
+        guarded(active), guarded(given.constant), guarded(given.present.to(torch.uint8)), guarded(given.by_shard),
+        entries, before, 1, blocks, reach, room, SECTIONS=sections, CHUNK=256,
+    )  # fmt: skip
+    assert (entries[-guard:] == untouched).all() and (before[-guard:] == untouched).all()
+    most = int(given.present.sum())
+    assert before[:-guard].max() == most
+    written = (entries[:-guard].view(heads, room) != untouched).sum(1)
+    assert (written <= most * sections).all()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from sparsering import cli
 from sparsering.planner.cluster import load_cluster
 from sparsering.planner.plan import load_plan
+from sparsering.planner.schedule import DIRECTIONS
 from sparsering.planner.search import plan_trace
 from sparsering.simulator.engine import simulate
 from sparsering.traces.errors import InputError, UnsupportedError
@@ -64,6 +65,19 @@ def test_the_plan_holds_what_was_printed(trace: Trace, planned: tuple[Path, dict
     assert made.pattern.source == "trace"
     assert made.pattern.trace_sha256 == trace.digest()
     made.require_executable()
+
+
+def test_pulls_may_be_forbidden(trace: Trace, tmp_path: Path):
+    def transports(*options: str) -> set[str]:
+        path = tmp_path / "-".join(["plan", *options])
+        chosen = ("--layout", "gather", "--placement", "striped", "-o", str(path), *options)
+        assert plan(trace, *chosen, cluster="h100-nvlink-8").exit_code == 0
+        schedules = [load_plan(path).schedule(direction) for direction in DIRECTIONS]
+        calls = [call for schedule in schedules for phase in schedule.phases(0) for call in phase.group_calls]
+        return {transfer.transport for call in calls for transfer in call.transfers if transfer.kind != "columns"}
+
+    assert transports() == {"pull"}
+    assert transports("--no-pulls") == {"p2p"}
 
 
 def test_predictions_and_provenance_say_where_they_come_from(trace: Trace, planned: tuple[Path, dict[str, Any]]):
@@ -163,6 +177,7 @@ def test_check_refuses_a_plan_whose_schedule_changed(planned: tuple[Path, dict[s
         (("--layout", "spiral"), "layout: 'spiral' is not one of"),
         (("--placement", "random"), "placement: 'random' is not one of"),
         (("--layout", "ulysses"), "layout, placement: nothing is left to choose from: ulysses does not apply"),
+        (("--narrow-gradients", "--layout", "ring"), "narrow_gradients: no layout that is left to choose from rounds"),
         (("--narrow-gradients", "--dtype", "float32"), "narrow_gradients: sums are kept in float32 as it is"),
         (("--pattern", "guess"), "pattern: 'guess' is neither 'trace' nor 'choose'"),
         (("--pattern", "choose"), "pattern: a synthetic trace was not chosen by a selector"),

@@ -34,7 +34,7 @@ from sparsering.planner.recurrence import recurrence
 from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
 from sparsering.planner.schedule import DIRECTIONS
 from sparsering.planner.scores import Problem, ScoreBoard, Step
-from sparsering.planner.selection import PLACEMENT_MARGIN, Selection, select
+from sparsering.planner.selection import IRREGULAR_MARGIN, Selection, select
 from sparsering.planner.verdict import predictions, verdict
 from sparsering.planner.workload import unit_load, workload
 from sparsering.simulator.engine import simulate
@@ -124,7 +124,7 @@ def check_promises(given_problem: Problem, found: Selection) -> None:
     step_time_us, name = pick.step_time_us, pick.rater.name
     rivals = [rated.step for rated in found.table if rated.step.eligible and rated.step.rater.name == name]
     quickest_us = min(step.step_time_us for step in rivals)
-    assert step_time_us <= quickest_us * (1 + PLACEMENT_MARGIN)
+    assert step_time_us <= quickest_us * (1 + IRREGULAR_MARGIN)
     plain_us = min((step.step_time_us for step in rivals if step in plain_steps(found)), default=math.inf)
     assert step_time_us <= max(plain_us, quickest_us)
     plain = {rated.baseline for rated in found.baselines}
@@ -235,6 +235,26 @@ def test_bounds_by_hand():
     for backend, launches in (("triton", 1), ("flash4", 2), ("blockwise", 2)):
         cost = tiny.PairCost(us_per_pair=3.0, us_per_launch=5.0, backend=backend)
         assert compute_bound_us(with_columns, cost, "forward") == launches * 5 + (136 + 4) * 3 - (5 + 3)
+
+
+def test_the_bound_knows_pulls():
+    """4 ranks, 3 shards each: K/V, then K/V and dK/dV twice as large, at the rate of pulls where ranks may pull."""
+    shape = AttentionShape(
+        world_size=4, tokens_per_rank=256, heads=4, kv_heads=2, head_dim=64, element_bytes=2, accumulator_bytes=4,
+        columns_capacity=0,
+    )  # fmt: skip
+    for cluster, pulls, rate in (
+        (tiny.cluster(pull_bandwidth=2000.0), True, 2000.0),
+        (tiny.cluster(pull_bandwidth=2000.0), False, 1000.0),
+        (tiny.cluster(pull_bandwidth=500.0), True, 1000.0),
+        (tiny.cluster(), True, 1000.0),
+    ):
+        bounds = [communication_bound_us(cluster, shape, direction, pulls=pulls) for direction in DIRECTIONS]
+        assert bounds == [3 * shape.kv_bytes / rate, 9 * shape.kv_bytes / rate]
+    slow = problem(kind="dense", bandwidth=100.0, pull_bandwidth=200.0)
+    found = select(slow, quick=CompiledRecurrence())
+    assert ("pull", 1) in found.pick.backward_layout.parameters
+    assert found.bound_us <= found.pick.step_time_us
 
 
 def test_memory_by_hand():
@@ -428,27 +448,62 @@ def test_equal_candidates_go_to_the_plainer_one():
     assert (str(found.pick.placement), layouts) == (f"striped ({BLOCK} tokens)", {"gather (chunks 1)"})
 
 
-@pytest.mark.parametrize(("gained", "picked"), [(0.009, "striped"), (0.011, "balanced")])
-@pytest.mark.parametrize("final", [None, "simulator"])
-def test_irregular_placements_must_gain_more_than_their_kernels_may_lose(gained: float, picked: str, final: str | None):
-    given_problem = problem()
-    board = ScoreBoard(problem=given_problem)
-    choice = next(iter(placement_choices(
-        seq_len_tokens=given_problem.seq_len_tokens, world_size=4, block_size=BLOCK, names=["striped"]
-    )))  # fmt: skip
-    striped = workload(given_problem.samples[0].pattern, board.placement(choice)).active.tobytes()
+def evaluator_by_placement(given_problem: Problem, times_us: dict[str, float]):
+    """Times of gathers by placement ("balanced", "striped 64", "striped"), 1,000 for all else."""
+    board, known = ScoreBoard(problem=given_problem), {}
+    choices = placement_choices(seq_len_tokens=given_problem.seq_len_tokens, world_size=4, block_size=BLOCK)
+    for choice in choices:
+        if choice.granularity_tokens >= BLOCK:
+            work = workload(given_problem.samples[0].pattern, board.placement(choice)).active.tobytes()
+            known.setdefault(work, f"{choice.name} {choice.granularity_tokens}")
 
-    def balanced_is_quicker(schedule, workload, cluster, cost) -> Evaluation:
-        plain = workload.active.tobytes() == striped or schedule.layout != "gather"
-        return senseless(100.0 if plain else 100.0 * (1 - gained), schedule.world_size)
+    def evaluate(schedule, workload, cluster, cost) -> Evaluation:
+        name = known.get(workload.active.tobytes(), "other 1")
+        us = times_us.get(name, times_us.get(name.split()[0], 1000.0))
+        return senseless(us if schedule.layout == "gather" else 1000.0, schedule.world_size)
 
-    found = select(
-        given_problem,
-        quick=balanced_is_quicker,
-        final=balanced_is_quicker if final else None,
-        placements=["striped", "balanced"],
-    )
-    assert found.pick.placement.name == picked
+    return evaluate
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["recurrence", "simulator"])
+@pytest.mark.parametrize(
+    ("times_us", "picked"),
+    [
+        ({"striped 64": 100.0, "balanced": 99.1}, "striped (64 tokens)"),
+        ({"striped 64": 100.0, "balanced": 98.9}, "balanced (64 tokens)"),
+        ({"striped 64": 103.0, "balanced": 100.9, "striped 128": 100.0}, "striped (128 tokens)"),
+        ({"striped 64": 100.4, "balanced": 100.0, "striped 128": 100.1}, "striped (128 tokens)"),
+        ({"striped 64": 100.4, "striped 128": 100.0}, "striped (128 tokens)"),
+    ],
+)
+def test_irregular_placements_must_gain_more_than_their_kernels_may_lose(
+    times_us: dict[str, float], picked: str, final: bool
+):
+    given_problem = problem(kind="skewed", columns=0)
+    evaluate = evaluator_by_placement(given_problem, times_us)
+    found = select(given_problem, quick=evaluate, final=evaluate if final else None)
+    assert str(found.pick.placement) == picked
+
+
+def test_the_best_few_of_every_way_to_transfer_have_the_last_word():
+    """The quick evaluator takes sends for the quickest, the good one pulls: it must be asked about them."""
+
+    def quick(schedule, workload, cluster, cost) -> Evaluation:
+        return senseless(100.0 + schedule.shares, schedule.world_size)
+
+    def good(schedule, workload, cluster, cost) -> Evaluation:
+        return senseless(100.0 - schedule.shares, schedule.world_size)
+
+    found = select(problem(pull_bandwidth=2000.0), quick=quick, final=good)
+    for layout in (found.pick.forward_layout, found.pick.backward_layout):
+        assert ("pull", 1) in layout.parameters
+
+
+def test_the_best_regular_placement_has_the_last_word_beside_the_best_few():
+    given_problem = problem(kind="skewed", columns=0, blocks=48)
+    irregular = {f"balanced {blocks * BLOCK}": 100.0 for blocks in (1, 2, 4)}
+    evaluate = evaluator_by_placement(given_problem, irregular | {"striped 128": 100.5})
+    assert str(select(given_problem, quick=evaluate, final=evaluate).pick.placement) == "striped (128 tokens)"
 
 
 def test_directions_may_have_different_layouts():
