@@ -72,12 +72,16 @@ class PatternSection(_Section):
 
 
 class PlanSection(_Section):
-    """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays."""
+    """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
+
+    layout_parameters: of the layout, as {pull: 1}; what is not given is the layout's own, and one chunk for a gather.
+    """
 
     file: Path | None = None
     trace: Path | None = None
     pattern: PatternSection = PatternSection()
-    layout: Literal["gather", "ring"] = "gather"
+    layout: Literal["gather", "ring", "hierarchical", "two_level", "collective"] = "gather"
+    layout_parameters: dict[str, int] = Field(default_factory=dict)
     block_size: Literal[64, 128] = 128
     backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None
 

@@ -46,9 +46,9 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> Reso
     _check_documents(config, plan)
     selector = plan.pattern.selector
     words = "dense, every diagonal" if config.attention == "dense" else f"{selector} {plan.pattern.settings}"
-    return ResolvedPlan(
-        plan=plan, made_here=f"striped placement, {config.plan.layout} layout, {backend} kernels, pattern: {words}"
-    )
+    given = "".join(f", {name} {value}" for name, value in plan.forward.parameters.items())
+    made_here = f"striped placement, {plan.forward.layout} layout{given}, {backend} kernels, pattern: {words}"
+    return ResolvedPlan(plan=plan, made_here=made_here)
 
 
 def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
@@ -94,11 +94,16 @@ def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.plan.block_size,
     )  # fmt: skip
-    return _plan(
-        config, shape, backend, placement, config.plan.layout,
-        pattern=PatternSpec(source="choose", selector=selector, settings=full),
-        columns_capacity=min(int(columns), config.seq_len_tokens),
-    )  # fmt: skip
+    # More chunks are more launches, and what others send has time enough while the own shard is computed.
+    parameters = ({"chunks": 1} if config.plan.layout == "gather" else {}) | config.plan.layout_parameters
+    try:
+        return _plan(
+            config, shape, backend, placement, config.plan.layout, parameters,
+            pattern=PatternSpec(source="choose", selector=selector, settings=full),
+            columns_capacity=min(int(columns), config.seq_len_tokens),
+        )  # fmt: skip
+    except InputError as error:
+        raise type(error)(str(error), field="plan.layout_parameters") from error
 
 
 def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
@@ -117,12 +122,12 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
     pattern = PatternSpec(
         source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
     )
-    return _plan(config, shape, backend, placement, "ring", pattern=pattern, columns_capacity=0)
+    return _plan(config, shape, backend, placement, "ring", {}, pattern=pattern, columns_capacity=0)
 
 
 def _plan(
-    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: str, *,
-    pattern: PatternSpec, columns_capacity: int,
+    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: str,
+    parameters: dict[str, int], *, pattern: PatternSpec, columns_capacity: int,
 ) -> Plan:  # fmt: skip
     return make_plan(
         model=shape,
@@ -131,8 +136,8 @@ def _plan(
         dtype=config.dtype,
         columns_capacity=columns_capacity,
         placement=placement,
-        forward=(layout, {}),
-        backward=(layout, {}),
+        forward=(layout, parameters),
+        backward=(layout, parameters),
         pattern=pattern,
         kernels=KernelSpec.model_validate({"backend": backend}),
         provenance={"made_by": "sparsering train"},

@@ -128,6 +128,19 @@ def test_a_plan_file_is_followed(tmp_path: Path) -> None:
     assert memory["parameters"] == 4 * setup.facts.parameters // 2
 
 
+def test_the_default_plan_is_of_the_layout_and_parameters_given(tmp_path: Path) -> None:
+    plain = set_up(parse_config(write_run(tmp_path / "plain")))
+    assert (plain.plan.forward.layout, plain.plan.forward.parameters) == ("gather", {"chunks": 1})
+    assert "gather layout, chunks 1" in (plain.resolved.made_here or "")
+    kept = {"layout_parameters": {"keep_kv": 1, "pull": 1}}
+    pulls = set_up(parse_config(write_run(tmp_path / "pulls", plan=kept)))
+    for way in (pulls.plan.forward, pulls.plan.backward):
+        assert way.parameters == {"chunks": 1, "keep_kv": 1, "pull": 1}
+    assert "gather layout, chunks 1, keep_kv 1, pull 1" in (pulls.resolved.made_here or "")
+    ring = set_up(parse_config(write_run(tmp_path / "ring", plan={"layout": "ring"})))
+    assert (ring.plan.forward.layout, ring.plan.forward.parameters) == ("ring", {})
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"stepz": 3}, "config: stepz: Extra inputs are not permitted"),
     "unknown inner key": ({"optimizer": {"lr": 1.0}}, "optimizer.lr"),
@@ -139,6 +152,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no plan": ({"plan": {"file": "/nowhere.json"}}, "/nowhere.json: cannot be read"),
     "selector": ({"plan": {"pattern": {"selector": "best"}}}, "plan.pattern: selector: 'best' is not one of"),
     "setting": ({"plan": {"pattern": {"selector": "flex", "settings": {"columns": 3}}}}, "flex has no such setting"),
+    "layout's parameter": (
+        {"plan": {"layout_parameters": {"prefetch": 2}}},
+        "plan.layout_parameters: parameters: {'chunks': 1, 'prefetch': 2} do not fit layout 'gather'",
+    ),
+    "layout's value": ({"plan": {"layout_parameters": {"pull": 2}}}, "plan.layout_parameters: .* is 0 or 1, not 2"),
+    "parameter missing": ({"plan": {"layout": "two_level"}}, "plan.layout_parameters: .*do not fit layout 'two_level'"),
     "documents": (
         {"plan": {"pattern": {"selector": "vertical-slash"}}, "data": {"documents": {"attention": True}}},
         "data.documents.attention: 'vertical-slash' does not choose per document",
