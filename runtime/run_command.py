@@ -38,8 +38,13 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1.0, help="How long a rank waits for the others.")] = 600.0,
     patience_s: Annotated[
-        float, typer.Option(min=0.0, help="After how long a silence a rank is lost; 0: torch's own time-outs decide.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="After how long a silence a rank is lost; 0: torch's own time-outs decide. Default: half of "
+            "--timeout-s on GPUs; 0 on CPUs, where gloo notices a death at once.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random q, k, v and gradient.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:

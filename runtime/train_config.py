@@ -167,7 +167,7 @@ class TrainConfig(_Section):
     device: Literal["cpu", "cuda"] | None = None
     max_restarts: int = Field(default=0, ge=0)
     timeout_s: float = Field(default=600.0, gt=0)
-    patience_s: float = Field(default=0.0, ge=0)
+    patience_s: float | None = Field(default=None, ge=0)
     optimizer: OptimizerSection = OptimizerSection()
     memory: MemorySection = MemorySection()
     checkpoint: CheckpointSection | None = None
@@ -176,7 +176,7 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _patience_ends_before_the_timeout(self) -> Self:
-        if self.patience_s >= self.timeout_s:
+        if self.patience_s is not None and self.patience_s >= self.timeout_s:
             raise ValueError(f"patience_s {self.patience_s:g} is not less than timeout_s {self.timeout_s:g}")
         return self
 

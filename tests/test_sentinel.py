@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rank_pool import free_port, rank_environment
-from sparsering.runtime.mesh import join
+from sparsering.runtime.mesh import join, usual_patience_s
 from sparsering.runtime.sentinel import Silence, Watch
 from sparsering.traces.errors import InputError
 
@@ -198,6 +198,23 @@ def test_silence_is_counted_by_what_was_heard() -> None:
 def test_patience_is_less_than_the_time_out(patience_s: float) -> None:
     with pytest.raises(InputError, match="patience_s"):
         join(device="cpu", timeout_s=60.0, patience_s=patience_s)
+
+
+def test_patience_is_settled_by_the_device() -> None:
+    """On GPUs nobody else says who died; `run` and `train` leave it to this unless told otherwise."""
+    assert (usual_patience_s("cuda", 600.0), usual_patience_s("cpu", 600.0)) == (300.0, 0.0)
+    settled: list[float] = []
+
+    def stop(patience_s: float, timeout_s: float) -> None:
+        settled.append(patience_s)
+        raise InputError("far enough")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sparsering.runtime.mesh._check_patience", stop)
+        for device, patience_s in (("cuda", None), ("cpu", None), ("cuda", 0.0), ("cpu", 7.0)):
+            with pytest.raises(InputError, match="far enough"):
+                join(device=device, timeout_s=60.0, patience_s=patience_s)
+    assert settled == [30.0, 0.0, 0.0, 7.0]
 
 
 def test_a_watch_without_patience_is_refused() -> None:
