@@ -155,6 +155,8 @@ def layout_choices(
         narrow = {"narrow_grads": 1} if narrow_gradients else {}
         sizes = inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]
         choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]
+        if shares_cards(cluster):  # in turns they fill them too, and what has crossed is computed meanwhile
+            choices += [_layout("two_level", inner_size=size, chunks=2, **narrow) for size in sizes if size % 2 == 0]
     choices.append(_layout("collective"))
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     for transport in _transports(cluster, narrow=narrow_gradients or narrow_parts, pulls=pulls):
@@ -171,6 +173,11 @@ def _transports(cluster: Cluster, *, narrow: bool, pulls: bool) -> list[dict[str
     rounded = [{"narrow_grads": 1}] if narrow else []
     pulled = [{"pull": 1} | one for one in ({}, *rounded)] if pulls and cluster.pulls else []
     return rounded + pulled
+
+
+def shares_cards(cluster: Cluster) -> bool:
+    """Whether GPUs of a node share its network cards."""
+    return cluster.inter_node is not None and cluster.inter_node.nics_per_node < cluster.gpus_per_node
 
 
 def inner_sizes(cluster: Cluster) -> list[int]:

@@ -19,6 +19,7 @@ def two_level(
     direction: Direction,
     inner_size: int,
     narrow_grads: int = 0,
+    chunks: int = 1,
     pairs: Pairs | None = None,
 ) -> Schedule:
     """A gather where links between groups of `inner_size` ranks are slow: every shard crosses to a group once.
@@ -28,29 +29,53 @@ def two_level(
     computed first, their dK/dV summed within the node while columns are computed (or the own shard, where there are
     none), and sent home while the rest is computed.
     Everything travels and is computed whatever `pairs` leaves out. narrow_grads: 1 rounds a node's sums to the type of
-    q, k and v before they cross to another node, and halves what crosses; 0 sends them as they are summed.
+    q, k and v before they cross to another node, and halves what crosses; 0 sends them as they are summed. chunks: so
+    many groups of a node's places cross one after the other, where they share a way that one group can fill: what the
+    first brought in is computed, and what was computed for the first goes home, while the next one crosses.
     """
     world = shape.world_size
     if inner_size < 1 or world % inner_size:
         raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
     if narrow_grads not in (0, 1):
         raise InputError(f"is 0 or 1, not {narrow_grads}", field="narrow_grads")
+    if chunks < 1 or inner_size % chunks:
+        raise InputError(f"{chunks} does not divide {inner_size} places of a node", field="chunks")
     layout = _TwoLevel(
-        shape=shape, inner=inner_size, outer=world // inner_size, direction=direction, narrow_grads=bool(narrow_grads)
+        shape=shape,
+        inner=inner_size,
+        outer=world // inner_size,
+        direction=direction,
+        narrow_grads=bool(narrow_grads),
+        chunks=chunks,
     )
     parts = layout.communicators(), layout.buffers(), layout.draft
-    return close_schedule("two_level", direction, shape, *parts, kept=layout.kept, columns_phase=layout.filling_phase)
+    return close_schedule("two_level", direction, shape, *parts, kept=layout.kept, columns_phase=layout.columns_phase)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TwoLevel:
-    """The layout of `two_level`. Step 0 is the own node; steps count nodes backwards, offsets count places so."""
+    """The layout of `two_level`. Step 0 is the own node; steps count nodes backwards, offsets count places so.
+
+    A crossing is what a group of places brings in in a step: (step, group).
+    """
 
     shape: AttentionShape
     inner: int
     outer: int
     direction: Direction
     narrow_grads: bool
+    chunks: int
+
+    @property
+    def everyone(self) -> range:
+        return range(self.inner)
+
+    def places(self, group: int) -> range:
+        size = self.inner // self.chunks
+        return range(group * size, (group + 1) * size)
+
+    def crossings(self, steps: Iterable[int]) -> list[tuple[int, int]]:
+        return [(step, group) for step in steps for group in range(self.chunks)]
 
     def rank(self, node: int, place: int) -> int:
         return (node % self.outer) * self.inner + place % self.inner
@@ -60,13 +85,16 @@ class _TwoLevel:
         node, place = divmod(rank, self.inner)
         steps = [(step, offset) for step in range(self.outer) for offset in range(self.inner) if step or offset]
         return {
-            self.kv_slot(step, offset): ShardId(sequence_part=self.rank(node - step, place - offset))
+            self.kv_slot(place, step, offset): ShardId(sequence_part=self.rank(node - step, place - offset))
             for step, offset in steps
         }
 
-    def kv_slot(self, step: int, offset: int) -> str:
-        """Slots of one step are neighbours, and the own shard has none."""
-        return f"{KEPT}{step * self.inner + offset - 1}"
+    def kv_slot(self, place: int, step: int, offset: int) -> str:
+        """Slots of one crossing are neighbours, and the own shard has none."""
+        if self.chunks == 1:
+            return f"{KEPT}{step * self.inner + offset - 1}"
+        number = (place - offset) % self.inner
+        return f"{KEPT}{step * self.inner + number - (step > 0 or number > place)}"
 
     @property
     def grad_sets(self) -> int:
@@ -74,11 +102,25 @@ class _TwoLevel:
 
     @property
     def filling_phase(self) -> int:
-        """The phase of backward in which the last node's gradients are summed: something short should be computed."""
-        return self.outer - 1
+        """The phase of backward in which the last crossing's gradients are summed: for something short to compute."""
+        return self.home_phase((self.outer - 1) * self.chunks)
 
-    def grad_slot(self, step: int, offset: int) -> str:
-        return f"dkv:{step % self.grad_sets * self.inner + offset}"
+    @property
+    def columns_first(self) -> bool:
+        """Whether backward computes columns after the first crossing, whose sums then need not wait for the second."""
+        return self.chunks > 1 and self.outer > 1 and self.shape.columns_capacity > 0
+
+    @property
+    def columns_phase(self) -> int:
+        return 1 if self.columns_first else self.filling_phase
+
+    def home_phase(self, number: int) -> int:
+        """The phase of backward in which the shards of a crossing are computed."""
+        return number + (self.columns_first and number > 0)
+
+    def grad_slot(self, place: int, step: int, offset: int) -> str:
+        number = offset if self.chunks == 1 else (place - offset) % self.inner
+        return f"dkv:{step % self.grad_sets * self.inner + number}"
 
     def communicators(self) -> list[Communicator]:
         nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
@@ -107,38 +149,48 @@ class _TwoLevel:
             self._draft_backward(parts, node, place)
 
     def _draft_forward(self, parts: Draft, node: int, place: int) -> None:
-        """Phase 0: the own shard. Step 0 in phase 1, step o > 0 in phase o + 2, as its shards come from the rails."""
+        """Phase 0: the own shard. Phase 1: the own node's. Then, as they arrive, those of other nodes."""
         me = self.rank(node, place)
         parts.compute(0, block_task(me, me, KV_HOME, self.shape, None))
-        for step in range(self.outer):
-            if step:
-                parts.launch(0, self._cross(node, place, step), wait=step + 1)
-            spread = step + 1 if step else 0
-            parts.launch(spread, self._spread(node, place, step), wait=spread + 1)
-            self._compute_step(parts, node, place, step, phase=spread + 1)
+        parts.launch(0, self._spread(node, place, 0, self.everyone), wait=1)
+        self._compute(parts, node, place, 0, self.everyone, phase=1)
+        for number, (step, group) in enumerate(self.crossings(range(1, self.outer))):
+            # One group alone sends all at once. Of several, each crosses once all know that the one before it has.
+            begins, arrives = (0, 2 + number) if self.chunks == 1 else (2 * number + (number > 0), 2 + 2 * number)
+            if place in self.places(group):
+                parts.launch(begins, self._cross(node, place, step), wait=arrives)
+            parts.launch(arrives, self._spread(node, place, step, self.places(group)), wait=arrives + 1)
+            self._compute(parts, node, place, step, self.places(group), phase=arrives + 1)
 
     def _draft_backward(self, parts: Draft, node: int, place: int) -> None:
         """Other nodes' shards, farthest first, what fills, then the own node's."""
-        me, last_step = self.rank(node, place), self.outer - 1
-        for step in range(last_step, 0, -1):
-            phase = last_step - step
-            self._compute_step(parts, node, place, step, phase=phase)
-            parts.launch(phase + 1, self._sum_in_node(node, place, step), wait=phase + 2)
-            end = self.filling_phase + 3 if step == 1 else phase + 3
-            parts.launch(phase + 2, self._cross_home(node, place, step), wait=end)
+        me = self.rank(node, place)
+        crossings = self.crossings(range(self.outer - 1, 0, -1))
+        for number, (step, group) in enumerate(crossings):
+            phase, places = self.home_phase(number), self.places(group)
+            self._compute(parts, node, place, step, places, phase=phase)
+            parts.launch(phase + 1, self._sum_in_node(node, place, step, places), wait=phase + 2)
+            if place in places:
+                end = self.filling_phase + 3 if step == 1 else self.home_phase(number + self.chunks) + 2
+                parts.launch(phase + 2, self._cross_home(node, place, step), wait=end)
         phase = self.filling_phase + 1 if self.outer > 1 else 0
-        self._compute_step(parts, node, place, 0, phase=phase)
-        parts.launch(phase + 1, self._sum_in_node(node, place, 0), wait=phase + 2)
+        self._compute(parts, node, place, 0, self.everyone, phase=phase)
+        parts.launch(phase + 1, self._sum_in_node(node, place, 0, self.everyone), wait=phase + 2)
         own_phase = phase + 1 if self.outer == 1 and self.inner > 1 else self.filling_phase
-        if self.outer > 1 and self.shape.columns_capacity:
+        if self.outer > 1 and self.shape.columns_capacity and not self.columns_first:
             own_phase = phase
         parts.compute(own_phase, block_task(me, me, KV_HOME, self.shape, DKV_HOME), first=True)
 
-    def _compute_step(self, parts: Draft, node: int, place: int, step: int, *, phase: int) -> None:
-        for offset in range(0 if step else 1, self.inner):
+    def _compute(self, parts: Draft, node: int, place: int, step: int, places: range, *, phase: int) -> None:
+        """The shards of the places of the node `step` back, but for the own one."""
+        offsets = [offset for offset in range(0 if step else 1, self.inner) if (place - offset) % self.inner in places]
+        if self.chunks > 1:  # in the order of their slots
+            offsets.sort(key=lambda offset: (place - offset) % self.inner)
+        for offset in offsets:
             key = self.rank(node - step, place - offset)
-            grad = self.grad_slot(step, offset) if self.direction == "backward" else None
-            parts.compute(phase, block_task(self.rank(node, place), key, self.kv_slot(step, offset), self.shape, grad))
+            grad = self.grad_slot(place, step, offset) if self.direction == "backward" else None
+            slot = self.kv_slot(place, step, offset)
+            parts.compute(phase, block_task(self.rank(node, place), key, slot, self.shape, grad))
 
     def _cross(self, node: int, place: int, step: int) -> list[Transfer]:
         """K/V of the own shard to the node `step` further on, and those of the node `step` back to here."""
@@ -147,39 +199,38 @@ class _TwoLevel:
         return [
             route.move(
                 self.rank(source, place), self.rank(source, place), self.rank(target, place), step, KV_HOME,
-                self.kv_slot(step, 0),
+                self.kv_slot(place, step, 0),
             )
             for source, target in ends
         ]  # fmt: skip
 
-    def _spread(self, node: int, place: int, step: int) -> list[Transfer]:
-        """What came in `step` from here to the node's other places, and theirs to here."""
+    def _spread(self, node: int, place: int, step: int, places: range) -> list[Transfer]:
+        """What came in `step` to these places, from here to the node's other places and from theirs to here."""
         route = Route(kind="kv", communicator="nodes", capacity_bytes=self.shape.kv_bytes)
-        source_buffer = self.kv_slot(step, 0) if step else KV_HOME
         moves = []
         for offset in range(1, self.inner):
-            for source in (place, place - offset):
-                shard, ends = (
-                    self.rank(node - step, source),
-                    (self.rank(node, source), self.rank(node, source + offset)),
-                )
-                moves.append(route.move(shard, *ends, step, source_buffer, self.kv_slot(step, offset)))
+            for source in (place, (place - offset) % self.inner):
+                if source in places:
+                    target = (source + offset) % self.inner
+                    held = self.kv_slot(source, step, 0) if step else KV_HOME
+                    shard = self.rank(node - step, source)
+                    ends = self.rank(node, source), self.rank(node, target)
+                    moves.append(route.move(shard, *ends, step, held, self.kv_slot(target, step, offset)))
         return moves
 
-    def _sum_in_node(self, node: int, place: int, step: int) -> list[Transfer]:
-        """dK/dV of this node's places to the place that brought the shard in (step 0: that owns it)."""
+    def _sum_in_node(self, node: int, place: int, step: int, places: range) -> list[Transfer]:
+        """dK/dV of this node's places to these, which brought the shards in (step 0: that own them)."""
         route = Route(kind="dkv", communicator="nodes_grad", capacity_bytes=self.shape.dkv_bytes)
-        into = self.grad_slot(step, 0) if step else DKV_HOME
         moves = []
         for offset in range(1, self.inner):
-            for target in (place - offset, place):
-                shard, ends = (
-                    self.rank(node - step, target),
-                    (self.rank(node, target + offset), self.rank(node, target)),
-                )
-                moves.append(
-                    route.move(shard, *ends, step, self.grad_slot(step, offset), f"landing:{offset - 1}", into)
-                )
+            for target in ((place - offset) % self.inner, place):
+                if target in places:
+                    helper = (target + offset) % self.inner
+                    into = self.grad_slot(target, step, 0) if step else DKV_HOME
+                    shard = self.rank(node - step, target)
+                    ends = self.rank(node, helper), self.rank(node, target)
+                    source = self.grad_slot(helper, step, offset)
+                    moves.append(route.move(shard, *ends, step, source, f"landing:{offset - 1}", into))
         return moves
 
     def _cross_home(self, node: int, place: int, step: int) -> Iterable[Transfer]:
@@ -188,4 +239,4 @@ class _TwoLevel:
         route = Route(kind="dkv", communicator="rails_grad", capacity_bytes=size, narrow=self.narrow_grads)
         for owner, helper in ((node - step, node), (node, node + step)):
             home, away = self.rank(owner, place), self.rank(helper, place)
-            yield route.move(home, away, home, step, self.grad_slot(step, 0), "landing_rail:0", DKV_HOME)
+            yield route.move(home, away, home, step, self.grad_slot(place, step, 0), "landing_rail:0", DKV_HOME)

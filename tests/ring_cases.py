@@ -136,6 +136,7 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     if world_size == 4:
         yield "hierarchical", {"inner_size": 2}
         yield "two_level", {"inner_size": 2}
+        yield "two_level", {"inner_size": 2, "chunks": 2}
 
 
 def _cases() -> Iterator[Case]:

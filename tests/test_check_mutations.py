@@ -58,11 +58,12 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     kinds = ["ring", "gather", "hierarchical", *(["collective", "two_level", "ulysses"] if pairs is None else [])]
     layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    cut = [{"inner_size": size, "chunks": size} for size in divisors if size > 1]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
-        "two_level": {"inner_size": draw(st.sampled_from(divisors))},
+        "two_level": draw(st.sampled_from([{"inner_size": size} for size in divisors] + cut)),
         "collective": {},
         "ulysses": {},
     }[layout]

@@ -42,6 +42,9 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("hierarchical", {"inner_size": size}) for size in divisors)
     yield from (("two_level", {"inner_size": size}) for size in divisors)
     yield "two_level", {"inner_size": divisors[len(divisors) // 2], "narrow_grads": 1}
+    for size in divisors:
+        cuts = [chunks for chunks in range(2, size + 1) if size % chunks == 0]
+        yield from (("two_level", {"inner_size": size, "chunks": chunks}) for chunks in cuts)
     yield "collective", {}
     yield "ulysses", {}
 

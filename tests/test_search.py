@@ -32,7 +32,7 @@ from sparsering.planner.memory import layer_memory
 from sparsering.planner.plan import ModelShape
 from sparsering.planner.recurrence import recurrence
 from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
-from sparsering.planner.schedule import DIRECTIONS
+from sparsering.planner.schedule import DIRECTIONS, Direction
 from sparsering.planner.scores import Problem, ScoreBoard, Step
 from sparsering.planner.selection import IRREGULAR_MARGIN, Selection, select
 from sparsering.planner.verdict import predictions, verdict
@@ -357,6 +357,30 @@ def test_rounded_gradients_are_quicker_within_a_node_too():
     assert narrow.bound_us <= narrow.pick.step_time_us
 
 
+def test_places_of_a_node_cross_in_turns_where_they_share_a_card():
+    def two_levels(cluster: Cluster) -> set[str]:
+        return {str(one) for one in layout_choices(cluster=cluster, names=["two_level"])}
+
+    shared, own = (tiny.cluster(nodes=2, gpus=4, nics=nics) for nics in (1, 4))
+    assert two_levels(shared) - two_levels(own) == {
+        "two_level (chunks 2, inner_size 2)", "two_level (chunks 2, inner_size 4)",
+    }  # fmt: skip
+
+
+def test_crossing_in_turns_hides_what_is_computed_between_them():
+    """Two nodes of four on one card each, whose four crossings take as long as the longest rank computes."""
+    cluster, cost = tiny.cluster(nodes=2, gpus=4, nic_bandwidth=1000.0, bandwidth=1e6), tiny.PairCost(us_per_pair=2.0)
+    work = tiny.dense_workload(8, "striped")
+    gains_us: dict[Direction, float] = {"forward": 0.9, "backward": 3.9}
+    for direction, gained_us in gains_us.items():
+        at_once, in_turns = (
+            simulate(tiny.schedule("two_level", 8, direction, inner_size=4, chunks=chunks), work, cluster, cost)
+            for chunks in (1, 2)
+        )
+        assert in_turns.makespan_us < at_once.makespan_us - gained_us
+        assert in_turns.compute_us.tolist() == at_once.compute_us.tolist()
+
+
 def test_candidates_of_four_nodes_of_eight():
     cluster = tiny.cluster(nodes=4, gpus=8)
     names = [str(choice) for choice in layout_choices(cluster=cluster)]
@@ -364,7 +388,8 @@ def test_candidates_of_four_nodes_of_eight():
         "gather (chunks 1)", "gather (chunks 2)", "gather (chunks 4)", "gather (chunks 31)",
         "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
         "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
-        "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)", "collective",
+        "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)",
+        "two_level (chunks 2, inner_size 8)", "two_level (chunks 2, inner_size 4)", "collective",
         *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)), "ulysses",
     ]  # fmt: skip
     choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)
