@@ -78,7 +78,7 @@ class LayoutChoice:
     def kept_slots(self) -> tuple[object, ...] | None:
         """What decides which slot keeps which shard; None where nothing is kept."""
         if self.layout == "two_level":
-            return self.layout, self.parameters
+            return self.layout, *(one for one in self.parameters if one[0] in ("inner_size", "chunks"))
         return (self.layout,) if ("keep_kv", 1) in self.parameters else None
 
     @property
@@ -154,7 +154,11 @@ def layout_choices(
     if cluster.nodes > 1 or "two_level" in (names or ()):
         narrow = {"narrow_grads": 1} if narrow_gradients else {}
         sizes = inner_sizes(cluster)[:MAX_TWO_LEVEL_SIZES]
-        choices += [_layout("two_level", inner_size=size, **narrow) for size in sizes]
+        choices += [
+            _layout("two_level", inner_size=size, **halves, **narrow)
+            for halves in ({}, {"halves": 1})
+            for size in sizes
+        ]
         if shares_cards(cluster):  # in turns they fill them too, and what has crossed is computed meanwhile
             choices += [_layout("two_level", inner_size=size, chunks=2, **narrow) for size in sizes if size % 2 == 0]
     choices.append(_layout("collective"))

@@ -20,6 +20,7 @@ def two_level(
     inner_size: int,
     narrow_grads: int = 0,
     chunks: int = 1,
+    halves: int = 0,
     pairs: Pairs | None = None,
 ) -> Schedule:
     """A gather where links between groups of `inner_size` ranks are slow: every shard crosses to a group once.
@@ -28,18 +29,26 @@ def two_level(
     on to all places of its node. Forward keeps all K/V for backward, which fetches nothing: other nodes' shards are
     computed first, their dK/dV summed within the node while columns are computed (or the own shard, where there are
     none), and sent home while the rest is computed.
-    Everything travels and is computed whatever `pairs` leaves out. narrow_grads: 1 rounds a node's sums to the type of
-    q, k and v before they cross to another node, and halves what crosses; 0 sends them as they are summed. chunks: so
-    many groups of a node's places cross one after the other, where they share a way that one group can fill: what the
-    first brought in is computed, and what was computed for the first goes home, while the next one crosses.
+    Everything travels and is computed whatever `pairs` leaves out.
+
+    narrow_grads: 1 rounds a node's sums to the type of q, k and v before they cross to another node, and halves what
+    crosses; 0 sends them as they are summed.
+    chunks: so many groups of a node's places cross one after the other, where they share a way that one group can fill:
+    what the first brought in is computed, and what was computed for it goes home, while the next one crosses.
+    halves: 1 cuts the own node's shards in two, a launch more in each direction. Forward begins with the first half
+    sooner, and has the second to compute while the next node's shards are passed on; backward sums in the node under
+    the halves and ends with the own shard. It pays where crossing is about as quick as computing.
     """
     world = shape.world_size
     if inner_size < 1 or world % inner_size:
         raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
-    if narrow_grads not in (0, 1):
-        raise InputError(f"is 0 or 1, not {narrow_grads}", field="narrow_grads")
+    for name, value in (("narrow_grads", narrow_grads), ("halves", halves)):
+        if value not in (0, 1):
+            raise InputError(f"is 0 or 1, not {value}", field=name)
     if chunks < 1 or inner_size % chunks:
         raise InputError(f"{chunks} does not divide {inner_size} places of a node", field="chunks")
+    if halves and chunks > 1:
+        raise InputError(f"is for one chunk, not for {chunks}", field="halves")
     layout = _TwoLevel(
         shape=shape,
         inner=inner_size,
@@ -47,6 +56,7 @@ def two_level(
         direction=direction,
         narrow_grads=bool(narrow_grads),
         chunks=chunks,
+        halves=bool(halves),
     )
     parts = layout.communicators(), layout.buffers(), layout.draft
     return close_schedule("two_level", direction, shape, *parts, kept=layout.kept, columns_phase=layout.columns_phase)
@@ -65,10 +75,24 @@ class _TwoLevel:
     direction: Direction
     narrow_grads: bool
     chunks: int
+    halves: bool
 
     @property
     def everyone(self) -> range:
         return range(self.inner)
+
+    @property
+    def all_offsets(self) -> range:
+        return range(self.inner)
+
+    @property
+    def first_offsets(self) -> range:
+        """Of the first half of the own node's other shards."""
+        return range(1, 1 + self.inner // 2)
+
+    @property
+    def second_offsets(self) -> range:
+        return range(1 + self.inner // 2, self.inner)
 
     def places(self, group: int) -> range:
         size = self.inner // self.chunks
@@ -152,15 +176,17 @@ class _TwoLevel:
         """Phase 0: the own shard. Phase 1: the own node's. Then, as they arrive, those of other nodes."""
         me = self.rank(node, place)
         parts.compute(0, block_task(me, me, KV_HOME, self.shape, None))
-        parts.launch(0, self._spread(node, place, 0, self.everyone), wait=1)
-        self._compute(parts, node, place, 0, self.everyone, phase=1)
+        for phase, offsets in enumerate(self._own_node_offsets(), start=1):
+            parts.launch(0, self._spread(node, place, 0, self.everyone, offsets), wait=phase)
+            self._compute(parts, node, place, 0, self.everyone, offsets, phase=phase)
         for number, (step, group) in enumerate(self.crossings(range(1, self.outer))):
             # One group alone sends all at once. Of several, each crosses once all know that the one before it has.
             begins, arrives = (0, 2 + number) if self.chunks == 1 else (2 * number + (number > 0), 2 + 2 * number)
             if place in self.places(group):
                 parts.launch(begins, self._cross(node, place, step), wait=arrives)
-            parts.launch(arrives, self._spread(node, place, step, self.places(group)), wait=arrives + 1)
-            self._compute(parts, node, place, step, self.places(group), phase=arrives + 1)
+            arrived = self.places(group), self.all_offsets
+            parts.launch(arrives, self._spread(node, place, step, *arrived), wait=arrives + 1)
+            self._compute(parts, node, place, step, *arrived, phase=arrives + 1)
 
     def _draft_backward(self, parts: Draft, node: int, place: int) -> None:
         """Other nodes' shards, farthest first, what fills, then the own node's."""
@@ -168,25 +194,42 @@ class _TwoLevel:
         crossings = self.crossings(range(self.outer - 1, 0, -1))
         for number, (step, group) in enumerate(crossings):
             phase, places = self.home_phase(number), self.places(group)
-            self._compute(parts, node, place, step, places, phase=phase)
-            parts.launch(phase + 1, self._sum_in_node(node, place, step, places), wait=phase + 2)
+            self._compute(parts, node, place, step, places, self.all_offsets, phase=phase)
+            parts.launch(phase + 1, self._sum_in_node(node, place, step, places, self.all_offsets), wait=phase + 2)
             if place in places:
                 end = self.filling_phase + 3 if step == 1 else self.home_phase(number + self.chunks) + 2
                 parts.launch(phase + 2, self._cross_home(node, place, step), wait=end)
+        if self.halves:
+            self._draft_home_in_halves(parts, node, place)
+            return
         phase = self.filling_phase + 1 if self.outer > 1 else 0
-        self._compute(parts, node, place, 0, self.everyone, phase=phase)
-        parts.launch(phase + 1, self._sum_in_node(node, place, 0, self.everyone), wait=phase + 2)
+        whole = self.everyone, self.all_offsets
+        self._compute(parts, node, place, 0, *whole, phase=phase)
+        parts.launch(phase + 1, self._sum_in_node(node, place, 0, *whole), wait=phase + 2)
         own_phase = phase + 1 if self.outer == 1 and self.inner > 1 else self.filling_phase
         if self.outer > 1 and self.shape.columns_capacity and not self.columns_first:
             own_phase = phase
         parts.compute(own_phase, block_task(me, me, KV_HOME, self.shape, DKV_HOME), first=True)
 
-    def _compute(self, parts: Draft, node: int, place: int, step: int, places: range, *, phase: int) -> None:
-        """The shards of the places of the node `step` back, but for the own one."""
-        offsets = [offset for offset in range(0 if step else 1, self.inner) if (place - offset) % self.inner in places]
+    def _draft_home_in_halves(self, parts: Draft, node: int, place: int) -> None:
+        """The own node's other shards in two phases, then the own one, while the second half's gradients are summed."""
+        me, last = self.rank(node, place), self.filling_phase + 2
+        for phase, offsets in enumerate(self._own_node_offsets(), start=self.filling_phase):
+            self._compute(parts, node, place, 0, self.everyone, offsets, phase=phase)
+            parts.launch(phase + 1, self._sum_in_node(node, place, 0, self.everyone, offsets), wait=last + 1)
+        parts.compute(last, block_task(me, me, KV_HOME, self.shape, DKV_HOME))
+
+    def _own_node_offsets(self) -> list[range]:
+        return [self.first_offsets, self.second_offsets] if self.halves else [self.all_offsets]
+
+    def _compute(
+        self, parts: Draft, node: int, place: int, step: int, places: range, offsets: range, *, phase: int
+    ) -> None:
+        """The shards of these places of the node `step` back, at these offsets from here, but for the own one."""
+        taken = [offset for offset in offsets if (step or offset) and (place - offset) % self.inner in places]
         if self.chunks > 1:  # in the order of their slots
-            offsets.sort(key=lambda offset: (place - offset) % self.inner)
-        for offset in offsets:
+            taken.sort(key=lambda offset: (place - offset) % self.inner)
+        for offset in taken:
             key = self.rank(node - step, place - offset)
             grad = self.grad_slot(place, step, offset) if self.direction == "backward" else None
             slot = self.kv_slot(place, step, offset)
@@ -204,11 +247,11 @@ class _TwoLevel:
             for source, target in ends
         ]  # fmt: skip
 
-    def _spread(self, node: int, place: int, step: int, places: range) -> list[Transfer]:
-        """What came in `step` to these places, from here to the node's other places and from theirs to here."""
+    def _spread(self, node: int, place: int, step: int, places: range, offsets: range) -> list[Transfer]:
+        """What came in `step` to these places, to the places at these offsets: what goes from and comes to here."""
         route = Route(kind="kv", communicator="nodes", capacity_bytes=self.shape.kv_bytes)
         moves = []
-        for offset in range(1, self.inner):
+        for offset in offsets if offsets.start else offsets[1:]:
             for source in (place, (place - offset) % self.inner):
                 if source in places:
                     target = (source + offset) % self.inner
@@ -218,11 +261,11 @@ class _TwoLevel:
                     moves.append(route.move(shard, *ends, step, held, self.kv_slot(target, step, offset)))
         return moves
 
-    def _sum_in_node(self, node: int, place: int, step: int, places: range) -> list[Transfer]:
-        """dK/dV of this node's places to these, which brought the shards in (step 0: that own them)."""
+    def _sum_in_node(self, node: int, place: int, step: int, places: range, offsets: range) -> list[Transfer]:
+        """dK/dV to these places, which brought the shards in (step 0: own them), from those at these offsets."""
         route = Route(kind="dkv", communicator="nodes_grad", capacity_bytes=self.shape.dkv_bytes)
         moves = []
-        for offset in range(1, self.inner):
+        for offset in offsets if offsets.start else offsets[1:]:
             for target in ((place - offset) % self.inner, place):
                 if target in places:
                     helper = (target + offset) % self.inner

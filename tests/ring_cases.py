@@ -137,6 +137,7 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield "hierarchical", {"inner_size": 2}
         yield "two_level", {"inner_size": 2}
         yield "two_level", {"inner_size": 2, "chunks": 2}
+        yield "two_level", {"inner_size": 2, "halves": 1}
 
 
 def _cases() -> Iterator[Case]:

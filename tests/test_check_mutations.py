@@ -59,6 +59,7 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     cut = [{"inner_size": size, "chunks": size} for size in divisors if size > 1]
+    cut += [{"inner_size": size, "halves": 1} for size in divisors]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},

@@ -43,6 +43,7 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("two_level", {"inner_size": size}) for size in divisors)
     yield "two_level", {"inner_size": divisors[len(divisors) // 2], "narrow_grads": 1}
     for size in divisors:
+        yield "two_level", {"inner_size": size, "halves": 1}
         cuts = [chunks for chunks in range(2, size + 1) if size % chunks == 0]
         yield from (("two_level", {"inner_size": size, "chunks": chunks}) for chunks in cuts)
     yield "collective", {}

@@ -83,6 +83,7 @@ def test_what_is_never_needed_is_never_sent(
     [
         ("two_level", {"inner_size": 2}, 1),
         ("two_level", {"inner_size": 2, "chunks": 2}, 1),
+        ("two_level", {"inner_size": 2, "halves": 1}, 1),
         ("gather", {"chunks": 1}, 3),
         ("gather", {"chunks": 2, "keep_kv": 1, "pull": 1}, 3),
     ],

@@ -367,6 +367,26 @@ def test_places_of_a_node_cross_in_turns_where_they_share_a_card():
     }  # fmt: skip
 
 
+def test_halves_hide_sums_within_a_node_where_crossing_is_quick():
+    """Four nodes of four, each place with a card: backward waits for nothing that it could compute beside."""
+    cluster, cost = tiny.cluster(nodes=4, gpus=4, nics=4), tiny.PairCost(us_per_pair=0.5)
+    work = tiny.dense_workload(16, "striped", blocks_per_rank=16)
+    for direction in DIRECTIONS:
+        whole, halves = (
+            simulate(
+                tiny.schedule("two_level", 16, direction, blocks_per_rank=16, inner_size=4, halves=value),
+                work,
+                cluster,
+                cost,
+            )
+            for value in (0, 1)
+        )
+        assert halves.makespan_us < 0.97 * whole.makespan_us
+        assert halves.compute_us.sum() == pytest.approx(whole.compute_us.sum())
+    slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
+    assert ("halves", 1) not in select(slow, quick=CompiledRecurrence()).pick.backward_layout.parameters
+
+
 def test_crossing_in_turns_hides_what_is_computed_between_them():
     """Two nodes of four on one card each, whose four crossings take as long as the longest rank computes."""
     cluster, cost = tiny.cluster(nodes=2, gpus=4, nic_bandwidth=1000.0, bandwidth=1e6), tiny.PairCost(us_per_pair=2.0)
@@ -389,6 +409,7 @@ def test_candidates_of_four_nodes_of_eight():
         "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
         "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
         "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)",
+        "two_level (halves 1, inner_size 8)", "two_level (halves 1, inner_size 4)",
         "two_level (chunks 2, inner_size 8)", "two_level (chunks 2, inner_size 4)", "collective",
         *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)), "ulysses",
     ]  # fmt: skip
