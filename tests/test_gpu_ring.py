@@ -27,6 +27,8 @@ LAYOUTS = {
         ("gather", {"chunks": 2}),
         ("hierarchical", {"inner_size": 2}),
         ("two_level", {"inner_size": 2}),
+        ("two_level", {"inner_size": 2, "chunks": 2}),
+        ("two_level", {"inner_size": 2, "halves": 1}),
     ],
     8: [
         ("ring", {"prefetch": 1}),
@@ -34,6 +36,8 @@ LAYOUTS = {
         ("gather", {"chunks": 3}),
         ("hierarchical", {"inner_size": 4}),
         ("two_level", {"inner_size": 4}),
+        ("two_level", {"inner_size": 4, "chunks": 2}),
+        ("two_level", {"inner_size": 4, "halves": 1}),
     ],
 }
 
