@@ -77,7 +77,7 @@ def main() -> None:
         os.environ |= _alone()
     elif "RANK" not in os.environ:
         raise SystemExit(start_ranks("sparsering.benchmarks.rank", sys.argv[1:], count=2, shared={}))
-    mesh = join(device="cpu" if arguments.toy else None, timeout_s=60)
+    mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
     try:
         result = ResultFile("rank", folder=arguments.results, gpus=arguments.gpus)
         rows: list[dict[str, Any]] = []

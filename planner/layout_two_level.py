@@ -79,20 +79,19 @@ class _TwoLevel:
 
     @property
     def everyone(self) -> range:
+        """All places of a node."""
         return range(self.inner)
 
     @property
-    def all_offsets(self) -> range:
-        return range(self.inner)
+    def others(self) -> range:
+        """The offsets of a place's neighbours in its node."""
+        return range(1, self.inner)
 
     @property
-    def first_offsets(self) -> range:
-        """Of the first half of the own node's other shards."""
-        return range(1, 1 + self.inner // 2)
-
-    @property
-    def second_offsets(self) -> range:
-        return range(1 + self.inner // 2, self.inner)
+    def own_node_offsets(self) -> list[range]:
+        """The neighbours whose shards are computed together: all, or in halves."""
+        middle = 1 + self.inner // 2
+        return [range(1, middle), range(middle, self.inner)] if self.halves else [self.others]
 
     def places(self, group: int) -> range:
         size = self.inner // self.chunks
@@ -176,7 +175,7 @@ class _TwoLevel:
         """Phase 0: the own shard. Phase 1: the own node's. Then, as they arrive, those of other nodes."""
         me = self.rank(node, place)
         parts.compute(0, block_task(me, me, KV_HOME, self.shape, None))
-        for phase, offsets in enumerate(self._own_node_offsets(), start=1):
+        for phase, offsets in enumerate(self.own_node_offsets, start=1):
             parts.launch(0, self._spread(node, place, 0, self.everyone, offsets), wait=phase)
             self._compute(parts, node, place, 0, self.everyone, offsets, phase=phase)
         for number, (step, group) in enumerate(self.crossings(range(1, self.outer))):
@@ -184,7 +183,7 @@ class _TwoLevel:
             begins, arrives = (0, 2 + number) if self.chunks == 1 else (2 * number + (number > 0), 2 + 2 * number)
             if place in self.places(group):
                 parts.launch(begins, self._cross(node, place, step), wait=arrives)
-            arrived = self.places(group), self.all_offsets
+            arrived = self.places(group), self.others
             parts.launch(arrives, self._spread(node, place, step, *arrived), wait=arrives + 1)
             self._compute(parts, node, place, step, *arrived, phase=arrives + 1)
 
@@ -194,8 +193,8 @@ class _TwoLevel:
         crossings = self.crossings(range(self.outer - 1, 0, -1))
         for number, (step, group) in enumerate(crossings):
             phase, places = self.home_phase(number), self.places(group)
-            self._compute(parts, node, place, step, places, self.all_offsets, phase=phase)
-            parts.launch(phase + 1, self._sum_in_node(node, place, step, places, self.all_offsets), wait=phase + 2)
+            self._compute(parts, node, place, step, places, self.others, phase=phase)
+            parts.launch(phase + 1, self._sum_in_node(node, place, step, places, self.others), wait=phase + 2)
             if place in places:
                 end = self.filling_phase + 3 if step == 1 else self.home_phase(number + self.chunks) + 2
                 parts.launch(phase + 2, self._cross_home(node, place, step), wait=end)
@@ -203,7 +202,7 @@ class _TwoLevel:
             self._draft_home_in_halves(parts, node, place)
             return
         phase = self.filling_phase + 1 if self.outer > 1 else 0
-        whole = self.everyone, self.all_offsets
+        whole = self.everyone, self.others
         self._compute(parts, node, place, 0, *whole, phase=phase)
         parts.launch(phase + 1, self._sum_in_node(node, place, 0, *whole), wait=phase + 2)
         own_phase = phase + 1 if self.outer == 1 and self.inner > 1 else self.filling_phase
@@ -214,19 +213,16 @@ class _TwoLevel:
     def _draft_home_in_halves(self, parts: Draft, node: int, place: int) -> None:
         """The own node's other shards in two phases, then the own one, while the second half's gradients are summed."""
         me, last = self.rank(node, place), self.filling_phase + 2
-        for phase, offsets in enumerate(self._own_node_offsets(), start=self.filling_phase):
+        for phase, offsets in enumerate(self.own_node_offsets, start=self.filling_phase):
             self._compute(parts, node, place, 0, self.everyone, offsets, phase=phase)
             parts.launch(phase + 1, self._sum_in_node(node, place, 0, self.everyone, offsets), wait=last + 1)
         parts.compute(last, block_task(me, me, KV_HOME, self.shape, DKV_HOME))
 
-    def _own_node_offsets(self) -> list[range]:
-        return [self.first_offsets, self.second_offsets] if self.halves else [self.all_offsets]
-
     def _compute(
         self, parts: Draft, node: int, place: int, step: int, places: range, offsets: range, *, phase: int
     ) -> None:
-        """The shards of these places of the node `step` back, at these offsets from here, but for the own one."""
-        taken = [offset for offset in offsets if (step or offset) and (place - offset) % self.inner in places]
+        """The shards of these places of the node `step` back: of the same place (step 0: not) and at these offsets."""
+        taken = [offset for offset in (*([0] if step else []), *offsets) if (place - offset) % self.inner in places]
         if self.chunks > 1:  # in the order of their slots
             taken.sort(key=lambda offset: (place - offset) % self.inner)
         for offset in taken:
@@ -251,7 +247,7 @@ class _TwoLevel:
         """What came in `step` to these places, to the places at these offsets: what goes from and comes to here."""
         route = Route(kind="kv", communicator="nodes", capacity_bytes=self.shape.kv_bytes)
         moves = []
-        for offset in offsets if offsets.start else offsets[1:]:
+        for offset in offsets:
             for source in (place, (place - offset) % self.inner):
                 if source in places:
                     target = (source + offset) % self.inner
@@ -265,7 +261,7 @@ class _TwoLevel:
         """dK/dV to these places, which brought the shards in (step 0: own them), from those at these offsets."""
         route = Route(kind="dkv", communicator="nodes_grad", capacity_bytes=self.shape.dkv_bytes)
         moves = []
-        for offset in offsets if offsets.start else offsets[1:]:
+        for offset in offsets:
             for target in ((place - offset) % self.inner, place):
                 if target in places:
                     helper = (target + offset) % self.inner

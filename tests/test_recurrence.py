@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -60,32 +62,32 @@ def both(
 
 @given(st.data(), grids, clusters, costs, st.integers(1, 4))
 def test_equal_on_forward_rings(
-    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], cost: tiny.PairCost, prefetch: int
+    data: st.DataObject, grid: tuple[int, int], links: dict[str, Any], cost: tiny.PairCost, prefetch: int
 ) -> None:
     nodes, gpus = grid
     schedule = tiny.schedule("ring", nodes * gpus, blocks_per_rank=4, prefetch=prefetch)
-    cluster = tiny.cluster(nodes=nodes, gpus=gpus, **links)  # type: ignore[arg-type]
+    cluster = tiny.cluster(nodes=nodes, gpus=gpus, **links)
     engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
 
 @given(st.data(), grids, clusters, costs)
 def test_equal_on_forward_hierarchical_rings_with_a_card_each(
-    data: st.DataObject, grid: tuple[int, int], links: dict[str, float], cost: tiny.PairCost
+    data: st.DataObject, grid: tuple[int, int], links: dict[str, Any], cost: tiny.PairCost
 ) -> None:
     nodes, gpus = grid
     schedule = tiny.schedule("hierarchical", nodes * gpus, blocks_per_rank=4, inner_size=gpus)
-    cluster = tiny.cluster(nodes=nodes, gpus=gpus, nics=gpus, **links)  # type: ignore[arg-type]
+    cluster = tiny.cluster(nodes=nodes, gpus=gpus, nics=gpus, **links)
     engine, quick = both(schedule, data.draw(workloads(nodes * gpus)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
 
 @given(st.data(), st.integers(1, 6), clusters, costs, st.integers(1, 5), st.sampled_from([None, 700.0, 3000.0]))
 def test_equal_on_forward_gathers_of_one_node(
-    data: st.DataObject, world: int, links: dict[str, float], cost: tiny.PairCost, chunks: int, pulled: float | None
+    data: st.DataObject, world: int, links: dict[str, Any], cost: tiny.PairCost, chunks: int, pulled: float | None
 ) -> None:
     schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks, pull=int(pulled is not None))
-    cluster = tiny.cluster(gpus=world, pull_bandwidth=pulled, **links)  # type: ignore[arg-type]
+    cluster = tiny.cluster(gpus=world, pull_bandwidth=pulled, **links)
     engine, quick = both(schedule, data.draw(workloads(world)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us
 
@@ -109,13 +111,13 @@ LAYOUTS = st.sampled_from(
 def test_never_above_the_engine(
     data: st.DataObject,
     layout: tuple[str, dict[str, int]],
-    links: dict[str, float],
+    links: dict[str, Any],
     cost: tiny.PairCost,
     direction: Direction,
     columns: int,
 ) -> None:
     schedule = tiny.schedule(layout[0], 4, direction, columns=columns, blocks_per_rank=4, **layout[1])
-    cluster = tiny.cluster(nodes=2, gpus=2, nics=1, **links)  # type: ignore[arg-type]
+    cluster = tiny.cluster(nodes=2, gpus=2, nics=1, **links)
     engine, quick = both(schedule, data.draw(workloads(4)), cluster, cost)
     assert quick.makespan_us <= engine.makespan_us + ROUNDING_US
     assert quick.makespan_us >= quick.compute_us.max()
@@ -123,13 +125,13 @@ def test_never_above_the_engine(
 
 @given(st.data(), LAYOUTS, clusters, st.sampled_from(["forward", "backward"]), st.floats(1.0, 10.0))
 def test_more_bandwidth_is_never_slower(
-    data: st.DataObject, layout: tuple[str, dict[str, int]], links: dict[str, float], direction: Direction, more: float
+    data: st.DataObject, layout: tuple[str, dict[str, int]], links: dict[str, Any], direction: Direction, more: float
 ) -> None:
     schedule = tiny.schedule(layout[0], 4, direction, columns=8, blocks_per_rank=4, **layout[1])
     workload, cost = data.draw(workloads(4)), tiny.PairCost()
-    slow = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **links), cost)  # type: ignore[arg-type]
+    slow = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **links), cost)
     wider = links | {"bandwidth": links["bandwidth"] * more, "nic_bandwidth": links["nic_bandwidth"] * more}
-    fast = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **wider), cost)  # type: ignore[arg-type]
+    fast = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **wider), cost)
     assert fast.makespan_us <= slow.makespan_us
 
 

@@ -5,103 +5,36 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsering.planner.bounds import communication_bound_us, compute_bound_us, lower_bound
+from sparsering.planner.bounds import lower_bound
 from sparsering.planner.candidates import (
-    LayoutChoice,
-    PlacementChoice,
     baselines,
-    inner_sizes,
     layout_choices,
     placement_choices,
     why_not_executable,
 )
-from sparsering.planner.cluster import Cluster
 from sparsering.planner.compiled import CompiledRecurrence
 from sparsering.planner.cost import DatasheetCost
 from sparsering.planner.evaluation import Evaluation
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
 from sparsering.planner.memory import layer_memory
-from sparsering.planner.plan import ModelShape
 from sparsering.planner.recurrence import recurrence
-from sparsering.planner.sampling import Sample, TraceSummary, evenly_spread
-from sparsering.planner.schedule import DIRECTIONS, Direction
+from sparsering.planner.sampling import evenly_spread
+from sparsering.planner.schedule import DIRECTIONS
 from sparsering.planner.scores import Problem, ScoreBoard, Step
 from sparsering.planner.selection import IRREGULAR_MARGIN, Selection, select
 from sparsering.planner.verdict import predictions, verdict
-from sparsering.planner.workload import unit_load, workload
+from sparsering.planner.workload import workload
 from sparsering.simulator.engine import simulate
 from sparsering.tests import tiny
+from sparsering.tests.search_cases import BLOCK, problem, problems, senseless
 from sparsering.traces.errors import InputError
-from sparsering.traces.synthetic import SyntheticSettings, synthesize
-
-BLOCK = 64
-KINDS = ["dense", "vertical-slash", "skewed", "xattention", "packed-documents"]
-CLUSTERS = [(1, 1), (1, 2), (1, 4), (2, 2), (3, 2)]
-
-
-def problem(
-    *, kind: str = "vertical-slash", nodes: int = 1, gpus: int = 4, blocks: int = 16, layers: int = 1, seed: int = 0,
-    backend: str = "triton", memory_limit_bytes: int = 1 << 30, columns: int = 20, **hardware: Any,
-) -> Problem:  # fmt: skip
-    cluster = tiny.cluster(nodes=nodes, gpus=gpus, **hardware)
-    drawn = SyntheticSettings(
-        seq_len_tokens=blocks * BLOCK - 10, block_size=BLOCK, heads=4, columns=columns, density=0.2,
-        mean_document_tokens=3 * BLOCK,
-    )  # fmt: skip
-    patterns = [synthesize(kind, drawn, seed=seed, layer=layer) for layer in range(layers)]
-    most_columns = max(pattern.max_columns for pattern in patterns)
-    return Problem(
-        cluster=cluster,
-        cost=DatasheetCost(gpu=cluster.gpu, head_dim=64, block_size=BLOCK),
-        model=ModelShape(layers=layers, heads=4, kv_heads=2, head_dim=64),
-        seq_len_tokens=drawn.seq_len_tokens,
-        block_size=BLOCK,
-        dtype="bfloat16",
-        backend=backend,
-        memory_limit_bytes=memory_limit_bytes,
-        samples=tuple(
-            Sample(training_step=0, layer=layer, pattern=pattern) for layer, pattern in enumerate(patterns)
-        ),
-        summary=TraceSummary(
-            columns_capacity=-(-most_columns // 64) * 64,
-            block_load=unit_load(patterns, granularity_tokens=BLOCK, padded_tokens=blocks * BLOCK),
-            loaded_layers=layers,
-            recorded_layers=layers,
-        ),
-    )  # fmt: skip
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    nodes, gpus = draw(st.sampled_from(CLUSTERS))
-    return problem(
-        kind=draw(st.sampled_from(KINDS)),
-        nodes=nodes,
-        gpus=gpus,
-        blocks=draw(st.integers(4, 24)),
-        layers=draw(st.integers(1, 2)),
-        seed=draw(st.integers(0, 9)),
-        backend=draw(st.sampled_from(["triton", "blockwise"])),
-        bandwidth=draw(st.sampled_from([1000.0, 1e5])),
-        pull_bandwidth=draw(st.sampled_from([None, 2e5])),
-    )
-
-
-def senseless(makespan_us: float, world_size: int) -> Evaluation:
-    return Evaluation(
-        makespan_us=makespan_us,
-        compute_us=np.ones(world_size),
-        phase_us=np.ones((world_size, 1)),
-        peak_buffer_bytes=0,
-    )
 
 
 def whimsical(schedule, workload, cluster, cost) -> Evaluation:
@@ -206,57 +139,6 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
             assert bound_us <= simulated_us + 0.01
 
 
-def test_bounds_by_hand():
-    cluster = tiny.cluster(nodes=2, gpus=4, bandwidth=1000.0, nic_bandwidth=500.0, nics=2)
-    shape = AttentionShape(world_size=8, tokens_per_rank=10, heads=4, kv_heads=1, head_dim=5, columns_capacity=64)
-    assert (shape.kv_bytes, shape.dkv_bytes) == (200, 400)
-    # 4 shards enter each node through 2 cards; 7 shards reach each rank over its port and a card together.
-    assert communication_bound_us(cluster, shape, "forward") == max(4 * 200 / 1000, 7 * 200 / 1500)
-    assert communication_bound_us(cluster, shape, "backward") == max(4 * 600 / 1000, 7 * 600 / 1500)
-    assert communication_bound_us(cluster, shape, "backward", keep_kv=True) == max(4 * 400 / 1000, 7 * 400 / 1500)
-    narrow = communication_bound_us(cluster, shape, "backward", keep_kv=True, narrow_gradients=True)
-    assert narrow == max(4 * 200 / 1000, 7 * 200 / 1500)
-    one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
-    assert communication_bound_us(one_node, shape, "forward") == 7 * 200 / 1000
-    given_problem = problem(kind="dense", gpus=4, blocks=16)
-    found = workload(
-        given_problem.samples[0].pattern,
-        PlacementChoice(name="striped", granularity_tokens=BLOCK).build(
-            seq_len_tokens=given_problem.seq_len_tokens,
-            world_size=4,
-            block_size=BLOCK,
-            block_load=given_problem.summary.block_load,
-        ),
-    )
-    # 4 heads of 136 block pairs over 4 ranks, three microseconds each; there are no columns.
-    assert compute_bound_us(found, tiny.PairCost(us_per_pair=3.0), "forward") == 136 * 3
-    # With columns: one launch where they are fused, two else; a launch of one pair of columns is given back.
-    with_columns = replace(found, columns=np.ones((4, 4), dtype=np.int64))
-    for backend, launches in (("triton", 1), ("flash4", 2), ("blockwise", 2)):
-        cost = tiny.PairCost(us_per_pair=3.0, us_per_launch=5.0, backend=backend)
-        assert compute_bound_us(with_columns, cost, "forward") == launches * 5 + (136 + 4) * 3 - (5 + 3)
-
-
-def test_the_bound_knows_pulls():
-    """4 ranks, 3 shards each: K/V, then K/V and dK/dV twice as large, at the rate of pulls where ranks may pull."""
-    shape = AttentionShape(
-        world_size=4, tokens_per_rank=256, heads=4, kv_heads=2, head_dim=64, element_bytes=2, accumulator_bytes=4,
-        columns_capacity=0,
-    )  # fmt: skip
-    for cluster, pulls, rate in (
-        (tiny.cluster(pull_bandwidth=2000.0), True, 2000.0),
-        (tiny.cluster(pull_bandwidth=2000.0), False, 1000.0),
-        (tiny.cluster(pull_bandwidth=500.0), True, 1000.0),
-        (tiny.cluster(), True, 1000.0),
-    ):
-        bounds = [communication_bound_us(cluster, shape, direction, pulls=pulls) for direction in DIRECTIONS]
-        assert bounds == [3 * shape.kv_bytes / rate, 9 * shape.kv_bytes / rate]
-    slow = problem(kind="dense", bandwidth=100.0, pull_bandwidth=200.0)
-    found = select(slow, quick=CompiledRecurrence())
-    assert ("pull", 1) in found.pick.backward_layout.parameters
-    assert found.bound_us <= found.pick.step_time_us
-
-
 def test_memory_by_hand():
     shape = AttentionShape(
         world_size=4, tokens_per_rank=100, heads=8, kv_heads=2, head_dim=16, columns_capacity=64
@@ -319,21 +201,6 @@ def test_ranks_pull_where_the_file_says_how_fast_and_may_be_told_not_to():
     assert ("pull", 1) in final.forward_layout.parameters
 
 
-def test_pulls_and_rounded_gradients_are_looked_at_where_they_may_be():
-    def gathers(cluster: Cluster, **allowed: bool) -> set[str]:
-        return {str(one) for one in layout_choices(cluster=cluster, names=["gather"], **allowed)}
-
-    pulling, split = tiny.cluster(pull_bandwidth=2000.0), tiny.cluster(nodes=2, gpus=2, pull_bandwidth=2000.0)
-    plain = gathers(tiny.cluster())
-    assert gathers(split) == plain == gathers(pulling, pulls=False)
-    pulls = {f"gather (chunks {count}, {kept}pull 1)" for count in (1, 2) for kept in ("", "keep_kv 1, ")}
-    assert gathers(pulling) - plain == pulls
-    rounded = {name.replace("pull", "narrow_grads") for name in pulls}
-    assert gathers(split, narrow_gradients=True) - plain == rounded
-    both = {name.replace("pull", "narrow_grads 1, pull") for name in pulls}
-    assert gathers(pulling, narrow_gradients=True) - plain == pulls | rounded | both
-
-
 def test_gradients_that_kernels_round_travel_so_unasked():
     """flash4 writes 16 bits: nothing is lost. Sums of a node's ranks are another thing."""
     cluster, slow = tiny.cluster(nodes=2, gpus=2), problem(kind="dense", nodes=2, gpus=2, bandwidth=100.0)
@@ -355,87 +222,6 @@ def test_rounded_gradients_are_quicker_within_a_node_too():
     assert ("narrow_grads", 1) in narrow.pick.backward_layout.parameters
     assert narrow.pick.backward.makespan_us < 0.75 * wide.pick.backward.makespan_us
     assert narrow.bound_us <= narrow.pick.step_time_us
-
-
-def test_places_of_a_node_cross_in_turns_where_they_share_a_card():
-    def two_levels(cluster: Cluster) -> set[str]:
-        return {str(one) for one in layout_choices(cluster=cluster, names=["two_level"])}
-
-    shared, own = (tiny.cluster(nodes=2, gpus=4, nics=nics) for nics in (1, 4))
-    assert two_levels(shared) - two_levels(own) == {
-        "two_level (chunks 2, inner_size 2)", "two_level (chunks 2, inner_size 4)",
-    }  # fmt: skip
-
-
-def test_halves_hide_sums_within_a_node_where_crossing_is_quick():
-    """Four nodes of four, each place with a card: backward waits for nothing that it could compute beside."""
-    cluster, cost = tiny.cluster(nodes=4, gpus=4, nics=4), tiny.PairCost(us_per_pair=0.5)
-    work = tiny.dense_workload(16, "striped", blocks_per_rank=16)
-    for direction in DIRECTIONS:
-        whole, halves = (
-            simulate(
-                tiny.schedule("two_level", 16, direction, blocks_per_rank=16, inner_size=4, halves=value),
-                work,
-                cluster,
-                cost,
-            )
-            for value in (0, 1)
-        )
-        assert halves.makespan_us < 0.97 * whole.makespan_us
-        assert halves.compute_us.sum() == pytest.approx(whole.compute_us.sum())
-    slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
-    assert ("halves", 1) not in select(slow, quick=CompiledRecurrence()).pick.backward_layout.parameters
-
-
-def test_crossing_in_turns_hides_what_is_computed_between_them():
-    """Two nodes of four on one card each, whose four crossings take as long as the longest rank computes."""
-    cluster, cost = tiny.cluster(nodes=2, gpus=4, nic_bandwidth=1000.0, bandwidth=1e6), tiny.PairCost(us_per_pair=2.0)
-    work = tiny.dense_workload(8, "striped")
-    gains_us: dict[Direction, float] = {"forward": 0.9, "backward": 3.9}
-    for direction, gained_us in gains_us.items():
-        at_once, in_turns = (
-            simulate(tiny.schedule("two_level", 8, direction, inner_size=4, chunks=chunks), work, cluster, cost)
-            for chunks in (1, 2)
-        )
-        assert in_turns.makespan_us < at_once.makespan_us - gained_us
-        assert in_turns.compute_us.tolist() == at_once.compute_us.tolist()
-
-
-def test_candidates_of_four_nodes_of_eight():
-    cluster = tiny.cluster(nodes=4, gpus=8)
-    names = [str(choice) for choice in layout_choices(cluster=cluster)]
-    assert names == [
-        "gather (chunks 1)", "gather (chunks 2)", "gather (chunks 4)", "gather (chunks 31)",
-        "ring (prefetch 1)", "ring (prefetch 2)", "ring (prefetch 3)",
-        "hierarchical (inner_size 8)", "hierarchical (inner_size 4)", "hierarchical (inner_size 16)",
-        "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)",
-        "two_level (halves 1, inner_size 8)", "two_level (halves 1, inner_size 4)",
-        "two_level (chunks 2, inner_size 8)", "two_level (chunks 2, inner_size 4)", "collective",
-        *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)), "ulysses",
-    ]  # fmt: skip
-    choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)
-    assert {(choice.name, choice.granularity_tokens) for choice in choices} == {
-        ("contiguous", 128), ("zigzag", 128), ("striped", 1),
-        *((name, size) for name in ("striped", "balanced") for size in (128, 256, 512, 1024)),
-    }  # fmt: skip
-    plain = [str(one) for one in baselines(cluster=cluster, block_size=128)]
-    assert plain == [
-        *(f"striped (128 tokens), gather (chunks {count})" for count in (1, 2, 4, 31)),
-        "striped (128 tokens), ring (prefetch 1)",
-        "zigzag (128 tokens), ring (prefetch 1)",
-        "contiguous (128 tokens), ring (prefetch 1)",
-        "striped (128 tokens), hierarchical (inner_size 8)",
-    ]
-
-
-def test_coarse_units_that_would_pad_a_lot_are_left_out():
-    choices = placement_choices(seq_len_tokens=8192, world_size=32, block_size=128)
-    assert {choice.granularity_tokens for choice in choices} == {1, 128, 256}
-
-
-@pytest.mark.parametrize(("nodes", "gpus", "expected"), [(1, 1, []), (1, 2, []), (1, 8, [4, 2]), (2, 2, [2])])
-def test_inner_sizes(nodes: int, gpus: int, expected: list[int]):
-    assert inner_sizes(tiny.cluster(nodes=nodes, gpus=gpus)) == expected
 
 
 def test_token_striping_is_looked_at_but_never_picked_for_triton():
@@ -610,17 +396,3 @@ def test_evenly_spread():
     assert evenly_spread(range(36), 4) == [0, 12, 23, 35]
     assert evenly_spread([3, 5], 4) == [3, 5]
     assert evenly_spread(range(9), 1) == [4]
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(
-        InputError, match="layout: 'spiral' is not one of ring, gather, hierarchical, two_level, collective, ulysses"
-    ):
-        select(problem(), quick=CompiledRecurrence(), layouts=["spiral"])
-    with pytest.raises(InputError, match="placement: 'random' is not one of"):
-        select(problem(), quick=CompiledRecurrence(), placements=["random"])
-
-
-def test_choices_name_themselves():
-    layout = LayoutChoice(layout="ring", parameters=(("prefetch", 2),))
-    assert (str(layout), str(LayoutChoice(layout="ulysses", parameters=()))) == ("ring (prefetch 2)", "ulysses")
