@@ -75,6 +75,11 @@ class AttentionMask:
         """C, the columns that a head can hold (0 without columns)."""
         return 0 if self.columns is None else self.columns.shape[1]
 
+    def of_heads(self, heads: slice | Tensor) -> AttentionMask:
+        """The same mask for some of the query heads, or for all in another order (int64 [H] on the mask's device)."""
+        columns = None if self.columns is None else self.columns[heads]
+        return replace(self, active=self.active[heads], columns=columns)
+
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""
         move = {name: getattr(self, name) for name in ("active", "columns", "documents")}

@@ -1,25 +1,86 @@
-"""What the runtime plays of what a schedule can say: a rank's own queries, all heads at once, in slots by number.
+"""What the runtime plays of what a schedule can say: all heads of a rank's own queries, or one head group of several's.
 
-Schedules may say more (queries of others, heads in pieces), which the simulator plays and `check` proves. The runtime
-reads neither `query_buffer`, `out_buffer` nor `heads`: what they say must be what it does.
+Schedules may say more (all heads of others' queries, heads in pieces), which the simulator plays and `check` proves.
+Where heads are in one group the runtime reads neither `query_buffer`, `out_buffer` nor `heads`: what they say must be
+what it does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..traces.errors import UnsupportedError
-from .check_rules import Site, is_own
-from .schedule import COLUMNS_HOME, DCOLUMNS_HOME, OUT_HOME, Q_HOME, Schedule, ShardId, Task, Transfer
+from .check_rules import Rules, Site, is_own
+from .schedule import (
+    COLUMNS_HOME,
+    DCOLUMNS_HOME,
+    DKV_HOME,
+    KV_HOME,
+    OUT_HOME,
+    Q_HOME,
+    Schedule,
+    ShardId,
+    Task,
+    Transfer,
+)
 
 
 def check_playable(schedule: Schedule, rank: int) -> None:
     """Raise UnsupportedError, naming rank, phase and object, where the runtime cannot play the program of `rank`."""
     _check_slots(schedule)
+    groups = Rules(schedule).head_groups
+    if groups > 1:
+        _check_group(schedule, rank, groups)
+        return
+    for site, one in _statements(schedule, rank):
+        if isinstance(one, Transfer):
+            _check_transfer(schedule, site, one)
+        else:
+            _check_task(schedule, site, one)
+
+
+def _check_group(schedule: Schedule, rank: int, groups: int) -> None:
+    """The same where heads are in several groups: a rank computes one of them, of its own queries and of others'."""
+    if schedule.kept(rank):
+        raise UnsupportedError("K/V of a head group cannot be kept", field="kept K/V")
+    tasks = [(site, one) for site, one in _statements(schedule, rank) if isinstance(one, Task)]
+    if not any(task.query.sequence_part == rank for _, task in tasks):
+        raise UnsupportedError(f"rank {rank} computes none of its own queries", field="tasks")
+    own = tasks[0][1].query.head_group
+    size = schedule.num_heads // groups
+    buffers: dict[ShardId, str] = {}
+    for site, task in tasks:
+        _check_columns_task(site, task)
+        if task.query.head_group != own:
+            _refuse(site, f"a rank computes one head group, and this is not {own}")
+        if task.heads != (own * size, (own + 1) * size):
+            _refuse(site, f"all {size} heads of a group are computed together")
+        at_home = (task.query_buffer == Q_HOME, task.out_buffer == OUT_HOME)
+        if at_home != (task.query.sequence_part == rank,) * 2:
+            _refuse(
+                site, f"reads {task.query_buffer} and adds to {task.out_buffer}: own queries are at home, no others"
+            )
+        if buffers.setdefault(task.query, task.out_buffer) != task.out_buffer:
+            _refuse(site, f"adds to {task.out_buffer}, which sums up queries that {buffers[task.query]} sums up")
+    landed = {own}
+    for site, one in _statements(schedule, rank):
+        if isinstance(one, Transfer):
+            _check_group_transfer(schedule, site, one)
+            if one.kind == "out" and one.destination == rank:
+                assert one.shard is not None
+                if one.shard.head_group in landed:
+                    _refuse(site, "results of a head group come from one rank")
+                landed.add(one.shard.head_group)
+
+
+def _statements(schedule: Schedule, rank: int) -> Iterator[tuple[Site, Transfer | Task]]:
+    """Yield a rank's transfers and tasks, phase by phase."""
     for phase in schedule.phases(rank):
         for call in phase.group_calls:
             for transfer in call.transfers:
-                _check_transfer(schedule, Site(rank, phase.index, transfer), transfer)
+                yield Site(rank, phase.index, transfer), transfer
         for task in phase.tasks:
-            _check_task(schedule, Site(rank, phase.index, task), task)
+            yield Site(rank, phase.index, task), task
 
 
 def _check_slots(schedule: Schedule) -> None:
@@ -35,11 +96,30 @@ def _check_slots(schedule: Schedule) -> None:
 
 
 def _check_transfer(schedule: Schedule, site: Site, transfer: Transfer) -> None:
-    summed = COLUMNS_HOME if schedule.direction == "forward" else DCOLUMNS_HOME
     if transfer.kind in ("q", "out"):
         _refuse(site, f"{transfer.kind} stays with its rank")
+    _check_columns_transfer(schedule, site, transfer)
+
+
+def _check_columns_transfer(schedule: Schedule, site: Site, transfer: Transfer) -> None:
+    summed = COLUMNS_HOME if schedule.direction == "forward" else DCOLUMNS_HOME
     if transfer.kind == "columns" and transfer.buffer != summed:
         _refuse(site, f"columns are summed in {summed}, not {transfer.buffer}")
+
+
+def _check_group_transfer(schedule: Schedule, site: Site, transfer: Transfer) -> None:
+    """What a group needs comes from its owner, and what it computed goes straight home."""
+    _check_columns_transfer(schedule, site, transfer)
+    if transfer.kind == "columns":
+        return
+    if transfer.transport != "p2p" or transfer.narrow:
+        _refuse(site, "of head groups everything is sent from rank to rank as it is")
+    home = {"q": Q_HOME, "kv": KV_HOME}.get(transfer.kind)
+    if home is not None and transfer.source_buffer != home:
+        _refuse(site, f"is sent on from {transfer.source_buffer}, not from {home}")
+    into = {"out": OUT_HOME, "dkv": DKV_HOME}.get(transfer.kind)
+    if transfer.accumulate_into != into:
+        _refuse(site, f"is added into {transfer.accumulate_into}, not {into}")
 
 
 def _check_task(schedule: Schedule, site: Site, task: Task) -> None:
@@ -49,6 +129,10 @@ def _check_task(schedule: Schedule, site: Site, task: Task) -> None:
         _refuse(site, f"reads {task.query_buffer} and adds to {task.out_buffer}, not {Q_HOME} and {OUT_HOME}")
     if task.heads != (0, schedule.num_heads):
         _refuse(site, f"all {schedule.num_heads} heads are computed together")
+    _check_columns_task(site, task)
+
+
+def _check_columns_task(site: Site, task: Task) -> None:
     if task.key is None and task.grad_buffer not in (None, DCOLUMNS_HOME):
         _refuse(site, f"gradients of columns are added to {DCOLUMNS_HOME}, not {task.grad_buffer}")
 

@@ -16,6 +16,8 @@ from .schedule import (
     DCOLUMNS_HOME,
     DKV_HOME,
     KV_HOME,
+    OUT_HOME,
+    Q_HOME,
     Buffer,
     Communicator,
     Direction,
@@ -118,10 +120,12 @@ def close_schedule(
     kept: Callable[[int], dict[str, ShardId]] = keeps_nothing,
     columns_phase: int = 0,
     shared: frozenset[str] = frozenset(),
+    columns_by_draft: bool = False,
 ) -> Schedule:
     """Close a layout: add home buffers and the columns' part, and make the program.
 
     columns_phase: in which backward computes the columns. shared: names of buffers that others pull from.
+    columns_by_draft: whether `draft` adds the columns' transfers and tasks itself.
     """
     if shape.columns_capacity:
         communicators = [*communicators, Communicator(name=COLUMNS, groups=(tuple(range(shape.world_size)),))]
@@ -134,7 +138,7 @@ def close_schedule(
     def program(rank: int) -> tuple[Phase, ...]:
         parts = Draft()
         draft(rank, parts)
-        if shape.columns_capacity:
+        if shape.columns_capacity and not columns_by_draft:
             _add_columns(rank, parts, direction, shape, columns_phase)
         return parts.phases(order)
 
@@ -165,9 +169,21 @@ def _add_columns(rank: int, draft: Draft, direction: Direction, shape: Attention
 
     Backward keeps the gathered K and V: computed first in its phase, gradients summed while the rest goes on.
     """
-    forward = direction == "forward"
-    buffer = COLUMNS_HOME if forward else DCOLUMNS_HOME
-    transfer = Transfer(
+    transfer = columns_transfer(direction, shape)
+    task = columns_task(direction, query=ShardId(sequence_part=rank), heads=(0, shape.heads))
+    last = max([1, *draft.waits, *draft.tasks])
+    if direction == "forward":
+        draft.launch(0, [transfer], wait=1)
+        draft.compute(1, task, first=True)
+    else:
+        draft.compute(backward_phase, task, first=True)
+        draft.launch(backward_phase + 1, [transfer], wait=max(backward_phase + 2, last))
+
+
+def columns_transfer(direction: Direction, shape: AttentionShape) -> Transfer:
+    """Return the sum of all ranks' columns (forward), or of their gradients, which then go to the owners' rows."""
+    buffer = COLUMNS_HOME if direction == "forward" else DCOLUMNS_HOME
+    return Transfer(
         kind="columns",
         shard=None,
         source=ALL_RANKS,
@@ -178,23 +194,29 @@ def _add_columns(rank: int, draft: Draft, direction: Direction, shape: Attention
         source_buffer=buffer,
         buffer=buffer,
         capacity_bytes=shape.columns_bytes(direction),
-        accumulate_into=None if forward else DKV_HOME,
+        accumulate_into=None if direction == "forward" else DKV_HOME,
     )
-    task = Task(
-        query=ShardId(sequence_part=rank),
+
+
+def columns_task(
+    direction: Direction,
+    *,
+    query: ShardId,
+    heads: tuple[int, int],
+    query_buffer: str = Q_HOME,
+    out_buffer: str = OUT_HOME,
+) -> Task:
+    """Return the task of some queries against all gathered columns."""
+    return Task(
+        query=query,
         key=None,
-        heads=(0, shape.heads),
+        heads=heads,
         key_buffer=COLUMNS_HOME,
         kind="columns",
-        grad_buffer=None if forward else DCOLUMNS_HOME,
+        query_buffer=query_buffer,
+        out_buffer=out_buffer,
+        grad_buffer=None if direction == "forward" else DCOLUMNS_HOME,
     )
-    last = max([1, *draft.waits, *draft.tasks])
-    if forward:
-        draft.launch(0, [transfer], wait=1)
-        draft.compute(1, task, first=True)
-    else:
-        draft.compute(backward_phase, task, first=True)
-        draft.launch(backward_phase + 1, [transfer], wait=max(backward_phase + 2, last))
 
 
 def block_task(rank: int, key: int, key_buffer: str, shape: AttentionShape, grad_buffer: str | None) -> Task:

@@ -1,9 +1,16 @@
-"""Head parallelism, for simulation."""
+"""Head parallelism within groups of ranks, sequence parallelism between them (Ulysses x all-gather)."""
 
 from __future__ import annotations
 
-from ..traces.errors import UnsupportedError
-from .layout_draft import AttentionShape, Draft, close_schedule, slots
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.errors import InputError, UnsupportedError
+from .layout_draft import AttentionShape, Draft, close_schedule, columns_task, columns_transfer, slots
 from .pairs import Pairs
 from .schedule import (
     DKV_HOME,
@@ -20,87 +27,256 @@ from .schedule import (
     TransferKind,
 )
 
+EXCHANGE, GATHER, GATHER_GRAD = "exchange", "gather", "gather_grad"
 
-def ulysses(*, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None) -> Schedule:
-    """Head parallelism by all-to-all (DeepSpeed-Ulysses, arXiv 2309.14509). Simulated only: `run` refuses it.
 
-    Rank g gathers the whole sequence for head group g of W equal groups, computes it, and sends out (or dq, dk, dv)
-    home. Each K/V head goes to every group whose query heads use it. Everything travels whatever `pairs` leaves out.
+def ulysses(
+    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, degree: int | None = None
+) -> Schedule:
+    """Queries of `degree` neighbouring ranks for a `degree`-th of the heads each, against the K/V of just these heads.
+
+    Ranks of a group exchange queries, so that each has those of all of them for its head group, and fetch from all
+    ranks the K/V that these heads use: a `degree`-th of what a gather fetches, as long as there are as many K/V heads.
+    out (or dq) goes back within the group, dK/dV home from all. Whole head parallelism is a group of all ranks, the
+    default (DeepSpeed-Ulysses, arXiv 2309.14509); smaller ones are its hybrid with sequence parallelism (USP,
+    arXiv 2405.07719). Where a group is a node, every head's K/V of a shard enters a node once.
+
+    Forward begins with the own queries and keys while the rest arrives, and ends with the own queries, while results of
+    the others go home. Backward ends with the own keys, first those of the others' queries, while dK/dV go home.
+    Raises UnsupportedError where the groups do not divide the ranks, or cut a K/V head's queries unevenly.
     """
-    world = shape.world_size
-    if shape.heads % world:
-        raise UnsupportedError(f"{shape.heads} heads cannot be split over {world} ranks", field="ulysses")
-    if shape.columns_capacity:
-        raise UnsupportedError("columns are not gathered under head parallelism", field="ulysses")
-    group_heads = shape.heads // world
-    group_kv_heads = -(-group_heads * shape.kv_heads // shape.heads)
-    q_bytes = shape.tokens_per_rank * group_heads * shape.head_dim * shape.element_bytes
-    kv_bytes = 2 * shape.tokens_per_rank * group_kv_heads * shape.head_dim * shape.element_bytes
-    sizes: dict[TransferKind, int] = {"q": q_bytes, "kv": kv_bytes, "out": q_bytes}
-    if direction == "backward":  # q travels with dout, and its log-sum-exp and delta
-        sizes["q"] = 2 * q_bytes + 8 * shape.tokens_per_rank * group_heads
-        sizes["dkv"] = kv_bytes * shape.accumulator_bytes // shape.element_bytes
-    buffers: list[Buffer] = [
-        Buffer(name=Q_HOME, kind="q", capacity_bytes=world * sizes["q"]),
-        Buffer(name=OUT_HOME, kind="out", capacity_bytes=world * sizes["out"]),
-    ]
-    for kind, size in sizes.items():
-        buffers += slots(kind, kind, world, size)
-        if kind in ("out", "dkv"):
-            buffers += slots(f"{kind}_landing", kind, world, size)
+    layout = _HeadParallel(
+        shape=shape,
+        direction=direction,
+        needed=(pairs or Pairs.all_of(shape.world_size)).matrix,
+        degree=_degree(shape, degree),
+    )
+    parts = layout.communicators(), layout.buffers(), layout.draft
+    return close_schedule("ulysses", direction, shape, *parts, columns_by_draft=True)
 
-    def move(kind: TransferKind, part: int, group: int, source: int, destination: int, source_buffer: str, buffer: str,
-             into: str | None = None) -> Transfer:  # fmt: skip
+
+def _degree(shape: AttentionShape, degree: int | None) -> int:
+    """Return the size of a group, if that is possible."""
+    wanted = shape.world_size if degree is None else degree
+    if wanted < 1:
+        raise InputError(f"must be at least 1, not {wanted}", field="degree")
+    if shape.world_size % wanted:
+        raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="ulysses")
+    if shape.heads % wanted:
+        raise UnsupportedError(f"{shape.heads} heads cannot be split over {wanted} ranks", field="ulysses")
+    if max(wanted, shape.kv_heads) % min(wanted, shape.kv_heads):
+        raise UnsupportedError(f"{shape.kv_heads} K/V heads cannot be split over {wanted} ranks", field="ulysses")
+    return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeadParallel:
+    """The layout of `ulysses`. needed: bool [query part, key part]."""
+
+    shape: AttentionShape
+    direction: Direction
+    needed: NDArray[np.bool_]
+    degree: int
+
+    @property
+    def world(self) -> int:
+        return self.shape.world_size
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "backward"
+
+    @cached_property
+    def sizes(self) -> dict[TransferKind, int]:
+        """Bytes of what a rank holds of one shard for its head group."""
+        shape, heads = self.shape, self.shape.heads // self.degree
+        kv_heads = max(1, shape.kv_heads // self.degree)
+        q_bytes = shape.tokens_per_rank * heads * shape.head_dim * shape.element_bytes
+        row_bytes = shape.tokens_per_rank * heads * shape.accumulator_bytes  # log-sum-exp or delta
+        kv_bytes = shape.kv_bytes // shape.kv_heads * kv_heads
+        if self.backward:  # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
+            dkv_bytes = shape.dkv_bytes // shape.kv_heads * kv_heads
+            return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}
+        return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
+
+    def communicators(self) -> list[Communicator]:
+        together = tuple(tuple(range(first, first + self.degree)) for first in range(0, self.world, self.degree))
+        everyone = (tuple(range(self.world)),)
+        names = [GATHER, GATHER_GRAD] if self.backward else [GATHER]
+        return [
+            Communicator(name=EXCHANGE, groups=together),
+            *(Communicator(name=name, groups=everyone) for name in names),
+        ]
+
+    def buffers(self) -> list[Buffer]:
+        """Homes of queries and results; q and out of the group's other ranks; K/V and their gradients."""
+        others = self.degree - 1
+        q_bytes = self.degree * self.sizes["q"]
+        found = [Buffer(name=Q_HOME, kind="q", capacity_bytes=q_bytes)]
+        found += [Buffer(name=OUT_HOME, kind="out", capacity_bytes=self.degree * self.sizes["out"])]
+        found += slots("q", "q", others, self.sizes["q"])
+        found += slots("out", "out", others, self.sizes["out"])
+        found += slots("out_landing", "out", others, self.sizes["out"])
+        read = max(len(self.reads(rank)) for rank in range(self.world))
+        found += slots("kv", "kv", read, self.sizes["kv"])
+        if self.backward:
+            landing = max(len(self.readers(rank)) for rank in range(self.world))
+            found += slots("dkv", "dkv", read, self.sizes["dkv"])
+            found += slots("landing", "dkv", landing, self.sizes["dkv"])
+        return found
+
+    def members(self, rank: int) -> list[int]:
+        """Return the other ranks of a rank's group, those that follow it first."""
+        first = rank - rank % self.degree
+        return [first + (rank + step) % self.degree for step in range(1, self.degree)]
+
+    def computes(self, query: int, key: int) -> bool:
+        """Whether a pair of parts is computed; that of the own keys always is."""
+        return query == key or bool(self.needed[query, key])
+
+    @cached_property
+    def _reads(self) -> list[list[int]]:
+        read = []
+        for rank in range(self.world):
+            queries = [rank, *self.members(rank)]
+            owners = [(rank - offset) % self.world for offset in range(1, self.world)]
+            read.append([key for key in owners if any(self.computes(query, key) for query in queries)])
+        return read
+
+    def reads(self, rank: int) -> list[int]:
+        """Return the others whose K/V a rank reads for its head group, nearest first: the order of its slots."""
+        return self._reads[rank]
+
+    @cached_property
+    def _readers(self) -> list[list[int]]:
+        """By owner, the ranks that read its K/V, by their head groups: what is added up together lands side by side."""
+        readers: list[list[int]] = [[] for _ in range(self.world)]
+        for rank in sorted(range(self.world), key=lambda rank: (rank % self.degree, rank)):
+            for owner in self.reads(rank):
+                readers[owner].append(rank)
+        return readers
+
+    def readers(self, owner: int) -> list[int]:
+        """Return the ranks that read the owner's K/V: the order of its landing slots."""
+        return self._readers[owner]
+
+    def draft(self, rank: int, parts: Draft) -> None:
+        """Drop a rank's transfers and tasks into their phases."""
+        if self.backward:
+            self._draft_backward(rank, parts)
+        else:
+            self._draft_forward(rank, parts)
+
+    def _draft_forward(self, rank: int, parts: Draft) -> None:
+        others, foreign = self.members(rank), self.reads(rank)
+        self._fetch(rank, parts)
+        self._compute(parts, 0, rank, rank, [rank])
+        for query in others:
+            self._compute(parts, 1, rank, query, [rank, *foreign], columns=True)
+        last = 2 if others else 1
+        self._compute(parts, last, rank, rank, foreign, columns=True)
+        parts.launch(2, self._results(rank), wait=3)
+        if self.shape.columns_capacity:
+            parts.launch(0, [columns_transfer(self.direction, self.shape)], wait=1)
+
+    def _draft_backward(self, rank: int, parts: Draft) -> None:
+        others, foreign = self.members(rank), self.reads(rank)
+        self._fetch(rank, parts)
+        self._compute(parts, 0, rank, rank, [], columns=True)
+        for query in others:
+            self._compute(parts, 1, rank, query, foreign, columns=True)
+        self._compute(parts, 1, rank, rank, foreign)
+        for query in others:
+            self._compute(parts, 2, rank, query, [rank])
+        self._compute(parts, 3 if others else 2, rank, rank, [rank])
+        parts.launch(2, self._gradients(rank), wait=4)
+        parts.launch(3, self._results(rank), wait=4)
+        if self.shape.columns_capacity:
+            parts.launch(2, [columns_transfer(self.direction, self.shape)], wait=4)
+
+    def _fetch(self, rank: int, parts: Draft) -> None:
+        """Launch the exchange of queries, and K/V on their way to all that read them."""
+        queries: list[Transfer] = []
+        for other in self.members(rank):
+            queries += [self._move("q", rank, rank, other, Q_HOME, self._slot("q", other, rank))]
+            queries += [self._move("q", other, other, rank, Q_HOME, self._slot("q", rank, other))]
+        keys = [self._move("kv", rank, rank, reader, KV_HOME, self._kv("kv", reader, rank))
+                for reader in self.readers(rank)]  # fmt: skip
+        keys += [self._move("kv", owner, owner, rank, KV_HOME, self._kv("kv", rank, owner))
+                 for owner in self.reads(rank)]  # fmt: skip
+        parts.launch(0, queries, wait=1)
+        parts.launch(0, keys, wait=1)
+
+    def _results(self, rank: int) -> list[Transfer]:
+        """Return what the ranks of a group computed of each other's queries, on its way home."""
+        moved: list[Transfer] = []
+        for other in self.members(rank):
+            for source, home in ((rank, other), (other, rank)):
+                landing = self._slot("out_landing", home, source)
+                moved.append(self._move("out", home, source, home, self._slot("out", source, home), landing, OUT_HOME))
+        return moved
+
+    def _gradients(self, rank: int) -> list[Transfer]:
+        """Return dK/dV on their way home, those of the own shard and those of others."""
+        routes = [(owner, rank) for owner in self.reads(rank)] + [(rank, reader) for reader in self.readers(rank)]
+        return [
+            self._move("dkv", owner, reader, owner, self._kv("dkv", reader, owner),
+                       f"landing:{self.readers(owner).index(reader)}", DKV_HOME)
+            for owner, reader in routes
+        ]  # fmt: skip
+
+    def _move(self, kind: TransferKind, part: int, source: int, destination: int, source_buffer: str, buffer: str,
+              into: str | None = None) -> Transfer:  # fmt: skip
+        """Return a transfer of a shard for the head group of the rank that computes it."""
+        computing = source if kind in ("out", "dkv") else destination
+        exchanged = kind in ("q", "out")
         return Transfer(
             kind=kind,
-            shard=ShardId(sequence_part=part, head_group=group),
+            shard=ShardId(sequence_part=part, head_group=computing % self.degree),
             source=source,
             destination=destination,
             sequence=0,
-            communicator="all_to_all",
+            communicator=EXCHANGE if exchanged else GATHER if kind == "kv" else GATHER_GRAD,
             transport="p2p",
             source_buffer=source_buffer,
             buffer=buffer,
-            capacity_bytes=sizes[kind],
+            capacity_bytes=self.sizes[kind],
             accumulate_into=into,
         )
 
-    def draft(rank: int, parts: Draft) -> None:
-        others = [(rank + offset) % world for offset in range(1, world)]
-        fetch: list[Transfer] = []
-        homeward: list[Transfer] = []
-        for other in others:
-            inputs: tuple[tuple[TransferKind, str], ...] = (("q", Q_HOME), ("kv", KV_HOME))
-            results: tuple[tuple[TransferKind, str], ...] = (("out", OUT_HOME), ("dkv", DKV_HOME))
-            for kind, home in inputs:
-                fetch.append(move(kind, rank, other, rank, other, home, f"{kind}:{rank}"))
-                fetch.append(move(kind, other, rank, other, rank, home, f"{kind}:{other}"))
-            for kind, home in results:
-                if kind in sizes:
-                    landing = f"{kind}_landing:{rank}", f"{kind}_landing:{other}"
-                    homeward.append(move(kind, other, rank, rank, other, f"{kind}:{other}", landing[0], home))
-                    homeward.append(move(kind, rank, other, other, rank, f"{kind}:{rank}", landing[1], home))
-        parts.launch(0, fetch, wait=1)
-        parts.launch(2, homeward, wait=3)
-        for query in range(world):
-            for key in range(world):
-                if pairs is None or pairs.needs(query, key):
-                    parts.compute(1, task(rank, query, key))
+    def _slot(self, pool: str, holder: int, part: int) -> str:
+        """Return the slot of a rank for queries, or results, of (or from) another rank of its group."""
+        return f"{pool}:{self.members(holder).index(part)}"
 
-    def task(rank: int, query: int, key: int) -> Task:
-        own_query, own_key = query == rank, key == rank
+    def _kv(self, pool: str, reader: int, owner: int) -> str:
+        return f"{pool}:{self.reads(reader).index(owner)}"
+
+    def _compute(
+        self, parts: Draft, phase: int, rank: int, query: int, keys: list[int], *, columns: bool = False
+    ) -> None:
+        """Add the tasks of a rank over queries of its group and keys, the columns first."""
+        heads = self.shape.heads // self.degree
+        first = rank % self.degree * heads
+        own = query == rank
+        queries = {
+            "query": ShardId(sequence_part=query, head_group=rank % self.degree),
+            "heads": (first, first + heads),
+            "query_buffer": Q_HOME if own else self._slot("q", rank, query),
+            "out_buffer": OUT_HOME if own else self._slot("out", rank, query),
+        }
+        if columns and self.shape.columns_capacity:
+            parts.compute(phase, columns_task(self.direction, **queries))
+        for key in keys:
+            if self.computes(query, key):
+                parts.compute(phase, self._task(rank, key, queries))
+
+    def _task(self, rank: int, key: int, queries: dict[str, Any]) -> Task:
         grad = None
-        if direction == "backward":
-            grad = DKV_HOME if own_key else f"dkv:{key}"
+        if self.backward:
+            grad = DKV_HOME if key == rank else self._kv("dkv", rank, key)
         return Task(
-            query=ShardId(sequence_part=query, head_group=rank),
-            key=ShardId(sequence_part=key, head_group=rank),
-            heads=(rank * group_heads, (rank + 1) * group_heads),
-            key_buffer=KV_HOME if own_key else f"kv:{key}",
-            query_buffer=Q_HOME if own_query else f"q:{query}",
-            out_buffer=OUT_HOME if own_query else f"out:{query}",
+            key=ShardId(sequence_part=key, head_group=rank % self.degree),
+            key_buffer=KV_HOME if key == rank else self._kv("kv", rank, key),
             grad_buffer=grad,
+            **queries,
         )
-
-    communicators = [Communicator(name="all_to_all", groups=(tuple(range(world)),))]
-    return close_schedule("ulysses", direction, shape, communicators, buffers, draft)

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.api import AttentionMask, accumulator_dtype, fastest_backend, row_products
+from ..kernels.api import AttentionMask, Partial, accumulator_dtype, fastest_backend, row_products
 from ..planner.check import check_step
 from ..planner.check_playable import check_playable
+from ..planner.check_rules import Rules
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS, KEPT, Direction, Task
+from ..planner.schedule import DIRECTIONS, KEPT, Direction, Schedule, Task
 from ..traces.errors import InputError, UnsupportedError
-from .buffers import BufferPool, Slots
+from .buffers import BufferPool, Pair, Slots
 from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks, naming_lost_ranks
+from .head_stages import HeadBackwardStage, HeadForwardStage, HeadGroups
 from .measure import Recorder
 from .mesh import Mesh, agree
 from .patterns import PairGuard, RunningHash
@@ -58,7 +60,13 @@ class PlannedAttention:
         check_step(self.schedules["forward"], self.schedules["backward"])
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
-        self.pool = BufferPool(mesh.device, list(self.schedules.values()), self._channels.peers)
+        self._groups = {direction: _head_groups(plan, schedule) for direction, schedule in self.schedules.items()}
+        self.pool = BufferPool(
+            mesh.device,
+            list(self.schedules.values()),
+            self._channels.peers,
+            kv_heads=[groups.kv_heads_of_one for groups in self._groups.values()],
+        )
         placement = plan.make_placement()
         self._pairs = PairGuard(plan.active_pairs(), placement)
         self.positions = [
@@ -103,13 +111,42 @@ class PlannedAttention:
         count = sum(buffer.name.startswith(KEPT) for buffer in self.schedules["forward"].buffers)
         return k.new_empty((2, count, *k.shape)) if count else None
 
-    def tasks(self, direction: Direction) -> int:
-        """Return how many tasks this rank computes in one direction."""
-        return len(self._tasks(direction))
+    def forward_stage(
+        self, q: Tensor, kv: Pair, *, kept_kv: Tensor | None, indexes: Indexes, scale: float
+    ) -> ForwardStage | HeadForwardStage:
+        """Return the forward of a layer on this rank: q [B, S, H, D], kv its own (K, V), contiguous."""
+        tasks = self._tasks("forward")
+        common: dict[str, Any] = {"q": q, "kv": kv, "slots": self.slots("forward", kv[0], kept_kv)}
+        common |= {"indexes": indexes, "scale": scale}
+        groups = self._groups["forward"]
+        if groups.count == 1:
+            return ForwardStage(**common, tasks=len(tasks))
+        return HeadForwardStage(**common, tasks=tasks, groups=groups, group=tasks[0].query.head_group)
 
-    def key_shards(self, direction: Direction) -> int:
-        """Return how many key shards this rank attends in one direction, columns apart."""
-        return sum(task.key is not None for task in self._tasks(direction))
+    def backward_stage(
+        self,
+        q: Tensor,
+        kv: Pair,
+        grad_out: Tensor,
+        out_lse: Partial,
+        *,
+        gathered: Tensor | None,
+        kept_kv: Tensor | None,
+        indexes: Indexes,
+        scale: float,
+    ) -> BackwardStage | HeadBackwardStage:
+        """Return the backward of a layer on this rank; gathered, kept_kv: what its forward kept."""
+        tasks, dtype = self._tasks("backward"), accumulator_dtype(q.dtype)
+        out, lse = out_lse
+        common: dict[str, Any] = {"q": q, "kv": kv, "grad_out": grad_out, "lse": lse, "gathered": gathered}
+        common |= {"delta": row_products(grad_out, out, backend=self.backend), "indexes": indexes, "scale": scale}
+        common |= {"slots": self.slots("backward", kv[0], kept_kv)}
+        common |= {"grad_kv": tuple(torch.empty_like(part, dtype=dtype) for part in kv)}
+        groups = self._groups["backward"]
+        if groups.count == 1:
+            keyed = sum(task.key is not None for task in tasks)
+            return BackwardStage(**common, tasks=len(tasks), scratch={} if keyed > 1 else None)
+        return HeadBackwardStage(**common, tasks=tasks, groups=groups, group=tasks[0].query.head_group)
 
     def _tasks(self, direction: Direction) -> list[Task]:
         return [task for phase in self.schedules[direction].phases(self.mesh.rank) for task in phase.tasks]
@@ -173,6 +210,11 @@ def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
     return backend
 
 
+def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:
+    count = Rules(schedule).head_groups
+    return HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
+
+
 def _use_tuned_launches(plan: Plan) -> None:
     if plan.kernels.tuned is None:
         return
@@ -218,17 +260,9 @@ class _RingFunction(torch.autograd.Function):
             chosen=planned.note_pattern,
         )
         kept_kv = planned.kept_slots(k)
-        stage = ForwardStage(
-            q=q,
-            kv=kv,
-            slots=planned.slots("forward", k, kept_kv),
-            indexes=indexes,
-            scale=scale,
-            tasks=planned.tasks("forward"),
-        )
+        stage = planned.forward_stage(q, kv, kept_kv=kept_kv, indexes=indexes, scale=scale)
         planned.play("forward", stage)
-        assert stage.result is not None
-        out, lse = stage.result
+        out, lse = stage.finish()
         if kept is not None:
             kept.put(out, lse, stage.gathered, kept_kv, indexes)
         ctx.save_for_backward(q, *kv, out, lse, stage.gathered, kept_kv)
@@ -242,22 +276,9 @@ class _RingFunction(torch.autograd.Function):
         _refuse_second_gradients()
         q, k, v, out, lse, gathered, kept_kv = ctx.saved_tensors
         planned, indexes, scale = ctx.given
-        dtype = accumulator_dtype(q.dtype)
-        grad_out = grads[0].contiguous()
-        stage = BackwardStage(
-            q=q,
-            kv=(k, v),
-            grad_out=grad_out,
-            lse=lse,
-            delta=row_products(grad_out, out, backend=planned.backend),
-            slots=planned.slots("backward", k, kept_kv),
-            indexes=indexes,
-            scale=scale,
-            tasks=planned.tasks("backward"),
-            grad_kv=(torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)),
-            gathered=gathered,
-            scratch={} if planned.key_shards("backward") > 1 else None,
-        )
+        given_back = (q, (k, v), grads[0].contiguous(), (out, lse))
+        kept: dict[str, Any] = {"gathered": gathered, "kept_kv": kept_kv, "indexes": indexes}
+        stage = planned.backward_stage(*given_back, **kept, scale=scale)
         planned.play("backward", stage)
         grad_q, grad_k, grad_v = stage.finish()
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

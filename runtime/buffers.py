@@ -93,12 +93,21 @@ class BufferPool:
 
     One arena, as large as the most demanding schedule needs: directions take turns on it. What a slot held is gone once
     another direction has been played, and every transfer is waited for before a direction ends.
+    kv_heads: how many K/V heads a slot of each schedule has, where that is not all of them.
     peers: where to allocate when ranks pull; it makes growing the arena collective, and torch's allocator, which does
     not give this memory, does not count it.
     """
 
-    def __init__(self, device: torch.device, schedules: Sequence[Schedule], peers: PeerMemory | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        schedules: Sequence[Schedule],
+        peers: PeerMemory | None = None,
+        *,
+        kv_heads: Sequence[int] | None = None,
+    ) -> None:
         self._device, self._schedules = device, tuple(schedules)
+        self._kv_heads = kv_heads
         self._peers = peers if any(schedule.shares for schedule in schedules) else None
         self._arena = self._nothing()
         self._slots: dict[tuple[int, torch.Size], Slots] = {}
@@ -106,16 +115,18 @@ class BufferPool:
     def slots(self, schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> Slots:
         """Return every slot of one of the schedules that is not the rank's own data.
 
-        shard: [B, S, H_kv, D]; dtypes: by buffer kind ("kv", "dkv").
+        shard: [B, S, H_kv, D] of all heads; dtypes: by buffer kind ("kv", "dkv").
         """
-        needed = max(_arena_bytes(one, shard, dtypes) for one in self._schedules)
+        shards = [self._slot_shape(number, shard) for number in range(len(self._schedules))]
+        needed = max(_arena_bytes(one, of_one, dtypes) for one, of_one in zip(self._schedules, shards, strict=True))
         if self.nbytes < needed:
             self._slots.clear()
             self._arena = self._nothing()  # freed before more is asked for
             self._arena = self._allocate(needed)
-        key = (self._schedules.index(schedule), shard)
+        number = self._schedules.index(schedule)
+        key = (number, shard)
         if key not in self._slots:
-            self._slots[key] = self._cut(schedule, shard, dtypes)
+            self._slots[key] = self._cut(schedule, shards[number], dtypes)
         return self._slots[key]
 
     @property
@@ -127,6 +138,12 @@ class BufferPool:
     def uncounted_bytes(self) -> int:
         """Those of them that torch's allocator does not know of: memory that other ranks read."""
         return self.nbytes if self._peers is not None else 0
+
+    def _slot_shape(self, number: int, shard: torch.Size) -> torch.Size:
+        if self._kv_heads is None:
+            return shard
+        batch, tokens, _, head_dim = shard
+        return torch.Size((batch, tokens, self._kv_heads[number], head_dim))
 
     def _nothing(self) -> Arena:
         return Arena(memory=torch.empty(0, dtype=torch.uint8, device=self._device))
@@ -146,8 +163,15 @@ class BufferPool:
 
 
 def _kinds(schedule: Schedule) -> dict[str, str]:
-    """Return the kind of content in whose type each slot is; rounded gradients have that of K/V."""
-    own = [buffer for buffer in schedule.buffers if buffer.name in HOMES or buffer.name.startswith(KEPT)]
+    """Return the kind of content in whose type each slot is; rounded gradients have that of K/V.
+
+    Queries and results that change ranks are no K/V pairs: they live with their stage (head_stages.py).
+    """
+    own = [
+        buffer
+        for buffer in schedule.buffers
+        if buffer.name in HOMES or buffer.name.startswith(KEPT) or buffer.kind in ("q", "out")
+    ]
     others = [buffer for buffer in schedule.buffers if buffer not in own]
     kinds: dict[str, str] = {buffer.name: "kv" if buffer.narrow else buffer.kind for buffer in others}
     pulled_from_home = any(buffer.shared and buffer.name == KV_HOME for buffer in own)

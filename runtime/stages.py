@@ -44,6 +44,22 @@ class Indexes:
     _mask: api.AttentionMask | None = None
     _blocks: dict[tuple[int, ...], api.BlockIndex] = field(default_factory=dict)
     _columns: api.ColumnIndex | None = None
+    _parts: dict[tuple[int, int, int], Indexes] = field(default_factory=dict)
+
+    def part(self, rank: int, heads: tuple[int, int]) -> Indexes:
+        """Those of another rank's queries, for query heads [heads[0], heads[1]) of the same mask."""
+        key = rank, *heads
+        if key not in self._parts:
+            self._parts[key] = Indexes(
+                source=lambda: self.mask.of_heads(slice(*heads)),
+                positions=self.positions,
+                rank=rank,
+                backend=self.backend,
+                columns_capacity=self.columns_capacity,
+                joined_positions=self.joined_positions,
+                chosen=lambda mask: None,
+            )
+        return self._parts[key]
 
     @property
     def known(self) -> bool:
@@ -104,6 +120,11 @@ class ForwardStage:
     def __post_init__(self) -> None:
         """Put K/V where others pull them from."""
         self.slots.stage(self.kv)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return (out in q's dtype, lse)."""
+        assert self.result is not None
+        return self.result
 
     @property
     def computes_at_once(self) -> bool:

@@ -140,11 +140,20 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield "two_level", {"inner_size": 2, "halves": 1}
 
 
+def _degrees(world_size: int, pattern: PatternCase) -> Iterator[tuple[str, dict[str, int]]]:
+    """Head parallelism by groups of ranks that the pattern's heads can be split over."""
+    heads, kv_heads = pattern.pattern.num_heads, pattern.kv_heads
+    for degree in range(2, world_size + 1):
+        evenly = not max(degree, kv_heads) % min(degree, kv_heads)
+        if not world_size % degree and not heads % degree and evenly:
+            yield "ulysses", {"degree": degree}
+
+
 def _cases() -> Iterator[Case]:
     placements = (("contiguous", 64), ("zigzag", 64), ("striped", 1), ("striped", 64), ("balanced", 64))
     patterns = ("gqa", "documents", "empty-rows")
     for world_size, pattern, (placement, granularity) in product((1, 2, 3, 4), patterns, placements):
-        for layout, parameters in _layouts(world_size):
+        for layout, parameters in [*_layouts(world_size), *_degrees(world_size, PATTERNS[pattern])]:
             yield Case(
                 world_size=world_size,
                 placement=placement,
