@@ -1,0 +1,380 @@
+"""Forward and backward of one layer on one rank that computes a head group: its own queries and those of others.
+
+Every part of the queries is a stage of its own (stages.py) over the same slots, with the heads of the group alone. What
+is here lets queries and results change ranks, and puts together what comes home for the different groups of heads.
+
+Shape legend: B batch, S tokens of a shard, H query heads, H_kv K/V heads, D head dim, C columns; H_g and H_kv_g those
+of a head group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels import api
+from ..planner.launches import launches_of
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, Q_HOME, ShardId, Task, Transfer
+from .buffers import Pair, Slots, runs_of_neighbours
+from .stages import BackwardStage, ForwardStage, Indexes
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGroups:
+    """How heads are split: query heads into `count` equal groups, K/V heads into as many, or shared by neighbours."""
+
+    count: int
+    heads: int
+    kv_heads: int
+
+    def queries(self, group: int) -> tuple[int, int]:
+        """Return the query heads [first, last) of a group."""
+        size = self.heads // self.count
+        return group * size, (group + 1) * size
+
+    def keys(self, group: int) -> tuple[int, int]:
+        """Return the K/V heads [first, last) that they use."""
+        first, last = self.queries(group)
+        per_key = self.heads // self.kv_heads
+        return first // per_key, -(-last // per_key)
+
+    @property
+    def kv_heads_of_one(self) -> int:
+        """Number of K/V heads that a group uses."""
+        first, last = self.keys(0)
+        return last - first
+
+
+@dataclass(eq=False, kw_only=True)
+class _Exchange:
+    """What both directions know. own: this rank's tensors, all heads; tasks: of this rank and direction."""
+
+    slots: Slots
+    indexes: Indexes
+    groups: HeadGroups
+    group: int
+    scale: float
+    tasks: Sequence[Task]
+    kv: Pair
+    gathered: Tensor | None = None
+    _kv: dict[tuple[int, int], Pair] = field(default_factory=dict)
+    _queries: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    _landed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    _columns: Tensor | None = None
+
+    def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """Cut a phase's tasks into kernel launches."""
+        return launches_of(tasks, backend=self.indexes.backend, batch=self.kv[0].shape[0])
+
+    def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
+        """Nothing is pulled."""
+        raise AssertionError(f"{transfer.id} is pulled")
+
+    def kv_of(self, group: int) -> Pair:
+        """Return the own K/V for the heads of a group, contiguous; groups that share heads share the copy."""
+        heads = self.groups.keys(group)
+        if heads not in self._kv:
+            k, v = (some_heads(part, heads) for part in self.kv)
+            self._kv[heads] = k, v
+        return self._kv[heads]
+
+    def columns_of(self, heads: tuple[int, int]) -> Tensor | None:
+        """Return the gathered columns for the group's heads [2, B, H_g, C, D], contiguous."""
+        if self.gathered is not None and self._columns is None:
+            self._columns = some_heads(self.gathered, heads)
+        return self._columns
+
+    def part_indexes(self, task: Task) -> Indexes:
+        """Return the indexes of the queries of a task."""
+        return self.indexes.part(task.query.sequence_part, task.heads)
+
+    def count(self, query: ShardId) -> int:
+        """Return how many tasks compute a part's queries."""
+        return Counter(task.query for task in self.tasks)[query]
+
+
+@dataclass(eq=False, kw_only=True)
+class HeadForwardStage(_Exchange):
+    """Forward of a head group. q [B, S, H, D], kv: the rank's own, all heads, contiguous.
+
+    The parts of out that were computed here for others are sent to them, and theirs land here.
+    """
+
+    q: Tensor
+    _parts: dict[ShardId, ForwardStage] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make room for what comes home."""
+        batch, tokens, heads, _ = self.q.shape
+        self._out = torch.empty_like(self.q)
+        self._lse = self.q.new_empty((batch, heads, tokens), dtype=api.accumulator_dtype(self.q.dtype))
+
+    @property
+    def computes_at_once(self) -> bool:
+        """See `ring.Stage`: while a pattern is being chosen, tensors had better travel."""
+        return self.q.is_cuda and self.indexes.known
+
+    def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that the transfer reads."""
+        if transfer.source_buffer == COLUMNS_HOME:
+            return (self._own_columns(),)
+        assert transfer.shard is not None
+        if transfer.kind == "q":
+            return (some_heads(self.q, self.groups.queries(transfer.shard.head_group)),)
+        if transfer.kind == "out":
+            return self._parts[transfer.shard].finish()
+        return self.kv_of(transfer.shard.head_group)
+
+    def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that the transfer fills."""
+        if transfer.kind == "kv":
+            return self.slots[transfer.buffer]
+        assert transfer.shard is not None
+        first, last = self.groups.queries(transfer.shard.head_group)
+        room = self.q.new_empty((*self.q.shape[:2], last - first, self.q.shape[3]))
+        if transfer.kind == "q":
+            self._queries[transfer.buffer] = (room,)
+            return (room,)
+        rows = self._lse.new_empty((self._lse.shape[0], last - first, self._lse.shape[2]))
+        self._landed[transfer.buffer] = room, rows
+        return room, rows
+
+    def sent(self, transfer: Transfer) -> None:
+        """Results that went home are no longer needed here."""
+        if transfer.kind == "out":
+            assert transfer.shard is not None
+            del self._parts[transfer.shard]
+
+    def received(self, transfers: Sequence[Transfer]) -> None:
+        """Put results where their heads are."""
+        for transfer in transfers:
+            if transfer.kind == "out":
+                assert transfer.shard is not None
+                out, lse = self._landed.pop(transfer.buffer)
+                self._put(transfer.shard.head_group, (out, lse))
+
+    def compute(self, tasks: tuple[Task, ...]) -> None:
+        """Compute the tasks of one launch."""
+        query = tasks[0].query
+        if query not in self._parts:
+            self._parts[query] = self._part(tasks[0])
+        part = self._parts[query]
+        if tasks[0].key is None:  # launches begin with the columns, which have been summed up only now
+            part.gathered = self.columns_of(tasks[0].heads)
+        part.compute(tasks)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return (out [B, S, H, D] in q's dtype, lse [B, H, S]) of the own queries, of all heads."""
+        own = self._parts.pop(ShardId(sequence_part=self.indexes.rank, head_group=self.group))
+        self._put(self.group, own.finish())
+        return self._out, self._lse
+
+    def _part(self, task: Task) -> ForwardStage:
+        if task.query_buffer == Q_HOME:
+            q = some_heads(self.q, task.heads)
+        else:
+            (q,) = self._queries.pop(task.query_buffer)
+        return ForwardStage(
+            q=q,
+            kv=self.kv_of(self.group),
+            slots=self.slots,
+            indexes=self.part_indexes(task),
+            scale=self.scale,
+            tasks=self.count(task.query),
+        )
+
+    def _put(self, group: int, result: tuple[Tensor, Tensor]) -> None:
+        heads = slice(*self.groups.queries(group))
+        self._out[:, :, heads], self._lse[:, heads] = result
+
+    def _own_columns(self) -> Tensor:
+        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
+        self.gathered = api.gather_column_pair(*self.kv, mask, positions, self.indexes.columns())
+        return self.gathered
+
+
+@dataclass(eq=False, kw_only=True)
+class HeadBackwardStage(_Exchange):
+    """Backward of a head group. q, grad_out [B, S, H, D], lse, delta [B, H, S]: the own queries', all heads.
+
+    grad_kv: where the rank's own (dK, dV) are summed, of all heads, holding nothing yet.
+    """
+
+    q: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor
+    grad_kv: Pair
+    _parts: dict[ShardId, BackwardStage] = field(default_factory=dict)
+    _filled: set[str] = field(default_factory=set)
+    _home: set[int] = field(default_factory=set)
+    _grad_columns: Tensor | None = None
+    _own_grads: Pair | None = None
+
+    def __post_init__(self) -> None:
+        """Make room for what comes home."""
+        self._grad_q = torch.empty_like(self.q)
+
+    @property
+    def computes_at_once(self) -> bool:
+        """See `ring.Stage`."""
+        return self.q.is_cuda
+
+    def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that the transfer reads."""
+        if transfer.source_buffer == DCOLUMNS_HOME:
+            return (self._gradients_of_columns(),)
+        assert transfer.shard is not None
+        if transfer.kind == "q":
+            return self._own_queries(self.groups.queries(transfer.shard.head_group))
+        if transfer.kind == "out":
+            return (self._of_queries(transfer.shard),)
+        return self.kv_of(transfer.shard.head_group) if transfer.kind == "kv" else self.slots[transfer.source_buffer]
+
+    def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Return the tensors that the transfer fills."""
+        if transfer.kind in ("kv", "dkv"):
+            return self.slots[transfer.buffer]
+        assert transfer.shard is not None
+        first, last = self.groups.queries(transfer.shard.head_group)
+        batch, tokens, _, head_dim = self.q.shape
+        room = self.q.new_empty((batch, tokens, last - first, head_dim))
+        if transfer.kind == "out":
+            self._landed[transfer.buffer] = (room,)
+            return (room,)
+        rows = self.lse.new_empty((2, batch, last - first, tokens))
+        self._queries[transfer.buffer] = room, torch.empty_like(room), rows[0], rows[1]
+        return self._queries[transfer.buffer]
+
+    def sent(self, transfer: Transfer) -> None:
+        """What went home is no longer here."""
+        if transfer.kind == "out":
+            assert transfer.shard is not None
+            del self._parts[transfer.shard]
+        elif transfer.kind == "dkv":
+            self._filled.discard(transfer.source_buffer)
+
+    def received(self, transfers: Sequence[Transfer]) -> None:
+        """Put dq where its heads are, and add dK/dV to those of their heads; what lies side by side, in one pass."""
+        landed: dict[tuple[int, int], list[str]] = {}
+        for transfer in transfers:
+            if transfer.kind == "out":
+                assert transfer.shard is not None
+                (grad,) = self._landed.pop(transfer.buffer)
+                self._grad_q[:, :, slice(*self.groups.queries(transfer.shard.head_group))] = grad
+            elif transfer.kind == "dkv":
+                assert transfer.shard is not None
+                landed.setdefault(self.groups.keys(transfer.shard.head_group), []).append(transfer.buffer)
+        for heads, names in landed.items():
+            for together in runs_of_neighbours(sorted(names, key=_slot_number)):
+                self._add_home(heads, self.slots.block(together[0], len(together)))
+        if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
+            self._scatter_columns()
+
+    def compute(self, tasks: tuple[Task, ...]) -> None:
+        """Add dq, dk and dv of the tasks of one launch."""
+        query = tasks[0].query
+        if query not in self._parts:
+            self._parts[query] = self._part(tasks[0])
+        self._parts[query].compute(tasks)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq (in q's dtype), dk and dv (the accumulator's) of all heads; what nothing was added to is zero."""
+        own = ShardId(sequence_part=self.indexes.rank, head_group=self.group)
+        self._grad_q[:, :, slice(*self.groups.queries(self.group))] = self._of_queries(own)
+        self._parts.clear()
+        self._add_own()
+        for head in set(range(self.groups.kv_heads)) - self._home:
+            for grad in self.grad_kv:
+                grad[:, :, head].zero_()
+        return self._grad_q, *self.grad_kv
+
+    def _own_queries(self, heads: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Return q, grad_out, lse and delta for some heads, contiguous."""
+        of_tokens = (some_heads(x, heads) for x in (self.q, self.grad_out))
+        of_rows = (some_heads(x, heads, dim=1) for x in (self.lse, self.delta))
+        return *of_tokens, *of_rows
+
+    def _part(self, task: Task) -> BackwardStage:
+        own = task.query_buffer == Q_HOME
+        queries = self._own_queries(task.heads) if own else self._queries.pop(task.query_buffer)
+        q, grad_out, lse, delta = queries
+        keyed = [other for other in self.tasks if other.query == task.query and other.key is not None]
+        return BackwardStage(
+            q=q,
+            kv=self.kv_of(self.group),
+            grad_out=grad_out,
+            lse=lse,
+            delta=delta,
+            slots=self.slots,
+            indexes=self.part_indexes(task),
+            scale=self.scale,
+            tasks=self.count(task.query),
+            grad_kv=self._own_gradients(),
+            gathered=self.columns_of(task.heads),
+            filled=self._filled,
+            scratch={} if len(keyed) > 1 else None,
+        )
+
+    def _own_gradients(self) -> Pair:
+        """Return where dK/dV of the own keys are summed that are computed here, for the group's heads."""
+        if self._own_grads is None:
+            dtype = api.accumulator_dtype(self.q.dtype)
+            k, v = self.kv_of(self.group)
+            self._own_grads = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+        return self._own_grads
+
+    def _of_queries(self, query: ShardId) -> Tensor:
+        """Return dq of a part's queries that is complete."""
+        grad = self._parts[query].grad_q
+        assert grad is not None
+        return grad
+
+    def _add_own(self) -> None:
+        """Add what was computed here of the own keys' gradients, the group's heads."""
+        if self._own_grads is not None and "dkv:home" in self._filled:
+            first, second = self._own_grads
+            self._add_home(self.groups.keys(self.group), (first[None], second[None]))
+
+    def _add_home(self, heads: tuple[int, int], parts: Pair) -> None:
+        """Add parts [n, B, S, H_kv_g, D] to the own gradients of some heads."""
+        add = heads[0] in self._home
+        for into, some in zip(self.grad_kv, parts, strict=True):
+            api.add_up(into[:, :, slice(*heads)], some, add=add, backend=self.indexes.backend)
+        self._home.update(range(*heads))
+
+    def _gradients_of_columns(self) -> Tensor:
+        """Return the gradients of all columns [2, B, H, C, D]: sums over the parts, zero for heads of other groups."""
+        assert self.gathered is not None
+        total = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
+        heads = slice(*self.groups.queries(self.group))
+        for part in self._parts.values():
+            if part.grad_gathered is not None:
+                total[:, :, heads] += part.grad_gathered
+                part.grad_gathered = None
+        self._grad_columns = total
+        return total
+
+    def _scatter_columns(self) -> None:
+        assert self._grad_columns is not None
+        for head in set(range(self.groups.kv_heads)) - self._home:
+            for grad in self.grad_kv:
+                grad[:, :, head].zero_()
+        self._home.update(range(self.groups.kv_heads))
+        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
+        grad_k, grad_v = self.grad_kv
+        parts = self._grad_columns[0], self._grad_columns[1]
+        api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)
+
+
+def some_heads(x: Tensor, heads: tuple[int, int], *, dim: int = 2) -> Tensor:
+    """Return heads [heads[0], heads[1]) of a tensor, contiguous."""
+    return x.narrow(dim, heads[0], heads[1] - heads[0]).contiguous()
+
+
+def _slot_number(name: str) -> int:
+    return int(name.partition(":")[2])
