@@ -45,12 +45,12 @@ from .ring_plans import (
     FAMILIES,
     MODEL,
     PLACEMENTS,
-    TOY_MODEL,
     Work,
     cluster_of,
     make_case_plan,
     make_cases,
     make_work,
+    model_of,
     name_of,
     predicted_peak_bytes,
     predicted_times,
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--world-size", type=int, default=8, help="ranks of the plan")
     parser.add_argument("--ranks", type=int, nargs="+", help="of them to measure; default all")
     parser.add_argument("--seq-len", type=int, default=524288)
+    parser.add_argument("--heads", type=int, nargs=2, default=[MODEL.heads, MODEL.kv_heads], metavar=("QUERY", "KV"))
     parser.add_argument("--family", nargs="+", default=["slash"], choices=FAMILIES, help="kinds of masks")
     parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
     parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
@@ -147,7 +148,7 @@ def _measure_family(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of all ranks asked for, plan by plan."""
     cluster = cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
-    model = TOY_MODEL if arguments.toy else MODEL
+    model = model_of(arguments.heads, toy=arguments.toy)
     channels: Channels = NoiseChannels(mesh) if arguments.gpus == 1 else PairChannels(mesh)
     for density in arguments.density:
         work = make_work(

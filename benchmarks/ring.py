@@ -47,13 +47,13 @@ from .ring_plans import (
     FAMILIES,
     MODEL,
     PLACEMENTS,
-    TOY_MODEL,
     Case,
     Work,
     cluster_of,
     make_case_plan,
     make_cases,
     make_work,
+    model_of,
     name_of,
     predicted_peak_bytes,
     predicted_times,
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--two-nodes", action="store_true", help="NCCL sees two nodes: sockets between the halves")
     parser.add_argument("--seq-len", type=int, default=524288)
+    parser.add_argument("--heads", type=int, nargs=2, default=[MODEL.heads, MODEL.kv_heads], metavar=("QUERY", "KV"))
     parser.add_argument("--family", nargs="+", default=["slash"], choices=FAMILIES, help="kinds of masks")
     parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
     parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
@@ -237,7 +238,7 @@ def _measure_planned(
 
 
 def _model(arguments: argparse.Namespace) -> ModelShape:
-    return TOY_MODEL if arguments.toy else MODEL
+    return model_of(arguments.heads, toy=arguments.toy)
 
 
 def _nodes(arguments: argparse.Namespace) -> int:

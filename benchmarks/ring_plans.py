@@ -70,6 +70,13 @@ class Case:
     layout: str
 
 
+def model_of(heads: Sequence[int], *, toy: bool) -> ModelShape:
+    """Return the layer to measure. heads: of queries and of keys."""
+    if toy:
+        return TOY_MODEL
+    return ModelShape(layers=1, heads=heads[0], kv_heads=heads[1], head_dim=MODEL.head_dim)
+
+
 def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: int, heads: int = MODEL.heads) -> Work:
     """Draw a mask of one family, on the CPU; only slash masks have columns."""
     if family == "slash":

@@ -1,18 +1,20 @@
 """Lower bounds on the time of one layer, to say how far a plan is from the optimum.
 
-No schedule in which every rank computes its own queries and sees every K/V shard that it needs can beat these: neither
-the mean compute over ranks, nor the time in which the bytes that must move cross the slowest links. Head-parallel
-layouts move other bytes; the communication bound does not speak of them.
+No schedule can beat these in which every rank computes its own queries and sees every K/V shard that it needs, or, of
+the degrees that are asked about, the queries of a group for its heads: neither the mean compute over ranks, nor the
+time in which the bytes that must move cross the slowest links.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cluster import Cluster
 from .cost import CostModel
 from .launches import Launch, launches_of
 from .layout_draft import AttentionShape
+from .layout_ulysses import group_bytes
 from .pairs import Pairs
 from .schedule import DIRECTIONS, Direction, ShardId, Task
 from .workload import TaskWork, Workload
@@ -42,17 +44,21 @@ def lower_bound(
     keep_kv: bool = False,
     narrow_gradients: bool = False,
     pulls: bool = True,
+    degrees: Sequence[int] = (),
 ) -> Bound:
     """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
     pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
-    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can.
+    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can. degrees: sizes
+    of groups that heads may be split over.
     """
+    own_queries_us = communication_bound_us(
+        cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients, pulls=pulls
+    )
+    exchanges_us = [exchange_bound_us(cluster, shape, direction, pairs, degree=degree) for degree in degrees]
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=communication_bound_us(
-            cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients, pulls=pulls
-        ),
+        communication_us=min([own_queries_us, *exchanges_us]),
     )
 
 
@@ -66,6 +72,7 @@ def step_bound_us(
     keep_kv: bool = False,
     narrow_gradients: bool = False,
     pulls: bool = True,
+    degrees: Sequence[int] = (),
 ) -> float:
     """Return the bound of forward + backward of one layer."""
     bounds = [
@@ -79,6 +86,7 @@ def step_bound_us(
             keep_kv=keep_kv,
             narrow_gradients=narrow_gradients,
             pulls=pulls,
+            degrees=degrees,
         )
         for direction in DIRECTIONS
     ]
@@ -147,3 +155,32 @@ def communication_bound_us(
     node_us = (by_node.sum() / cluster.nodes - cluster.gpus_per_node) * shard_bytes / nics_bytes_per_us
     both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
     return float(max(node_us, foreign * shard_bytes / both_bytes_per_us))
+
+
+def exchange_bound_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, *, degree: int
+) -> float:
+    """Return the time of what head parallelism over groups of `degree` ranks moves, as `communication_bound_us` does.
+
+    Every rank receives the queries of its group and the K/V that these need, for its heads, and its results (and sums
+    of gradients) from others. Into a node that holds whole groups go the K/V of other nodes, each head's once; into one
+    that holds a part of a group, those of its heads, and the queries and results of the rest of the group.
+    """
+    sizes = group_bytes(shape, direction, degree)
+    exchanged, of_keys = sizes["q"] + sizes["out"], sizes["kv"] + sizes.get("dkv", 0)
+    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
+    by_group = needed.reshape(-1, degree, shape.world_size).any(axis=1)
+    foreign = by_group.sum() * degree / shape.world_size - 1
+    rank_bytes = (degree - 1) * exchanged + foreign * of_keys
+    port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return float(rank_bytes / port_bytes_per_us)
+    ranks = cluster.gpus_per_node
+    by_node = needed.reshape(cluster.nodes, ranks, shape.world_size).any(axis=1)
+    entering = by_node.sum() / cluster.nodes - ranks
+    groups = min(ranks, degree)  # head groups that a node computes
+    shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
+    node_bytes = entering * of_keys * max(1, groups // shared) + ranks * max(0, degree - ranks) * exchanged
+    nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
+    both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
+    return float(max(node_bytes / nics_bytes_per_us, rank_bytes / both_bytes_per_us))

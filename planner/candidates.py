@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..traces.errors import InputError
 from .cluster import Cluster
-from .layouts import LAYOUTS, SIMULATED_ONLY
+from .layouts import LAYOUTS
 from .placement import REGULAR_PLACEMENTS, Placement, balanced
 
 GRANULARITY_BLOCKS = (1, 2, 4, 8)
@@ -168,7 +168,7 @@ def layout_choices(
         choices += [
             _layout("gather", chunks=count, **kept, **transport) for kept in ({}, {"keep_kv": 1}) for count in few
         ]
-    choices.append(_layout("ulysses"))
+    choices += [_layout("ulysses", degree=degree) for degree in head_degrees(cluster)]
     return [choice for choice in choices if names is None or choice.layout in names]
 
 
@@ -182,6 +182,12 @@ def _transports(cluster: Cluster, *, narrow: bool, pulls: bool) -> list[dict[str
 def shares_cards(cluster: Cluster) -> bool:
     """Whether GPUs of a node share its network cards."""
     return cluster.inter_node is not None and cluster.inter_node.nics_per_node < cluster.gpus_per_node
+
+
+def head_degrees(cluster: Cluster) -> list[int]:
+    """Return sizes of the groups that heads may be split over: those that divide a node, and all ranks."""
+    divisors = [size for size in range(2, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    return [*divisors, *([cluster.world_size] if cluster.nodes > 1 else [])]
 
 
 def inner_sizes(cluster: Cluster) -> list[int]:
@@ -207,12 +213,8 @@ def baselines(*, cluster: Cluster, block_size: int) -> list[Baseline]:
     return found
 
 
-def why_not_executable(
-    placement: PlacementChoice, layout: LayoutChoice, *, backend: str, block_size: int
-) -> str | None:
+def why_not_executable(placement: PlacementChoice, *, backend: str, block_size: int) -> str | None:
     """Return why the backend cannot execute this, in a few words; None when it can."""
-    if layout.layout in SIMULATED_ONLY:
-        return "simulated only"
     if backend in WHOLE_BLOCK_BACKENDS and placement.granularity_tokens % block_size:
         return f"{backend} needs whole blocks"
     return None

@@ -53,12 +53,16 @@ class DatasheetCost:
     Accumulators: out (dQ) is written in float32, or in the inputs' type by the launch that ends it, and read before by
     all launches but the first. dK and dV of every key shard are written in float32; that they are read where gradients
     have landed before is left out. Inputs are part of the efficiency.
+
+    heads: of the model; a launch with fewer is a head group's. The first launch of its queries also pays for copying
+    them out of all heads, and their results back (in backward q and dout, and dq).
     """
 
     gpu: Gpu
     head_dim: int
     block_size: int
     queries_per_kv_head: int = 1
+    heads: int | None = None
     element_bytes: int = 2
     backend: str = PORTABLE_BACKEND
     one_pass_backward: bool = False
@@ -74,10 +78,15 @@ class DatasheetCost:
         else:
             columns = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is None]
             kernels_us = [QUERY_SHARE * self._by_query(parts)]
-            kernels_us += [KEY_SHARE * self._by_key(keyed)] if keyed else []
+            kernels_us += [KEY_SHARE * self._by_key(keyed, self._sharing(launch))] if keyed else []
             kernels_us += [KEY_SHARE * sum(one.tile_pairs * us for one, us in columns)] if columns else []
-        traffic_us = self._traffic_us(launch, work, len(keyed) if direction == "backward" else 0)
+        traffic_us = self._traffic_us(launch, work, direction)
         return len(kernels_us) * self.gpu.launch_overhead_us + sum(kernels_us) + traffic_us
+
+    def _sharing(self, launch: Launch) -> int:
+        """Return how many of a launch's query heads share a K/V head: a head group may have fewer than there are."""
+        first, last = launch.tasks[0].heads
+        return min(self.queries_per_kv_head, last - first)
 
     @property
     def _programs(self) -> int:
@@ -89,9 +98,9 @@ class DatasheetCost:
         longest_us = sum(work.longest_row * pair_us for work, pair_us in parts)
         return self._waves_us(parts, rows, longest_us)
 
-    def _by_key(self, parts: Sequence[tuple[TaskWork, float]]) -> float:
+    def _by_key(self, parts: Sequence[tuple[TaskWork, float]], queries_per_kv_head: int) -> float:
         """Return the time of a kernel over key rows."""
-        rows = -(-sum(work.key_rows_with_work for work, _ in parts) // self.queries_per_kv_head)
+        rows = -(-sum(work.key_rows_with_work for work, _ in parts) // queries_per_kv_head)
         return self._waves_us(parts, rows, max(work.longest_key_row * pair_us for work, pair_us in parts))
 
     def _waves_us(self, parts: Sequence[tuple[TaskWork, float]], rows: int, longest_us: float) -> float:
@@ -109,15 +118,23 @@ class DatasheetCost:
             efficiency *= kernels.column_efficiency
         return flops / (self.gpu.peak_flops_per_us * efficiency)
 
-    def _traffic_us(self, launch: Launch, work: Sequence[TaskWork], key_shards: int) -> float:
-        """Return the time of accumulators. key_shards: whose dK and dV are written."""
+    def _traffic_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return the time of accumulators, and of copies."""
         if self.gpu.memory_bandwidth_bytes_per_us is None:
             return 0.0
         accumulator = max(ACCUMULATOR_BYTES, self.element_bytes)
         row_elements = work[0].rows * self.block_size * self.head_dim
         query_bytes = (self.element_bytes if launch.ends else accumulator) + (0 if launch.begins else accumulator)
-        key_bytes = 2 * key_shards * accumulator / self.queries_per_kv_head
-        return row_elements * (query_bytes + key_bytes) / self.gpu.memory_bandwidth_bytes_per_us
+        backward = direction == "backward"
+        key_shards = sum(task.key is not None for task in launch.tasks) if backward else 0  # whose dK, dV are written
+        key_bytes = 2 * key_shards * accumulator / self._sharing(launch)
+        copied_bytes = 2 * self.element_bytes * (3 if backward else 2) if self._copies(launch) else 0
+        return row_elements * (query_bytes + key_bytes + copied_bytes) / self.gpu.memory_bandwidth_bytes_per_us
+
+    def _copies(self, launch: Launch) -> bool:
+        """Whether the queries of a launch are copied first: those of a head group, once."""
+        first, last = launch.tasks[0].heads
+        return launch.begins and self.heads is not None and last - first < self.heads
 
 
 def datasheet_cost(
@@ -129,6 +146,7 @@ def datasheet_cost(
         head_dim=model.head_dim,
         block_size=block_size,
         queries_per_kv_head=model.heads // model.kv_heads,
+        heads=model.heads,
         element_bytes=ELEMENT_BYTES[dtype],
         backend=PORTABLE_BACKEND if backend == "fastest" else backend,
     )

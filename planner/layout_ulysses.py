@@ -55,18 +55,35 @@ def ulysses(
     return close_schedule("ulysses", direction, shape, *parts, columns_by_draft=True)
 
 
+def group_bytes(shape: AttentionShape, direction: Direction, degree: int) -> dict[TransferKind, int]:
+    """Return the bytes of what a rank holds of one shard for one of `degree` head groups."""
+    heads, kv_heads = shape.heads // degree, max(1, shape.kv_heads // degree)
+    q_bytes = shape.tokens_per_rank * heads * shape.head_dim * shape.element_bytes
+    row_bytes = shape.tokens_per_rank * heads * shape.accumulator_bytes  # log-sum-exp or delta
+    kv_bytes = shape.kv_bytes // shape.kv_heads * kv_heads
+    if direction == "forward":
+        return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
+    # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
+    dkv_bytes = shape.dkv_bytes // shape.kv_heads * kv_heads
+    return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}
+
+
 def _degree(shape: AttentionShape, degree: int | None) -> int:
     """Return the size of a group, if that is possible."""
     wanted = shape.world_size if degree is None else degree
     if wanted < 1:
         raise InputError(f"must be at least 1, not {wanted}", field="degree")
     if shape.world_size % wanted:
-        raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="ulysses")
-    if shape.heads % wanted:
-        raise UnsupportedError(f"{shape.heads} heads cannot be split over {wanted} ranks", field="ulysses")
-    if max(wanted, shape.kv_heads) % min(wanted, shape.kv_heads):
-        raise UnsupportedError(f"{shape.kv_heads} K/V heads cannot be split over {wanted} ranks", field="ulysses")
+        raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="degree")
+    if not splits_heads(shape, wanted):
+        heads = f"{shape.heads} heads ({shape.kv_heads} K/V heads)"
+        raise UnsupportedError(f"{heads} cannot be split evenly over {wanted} ranks", field="degree")
     return wanted
+
+
+def splits_heads(shape: AttentionShape, degree: int) -> bool:
+    """Whether `degree` groups of equally many heads use equally many whole K/V heads each."""
+    return not shape.heads % degree and not max(degree, shape.kv_heads) % min(degree, shape.kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +105,7 @@ class _HeadParallel:
 
     @cached_property
     def sizes(self) -> dict[TransferKind, int]:
-        """Bytes of what a rank holds of one shard for its head group."""
-        shape, heads = self.shape, self.shape.heads // self.degree
-        kv_heads = max(1, shape.kv_heads // self.degree)
-        q_bytes = shape.tokens_per_rank * heads * shape.head_dim * shape.element_bytes
-        row_bytes = shape.tokens_per_rank * heads * shape.accumulator_bytes  # log-sum-exp or delta
-        kv_bytes = shape.kv_bytes // shape.kv_heads * kv_heads
-        if self.backward:  # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
-            dkv_bytes = shape.dkv_bytes // shape.kv_heads * kv_heads
-            return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}
-        return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
+        return group_bytes(self.shape, self.direction, self.degree)
 
     def communicators(self) -> list[Communicator]:
         together = tuple(tuple(range(first, first + self.degree)) for first in range(0, self.world, self.degree))

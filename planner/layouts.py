@@ -23,7 +23,6 @@ LAYOUTS: dict[str, Callable[..., Schedule]] = {
     "collective": collective,
     "ulysses": ulysses,
 }
-SIMULATED_ONLY: frozenset[str] = frozenset()
 
 
 def build(

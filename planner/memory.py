@@ -11,11 +11,11 @@ Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an elem
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .launches import launches_of
 from .layout_draft import AttentionShape
-from .schedule import Phase, Schedule, Task
+from .schedule import HOMES, Phase, Schedule, Task
 
 # Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
@@ -64,7 +64,7 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
     row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
     home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
     returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
-    home_bytes += returned_bytes
+    home_bytes += returned_bytes + _own_group_bytes(schedule)
     return LayerMemory(
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
@@ -73,6 +73,19 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
         workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes)
         + _rounded_bytes(schedule, shape),
     )
+
+
+def _own_group_bytes(schedule: Schedule) -> int:
+    """Return what a rank that computes a head group holds of its own tensors' heads beside the whole: a slot each."""
+    slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
+    return sum(slots.values()) if "q" in slots else 0
+
+
+def _of_one_group(schedule: Schedule, shape: AttentionShape) -> AttentionShape:
+    """Return the sizes of a rank's launches: all heads, or those of a head group."""
+    first = next((task for phase in schedule.phases(0) for task in phase.tasks), None)
+    count = shape.heads if first is None else first.heads[1] - first.heads[0]
+    return replace(shape, heads=count, kv_heads=max(1, shape.kv_heads * count // shape.heads))
 
 
 def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:
@@ -90,8 +103,8 @@ def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) ->
     """Return what a backward launch of flash-attn-4 holds at most, with the tables of all launches; else 0."""
     if backend not in FLASH4_BACKENDS or schedule.direction != "backward":
         return 0
-    narrow = _narrow_slots(schedule)
-    return max(_launches_bytes(schedule.phases(rank), shape, narrow) for rank in _looked_at(schedule.world_size))
+    narrow, launched = _narrow_slots(schedule), _of_one_group(schedule, shape)
+    return max(_launches_bytes(schedule.phases(rank), launched, narrow) for rank in _looked_at(schedule.world_size))
 
 
 def _looked_at(world_size: int) -> Iterable[int]:

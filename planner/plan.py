@@ -18,7 +18,7 @@ from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_jso
 from ..traces.pattern import LayerPattern, num_blocks
 from .cluster import validation_error
 from .layout_draft import AttentionShape
-from .layouts import SIMULATED_ONLY, build
+from .layouts import build
 from .pairs import Pairs, pattern_pairs
 from .placement import Placement
 from .schedule import DIRECTIONS, Direction, Schedule
@@ -202,12 +202,6 @@ class Plan(_Strict):
         """Refuse a pattern that activates a pair of shards which the plan leaves out: InputError names the pair."""
         if self.pairs is not None:
             self.active_pairs().require(pattern_pairs(pattern, self.make_placement()), about=about)
-
-    def require_executable(self) -> None:
-        """Refuse layouts that can only be simulated."""
-        for direction, spec in (("forward", self.forward), ("backward", self.backward)):
-            if spec.layout in SIMULATED_ONLY:
-                raise InputError(f"{spec.layout!r} can be simulated but not run", field=f"{direction}.layout")
 
 
 def make_plan(

@@ -14,11 +14,20 @@ from numpy.typing import NDArray
 
 from ..traces.errors import UnsupportedError
 from .bounds import step_bound_us
-from .candidates import KEEPING, ROUNDING_BACKENDS, LayoutChoice, PlacementChoice, layout_choices, why_not_executable
+from .candidates import (
+    KEEPING,
+    ROUNDING_BACKENDS,
+    LayoutChoice,
+    PlacementChoice,
+    head_degrees,
+    layout_choices,
+    why_not_executable,
+)
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
 from .layout_draft import AttentionShape
+from .layout_ulysses import splits_heads
 from .layouts import build
 from .memory import LayerMemory, layer_memory
 from .pairs import Pairs, causal_pairs, pairs_of_blocks
@@ -249,7 +258,7 @@ class ScoreBoard:
                     for sample in rater.samples
                 ),
                 memory=memory,
-                why_not=why_not_executable(choice, layout, backend=problem.backend, block_size=problem.block_size),
+                why_not=why_not_executable(choice, backend=problem.backend, block_size=problem.block_size),
                 fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
             )
         return self._scores[key]
@@ -265,6 +274,11 @@ class ScoreBoard:
             rater=rater,
         )
 
+    def degrees(self, placement: Placement) -> list[int]:
+        """Return the sizes of groups that heads can be split over."""
+        shape = self.problem.shape(placement)
+        return [degree for degree in head_degrees(self.problem.cluster) if splits_heads(shape, degree)]
+
     def bound_us(self, samples: tuple[int, ...]) -> float:
         """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""
         problem = self.problem
@@ -279,6 +293,7 @@ class ScoreBoard:
                     keep_kv=self.may_keep(choice),
                     narrow_gradients=problem.narrow_parts,
                     pulls=problem.pulls,
+                    degrees=self.degrees(placement),
                 )
                 for choice, placement in self._placements.items()
             ]

@@ -22,7 +22,6 @@ from .candidates import (
     placement_choices,
 )
 from .evaluation import Evaluator
-from .layouts import SIMULATED_ONLY
 from .sampling import Progress, evenly_spread, no_progress
 from .scores import Problem, Rater, ScoreBoard, Step
 
@@ -166,7 +165,7 @@ def _pairs(
     )
     for layout in candidates:
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
-        relevant = choices[:1] if layout.layout in SIMULATED_ONLY else choices
+        relevant = choices[:1] if ("degree", world) in layout.parameters else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
         pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import api
 from ..planner.launches import launches_of
-from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, Q_HOME, ShardId, Task, Transfer
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, Q_HOME, ShardId, Task, Transfer
 from .buffers import Pair, Slots, runs_of_neighbours
 from .stages import BackwardStage, ForwardStage, Indexes
 
@@ -88,6 +88,11 @@ class _Exchange:
             self._columns = some_heads(self.gathered, heads)
         return self._columns
 
+    def drop_kv_of(self, group: int) -> None:
+        """Forget the copy for another group, once it was sent."""
+        if self.groups.keys(group) != self.groups.keys(self.group):
+            self._kv.pop(self.groups.keys(group), None)
+
     def part_indexes(self, task: Task) -> Indexes:
         """Return the indexes of the queries of a task."""
         return self.indexes.part(task.query.sequence_part, task.heads)
@@ -145,8 +150,9 @@ class HeadForwardStage(_Exchange):
 
     def sent(self, transfer: Transfer) -> None:
         """Results that went home are no longer needed here."""
-        if transfer.kind == "out":
-            assert transfer.shard is not None
+        if transfer.shard is not None and transfer.kind == "kv":
+            self.drop_kv_of(transfer.shard.head_group)
+        elif transfer.shard is not None and transfer.kind == "out":
             del self._parts[transfer.shard]
 
     def received(self, transfers: Sequence[Transfer]) -> None:
@@ -201,19 +207,18 @@ class HeadForwardStage(_Exchange):
 class HeadBackwardStage(_Exchange):
     """Backward of a head group. q, grad_out [B, S, H, D], lse, delta [B, H, S]: the own queries', all heads.
 
-    grad_kv: where the rank's own (dK, dV) are summed, of all heads, holding nothing yet.
+    The own dK and dV are summed apart for the heads of each group, since kernels add up what is contiguous.
     """
 
     q: Tensor
     grad_out: Tensor
     lse: Tensor
     delta: Tensor
-    grad_kv: Pair
     _parts: dict[ShardId, BackwardStage] = field(default_factory=dict)
     _filled: set[str] = field(default_factory=set)
-    _home: set[int] = field(default_factory=set)
+    _home: dict[tuple[int, int], Pair] = field(default_factory=dict)
     _grad_columns: Tensor | None = None
-    _own_grads: Pair | None = None
+    _columns_landed: bool = False
 
     def __post_init__(self) -> None:
         """Make room for what comes home."""
@@ -252,8 +257,9 @@ class HeadBackwardStage(_Exchange):
 
     def sent(self, transfer: Transfer) -> None:
         """What went home is no longer here."""
-        if transfer.kind == "out":
-            assert transfer.shard is not None
+        if transfer.shard is not None and transfer.kind == "kv":
+            self.drop_kv_of(transfer.shard.head_group)
+        elif transfer.shard is not None and transfer.kind == "out":
             del self._parts[transfer.shard]
         elif transfer.kind == "dkv":
             self._filled.discard(transfer.source_buffer)
@@ -272,8 +278,7 @@ class HeadBackwardStage(_Exchange):
         for heads, names in landed.items():
             for together in runs_of_neighbours(sorted(names, key=_slot_number)):
                 self._add_home(heads, self.slots.block(together[0], len(together)))
-        if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
-            self._scatter_columns()
+        self._columns_landed |= any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers)
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
@@ -287,11 +292,12 @@ class HeadBackwardStage(_Exchange):
         own = ShardId(sequence_part=self.indexes.rank, head_group=self.group)
         self._grad_q[:, :, slice(*self.groups.queries(self.group))] = self._of_queries(own)
         self._parts.clear()
-        self._add_own()
-        for head in set(range(self.groups.kv_heads)) - self._home:
-            for grad in self.grad_kv:
-                grad[:, :, head].zero_()
-        return self._grad_q, *self.grad_kv
+        every = sorted({self.groups.keys(group) for group in range(self.groups.count)})
+        home = [self._summed(heads) for heads in every]
+        grad_k, grad_v = (torch.cat([pair[part] for pair in home], dim=2) for part in (0, 1))
+        if self._columns_landed:
+            self._scatter_columns(grad_k, grad_v)
+        return self._grad_q, grad_k, grad_v
 
     def _own_queries(self, heads: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return q, grad_out, lse and delta for some heads, contiguous."""
@@ -314,19 +320,11 @@ class HeadBackwardStage(_Exchange):
             indexes=self.part_indexes(task),
             scale=self.scale,
             tasks=self.count(task.query),
-            grad_kv=self._own_gradients(),
+            grad_kv=self._home_of(self.groups.keys(self.group)),
             gathered=self.columns_of(task.heads),
             filled=self._filled,
             scratch={} if len(keyed) > 1 else None,
         )
-
-    def _own_gradients(self) -> Pair:
-        """Return where dK/dV of the own keys are summed that are computed here, for the group's heads."""
-        if self._own_grads is None:
-            dtype = api.accumulator_dtype(self.q.dtype)
-            k, v = self.kv_of(self.group)
-            self._own_grads = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
-        return self._own_grads
 
     def _of_queries(self, query: ShardId) -> Tensor:
         """Return dq of a part's queries that is complete."""
@@ -334,18 +332,32 @@ class HeadBackwardStage(_Exchange):
         assert grad is not None
         return grad
 
-    def _add_own(self) -> None:
-        """Add what was computed here of the own keys' gradients, the group's heads."""
-        if self._own_grads is not None and "dkv:home" in self._filled:
-            first, second = self._own_grads
-            self._add_home(self.groups.keys(self.group), (first[None], second[None]))
+    def _home_of(self, heads: tuple[int, int]) -> Pair:
+        """Return where dK/dV of the own keys are summed for some heads [B, S, H_kv_g, D]."""
+        if heads not in self._home:
+            (batch, tokens, _, head_dim), dtype = self.kv[0].shape, api.accumulator_dtype(self.q.dtype)
+            k, v = self.q.new_empty((2, batch, tokens, heads[1] - heads[0], head_dim), dtype=dtype)
+            self._home[heads] = k, v
+        return self._home[heads]
 
     def _add_home(self, heads: tuple[int, int], parts: Pair) -> None:
         """Add parts [n, B, S, H_kv_g, D] to the own gradients of some heads."""
-        add = heads[0] in self._home
-        for into, some in zip(self.grad_kv, parts, strict=True):
-            api.add_up(into[:, :, slice(*heads)], some, add=add, backend=self.indexes.backend)
-        self._home.update(range(*heads))
+        add = self._sum_name(heads) in self._filled
+        for into, some in zip(self._home_of(heads), parts, strict=True):
+            api.add_up(into, some, add=add, backend=self.indexes.backend)
+        self._filled.add(self._sum_name(heads))
+
+    def _summed(self, heads: tuple[int, int]) -> Pair:
+        """Return the own gradients of some heads; zero where nothing was added."""
+        pair = self._home_of(heads)
+        if self._sum_name(heads) not in self._filled:
+            for grad in pair:
+                grad.zero_()
+        return pair
+
+    def _sum_name(self, heads: tuple[int, int]) -> str:
+        """Return how `_filled` names the sum of some heads: of those computed here, as the parts' stages do."""
+        return DKV_HOME if heads == self.groups.keys(self.group) else f"{DKV_HOME}:{heads[0]}"
 
     def _gradients_of_columns(self) -> Tensor:
         """Return the gradients of all columns [2, B, H, C, D]: sums over the parts, zero for heads of other groups."""
@@ -359,14 +371,9 @@ class HeadBackwardStage(_Exchange):
         self._grad_columns = total
         return total
 
-    def _scatter_columns(self) -> None:
+    def _scatter_columns(self, grad_k: Tensor, grad_v: Tensor) -> None:
         assert self._grad_columns is not None
-        for head in set(range(self.groups.kv_heads)) - self._home:
-            for grad in self.grad_kv:
-                grad[:, :, head].zero_()
-        self._home.update(range(self.groups.kv_heads))
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        grad_k, grad_v = self.grad_kv
         parts = self._grad_columns[0], self._grad_columns[1]
         api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)
 

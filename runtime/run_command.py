@@ -56,7 +56,6 @@ def run(
     if output is not None:
         Timeline.require_writable(output)
     loaded = load_plan(plan)
-    loaded.require_executable()
     pattern = _replayed(loaded, plan, trace, training_step, layer)
     options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed)
     if not is_rank():

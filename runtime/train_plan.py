@@ -58,7 +58,6 @@ def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
         plan.require(
             world_size=config.parallel.context, model=shape, seq_len_tokens=config.seq_len_tokens, dtype=config.dtype
         )
-        plan.require_executable()
         if config.plan.backend not in (None, plan.kernels.backend):
             raise InputError(f"the plan says {plan.kernels.backend!r}, the configuration {config.plan.backend!r}",
                              field="plan.backend")  # fmt: skip

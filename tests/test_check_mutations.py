@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from sparsering.planner.check import check
 from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layout_ulysses import splits_heads
 from sparsering.planner.layouts import build
 from sparsering.planner.pairs import Pairs
 from sparsering.planner.schedule import (
@@ -55,7 +56,7 @@ def reduced_schedules(draw: st.DrawFn) -> tuple[Schedule, Pairs]:
 
 @st.composite
 def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -> Schedule:
-    kinds = ["ring", "gather", "hierarchical", *(["collective", "two_level", "ulysses"] if pairs is None else [])]
+    kinds = ["ring", "gather", "hierarchical", "ulysses", *(["collective", "two_level"] if pairs is None else [])]
     layout = draw(st.sampled_from(kinds))
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     cut = [{"inner_size": size, "chunks": size} for size in divisors if size > 1]
@@ -66,10 +67,11 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
         "two_level": draw(st.sampled_from([{"inner_size": size} for size in divisors] + cut)),
         "collective": {},
-        "ulysses": {},
+        "ulysses": {
+            "degree": draw(st.sampled_from([size for size in divisors if splits_heads(shape(world_size), size)]))
+        },
     }[layout]
-    columns = 0 if layout == "ulysses" else draw(st.sampled_from([0, 32]))
-    made = shape(world_size, columns)
+    made = shape(world_size, draw(st.sampled_from([0, 32])))
     return build(layout, parameters, shape=made, direction=draw(st.sampled_from(DIRECTIONS)), pairs=pairs)
 
 

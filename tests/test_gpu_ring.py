@@ -21,7 +21,7 @@ from sparsering.traces.pattern import LayerPattern
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(570)]
 
 LAYOUTS = {
-    2: [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})],
+    2: [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), ("ulysses", {"degree": 2})],
     4: [
         ("ring", {"prefetch": 2}),
         ("gather", {"chunks": 2}),
@@ -29,6 +29,8 @@ LAYOUTS = {
         ("two_level", {"inner_size": 2}),
         ("two_level", {"inner_size": 2, "chunks": 2}),
         ("two_level", {"inner_size": 2, "halves": 1}),
+        ("ulysses", {"degree": 2}),
+        ("ulysses", {"degree": 4}),
     ],
     8: [
         ("ring", {"prefetch": 1}),
@@ -38,6 +40,8 @@ LAYOUTS = {
         ("two_level", {"inner_size": 4}),
         ("two_level", {"inner_size": 4, "chunks": 2}),
         ("two_level", {"inner_size": 4, "halves": 1}),
+        ("ulysses", {"degree": 2}),
+        ("ulysses", {"degree": 8}),
     ],
 }
 
@@ -206,7 +210,7 @@ def test_flash4_plays_the_same_schedules(
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout, backend="flash4"), pattern)
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w][-3:]], ids=str)
+@pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w][-5:]], ids=str)
 def test_long_sequence(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:

@@ -47,7 +47,9 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         cuts = [chunks for chunks in range(2, size + 1) if size % chunks == 0]
         yield from (("two_level", {"inner_size": size, "chunks": chunks}) for chunks in cuts)
     yield "collective", {}
-    yield "ulysses", {}
+    heads, kv_heads = 2 * world_size, 2
+    even = [size for size in divisors if not heads % size and not max(size, kv_heads) % min(size, kv_heads)]
+    yield from (("ulysses", {"degree": size}) for size in even)
 
 
 TABLE = [
@@ -60,12 +62,12 @@ TABLE = [
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("world_size", "layout", "parameters"), TABLE)
 def test_every_layout_is_proved(world_size: int, layout: str, parameters: dict[str, int], direction: Direction) -> None:
-    for columns in (0, 64) if layout != "ulysses" else (0,):
+    for columns in (0, 64):
         schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
         report = check(schedule)
         assert report.peak_bytes <= schedule.buffer_bytes
-        groups = world_size if layout == "ulysses" else 1
-        assert report.tasks == groups * world_size**2 + world_size * bool(columns)
+        groups = parameters["degree"] if layout == "ulysses" else 1
+        assert report.tasks == groups * (world_size**2 + world_size * bool(columns))
 
 
 @pytest.mark.parametrize(("layout", "parameters"), [("hierarchical", {"inner_size": 8}), ("gather", {"chunks": 4})])
@@ -375,8 +377,14 @@ def test_what_builders_refuse() -> None:
         build("star", {}, shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="parameters"):
         build("ring", {"chunks": 2}, shape=shape(4), direction="forward")
-    with pytest.raises(UnsupportedError, match="columns"):
-        build("ulysses", {}, shape=shape(4, 64), direction="forward")
+    for degree, problem in (
+        (3, r"degree: 4 ranks are no groups of 3"),
+        (0, r"degree: must be at least 1, not 0"),
+    ):
+        with pytest.raises((InputError, UnsupportedError), match=problem):
+            build("ulysses", {"degree": degree}, shape=shape(4), direction="forward")
+    with pytest.raises(UnsupportedError, match=r"degree: 6 heads \(2 K/V heads\) cannot be split evenly over 3 ranks"):
+        build("ulysses", {}, shape=shape(3), direction="forward")
     with pytest.raises(InputError, match="kv_heads: 4 heads are not a multiple of 3 KV heads"):
         AttentionShape(world_size=1, tokens_per_rank=1, heads=4, kv_heads=3, head_dim=1)
 

@@ -196,10 +196,3 @@ def test_a_run_it_was_not_made_for_is_refused():
         plan.require(dtype="float16")
     with pytest.raises(InputError, match="model"):
         plan.require(model=MODEL.model_copy(update={"heads": 8}))
-
-
-def test_simulated_only_layouts_are_not_run():
-    plan = small_plan(columns_capacity=0, forward=("ulysses", {}))
-    with pytest.raises(InputError, match=r"forward.layout: 'ulysses' can be simulated but not run"):
-        plan.require_executable()
-    small_plan().require_executable()

@@ -231,3 +231,12 @@ def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
         difference = np.where(left == right, 0.0, np.abs(left - right))
     return float(np.nan_to_num(difference, nan=np.inf).max())
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_head_groups_with_the_kernels_of_gpus(degree: int, rank_pools: Callable[[int], RankPool]) -> None:
+    """Triton's kernels, interpreted: what they are given of heads and slots is laid out as they want it."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses",
+                parameters={"degree": degree}, pattern="gqa")  # fmt: skip
+    plan = make_case_plan(case, backend="triton")
+    _check_all(case, plan, rank_pools(4).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7))

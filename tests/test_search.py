@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsering.planner.bounds import lower_bound
@@ -22,6 +22,7 @@ from sparsering.planner.compiled import CompiledRecurrence
 from sparsering.planner.cost import DatasheetCost
 from sparsering.planner.evaluation import Evaluation
 from sparsering.planner.layout_draft import AttentionShape
+from sparsering.planner.layout_ulysses import splits_heads
 from sparsering.planner.layouts import build
 from sparsering.planner.memory import layer_memory
 from sparsering.planner.recurrence import recurrence
@@ -50,7 +51,7 @@ def plain_steps(found: Selection) -> list[Step]:
 def check_promises(given_problem: Problem, found: Selection) -> None:
     # Values are taken out first: an assertion that fails would print the whole of what it names.
     pick, backend = found.pick, given_problem.backend
-    why_not = why_not_executable(pick.placement, pick.forward_layout, backend=backend, block_size=BLOCK)
+    why_not = why_not_executable(pick.placement, backend=backend, block_size=BLOCK)
     assert why_not is None
     memory_bytes, limit_bytes = pick.memory_bytes, given_problem.memory_limit_bytes
     assert memory_bytes <= limit_bytes
@@ -117,8 +118,9 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
         block_size=BLOCK,
         block_load=given_problem.summary.block_load,
     )
-    layouts = [choice for choice in layout_choices(cluster=cluster) if choice.layout != "ulysses"]
-    layout = data.draw(st.sampled_from(layouts))
+    layout = data.draw(st.sampled_from(layout_choices(cluster=cluster)))
+    shape = given_problem.shape(placement)
+    assume(layout.layout != "ulysses" or splits_heads(shape, dict(layout.parameters)["degree"]))
     for direction in DIRECTIONS:
         shape = given_problem.shape(placement)
         schedule = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
@@ -235,8 +237,6 @@ def test_token_striping_is_looked_at_but_never_picked_for_triton():
     assert not any(rated.step.eligible for rated in rows)
     assert whole_blocks.pick.placement.granularity_tokens % BLOCK == 0
     assert any(one.step.eligible for one in tokens.table if one.step.placement.granularity_tokens == 1)
-    with pytest.raises(InputError, match=r"backend: no candidate can be executed: simulated only"):
-        select(problem(kind="dense"), quick=CompiledRecurrence(), layouts=["ulysses"])
 
 
 def test_token_striping_of_long_sequences_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
@@ -246,12 +246,14 @@ def test_token_striping_of_long_sequences_is_left_out_and_said(monkeypatch: pyte
     assert "token striping is not looked at beyond 512 tokens" in found.notes
 
 
-def test_ulysses_is_a_row_where_it_applies_and_a_note_where_not():
-    found = select(problem(kind="dense", gpus=4), quick=CompiledRecurrence())
-    (row,) = [rated for rated in found.table if rated.step.forward_layout.layout == "ulysses"]
-    assert row.step.why_not == "simulated only"
-    with_columns = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
-    assert "ulysses does not apply to these sizes" in with_columns.notes
+def test_heads_are_split_where_they_can_be_and_a_note_says_where_not():
+    """Whole head parallelism is looked at under one placement, since all are alike to it; eight ranks have 4 heads."""
+    found = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
+    choices = [one.step.placement for one in found.table if ("degree", 4) in one.step.forward_layout.parameters]
+    assert len(choices) == 1
+    assert len([one for one in found.table if ("degree", 2) in one.step.forward_layout.parameters]) > 1
+    too_many = select(problem(kind="dense", gpus=8), quick=CompiledRecurrence())
+    assert "ulysses (degree 8) does not apply to these sizes" in too_many.notes
 
 
 @pytest.mark.parametrize(("backend", "launches_less"), [("triton", 2), ("flash4", 2), ("blockwise", 0)])
