@@ -50,36 +50,49 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["width", "parts"])
-def add_up_kernel(target, prior, part, width, parts, ADD: tl.constexpr, ACC: tl.constexpr, SIZE: tl.constexpr):
-    """target = (ADD: prior +) all parts, `width` elements each, one after the other. Grid (width / SIZE)."""
+def add_up_kernel(target, prior, part, width, parts, row, distance, ADD: tl.constexpr, ACC: tl.constexpr,
+                  SIZE: tl.constexpr, ROWS_APART: tl.constexpr):
+    """target = (ADD: prior +) all parts, `width` elements each, one after the other. Grid (width / SIZE).
+
+    ROWS_APART: rows of `row` elements of target and prior begin `distance` elements apart.
+    """
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = at < width
+    inside, place = at < width, at
+    if ROWS_APART:
+        place = at // row * distance + at % row
     if ADD:
-        total = tl.load(prior + at, mask=inside, other=0.0).to(ACC)
+        total = tl.load(prior + place, mask=inside, other=0.0).to(ACC)
     else:
         total = tl.zeros([SIZE], ACC)
     for number in range(0, parts):
         total += tl.load(part + tl.cast(number, tl.int64) * width + at, mask=inside, other=0.0).to(ACC)
-    tl.store(target + at, total.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + place, total.to(target.dtype.element_ty), mask=inside)
 
 
 def add_up(target: Tensor, parts: Tensor, *, add: bool) -> None:
-    """See api.add_up: in the order of the parts."""
-    if not (target.is_contiguous() and parts.is_contiguous()):
-        raise ValueError("add_up: target and parts are not contiguous")
+    """See api.add_up: in the order of the parts. target may be some heads of a contiguous [B, S, H, D]."""
+    if not parts.is_contiguous() or (not target.is_contiguous() and not _is_some_heads(target)):
+        raise ValueError("add_up: parts are not contiguous, or target is no run of heads of what is")
     if len(parts):
         _add_flat(parts, target, target, add=add)
     elif not add:
         target.zero_()
 
 
+def _is_some_heads(x: Tensor) -> bool:
+    """Whether x is [B, S, some heads, D] of a contiguous tensor."""
+    return x.dim() == 4 and x.stride()[2:] == (x.shape[3], 1) and x.stride(0) == x.shape[1] * x.stride(1)
+
+
 def _add_flat(parts: Tensor, prior: Tensor, target: Tensor, *, add: bool) -> None:
-    """target = (add: prior +) the sum of parts [n, *target.shape]; everything is in one piece."""
-    width = target.numel()
+    """target = (add: prior +) the sum of parts [n, *target.shape], in one piece; so are the others, or their rows."""
+    width, apart = target.numel(), not target.is_contiguous()
+    row, distance = (target.shape[2] * target.shape[3], target.stride(1)) if apart else (width, width)
     if width:
         run(
             add_up_kernel, (triton.cdiv(width, _ELEMENTS),),
-            target, prior, parts, width, len(parts), ADD=add, ACC=_sums(target, prior, parts), SIZE=_ELEMENTS)
+            target, prior, parts, width, len(parts), row, distance, ADD=add, ACC=_sums(target, prior, parts),
+            SIZE=_ELEMENTS, ROWS_APART=apart)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "part_tokens"])

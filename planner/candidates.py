@@ -86,6 +86,11 @@ class LayoutChoice:
         """How K/V and gradients travel, among layouts that are otherwise the same."""
         return tuple(one for one in self.parameters if one[0] in TRANSFER_PARAMETERS)
 
+    @property
+    def splits_heads(self) -> bool:
+        """Whether queries change ranks, so that every rank has a part of the heads."""
+        return self.layout == "ulysses"
+
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.parameters)
         return f"{self.layout} ({shown})" if shown else self.layout

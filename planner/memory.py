@@ -64,21 +64,32 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
     row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
     home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
     returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
-    home_bytes += returned_bytes + _own_group_bytes(schedule)
+    home_bytes += _group_bytes(schedule, q_bytes) or returned_bytes
     return LayerMemory(
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
-        buffer_bytes=schedule.buffer_bytes,
+        buffer_bytes=schedule.buffer_bytes - _waiting_results_bytes(schedule),
         kept_bytes=(layers - 1) * schedule.kept_bytes,
         workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes)
         + _rounded_bytes(schedule, shape),
     )
 
 
-def _own_group_bytes(schedule: Schedule) -> int:
-    """Return what a rank that computes a head group holds of its own tensors' heads beside the whole: a slot each."""
+def _group_bytes(schedule: Schedule, q_bytes: int) -> int:
+    """Return what a rank that computes a head group holds beside what all hold, 0 for others.
+
+    dq of its own queries, which lands by heads; and of its own tensors' heads, beside the whole, a slot of each kind:
+    queries, keys, their gradients, and dq of the part that is being ended.
+    """
     slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
-    return sum(slots.values()) if "q" in slots else 0
+    return q_bytes + sum(slots.values()) if "q" in slots else 0
+
+
+def _waiting_results_bytes(schedule: Schedule) -> int:
+    """Return the bytes of slots for results that change ranks: accumulators, twice as large, were freed for them."""
+    return sum(
+        buffer.capacity_bytes for buffer in schedule.buffers if buffer.kind == "out" and buffer.name not in HOMES
+    )
 
 
 def _of_one_group(schedule: Schedule, shape: AttentionShape) -> AttentionShape:

@@ -1,8 +1,8 @@
 """Picks a candidate: every candidate under a quick evaluator, the best few and all plain layouts under a good one.
 
 Placement is shared by both directions, layouts are chosen for each. The pick is the quickest step that the backend can
-execute within the memory limit; equal times go to the plainer candidate, and an irregular placement must gain more than
-IRREGULAR_MARGIN. No plain layout that is eligible is quicker.
+execute within the memory limit; equal times go to the plainer candidate, and what evaluators are known to see too well
+must gain more than a margin. No plain layout that is eligible is quicker.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from .scores import Problem, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
-# What an irregular placement must gain over all regular ones. Evaluators know how many blocks a rank computes, not in
+# What an irregular placement must gain over all others. Evaluators know how many blocks a rank computes, not in
 # which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
 # docs/kernels.md).
 IRREGULAR_MARGIN = 0.01
+# What head parallelism must gain: its launches are many and small, and what was predicted for it was up to a tenth
+# further from what was measured than for all other layouts (docs/ring.md).
+SPLIT_HEADS_MARGIN = 0.10
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
@@ -223,10 +226,10 @@ def _finalists(
 
 
 def _grouped(layouts: Iterable[LayoutChoice]) -> list[list[LayoutChoice]]:
-    """Group layouts that keep K/V in the same slots and transfer in the same way."""
+    """Group layouts that keep K/V in the same slots, transfer in the same way and split heads or do not."""
     groups: dict[tuple[object, ...], list[LayoutChoice]] = {}
     for layout in layouts:
-        groups.setdefault((layout.kept_slots, layout.transfers), []).append(layout)
+        groups.setdefault((layout.kept_slots, layout.transfers, layout.splits_heads), []).append(layout)
     return list(groups.values())
 
 
@@ -243,24 +246,25 @@ def _best_steps(
     for number, (choice, one) in enumerate(complete.items()):
         mixtures = sorted(one.mixtures, key=lambda both: both[0] != both[1])
         steps = [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
-        best[choice] = min(steps, key=lambda step: step.step_time_us)
+        best[choice] = min(steps, key=competing_us)
         progress("choosing", number + 1, len(complete))
     return best
 
 
 def _pick(best: dict[PlacementChoice, Step]) -> Step:
-    """Return the quickest step: of regular placements, unless an irregular one gains more than the margin.
+    """Return the quickest step, margins counted. best: of every placement.
 
-    best: of every placement. Plain layouts have regular ones, so none of them is quicker.
+    Plain layouts have none, so none of them is quicker.
     """
-    quickest = min(best.values(), key=lambda step: step.step_time_us)
-    regular = [step for choice, step in best.items() if choice.regular]
-    within_us = (1 + IRREGULAR_MARGIN) * quickest.step_time_us
-    return min(
-        (step for step in regular if step.step_time_us <= within_us),
-        key=lambda step: step.step_time_us,
-        default=quickest,
-    )
+    return min(best.values(), key=competing_us)
+
+
+def competing_us(step: Step) -> float:
+    """Return the time by which a step competes."""
+    margin = 0.0 if step.placement.regular else IRREGULAR_MARGIN
+    if step.forward_layout.splits_heads or step.backward_layout.splits_heads:
+        margin += SPLIT_HEADS_MARGIN
+    return step.step_time_us * (1 + margin)
 
 
 def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:

@@ -140,10 +140,10 @@ class PlannedAttention:
         common: dict[str, Any] = {"q": q, "kv": kv, "grad_out": grad_out, "lse": lse, "gathered": gathered}
         common |= {"delta": row_products(grad_out, out, backend=self.backend), "indexes": indexes, "scale": scale}
         common |= {"slots": self.slots("backward", kv[0], kept_kv)}
+        common |= {"grad_kv": tuple(torch.empty_like(part, dtype=dtype) for part in kv)}
         groups = self._groups["backward"]
         if groups.count == 1:
             keyed = sum(task.key is not None for task in tasks)
-            common |= {"grad_kv": tuple(torch.empty_like(part, dtype=dtype) for part in kv)}
             return BackwardStage(**common, tasks=len(tasks), scratch={} if keyed > 1 else None)
         return HeadBackwardStage(**common, tasks=tasks, groups=groups, group=tasks[0].query.head_group)
 

@@ -207,18 +207,19 @@ class HeadForwardStage(_Exchange):
 class HeadBackwardStage(_Exchange):
     """Backward of a head group. q, grad_out [B, S, H, D], lse, delta [B, H, S]: the own queries', all heads.
 
-    The own dK and dV are summed apart for the heads of each group, since kernels add up what is contiguous.
+    grad_kv: where the rank's own (dK, dV) are summed, of all heads, holding nothing yet.
     """
 
     q: Tensor
     grad_out: Tensor
     lse: Tensor
     delta: Tensor
+    grad_kv: Pair
     _parts: dict[ShardId, BackwardStage] = field(default_factory=dict)
     _filled: set[str] = field(default_factory=set)
-    _home: dict[tuple[int, int], Pair] = field(default_factory=dict)
+    _home: set[int] = field(default_factory=set)
     _grad_columns: Tensor | None = None
-    _columns_landed: bool = False
+    _own_grads: Pair | None = None
 
     def __post_init__(self) -> None:
         """Make room for what comes home."""
@@ -278,7 +279,8 @@ class HeadBackwardStage(_Exchange):
         for heads, names in landed.items():
             for together in runs_of_neighbours(sorted(names, key=_slot_number)):
                 self._add_home(heads, self.slots.block(together[0], len(together)))
-        self._columns_landed |= any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers)
+        if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
+            self._scatter_columns()
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
@@ -292,12 +294,9 @@ class HeadBackwardStage(_Exchange):
         own = ShardId(sequence_part=self.indexes.rank, head_group=self.group)
         self._grad_q[:, :, slice(*self.groups.queries(self.group))] = self._of_queries(own)
         self._parts.clear()
-        every = sorted({self.groups.keys(group) for group in range(self.groups.count)})
-        home = [self._summed(heads) for heads in every]
-        grad_k, grad_v = (torch.cat([pair[part] for pair in home], dim=2) for part in (0, 1))
-        if self._columns_landed:
-            self._scatter_columns(grad_k, grad_v)
-        return self._grad_q, grad_k, grad_v
+        self._add_own()
+        self._fill_home()
+        return self._grad_q, *self.grad_kv
 
     def _own_queries(self, heads: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return q, grad_out, lse and delta for some heads, contiguous."""
@@ -320,7 +319,7 @@ class HeadBackwardStage(_Exchange):
             indexes=self.part_indexes(task),
             scale=self.scale,
             tasks=self.count(task.query),
-            grad_kv=self._home_of(self.groups.keys(self.group)),
+            grad_kv=self._own_gradients(),
             gathered=self.columns_of(task.heads),
             filled=self._filled,
             scratch={} if len(keyed) > 1 else None,
@@ -332,32 +331,33 @@ class HeadBackwardStage(_Exchange):
         assert grad is not None
         return grad
 
-    def _home_of(self, heads: tuple[int, int]) -> Pair:
-        """Return where dK/dV of the own keys are summed for some heads [B, S, H_kv_g, D]."""
-        if heads not in self._home:
-            (batch, tokens, _, head_dim), dtype = self.kv[0].shape, api.accumulator_dtype(self.q.dtype)
-            k, v = self.q.new_empty((2, batch, tokens, heads[1] - heads[0], head_dim), dtype=dtype)
-            self._home[heads] = k, v
-        return self._home[heads]
+    def _own_gradients(self) -> Pair:
+        """Return where dK/dV of the own keys are summed that are computed here [B, S, H_kv_g, D]."""
+        if self._own_grads is None:
+            dtype = api.accumulator_dtype(self.q.dtype)
+            k, v = self.kv_of(self.group)
+            self._own_grads = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+        return self._own_grads
+
+    def _add_own(self) -> None:
+        """Add what was computed here of the own keys' gradients."""
+        if self._own_grads is not None and DKV_HOME in self._filled:
+            grad_k, grad_v = self._own_grads
+            self._add_home(self.groups.keys(self.group), (grad_k[None], grad_v[None]))
 
     def _add_home(self, heads: tuple[int, int], parts: Pair) -> None:
         """Add parts [n, B, S, H_kv_g, D] to the own gradients of some heads."""
-        add = self._sum_name(heads) in self._filled
-        for into, some in zip(self._home_of(heads), parts, strict=True):
-            api.add_up(into, some, add=add, backend=self.indexes.backend)
-        self._filled.add(self._sum_name(heads))
+        add = heads[0] in self._home
+        for into, some in zip(self.grad_kv, parts, strict=True):
+            api.add_up(into[:, :, slice(*heads)], some, add=add, backend=self.indexes.backend)
+        self._home.update(range(*heads))
 
-    def _summed(self, heads: tuple[int, int]) -> Pair:
-        """Return the own gradients of some heads; zero where nothing was added."""
-        pair = self._home_of(heads)
-        if self._sum_name(heads) not in self._filled:
-            for grad in pair:
-                grad.zero_()
-        return pair
-
-    def _sum_name(self, heads: tuple[int, int]) -> str:
-        """Return how `_filled` names the sum of some heads: of those computed here, as the parts' stages do."""
-        return DKV_HOME if heads == self.groups.keys(self.group) else f"{DKV_HOME}:{heads[0]}"
+    def _fill_home(self) -> None:
+        """Zero the own gradients of heads that nothing was added to."""
+        for head in set(range(self.groups.kv_heads)) - self._home:
+            for grad in self.grad_kv:
+                grad[:, :, head].zero_()
+        self._home.update(range(self.groups.kv_heads))
 
     def _gradients_of_columns(self) -> Tensor:
         """Return the gradients of all columns [2, B, H, C, D]: sums over the parts, zero for heads of other groups."""
@@ -371,9 +371,11 @@ class HeadBackwardStage(_Exchange):
         self._grad_columns = total
         return total
 
-    def _scatter_columns(self, grad_k: Tensor, grad_v: Tensor) -> None:
+    def _scatter_columns(self) -> None:
         assert self._grad_columns is not None
+        self._fill_home()
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
+        grad_k, grad_v = self.grad_kv
         parts = self._grad_columns[0], self._grad_columns[1]
         api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)
 

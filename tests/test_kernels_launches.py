@@ -157,6 +157,31 @@ def test_parts_are_added_up_in_order(backend: str, add: bool, count: int) -> Non
     assert torch.equal(target, right)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("add", [True, False])
+def test_parts_are_added_to_some_heads(backend: str, add: bool) -> None:
+    """Of a tensor of all heads; the others stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    parts, whole = torch.randn(3, 2, 700, 2, 16, generator=generator), torch.randn(2, 700, 5, 16, generator=generator)
+    right = whole.clone()
+    if not add:
+        right[:, :, 1:3] = 0
+    for part in parts:
+        right[:, :, 1:3] += part
+    api.add_up(whole[:, :, 1:3], parts, add=add, backend=backend)
+    assert torch.equal(whole, right)
+
+
+def test_adding_up_refuses_other_strides() -> None:
+    from sparsering.kernels import passes
+
+    parts = torch.zeros(1, 2, 8, 4, 16)
+    with pytest.raises(ValueError, match="target is no run of heads"):
+        passes.add_up(torch.zeros(2, 4, 8, 16).transpose(1, 2), parts, add=True)
+    with pytest.raises(ValueError, match="parts are not contiguous"):
+        passes.add_up(torch.zeros(8, 2, 4, 16), parts.transpose(1, 2), add=True)
+
+
 def test_long_tensors_fit_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's grid has 2**31 - 1 programs along its first axis, and 65,535 along the others."""
     from sparsering.kernels import passes
