@@ -89,7 +89,12 @@ class LayoutChoice:
     @property
     def splits_heads(self) -> bool:
         """Whether queries change ranks, so that every rank has a part of the heads."""
-        return self.layout == "ulysses"
+        return self.degree > 1
+
+    @property
+    def degree(self) -> int:
+        """In how many groups the heads are split."""
+        return dict(self.parameters).get("degree", 1)
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.parameters)

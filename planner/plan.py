@@ -17,6 +17,7 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
 from .cluster import validation_error
+from .heads import HeadOrder, is_order
 from .layout_draft import AttentionShape
 from .layouts import build
 from .pairs import Pairs, pattern_pairs
@@ -106,6 +107,7 @@ class Plan(_Strict):
     """One file that says what every rank does. Build with `make_plan`, read with `load_plan`.
 
     pairs: rows of 0 and 1, the (query part, key part) pairs that are computed (see `Pairs`); None: all of them.
+    head_orders: by layer, the order in which query heads are dealt out to head groups (see `heads`); None: as they are.
     """
 
     schema_version: Literal[1] = PLAN_SCHEMA_VERSION
@@ -120,6 +122,7 @@ class Plan(_Strict):
     pattern: PatternSpec
     kernels: KernelSpec
     pairs: tuple[str, ...] | None = None
+    head_orders: tuple[tuple[int, ...], ...] | None = None
     predictions: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
     digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
@@ -136,7 +139,8 @@ class Plan(_Strict):
 
     def _document(self) -> dict[str, Any]:
         """Return the plan as JSON values; what is None and was not in the first plans is left out."""
-        return self.model_dump(mode="json", exclude={"pairs"} if self.pairs is None else None)
+        later = {name for name in ("pairs", "head_orders") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=later)
 
     def active_pairs(self) -> Pairs:
         """Return the (query part, key part) pairs that are computed."""
@@ -155,6 +159,17 @@ class Plan(_Strict):
             accumulator_bytes=max(4, element_bytes),
             columns_capacity=self.columns_capacity,
         )
+
+    def head_order(self, layer: int | None) -> HeadOrder | None:
+        """Return the order of a layer's query heads, None where they stay as they are. InputError names the layer."""
+        if self.head_orders is None:
+            return None
+        if layer is None or not 0 <= layer < len(self.head_orders):
+            raise InputError(
+                f"is {layer}; the plan has orders of heads for {len(self.head_orders)} layers", field="layer"
+            )
+        order = self.head_orders[layer]
+        return None if order == tuple(range(self.model.heads)) else order
 
     def make_placement(self) -> Placement:
         """Return the placement; InputError when the units are no permutation or do not cover the sequence."""
@@ -217,12 +232,13 @@ def make_plan(
     pattern: PatternSpec,
     kernels: KernelSpec,
     pairs: Pairs | None = None,
+    head_orders: tuple[HeadOrder, ...] | None = None,
     predictions: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Plan:
     """Build a plan, expand its schedules for their hashes, and seal it with its digest.
 
-    forward, backward: (layout name, parameters). pairs: those that may have work; None: all.
+    forward, backward: (layout name, parameters). pairs: those that may have work; None: all. head_orders: by layer.
     """
     plan = Plan(
         model=model,
@@ -241,6 +257,7 @@ def make_plan(
         pattern=pattern,
         kernels=kernels,
         pairs=None if pairs is None or pairs.complete else pairs.rows,
+        head_orders=head_orders,
         predictions=predictions or {},
         provenance=provenance or {},
     )
@@ -292,9 +309,20 @@ def _check_contents(plan: Plan, path: Path) -> None:
             raise InputError(f"are of {plan.active_pairs().world_size} ranks, not {plan.world_size}", field="pairs")
         for direction in DIRECTIONS:
             plan.build_schedule(direction)
+        _check_head_orders(plan)
         blocks = num_blocks(plan.seq_len_tokens, plan.block_size)
         if plan.columns_capacity > blocks * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
         assert placement.world_size == plan.world_size
     except InputError as error:
         raise InputError(str(error), source=path) from error
+
+
+def _check_head_orders(plan: Plan) -> None:
+    if plan.head_orders is None:
+        return
+    if len(plan.head_orders) != plan.model.layers:
+        raise InputError(f"are of {len(plan.head_orders)} layers, not {plan.model.layers}", field="head_orders")
+    for layer, order in enumerate(plan.head_orders):
+        if not is_order(order, heads=plan.model.heads, kv_heads=plan.model.kv_heads):
+            raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")

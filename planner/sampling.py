@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..traces.errors import InputError, UnsupportedError
 from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.store import Trace
+from .heads import head_load
 from .pairs import active_blocks
 from .plan import PatternSpec
 from .workload import unit_load
@@ -40,6 +41,7 @@ class Sample:
 class TraceSummary:
     """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
 
+    head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
     active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted.
     """
 
@@ -48,6 +50,7 @@ class TraceSummary:
     loaded_layers: int
     recorded_layers: int
     active_blocks: NDArray[np.bool_] | None = None
+    head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def take_samples(
@@ -73,10 +76,12 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
     header, most_columns, load = trace.header, 0, 0.0
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
+    of_heads: dict[int, list[NDArray[np.float64]]] = {}
     reach = np.zeros((blocks, blocks), dtype=bool) if blocks <= MAX_COUNTED_BLOCKS else None
     for number, (step, layer) in enumerate(recorded):
         pattern = trace.layer_pattern(step, layer)
         most_columns = max(most_columns, pattern.max_columns)
+        of_heads.setdefault(layer, []).append(head_load(pattern))
         if reach is not None:
             reach |= active_blocks(pattern)
         if (step, layer) in loaded:
@@ -89,6 +94,7 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         loaded_layers=len(loaded),
         recorded_layers=len(recorded),
         active_blocks=reach,
+        head_load={layer: np.mean(loads, axis=0) for layer, loads in of_heads.items()},
     )
 
 

@@ -26,6 +26,7 @@ from .candidates import (
 from .cluster import Cluster
 from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
+from .heads import HeadOrder, balanced_order
 from .layout_draft import AttentionShape
 from .layout_ulysses import splits_heads
 from .layouts import build
@@ -73,6 +74,13 @@ class Problem:
         if not self.replayed or self.summary.active_blocks is None:
             return causal_pairs(placement)
         return pairs_of_blocks(self.summary.active_blocks, placement, block_size=self.block_size)
+
+    def head_order(self, layer: int, degree: int) -> HeadOrder:
+        """Return the order in which a layer's heads are dealt out to groups; as they are where nothing is known."""
+        load = self.summary.head_load.get(layer)
+        if load is None:
+            return tuple(range(self.model.heads))
+        return balanced_order(load, kv_heads=self.model.kv_heads, degree=degree)
 
     def shape(self, placement: Placement) -> AttentionShape:
         """Return the sizes of transfers under a placement."""
@@ -190,7 +198,7 @@ class ScoreBoard:
 
     problem: Problem
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
-    _workloads: dict[tuple[PlacementChoice, int], Workload] = field(default_factory=dict)
+    _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
     _schedules: dict[tuple[LayoutChoice, Direction, int, Pairs], Schedule] = field(default_factory=dict)
     _scores: dict[tuple[Rater, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
@@ -212,11 +220,16 @@ class ScoreBoard:
             self._pairs[choice] = self.problem.pairs(self.placement(choice))
         return self._pairs[choice]
 
-    def workload(self, choice: PlacementChoice, sample: int) -> Workload:
-        """Return the work of a sampled layer under a placement."""
-        key = (choice, sample)
+    def workload(self, choice: PlacementChoice, sample: int, degree: int = 1) -> Workload:
+        """Return the work of a sampled layer under a placement, its heads dealt out to `degree` groups."""
+        key = (choice, sample, degree)
         if key not in self._workloads:
-            self._workloads[key] = workload(self.problem.samples[sample].pattern, self.placement(choice))
+            one = self.problem.samples[sample]
+            if degree == 1:
+                self._workloads[key] = workload(one.pattern, self.placement(choice))
+            else:
+                order = self.problem.head_order(one.layer, degree)
+                self._workloads[key] = self.workload(choice, sample).with_heads(order)
         return self._workloads[key]
 
     def schedule(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction) -> Schedule:
@@ -254,7 +267,9 @@ class ScoreBoard:
             memory = layer_memory(schedule, shape, layers=problem.model.layers, backend=problem.backend)
             self._scores[key] = Score(
                 evaluations=tuple(
-                    rater.evaluator(schedule, self.workload(choice, sample), problem.cluster, problem.cost)
+                    rater.evaluator(
+                        schedule, self.workload(choice, sample, layout.degree), problem.cluster, problem.cost
+                    )
                     for sample in rater.samples
                 ),
                 memory=memory,

@@ -87,9 +87,15 @@ class Options:
 
     @property
     def mixtures(self) -> list[tuple[LayoutChoice, LayoutChoice]]:
-        """(forward, backward) layouts that go together: both keep K/V in the same slots, or none does."""
-        both = product(self.forward, self.backward)
-        return [(forward, backward) for forward, backward in both if forward.kept_slots == backward.kept_slots]
+        """(forward, backward) layouts that go together.
+
+        Both keep K/V in the same slots, or none does; and heads are dealt out in one order, to one number of groups.
+        """
+        return [
+            (forward, backward)
+            for forward, backward in product(self.forward, self.backward)
+            if forward.kept_slots == backward.kept_slots and len({forward.degree, backward.degree} - {1}) < 2
+        ]
 
     @property
     def complete(self) -> bool:
@@ -168,7 +174,7 @@ def _pairs(
     )
     for layout in candidates:
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
-        relevant = choices[:1] if ("degree", world) in layout.parameters else choices
+        relevant = choices[:1] if layout.degree == world > 1 else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
         pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:

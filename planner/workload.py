@@ -9,7 +9,8 @@ Shape legend: W ranks, H query heads, N mask blocks, T tiles per rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,12 @@ class Workload:
             longest_key_row=0,
             rows=self._rows(heads),
         )
+
+    def with_heads(self, order: Sequence[int]) -> Workload:
+        """Return the same work with the heads in another order."""
+        by_head = ("active", "rows", "longest", "key_rows", "longest_key")
+        by_head += ("columns", "column_rows", "longest_column_row")
+        return replace(self, **{name: getattr(self, name)[..., list(order)] for name in by_head})
 
     def _rows(self, heads: tuple[int, int]) -> int:
         return -(-self.tokens_per_rank // self.block_size) * (heads[1] - heads[0])

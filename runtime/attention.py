@@ -5,7 +5,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from ..kernels.api import AttentionMask, Partial, accumulator_dtype, fastest_bac
 from ..planner.check import check_step
 from ..planner.check_playable import check_playable
 from ..planner.check_rules import Rules
+from ..planner.heads import HeadOrder
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction, Schedule, Task
 from ..traces.errors import InputError, UnsupportedError
 from .buffers import BufferPool, Pair, Slots
 from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks, naming_lost_ranks
+from .head_order import Chooser, HeadPermutation
 from .head_stages import HeadBackwardStage, HeadForwardStage, HeadGroups
 from .measure import Recorder
 from .mesh import Mesh, agree
@@ -29,8 +31,6 @@ from .patterns import PairGuard, RunningHash
 from .recompute import current_kept
 from .ring import Stage, play
 from .stages import BackwardStage, ForwardStage, Indexes
-
-Chooser = Callable[[Tensor, Tensor], AttentionMask]
 
 
 class PlannedAttention:
@@ -74,21 +74,37 @@ class PlannedAttention:
         self.joined_positions: dict[tuple[int, ...], Tensor] = {}
         self._pattern_hash = RunningHash(mesh.device)
         self._agreements = 0
+        self._orders: dict[HeadOrder, HeadPermutation] = {}
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Chooser, *, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask | Chooser,
+        *,
+        scale: float | None = None,
+        layer: int | None = None,
     ) -> Tensor:
         """Return out [B, S, H, D] of this rank's queries. See `with_lse`."""
-        return self.with_lse(q, k, v, mask, scale=scale)[0]
+        return self.with_lse(q, k, v, mask, scale=scale, layer=layer)[0]
 
     def with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | Chooser, *, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask | Chooser,
+        *,
+        scale: float | None = None,
+        layer: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (out [B, S, H, D] in q's dtype, lse [B, H, S] in the accumulator's, not differentiable).
 
         q [B, S, H, D], k and v [B, S, H_kv, D]: this rank's shard, in the order of `positions[rank]`. mask: the layer's
         patterns, equal on all ranks, or a function of (q, k) that chooses them while K and V are already on their way.
+        layer: its number in the model, which only plans with an order of heads by layer ask for.
         Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's, or
         the mask activates a pair of shards that the plan leaves out.
         """
@@ -96,8 +112,21 @@ class PlannedAttention:
         if isinstance(mask, AttentionMask):
             self._pairs.admit(mask)
         factor = q.shape[-1] ** -0.5 if scale is None else scale
+        order = self._head_order(layer)
+        if order is not None:
+            mask = order.of_mask(mask, q, k)
+            q, k, v = order.of_queries(q), order.of_keys(k), order.of_keys(v)
         out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
-        return out, lse
+        return (out, lse) if order is None else order.back(out, lse)
+
+    def _head_order(self, layer: int | None) -> HeadPermutation | None:
+        order = self.plan.head_order(layer)
+        if order is None:
+            return None
+        if order not in self._orders:
+            kv_heads, device = self.plan.model.kv_heads, self.mesh.device
+            self._orders[order] = HeadPermutation.of(order, kv_heads=kv_heads, device=device)
+        return self._orders[order]
 
     def slots(self, direction: str, k: Tensor, kept: Tensor | None = None) -> Slots:
         """Return the slots of one direction for K/V shaped like `k`; kept: those of the layer's own."""

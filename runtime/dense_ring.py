@@ -49,8 +49,10 @@ class ZigzagAttention:
             raise UnsupportedError(f"{self.kernel!r} does not run on {mesh.device.type}", field="kernel")
         self.group = mesh.new_group(range(mesh.world_size)) if mesh.world_size > 1 else None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None) -> Tensor:
-        """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask is ignored: this is dense."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask and layer are ignored: it is dense."""
         if q.shape[1] % 2:
             raise UnsupportedError(f"{q.shape[1]} tokens are not two chunks", field="q")
         out = _Zigzag.apply(q, k, v, self, q.shape[-1] ** -0.5 if scale is None else scale)

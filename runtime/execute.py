@@ -26,12 +26,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How often to run and whether to verify. seed: of the random q, k, v and grad_out."""
+    """How often to run and whether to verify. seed: of the random q, k, v and grad_out; layer: which is run."""
 
     repeats: int = 3
     warmups: int = 1
     verify: bool = False
     seed: int = 0
+    layer: int = 0
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.warmups < 0:
@@ -70,7 +71,7 @@ def execute(
         plan.require_covered(pattern)
     recorder = Recorder(device=mesh.device)
     planned = PlannedAttention(plan, mesh, recorder=recorder)
-    mask = _mask(planned, pattern)
+    mask = _mask(planned, pattern, options.layer)
     inputs = _inputs(planned, options.seed)
     own = {name: tensor[:, planned.positions[mesh.rank]].contiguous() for name, tensor in inputs.items()}
     if not options.verify:
@@ -80,7 +81,7 @@ def execute(
     verdicts: list[Verdict] = []
     for repeat in range(options.warmups + options.repeats):
         progress(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
-        results = _step(planned, own, mask, recorder)
+        results = _step(planned, own, mask, recorder, options.layer)
         if mesh.device.type == "cuda":
             peak = max(peak, torch.cuda.max_memory_allocated(mesh.device) + planned.pool.uncounted_bytes)
         if repeat >= options.warmups:
@@ -93,11 +94,11 @@ def execute(
     return _gathered(planned, spans, verdicts, peak)
 
 
-def _mask(planned: PlannedAttention, pattern: LayerPattern | None) -> Any:
+def _mask(planned: PlannedAttention, pattern: LayerPattern | None, layer: int) -> Any:
     if pattern is not None:
         capacity = planned.plan.columns_capacity
         return mask_of(pattern, columns_capacity=capacity, device=planned.mesh.device)
-    return PlannedChoice(planned.plan, planned.mesh, planned.positions[planned.mesh.rank]).of_layer(0)
+    return PlannedChoice(planned.plan, planned.mesh, planned.positions[planned.mesh.rank]).of_layer(layer)
 
 
 def _chosen(mask: Any, own: dict[str, Tensor]) -> Any:
@@ -120,14 +121,14 @@ def _inputs(planned: PlannedAttention, seed: int) -> dict[str, Tensor]:
 
 
 def _step(
-    planned: PlannedAttention, own: dict[str, Tensor], mask: Any | Chooser, recorder: Recorder
+    planned: PlannedAttention, own: dict[str, Tensor], mask: Any | Chooser, recorder: Recorder, layer: int
 ) -> dict[str, Tensor]:
     q, k, v = (own[name].detach().requires_grad_() for name in "qkv")
     dist.barrier()
     if planned.mesh.device.type == "cuda":
         torch.cuda.synchronize(planned.mesh.device)
     recorder.begin()
-    out, lse = planned.with_lse(q, k, v, mask)
+    out, lse = planned.with_lse(q, k, v, mask, layer=layer)
     out.backward(own["grad_out"])
     assert q.grad is not None and k.grad is not None and v.grad is not None
     return {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}

@@ -31,8 +31,10 @@ LayerMask = Callable[[int], AttentionMask | Chooser]
 class Attention(Protocol):
     """Attention over many ranks: `PlannedAttention`, or a baseline that ignores the mask."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None) -> Tensor:
-        """Return out [B, S_own, H, D]."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S_own, H, D] of one of the model's layers."""
         ...
 
     def close(self) -> None:
@@ -53,7 +55,7 @@ class Attached:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Return the attention output [B, S_own, H, D] of one layer."""
-        return self.planned(q, k, v, self._masks(layer), scale=scale)
+        return self.planned(q, k, v, self._masks(layer), scale=scale, layer=layer)
 
     def detach(self) -> None:
         """Give the model its own attention back and free the channels."""

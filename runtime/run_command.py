@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..planner.plan import Plan, load_plan
-from ..planner.replay import find_trace, recorded_layer
+from ..planner.replay import Recorded, find_trace, recorded_layer
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
 from ..traces.timeline import Timeline
@@ -56,8 +56,9 @@ def run(
     if output is not None:
         Timeline.require_writable(output)
     loaded = load_plan(plan)
-    pattern = _replayed(loaded, plan, trace, training_step, layer)
-    options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed)
+    recorded = _replayed(loaded, plan, trace, training_step, layer)
+    pattern, number = (recorded.pattern, recorded.layer) if recorded is not None else (None, layer or 0)
+    options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed, layer=number)
     if not is_rank():
         _require_devices(device, loaded.world_size)
         environment = inherited_environment(world_size=loaded.world_size)
@@ -98,12 +99,12 @@ def _require_devices(device: str | None, ranks: int) -> None:
 
 def _replayed(
     plan: Plan, path: Path, trace: Path | None, training_step: int | None, layer: int | None
-) -> LayerPattern | None:
+) -> Recorded | None:
     if plan.pattern.source == "choose" and trace is None:
         return None
-    pattern = recorded_layer(find_trace(plan, path, trace), training_step, layer).pattern
-    plan.require(seq_len_tokens=pattern.seq_len_tokens)
-    return pattern
+    recorded = recorded_layer(find_trace(plan, path, trace), training_step, layer)
+    plan.require(seq_len_tokens=recorded.pattern.seq_len_tokens)
+    return recorded
 
 
 def _report(plan: Plan, result: RunResult, output: Path | None, as_json: bool) -> None:

@@ -31,8 +31,10 @@ class TorchContextParallel:
         self.mesh, self._backend = mesh, backend
         self._device_mesh = DeviceMesh.from_group(_group(mesh), "cuda", mesh_dim_names=("context",))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None) -> Tensor:
-        """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask is ignored: this is dense."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask and layer are ignored: it is dense."""
         out = _TorchRing.apply(q, k, v, self, scale)
         assert isinstance(out, Tensor)
         return out

@@ -69,11 +69,13 @@ class TimedAttention:
     def __init__(self, attention: Attention, clock: Clock) -> None:
         self._attention, self._clock = attention, clock
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
         """Return the attention's out [B, S, H, D]."""
         q, k, v = _BackwardEnds.apply(self._clock, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
         with self._clock.span("attention_forward"):
-            out = self._attention(q, k, v, mask, scale=scale)
+            out = self._attention(q, k, v, mask, scale=scale, layer=layer)
         marked = _BackwardBegins.apply(self._clock, out)
         assert isinstance(marked, Tensor)
         return marked

@@ -47,7 +47,7 @@ def simulate(
     where = load_cluster(cluster)
     recorded = recorded_layer(find_trace(made, plan, trace), training_step, layer)
     with Console(stderr=True).status("simulating"):
-        result = simulate_plan(made, recorded.pattern, where, seed=seed, jitter=jitter)
+        result = simulate_plan(made, recorded.pattern, where, layer=recorded.layer, seed=seed, jitter=jitter)
     assert result.timeline is not None
     if output is not None:
         result.timeline.save(output)

@@ -20,6 +20,7 @@ def simulate_plan(
     pattern: LayerPattern,
     cluster: Cluster,
     *,
+    layer: int = 0,
     cost: CostModel | None = None,
     seed: int | None = None,
     jitter: float = 0.0,
@@ -27,7 +28,8 @@ def simulate_plan(
 ) -> LayerEvaluation:
     """Play forward and backward of one layer under the plan; its timeline says plan, cluster and validity.
 
-    cost: by default the cluster's datasheet. Raises InputError when pattern, plan and cluster do not fit together.
+    layer: whose pattern it is. cost: by default the cluster's datasheet.
+    Raises InputError when pattern, plan and cluster do not fit together.
     """
     plan.require(seq_len_tokens=pattern.seq_len_tokens)
     if (pattern.num_heads, pattern.block_size) != (plan.model.heads, plan.block_size):
@@ -38,10 +40,11 @@ def simulate_plan(
         )
     plan.require_covered(pattern)
     cost = cost or plan_cost(plan, cluster)
+    work, order = workload(pattern, plan.make_placement()), plan.head_order(layer)
     result = simulate_layer(
         plan.schedule("forward"),
         plan.schedule("backward"),
-        workload(pattern, plan.make_placement()),
+        work if order is None else work.with_heads(order),
         cluster,
         cost,
         seed=seed,

@@ -50,6 +50,7 @@ def attention(
     batch: int = 1,
     poison: bool = True,
     check_patterns: bool = False,
+    layer: int = 0,
     wrap: Callable[[PlannedAttention], None] | None = None,
 ) -> dict[str, Any]:
     """Run one layer forward and backward; return this rank's out, lse, dq, dk, dv as numpy arrays."""
@@ -65,7 +66,7 @@ def attention(
     mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
     if poison:
         _poison(planned, "forward", k)
-    out, lse = planned.with_lse(q, k, v, mask)
+    out, lse = planned.with_lse(q, k, v, mask, layer=layer)
     if poison:
         _poison(planned, "backward", k)
     out.backward(grad_out)

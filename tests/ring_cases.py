@@ -182,13 +182,16 @@ def make_placement(case: Case, pattern: LayerPattern) -> Placement:
 
 
 def make_case_plan(
-    case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False
-) -> Plan:
+    case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False,
+    head_orders: tuple[tuple[int, ...], ...] | None = None,
+) -> Plan:  # fmt: skip
     """Return the case's plan; leave_out: without the pairs of shards that its pattern does not need."""
     chosen = PATTERNS[case.pattern]
     pattern, placement = chosen.pattern, make_placement(case, PATTERNS[case.pattern].pattern)
     return make_plan(
-        model=ModelShape(layers=1, heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim),
+        model=ModelShape(
+            layers=len(head_orders or (0,)), heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim
+        ),
         seq_len_tokens=pattern.seq_len_tokens,
         block_size=pattern.block_size,
         dtype=dtype,  # pyright: ignore[reportArgumentType]
@@ -199,6 +202,7 @@ def make_case_plan(
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]
         pairs=pattern_pairs(pattern, placement) if leave_out else None,
+        head_orders=head_orders,
     )
 
 

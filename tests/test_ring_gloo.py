@@ -240,3 +240,16 @@ def test_head_groups_with_the_kernels_of_gpus(degree: int, rank_pools: Callable[
                 parameters={"degree": degree}, pattern="gqa")  # fmt: skip
     plan = make_case_plan(case, backend="triton")
     _check_all(case, plan, rank_pools(4).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7))
+
+
+@pytest.mark.parametrize("order", [(3, 2, 0, 1), (1, 0, 2, 3)])
+def test_heads_in_another_order(order: tuple[int, ...], rank_pools: Callable[[int], RankPool]) -> None:
+    """Results are those of the model's heads, whichever group computed them; other layers have their own order."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses", parameters={"degree": 4},
+                pattern="gqa")  # fmt: skip
+    plan, pattern = make_case_plan(case, head_orders=((0, 1, 2, 3), order)), PATTERNS["gqa"].pattern
+    for layer in (0, 1):
+        results = rank_pools(4).run("attention", plan=plan, pattern=pattern, seed=7, layer=layer, check_patterns=True)
+        _check_all(case, plan, results)
+    with pytest.raises(RankFailure, match="layer: is 2; the plan has orders of heads for 2 layers"):
+        rank_pools(4).run("attention", plan=plan, pattern=pattern, seed=7, layer=2)

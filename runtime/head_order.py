@@ -1,0 +1,51 @@
+"""Heads in a plan's order: what attention gets is permuted on its way in, and its results on their way out.
+
+Shape legend: B batch, S tokens of a shard, H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.mask import AttentionMask
+from ..planner.heads import HeadOrder, key_order
+
+Chooser = Callable[[Tensor, Tensor], AttentionMask]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadPermutation:
+    """One layer's order of heads. queries int64 [H], keys int64 [H_kv]: the head at each place; inverse: of queries."""
+
+    queries: Tensor
+    keys: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, order: HeadOrder, *, kv_heads: int, device: torch.device) -> HeadPermutation:
+        """Put an order of query heads, and the one of K/V heads that goes with it, on a device."""
+        queries = torch.tensor(order, device=device)
+        keys = torch.tensor(key_order(order, kv_heads=kv_heads), device=device)
+        return cls(queries=queries, keys=keys, inverse=torch.argsort(queries))
+
+    def of_mask(self, mask: AttentionMask | Chooser, q: Tensor, k: Tensor) -> AttentionMask | Chooser:
+        """Return the mask, or the function that chooses it from (q, k) as the model has them, in this order."""
+        if isinstance(mask, AttentionMask):
+            return mask.of_heads(self.queries)
+        return lambda *_: mask(q, k).of_heads(self.queries)
+
+    def of_queries(self, q: Tensor) -> Tensor:
+        """Return q [B, S, H, D] in this order."""
+        return q.index_select(2, self.queries)
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        """Return k or v [B, S, H_kv, D] in this order."""
+        return k.index_select(2, self.keys)
+
+    def back(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out [B, S, H, D] and lse [B, H, S] as the model has its heads."""
+        return out.index_select(2, self.inverse), lse.index_select(1, self.inverse)
