@@ -178,7 +178,8 @@ def layout_choices(
         choices += [
             _layout("gather", chunks=count, **kept, **transport) for kept in ({}, {"keep_kv": 1}) for count in few
         ]
-    choices += [_layout("ulysses", degree=degree) for degree in head_degrees(cluster)]
+    pieces = sorted({1, min(2, peers), *([min(cluster.nodes, peers)] if cluster.nodes > 1 else [])})
+    choices += [_layout("ulysses", degree=degree, chunks=count) for degree in head_degrees(cluster) for count in pieces]
     return [choice for choice in choices if names is None or choice.layout in names]
 
 

@@ -31,7 +31,12 @@ EXCHANGE, GATHER, GATHER_GRAD = "exchange", "gather", "gather_grad"
 
 
 def ulysses(
-    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, degree: int | None = None
+    *,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+    degree: int | None = None,
+    chunks: int = 1,
 ) -> Schedule:
     """Queries of `degree` neighbouring ranks for a `degree`-th of the heads each, against the K/V of just these heads.
 
@@ -42,14 +47,18 @@ def ulysses(
     arXiv 2405.07719). Where a group is a node, every head's K/V of a shard enters a node once.
 
     Forward begins with the own queries and keys while the rest arrives, and ends with the own queries, while results of
-    the others go home. Backward ends with the own keys, first those of the others' queries, while dK/dV go home.
+    the others go home. Backward ends with the own keys, first those of the others' queries, while dK/dV go home. K/V
+    come in `chunks` launches, those of the group first, and one is computed while the next is on its way.
     Raises UnsupportedError where the groups do not divide the ranks, or cut a K/V head's queries unevenly.
     """
+    if chunks < 1:
+        raise InputError(f"must be at least 1, not {chunks}", field="chunks")
     layout = _HeadParallel(
         shape=shape,
         direction=direction,
         needed=(pairs or Pairs.all_of(shape.world_size)).matrix,
         degree=_degree(shape, degree),
+        chunks=chunks,
     )
     parts = layout.communicators(), layout.buffers(), layout.draft
     return close_schedule("ulysses", direction, shape, *parts, columns_by_draft=True)
@@ -94,6 +103,7 @@ class _HeadParallel:
     direction: Direction
     needed: NDArray[np.bool_]
     degree: int
+    chunks: int
 
     @property
     def world(self) -> int:
@@ -142,18 +152,42 @@ class _HeadParallel:
         """Whether a pair of parts is computed; that of the own keys always is."""
         return query == key or bool(self.needed[query, key])
 
+    def _owners(self, rank: int) -> list[int]:
+        """All other ranks in the order in which a rank fetches from them: those of its group first, then nearest first.
+
+        Where a group is a node, they are the quickest to arrive.
+        """
+        owners = [(rank - offset) % self.world for offset in range(1, self.world)]
+        return sorted(owners, key=lambda owner: owner // self.degree != rank // self.degree)
+
     @cached_property
     def _reads(self) -> list[list[int]]:
-        read = []
-        for rank in range(self.world):
-            queries = [rank, *self.members(rank)]
-            owners = [(rank - offset) % self.world for offset in range(1, self.world)]
-            read.append([key for key in owners if any(self.computes(query, key) for query in queries)])
-        return read
+        groups = [[rank, *self.members(rank)] for rank in range(self.world)]
+        return [
+            [key for key in self._owners(rank) if any(self.computes(query, key) for query in groups[rank])]
+            for rank in range(self.world)
+        ]
 
     def reads(self, rank: int) -> list[int]:
-        """Return the others whose K/V a rank reads for its head group, nearest first: the order of its slots."""
+        """Return the others whose K/V a rank reads for its head group, in the order of its slots."""
         return self._reads[rank]
+
+    @cached_property
+    def _chunk_of(self) -> list[dict[int, int]]:
+        """By reader and owner, the chunk in which K/V arrive, counted from 1; alike whatever pairs are left out."""
+        size = -(-(self.world - 1) // self.pieces)
+        return [
+            {owner: 1 + place // size for place, owner in enumerate(self._owners(rank))} for rank in range(self.world)
+        ]
+
+    @property
+    def pieces(self) -> int:
+        """In how many chunks K/V arrive: at least one, which may be empty."""
+        return max(1, min(self.chunks, self.world - 1))
+
+    def piece(self, rank: int, chunk: int) -> list[int]:
+        """Return those that a rank reads of one chunk."""
+        return [owner for owner in self.reads(rank) if self._chunk_of[rank][owner] == chunk]
 
     @cached_property
     def _readers(self) -> list[list[int]]:
@@ -176,44 +210,52 @@ class _HeadParallel:
             self._draft_forward(rank, parts)
 
     def _draft_forward(self, rank: int, parts: Draft) -> None:
-        others, foreign = self.members(rank), self.reads(rank)
+        others, last = self.members(rank), self.pieces
         self._fetch(rank, parts)
         self._compute(parts, 0, rank, rank, [rank])
-        for query in others:
-            self._compute(parts, 1, rank, query, [rank, *foreign], columns=True)
-        last = 2 if others else 1
-        self._compute(parts, last, rank, rank, foreign, columns=True)
-        parts.launch(2, self._results(rank), wait=3)
+        for chunk in range(1, last + 1):
+            first, keys = chunk == 1, self.piece(rank, chunk)
+            for query in others:
+                self._compute(parts, chunk, rank, query, [rank] * first + keys, columns=first)
+            own = chunk + 1 if chunk == last and others else chunk
+            self._compute(parts, own, rank, rank, keys, columns=first)
+        parts.launch(last + 1, self._results(rank), wait=last + 2)
         if self.shape.columns_capacity:
             parts.launch(0, [columns_transfer(self.direction, self.shape)], wait=1)
 
     def _draft_backward(self, rank: int, parts: Draft) -> None:
-        others, foreign = self.members(rank), self.reads(rank)
+        others, last = self.members(rank), self.pieces
         self._fetch(rank, parts)
         self._compute(parts, 0, rank, rank, [], columns=True)
+        for chunk in range(1, last + 1):
+            keys = self.piece(rank, chunk)
+            for query in others:
+                self._compute(parts, chunk, rank, query, keys, columns=chunk == 1)
+            self._compute(parts, chunk, rank, rank, keys)
+            parts.launch(chunk + 1, self._gradients(rank, chunk), wait=last + 3)
         for query in others:
-            self._compute(parts, 1, rank, query, foreign, columns=True)
-        self._compute(parts, 1, rank, rank, foreign)
-        for query in others:
-            self._compute(parts, 2, rank, query, [rank])
-        self._compute(parts, 3 if others else 2, rank, rank, [rank])
-        parts.launch(2, self._gradients(rank), wait=4)
-        parts.launch(3, self._results(rank), wait=4)
+            self._compute(parts, last + 1, rank, query, [rank])
+        self._compute(parts, last + 2 if others else last + 1, rank, rank, [rank])
+        parts.launch(last + 2, self._results(rank), wait=last + 3)
         if self.shape.columns_capacity:
-            parts.launch(2, [columns_transfer(self.direction, self.shape)], wait=4)
+            parts.launch(2, [columns_transfer(self.direction, self.shape)], wait=last + 3)
 
     def _fetch(self, rank: int, parts: Draft) -> None:
-        """Launch the exchange of queries, and K/V on their way to all that read them."""
+        """Launch the exchange of queries, and K/V on their way to all that read them, chunk by chunk."""
         queries: list[Transfer] = []
         for other in self.members(rank):
             queries += [self._move("q", rank, rank, other, Q_HOME, self._slot("q", other, rank))]
             queries += [self._move("q", other, other, rank, Q_HOME, self._slot("q", rank, other))]
-        keys = [self._move("kv", rank, rank, reader, KV_HOME, self._kv("kv", reader, rank))
-                for reader in self.readers(rank)]  # fmt: skip
-        keys += [self._move("kv", owner, owner, rank, KV_HOME, self._kv("kv", rank, owner))
-                 for owner in self.reads(rank)]  # fmt: skip
         parts.launch(0, queries, wait=1)
-        parts.launch(0, keys, wait=1)
+        for chunk in range(1, self.pieces + 1):
+            keys = [self._move("kv", owner, owner, reader, KV_HOME, self._kv("kv", reader, owner))
+                    for owner, reader in self._routes(rank, chunk)]  # fmt: skip
+            parts.launch(0, keys, wait=chunk)
+
+    def _routes(self, rank: int, chunk: int) -> list[tuple[int, int]]:
+        """Return (owner, reader) of what a rank sends and receives in one chunk."""
+        readers = [reader for reader in self.readers(rank) if self._chunk_of[reader][rank] == chunk]
+        return [(rank, reader) for reader in readers] + [(owner, rank) for owner in self.piece(rank, chunk)]
 
     def _results(self, rank: int) -> list[Transfer]:
         """Return what the ranks of a group computed of each other's queries, on its way home."""
@@ -224,13 +266,12 @@ class _HeadParallel:
                 moved.append(self._move("out", home, source, home, self._slot("out", source, home), landing, OUT_HOME))
         return moved
 
-    def _gradients(self, rank: int) -> list[Transfer]:
-        """Return dK/dV on their way home, those of the own shard and those of others."""
-        routes = [(owner, rank) for owner in self.reads(rank)] + [(rank, reader) for reader in self.readers(rank)]
+    def _gradients(self, rank: int, chunk: int) -> list[Transfer]:
+        """Return dK/dV of a chunk on their way home, those of the own shard and those of others."""
         return [
             self._move("dkv", owner, reader, owner, self._kv("dkv", reader, owner),
                        f"landing:{self.readers(owner).index(reader)}", DKV_HOME)
-            for owner, reader in routes
+            for owner, reader in self._routes(rank, chunk)
         ]  # fmt: skip
 
     def _move(self, kind: TransferKind, part: int, source: int, destination: int, source_buffer: str, buffer: str,

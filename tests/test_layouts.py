@@ -49,7 +49,7 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "collective", {}
     heads, kv_heads = 2 * world_size, 2
     even = [size for size in divisors if not heads % size and not max(size, kv_heads) % min(size, kv_heads)]
-    yield from (("ulysses", {"degree": size}) for size in even)
+    yield from (("ulysses", {"degree": size, "chunks": chunks}) for size in even for chunks in (1, 2, 9))
 
 
 TABLE = [
@@ -383,6 +383,8 @@ def test_what_builders_refuse() -> None:
     ):
         with pytest.raises((InputError, UnsupportedError), match=problem):
             build("ulysses", {"degree": degree}, shape=shape(4), direction="forward")
+    with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
+        build("ulysses", {"chunks": 0}, shape=shape(4), direction="forward")
     with pytest.raises(UnsupportedError, match=r"degree: 6 heads \(2 K/V heads\) cannot be split evenly over 3 ranks"):
         build("ulysses", {}, shape=shape(3), direction="forward")
     with pytest.raises(InputError, match="kv_heads: 4 heads are not a multiple of 3 KV heads"):
