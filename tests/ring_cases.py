@@ -146,7 +146,7 @@ def _degrees(world_size: int, pattern: PatternCase) -> Iterator[tuple[str, dict[
     for degree in range(2, world_size + 1):
         evenly = not max(degree, kv_heads) % min(degree, kv_heads)
         if not world_size % degree and not heads % degree and evenly:
-            yield "ulysses", {"degree": degree}
+            yield "ulysses", {"degree": degree, "chunks": 1 + world_size // degree}
 
 
 def _cases() -> Iterator[Case]:

@@ -62,15 +62,14 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     cut = [{"inner_size": size, "chunks": size} for size in divisors if size > 1]
     cut += [{"inner_size": size, "halves": 1} for size in divisors]
+    degrees = [size for size in divisors if splits_heads(shape(world_size), size)]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
         "two_level": draw(st.sampled_from([{"inner_size": size} for size in divisors] + cut)),
         "collective": {},
-        "ulysses": {
-            "degree": draw(st.sampled_from([size for size in divisors if splits_heads(shape(world_size), size)]))
-        },
+        "ulysses": {"degree": draw(st.sampled_from(degrees)), "chunks": draw(st.integers(1, 3))},
     }[layout]
     made = shape(world_size, draw(st.sampled_from([0, 32])))
     return build(layout, parameters, shape=made, direction=draw(st.sampled_from(DIRECTIONS)), pairs=pairs)
