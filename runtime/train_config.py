@@ -80,7 +80,7 @@ class PlanSection(_Section):
     file: Path | None = None
     trace: Path | None = None
     pattern: PatternSection = PatternSection()
-    layout: Literal["gather", "ring", "hierarchical", "two_level", "collective"] = "gather"
+    layout: Literal["gather", "ring", "hierarchical", "two_level", "collective", "ulysses"] = "gather"
     layout_parameters: dict[str, int] = Field(default_factory=dict)
     block_size: Literal[64, 128] = 128
     backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None

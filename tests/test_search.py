@@ -263,7 +263,7 @@ def test_heads_are_split_where_they_can_be_and_a_note_says_where_not():
     """Whole head parallelism is looked at under one placement, since all are alike to it; eight ranks have 4 heads."""
     found = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
     choices = [one.step.placement for one in found.table if ("degree", 4) in one.step.forward_layout.parameters]
-    assert len(choices) == 1
+    assert len(set(choices)) == 1
     assert len([one for one in found.table if ("degree", 2) in one.step.forward_layout.parameters]) > 1
     too_many = select(problem(kind="dense", gpus=8), quick=CompiledRecurrence())
     assert "ulysses (chunks 1, degree 8) does not apply to these sizes" in too_many.notes

@@ -158,6 +158,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layout's value": ({"plan": {"layout_parameters": {"pull": 2}}}, "plan.layout_parameters: .* is 0 or 1, not 2"),
     "parameter missing": ({"plan": {"layout": "two_level"}}, "plan.layout_parameters: .*do not fit layout 'two_level'"),
+    "heads": (
+        {"plan": {"layout": "ulysses", "layout_parameters": {"degree": 3}}},
+        "plan.layout_parameters: degree: 2 ranks are no groups of 3",
+    ),
     "documents": (
         {"plan": {"pattern": {"selector": "vertical-slash"}}, "data": {"documents": {"attention": True}}},
         "data.documents.attention: 'vertical-slash' does not choose per document",

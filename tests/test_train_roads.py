@@ -79,7 +79,10 @@ def test_other_selectors_train(selector: str, settings: dict[str, Any], tmp_path
     assert all(0 < line["density"] < 1 for line in lines)
 
 
-@pytest.mark.parametrize("layout", [("hierarchical", {"inner_size": 2}), ("two_level", {"inner_size": 2})])
+@pytest.mark.parametrize(
+    "layout",
+    [("hierarchical", {"inner_size": 2}), ("two_level", {"inner_size": 2}), ("ulysses", {"degree": 2, "chunks": 2})],
+)
 def test_any_layout_of_a_plan_file_trains_alike(
     layout: tuple[str, dict[str, int]], tmp_path: Path, rank_pools: Pools
 ) -> None:
@@ -88,7 +91,7 @@ def test_any_layout_of_a_plan_file_trains_alike(
         model=SHAPE, seq_len_tokens=SEQ_LEN_TOKENS, block_size=64, dtype="float32", columns_capacity=0,
         placement=striped(seq_len_tokens=SEQ_LEN_TOKENS, world_size=4, granularity_tokens=64), forward=layout,
         backward=layout, pattern=PatternSpec(source="choose", selector="sink-window", settings=window),
-        kernels=KernelSpec(backend="blockwise"),
+        kernels=KernelSpec(backend="blockwise"), head_orders=_reversed_orders() if layout[0] == "ulysses" else None,
     ).save(tmp_path / "plan.json")  # fmt: skip
     common: dict[str, Any] = {"parallel": {"data": 1, "context": 4}, "steps": 3}
     by_file = write_run(tmp_path, plan={"file": str(tmp_path / "plan.json")}, **common)
@@ -96,6 +99,12 @@ def test_any_layout_of_a_plan_file_trains_alike(
     dense = rank_pools(4).run("train_jobs.run", config=write_run(tmp_path, attention="dense-zigzag", **common))[0]
     np.testing.assert_allclose(planned["losses"], dense["losses"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(planned["norms"], dense["norms"], rtol=1e-4)
+
+
+def _reversed_orders() -> tuple[tuple[int, ...], ...]:
+    """Every second layer's heads from the last to the first."""
+    orders = [tuple(range(SHAPE.heads)), tuple(reversed(range(SHAPE.heads)))]
+    return tuple(orders[layer % 2] for layer in range(SHAPE.layers))
 
 
 def test_the_next_plan_is_made_of_a_live_trace_and_replayed(tmp_path: Path, rank_pools: Pools) -> None:
