@@ -171,7 +171,7 @@ def layout_choices(
         ]
         if shares_cards(cluster):  # in turns they fill them too, and what has crossed is computed meanwhile
             choices += [_layout("two_level", inner_size=size, chunks=2, **narrow) for size in sizes if size % 2 == 0]
-    choices.append(_layout("collective"))
+    choices += [_layout("collective"), _layout("collective", chunks=2)]
     choices += [_layout("gather", chunks=count, keep_kv=1) for count in chunks]
     for transport in _transports(cluster, narrow=narrow_gradients or narrow_parts, pulls=pulls):
         few = [count for count in chunks if count in FEW_CHUNKS]

@@ -43,6 +43,11 @@ def check_contents(rules: Rules, rank: int) -> int:
     return _Walk(rules.schedule, rules, rank).run()
 
 
+def _of_rank(transfer: Transfer, rank: int) -> ShardId:
+    """Return the shard of a rank in what all take part in."""
+    return ShardId(sequence_part=rank, head_group=0 if transfer.shard is None else transfer.shard.head_group)
+
+
 class _Walk:
     def __init__(self, schedule: Schedule, rules: Rules, rank: int) -> None:
         self.schedule, self.rules, self.rank = schedule, rules, rank
@@ -114,7 +119,7 @@ class _Walk:
             self._require_idle(site, name)
             self._require_not_kept(site, name)
             slot = self.slots[name]
-            slot.content, slot.incoming = ShardId(sequence_part=part), transfer
+            slot.content, slot.incoming = _of_rank(transfer, part), transfer
             self._touch(name, fresh=True)
 
     def _launch_reduce_scatter(self, transfer: Transfer) -> None:
@@ -122,13 +127,13 @@ class _Walk:
         site = self._site(transfer)
         for part, name in enumerate(self._slots_of(transfer.source_buffer)):
             self._require_idle(site, name)
-            self._require_content(site, name, ShardId(sequence_part=part))
+            self._require_content(site, name, _of_rank(transfer, part))
             self.slots[name].outgoing.append(transfer)
             self._touch(name)
         self._require_idle(site, transfer.buffer)
         slot = self.slots[transfer.buffer]
         site.require(slot.content is None, f"overwrites {slot.content} in {transfer.buffer}")
-        slot.content, slot.incoming = ShardId(sequence_part=self.rank), transfer
+        slot.content, slot.incoming = _of_rank(transfer, self.rank), transfer
         self._touch(transfer.buffer, fresh=True)
 
     def _slots_of(self, first: str) -> list[str]:
@@ -184,7 +189,7 @@ class _Walk:
                 self.slots[name].outgoing.remove(transfer)
                 self.slots[name].content = None
                 self._touch(name)
-            self._end_receive(site, replace(transfer, shard=ShardId(sequence_part=self.rank)))
+            self._end_receive(site, replace(transfer, shard=_of_rank(transfer, self.rank)))
         elif transfer.source == self.rank:
             self._end_send(transfer)
         else:

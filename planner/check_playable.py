@@ -1,4 +1,4 @@
-"""What the runtime plays of what a schedule can say: all heads of a rank's own queries, or one head group of several's.
+"""What the runtime plays of what a schedule can say: all heads of a rank's own queries, or heads by groups.
 
 Schedules may say more (all heads of others' queries, heads in pieces), which the simulator plays and `check` proves.
 Where heads are in one group the runtime reads neither `query_buffer`, `out_buffer` nor `heads`: what they say must be
@@ -40,37 +40,34 @@ def check_playable(schedule: Schedule, rank: int) -> None:
 
 
 def _check_group(schedule: Schedule, rank: int, groups: int) -> None:
-    """The same where heads are in several groups: a rank computes one of them, of its own queries and of others'."""
+    """The same where heads are in several groups: a rank computes whole ones, of its own queries or of others'."""
     if schedule.kept(rank):
         raise UnsupportedError("K/V of a head group cannot be kept", field="kept K/V")
     tasks = [(site, one) for site, one in _statements(schedule, rank) if isinstance(one, Task)]
-    if not any(task.query.sequence_part == rank for _, task in tasks):
-        raise UnsupportedError(f"rank {rank} computes none of its own queries", field="tasks")
-    own = tasks[0][1].query.head_group
-    size = schedule.num_heads // groups
     buffers: dict[ShardId, str] = {}
     for site, task in tasks:
-        _check_columns_task(site, task)
-        if task.query.head_group != own:
-            _refuse(site, f"a rank computes one head group, and this is not {own}")
-        if task.heads != (own * size, (own + 1) * size):
-            _refuse(site, f"all {size} heads of a group are computed together")
-        at_home = (task.query_buffer == Q_HOME, task.out_buffer == OUT_HOME)
-        if at_home != (task.query.sequence_part == rank,) * 2:
-            _refuse(
-                site, f"reads {task.query_buffer} and adds to {task.out_buffer}: own queries are at home, no others"
-            )
+        _check_group_task(site, task, schedule.num_heads // groups)
         if buffers.setdefault(task.query, task.out_buffer) != task.out_buffer:
             _refuse(site, f"adds to {task.out_buffer}, which sums up queries that {buffers[task.query]} sums up")
-    landed = {own}
+    at_home = {task.query.head_group for _, task in tasks if task.query.sequence_part == rank}
     for site, one in _statements(schedule, rank):
         if isinstance(one, Transfer):
             _check_group_transfer(schedule, site, one)
             if one.kind == "out" and one.destination == rank:
                 assert one.shard is not None
-                if one.shard.head_group in landed:
+                if one.shard.head_group in at_home:
                     _refuse(site, "results of a head group come from one rank")
-                landed.add(one.shard.head_group)
+                at_home.add(one.shard.head_group)
+
+
+def _check_group_task(site: Site, task: Task, heads: int) -> None:
+    _check_columns_task(site, task)
+    first = task.query.head_group * heads
+    if task.heads != (first, first + heads):
+        _refuse(site, f"all {heads} heads of a group are computed together")
+    own = task.query.sequence_part == site.rank
+    if (task.query_buffer == Q_HOME, task.out_buffer == OUT_HOME) != (own, own):
+        _refuse(site, f"reads {task.query_buffer} and adds to {task.out_buffer}: own queries are at home, no others")
 
 
 def _statements(schedule: Schedule, rank: int) -> Iterator[tuple[Site, Transfer | Task]]:
@@ -112,8 +109,8 @@ def _check_group_transfer(schedule: Schedule, site: Site, transfer: Transfer) ->
     _check_columns_transfer(schedule, site, transfer)
     if transfer.kind == "columns":
         return
-    if transfer.transport != "p2p" or transfer.narrow:
-        _refuse(site, "of head groups everything is sent from rank to rank as it is")
+    if transfer.transport == "pull" or transfer.narrow:
+        _refuse(site, "of head groups everything is sent, and as it is")
     home = {"q": Q_HOME, "kv": KV_HOME}.get(transfer.kind)
     if home is not None and transfer.source_buffer != home:
         _refuse(site, f"is sent on from {transfer.source_buffer}, not from {home}")

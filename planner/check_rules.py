@@ -192,7 +192,8 @@ class Rules:
         if transfer.kind == "columns" or transfer.transport in COLLECTIVES.values():
             fits = COLLECTIVES.get(transfer.kind) == transfer.transport
             site.require(fits, f"{transfer.kind} cannot go by {transfer.transport}")
-            site.require(ends == (ALL_RANKS, ALL_RANKS) and transfer.shard is None, "must be of all ranks")
+            site.require(ends == (ALL_RANKS, ALL_RANKS), "must be of all ranks")
+            self._check_common_shard(site, transfer)
             site.require(group == tuple(range(self.schedule.world_size)), f"goes over {group} alone")
             return
         site.require(transfer.transport in POINT_TO_POINT, f"{transfer.kind} cannot go by {transfer.transport}")
@@ -200,6 +201,15 @@ class Rules:
         site.require(ends[0] != ends[1], "source and destination are the same rank")
         site.require(set(ends) <= set(group), f"leaves the group {group} of {transfer.communicator}")
         site.require(transfer.shard is not None and self._exists(transfer.shard), "is of no shard")
+
+    def _check_common_shard(self, site: Site, transfer: Transfer) -> None:
+        """What all ranks take part in is of no rank's shard, but may be of one head group."""
+        shard = transfer.shard
+        if transfer.kind == "columns" or self.head_groups == 1:
+            site.require(shard is None, "must be of no shard")
+            return
+        of_group = shard is not None and shard.sequence_part == ALL_RANKS and 0 <= shard.head_group < self.head_groups
+        site.require(of_group, "must be of a head group of all ranks")
 
     def _exists(self, shard: ShardId) -> bool:
         return 0 <= shard.sequence_part < self.schedule.world_size and 0 <= shard.head_group < self.head_groups

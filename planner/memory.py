@@ -82,7 +82,13 @@ def _group_bytes(schedule: Schedule, q_bytes: int) -> int:
     queries, keys, their gradients, and dq of the part that is being ended.
     """
     slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
-    return q_bytes + sum(slots.values()) if "q" in slots else 0
+    if "q" in slots:
+        return q_bytes + sum(slots.values())
+    groups = schedule.num_heads // _launched_heads(schedule)
+    if groups == 1:
+        return 0
+    # All groups are its own: copies of q and dout, and of K/V; dq whole and by groups.
+    return 4 * q_bytes + groups * slots.get("kv", 0)
 
 
 def _waiting_results_bytes(schedule: Schedule) -> int:
@@ -94,9 +100,14 @@ def _waiting_results_bytes(schedule: Schedule) -> int:
 
 def _of_one_group(schedule: Schedule, shape: AttentionShape) -> AttentionShape:
     """Return the sizes of a rank's launches: all heads, or those of a head group."""
-    first = next((task for phase in schedule.phases(0) for task in phase.tasks), None)
-    count = shape.heads if first is None else first.heads[1] - first.heads[0]
+    count = _launched_heads(schedule)
     return replace(shape, heads=count, kv_heads=max(1, shape.kv_heads * count // shape.heads))
+
+
+def _launched_heads(schedule: Schedule) -> int:
+    """Return how many heads a launch computes; every rank's compute as many."""
+    first, last = next(task.heads for phase in schedule.phases(0) for task in phase.tasks)
+    return last - first
 
 
 def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:

@@ -83,10 +83,10 @@ class Transfer:
 
     sequence tells apart transfers of the same kind, shard and route. `accumulate_into` names the destination's buffer
     that the landed content is added to when the transfer is waited for. Collectives have source and destination
-    ALL_RANKS and no shard: "all_reduce" sums in place; "all_gather" fills a slot per rank, from `buffer` on; and
-    "reduce_scatter" moves the sums out of a slot per rank, from `source_buffer` on, and adds them up in `buffer`.
-    capacity_bytes is that of one slot. narrow: gradients travel in the type of q, k and v, rounded once; both ends sum
-    in the accumulator's.
+    ALL_RANKS and no shard, or that of part ALL_RANKS where they are of one head group: "all_reduce" sums in place;
+    "all_gather" fills a slot per rank, from `buffer` on; and "reduce_scatter" moves the sums out of a slot per rank,
+    from `source_buffer` on, and adds them up in `buffer`. capacity_bytes is that of one slot. narrow: gradients travel
+    in the type of q, k and v, rounded once; both ends sum in the accumulator's.
     """
 
     kind: TransferKind

@@ -149,7 +149,7 @@ class PlannedAttention:
         groups = self._groups["forward"]
         if groups.count == 1:
             return ForwardStage(**common, tasks=len(tasks))
-        return HeadForwardStage(**common, tasks=tasks, groups=groups, group=tasks[0].query.head_group)
+        return HeadForwardStage(**common, tasks=tasks, groups=groups)
 
     def backward_stage(
         self,
@@ -174,7 +174,7 @@ class PlannedAttention:
         if groups.count == 1:
             keyed = sum(task.key is not None for task in tasks)
             return BackwardStage(**common, tasks=len(tasks), scratch={} if keyed > 1 else None)
-        return HeadBackwardStage(**common, tasks=tasks, groups=groups, group=tasks[0].query.head_group)
+        return HeadBackwardStage(**common, tasks=tasks, groups=groups)
 
     def _tasks(self, direction: Direction) -> list[Task]:
         return [task for phase in self.schedules[direction].phases(self.mesh.rank) for task in phase.tasks]

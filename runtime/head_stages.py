@@ -1,7 +1,7 @@
-"""Forward and backward of one layer on one rank that computes a head group: its own queries and those of others.
+"""Forward and backward of one layer on one rank that computes heads by groups, of its own queries and of others'.
 
-Every part of the queries is a stage of its own (stages.py) over the same slots, with the heads of the group alone. What
-is here lets queries and results change ranks, and puts together what comes home for the different groups of heads.
+Every part of the queries and every head group is a stage of its own (stages.py) over the same slots. What is here lets
+queries and results change ranks, and puts together what belongs to the different groups of heads.
 
 Shape legend: B batch, S tokens of a shard, H query heads, H_kv K/V heads, D head dim, C columns; H_g and H_kv_g those
 of a head group.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import api
 from ..planner.launches import launches_of
-from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, Q_HOME, ShardId, Task, Transfer
+from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, Q_HOME, ShardId, Task, Transfer, slots_from
 from .buffers import Pair, Slots, runs_of_neighbours
 from .stages import BackwardStage, ForwardStage, Indexes
 
@@ -56,7 +56,6 @@ class _Exchange:
     slots: Slots
     indexes: Indexes
     groups: HeadGroups
-    group: int
     scale: float
     tasks: Sequence[Task]
     kv: Pair
@@ -64,7 +63,7 @@ class _Exchange:
     _kv: dict[tuple[int, int], Pair] = field(default_factory=dict)
     _queries: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     _landed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    _columns: Tensor | None = None
+    _columns: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into kernel launches."""
@@ -83,14 +82,19 @@ class _Exchange:
         return self._kv[heads]
 
     def columns_of(self, heads: tuple[int, int]) -> Tensor | None:
-        """Return the gathered columns for the group's heads [2, B, H_g, C, D], contiguous."""
-        if self.gathered is not None and self._columns is None:
-            self._columns = some_heads(self.gathered, heads)
-        return self._columns
+        """Return the gathered columns for a group's heads [2, B, H_g, C, D], contiguous; None where there are none."""
+        if self.gathered is not None and heads not in self._columns:
+            self._columns[heads] = some_heads(self.gathered, heads)
+        return self._columns.get(heads)
+
+    def own_parts(self) -> list[ShardId]:
+        """Return the parts of the own queries that are computed here, by head group."""
+        own = {task.query for task in self.tasks if task.query.sequence_part == self.indexes.rank}
+        return sorted(own)
 
     def drop_kv_of(self, group: int) -> None:
-        """Forget the copy for another group, once it was sent."""
-        if self.groups.keys(group) != self.groups.keys(self.group):
+        """Forget the copy for a group, once it was sent, if it is not computed here."""
+        if self.groups.keys(group) not in {self.groups.keys(task.query.head_group) for task in self.tasks}:
             self._kv.pop(self.groups.keys(group), None)
 
     def part_indexes(self, task: Task) -> Indexes:
@@ -127,7 +131,7 @@ class HeadForwardStage(_Exchange):
         """Return the tensors that the transfer reads."""
         if transfer.source_buffer == COLUMNS_HOME:
             return (self._own_columns(),)
-        assert transfer.shard is not None
+        assert transfer.shard is not None  # of a collective too: that of its head group
         if transfer.kind == "q":
             return (some_heads(self.q, self.groups.queries(transfer.shard.head_group)),)
         if transfer.kind == "out":
@@ -136,6 +140,8 @@ class HeadForwardStage(_Exchange):
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
+        if transfer.transport == "all_gather":
+            return self.slots.block(transfer.buffer, len(self.indexes.positions))
         if transfer.kind == "kv":
             return self.slots[transfer.buffer]
         assert transfer.shard is not None
@@ -175,8 +181,8 @@ class HeadForwardStage(_Exchange):
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return (out [B, S, H, D] in q's dtype, lse [B, H, S]) of the own queries, of all heads."""
-        own = self._parts.pop(ShardId(sequence_part=self.indexes.rank, head_group=self.group))
-        self._put(self.group, own.finish())
+        for own in self.own_parts():
+            self._put(own.head_group, self._parts.pop(own).finish())
         return self._out, self._lse
 
     def _part(self, task: Task) -> ForwardStage:
@@ -186,7 +192,7 @@ class HeadForwardStage(_Exchange):
             (q,) = self._queries.pop(task.query_buffer)
         return ForwardStage(
             q=q,
-            kv=self.kv_of(self.group),
+            kv=self.kv_of(task.query.head_group),
             slots=self.slots,
             indexes=self.part_indexes(task),
             scale=self.scale,
@@ -216,10 +222,10 @@ class HeadBackwardStage(_Exchange):
     delta: Tensor
     grad_kv: Pair
     _parts: dict[ShardId, BackwardStage] = field(default_factory=dict)
-    _filled: set[str] = field(default_factory=set)
+    _filled: dict[int, set[str]] = field(default_factory=dict)
     _home: set[int] = field(default_factory=set)
     _grad_columns: Tensor | None = None
-    _own_grads: Pair | None = None
+    _own_grads: dict[int, Pair] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make room for what comes home."""
@@ -239,10 +245,14 @@ class HeadBackwardStage(_Exchange):
             return self._own_queries(self.groups.queries(transfer.shard.head_group))
         if transfer.kind == "out":
             return (self._of_queries(transfer.shard),)
+        if transfer.transport == "reduce_scatter":
+            return self.slots.block(transfer.source_buffer, len(self.indexes.positions))
         return self.kv_of(transfer.shard.head_group) if transfer.kind == "kv" else self.slots[transfer.source_buffer]
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer fills."""
+        if transfer.transport == "all_gather":
+            return self.slots.block(transfer.buffer, len(self.indexes.positions))
         if transfer.kind in ("kv", "dkv"):
             return self.slots[transfer.buffer]
         assert transfer.shard is not None
@@ -262,8 +272,10 @@ class HeadBackwardStage(_Exchange):
             self.drop_kv_of(transfer.shard.head_group)
         elif transfer.shard is not None and transfer.kind == "out":
             del self._parts[transfer.shard]
+        elif transfer.transport == "reduce_scatter":
+            self._forget(slots_from(transfer.source_buffer, len(self.indexes.positions)))
         elif transfer.kind == "dkv":
-            self._filled.discard(transfer.source_buffer)
+            self._forget([transfer.source_buffer])
 
     def received(self, transfers: Sequence[Transfer]) -> None:
         """Put dq where its heads are, and add dK/dV to those of their heads; what lies side by side, in one pass."""
@@ -291,8 +303,8 @@ class HeadBackwardStage(_Exchange):
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq (in q's dtype), dk and dv (the accumulator's) of all heads; what nothing was added to is zero."""
-        own = ShardId(sequence_part=self.indexes.rank, head_group=self.group)
-        self._grad_q[:, :, slice(*self.groups.queries(self.group))] = self._of_queries(own)
+        for own in self.own_parts():
+            self._grad_q[:, :, slice(*self.groups.queries(own.head_group))] = self._of_queries(own)
         self._parts.clear()
         self._add_own()
         self._fill_home()
@@ -308,10 +320,11 @@ class HeadBackwardStage(_Exchange):
         own = task.query_buffer == Q_HOME
         queries = self._own_queries(task.heads) if own else self._queries.pop(task.query_buffer)
         q, grad_out, lse, delta = queries
+        group = task.query.head_group
         keyed = [other for other in self.tasks if other.query == task.query and other.key is not None]
         return BackwardStage(
             q=q,
-            kv=self.kv_of(self.group),
+            kv=self.kv_of(group),
             grad_out=grad_out,
             lse=lse,
             delta=delta,
@@ -319,9 +332,9 @@ class HeadBackwardStage(_Exchange):
             indexes=self.part_indexes(task),
             scale=self.scale,
             tasks=self.count(task.query),
-            grad_kv=self._own_gradients(),
+            grad_kv=self._own_gradients(group),
             gathered=self.columns_of(task.heads),
-            filled=self._filled,
+            filled=self._filled.setdefault(group, set()),
             scratch={} if len(keyed) > 1 else None,
         )
 
@@ -331,19 +344,26 @@ class HeadBackwardStage(_Exchange):
         assert grad is not None
         return grad
 
-    def _own_gradients(self) -> Pair:
-        """Return where dK/dV of the own keys are summed that are computed here [B, S, H_kv_g, D]."""
-        if self._own_grads is None:
+    def _forget(self, names: Sequence[str]) -> None:
+        """Slots whose sums went home hold nothing."""
+        for filled in self._filled.values():
+            filled.difference_update(names)
+
+    def _own_gradients(self, group: int) -> Pair | None:
+        """Return where tasks sum dK/dV of the own keys for a group [B, S, H_kv_g, D]; None where none does at home."""
+        if not any(task.grad_buffer == DKV_HOME and task.query.head_group == group for task in self.tasks):
+            return None
+        if group not in self._own_grads:
             dtype = api.accumulator_dtype(self.q.dtype)
-            k, v = self.kv_of(self.group)
-            self._own_grads = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
-        return self._own_grads
+            k, v = self.kv_of(group)
+            self._own_grads[group] = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+        return self._own_grads[group]
 
     def _add_own(self) -> None:
         """Add what was computed here of the own keys' gradients."""
-        if self._own_grads is not None and DKV_HOME in self._filled:
-            grad_k, grad_v = self._own_grads
-            self._add_home(self.groups.keys(self.group), (grad_k[None], grad_v[None]))
+        for group, (grad_k, grad_v) in self._own_grads.items():
+            if DKV_HOME in self._filled[group]:
+                self._add_home(self.groups.keys(group), (grad_k[None], grad_v[None]))
 
     def _add_home(self, heads: tuple[int, int], parts: Pair) -> None:
         """Add parts [n, B, S, H_kv_g, D] to the own gradients of some heads."""
@@ -363,10 +383,9 @@ class HeadBackwardStage(_Exchange):
         """Return the gradients of all columns [2, B, H, C, D]: sums over the parts, zero for heads of other groups."""
         assert self.gathered is not None
         total = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
-        heads = slice(*self.groups.queries(self.group))
-        for part in self._parts.values():
+        for query, part in self._parts.items():
             if part.grad_gathered is not None:
-                total[:, :, heads] += part.grad_gathered
+                total[:, :, slice(*self.groups.queries(query.head_group))] += part.grad_gathered
                 part.grad_gathered = None
         self._grad_columns = total
         return total

@@ -188,7 +188,8 @@ class BackwardStage:
     """Accumulates dq, and the dk and dv of the rank's own shard. Gradients are in the accumulator's type.
 
     tasks: how many this rank computes; with the last one, `grad_q` becomes dq in q's dtype. grad_kv: where the rank's
-    own (dK, dV) are summed, holding nothing yet; gathered: the columns [2, B, H, C, D] kept from forward. scratch: see
+    own (dK, dV) are summed, holding nothing yet; None where no task adds to them. gathered: the columns
+    [2, B, H, C, D] kept from forward. scratch: see
     api.block_backward; None where a single key shard is computed.
     """
 
@@ -201,7 +202,7 @@ class BackwardStage:
     indexes: Indexes
     scale: float
     tasks: int
-    grad_kv: Pair
+    grad_kv: Pair | None
     gathered: Tensor | None
     grad_q: Tensor | None = None
     grad_gathered: Tensor | None = None
@@ -289,7 +290,7 @@ class BackwardStage:
         if self.grad_q is None:
             self.grad_q = torch.zeros_like(self.q)
         self._fill(DKV_HOME)
-        return self.grad_q, *self.grad_kv
+        return self.grad_q, *self._pair(DKV_HOME)
 
     def _query_gradient(self, tasks: int) -> dict[str, Any]:
         """Return where this launch's dq goes: the first one begins the sum, the last one ends it in q's dtype."""
@@ -357,12 +358,15 @@ class BackwardStage:
     def _pair(self, name: str) -> Pair:
         if name == KV_HOME:
             return self.kv
-        return self.grad_kv if name == DKV_HOME else self.slots[name]
+        if name != DKV_HOME:
+            return self.slots[name]
+        assert self.grad_kv is not None
+        return self.grad_kv
 
     def _scatter_columns(self) -> None:
         assert self.grad_gathered is not None
         self._fill(DKV_HOME)
         mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        grad_k, grad_v = self.grad_kv
+        grad_k, grad_v = self._pair(DKV_HOME)
         parts = self.grad_gathered[0], self.grad_gathered[1]
         api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)

@@ -143,6 +143,8 @@ def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
 def _degrees(world_size: int, pattern: PatternCase) -> Iterator[tuple[str, dict[str, int]]]:
     """Head parallelism by groups of ranks that the pattern's heads can be split over."""
     heads, kv_heads = pattern.pattern.num_heads, pattern.kv_heads
+    if kv_heads > 1:
+        yield "collective", {"chunks": kv_heads}
     for degree in range(2, world_size + 1):
         evenly = not max(degree, kv_heads) % min(degree, kv_heads)
         if not world_size % degree and not heads % degree and evenly:

@@ -54,7 +54,7 @@ def test_candidates_of_four_nodes_of_eight():
         "hierarchical (inner_size 2)", "two_level (inner_size 8)", "two_level (inner_size 4)",
         "two_level (halves 1, inner_size 8)", "two_level (halves 1, inner_size 4)",
         "two_level (chunks 2, inner_size 8)", "two_level (chunks 2, inner_size 4)", "collective",
-        *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)),
+        "collective (chunks 2)", *(f"gather (chunks {count}, keep_kv 1)" for count in (1, 2, 4, 31)),
         *(f"ulysses (chunks {chunks}, degree {degree})" for degree in (2, 4, 8, 32) for chunks in (1, 2, 4)),
     ]  # fmt: skip
     choices = placement_choices(seq_len_tokens=512 * 1024, world_size=32, block_size=128)

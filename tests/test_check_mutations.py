@@ -68,7 +68,7 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
         "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},
         "hierarchical": {"inner_size": draw(st.sampled_from(divisors))},
         "two_level": draw(st.sampled_from([{"inner_size": size} for size in divisors] + cut)),
-        "collective": {},
+        "collective": draw(st.sampled_from([{}, {"chunks": 2}])),
         "ulysses": {"degree": draw(st.sampled_from(degrees)), "chunks": draw(st.integers(1, 3))},
     }[layout]
     made = shape(world_size, draw(st.sampled_from([0, 32])))

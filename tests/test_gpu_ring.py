@@ -161,6 +161,7 @@ def test_block_masks_and_documents(
     "layout",
     [
         ("collective", {}),
+        ("collective", {"chunks": 2}),
         ("gather", {"chunks": 2, "keep_kv": 1}),
         ("two_level", {"inner_size": 2, "narrow_grads": 1}),
     ],

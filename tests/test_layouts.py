@@ -16,7 +16,16 @@ from sparsering.planner.check import check, check_step
 from sparsering.planner.layout_draft import AttentionShape
 from sparsering.planner.layouts import build
 from sparsering.planner.pairs import Pairs
-from sparsering.planner.schedule import ALL_RANKS, DIRECTIONS, Direction, GroupCall, Schedule, ShardId, Transfer
+from sparsering.planner.schedule import (
+    ALL_RANKS,
+    DIRECTIONS,
+    Direction,
+    GroupCall,
+    Schedule,
+    ShardId,
+    Transfer,
+    slots_from,
+)
 from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
 
 
@@ -47,9 +56,15 @@ def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
         cuts = [chunks for chunks in range(2, size + 1) if size % chunks == 0]
         yield from (("two_level", {"inner_size": size, "chunks": chunks}) for chunks in cuts)
     yield "collective", {}
+    yield "collective", {"chunks": 2}
     heads, kv_heads = 2 * world_size, 2
     even = [size for size in divisors if not heads % size and not max(size, kv_heads) % min(size, kv_heads)]
     yield from (("ulysses", {"degree": size, "chunks": chunks}) for size in even for chunks in (1, 2, 9))
+
+
+def groups_of(layout: str, parameters: dict[str, int]) -> int:
+    """Return in how many groups a layout splits the heads."""
+    return {"ulysses": parameters.get("degree", 1), "collective": parameters.get("chunks", 1)}.get(layout, 1)
 
 
 TABLE = [
@@ -66,7 +81,7 @@ def test_every_layout_is_proved(world_size: int, layout: str, parameters: dict[s
         schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
         report = check(schedule)
         assert report.peak_bytes <= schedule.buffer_bytes
-        groups = parameters["degree"] if layout == "ulysses" else 1
+        groups = groups_of(layout, parameters)
         assert report.tasks == groups * (world_size**2 + world_size * bool(columns))
 
 
@@ -259,7 +274,9 @@ class Player:
     def __init__(self, schedule: Schedule, chance: random.Random) -> None:
         self.schedule, self.chance = schedule, chance
         self.world = range(schedule.world_size)
-        self.held: list[dict[str, Content]] = [{"kv:home": Counter({("kv", r, 0): 1})} for r in self.world]
+        self.held: list[dict[str, Content]] = [
+            {f"{kind}:home": Counter({(kind, r, 0): 1}) for kind in ("kv", "q")} for r in self.world
+        ]
         self.place = [0 for _ in self.world]
         self.queues: dict[tuple[int, str], list[GroupCall]] = {}
         self.moved: dict[str, Content] = {}
@@ -304,8 +321,11 @@ class Player:
             assert set(held[task.key_buffer]) == (
                 {("kv", key, 0)} if task.key else {("columns", r, 0) for r in self.world}
             )
+            query = task.query.sequence_part
+            assert set(held[task.query_buffer]) == {("q", query, 0)}
+            held.setdefault(task.out_buffer, Counter())[("out", query, key)] += 1
             if task.grad_buffer:
-                held.setdefault(task.grad_buffer, Counter())[("grad", task.query.sequence_part, key)] += 1
+                held.setdefault(task.grad_buffer, Counter())[("grad", query, key)] += 1
 
     def _moves(self) -> list[Transfer]:
         heads = {key: queue[0] for key, queue in self.queues.items() if queue}
@@ -325,17 +345,18 @@ class Player:
             for rank in self.world:
                 self.held[rank][transfer.buffer] = Counter(content)
         elif transfer.source == ALL_RANKS:
-            content = Counter()
-            for owner in self.world:
-                if transfer.transport == "all_gather":
+            content, gathers = Counter(), transfer.transport == "all_gather"
+            slots = slots_from(transfer.buffer if gathers else transfer.source_buffer, len(self.world))
+            for owner, slot in enumerate(slots):
+                if gathers:
                     for rank in self.world:
-                        self.held[rank][f"kv:{owner}"] = Counter(self.held[owner]["kv:home"])
+                        self.held[rank][slot] = Counter(self.held[owner]["kv:home"])
                 else:
-                    sums = (self.held[rank].pop(f"dkv:{owner}") for rank in self.world)
+                    sums = (self.held[rank].pop(slot) for rank in self.world)
                     self.held[owner][transfer.buffer] = sum(sums, Counter())
         else:
             source = self.held[transfer.source]
-            moves = transfer.kind == "dkv"
+            moves = transfer.kind in ("dkv", "out")
             content = source.pop(transfer.source_buffer) if moves else source[transfer.source_buffer]
             assert transfer.buffer not in self.held[transfer.destination] or not moves, "gradients overwritten"
             self.held[transfer.destination][transfer.buffer] = Counter(content)
@@ -346,19 +367,24 @@ class Player:
 
 
 @given(data=st.data())
-def test_layouts_played_in_random_orders_bring_all_gradients_home(data: st.DataObject) -> None:
+def test_layouts_played_in_random_orders_bring_everything_home(data: st.DataObject) -> None:
+    """Every pair once for each head group, results and gradients."""
     world_size = data.draw(st.integers(1, 6))
-    layout, parameters = data.draw(st.sampled_from([each for each in layouts(world_size) if each[0] != "ulysses"]))
+    layout, parameters = data.draw(st.sampled_from(list(layouts(world_size))))
     direction = data.draw(st.sampled_from(DIRECTIONS))
     columns = data.draw(st.sampled_from([0, 64]))
     schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
     player = Player(schedule, data.draw(st.randoms(use_true_random=False)))
     player.play()
+    groups = groups_of(layout, parameters)
+    every = [part for part in range(world_size) for _ in range(groups)]
     for rank, held in enumerate(player.held):
+        seen = every + [-1] * groups * bool(columns)
+        assert held["out:home"] == Counter(("out", rank, key) for key in seen)
         if direction == "backward":
-            assert held["dkv:home"] == Counter(("grad", query, rank) for query in range(world_size))
+            assert held["dkv:home"] == Counter(("grad", query, rank) for query in every)
             if columns:
-                assert held["dcolumns:sum"] == Counter(("grad", query, -1) for query in range(world_size))
+                assert held["dcolumns:sum"] == Counter(("grad", query, -1) for query in every)
 
 
 # Refusals
@@ -383,8 +409,11 @@ def test_what_builders_refuse() -> None:
     ):
         with pytest.raises((InputError, UnsupportedError), match=problem):
             build("ulysses", {"degree": degree}, shape=shape(4), direction="forward")
-    with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
-        build("ulysses", {"chunks": 0}, shape=shape(4), direction="forward")
+    for layout in ("ulysses", "collective"):
+        with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
+            build(layout, {"chunks": 0}, shape=shape(4), direction="forward")
+    with pytest.raises(UnsupportedError, match="chunks: 2 K/V heads cannot be cut into 3 chunks"):
+        build("collective", {"chunks": 3}, shape=shape(4), direction="forward")
     with pytest.raises(UnsupportedError, match=r"degree: 6 heads \(2 K/V heads\) cannot be split evenly over 3 ranks"):
         build("ulysses", {}, shape=shape(3), direction="forward")
     with pytest.raises(InputError, match="kv_heads: 4 heads are not a multiple of 3 KV heads"):
