@@ -144,6 +144,7 @@ class HostChannel:
                 pending.error = error
             pending.ended = time.perf_counter_ns()
             pending.done.set()
+            del pending  # or its tensors would live until something else is posted
 
 
 @dataclass(eq=False)

@@ -46,8 +46,11 @@ def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int
         (("gather", {"chunks": 1}), ("ring", {"prefetch": 1}), 16),
         (("gather", {"chunks": 2, "keep_kv": 1}), ("gather", {"chunks": 1, "keep_kv": 1}), 16),
         (("gather", {"chunks": 1, "pull": 1}), ("gather", {"chunks": 1, "pull": 1}), 16),
+        (("ulysses", {"degree": 2}), ("ulysses", {"degree": 2}), 16),
+        (("gather", {"chunks": 1}), ("ulysses", {"degree": 4, "chunks": 2}), 0),
+        (("collective", {"chunks": 2}), ("collective", {"chunks": 2}), 16),
     ],
-    ids=["ring", "gather-ring", "kept", "pulled"],
+    ids=["ring", "gather-ring", "kept", "pulled", "heads-by-two", "gather-heads", "collectives"],
 )
 def test_a_layer_needs_what_the_plan_says(
     forward: Layout, backward: Layout, columns: int, rank_pools: Callable[[int], RankPool]
