@@ -147,7 +147,8 @@ def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
 def predicted_peak_bytes(plan: Plan) -> int:
     """Return what the plan says that a step of one layer needs on every rank."""
     shape, backend = plan.attention_shape(), plan.kernels.backend
-    return max(layer_memory(plan.schedule(way), shape, backend=backend).total_bytes for way in DIRECTIONS)
+    given: dict[str, Any] = {"backend": backend, "reordered": plan.head_orders is not None}
+    return max(layer_memory(plan.schedule(way), shape, **given).total_bytes for way in DIRECTIONS)
 
 
 def predicted_times(plan: Plan, work: Work, cluster: Cluster) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def exchange_bound_us(
 
     Every rank receives the queries of its group and the K/V that these need, for its heads, and its results (and sums
     of gradients) from others. Into a node that holds whole groups go the K/V of other nodes, each head's once; into one
-    that holds a part of a group, those of its heads, and the queries and results of the rest of the group.
+    that holds a part of a group, those of its heads, and the queries and results of the rest of the group. Where groups
+    and nodes cut each other, nothing is said of nodes.
     """
     sizes = group_bytes(shape, direction, degree)
     exchanged, of_keys = sizes["q"] + sizes["out"], sizes["kv"] + sizes.get("dkv", 0)
@@ -181,6 +182,8 @@ def exchange_bound_us(
     groups = min(ranks, degree)  # head groups that a node computes
     shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
     node_bytes = entering * of_keys * max(1, groups // shared) + ranks * max(0, degree - ranks) * exchanged
+    if max(ranks, degree) % min(ranks, degree):
+        node_bytes = 0.0
     nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
     both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
     return float(max(node_bytes / nics_bytes_per_us, rank_bytes / both_bytes_per_us))

@@ -178,7 +178,7 @@ def layout_choices(
         choices += [
             _layout("gather", chunks=count, **kept, **transport) for kept in ({}, {"keep_kv": 1}) for count in few
         ]
-    pieces = sorted({1, min(2, peers), *([min(cluster.nodes, peers)] if cluster.nodes > 1 else [])})
+    pieces: list[int] = sorted({min(count, peers) for count in (1, 2, cluster.nodes)})
     choices += [_layout("ulysses", degree=degree, chunks=count) for degree in head_degrees(cluster) for count in pieces]
     return [choice for choice in choices if names is None or choice.layout in names]
 

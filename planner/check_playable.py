@@ -25,10 +25,18 @@ from .schedule import (
 )
 
 
-def check_playable(schedule: Schedule, rank: int) -> None:
-    """Raise UnsupportedError, naming rank, phase and object, where the runtime cannot play the program of `rank`."""
+def check_playable(schedule: Schedule) -> None:
+    """Raise UnsupportedError, naming rank, phase and object, where the runtime cannot play a program.
+
+    Of any rank: one that refuses would leave the others waiting for it.
+    """
     _check_slots(schedule)
     groups = Rules(schedule).head_groups
+    for rank in range(schedule.world_size):
+        _check_rank(schedule, rank, groups)
+
+
+def _check_rank(schedule: Schedule, rank: int, groups: int) -> None:
     if groups > 1:
         _check_group(schedule, rank, groups)
         return
@@ -81,12 +89,15 @@ def _statements(schedule: Schedule, rank: int) -> Iterator[tuple[Site, Transfer 
 
 
 def _check_slots(schedule: Schedule) -> None:
-    """Slots of a pool are numbered from 0: they lie in one tensor."""
+    """Slots of a pool are numbered from 0 and of one kind: they lie in one tensor."""
     pools: dict[str, set[str]] = {}
+    kinds: dict[str, str] = {}
     for buffer in schedule.buffers:
         if not is_own(buffer.name):
             pool, _, number = buffer.name.partition(":")
             pools.setdefault(pool, set()).add(number)
+            if kinds.setdefault(pool, buffer.kind) != buffer.kind:
+                raise UnsupportedError(f"has slots for {kinds[pool]} and {buffer.kind}", field=f"pool {pool}")
     for pool, numbers in pools.items():
         if numbers != {str(number) for number in range(len(numbers))}:
             raise UnsupportedError(f"slots {', '.join(sorted(numbers))} are not numbered from 0", field=f"pool {pool}")

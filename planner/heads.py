@@ -22,8 +22,9 @@ HeadOrder = tuple[int, ...]
 
 def head_load(pattern: LayerPattern) -> NDArray[np.float64]:
     """Return float64 [H]: the work of every query head of a layer in tile pairs, columns included."""
-    known: dict[int, float] = {}  # synthetic patterns repeat one head object
-    return np.array([known.setdefault(id(head), _load(pattern, head)) for head in pattern.heads])
+    distinct = {id(head): head for head in pattern.heads}  # synthetic patterns repeat one head object
+    known = {key: _load(pattern, head) for key, head in distinct.items()}
+    return np.array([known[id(head)] for head in pattern.heads])
 
 
 def balanced_order(load: NDArray[np.float64], *, kv_heads: int, degree: int) -> HeadOrder:

@@ -27,7 +27,7 @@ from .schedule import (
     TransferKind,
 )
 
-EXCHANGE, GATHER, GATHER_GRAD = "exchange", "gather", "gather_grad"
+GATHER, GATHER_GRAD = "gather", "gather_grad"
 
 
 def ulysses(
@@ -110,6 +110,11 @@ class _HeadParallel:
         return self.shape.world_size
 
     @property
+    def exchange(self) -> str:
+        """The communicator of groups: a name for every size, since directions may differ in it."""
+        return f"exchange{self.degree}"
+
+    @property
     def backward(self) -> bool:
         return self.direction == "backward"
 
@@ -122,7 +127,7 @@ class _HeadParallel:
         everyone = (tuple(range(self.world)),)
         names = [GATHER, GATHER_GRAD] if self.backward else [GATHER]
         return [
-            Communicator(name=EXCHANGE, groups=together),
+            Communicator(name=self.exchange, groups=together),
             *(Communicator(name=name, groups=everyone) for name in names),
         ]
 
@@ -175,15 +180,25 @@ class _HeadParallel:
     @cached_property
     def _chunk_of(self) -> list[dict[int, int]]:
         """By reader and owner, the chunk in which K/V arrive, counted from 1; alike whatever pairs are left out."""
-        size = -(-(self.world - 1) // self.pieces)
         return [
-            {owner: 1 + place // size for place, owner in enumerate(self._owners(rank))} for rank in range(self.world)
+            {owner: 1 + (place + self._short) // self._size for place, owner in enumerate(self._owners(rank))}
+            for rank in range(self.world)
         ]
+
+    @property
+    def _size(self) -> int:
+        """Owners in a chunk: a divisor of the ranks where there is one, so that no chunk cuts a group."""
+        return -(-self.world // max(1, min(self.chunks, self.world - 1)))
+
+    @property
+    def _short(self) -> int:
+        """How many fewer the first chunk has: the own keys need not be fetched."""
+        return 1 if self._size > 1 else 0
 
     @property
     def pieces(self) -> int:
         """In how many chunks K/V arrive: at least one, which may be empty."""
-        return max(1, min(self.chunks, self.world - 1))
+        return 1 + max(self.world - 2 + self._short, 0) // self._size
 
     def piece(self, rank: int, chunk: int) -> list[int]:
         """Return those that a rank reads of one chunk."""
@@ -285,7 +300,7 @@ class _HeadParallel:
             source=source,
             destination=destination,
             sequence=0,
-            communicator=EXCHANGE if exchanged else GATHER if kind == "kv" else GATHER_GRAD,
+            communicator=self.exchange if exchanged else GATHER if kind == "kv" else GATHER_GRAD,
             transport="p2p",
             source_buffer=source_buffer,
             buffer=buffer,

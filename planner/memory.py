@@ -52,10 +52,13 @@ class LayerMemory:
         return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes + self.workspace_bytes
 
 
-def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton") -> LayerMemory:
+def layer_memory(
+    schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton", reordered: bool = False
+) -> LayerMemory:
     """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
 
     layers: of the model; each of them keeps its own K/V where the schedule keeps any. backend: of the kernels.
+    reordered: whether heads are in an order of the plan's: then there are second copies of q, k, v, out and dout.
 
     A step needs the larger total of its two directions, which share an arena for their slots.
     """
@@ -65,6 +68,7 @@ def layer_memory(schedule: Schedule, shape: AttentionShape, *, layers: int = 1, 
     home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
     returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
     home_bytes += _group_bytes(schedule, q_bytes) or returned_bytes
+    home_bytes += 3 * q_bytes + shape.kv_bytes if reordered else 0
     return LayerMemory(
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),

@@ -82,6 +82,18 @@ class Problem:
             return tuple(range(self.model.heads))
         return balanced_order(load, kv_heads=self.model.kv_heads, degree=degree)
 
+    def reorders(self, degree: int) -> bool:
+        """Return whether any layer's heads are dealt out in another order than they have."""
+        return self.head_orders(degree) is not None
+
+    def head_orders(self, degree: int) -> tuple[HeadOrder, ...] | None:
+        """Return the order of every layer's heads, dealt out to `degree` groups; None where all stay as they are."""
+        natural = tuple(range(self.model.heads))
+        if degree == 1:
+            return None
+        orders = tuple(self.head_order(layer, degree) for layer in range(self.model.layers))
+        return None if all(order == natural for order in orders) else orders
+
     def shape(self, placement: Placement) -> AttentionShape:
         """Return the sizes of transfers under a placement."""
         element_bytes = ELEMENT_BYTES[self.dtype]
@@ -264,7 +276,13 @@ class ScoreBoard:
         if key not in self._scores:
             schedule, problem = self.schedule(choice, layout, direction), self.problem
             shape = problem.shape(self.placement(choice))
-            memory = layer_memory(schedule, shape, layers=problem.model.layers, backend=problem.backend)
+            memory = layer_memory(
+                schedule,
+                shape,
+                layers=problem.model.layers,
+                backend=problem.backend,
+                reordered=problem.reorders(layout.degree),
+            )
             self._scores[key] = Score(
                 evaluations=tuple(
                     rater.evaluator(

@@ -15,7 +15,6 @@ from .cluster import Cluster
 from .compiled import CompiledRecurrence
 from .cost import ACCUMULATOR_BYTES, CostModel, datasheet_cost
 from .evaluation import Evaluator
-from .heads import HeadOrder
 from .plan import ELEMENT_BYTES, DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
 from .schedule import DIRECTIONS
@@ -118,23 +117,13 @@ def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
         forward=(pick.forward_layout.layout, dict(pick.forward_layout.parameters)),
         backward=(pick.backward_layout.layout, dict(pick.backward_layout.parameters)),
         pairs=board.pairs(pick.placement),
-        head_orders=_head_orders(problem, pick),
+        head_orders=problem.head_orders(max(pick.forward_layout.degree, pick.backward_layout.degree)),
         **parts,
     )
     check_step(plan.schedule("forward"), plan.schedule("backward"))
     for direction in DIRECTIONS:
         check(plan.schedule(direction), inactive=plan.active_pairs().left_out())
     return plan
-
-
-def _head_orders(problem: Problem, pick: Step) -> tuple[HeadOrder, ...] | None:
-    """Return the order of every layer's heads; None where they stay as they are."""
-    degree = max(pick.forward_layout.degree, pick.backward_layout.degree)
-    if degree == 1:
-        return None
-    natural = tuple(range(problem.model.heads))
-    orders = tuple(problem.head_order(layer, degree) for layer in range(problem.model.layers))
-    return None if all(order == natural for order in orders) else orders
 
 
 def _memory_limit_bytes(cluster: Cluster, limit_bytes: int | None, fraction: float) -> int:

@@ -17,6 +17,7 @@ from ..planner.check import check_step
 from ..planner.check_playable import check_playable
 from ..planner.check_rules import Rules
 from ..planner.heads import HeadOrder
+from ..planner.layout_ulysses import splits_heads
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction, Schedule, Task
 from ..traces.errors import InputError, UnsupportedError
@@ -55,7 +56,7 @@ class PlannedAttention:
         self.backend = _settled_backend(plan, mesh, self.topic)
         self.schedules = {direction: plan.schedule(direction) for direction in DIRECTIONS}
         for schedule in self.schedules.values():
-            check_playable(schedule, mesh.rank)
+            check_playable(schedule)
         check_step(self.schedules["forward"], self.schedules["backward"])
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(list(self.schedules.values()))
@@ -240,6 +241,8 @@ def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
 
 def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:
     count = Rules(schedule).head_groups
+    if not splits_heads(plan.attention_shape(), count):
+        raise UnsupportedError(f"{count} groups do not have whole K/V heads each", field="heads")
     return HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
 
 

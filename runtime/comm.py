@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..planner.schedule import Communicator, Schedule
+from ..traces.errors import InputError
 from .failures import CommunicationError
 from .mesh import Mesh
 from .pull import PeerMemory, Pull, Signals, require_peer_access
@@ -226,7 +227,8 @@ class Channels:
     def bind(self, schedules: Sequence[Schedule]) -> dict[str, Channel]:
         """Return the channels of the schedules' communicators by name, opening those that are not open yet.
 
-        Raises InputError, on all ranks, when ranks are to pull from GPUs that they have no access to.
+        Raises InputError, on all ranks, when ranks are to pull from GPUs that they have no access to, or when schedules
+        that are played together have different communicators of one name.
         """
         shares = self._mesh.device.type == "cuda" and any(schedule.shares for schedule in schedules)
         if shares and self.peers is None:
@@ -234,7 +236,10 @@ class Channels:
         named: dict[str, Communicator] = {}
         for schedule in schedules:
             for communicator in schedule.communicators:
-                assert named.setdefault(communicator.name, communicator).groups == communicator.groups
+                if named.setdefault(communicator.name, communicator).groups != communicator.groups:
+                    raise InputError(
+                        f"{communicator.name!r} is of other ranks in another schedule", field="communicators"
+                    )
         for communicator in named.values():
             if communicator not in self._channels:
                 self._open(communicator)

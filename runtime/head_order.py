@@ -5,8 +5,9 @@ Shape legend: B batch, S tokens of a shard, H query heads, H_kv K/V heads, D hea
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class HeadPermutation:
     queries: Tensor
     keys: Tensor
     inverse: Tensor
+    _known: dict[int, tuple[weakref.ref[AttentionMask], AttentionMask]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, order: HeadOrder, *, kv_heads: int, device: torch.device) -> HeadPermutation:
@@ -33,10 +35,18 @@ class HeadPermutation:
         return cls(queries=queries, keys=keys, inverse=torch.argsort(queries))
 
     def of_mask(self, mask: AttentionMask | Chooser, q: Tensor, k: Tensor) -> AttentionMask | Chooser:
-        """Return the mask, or the function that chooses it from (q, k) as the model has them, in this order."""
-        if isinstance(mask, AttentionMask):
-            return mask.of_heads(self.queries)
-        return lambda *_: mask(q, k).of_heads(self.queries)
+        """Return the mask, or the function that chooses it from (q, k) as the model has them, in this order.
+
+        The same mask is permuted once, and what returns is the same object while it lives.
+        """
+        if not isinstance(mask, AttentionMask):
+            return lambda *_: mask(q, k).of_heads(self.queries)
+        known = self._known.get(id(mask))
+        if known is not None and known[0]() is mask:
+            return known[1]
+        key, of_masks, permuted = id(mask), self._known, mask.of_heads(self.queries)
+        of_masks[key] = weakref.ref(mask, lambda _: of_masks.pop(key, None)), permuted
+        return permuted
 
     def of_queries(self, q: Tensor) -> Tensor:
         """Return q [B, S, H, D] in this order."""

@@ -271,7 +271,7 @@ class HeadBackwardStage(_Exchange):
         if transfer.shard is not None and transfer.kind == "kv":
             self.drop_kv_of(transfer.shard.head_group)
         elif transfer.shard is not None and transfer.kind == "out":
-            del self._parts[transfer.shard]
+            self._take_columns(transfer.shard, self._parts.pop(transfer.shard))
         elif transfer.transport == "reduce_scatter":
             self._forget(slots_from(transfer.source_buffer, len(self.indexes.positions)))
         elif transfer.kind == "dkv":
@@ -381,14 +381,20 @@ class HeadBackwardStage(_Exchange):
 
     def _gradients_of_columns(self) -> Tensor:
         """Return the gradients of all columns [2, B, H, C, D]: sums over the parts, zero for heads of other groups."""
-        assert self.gathered is not None
-        total = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
         for query, part in self._parts.items():
-            if part.grad_gathered is not None:
-                total[:, :, slice(*self.groups.queries(query.head_group))] += part.grad_gathered
-                part.grad_gathered = None
-        self._grad_columns = total
-        return total
+            self._take_columns(query, part)
+        assert self._grad_columns is not None
+        return self._grad_columns
+
+    def _take_columns(self, query: ShardId, part: BackwardStage) -> None:
+        """Add a part's gradients of the columns to those of all, whose sum outlives the part."""
+        if part.grad_gathered is None:
+            return
+        if self._grad_columns is None:
+            assert self.gathered is not None
+            self._grad_columns = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
+        self._grad_columns[:, :, slice(*self.groups.queries(query.head_group))] += part.grad_gathered
+        part.grad_gathered = None
 
     def _scatter_columns(self) -> None:
         assert self._grad_columns is not None

@@ -283,10 +283,11 @@ class BackwardStage:
         inputs = self.grad_out, self.q, k, v, self.lse, self.delta, self.indexes.block(keyed)
         into = {"grad_k": grad_k, "grad_v": grad_v, "add_kv": add} | of_query | columns
         api.block_backward(*inputs, **into, **self._common(), scratch=self.scratch)
+        if self.tasks == 0:
+            self.scratch = None  # what kernels kept of the queries is as large as they
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq (in q's dtype), dk and dv (the accumulator's); what nothing was added to is zero."""
-        self.scratch = None
         if self.grad_q is None:
             self.grad_q = torch.zeros_like(self.q)
         self._fill(DKV_HOME)

@@ -31,7 +31,9 @@ def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[
     layers = facts.shape.layers
     whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
     backend = plan.kernels.backend
-    attention = max(layer_memory(plan.schedule(d), shape, backend=backend).total_bytes for d in DIRECTIONS)
+    reordered = plan.head_orders is not None
+    memories = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
+    attention = max(memory.total_bytes for memory in memories)
     chunk = min(config.memory.loss_chunk_tokens, tokens) * facts.vocabulary * (2 * master + 2 * element)
     parts = {
         "parameters": master * facts.parameters // world,

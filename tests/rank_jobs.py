@@ -10,8 +10,9 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 
+from sparsering.planner.check import check
+from sparsering.planner.check_playable import check_playable
+from sparsering.planner.layout_draft import COLUMNS
 from sparsering.planner.plan import Plan
+from sparsering.planner.schedule import Phase, with_programs
 from sparsering.runtime import ring, stages
 from sparsering.runtime.attention import PlannedAttention
+from sparsering.runtime.buffers import BufferPool
 from sparsering.runtime.comm import Channel, Channels
 from sparsering.runtime.exposure import Exposure
+from sparsering.runtime.head_stages import HeadBackwardStage, HeadForwardStage
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
@@ -107,12 +114,43 @@ def attention_computing_first(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "Moment", _Earlier)
         patch.setattr(stages.api, "block_backward", noting)
-        for stage in (stages.ForwardStage, stages.BackwardStage):
+        for stage in (stages.ForwardStage, stages.BackwardStage, HeadForwardStage, HeadBackwardStage):
             patch.setattr(stage, "computes_at_once", mesh.rank % every == 0)
         results = attention(mesh, plan=plan, pattern=pattern, seed=seed)
     distinct = {id(scratch) for scratch in scratches if scratch is not None}
     assert not distinct or None not in scratches
     return results | {"posts": _Earlier.posts, "scratches": len(distinct), "launches": len(scratches)}
+
+
+def attention_summing_columns_last(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, seed: int) -> dict[str, Any]:
+    """`attention` with a backward that sums the columns' gradients in phases of their own, after everything else."""
+
+    def rewrite(planned: PlannedAttention) -> None:
+        backward = planned.schedules["backward"]
+        programs = {rank: _columns_last(backward.phases(rank)) for rank in range(plan.world_size)}
+        planned.schedules["backward"] = changed = with_programs(backward, programs)
+        check(changed)
+        check_playable(changed)
+        planned.pool = BufferPool(
+            mesh.device, list(planned.schedules.values()), kv_heads=[max(1, plan.model.kv_heads // 2)] * 2
+        )
+
+    return attention(mesh, plan=plan, pattern=pattern, seed=seed, wrap=rewrite)
+
+
+def _columns_last(phases: Sequence[Phase]) -> list[Phase]:
+    (call,) = [call for phase in phases for call in phase.group_calls if call.communicator == COLUMNS]
+    (name,) = [transfer.id for transfer in call.transfers]
+    kept = [
+        replace(
+            phase,
+            waits=tuple(one for one in phase.waits if one != name),
+            group_calls=tuple(one for one in phase.group_calls if one.communicator != COLUMNS),
+        )
+        for phase in phases
+    ]
+    last = len(kept)
+    return [*kept, Phase(index=last, group_calls=(call,)), Phase(index=last + 1, waits=(name,))]
 
 
 def second_gradients(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> tuple[str, float]:
@@ -152,7 +190,7 @@ def layer_memory_of(mesh: Mesh, *, plan: Plan, pattern: LayerPattern) -> int:
         )
         for tensor in (q, k, v):
             tensor.requires_grad_()
-        planned(q, k, v, mask).backward(grad_out)
+        planned(q, k, v, mask, layer=0).backward(grad_out)
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     in_order = sorted(events, key=lambda event: event.start_ns())

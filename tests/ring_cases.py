@@ -185,7 +185,7 @@ def make_placement(case: Case, pattern: LayerPattern) -> Placement:
 
 def make_case_plan(
     case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False,
-    head_orders: tuple[tuple[int, ...], ...] | None = None,
+    head_orders: tuple[tuple[int, ...], ...] | None = None, backward: tuple[str, dict[str, int]] | None = None,
 ) -> Plan:  # fmt: skip
     """Return the case's plan; leave_out: without the pairs of shards that its pattern does not need."""
     chosen = PATTERNS[case.pattern]
@@ -200,7 +200,7 @@ def make_case_plan(
         columns_capacity=-(-pattern.max_columns // 64) * 64,
         placement=placement,
         forward=(case.layout, case.parameters),
-        backward=(case.layout, case.parameters),
+        backward=backward or (case.layout, case.parameters),
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]
         pairs=pattern_pairs(pattern, placement) if leave_out else None,

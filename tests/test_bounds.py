@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sparsering.planner.bounds import communication_bound_us, compute_bound_us
+from sparsering.planner.bounds import communication_bound_us, compute_bound_us, exchange_bound_us
 from sparsering.planner.candidates import (
     PlacementChoice,
 )
@@ -48,6 +48,27 @@ def test_bounds_by_hand():
     for backend, launches in (("triton", 1), ("flash4", 2), ("blockwise", 2)):
         cost = tiny.PairCost(us_per_pair=3.0, us_per_launch=5.0, backend=backend)
         assert compute_bound_us(with_columns, cost, "forward") == launches * 5 + (136 + 4) * 3 - (5 + 3)
+
+
+def test_bounds_of_head_parallelism_by_hand():
+    """Groups of two of eight ranks: a half of the heads, so one of two K/V heads."""
+    cluster = tiny.cluster(nodes=2, gpus=4, bandwidth=1000.0, nic_bandwidth=500.0, nics=2)
+    shape = AttentionShape(world_size=8, tokens_per_rank=10, heads=4, kv_heads=2, head_dim=5, columns_capacity=64)
+    # q 10 x 2 x 5 x 2 = 200, log-sum-exp of 20 rows 80; K/V of one head 200, their gradients 400.
+    one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
+    assert exchange_bound_us(one_node, shape, "forward", degree=2) == (200 + 280 + 7 * 200) / 1000
+    assert exchange_bound_us(one_node, shape, "backward", degree=2) == (2 * 280 + 200 + 7 * 600) / 1000
+    # 4 parts of the other node enter for two head groups; one port and a card receive what a rank needs.
+    forward = exchange_bound_us(cluster, shape, "forward", degree=2)
+    assert forward == max(4 * 200 * 2 / 1000, (480 + 1400) / 1500)
+    # Eight groups, four of them on a node, share two K/V heads: their four need one; a quarter of the q per rank.
+    whole = replace(shape, heads=8)
+    wide = exchange_bound_us(cluster, whole, "forward", degree=8)
+    assert wide == max((4 * 200 + 4 * 4 * (100 + 140)) / 1000, (7 * 240 + 7 * 200) / 1500)
+    # Groups of six do not fit nodes of four: only what a rank receives is counted.
+    odd = replace(shape, world_size=12, heads=12)
+    three = tiny.cluster(nodes=3, gpus=4, bandwidth=1000.0, nic_bandwidth=500.0, nics=1)
+    assert exchange_bound_us(three, odd, "forward", degree=6) == (5 * (200 + 280) + 11 * 200) / 1500
 
 
 def test_the_bound_knows_pulls():

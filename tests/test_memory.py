@@ -23,7 +23,9 @@ TOKENS, BLOCK = 512, 64
 Layout = tuple[str, dict[str, int]]
 
 
-def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int) -> Plan:
+def memory_plan(
+    world_size: int, forward: Layout, backward: Layout, columns: int, *, reversed_heads: bool = False
+) -> Plan:
     """Long rows (head dim 128): what is not predicted, indexes and row values, stays small beside them."""
     return make_plan(
         model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=128),
@@ -36,6 +38,7 @@ def memory_plan(world_size: int, forward: Layout, backward: Layout, columns: int
         backward=backward,
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec(backend="triton"),
+        head_orders=((3, 2, 1, 0),) if reversed_heads else None,
     )
 
 
@@ -58,6 +61,20 @@ def test_a_layer_needs_what_the_plan_says(
     plan = memory_plan(4, forward, backward, columns)
     predicted = max(layer_memory(plan.schedule(way), plan.attention_shape()).total_bytes for way in DIRECTIONS)
     pattern = anchor_pattern(seq_len_tokens=TOKENS, density=0.2, columns=columns, heads=4, block_size=BLOCK)
+    for measured in rank_pools(4).run("layer_memory_of", plan=plan, pattern=pattern):
+        assert measured == pytest.approx(predicted, rel=0.1), (measured, predicted)
+
+
+def test_another_order_of_heads_takes_second_copies(rank_pools: Callable[[int], RankPool]) -> None:
+    layout: Layout = ("ulysses", {"degree": 2})
+    plan = memory_plan(4, layout, layout, 16, reversed_heads=True)
+    shape = plan.attention_shape()
+    as_they_are, predicted = (
+        max(layer_memory(plan.schedule(way), shape, reordered=reordered).total_bytes for way in DIRECTIONS)
+        for reordered in (False, True)
+    )
+    assert predicted - as_they_are == 3 * shape.tokens_per_rank * 4 * 128 * 2 + shape.kv_bytes
+    pattern = anchor_pattern(seq_len_tokens=TOKENS, density=0.2, columns=16, heads=4, block_size=BLOCK)
     for measured in rank_pools(4).run("layer_memory_of", plan=plan, pattern=pattern):
         assert measured == pytest.approx(predicted, rel=0.1), (measured, predicted)
 

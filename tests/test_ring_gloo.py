@@ -41,19 +41,28 @@ def _check_all(case: Case, plan: Plan, results: list[dict[str, Any]]) -> None:
         assert (result["out"][:, ~valid] == 0).all() and np.isneginf(result["lse"][:, :, ~valid]).all()
 
 
-@pytest.mark.parametrize("pattern_name", ["documents", "gqa"])
+LEAVING_OUT = [
+    ("ring", {"prefetch": 1}),
+    ("ring", {"prefetch": 2}),
+    ("gather", {"chunks": 2}),
+    ("gather", {"chunks": 2, "pull": 1}),
+    ("hierarchical", {"inner_size": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    ("layout", "parameters"),
+    ("layout", "parameters", "pattern_name", "most"),
     [
-        ("ring", {"prefetch": 1}),
-        ("ring", {"prefetch": 2}),
-        ("gather", {"chunks": 2}),
-        ("gather", {"chunks": 2, "pull": 1}),
-        ("hierarchical", {"inner_size": 2}),
+        *((*layout, pattern, 0.6) for layout in LEAVING_OUT for pattern in ("documents", "gqa")),
+        ("ulysses", {"degree": 2, "chunks": 2}, "gqa", 0.9),  # queries and results travel in any case
     ],
 )
 def test_what_is_never_needed_is_never_sent(
-    layout: str, parameters: dict[str, int], pattern_name: str, rank_pools: Callable[[int], RankPool]
+    layout: str,
+    parameters: dict[str, int],
+    pattern_name: str,
+    most: float,
+    rank_pools: Callable[[int], RankPool],
 ) -> None:
     """Contiguous stretches: right to 1e-8, with fewer messages and bytes, and as many as the proof counts."""
     case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=layout, parameters=parameters,
@@ -74,8 +83,8 @@ def test_what_is_never_needed_is_never_sent(
             proved = [values[rank] for one in reports for name, values in one.sent_bytes.items() if name != "columns"]
             assert counts["bytes"] == sum(proved)
         sent[leave_out] = sum((counts for _, counts in answers), Counter())
-    assert sent[True]["messages"] <= 0.6 * sent[False]["messages"]
-    assert sent[True]["bytes"] <= 0.6 * sent[False]["bytes"]
+    assert sent[True]["messages"] <= most * sent[False]["messages"]
+    assert sent[True]["bytes"] <= most * sent[False]["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -253,3 +262,38 @@ def test_heads_in_another_order(order: tuple[int, ...], rank_pools: Callable[[in
         _check_all(case, plan, results)
     with pytest.raises(RankFailure, match="layer: is 2; the plan has orders of heads for 2 layers"):
         rank_pools(4).run("attention", plan=plan, pattern=pattern, seed=7, layer=2)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (("ulysses", {"degree": 2}), ("gather", {"chunks": 2})),
+        (("ring", {"prefetch": 1}), ("ulysses", {"degree": 4, "chunks": 2})),
+        (("collective", {"chunks": 2}), ("ulysses", {"degree": 2})),
+        (("ulysses", {"degree": 4}), ("ulysses", {"degree": 2})),
+    ],
+)
+def test_heads_split_in_one_direction(
+    forward: tuple[str, dict[str, int]], backward: tuple[str, dict[str, int]], rank_pools: Callable[[int], RankPool]
+) -> None:
+    """Two sequences at a time, the first tasks before the first transfers as on GPUs."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=forward[0], parameters=forward[1],
+                pattern="gqa")  # fmt: skip
+    plan, pattern = make_case_plan(case, backward=backward), PATTERNS["gqa"].pattern
+    _check_all(case, plan, rank_pools(4).run("attention_computing_first", plan=plan, pattern=pattern, seed=7, every=2))
+    results = rank_pools(4).run("attention", plan=plan, pattern=pattern, seed=7, batch=2)
+    wanted = expected("gqa", plan.make_placement().padded_tokens, seed=7, batch=2)
+    for rank, result in enumerate(results):
+        rows = plan.make_placement().positions(rank)
+        for name, whole in wanted.items():
+            mine = whole[:, :, rows] if name == "lse" else whole[:, rows]
+            assert largest_difference(result[name], mine) <= TOLERANCE, (rank, name)
+
+
+def test_columns_gradients_may_be_summed_last(rank_pools: Callable[[int], RankPool]) -> None:
+    """After results have gone home: those of the parts that were sent are part of the sum."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses", parameters={"degree": 2},
+                pattern="gqa")  # fmt: skip
+    plan = make_case_plan(case)
+    results = rank_pools(4).run("attention_summing_columns_last", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
+    _check_all(case, plan, results)
