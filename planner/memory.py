@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from .launches import launches_of
 from .layout_draft import AttentionShape
-from .schedule import HOMES, Phase, Schedule, Task
+from .schedule import COLUMNS_HOME, HOMES, Phase, Schedule, Task
 
 # Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
 # entry; those of one launch are kept up to a size, for both directions, and never larger than another.
@@ -67,7 +67,7 @@ def layer_memory(
     row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
     home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
     returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
-    home_bytes += _group_bytes(schedule, q_bytes) or returned_bytes
+    home_bytes += _group_bytes(schedule, shape, q_bytes, dq_bytes) or returned_bytes
     home_bytes += 3 * q_bytes + shape.kv_bytes if reordered else 0
     return LayerMemory(
         home_bytes=home_bytes,
@@ -79,16 +79,20 @@ def layer_memory(
     )
 
 
-def _group_bytes(schedule: Schedule, q_bytes: int) -> int:
-    """Return what a rank that computes a head group holds beside what all hold, 0 for others.
+def _group_bytes(schedule: Schedule, shape: AttentionShape, q_bytes: int, dq_bytes: int) -> int:
+    """Return what a rank that computes heads by groups holds beside what all hold, 0 for others.
 
-    dq of its own queries, which lands by heads; and of its own tensors' heads, beside the whole, a slot of each kind:
-    queries, keys, their gradients, and dq of the part that is being ended.
+    dq of its own queries lands by heads. Beside it, when the last part's dq is ended, a slot of each kind for its own
+    tensors' heads: queries, keys, their gradients, and that dq. Or when the first part begins, while dq is small: what
+    is sent, which is copied, queries of all other groups and K/V of all; whichever is more.
     """
     slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
-    if "q" in slots:
-        return q_bytes + sum(slots.values())
     groups = schedule.num_heads // _launched_heads(schedule)
+    if "q" in slots:
+        begun = any(buffer.name == COLUMNS_HOME for buffer in schedule.buffers)
+        first = slots["q"] + dq_bytes // groups + slots.get("dkv", 0) if begun else 0
+        beginning = (groups - 1) * slots["q"] + shape.kv_bytes + first - dq_bytes
+        return q_bytes + max(beginning, sum(slots.values()))
     if groups == 1:
         return 0
     # All groups are its own: copies of q and dout, and of K/V; dq whole and by groups.
@@ -146,8 +150,11 @@ def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[
     if sum(map(len, launched)) < 2:  # a copy for one launch of the own shard does not pay
         together = [1] * len(launched)
     copied_bytes = 2 * shape.heads * shape.element_bytes  # q and dout, from the first launch that wants them on
+    parts = len({task.query for phase in phases for task in phase.tasks})  # each keeps its own
     row_bytes = [
-        _row_bytes(shape, names, narrow, heads) + copied_bytes * (max(together[: number + 1]) > 1) if names else 0
+        _row_bytes(shape, names, narrow, heads) + parts * copied_bytes * (max(together[: number + 1]) > 1)
+        if names
+        else 0
         for number, (names, heads) in enumerate(zip(launched, together, strict=True))
     ]
     if launched and launched[-1]:  # the last launch writes dq as it is returned, which has to be there already

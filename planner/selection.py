@@ -31,9 +31,10 @@ FINAL_LAYOUTS = 2
 # which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
 # docs/kernels.md).
 IRREGULAR_MARGIN = 0.01
-# What head parallelism must gain: its launches are many and small, and what was predicted for it was up to a tenth
-# further from what was measured than for all other layouts (docs/ring.md).
-SPLIT_HEADS_MARGIN = 0.10
+# What head parallelism must gain for every rank of a group: each one's queries are launches of their own, which the host
+# has to issue. What was predicted for it was further from what was measured than for other layouts, by 2 to 5 % with
+# groups of two or four and by 3 to 25 % with eight (docs/ring.md).
+SPLIT_HEADS_MARGIN = 0.025
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
 
@@ -268,8 +269,8 @@ def _pick(best: dict[PlacementChoice, Step]) -> Step:
 def competing_us(step: Step) -> float:
     """Return the time by which a step competes."""
     margin = 0.0 if step.placement.regular else IRREGULAR_MARGIN
-    if step.forward_layout.splits_heads or step.backward_layout.splits_heads:
-        margin += SPLIT_HEADS_MARGIN
+    degree = max(step.forward_layout.degree, step.backward_layout.degree)
+    margin += SPLIT_HEADS_MARGIN * degree if degree > 1 else 0.0
     return step.step_time_us * (1 + margin)
 
 

@@ -167,7 +167,7 @@ def test_block_masks_and_documents(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_other_transports_and_kept_keys(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:

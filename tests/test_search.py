@@ -199,7 +199,7 @@ def test_heads_are_split_where_that_gains_much():
     assert pick.forward_layout.splits_heads and pick.backward_layout.splits_heads
     others = [name for name in LAYOUTS if name != "ulysses"]
     without = select(many, quick=CompiledRecurrence(), layouts=others).pick
-    assert pick.step_time_us * (1 + SPLIT_HEADS_MARGIN) < without.step_time_us
+    assert pick.step_time_us * (1 + SPLIT_HEADS_MARGIN * pick.forward_layout.degree) < without.step_time_us
     quick = replace(many, cluster=tiny.cluster(gpus=4, bandwidth=1e6))
     assert not select(quick, quick=CompiledRecurrence()).pick.forward_layout.splits_heads
 
