@@ -86,7 +86,7 @@ class DatasheetCost:
     def _sharing(self, launch: Launch) -> int:
         """Return how many of a launch's query heads share a K/V head: a head group may have fewer than there are."""
         first, last = launch.tasks[0].heads
-        return min(self.queries_per_kv_head, last - first)
+        return self.queries_per_kv_head if self.heads is None else min(self.queries_per_kv_head, last - first)
 
     @property
     def _programs(self) -> int:

@@ -31,9 +31,9 @@ FINAL_LAYOUTS = 2
 # which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
 # docs/kernels.md).
 IRREGULAR_MARGIN = 0.01
-# What head parallelism must gain for every rank of a group: each one's queries are launches of their own, which the host
-# has to issue. What was predicted for it was further from what was measured than for other layouts, by 2 to 5 % with
-# groups of two or four and by 3 to 25 % with eight (docs/ring.md).
+# What head parallelism must gain for every rank of a group: each one's queries are launches of their own, which the
+# host has to issue. What was predicted for it was further from what was measured than for other layouts, by 2 to 5 %
+# with groups of two or four and by 3 to 25 % with eight (docs/ring.md).
 SPLIT_HEADS_MARGIN = 0.025
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK = "recurrence"
@@ -157,7 +157,7 @@ def _pairs(
     board: ScoreBoard, layouts: Sequence[str] | None, placements: Sequence[str] | None
 ) -> tuple[list[Pair], list[str]]:
     """Return the candidates that apply, plainest first, and what was left out and why."""
-    problem, notes = board.problem, []
+    problem, notes, inapplicable = board.problem, [], []
     world = problem.cluster.world_size
     choices = placement_choices(
         seq_len_tokens=problem.seq_len_tokens, world_size=world, block_size=problem.block_size, names=placements
@@ -179,7 +179,9 @@ def _pairs(
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
         pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:
-            notes.append(f"{layout} does not apply to these sizes")
+            inapplicable.append(str(layout))
+    if inapplicable:
+        notes.append(f"not for these sizes: {', '.join(inapplicable)}")
     if problem.narrow_gradients and not any(("narrow_grads", 1) in pair.layout.parameters for pair in pairs):
         raise InputError("no layout that is left to choose from rounds gradients", field="narrow_gradients")
     if not pairs:

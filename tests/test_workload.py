@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -213,6 +213,26 @@ def test_accumulators_are_read_and_written() -> None:
     assert bytes_of("backward", (BLOCK, work), **last) == pytest.approx(6 * elements + keys)
     assert bytes_of("backward", (BLOCK, work), (BLOCK, work), **last) == pytest.approx(6 * elements + 2 * keys)
     assert bytes_of("backward", (COLUMNS, work), **first) == pytest.approx(4 * elements)
+
+
+def test_head_groups_pay_for_copies_and_share_fewer_keys() -> None:
+    """One of two heads: the first launch copies q in and out back (backward: q, dout; dq), read and written."""
+    work, elements = work_of(8, 8, 1), 8 * SIZE * 8
+    split, whole = cost_of(1.0, queries_per_kv_head=2, heads=2), cost_of(1.0, queries_per_kv_head=2)
+
+    def more(direction: Direction, task: Task, **where: bool) -> float:
+        return us(direction, (task, work), cost=split, **where) - us(direction, (task, work), cost=whole, **where)
+
+    assert (BLOCK.heads, COLUMNS.heads) == ((0, 1), (0, 1))
+    assert more("forward", BLOCK) == pytest.approx(2 * 2 * 2 * elements)
+    assert more("forward", BLOCK, begins=False) == 0
+    assert more("backward", COLUMNS, ends=False) == pytest.approx(3 * 2 * 2 * elements)
+    # A single head has its K/V head to itself: twice as many dK and dV as where two share one.
+    free = [us("backward", (BLOCK, work), cost=cost_of(queries_per_kv_head=2, **heads)) for heads in ({"heads": 2}, {})]
+    keys = 2 * 4 * elements / 2
+    assert more("backward", BLOCK, begins=False) - (free[0] - free[1]) == pytest.approx(keys)
+    both = replace(BLOCK, heads=(0, 2))
+    assert more("forward", both) == 0 and more("backward", both) == 0
 
 
 parts_of_a_launch = st.lists(
