@@ -24,8 +24,9 @@ from ..traces.errors import InputError, UnsupportedError
 from .buffers import BufferPool, Pair, Slots
 from .comm import Channel, Channels, CommunicationError
 from .failures import name_lost_ranks, naming_lost_ranks
+from .head_groups import HeadGroups
 from .head_order import Chooser, HeadPermutation
-from .head_stages import HeadBackwardStage, HeadForwardStage, HeadGroups
+from .head_stages import HeadBackwardStage, HeadForwardStage
 from .measure import Recorder
 from .mesh import Mesh, agree
 from .patterns import PairGuard, RunningHash
