@@ -48,8 +48,8 @@ class HeadGroups:
 class HeadStage:
     """What forward and backward have in common.
 
-    kv: the rank's own (K, V), all heads; tasks: of this rank and direction; gathered: the columns [2, B, H, C, D] of all
-    heads, once they are summed up.
+    kv: the rank's own (K, V), all heads; tasks: of this rank and direction; gathered: the columns [2, B, H, C, D] of
+    all heads, once they are summed up.
     """
 
     slots: Slots
