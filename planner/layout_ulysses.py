@@ -84,13 +84,13 @@ def _degree(shape: AttentionShape, degree: int | None) -> int:
         raise InputError(f"must be at least 1, not {wanted}", field="degree")
     if shape.world_size % wanted:
         raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="degree")
-    if not splits_heads(shape, wanted):
+    if not can_split_heads(shape, wanted):
         heads = f"{shape.heads} heads ({shape.kv_heads} K/V heads)"
         raise UnsupportedError(f"{heads} cannot be split evenly over {wanted} ranks", field="degree")
     return wanted
 
 
-def splits_heads(shape: AttentionShape, degree: int) -> bool:
+def can_split_heads(shape: AttentionShape, degree: int) -> bool:
     """Whether `degree` groups of equally many heads use equally many whole K/V heads each."""
     return not shape.heads % degree and not max(degree, shape.kv_heads) % min(degree, shape.kv_heads)
 

@@ -28,7 +28,7 @@ from .cost import CostModel
 from .evaluation import Evaluation, Evaluator, imbalance
 from .heads import HeadOrder, balanced_order
 from .layout_draft import AttentionShape
-from .layout_ulysses import splits_heads
+from .layout_ulysses import can_split_heads
 from .layouts import build
 from .memory import LayerMemory, layer_memory
 from .pairs import Pairs, causal_pairs, pairs_of_blocks
@@ -310,7 +310,7 @@ class ScoreBoard:
     def degrees(self, placement: Placement) -> list[int]:
         """Return the sizes of groups that heads can be split over."""
         shape = self.problem.shape(placement)
-        return [degree for degree in head_degrees(self.problem.cluster) if splits_heads(shape, degree)]
+        return [degree for degree in head_degrees(self.problem.cluster) if can_split_heads(shape, degree)]
 
     def bound_us(self, samples: tuple[int, ...]) -> float:
         """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""

@@ -17,7 +17,7 @@ from ..planner.check import check_step
 from ..planner.check_playable import check_playable
 from ..planner.check_rules import Rules
 from ..planner.heads import HeadOrder
-from ..planner.layout_ulysses import splits_heads
+from ..planner.layout_ulysses import can_split_heads
 from ..planner.plan import Plan
 from ..planner.schedule import DIRECTIONS, KEPT, Direction, Schedule, Task
 from ..traces.errors import InputError, UnsupportedError
@@ -242,7 +242,7 @@ def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
 
 def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:
     count = Rules(schedule).head_groups
-    if not splits_heads(plan.attention_shape(), count):
+    if not can_split_heads(plan.attention_shape(), count):
         raise UnsupportedError(f"{count} groups do not have whole K/V heads each", field="heads")
     return HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import api
+from ..planner.launches import parse_slot
 from ..planner.schedule import COLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME, Q_HOME, ShardId, Task, Transfer, slots_from
 from .buffers import Pair, runs_of_neighbours
 from .head_groups import HeadStage, some_heads
@@ -24,7 +25,7 @@ from .stages import BackwardStage, ForwardStage
 
 @dataclass(eq=False, kw_only=True)
 class HeadForwardStage(HeadStage):
-    """Forward of a head group. q [B, S, H, D], kv: the rank's own, all heads, contiguous.
+    """Forward of heads by groups. q [B, S, H, D], kv: the rank's own, all heads, contiguous.
 
     The parts of out that were computed here for others are sent to them, and theirs land here.
     """
@@ -46,7 +47,8 @@ class HeadForwardStage(HeadStage):
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
         if transfer.source_buffer == COLUMNS_HOME:
-            return (self._own_columns(),)
+            self.gathered = self.indexes.own_columns(self.kv)
+            return (self.gathered,)
         assert transfer.shard is not None  # of a collective too: that of its head group
         if transfer.kind == "q":
             return (some_heads(self.q, self.groups.queries(transfer.shard.head_group)),)
@@ -119,15 +121,10 @@ class HeadForwardStage(HeadStage):
         heads = slice(*self.groups.queries(group))
         self._out[:, :, heads], self._lse[:, heads] = result
 
-    def _own_columns(self) -> Tensor:
-        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        self.gathered = api.gather_column_pair(*self.kv, mask, positions, self.indexes.columns())
-        return self.gathered
-
 
 @dataclass(eq=False, kw_only=True)
 class HeadBackwardStage(HeadStage):
-    """Backward of a head group. q, grad_out [B, S, H, D], lse, delta [B, H, S]: the own queries', all heads.
+    """Backward of heads by groups. q, grad_out [B, S, H, D], lse, delta [B, H, S]: the own queries', all heads.
 
     grad_kv: where the rank's own (dK, dV) are summed, of all heads, holding nothing yet.
     """
@@ -205,10 +202,12 @@ class HeadBackwardStage(HeadStage):
                 assert transfer.shard is not None
                 landed.setdefault(self.groups.keys(transfer.shard.head_group), []).append(transfer.buffer)
         for heads, names in landed.items():
-            for together in runs_of_neighbours(sorted(names, key=_slot_number)):
+            for together in runs_of_neighbours(sorted(names, key=parse_slot)):
                 self._add_home(heads, self.slots.block(together[0], len(together)))
         if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
-            self._scatter_columns()
+            assert self._grad_columns is not None
+            self._fill_home()
+            self.indexes.add_to_own_rows(self._grad_columns, self.grad_kv)
 
     def compute(self, tasks: tuple[Task, ...]) -> None:
         """Add dq, dk and dv of the tasks of one launch."""
@@ -311,15 +310,3 @@ class HeadBackwardStage(HeadStage):
             self._grad_columns = torch.zeros_like(self.gathered, dtype=api.accumulator_dtype(self.q.dtype))
         self._grad_columns[:, :, slice(*self.groups.queries(query.head_group))] += part.grad_gathered
         part.grad_gathered = None
-
-    def _scatter_columns(self) -> None:
-        assert self._grad_columns is not None
-        self._fill_home()
-        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        grad_k, grad_v = self.grad_kv
-        parts = self._grad_columns[0], self._grad_columns[1]
-        api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)
-
-
-def _slot_number(name: str) -> int:
-    return int(name.partition(":")[2])

@@ -100,6 +100,16 @@ class Indexes:
             self._columns = api.column_index(self.mask, self.positions[self.rank], backend=self.backend)
         return self._columns
 
+    def own_columns(self, kv: Pair) -> Tensor:
+        """Return the own rows of the columns [2, B, H, C, D], zero elsewhere. kv: the rank's own (K, V)."""
+        return api.gather_column_pair(*kv, self.mask, self.positions[self.rank], self.columns())
+
+    def add_to_own_rows(self, grad_columns: Tensor, grad_kv: Pair) -> None:
+        """Add the gradients of all columns [2, B, H, C, D] to those of the own rows."""
+        parts, (grad_k, grad_v) = (grad_columns[0], grad_columns[1]), grad_kv
+        positions = self.positions[self.rank]
+        api.scatter_column_pair(parts, self.mask, positions, self.columns(), grad_k=grad_k, grad_v=grad_v)
+
 
 @dataclass(eq=False)
 class ForwardStage:
@@ -134,7 +144,8 @@ class ForwardStage:
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that the transfer reads."""
         if transfer.source_buffer == COLUMNS_HOME:
-            return (self._own_columns(),)
+            self.gathered = self.indexes.own_columns(self.kv)
+            return (self.gathered,)
         return self._pair(source_slot(transfer))
 
     def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
@@ -176,11 +187,6 @@ class ForwardStage:
 
     def _pair(self, name: str) -> Pair:
         return self.kv if name == KV_HOME else self.slots[name]
-
-    def _own_columns(self) -> Tensor:
-        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        self.gathered = api.gather_column_pair(*self.kv, mask, positions, self.indexes.columns())
-        return self.gathered
 
 
 @dataclass(eq=False)
@@ -259,7 +265,9 @@ class BackwardStage:
                 landed.setdefault(transfer.accumulate_into, []).append(transfer.buffer)
         self._add_landed(landed)
         if any(transfer.source_buffer == DCOLUMNS_HOME for transfer in transfers):
-            self._scatter_columns()
+            assert self.grad_gathered is not None
+            self._fill(DKV_HOME)
+            self.indexes.add_to_own_rows(self.grad_gathered, self._pair(DKV_HOME))
 
     def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """Cut a phase's tasks into kernel launches."""
@@ -363,11 +371,3 @@ class BackwardStage:
             return self.slots[name]
         assert self.grad_kv is not None
         return self.grad_kv
-
-    def _scatter_columns(self) -> None:
-        assert self.grad_gathered is not None
-        self._fill(DKV_HOME)
-        mask, positions = self.indexes.mask, self.indexes.positions[self.indexes.rank]
-        grad_k, grad_v = self._pair(DKV_HOME)
-        parts = self.grad_gathered[0], self.grad_gathered[1]
-        api.scatter_column_pair(parts, mask, positions, self.indexes.columns(), grad_k=grad_k, grad_v=grad_v)

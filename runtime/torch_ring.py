@@ -63,6 +63,7 @@ class TorchContextParallel:
 class _TorchRing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: TorchContextParallel, scale: float | None) -> Tensor:
+        """Return out, and keep torch's own graph of it; a checkpointed layer's recomputation takes what was kept."""
         kept = current_kept()
         if kept is not None and kept.replaying:
             return kept.take(q.device)[0]

@@ -22,7 +22,7 @@ from sparsering.planner.compiled import CompiledRecurrence
 from sparsering.planner.cost import DatasheetCost
 from sparsering.planner.evaluation import Evaluation
 from sparsering.planner.layout_draft import AttentionShape
-from sparsering.planner.layout_ulysses import splits_heads
+from sparsering.planner.layout_ulysses import can_split_heads
 from sparsering.planner.layouts import LAYOUTS, build
 from sparsering.planner.memory import layer_memory
 from sparsering.planner.recurrence import recurrence
@@ -120,7 +120,7 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
     )
     layout = data.draw(st.sampled_from(layout_choices(cluster=cluster)))
     shape = given_problem.shape(placement)
-    assume(layout.layout != "ulysses" or splits_heads(shape, dict(layout.parameters)["degree"]))
+    assume(layout.layout != "ulysses" or can_split_heads(shape, dict(layout.parameters)["degree"]))
     for direction in DIRECTIONS:
         shape = given_problem.shape(placement)
         schedule = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
