@@ -179,9 +179,9 @@ def _pairs(
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
         pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:
-            inapplicable.append(str(layout))
+            inapplicable.append(f"{layout.layout} (degree {layout.degree})" if layout.splits_heads else str(layout))
     if inapplicable:
-        notes.append(f"not for these sizes: {', '.join(inapplicable)}")
+        notes.append(f"not for these sizes: {', '.join(dict.fromkeys(inapplicable))}")
     if problem.narrow_gradients and not any(("narrow_grads", 1) in pair.layout.parameters for pair in pairs):
         raise InputError("no layout that is left to choose from rounds gradients", field="narrow_gradients")
     if not pairs:
