@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from .planner.cluster import load_cluster as load_cluster
     from .planner.plan import Plan as Plan
     from .planner.plan import load_plan as load_plan
-    from .runtime.hf import attach as attach
-    from .runtime.hf import shard as shard
+    from .runtime.hf.attach import attach as attach
+    from .runtime.hf.audit import audit as audit
+    from .runtime.hf.shard import shard as shard
+    from .runtime.mesh import join as join
+    from .runtime.mesh import leave as leave
     from .traces.errors import InputError as InputError
     from .traces.pattern import BlockMask as BlockMask
     from .traces.pattern import LayerPattern as LayerPattern
@@ -35,10 +38,13 @@ _HOMES = {
     "Timeline": "traces.timeline",
     "Trace": "traces.store",
     "VerticalSlash": "traces.pattern",
-    "attach": "runtime.hf",
+    "attach": "runtime.hf.attach",
+    "audit": "runtime.hf.audit",
+    "join": "runtime.mesh",
+    "leave": "runtime.mesh",
     "load_cluster": "planner.cluster",
     "load_plan": "planner.plan",
-    "shard": "runtime.hf",
+    "shard": "runtime.hf.shard",
 }
 _HOUSES = ("kernels", "planner", "runtime", "simulator", "traces")
 

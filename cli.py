@@ -42,8 +42,13 @@ class Verb:
 
 
 VERBS = {
+    "audit": Verb(
+        module="runtime.hf.audit_command",
+        function="audit",
+        help="Say whether a model is right over several ranks (needs torch).",
+    ),
     "capture": Verb(
-        module="runtime.capture_command",
+        module="runtime.hf.capture_command",
         function="capture",
         help="Record what a model attends to on your text (needs torch).",
     ),

@@ -24,7 +24,7 @@ from ..planner.schedule import DIRECTIONS
 from ..planner.scores import Problem, ScoreBoard
 from ..planner.selection import select
 from ..planner.workload import unit_load
-from ..runtime.capture import pattern_of
+from ..runtime.hf.capture import pattern_of
 from ..simulator.engine import simulate
 from ..simulator.simulate_plan import simulate_plan
 from ..traces.pattern import LayerPattern

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .backward import prepare_from_out_kernel, prepare_kernel
 from .column_index import ColumnTask
+from .head_dims import HEAD_DIMS
 from .index import BlockTask
 from .mask import AttentionMask
 from .merge import accumulator_dtype
@@ -20,7 +21,6 @@ from .tiles import LOG2_E
 from .triton_run import run
 
 BLOCK_SIZES = (16, 32, 64, 128)
-HEAD_DIMS = (16, 32, 64, 128)
 PREPARE_ROWS, PREPARE_OUT_ROWS = 1024, 64
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Arguments that only one part of a launch reads: without that part they are None.
@@ -269,10 +269,9 @@ def check_block_size(mask: AttentionMask) -> None:
 
 
 def check_query(q: Tensor, index: Task) -> None:
-    """Raise ValueError when q is not what the index was built for, or has a head dim the kernels lack."""
+    """Raise ValueError when q is not what the index was built for."""
     heads, tokens = index.mask.heads, index.q_side.tokens
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"q: head dim {q.shape[3]} is not one of {HEAD_DIMS} (triton backend)")
+    assert q.shape[3] in HEAD_DIMS, f"heads of {q.shape[3]} reach the kernels, not padded"
     if q.shape[2] != heads or q.shape[1] != tokens:
         raise ValueError(f"q: {q.shape[2]} heads and {q.shape[1]} tokens; the index was built for {heads} and {tokens}")
 

@@ -94,6 +94,13 @@ class QueryGradient:
         elif self.final is not None:
             rest.copy_(self.total[:, valid_tokens:])
 
+    def take(self, fresh: Tensor) -> None:
+        """Write what a launch computed apart [B, S_q, H, D], in the accumulator's dtype, all rows: rounded once."""
+        if self.add:
+            torch.add(self.total, fresh, out=self.target)
+        else:
+            self.target.copy_(fresh)
+
     @contextmanager
     def launched(self) -> Iterator[dict[str, Any]]:
         """Arguments of gradients.grad_query. A total that the kernels cannot write is copied, and written back."""

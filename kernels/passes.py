@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head_dims import pieces
 from .merge import accumulator_dtype
 from .triton_run import run
 
@@ -38,7 +39,16 @@ def row_products_kernel(left, right, sums, l_b, l_s, l_h, r_b, r_s, r_h, heads, 
 
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """See api.row_products; D is a power of two."""
+    """See api.row_products. A head dim that is no power of two is summed in pieces that are."""
+    first, *others = pieces(left.shape[3])
+    sums = _row_products(left[..., first], right[..., first])
+    for piece in others:
+        sums += _row_products(left[..., piece], right[..., piece])
+    return sums
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """The same; D is a power of two."""
     left, right = (x if x.stride(-1) == 1 else x.contiguous() for x in (left, right))
     batch, tokens, heads, dim = left.shape
     sums = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(left.dtype), device=left.device)

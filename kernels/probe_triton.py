@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head_dims import HEAD_DIMS
 from .probe import Collectives, ShardTensors
 from .triton_run import run
 
-HEAD_DIMS = (16, 32, 64, 128)
 TILE_KEYS = 128
 TILES_A_PROGRAM = 8
 # Probabilities held at once (float32): bounds the memory of long sequences.

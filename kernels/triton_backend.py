@@ -1,7 +1,8 @@
 """The Triton backend: checks and launches. Contracts are those of api.py.
 
 Beyond them: `columns=(column_k, column_v, index)` fuses the column part behind the block part of the same launch, and
-full_gradients differentiates attention that one device computes whole, without accumulators.
+full_gradients differentiates attention that one device computes whole, without accumulators. Heads of sizes that the
+kernels lack (head_dims.py) are computed as the next larger ones (padded.py).
 On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before triton was imported.
 """
 
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gradients, launching, tuning
+from . import gradients, launching, padded, tuning
 from .column_copies import gather as gather_columns
 from .column_copies import scatter as scatter_columns
 from .column_index import ColumnTask, column_task
 from .forward import forward_kernel
 from .gradients import grad_columns, grad_key_value, grad_query
+from .head_dims import kernel_head_dim
 from .index import BlockTask, block_task
 from .launching import (
     BASE_2,
@@ -79,6 +81,9 @@ def block_forward(
     out_dtype: of out; default the accumulator's. columns: (column_k, column_v, index) of the same queries, attended in
     the same launch.
     """
+    if _is_padded(q):
+        given: dict[str, Any] = {"scale": scale, "into": into, "out_dtype": out_dtype, "columns": columns}
+        return padded.forward(block_forward, q, k, v, index, **given)
     launching.check_query(q, index)
     launching.check_keys(k, index)
     q, k, v = (loadable(x) for x in (q, k, v))
@@ -96,6 +101,9 @@ def column_forward(
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """See api.column_forward; into and out_dtype as in block_forward."""
+    if _is_padded(q):
+        given: dict[str, Any] = {"scale": scale, "into": into, "out_dtype": out_dtype}
+        return padded.forward(column_forward, q, column_k, column_v, index, **given)
     launching.check_query(q, index)
     q = loadable(q)
     return _forward(q, None, None, None, (column_k, column_v, index), scale, into, out_dtype)
@@ -162,9 +170,14 @@ def block_backward(
     final_q: Tensor | None = None,
 ) -> None:
     """See api.block_backward. Bitwise repeatable: every accumulator element has one owner and one order."""
+    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
+    if _is_padded(q):
+        targets: dict[str, Any] = {"of_query": of_query, "grad_k": grad_k, "grad_v": grad_v, "add_kv": add_kv}
+        targets |= {"columns": columns, "grad_columns": grad_columns}
+        padded.block_backward(block_backward, (grad_out, q, k, v), (lse, delta), index, scale=scale, **targets)
+        return
     launching.check_query(q, index)
     launching.check_keys(k, index)
-    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
     if not add_kv:
         valid = index.k_valid_tokens if index.q_valid_tokens else 0
         grad_k[:, valid:], grad_v[:, valid:] = 0, 0
@@ -205,15 +218,19 @@ def column_backward(
     final_q: Tensor | None = None,
 ) -> None:
     """See api.column_backward. Bitwise repeatable: partial sums of query chunks are added in a fixed order."""
+    of_query, columns = QueryGradient(total=grad_q, add=add_q, final=final_q), (column_k, column_v, index)
+    if _is_padded(q):
+        targets: dict[str, Any] = {"grad_column_k": grad_column_k, "grad_column_v": grad_column_v}
+        targets |= {"scale": scale, "of_query": of_query}
+        padded.column_backward(column_backward, (grad_out, q), (lse, delta), columns, **targets)
+        return
     launching.check_query(q, index)
     launching.check_columns(column_k, index)
-    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
     if not index.q_valid_tokens or not column_k.shape[2]:
         of_query.finish_rows(0)
         return
     q, grad_out = loadable(q), loadable(grad_out.to(q.dtype))
     values = launching.row_values_of(lse, delta, index, scale)
-    columns = column_k, column_v, index
     of_query.finish_rows(index.q_valid_tokens)
     with of_query.launched() as into_q:
         grad_query(grad_out, q, None, None, values, None, columns, scale, **into_q)
@@ -239,6 +256,9 @@ def full_gradients(
     dq (of both parts), dk, dv (of the block part) have q's dtype; columns' gradients [B, H, C, D] the accumulator's.
     out [B, S_q, H, D] (any float dtype) and lse [B, H, S_q] are the forward's; delta is computed here.
     """
+    if _is_padded(q):
+        inputs = grad_out, q, k, v, out
+        return padded.full_gradients(full_gradients, inputs, lse, index, scale=scale, columns=columns)
     launching.check_query(q, index)
     launching.check_keys(k, index)
     q, k, v, grad_out, out = (loadable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
@@ -251,3 +271,8 @@ def full_gradients(
     grad_key_value(grad_out, q, k, v, values, index, scale, grad_k, grad_v, add=False)
     of_columns = grad_columns(grad_out, q, columns, values, scale) if columns else None
     return grad_q, grad_k, grad_v, of_columns
+
+
+def _is_padded(q: Tensor) -> bool:
+    """Whether heads are computed as larger ones. Raises ValueError where no kernel is large enough."""
+    return kernel_head_dim(q.shape[3]) != q.shape[3]

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head_dims import HEAD_DIMS
 from .probe import ShardTensors
 from .triton_run import run
 
-HEAD_DIMS = (16, 32, 64, 128)
 TILE_CELLS = 128
 # Sums held at once (float32): bounds the memory of long sequences.
 SUMS_AT_ONCE = 1 << 27

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..traces.errors import InputError
-from ..traces.files import read_bytes
+from ..traces.yaml_files import field_name, read_yaml
 
 CLUSTER_SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parent / "presets"
-MAX_CLUSTER_BYTES = 1 << 20
+MAX_CLUSTER_BYTES = 1 << 16
 
 
 class _Strict(BaseModel):
@@ -137,11 +136,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         if not preset.exists():
             raise InputError(f"no such file or preset; presets are {', '.join(preset_names())}", source=path)
         path = preset
-    try:
-        document = yaml.safe_load(read_bytes(path, max_bytes=MAX_CLUSTER_BYTES))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"is not valid YAML ({error})", source=path) from error
-    return parse_cluster(document, source=path)
+    return parse_cluster(read_yaml(path, max_bytes=MAX_CLUSTER_BYTES), source=path)
 
 
 def parse_cluster(document: object, *, source: str | Path) -> Cluster:
@@ -161,9 +156,15 @@ def parse_cluster(document: object, *, source: str | Path) -> Cluster:
 
 
 def validation_error(error: ValidationError, source: str | Path) -> InputError:
-    """Return pydantic's first complaint as one line that names file, field and value."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or None
+    """Return pydantic's most telling complaint as one line that names file, field and value.
+
+    An unknown key comes first: a misspelt one is also missing where it was meant. What is missing comes last.
+    """
+    ranks = {"extra_forbidden": 0, "missing": 2}
+    first = min(error.errors(), key=lambda one: ranks.get(one["type"], 1))
+    place = field_name(first["loc"]) or None
+    if first["type"] == "missing":
+        return InputError("is missing", source=source, field=place)
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
     own = first["type"] == "value_error"  # of our own checks, which name the value themselves

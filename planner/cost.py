@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from .backends import kernel_head_dim
 from .cluster import Cluster, Gpu
 from .launches import Launch
 from .plan import ELEMENT_BYTES, DType, ModelShape, Plan
@@ -56,6 +57,9 @@ class DatasheetCost:
 
     heads: of the model; a launch with fewer is a head group's. The first launch of its queries also pays for copying
     them out of all heads, and their results back (in backward q and dout, and dq).
+
+    computed_head_dim: what the kernels compute heads of head_dim as, where that is more (backends.py). Then products
+    and accumulators are of that size, and every launch pays for padded copies of all that it reads and writes.
     """
 
     gpu: Gpu
@@ -66,6 +70,7 @@ class DatasheetCost:
     element_bytes: int = 2
     backend: str = PORTABLE_BACKEND
     one_pass_backward: bool = False
+    computed_head_dim: int | None = None
 
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         """Return the microseconds of one launch; one without any work costs nothing: it is taken as not launched."""
@@ -89,6 +94,10 @@ class DatasheetCost:
         return self.queries_per_kv_head if self.heads is None else min(self.queries_per_kv_head, last - first)
 
     @property
+    def _kernel_head_dim(self) -> int:
+        return self.computed_head_dim or self.head_dim
+
+    @property
     def _programs(self) -> int:
         return self.gpu.multiprocessors * self.gpu.programs_per_multiprocessor
 
@@ -108,7 +117,7 @@ class DatasheetCost:
         return self._programs * max(total_us / min(self._programs, max(rows, 1)), longest_us)
 
     def _pair_us(self, task: Task, direction: Direction) -> float:
-        flops = 4.0 * self.block_size**2 * self.head_dim
+        flops = 4.0 * self.block_size**2 * self._kernel_head_dim
         kernels = self.gpu.kernels_of(self.backend)
         efficiency = kernels.block_forward_efficiency
         if direction == "backward":
@@ -123,13 +132,18 @@ class DatasheetCost:
         if self.gpu.memory_bandwidth_bytes_per_us is None:
             return 0.0
         accumulator = max(ACCUMULATOR_BYTES, self.element_bytes)
-        row_elements = work[0].rows * self.block_size * self.head_dim
+        rows = work[0].rows * self.block_size
         query_bytes = (self.element_bytes if launch.ends else accumulator) + (0 if launch.begins else accumulator)
         backward = direction == "backward"
-        key_shards = sum(task.key is not None for task in launch.tasks) if backward else 0  # whose dK, dV are written
-        key_bytes = 2 * key_shards * accumulator / self._sharing(launch)
+        # Of every row of the queries: K and V of the key shards, and dK and dV, which are written in backward alone.
+        keys = 2 * sum(task.key is not None for task in launch.tasks) / self._sharing(launch)
+        key_bytes = keys * accumulator if backward else 0
         copied_bytes = 2 * self.element_bytes * (3 if backward else 2) if self._copies(launch) else 0
-        return row_elements * (query_bytes + key_bytes + copied_bytes) / self.gpu.memory_bandwidth_bytes_per_us
+        moved = self._kernel_head_dim * (query_bytes + key_bytes) + self.head_dim * copied_bytes
+        if self._kernel_head_dim != self.head_dim:  # copies: one of the two sizes is read, the other written
+            operand_bytes = self.element_bytes * ((2 if backward else 1) + keys)
+            moved += (self.head_dim + self._kernel_head_dim) * (operand_bytes + query_bytes + key_bytes)
+        return rows * moved / self.gpu.memory_bandwidth_bytes_per_us
 
     def _copies(self, launch: Launch) -> bool:
         """Whether the queries of a launch are copied first: those of a head group, once."""
@@ -149,6 +163,7 @@ def datasheet_cost(
         heads=model.heads,
         element_bytes=ELEMENT_BYTES[dtype],
         backend=PORTABLE_BACKEND if backend == "fastest" else backend,
+        computed_head_dim=kernel_head_dim(backend, model.head_dim),
     )
 
 

@@ -2,7 +2,8 @@
 
 Counted is what runtime/attention.py holds when backward ends, which is when it holds most: tensors of the layer, and
 the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32 accumulators,
-16-bit gradients and copies of a launch, and its tables. Not counted: indexes of the mask (about 1 % where shards are
+16-bit gradients and copies of a launch, and its tables; and but for heads that are padded: copies of all that a launch
+reads, and accumulators of their size. Not counted: indexes of the mask (about 1 % where shards are
 long), and whatever else lives on the GPU.
 
 Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
+from .backends import kernel_head_dim
 from .launches import launches_of
 from .layout_draft import AttentionShape
 from .schedule import COLUMNS_HOME, HOMES, Phase, Schedule, Task
@@ -130,11 +132,33 @@ def _narrow_slots(schedule: Schedule) -> set[str]:
 
 
 def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
-    """Return what a backward launch of flash-attn-4 holds at most, with the tables of all launches; else 0."""
-    if backend not in FLASH4_BACKENDS or schedule.direction != "backward":
+    """Return what a backward launch holds at most: of flash-attn-4, with the tables of all; of padded heads; else 0."""
+    padded = kernel_head_dim(backend, shape.head_dim) != shape.head_dim
+    if schedule.direction != "backward" or not (padded or backend in FLASH4_BACKENDS):
         return 0
     narrow, launched = _narrow_slots(schedule), _of_one_group(schedule, shape)
-    return max(_launches_bytes(schedule.phases(rank), launched, narrow) for rank in _looked_at(schedule.world_size))
+    held = _padded_bytes if padded else _launches_bytes
+    return max(held(schedule.phases(rank), launched, narrow) for rank in _looked_at(schedule.world_size))
+
+
+def _padded_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
+    """Return what a launch of padded heads holds: copies of q, dout, K and V, columns, and room for all gradients.
+
+    Only Triton's launches pad.
+    """
+    launches = [tasks for phase in phases for tasks in launches_of(phase.tasks, backend="triton")]
+    element, accumulator = shape.element_bytes, shape.accumulator_bytes
+    wide, held = kernel_head_dim("triton", shape.head_dim), [0]
+    columns_bytes = 2 * shape.columns_capacity * shape.heads * wide * (element + accumulator)
+    for tasks in launches:
+        names = _slots_of(tasks)
+        of_keys = element + (element if narrow >= set(names) else accumulator)
+        row_bytes = shape.heads * (2 * element + accumulator) + 2 * len(names) * shape.kv_heads * of_keys
+        attends_columns = any(task.key is None for task in tasks)
+        held.append(shape.tokens_per_rank * wide * row_bytes + columns_bytes * attends_columns)
+    if launches:  # the last launch writes dq as it is returned, which has to be there already
+        held[-1] += shape.tokens_per_rank * shape.head_dim * shape.heads * element
+    return max(held)
 
 
 def _looked_at(world_size: int) -> Iterable[int]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
+from .backends import computed_head_dim
 from .cluster import validation_error
 from .heads import HeadOrder, is_order
 from .layout_draft import AttentionShape
@@ -160,6 +161,12 @@ class Plan(_Strict):
             columns_capacity=self.columns_capacity,
         )
 
+    def require_kernels(self) -> None:
+        """Refuse what the plan's kernels do not compute: UnsupportedError names the field, its value, what is taken."""
+        computed_head_dim(
+            self.kernels.backend, head_dim=self.model.head_dim, dtype=self.dtype, block_size=self.block_size
+        )
+
     def head_order(self, layer: int | None) -> HeadOrder | None:
         """Return the order of a layer's query heads, None where they stay as they are. InputError names the layer."""
         if self.head_orders is None:
@@ -239,6 +246,7 @@ def make_plan(
     """Build a plan, expand its schedules for their hashes, and seal it with its digest.
 
     forward, backward: (layout name, parameters). pairs: those that may have work; None: all. head_orders: by layer.
+    UnsupportedError where the kernels named do not take the head dim, type or block size.
     """
     plan = Plan(
         model=model,
@@ -261,6 +269,7 @@ def make_plan(
         predictions=predictions or {},
         provenance=provenance or {},
     )
+    plan.require_kernels()
     sealed = {}
     directions: tuple[tuple[Direction, LayoutSpec], ...] = (("forward", plan.forward), ("backward", plan.backward))
     for direction, spec in directions:
@@ -278,7 +287,7 @@ def load_launches(path: Path) -> TunedLaunches:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read and verify a plan file: schema, digest, permutation. InputError names file, field and value."""
+    """Read and verify a plan file: schema, digest, permutation, kernels. InputError names file, field and value."""
     document = read_json(path, max_bytes=MAX_PLAN_BYTES)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > PLAN_SCHEMA_VERSION:
@@ -304,6 +313,7 @@ def _record_sha256(document: dict[str, Any]) -> str:
 
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
+        plan.require_kernels()
         placement = plan.make_placement()
         if plan.active_pairs().world_size != plan.world_size:
             raise InputError(f"are of {plan.active_pairs().world_size} ranks, not {plan.world_size}", field="pairs")
@@ -315,7 +325,7 @@ def _check_contents(plan: Plan, path: Path) -> None:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
         assert placement.world_size == plan.world_size
     except InputError as error:
-        raise InputError(str(error), source=path) from error
+        raise type(error)(str(error), source=path) from error
 
 
 def _check_head_orders(plan: Plan) -> None:

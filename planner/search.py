@@ -10,6 +10,7 @@ from ..traces.errors import InputError
 from ..traces.files import canonical_json, sha256_of_bytes
 from ..traces.manifest import library_versions
 from ..traces.store import Trace
+from .backends import computed_head_dim
 from .check import check, check_step
 from .cluster import Cluster
 from .compiled import CompiledRecurrence
@@ -64,6 +65,7 @@ def plan_trace(
         raise InputError(f"sums are kept in {dtype} as it is: nothing to round", field="narrow_gradients")
     header = trace.header
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
+    computed_head_dim(backend, head_dim=model.head_dim, dtype=dtype, block_size=header.block_size)
     problem = Problem(
         cluster=cluster,
         cost=cost or datasheet_cost(cluster.gpu, model, block_size=header.block_size, dtype=dtype, backend=backend),

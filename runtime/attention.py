@@ -105,7 +105,7 @@ class PlannedAttention:
         """Return (out [B, S, H, D] in q's dtype, lse [B, H, S] in the accumulator's, not differentiable).
 
         q [B, S, H, D], k and v [B, S, H_kv, D]: this rank's shard, in the order of `positions[rank]`. mask: the layer's
-        patterns, equal on all ranks, or a function of (q, k) that chooses them while K and V are already on their way.
+        patterns, equal on all ranks, or a function of (q, k, scale) that chooses them while K and V are on their way.
         layer: its number in the model, which only plans with an order of heads by layer ask for.
         Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's, or
         the mask activates a pair of shards that the plan leaves out.
@@ -283,7 +283,7 @@ class _RingFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(lse)
             return out, lse
         indexes = Indexes(
-            source=mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k)),
+            source=mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k, scale)),
             positions=planned.positions,
             rank=planned.mesh.rank,
             backend=planned.backend,

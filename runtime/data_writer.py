@@ -49,7 +49,7 @@ def model_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a local model folder; InputError when there is none."""
     from transformers import AutoTokenizer
 
-    from .load import TOKENIZER_FILES
+    from .hf.load import TOKENIZER_FILES
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # else transformers would look for it elsewhere
         raise InputError("holds no tokenizer", source=folder, field="tokenizer")

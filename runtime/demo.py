@@ -31,11 +31,11 @@ from ..traces.pattern import LayerPattern
 from ..traces.stats import describe
 from ..traces.store import Trace, TraceWriter
 from ..traces.timeline import Timeline
-from .capture import CaptureSettings, capture_model, trace_header
 from .demo_calibrate import Calibration, calibrate
 from .demo_folder import KIND, MEASURED, METRICS, PLAN_CLUSTER, PLAN_LOCAL, REPORT, SIMULATED, TRACE
 from .demo_model import MODEL_ID, Trained, TrainingSettings, make_model, train
 from .demo_stages import Stages
+from .hf.capture import CaptureSettings, capture_model, trace_header
 from .launch import launch_ranks
 from .mesh import inherited_environment
 from .sample_text import byte_tokens, standard_library_bytes

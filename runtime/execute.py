@@ -69,6 +69,7 @@ def execute(
     if pattern is not None:
         plan.require(seq_len_tokens=pattern.seq_len_tokens)
         plan.require_covered(pattern)
+    scale = plan.model.head_dim**-0.5  # random tensors have no model to say another
     recorder = Recorder(device=mesh.device)
     planned = PlannedAttention(plan, mesh, recorder=recorder)
     mask = _mask(planned, pattern, options.layer)
@@ -88,7 +89,7 @@ def execute(
             spans.append(recorder.spans(mesh.rank))
         if repeat == 0 and options.verify:
             progress("verifying in float64")
-            verdicts = verify(planned, _chosen(mask, own), inputs, results, plan.model.head_dim**-0.5)
+            verdicts = verify(planned, _chosen(mask, own, scale), inputs, results, scale)
             inputs.clear()
     planned.agree_on_patterns()
     return _gathered(planned, spans, verdicts, peak)
@@ -101,8 +102,8 @@ def _mask(planned: PlannedAttention, pattern: LayerPattern | None, layer: int) -
     return PlannedChoice(planned.plan, planned.mesh, planned.positions[planned.mesh.rank]).of_layer(layer)
 
 
-def _chosen(mask: Any, own: dict[str, Tensor]) -> Any:
-    return mask(own["q"], own["k"]) if callable(mask) else mask
+def _chosen(mask: Any, own: dict[str, Tensor], scale: float) -> Any:
+    return mask(own["q"], own["k"], scale) if callable(mask) else mask
 
 
 def _inputs(planned: PlannedAttention, seed: int) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..kernels.mask import AttentionMask
 from ..planner.heads import HeadOrder, key_order
 
-Chooser = Callable[[Tensor, Tensor], AttentionMask]
+# Chooses a layer's mask from this rank's (q, k) and the scale that attention is called with.
+Chooser = Callable[[Tensor, Tensor, float], AttentionMask]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,12 +36,12 @@ class HeadPermutation:
         return cls(queries=queries, keys=keys, inverse=torch.argsort(queries))
 
     def of_mask(self, mask: AttentionMask | Chooser, q: Tensor, k: Tensor) -> AttentionMask | Chooser:
-        """Return the mask, or the function that chooses it from (q, k) as the model has them, in this order.
+        """Return the mask, or the function that chooses it from q and k as the model has them, in this order.
 
         The same mask is permuted once, and what returns is the same object while it lives.
         """
         if not isinstance(mask, AttentionMask):
-            return lambda *_: mask(q, k).of_heads(self.queries)
+            return lambda _q, _k, scale: mask(q, k, scale).of_heads(self.queries)
         known = self._known.get(id(mask))
         if known is not None and known[0]() is mask:
             return known[1]

@@ -17,6 +17,7 @@ from ..planner.plan import Plan
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern, VerticalSlash
 from .comm import AllReduce, reducers
+from .head_order import Chooser
 from .mesh import Mesh
 from .selectors import make_selector
 
@@ -180,10 +181,10 @@ class PlannedChoice:
             all_reduce_sum=wrap(before.all_reduce_sum), all_reduce_max=wrap(before.all_reduce_max)
         )
 
-    def of_layer(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor], AttentionMask]:
-        """Return a function of this rank's (q, k) that chooses that layer's mask. Collective when called."""
+    def of_layer(self, layer: int) -> Chooser:
+        """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called."""
 
-        def choose(q: torch.Tensor, k: torch.Tensor) -> AttentionMask:
+        def choose(q: torch.Tensor, k: torch.Tensor, scale: float) -> AttentionMask:
             shard = ShardTensors(
                 q=q.detach(),
                 k=k.detach(),
@@ -192,7 +193,6 @@ class PlannedChoice:
                 block_size=self._plan.block_size,
                 granularity_tokens=self._plan.placement.granularity_tokens,
             )
-            scale = q.shape[-1] ** -0.5
             mask = self._selector.choose(shard, layer=layer, scale=scale, collectives=self._collectives)
             return with_capacity(mask, self._plan.columns_capacity)
 

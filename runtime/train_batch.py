@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..planner.plan import Plan
 from .data import Sequence, TokenData
-from .hf import IGNORED_LABEL, shard
+from .hf.shard import IGNORED_LABEL, shard
 from .train_config import TrainConfig
 
 

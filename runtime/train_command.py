@@ -127,7 +127,9 @@ def _show(setup: Setup, as_json: bool) -> None:
     console = Console()
     console.print_json(json.dumps(summary["configuration"]))
     model, memory = summary["model"], summary["memory_bytes_per_rank"]
-    console.print(f"model: {model['type']} ({model['support']}), {model['parameters']:,} parameters")
+    worst = max(error for road in model["audit"]["errors"].values() for error in road.values())
+    console.print(f"model: {model['type']}, {model['parameters']:,} parameters; audited: a small copy split over two "
+                  f"ranks equals it alone to {worst:.0e}")  # fmt: skip
     console.print(f"plan: {summary['plan']}")
     console.print(f"plan digest: {summary['plan_digest']}")
     console.print(f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step")

@@ -9,15 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..planner.cluster import validation_error
 from ..planner.plan import DType
 from ..traces.errors import InputError
-from ..traces.files import canonical_json, read_bytes, sha256_of_bytes
+from ..traces.files import canonical_json, sha256_of_bytes
+from ..traces.yaml_files import read_yaml
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 16
 AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
 
 
@@ -201,10 +201,7 @@ class TrainConfig(_Section):
 
 def load_config(path: Path) -> TrainConfig:
     """Read and check a YAML file; relative paths in it are relative to its folder. InputError in one line."""
-    try:
-        document = yaml.safe_load(read_bytes(path, max_bytes=MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"is not valid YAML ({error})", source=path) from error
+    document = read_yaml(path, max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(document, dict):
         raise InputError("must be a mapping of keys", source=path)
     return parse_config(document, source=path, base=path.parent)

@@ -36,7 +36,7 @@ def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("is not empty", source=output)
     manifest = verify_checkpoint(found)
-    model_config = read_model_config(config.model, seq_len_tokens=config.seq_len_tokens)
+    model_config = read_model_config(config.model)
     model = AutoModelForCausalLM.from_config(model_config, dtype=master_dtype(config), trust_remote_code=False)
     state = {"model": model.state_dict()}
     load(state, checkpoint_id=found, no_dist=True)

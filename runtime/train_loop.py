@@ -18,19 +18,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..kernels.mask import AttentionMask
 from ..traces.store import TraceWriter
 from .attention import Chooser, PlannedAttention
-from .capture import trace_header
 from .checkpoint import Checkpointer
 from .dense_flash4 import NAME as FLASH4_RING
 from .dense_ring import ZigzagAttention
 from .exposure import Exposure
 from .failures import naming_lost_ranks
-from .hf import Attached, Attention
+from .hf.attach import Attached, Attention
+from .hf.capture import trace_header
+from .hf.shape import decoder_layers
 from .mesh import Mesh, agree
 from .optimizer import GradientNorms, clip_gradients, gradient_norms, learning_rate, make_optimizer, set_learning_rate
 from .torch_ring import TorchContextParallel
 from .train_batch import Microbatch, microbatch
 from .train_metrics import MetricsFile, TensorBoard, peak_flops, step_flops
-from .train_model import FiniteWatch, build_model, decoder_layers, master_dtype, shard_model
+from .train_model import FiniteWatch, build_model, master_dtype, shard_model
 from .train_patterns import LayerMasks, planned_masks
 from .train_setup import Setup, check_facts
 from .train_timing import Clock, TimedAttention
@@ -92,7 +93,8 @@ class Trainer:
         device_mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("all",))
         self.model = shard_model(model, setup.config, device_mesh)
         masks: Any = self.masks.of_layer if self.masks is not None else lambda layer: None
-        self.attached = Attached(model, TimedAttention(attention, self.clock), masks)
+        own = torch.from_numpy(setup.plan.make_placement().positions(self.mesh.rank)).to(world.device)
+        self.attached = Attached(model, TimedAttention(attention, self.clock), masks, positions=own)
         self.watch = FiniteWatch(decoder_layers(model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = self.mesh.new_group(range(self.mesh.world_size))
@@ -223,6 +225,7 @@ class Trainer:
                 first = number == 0
                 self.masks.watch, self.masks.weigh = first and measured, first and weighed
                 self.masks.record = first and recorded
+            self.attached.positions.expect(batch.position_ids if self.config.data.documents.positions else None)
             part = self.model(batch.input_ids, batch.position_ids, batch.labels)
             (part * factor.to(part.dtype)).backward()
             loss_sum += part.detach()

@@ -2,14 +2,13 @@
 
 Parameters and optimizer states are float32 (float64 for float64 runs) and sharded; computation is in the run's type.
 
-Shape legend: B sequences, S_own tokens of this rank's shard, V vocabulary.
+Whether it may be trained at all is the audit's to say (`hf/audit.py`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,26 +19,23 @@ from torch.nn import Module
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..planner.plan import ModelShape
-from ..traces.errors import InputError, UnsupportedError
-from .losses import LossName, linear_cross_entropy_sum, pick_implementation
+from ..traces.errors import InputError
+from .hf.head_loss import ModelWithLoss
+from .hf.shape import check_angles, decoder_layers, model_shape
+from .losses import pick_implementation
 from .recompute import checkpoint_layer
-from .train_config import MemorySection, ModelSection, TrainConfig
-
-TESTED = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
-DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "hidden_dropout", "resid_pdrop", "residual_dropout")
+from .train_config import ModelSection, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """What is known of a model from its configuration alone.
 
-    support: "tested" or "unknown" (what is refused raises); parameters: counted without memory; embedding_parameters:
-    those of the input embedding, which take part in no matrix product of their own.
+    parameters: counted without memory; embedding_parameters: those of the input embedding, which take part in no matrix
+    product of their own.
     """
 
     model_type: str
-    support: str
     shape: ModelShape
     hidden: int
     intermediate: int
@@ -50,7 +46,7 @@ class ModelFacts:
     layer_parameters: int
 
 
-def read_model_config(section: ModelSection, *, seq_len_tokens: int) -> Any:
+def read_model_config(section: ModelSection) -> Any:
     """Return the transformers configuration of a local model, rope_parameters replaced; InputError in one line."""
     source = section.path / "config.json" if section.path.is_dir() else section.path
     if not source.is_file():
@@ -66,25 +62,7 @@ def read_model_config(section: ModelSection, *, seq_len_tokens: int) -> Any:
     if not section.random_weights and not list(source.parent.glob("*.safetensors")):
         raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
                          field="model.path")  # fmt: skip
-    _refuse(config, seq_len_tokens, source)
     return config
-
-
-def _refuse(config: Any, seq_len_tokens: int, source: Path) -> None:
-    """Raise UnsupportedError for what would be trained wrongly."""
-    for name in DROPOUTS:
-        if getattr(config, name, 0.0):
-            raise UnsupportedError(f"is {getattr(config, name)}; dropout is not supported", source=source, field=name)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < seq_len_tokens:
-        raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens trained on", source=source,
-                               field="sliding_window")  # fmt: skip
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in PER_LENGTH_ROPE:
-        raise UnsupportedError(f"{rope['rope_type']!r} depends on the length a rank sees", source=source,
-                               field="rope_parameters.rope_type")  # fmt: skip
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise UnsupportedError("mixtures of experts are not supported", source=source, field="model_type")
 
 
 def model_facts(config: Any) -> ModelFacts:
@@ -94,18 +72,11 @@ def model_facts(config: Any) -> ModelFacts:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except ValueError as error:
             raise InputError(f"is no causal language model ({error})", field="model.path") from error
-    heads = config.num_attention_heads
     embedding = model.get_input_embeddings().weight.numel()
     layers = decoder_layers(model)
     return ModelFacts(
         model_type=config.model_type,
-        support="tested" if config.model_type in TESTED else "unknown",
-        shape=ModelShape(
-            layers=config.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        ),
+        shape=model_shape(config),
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
@@ -130,7 +101,7 @@ def build_model(section: ModelSection, config: Any, *, device: torch.device, dty
             )
         except Exception as error:  # whatever is wrong with a user's weights, one line says it
             raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
-    _check_angles(model)
+    check_angles(model)
     return model.train()
 
 
@@ -139,45 +110,6 @@ def fuse_layers(model: PreTrainedModel) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
 
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
-
-
-def _check_angles(model: Module) -> None:
-    """Rotation frequencies below float32 lose relative positions at long range; TF32 would do the same."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedError(f"is {buffer.dtype}, float32 is needed", field=name)
-    if torch.backends.cuda.matmul.allow_tf32:
-        raise UnsupportedError("is on: rotation angles would lose their positions", field="allow_tf32")
-
-
-def decoder_layers(model: PreTrainedModel) -> list[Module]:
-    """Return the decoder layers in order; UnsupportedError when the model has them elsewhere than transformers' own."""
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder layers", field="model")
-    return list(layers)
-
-
-class ModelWithLoss(Module):
-    """Token ids to the summed loss, without logits: the root that FSDP shards, so that the head is whole inside."""
-
-    def __init__(self, model: PreTrainedModel, memory: MemorySection, device: torch.device) -> None:
-        super().__init__()
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise UnsupportedError(f"{type(model).__name__} has no output embedding without bias", field="model")
-        self.model = model
-        self._implementation: LossName = pick_implementation(memory.loss, device)
-        self._chunk_tokens = memory.loss_chunk_tokens
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the float32 sum of the token losses of this rank's shard. All arguments int64 [B, S_own]."""
-        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-        head: Any = self.model.get_output_embeddings()
-        return linear_cross_entropy_sum(
-            hidden.flatten(0, 1), head.weight.to(hidden.dtype), labels.flatten(), implementation=self._implementation,
-            chunk_tokens=self._chunk_tokens,
-        )  # fmt: skip
 
 
 def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
@@ -190,7 +122,8 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
             checkpoint_layer(layer, offload=config.memory.offload)
     low = getattr(torch, config.dtype) if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-    whole = ModelWithLoss(model, config.memory, torch.device(mesh.device_type))
+    implementation = pick_implementation(config.memory.loss, torch.device(mesh.device_type))
+    whole = ModelWithLoss(model, implementation, chunk_tokens=config.memory.loss_chunk_tokens)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(whole, mesh=mesh, mp_policy=policy)

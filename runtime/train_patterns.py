@@ -22,9 +22,9 @@ from ..planner.plan import Plan
 from ..traces.rows import HeadChoice
 from ..traces.store import LayerRecord, Trace
 from .attention import Chooser
-from .capture import pattern_of
 from .comm import reducers
 from .exposure import Exposure
+from .hf.capture import pattern_of
 from .mesh import Mesh
 from .patterns import PlannedChoice, RunningHash, replayed_mask
 from .train_timing import Clock
@@ -76,15 +76,15 @@ class LayerMasks:
         self._hash = RunningHash(self.mesh.device)
 
     def of_layer(self, layer: int) -> Chooser:
-        """Return a function of this rank's (q, k) that gives the layer's mask. Collective when it chooses."""
+        """Return a function of this rank's (q, k, scale) that gives the layer's mask. Collective when it chooses."""
 
-        def choose(q: Tensor, k: Tensor) -> AttentionMask:
+        def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
             given = self.source(layer)
             with nullcontext() if self.clock is None else self.clock.span("choosing"):
-                mask = given if isinstance(given, AttentionMask) else given(q, k)
+                mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
             if self.documents is not None:
                 mask = replace(mask, documents=self.documents)
-            self._observe(layer, mask, q, k)
+            self._observe(layer, mask, q, k, scale)
             return mask
 
         return choose
@@ -128,14 +128,14 @@ class LayerMasks:
         self._watched.clear()
         return records
 
-    def _observe(self, layer: int, mask: AttentionMask, q: Tensor, k: Tensor) -> None:
+    def _observe(self, layer: int, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> None:
         with torch.no_grad():
             self._hash.note(mask)
             if self.watch or self.record:
-                masses = self._masses(mask, q, k) if self.weigh or self.record else None
+                masses = self._masses(mask, q, k, scale) if self.weigh or self.record else None
                 self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.record else None)
 
-    def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if self._collectives is None:
             total, largest = reducers(self.mesh)
             self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
@@ -144,7 +144,7 @@ class LayerMasks:
             block_size=self.plan.block_size, granularity_tokens=self.plan.placement.granularity_tokens,
             documents=self.documents,
         )  # fmt: skip
-        common: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "collectives": self._collectives}
+        common: dict[str, Any] = {"scale": scale, "collectives": self._collectives}
         return kept_mass_probe(shard, mask, **common), kept_mass_sampled(shard, mask, seed=self.seed, **common)
 
     def _owners(self) -> Tensor:
@@ -186,8 +186,8 @@ def replay_and_pay(masks: list[AttentionMask], choosers: Callable[[int], Chooser
     """Return a source that chooses, discards the choice and replays `masks`: benchmarks at a stated density."""
 
     def of_layer(layer: int) -> Chooser:
-        def choose(q: Tensor, k: Tensor) -> AttentionMask:
-            choosers(layer)(q, k)
+        def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
+            choosers(layer)(q, k, scale)
             return masks[layer]
 
         return choose

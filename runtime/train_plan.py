@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..planner.backends import computed_head_dim
 from ..planner.placement import Placement, striped, zigzag
 from ..planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
 from ..traces.errors import InputError, UnsupportedError
@@ -38,10 +39,11 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> Reso
     if config.attention == FLASH4_RING:
         require_flash4(device, dtype=getattr(torch, config.dtype), head_dim=shape.head_dim)
     if config.attention in ("dense-zigzag", FLASH4_RING, "torch-context-parallel"):
-        plan = _zigzag_plan(config, shape, backend)
+        plan = _zigzag_plan(config, shape, _named_only(backend, config, shape))
         return ResolvedPlan(plan=plan, made_here=f"{config.attention}, zigzag placement")
     if config.plan.file is not None:
         return _from_file(config, shape)
+    _require_kernels(backend, config, shape)
     plan = _default_plan(config, shape, backend)
     _check_documents(config, plan)
     selector = plan.pattern.selector
@@ -49,6 +51,20 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> Reso
     given = "".join(f", {name} {value}" for name, value in plan.forward.parameters.items())
     made_here = f"striped placement, {plan.forward.layout} layout{given}, {backend} kernels, pattern: {words}"
     return ResolvedPlan(plan=plan, made_here=made_here)
+
+
+def _require_kernels(backend: str, config: TrainConfig, shape: ModelShape) -> None:
+    """Raise UnsupportedError where the kernels do not take the model's heads."""
+    computed_head_dim(backend, head_dim=shape.head_dim, dtype=config.dtype, block_size=config.plan.block_size)
+
+
+def _named_only(backend: str, config: TrainConfig, shape: ModelShape) -> str:
+    """Return kernels for a plan that no kernels follow: blockwise, which takes any heads, where these do not."""
+    try:
+        _require_kernels(backend, config, shape)
+    except UnsupportedError:
+        return "blockwise"
+    return backend
 
 
 def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:

@@ -14,6 +14,7 @@ from ..planner.plan import Plan
 from ..traces.errors import InputError
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .data import TokenData
+from .hf.audit import Audit, audit
 from .losses import liger_is_here
 from .train_config import TrainConfig
 from .train_estimate import memory_estimate
@@ -24,11 +25,12 @@ from .train_plan import ResolvedPlan, resolve_plan
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A checked run. model_config: transformers'."""
+    """A checked run. model_config: transformers'; audited: what the audit of it said."""
 
     config: TrainConfig
     device: str
     model_config: Any
+    audited: Audit
     facts: ModelFacts
     resolved: ResolvedPlan
     data: TokenData
@@ -61,8 +63,8 @@ class Setup:
             "configuration": self.config.model_dump(mode="json"),
             "model": {
                 "type": self.facts.model_type,
-                "support": self.facts.support,
                 "parameters": self.facts.parameters,
+                "audit": {"right": self.audited.right, "errors": self.audited.errors, "digest": self.audited.digest},
             },
             "device": self.device,
             "plan_digest": self.plan.digest,
@@ -79,7 +81,9 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     Raises InputError, in one line, for whatever would stop the run later.
     """
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model_config = read_model_config(config.model, seq_len_tokens=config.seq_len_tokens)
+    model_config = read_model_config(config.model)
+    audited = audit(model_config, seq_len_tokens=config.seq_len_tokens)
+    audited.require(source=config.model.path)
     facts = model_facts(model_config)
     data = TokenData.open(config.data.folder)
     if data.manifest.vocabulary > facts.vocabulary:
@@ -94,7 +98,10 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
     if config.metrics is not None and config.metrics.tensorboard:
         TensorBoard.require()
-    setup = Setup(config=config, device=device, model_config=model_config, facts=facts, resolved=resolved, data=data)
+    setup = Setup(
+        config=config, device=device, model_config=model_config, audited=audited, facts=facts, resolved=resolved,
+        data=data,
+    )  # fmt: skip
     _check_resume(setup)
     return setup
 

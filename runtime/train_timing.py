@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hf import Attention
+from .hf.attach import Attention
 
 PARTS = ("attention_forward", "attention_backward", "choosing")
 

@@ -334,7 +334,8 @@ def model_step(
 ) -> dict[str, Any]:
     """Forward and backward of a tiny attached model on this rank's shard; the loss is summed, not averaged."""
 
-    from sparsering.runtime.hf import attach, shard
+    from sparsering.runtime.hf.attach import attach
+    from sparsering.runtime.hf.shard import shard
 
     model = tiny_model(family, dtype=torch.float64)
     attached = attach(model, plan, mesh)
@@ -355,7 +356,7 @@ def model_step(
 def attention_call(mesh: Mesh, *, plan: Plan, keywords: dict[str, Any]) -> None:
     """Call the attached attention of a tiny model's first layer directly, as a model with such keywords would."""
 
-    from sparsering.runtime.hf import ATTENTION_NAME, attach
+    from sparsering.runtime.hf.attach import ATTENTION_NAME, attach
 
     model = tiny_model("llama", dtype=torch.float64)
     attached = attach(model, plan, mesh)

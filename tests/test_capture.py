@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from sparsering import cli
 from sparsering.kernels.choose import choose_vertical_slash, vertical_slash_budgets
 from sparsering.kernels.probe import ShardTensors
-from sparsering.runtime.attention_call import check_attention_call, refuse_masks
-from sparsering.runtime.capture import (
+from sparsering.runtime.hf.attention_call import check_attention_call, refuse_masks
+from sparsering.runtime.hf.capture import (
     ATTENTION_NAME,
     CaptureSettings,
     capture_model,
@@ -30,7 +30,7 @@ from sparsering.runtime.capture import (
     pattern_of,
     trace_header,
 )
-from sparsering.runtime.capture_command import parse_layers
+from sparsering.runtime.hf.capture_command import parse_layers
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.selectors import SETTINGS, make_selector, published_selector
 from sparsering.traces.errors import InputError, UnsupportedError
@@ -355,7 +355,10 @@ def test_models_with_other_attention_are_refused_and_left_as_they_were(
 
 
 def test_a_model_with_learned_positions_and_no_grouped_heads(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
     trace = captured(tmp_path, AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     assert (trace.header.model.kv_heads, trace.header.model.head_dim) == (4, 16)
 

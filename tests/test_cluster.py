@@ -78,6 +78,25 @@ def test_impossible_values_are_named(changes: dict[str, Any], message: str) -> N
     assert str(caught.value) == message
 
 
+def test_of_several_mistakes_the_most_telling_is_said() -> None:
+    """A misspelt key is unknown where it stands and missing where it was meant: what was written is what to mend."""
+    gpu = tiny.cluster().gpu.model_dump(mode="json")
+    misspelt = {name.replace("multiprocessors", "multiprocesors"): value for name, value in gpu.items()}
+    wrong = document(gpu=misspelt, nodes=0)
+    del wrong["name"]
+    mended = wrong | {"gpu": gpu}
+    said = {}
+    for what, broken in (("misspelt", wrong), ("value", mended), ("missing", mended | {"nodes": 1})):
+        with pytest.raises(InputError) as caught:
+            parse_cluster(broken, source="c.yaml")
+        said[what] = str(caught.value)
+    assert said == {
+        "misspelt": "c.yaml: gpu.multiprocesors: Extra inputs are not permitted, not 4",
+        "value": "c.yaml: nodes: Input should be greater than 0, not 0",
+        "missing": "c.yaml: name: is missing",
+    }
+
+
 def test_an_unknown_name_lists_the_presets() -> None:
     with pytest.raises(InputError, match=r"h900: no such file or preset; presets are a100-hdr-4x8, a100-nvlink-8, "):
         load_cluster("h900")

@@ -11,7 +11,7 @@ import torch
 from rank_pool import RankFailure, RankPool
 from sparsering.planner.placement import striped, zigzag
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
-from sparsering.runtime.hf import shard
+from sparsering.runtime.hf.shard import shard
 from sparsering.traces.errors import InputError, UnsupportedError
 from tiny_models import tiny_model
 

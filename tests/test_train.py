@@ -30,7 +30,7 @@ def trained_alone(raw: dict[str, Any], *, per_document: bool = False) -> dict[st
     """Train by the book: one process, eager attention, whole sequences (or documents), AdamW, clipping."""
     config = parse_config(raw)
     section = config.optimizer
-    model_config = read_model_config(config.model, seq_len_tokens=config.seq_len_tokens)
+    model_config = read_model_config(config.model)
     model = build_model(config.model, model_config, device=torch.device("cpu"), dtype=torch.float32, seed=config.seed)
     model.set_attn_implementation("eager")
     decayed = [p for p in model.parameters() if p.dim() > 1]

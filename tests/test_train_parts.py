@@ -66,7 +66,7 @@ def test_yarn_angles_are_shift_invariant_at_512k_positions(tmp_path: Path) -> No
     section = parse_config(write_run(tmp_path / "run")).model.model_copy(
         update={"path": tmp_path, "rope_parameters": yarn}
     )
-    config = read_model_config(section, seq_len_tokens=524288)
+    config = read_model_config(section)
     rotary = AutoModelForCausalLM.from_config(config).base_model.rotary_emb
     assert rotary.inv_freq.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +97,7 @@ def test_parameters_are_counted_without_memory(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.embedding_parameters == 256 * 32
-    assert (facts.support, facts.shape) == ("tested", ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8))
+    assert facts.shape == ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8)
 
 
 def _plan(folder: Path, **changes: Any) -> str:
@@ -238,8 +238,11 @@ def test_a_plan_for_something_else_is_one_line(changes: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 64, "use_sliding_window": True}, "sliding_window: is 64, below the 256 tokens"),
-        ({"attention_dropout": 0.1}, "attention_dropout: is 0.1; dropout is not supported"),
+        (
+            {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0},
+            "sliding_window: is 64, below the 256 tokens",
+        ),
+        ({"attention_dropout": 0.1}, "attention_dropout: is 0.1; dropout and noise are not supported"),
         ({"vocab_size": 100}, "vocabulary: has a vocabulary of 256, the model of 100"),
     ],
 )

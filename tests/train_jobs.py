@@ -13,11 +13,11 @@ from sparsering.kernels import flash4_launch
 from sparsering.planner.placement import zigzag
 from sparsering.runtime import attention as ring_attention
 from sparsering.runtime.dense_ring import ZigzagAttention
+from sparsering.runtime.hf.shape import decoder_layers
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.torch_ring import TorchContextParallel
 from sparsering.runtime.train_config import parse_config
 from sparsering.runtime.train_loop import Trainer, TrainingError
-from sparsering.runtime.train_model import decoder_layers
 from sparsering.runtime.train_setup import set_up
 
 

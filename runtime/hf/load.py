@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..traces.errors import InputError
-from ..traces.files import read_bytes
+from ...traces.errors import InputError
+from ...traces.files import read_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -43,7 +43,7 @@ def load_model(
     dtype "auto" is the model's own on a GPU and float32 on a CPU. Random weights depend on `seed` only.
     Raises InputError when the files are missing or are no causal LM.
     """
-    folder, config = _read_config(Path(path))
+    folder, config = read_config(Path(path))
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"{dtype!r} is not one of auto, {', '.join(DTYPES)}", field="dtype")
     stated = getattr(config, "dtype", None) or torch.float32
@@ -67,7 +67,8 @@ def _placed(model: torch.nn.Module, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def _read_config(path: Path):
+def read_config(path: Path) -> tuple[Path, Any]:
+    """Return (folder, transformers configuration) of a model folder or a config.json. InputError in one line."""
     folder = path if path.is_dir() else path.parent
     source = path / "config.json" if path.is_dir() else path
     if not source.is_file():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from ..traces.errors import UnsupportedError
+from ...traces.errors import UnsupportedError
 
 # They describe the call and do not change what attention returns.
 HARMLESS = frozenset(
@@ -23,9 +23,11 @@ HARMLESS = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
+        "labels",
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )

@@ -22,17 +22,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..kernels.api import full_attention
-from ..kernels.mask import AttentionMask
-from ..kernels.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
-from ..traces.errors import InputError, UnsupportedError
-from ..traces.manifest import ModelShape, TraceHeader, library_versions, parse_model
-from ..traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
-from ..traces.progress import Progress, no_progress
-from ..traces.rows import HeadChoice
-from ..traces.store import StepWriter, TraceWriter
+from ...kernels.api import full_attention
+from ...kernels.mask import AttentionMask
+from ...kernels.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...traces.errors import InputError, UnsupportedError
+from ...traces.manifest import ModelShape, TraceHeader, library_versions, parse_model
+from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
+from ...traces.progress import Progress, no_progress
+from ...traces.rows import HeadChoice
+from ...traces.store import StepWriter, TraceWriter
+from ..selectors import Selector
 from .attention_call import check_attention_call, refuse_masks
-from .selectors import Selector
+from .audit import require_model
+from .shape import check_angles, model_body, model_shape
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_capture"
@@ -66,21 +68,14 @@ def trace_header(
     layers: tuple[int, ...] | None = None,
 ) -> TraceHeader:
     """Return the header of a trace of this model. layers: which to record, all by default. InputError if impossible."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    shape = {
-        "model_id": model_id,
-        "layers": config.num_hidden_layers,
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
+    stated = model_shape(model.config)
+    shape: dict[str, Any] = {"model_id": model_id} | stated.model_dump()
     parse_model(ModelShape, shape)
     return parse_model(
         TraceHeader,
         {
             "model": shape,
-            "recorded_layers": list(range(config.num_hidden_layers)) if layers is None else list(layers),
+            "recorded_layers": list(range(stated.layers)) if layers is None else list(layers),
             "seq_len_tokens": seq_len_tokens,
             "block_size": block_size,
             "origin": "real",
@@ -103,19 +98,20 @@ def capture_model(
 
     token_ids: [S] or [1, S], on any device; S is the trace's seq_len_tokens. training_step: the next one by default.
     The model runs without gradients in eval mode and is left as it was. Nothing is written when the run fails.
-    Raises UnsupportedError when the model's attention is more than plain causal attention.
+    Raises UnsupportedError with the reason when the model does not pass the audit (`audit.py`): no plan could run it.
     """
     header = writer.header
     ids = token_ids.reshape(1, -1)
     if ids.shape[1] != header.seq_len_tokens:
         raise InputError(f"has {ids.shape[1]} tokens, the trace {header.seq_len_tokens}", field="token_ids")
-    _check_rope(model)
+    check_angles(model)
+    require_model(model, seq_len_tokens=header.seq_len_tokens)
     step_number = writer.next_step if training_step is None else training_step
     with writer.step(step_number) as step, _attention_replaced(model):
         recorder = _Recorder(step, settings, progress)
         with _active(recorder), torch.no_grad():
             # The body without the head: logits of long sequences are large and nobody looks at them.
-            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            model_body(model)(input_ids=ids.to(model.device), use_cache=False)
     return step_number
 
 
@@ -242,15 +238,6 @@ def _attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return recorder.layer(int(getattr(module, "layer_idx")), q, k, v, scale), None  # noqa: B009 (not in Module's type)
-
-
-def _check_rope(model: PreTrainedModel) -> None:
-    """Rotation frequencies below float32 lose relative positions at long range: refuse them."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedError(
-                f"is {buffer.dtype}, float32 is needed: load the model with dtype= instead of converting it", field=name
-            )
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

@@ -1,0 +1,105 @@
+"""A plain PyTorch training loop with FSDP2: sequences are split over all ranks, and so are the parameters.
+
+    torchrun --nproc-per-node 8 examples/fsdp2_loop.py --model path/to/model --plan plan.json --tokens tokens.npy
+
+Every rank reads the same sequences and keeps its own shard of each; the ranks meet in attention, which follows the
+plan, and in FSDP's collectives. The plan fixes how many ranks there are, how long a sequence is, and in which type
+attention computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import sparsering
+from sparsering import Plan
+
+
+def main() -> None:
+    """Train for some steps; write every step's loss and the trained model."""
+    options = parse()
+    mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
+    plan = sparsering.load_plan(options.plan)
+    model = load_model(options.model)
+    sparsering.attach(model, plan, mesh)  # before FSDP hides the parameters; collective, as all that follows
+    model.gradient_checkpointing_enable()
+    shard_parameters(model, plan, device_type=mesh.device.type, world_size=mesh.world_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+
+    model.train()
+    steps: list[dict[str, float]] = []
+    for batch in batches(options, plan, vocabulary=model.config.vocab_size):
+        part = sparsering.shard(batch, plan, mesh.rank)
+        part = {name: tensor.to(mesh.device) for name, tensor in part.items()}
+        loss = model(**part).loss  # the sum over this rank's tokens / the number of labels of all ranks
+        (loss * mesh.world_size).backward()  # FSDP averages gradients over ranks; these add up
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach()
+        dist.all_reduce(total)  # adds up, too: now the mean over all labels
+        steps.append({"loss": total.item(), "grad_norm": norm.full_tensor().item()})
+        if mesh.rank == 0:
+            print(f"step {len(steps)}: {steps[-1]}", flush=True)
+
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if mesh.rank == 0:
+        model.save_pretrained(options.out, state_dict=whole)
+        (options.out / "steps.json").write_text(json.dumps(steps))
+    sparsering.leave()
+
+
+def shard_parameters(model: PreTrainedModel, plan: Plan, *, device_type: str, world_size: int) -> None:
+    """Spread parameters, gradients and optimizer states, in float32, over all ranks; compute in the plan's type."""
+    ranks = init_device_mesh(device_type, (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, plan.dtype), reduce_dtype=torch.float32)
+    for layer in model.base_model.get_submodule("layers").children():
+        fully_shard(layer, mesh=ranks, mp_policy=policy)
+    fully_shard(model, mesh=ranks, mp_policy=policy)
+
+
+def batches(options: argparse.Namespace, plan: Plan, *, vocabulary: int) -> list[dict[str, Tensor]]:
+    """Return one whole sequence per step, the same on every rank; labels are not shifted, -100 counts nothing."""
+    if options.tokens is None:
+        seeded = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (options.steps, plan.seq_len_tokens), generator=seeded)
+    else:
+        ids = torch.from_numpy(np.load(options.tokens)).long()
+    labels = ids if options.labels is None else torch.from_numpy(np.load(options.labels)).long()
+    return [{"input_ids": ids[step][None], "labels": labels[step][None]} for step in range(options.steps)]
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """Return the model of a folder, or one with seeded random weights of a config.json."""
+    if path.is_dir():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM, or a config.json")
+    parser.add_argument("--plan", type=Path, required=True, help="what `sparsering plan` wrote, for these ranks")
+    parser.add_argument("--tokens", type=Path, help="token ids [sequences, length] (.npy); default: random ones")
+    parser.add_argument("--labels", type=Path, help="labels of the same shape (.npy); default: the tokens")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder for steps.json and the model")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Making a Hugging Face model use a plan: `attach` replaces its attention, and guards how the model is called.
+
+Shape legend: B batch, S_own tokens of this rank's shard, H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ...kernels.mask import AttentionMask
+from ...planner.plan import Plan
+from ...traces.errors import InputError, UnsupportedError
+from ...traces.store import Trace
+from ..attention import Chooser, PlannedAttention
+from ..mesh import Mesh
+from ..patterns import PlannedChoice, replayed_mask
+from .attention_call import check_attention_call, refuse_masks
+from .positions import PositionGuard
+from .shape import attention_modules, check_angles, model_body, model_shape
+
+# transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
+ATTENTION_NAME = "sparsering_planned"
+# What the model's own loss needs beside labels, and what it would do without.
+LOSS_ARGUMENTS = {
+    "shift_labels": "is missing beside labels: the loss would shift them again (pass all that shard() returns)",
+    "num_items_in_batch": "is missing beside labels: the loss would be this rank's own mean (pass all that shard() "
+    "returns)",
+}
+LayerMask = Callable[[int], AttentionMask | Chooser]
+
+
+class Attention(Protocol):
+    """Attention over many ranks: `PlannedAttention`, or a baseline that ignores the mask."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S_own, H, D] of one of the model's layers."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class Attached:
+    """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
+
+    positions: int64 [S_own], this rank's tokens; every call of the model is held to them. one_sequence: whether
+    patterns are chosen by data, which takes one sequence at a time. A deep copy of the model shares this object.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, planned: Attention, masks: LayerMask, *, positions: Tensor,
+        one_sequence: bool = False,
+    ) -> None:  # fmt: skip
+        if model.config._attn_implementation == ATTENTION_NAME:
+            raise InputError("is attached already: detach it first", field="model")
+        self.model, self.planned, self._masks = model, planned, masks
+        self.positions = PositionGuard(positions)
+        self._one_sequence, self._detached = one_sequence, False
+        self._before = model.config._attn_implementation or "eager"
+        self._modules = attention_modules(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
+        for module in self._modules:
+            module._sparsering = self
+        body: Module = model_body(model)
+        labels, call, settle = (_uncompiled(hook) for hook in (self._check_labels, self._check_call, self._settle))
+        self._hooks = [
+            model.register_forward_pre_hook(labels, with_kwargs=True),
+            body.register_forward_pre_hook(call, with_kwargs=True),
+            body.register_forward_hook(settle),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the model attends through the same channels: ranks must call copies in the same order."""
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Return the attention output [B, S_own, H, D] of one layer."""
+        if self._detached:
+            raise InputError("was detached from its plan; attach it again", field="model")
+        return self.planned(q, k, v, self._masks(layer), scale=scale, layer=layer)
+
+    def detach(self) -> None:
+        """Give the model its own attention back and free the channels."""
+        self._detached = True
+        self.model.set_attn_implementation(self._before)
+        for module in self._modules:
+            del module._sparsering
+        for hook in self._hooks:
+            hook.remove()
+        self.planned.close()
+
+    def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
+        """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
+        if keywords.get("labels") is None:
+            return
+        for name in LOSS_ARGUMENTS:
+            if keywords.get(name) is None:
+                raise UnsupportedError(LOSS_ARGUMENTS[name], field=name)
+
+    def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*args, **keywords).arguments
+        given = given | given.pop("kwargs", {})
+        self.positions.check(given.get("position_ids"))
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
+            raise UnsupportedError(f"is {tokens.shape[0]}; patterns are chosen for one sequence at a time",
+                                   field="batch size")  # fmt: skip
+
+    def _settle(self, module: Module, args: Any, output: Any) -> None:
+        self.positions.settle()
+
+
+def attach(
+    model: PreTrainedModel, plan: Plan, mesh: Mesh, *, trace: Trace | None = None, training_step: int | None = None
+) -> Attached:
+    """Make `model` compute its attention over the ranks of `mesh` as `plan` says. Collective.
+
+    model: a transformers model, or a peft model around one. trace: whose patterns of `training_step` (default: the
+    last) are replayed, when the plan replays a trace.
+    Raises InputError when world size, model shape or trace are not the plan's, and UnsupportedError with the reason
+    when the model does not pass the audit (`audit.py`), before any GPU work.
+    """
+    from .audit import require_model  # the audit attaches small models itself
+
+    body = plain_model(model)
+    plan.require(world_size=mesh.world_size, model=model_shape(body.config))
+    check_angles(body)
+    require_model(body, seq_len_tokens=plan.seq_len_tokens, mesh=mesh)
+    own = torch.from_numpy(plan.make_placement().positions(mesh.rank)).to(mesh.device)
+    if plan.pattern.source == "trace":
+        masks = _replay(plan, mesh, trace, training_step)
+        return Attached(body, PlannedAttention(plan, mesh), masks, positions=own)
+    planned = PlannedAttention(plan, mesh)
+    choice = PlannedChoice(plan, mesh, planned.positions[mesh.rank])
+    return Attached(body, planned, choice.of_layer, positions=own, one_sequence=True)
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside of peft's wrapper, or the model itself; UnsupportedError for others."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedError(f"{type(model).__name__} is no transformers model", field="model")
+    return inner
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a hook: it looks at values."""
+    disabled: Any = torch.compiler.disable(hook)
+    return disabled
+
+
+def _replay(plan: Plan, mesh: Mesh, trace: Trace | None, training_step: int | None) -> LayerMask:
+    if trace is None:
+        raise InputError("the plan replays a trace: give the trace", field="trace")
+    if plan.pattern.trace_sha256 not in (None, trace.digest()):
+        raise InputError(f"is {trace.digest()[:16]}, not the plan's {plan.pattern.trace_sha256}", field="trace")
+    step = trace.steps[-1] if training_step is None else training_step
+    missing = set(range(plan.model.layers)) - set(trace.layers)
+    if missing or step not in trace.steps:
+        raise InputError(f"lacks layers {sorted(missing)} or step {step}", field="trace")
+    masks = [
+        replayed_mask(plan, trace.layer_pattern(step, layer), layer=layer, device=mesh.device)
+        for layer in range(plan.model.layers)
+    ]
+    return masks.__getitem__
+
+
+@torch.compiler.disable
+def _planned_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, **keywords: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention function of transformers' interface: [B, H, S, D] in, [B, S, H, D] out."""
+    attached = getattr(module, "_sparsering", None)
+    if attached is None:
+        raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
+    check_attention_call(module, query, key, attention_mask, dropout=dropout, keywords=keywords)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return attached.attend(module.layer_idx, q, k, v, scaling), None
+
+
+def _refuse_padding(*args: Any, **keywords: Any) -> None:
+    # Positions of a shard are not contiguous, which transformers takes for packed documents; that guess is dropped.
+    keywords.pop("mask_function", None)
+    refuse_masks(*args, **keywords)
+
+
+AttentionInterface.register(ATTENTION_NAME, _planned_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _refuse_padding)

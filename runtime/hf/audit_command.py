@@ -1,0 +1,48 @@
+"""The verb `sparsering audit`: is this model right when its sequence is split over ranks?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .audit import Audit
+
+
+def audit(
+    model: Annotated[Path, typer.Argument(help="Model folder, or a config.json; weights are not read.")],
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of the sequences that will be split.")] = 8192,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Audit anew, whatever was found before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
+) -> None:
+    """Say whether a model is right over several ranks: the gate that capture, attach and train ask (needs torch).
+
+    Takes seconds on a CPU. A small copy (same class and settings, every kind of layer, narrow, random weights) runs
+    alone and split in two, dense, in float64: loss, logits and all gradients must agree to 1e-6. Exit code 2, and the
+    reason in one line, for a model that would be computed wrongly.
+    """
+    from . import audit as gate
+    from .load import read_config
+
+    _, config = read_config(model)
+    found = gate.audit(config, seq_len_tokens=seq_len, cache=None if fresh else gate.CACHE)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    elif found.right:
+        typer.echo(_told(found))
+    found.require(source=model)
+
+
+def _told(found: Audit) -> str:
+    shape = ", ".join(f"{value} {name}" for name, value in (found.shape or {}).items())
+    worst = max(error for road in found.errors.values() for error in road.values())
+    return (
+        f"right: {found.model_class} at {found.seq_len_tokens:,} tokens ({shape})\n"
+        f"a small copy ({found.layers} layers, {found.parameters:,} parameters), alone and split in two: loss, logits "
+        f"and gradients agree to {worst:.1e} "
+        f"({found.seconds:.1f} s)"
+    )

@@ -1,0 +1,119 @@
+"""What a model's configuration and modules say: attention shape, decoder layers, the modules that attend, the head.
+
+Shape legend: H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Module, ModuleList
+from transformers import PreTrainedModel
+
+from ...planner.plan import ModelShape
+from ...traces.errors import UnsupportedError
+
+# How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
+SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadForm:
+    """What lies between the head's product and the loss: softcap * tanh(scale * x / softcap), or scale * x."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def setting(config: Any, name: str) -> Any:
+    """Return one setting of a configuration, None where it has none, or where it differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
+        return None
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Return the attention shape that a transformers configuration states. UnsupportedError where it states none."""
+    text = text_config(config)
+    found = {name: setting(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")}
+    for name, value in found.items():
+        if type(value) is not int or value < 1:
+            raise UnsupportedError(f"is {value!r}, or not one for all layers", field=name)
+    heads, layers, hidden = found.values()
+    head_dim = setting(text, "head_dim") or hidden // heads
+    kv_heads = setting(text, "num_key_value_heads") or heads
+    if type(head_dim) is not int or type(kv_heads) is not int:
+        raise UnsupportedError(f"are {kv_heads!r} and {head_dim!r}, not one for all layers",
+                               field="num_key_value_heads, head_dim")  # fmt: skip
+    return ModelShape(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of a language model. UnsupportedError where it is a part of a larger model's."""
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedError("holds several language models", field=config.model_type) from error
+    if text is not config:
+        raise UnsupportedError(f"holds more than the language model {text.model_type!r}, which alone can be split",
+                               field=config.model_type)  # fmt: skip
+    return text
+
+
+def head_form(config: Any) -> HeadForm:
+    """Return what a configuration says of the logits: their scale and their cap."""
+    text = text_config(config)
+    scale, softcap = 1.0, None
+    for name, power in SCALES.items():
+        value = setting(text, name)
+        if isinstance(value, int | float) and value > 0:
+            scale *= float(value) ** power
+    for name in SOFTCAPS:
+        value = setting(text, name)
+        if isinstance(value, int | float) and value > 0:
+            softcap = float(value)
+    return HeadForm(scale=scale, softcap=softcap)
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """Return the modules that call the attention interface: those that know their layer and whether they are causal."""
+    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    if not modules:
+        raise UnsupportedError(f"{type(model).__name__} has no attention of transformers' interface", field="model")
+    return modules
+
+
+def model_body(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what computes hidden states below the head: transformers' base model, wherever the class keeps it."""
+    body = model.base_model
+    if isinstance(body, PreTrainedModel) and body is not model:
+        return body
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if inner else model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[Module]:
+    """Return the decoder layers in order: the outermost list of modules with as many entries as the model has layers.
+
+    UnsupportedError when there is none.
+    """
+    count = setting(text_config(model.config), "num_hidden_layers")
+    for module in model_body(model).modules():
+        if isinstance(module, ModuleList) and len(module) == count:
+            return list(module)
+    raise UnsupportedError(f"{type(model).__name__} has no list of {count} decoder layers", field="model")
+
+
+def check_angles(model: Module) -> None:
+    """Refuse rotation frequencies below float32, which lose relative positions at long range, as TF32 would."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedError(
+                f"is {buffer.dtype}, float32 is needed: load the model with dtype= instead of converting it", field=name
+            )
+    if torch.backends.cuda.matmul.allow_tf32:
+        raise UnsupportedError("is on: rotation angles would lose their positions", field="allow_tf32")

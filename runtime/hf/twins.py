@@ -1,0 +1,171 @@
+"""Two ranks in one process: two copies of a small model, each on its shard, that meet in attention and nowhere else.
+
+Each copy runs in a thread of its own and stops at every attention call until the other's keys and values are there.
+autograd sees one graph, so that one backward gives the gradients that real ranks would add up. What a model mixes
+between tokens outside attention stays within a shard, and shows as a difference from the model alone.
+
+Shape legend: B batch, S_own tokens of a shard, H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ...traces.errors import UnsupportedError
+
+WAIT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """What one layer asked of attention: the layer, the shapes of q [B, S, H, D], k and v, and the scale."""
+
+    layer: int | None
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    scale: float
+
+
+class ShardsPart(RuntimeError):
+    """A copy waits for another that has ended."""
+
+
+class Meeting:
+    """Where the copies' attention calls meet: dense causal attention of each shard's queries on all keys.
+
+    positions: int64 [S_own] of each copy's tokens; valid_tokens: later ones are padding, which gets and gives nothing.
+    """
+
+    def __init__(self, positions: list[Tensor], valid_tokens: int) -> None:
+        self.positions, self.valid_tokens = positions, valid_tokens
+        self._changed = threading.Condition()
+        self._given: list[list[Any]] = [[] for _ in positions]  # by copy, in the order of its calls
+        self._left: set[int] = set()
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """Return what every copy gave at this call. ShardsPart when one has ended, or stays away for WAIT_S."""
+        with self._changed:
+            number = len(self._given[rank])
+            self._given[rank].append(value)
+            self._changed.notify_all()
+
+            def settled() -> bool:
+                missing = {other for other, given in enumerate(self._given) if len(given) <= number}
+                return not missing or bool(missing & self._left)
+
+            self._changed.wait_for(settled, WAIT_S)
+            if any(len(given) <= number for given in self._given):
+                raise ShardsPart
+            return [given[number] for given in self._given]
+
+    def leave(self, rank: int) -> None:
+        """Say that a copy gives nothing any more."""
+        with self._changed:
+            self._left.add(rank)
+            self._changed.notify_all()
+
+
+class MetAttention:
+    """Attention of one copy: `hf.attach.Attention`, over a `Meeting`. calls: what was asked, in order."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank = meeting, rank
+        self.calls: list[AttentionCall] = []
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S_own, H, D]. UnsupportedError for shapes that planned attention does not take."""
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+        self.calls.append(AttentionCall(layer=layer, q=shapes[0], k=shapes[1], v=shapes[2], scale=float(factor)))
+        if shapes[1] != shapes[2]:
+            raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
+        everyone = self.meeting.exchange(self.rank, (layer, k, v))
+        if len({given[0] for given in everyone}) > 1:
+            raise UnsupportedError("shards call attention for different layers", field="attention")
+        keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))
+        positions = self.meeting.positions
+        return causal_attention(
+            q, keys, values, positions[self.rank], torch.cat(positions), factor, valid_tokens=self.meeting.valid_tokens
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, *, valid_tokens: int
+) -> Tensor:
+    """Return softmax(scale q k^T) v [B, S_q, H, D] over keys that are not later; 0 for queries from valid_tokens on."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
+    allowed = (k_positions[None, :] <= q_positions[:, None]) & (k_positions < valid_tokens)[None, :]
+    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
+    return (out * (q_positions < valid_tokens).to(out.dtype)[None, :, None, None]).contiguous()
+
+
+def run_together(works: list[Callable[[], Any]], meeting: Meeting) -> list[Any]:
+    """Run one function a copy, each in its thread, in double; return their results, or raise what the first raised."""
+    results: list[Any] = [None] * len(works)
+    errors: list[BaseException | None] = [None] * len(works)
+
+    def run(rank: int) -> None:
+        try:
+            with Double():
+                results[rank] = works[rank]()
+        except BaseException as error:  # whatever ended a copy is raised in the caller's thread
+            errors[rank] = error
+        finally:
+            meeting.leave(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raise_first(errors)
+    return results
+
+
+def raise_first(errors: list[BaseException | None]) -> None:
+    """Raise the error that explains the others: a copy that only waited in vain says the least."""
+    found = [error for error in errors if error is not None]
+    if not found:
+        return
+    telling = [error for error in found if not isinstance(error, ShardsPart)]
+    if telling:
+        raise telling[0]
+    raise UnsupportedError("one shard calls attention more often than the other", field="attention")
+
+
+def copies_of(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:
+    """Return fresh copies, so that nothing that a run leaves in a model is seen by another."""
+    return [copy.deepcopy(model) for _ in range(count)]
+
+
+class Double(TorchFunctionMode):
+    """Computes in float64 where a model's code asks for float32 (norms, softmax, rotation angles, routers).
+
+    Without it two equal computations differ by a float32 rounding wherever matrix products sum in another order.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func` with float64 in the place of float32."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
