@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import sparsering
@@ -27,7 +28,7 @@ from sparsering import Plan
 
 
 def main() -> None:
-    """Train for some steps; write every step's loss and the trained model."""
+    """Train for some steps; write every step's loss and norm of gradients, and the trained model."""
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
     plan = sparsering.load_plan(options.plan)
@@ -49,6 +50,7 @@ def main() -> None:
         optimizer.zero_grad()
         total = loss.detach()
         dist.all_reduce(total)  # adds up, too: now the mean over all labels
+        assert isinstance(norm, DTensor)  # spread over the ranks, as the gradients are
         steps.append({"loss": total.item(), "grad_norm": norm.full_tensor().item()})
         if mesh.rank == 0:
             print(f"step {len(steps)}: {steps[-1]}", flush=True)

@@ -24,7 +24,7 @@ from sparsering import Plan
 
 
 def main() -> None:
-    """Train adapters for some steps; write every step's loss and the adapters."""
+    """Train adapters for some steps; write every step's loss and norm of gradients, and the adapters."""
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
     plan = sparsering.load_plan(options.plan)

@@ -57,7 +57,7 @@ class ContextParallelSFTTrainer(SFTTrainer):
 
 
 def main() -> None:
-    """Train for some steps; write every step's loss and the trained model."""
+    """Train for some steps; write what the Trainer logs of every step, and the trained model."""
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
     plan = sparsering.load_plan(options.plan)

@@ -94,7 +94,10 @@ class Trainer:
         self.model = shard_model(model, setup.config, device_mesh)
         masks: Any = self.masks.of_layer if self.masks is not None else lambda layer: None
         own = torch.from_numpy(setup.plan.make_placement().positions(self.mesh.rank)).to(world.device)
-        self.attached = Attached(model, TimedAttention(attention, self.clock), masks, positions=own)
+        self.attached = Attached(
+            model, TimedAttention(attention, self.clock), masks, positions=own,
+            seq_len_tokens=setup.config.seq_len_tokens,
+        )  # fmt: skip
         self.watch = FiniteWatch(decoder_layers(model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = self.mesh.new_group(range(self.mesh.world_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 
+from model_cases import case_model, dense_plan
 from sparsering.planner.check import check
 from sparsering.planner.check_playable import check_playable
 from sparsering.planner.layout_draft import COLUMNS
@@ -32,6 +34,8 @@ from sparsering.runtime.buffers import BufferPool
 from sparsering.runtime.comm import Channel, Channels
 from sparsering.runtime.exposure import Exposure
 from sparsering.runtime.head_stages import HeadBackwardStage, HeadForwardStage
+from sparsering.runtime.hf.attach import ATTENTION_NAME, attach
+from sparsering.runtime.hf.shard import shard
 from sparsering.runtime.mesh import Mesh
 from sparsering.runtime.patterns import mask_of
 from sparsering.runtime.verify import Verdict, verify
@@ -333,10 +337,6 @@ def model_step(
     mesh: Mesh, *, plan: Plan, family: str, ids: np.ndarray, attention_mask: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Forward and backward of a tiny attached model on this rank's shard; the loss is summed, not averaged."""
-
-    from sparsering.runtime.hf.attach import attach
-    from sparsering.runtime.hf.shard import shard
-
     model = tiny_model(family, dtype=torch.float64)
     attached = attach(model, plan, mesh)
     part = shard({"input_ids": torch.from_numpy(ids)}, plan, mesh.rank)
@@ -353,11 +353,95 @@ def model_step(
     return {"loss_sum": loss.item(), "gradients": gradients}
 
 
+def attach_case(mesh: Mesh, *, name: str) -> None:
+    """Attach a case of tests/model_cases.py to a dense plan over all ranks, and detach it."""
+    model = case_model(name)
+    attach(model, dense_plan(model.config, world_size=mesh.world_size), mesh).detach()
+
+
+def case_step(mesh: Mesh, *, name: str, ids: np.ndarray, labels: np.ndarray, head_gain: float) -> dict[str, Any]:
+    """Forward and backward of an attached case through its own forward and loss, with all that `shard` returns."""
+    model = case_model(name, head_gain=head_gain).train()
+    plan = dense_plan(model.config, world_size=mesh.world_size)
+    attached = attach(model, plan, mesh)
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    output = model(**shard(batch, plan, mesh.rank))
+    output.loss.backward()
+    attached.detach()
+    gradients = {name: _numpy(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    positions = plan.make_placement().positions(mesh.rank)
+    return {"loss": output.loss.item(), "logits": _numpy(output.logits), "positions": positions, "gradients": gradients}
+
+
+def guarded_calls(mesh: Mesh) -> dict[str, str]:
+    """Call an attached model wrongly in every way; return what each call says, "" for none."""
+    model = case_model("llama")
+    plan = dense_plan(model.config, world_size=mesh.world_size)
+    ids = torch.arange(256)[None] % 250
+    own, other = (shard({"input_ids": ids}, plan, rank) for rank in (mesh.rank, 1 - mesh.rank))
+    attached = attach(model, plan, mesh)
+
+    def without(*names: str) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in own.items() if name not in names}
+
+    calls: dict[str, Callable[[], Any]] = {
+        "no positions": lambda: model(**without("position_ids")),
+        "other rank": lambda: model(**other),
+        "other length": lambda: model(**{name: value[:, :64] if value.dim() else value for name, value in own.items()}),
+        "no shifted labels": lambda: model(**without("shift_labels")),
+        "no count": lambda: model(**without("num_items_in_batch")),
+        "two sequences": lambda: model(**{n: v.expand(2, -1) if v.dim() else v for n, v in own.items()}),
+        "attached twice": lambda: attach(model, plan, mesh),
+        "body alone": lambda: model.model(input_ids=own["input_ids"]),
+        "right": lambda: model(**own),
+        "right, without a loss": lambda: model(**without("labels", "shift_labels", "num_items_in_batch")),
+    }
+    told = {name: _told(call) for name, call in calls.items()}
+    copied = copy.deepcopy(model)
+    told["copy"] = _told(lambda: copied(**own))
+    same = copied(**own).loss.item() == model(**own).loss.item()
+    compiled = torch.compile(model, backend="eager")
+    told["compiled"] = "" if abs(compiled(**own).loss.item() - model(**own).loss.item()) < 1e-12 and same else "differs"
+    attached.detach()
+    told["detached copy"] = _told(lambda: copied(**own))
+    told["detached"] = _told(lambda: model(input_ids=ids, labels=ids))
+    attach(model, plan, mesh).detach()  # again
+    return told
+
+
+def _told(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def chosen_columns(mesh: Mesh, *, name: str, ids: np.ndarray, settings: dict[str, Any]) -> list[list[list[int]]]:
+    """Run an attached case whose patterns are chosen; return the columns of every layer and head."""
+    model = case_model(name)
+    plan = dense_plan(
+        model.config, world_size=mesh.world_size, selector="flex", settings=settings, columns_capacity=256
+    )
+    attached = attach(model, plan, mesh)
+    assert isinstance(attached.planned, PlannedAttention)
+    seen: list[list[list[int]]] = []
+    note = attached.planned.note_pattern
+
+    def noting(mask: Any) -> None:
+        seen.append([sorted(x for x in head.tolist() if x < 256) for head in mask.columns])
+        note(mask)
+
+    attached.planned.note_pattern = noting
+    with torch.no_grad():
+        part = shard({"input_ids": torch.from_numpy(ids)}, plan, mesh.rank)
+        model(input_ids=part["input_ids"], position_ids=part["position_ids"])
+    attached.detach()
+    return seen
+
+
 def attention_call(mesh: Mesh, *, plan: Plan, keywords: dict[str, Any]) -> None:
     """Call the attached attention of a tiny model's first layer directly, as a model with such keywords would."""
-
-    from sparsering.runtime.hf.attach import ATTENTION_NAME, attach
-
     model = tiny_model("llama", dtype=torch.float64)
     attached = attach(model, plan, mesh)
     module = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 0 and hasattr(m, "is_causal"))

@@ -283,6 +283,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "dropout: is 0.1": {"dropout": 0.1},
     "explicit attention mask": {"attention_mask": torch.zeros(1, 1, 10, 10)},
     "a key/value cache": {"key": torch.zeros(1, 2, 12, 8)},
+    "sliding_window: is 10": {"seq_len_tokens": 20},  # a window over this shard's tokens, not over the sequence's
 }
 
 
@@ -298,6 +299,7 @@ def test_attention_that_would_be_silently_wrong_is_refused(message: str) -> None
             "output_attentions": False,
             "position_ids": torch.arange(10),
         },
+        "seq_len_tokens": 10,
     }
     query = torch.zeros(1, 4, 10, 8)
     check_attention_call(_Attention(), query, **call)
@@ -309,10 +311,11 @@ def test_attention_that_would_be_silently_wrong_is_refused(message: str) -> None
 def test_masks_that_would_be_needed_are_refused() -> None:
     plain: dict[str, Any] = {"batch_size": 1, "q_length": 9, "kv_length": 9, "mask_function": causal_mask_function}
     assert refuse_masks(**plain, attention_mask=torch.ones(1, 9, dtype=torch.bool)) is None
+    assert refuse_masks(**(plain | {"mask_function": sliding_window_causal_mask_function(9)})) is None
     padded = torch.tensor([[True] * 8 + [False]])
     for change in (
         {"attention_mask": padded},
-        {"mask_function": sliding_window_causal_mask_function(4)},
+        {"mask_function": sliding_window_causal_mask_function(8)},
         {"kv_length": 12},
         {"q_offset": 3},
     ):

@@ -128,6 +128,7 @@ def run_example(name: str, setting: Setting, out: Path, *arguments: str | Path) 
         "--steps", str(STEPS), "--learning-rate", str(LEARNING_RATE), "--out", str(out), *map(str, arguments),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}  # also where there are GPUs: fewer, maybe, than ranks
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((out / "steps.json").read_text())
@@ -183,12 +184,6 @@ def assert_same(steps: Steps, alone: Steps, weights: Path, expected: dict[str, T
     assert set(found) == set(expected)
     for name, tensor in found.items():
         np.testing.assert_allclose(tensor.numpy(), expected[name].numpy(), rtol=0, atol=TOLERANCE, err_msg=name)
-    print(
-        "ERRORS",
-        weights.parent.name,
-        {n: max(abs(a[n] - b[n]) for a, b in zip(steps, alone)) for n in ("loss", "grad_norm")},
-        max((t - expected[n]).abs().max().item() for n, t in found.items()),
-    )
 
 
 def test_fsdp2_loop(setting: Setting, tmp_path: Path) -> None:

@@ -54,18 +54,20 @@ class Attention(Protocol):
 class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
 
-    positions: int64 [S_own], this rank's tokens; every call of the model is held to them. one_sequence: whether
-    patterns are chosen by data, which takes one sequence at a time. A deep copy of the model shares this object.
+    positions: int64 [S_own], this rank's tokens of the seq_len_tokens of a sequence: every call is held to them.
+    one_sequence: whether patterns are chosen by data, which takes one sequence at a time. A deep copy of the model
+    shares this object.
     """
 
     def __init__(
         self, model: PreTrainedModel, planned: Attention, masks: LayerMask, *, positions: Tensor,
-        one_sequence: bool = False,
+        seq_len_tokens: int, one_sequence: bool = False,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
         self.model, self.planned, self._masks = model, planned, masks
         self.positions = PositionGuard(positions)
+        self.seq_len_tokens = seq_len_tokens
         self._one_sequence, self._detached = one_sequence, False
         self._before = model.config._attn_implementation or "eager"
         self._modules = attention_modules(model)
@@ -142,10 +144,12 @@ def attach(
     own = torch.from_numpy(plan.make_placement().positions(mesh.rank)).to(mesh.device)
     if plan.pattern.source == "trace":
         masks = _replay(plan, mesh, trace, training_step)
-        return Attached(body, PlannedAttention(plan, mesh), masks, positions=own)
+        return Attached(body, PlannedAttention(plan, mesh), masks, positions=own, seq_len_tokens=plan.seq_len_tokens)
     planned = PlannedAttention(plan, mesh)
     choice = PlannedChoice(plan, mesh, planned.positions[mesh.rank])
-    return Attached(body, planned, choice.of_layer, positions=own, one_sequence=True)
+    return Attached(
+        body, planned, choice.of_layer, positions=own, seq_len_tokens=plan.seq_len_tokens, one_sequence=True
+    )
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -187,7 +191,9 @@ def _planned_attention(
     attached = getattr(module, "_sparsering", None)
     if attached is None:
         raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
-    check_attention_call(module, query, key, attention_mask, dropout=dropout, keywords=keywords)
+    check_attention_call(
+        module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=attached.seq_len_tokens
+    )
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attached.attend(module.layer_idx, q, k, v, scaling), None
 

@@ -41,10 +41,11 @@ def check_attention_call(
     *,
     dropout: float,
     keywords: dict[str, Any],
+    seq_len_tokens: int,
 ) -> None:
     """Raise UnsupportedError unless this is plain causal attention of whole sequences on themselves.
 
-    query [B, H, S, D], key [B, H_kv, S, D] as transformers passes them.
+    query [B, H, S, D], key [B, H_kv, S, D] as transformers passes them: a sequence of seq_len_tokens, or a shard of it.
     """
     if attention_mask is not None:
         raise UnsupportedError("an explicit attention mask is not supported", field="attention_mask")
@@ -57,7 +58,7 @@ def check_attention_call(
     if not getattr(module, "is_causal", True):
         raise UnsupportedError(f"{type(module).__name__} is not causal", field="is_causal")
     for name, value in keywords.items():
-        _check_keyword(name, value, seq_len_tokens=query.shape[2])
+        _check_keyword(name, value, seq_len_tokens=seq_len_tokens)
 
 
 def _check_keyword(name: str, value: Any, *, seq_len_tokens: int) -> None:
@@ -83,12 +84,20 @@ def refuse_masks(
 ) -> None:
     """Mask function for `AttentionMaskInterface`: makes no mask, and raises UnsupportedError where one is needed.
 
-    A padding mask of ones only is let through; packed documents, sliding windows and caches are refused.
+    A padding mask of ones only is let through; packed documents, windows shorter than the sequence and caches are
+    refused.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")
-    if mask_function is not causal_mask_function:
+    if mask_function is not causal_mask_function and not _last_token_sees_all(mask_function, q_length):
         raise UnsupportedError("a sliding window or packed sequences (restarting position_ids) are not supported",
                                field="attention_mask")  # fmt: skip
     if q_length != kv_length or q_offset != kv_offset:
         raise UnsupportedError(f"{q_length} queries on {kv_length} keys: a cache is not supported", field="use_cache")
+
+
+def _last_token_sees_all(mask_function: Callable[..., Any], tokens: int) -> bool:
+    """Whether the last query may attend every key: then no window, chunk or document is shorter than the sequence."""
+    first, last = torch.zeros(1, dtype=torch.int64), torch.tensor([tokens - 1])
+    allowed = mask_function(first, first, last, torch.arange(tokens))
+    return bool(torch.as_tensor(allowed).all())

@@ -50,7 +50,8 @@ class Audit:
     reason: one line, None when right; about: the setting, parameter or module that it is about
     shape: attention's, as the configuration states it and the small copy showed it
     errors: largest relative errors by road ("attach", "train") and kind ("loss", "logits", "gradient")
-    modules: the classes that the small copy is made of; layers: how many it had; digest: of class, configuration, length and versions
+    modules: the classes that the small copy is made of; layers: how many it had
+    digest: of class, configuration, length and versions
     """
 
     model_type: str

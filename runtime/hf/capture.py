@@ -231,7 +231,9 @@ def _attend(
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: [B, H, S, D] in, [B, S, H, D] out."""
-    check_attention_call(module, query, key, attention_mask, dropout=dropout, keywords=keywords)
+    check_attention_call(
+        module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=query.shape[2]
+    )
     recorder = _RECORDER.get()
     if recorder is None:
         raise RuntimeError("sparsering's capture hook was called outside capture_model")

@@ -199,7 +199,7 @@ class _Split:
         attached: list[Attached] = []
         try:
             for twin, attention, own in zip(self.twins, attentions, self.positions, strict=True):
-                attached.append(Attached(twin, attention, _no_mask, positions=own))
+                attached.append(Attached(twin, attention, _no_mask, positions=own, seq_len_tokens=AUDITED_TOKENS))
             works = [self._work(rank, shard(batch, self.plan, rank)) for rank in range(RANKS)]
             return run_together(works, meeting), attentions[0].calls
         finally:

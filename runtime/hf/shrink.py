@@ -71,8 +71,8 @@ def plan_shrinking(config: Any, *, seq_len_tokens: int, audited_tokens: int, pad
         width *= 2
     return Shrinking(
         width=width,
-        window=min(audited_tokens / seq_len_tokens, 1.0),
-        positions=min(padded_tokens / seq_len_tokens, 1.0),
+        window=audited_tokens / seq_len_tokens,
+        positions=padded_tokens / seq_len_tokens,
     )
 
 
