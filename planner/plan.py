@@ -286,8 +286,9 @@ def load_launches(path: Path) -> TunedLaunches:
         raise validation_error(error, path) from error
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path | str) -> Plan:
     """Read and verify a plan file: schema, digest, permutation, kernels. InputError names file, field and value."""
+    path = Path(path)
     document = read_json(path, max_bytes=MAX_PLAN_BYTES)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > PLAN_SCHEMA_VERSION:

@@ -100,9 +100,9 @@ def case_model(
 ) -> PreTrainedModel:
     """Return the model in eval mode. head_gain > 1 enlarges the head, as training does: scales and caps show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        case_config(name), dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    ).eval()  # grouped products of experts know no float64
+    config = case_config(name)
+    config._experts_implementation = "eager"  # grouped products of experts know no float64
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(head_gain)
     return model

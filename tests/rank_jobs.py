@@ -26,7 +26,8 @@ from model_cases import case_model, dense_plan
 from sparsering.planner.check import check
 from sparsering.planner.check_playable import check_playable
 from sparsering.planner.layout_draft import COLUMNS
-from sparsering.planner.plan import Plan
+from sparsering.planner.placement import striped
+from sparsering.planner.plan import KernelSpec, Plan
 from sparsering.planner.schedule import Phase, with_programs
 from sparsering.runtime import ring, stages
 from sparsering.runtime.attention import PlannedAttention
@@ -406,6 +407,59 @@ def guarded_calls(mesh: Mesh) -> dict[str, str]:
     told["detached copy"] = _told(lambda: copied(**own))
     told["detached"] = _told(lambda: model(input_ids=ids, labels=ids))
     attach(model, plan, mesh).detach()  # again
+    return told
+
+
+def _gpu_case(name: str, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """Return the same weights in any type; converting the model would round its rotation angles too."""
+    model = case_model(name, dtype=dtype)
+    model.load_state_dict(case_model(name, dtype=torch.float32, head_gain=5.0).state_dict())
+    return model.to(mesh.device).train()
+
+
+def attached_on_gpus(mesh: Mesh, *, name: str) -> dict[str, float]:
+    """Return errors of loss and gradients against float64: of a bfloat16 model over all GPUs, and of it alone."""
+    ids = torch.randint(3, 250, (1, 512), generator=torch.Generator().manual_seed(0)).to(mesh.device)
+    results: dict[str, tuple[float, torch.Tensor]] = {}
+    for kind, dtype in (("exact", torch.float64), ("alone", torch.bfloat16)):
+        model = _gpu_case(name, mesh, dtype)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results[kind] = loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    model = _gpu_case(name, mesh, torch.bfloat16)
+    plan = dense_plan(
+        model.config, world_size=mesh.world_size, seq_len_tokens=512, dtype="bfloat16", block_size=128,
+        placement=striped(seq_len_tokens=512, world_size=mesh.world_size, granularity_tokens=128),
+        settings={"sink_tokens": 0, "window_tokens": 512}, kernels=KernelSpec(backend="triton"),
+    )  # fmt: skip
+    attached = attach(model, plan, mesh)
+    loss = model(**shard({"input_ids": ids}, plan, mesh.rank)).loss
+    loss.backward()
+    attached.detach()
+    gradient = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    torch.distributed.all_reduce(gradient)
+    total = loss.detach().double()
+    torch.distributed.all_reduce(total)
+    exact_loss, exact = results["exact"]
+    alone_loss, alone = results["alone"]
+    return {
+        "loss": abs(total.item() - exact_loss),
+        "loss_alone": abs(alone_loss - exact_loss),
+        "gradient": float((gradient - exact).norm() / exact.norm()),
+        "gradient_alone": float((alone - exact).norm() / exact.norm()),
+    }
+
+
+def wrong_positions_on_gpus(mesh: Mesh) -> dict[str, str]:
+    """Call an attached model with its own shard, with the other rank's, and with its own again."""
+    model = case_model("llama", dtype=torch.bfloat16).to(mesh.device)
+    plan = dense_plan(model.config, world_size=mesh.world_size, dtype="bfloat16", kernels=KernelSpec(backend="triton"))
+    batch = {"input_ids": torch.arange(256, device=mesh.device)[None] % 250}
+    own, other = (shard(batch, plan, rank) for rank in (mesh.rank, 1 - mesh.rank))
+    attached = attach(model, plan, mesh)
+    calls = {"right": own, "wrong": other, "right again": own}
+    told = {name: _told(lambda part=part: model(**part).loss.backward()) for name, part in calls.items()}
+    attached.detach()
     return told
 
 

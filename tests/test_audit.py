@@ -27,7 +27,7 @@ from sparsering.traces.errors import UnsupportedError
 from train_runs import write_run
 
 SEQ_LEN_TOKENS = 256
-SMALL = BASE
+SMALL: dict[str, Any] = BASE
 
 
 def audited(model_class: type[PreTrainedModel], config: Any = None, *, seq_len_tokens: int = SEQ_LEN_TOKENS) -> Audit:
@@ -232,7 +232,8 @@ def test_windows_and_lengths_count_against_the_sequence() -> None:
 )
 def test_a_large_model_is_audited_small(field: str, value: int) -> None:
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
-    found = audited(LlamaForCausalLM, LlamaConfig(**(SMALL | sizes | {"vocab_size": 128256, field: value})))
+    settings: dict[str, Any] = SMALL | sizes | {"vocab_size": 128256, field: value}
+    found = audited(LlamaForCausalLM, LlamaConfig(**settings))
     assert found.right, found.reason
     assert found.layers == 2 and (found.parameters or 0) < 1_000_000
     assert found.shape is not None and found.shape["layers"] == {"num_hidden_layers": value}.get(field, 2)
@@ -267,7 +268,7 @@ def test_the_digest_is_of_the_classs_source_too() -> None:
 
 
 def test_modules_that_the_class_does_not_make_are_refused() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
     require_model(model, seq_len_tokens=SEQ_LEN_TOKENS)
     model.model.layers[1].mlp = Memory(model.model.layers[1].mlp)
     with pytest.raises(

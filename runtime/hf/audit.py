@@ -179,7 +179,7 @@ def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_
     refuse_by_configuration(config, seq_len_tokens=seq_len_tokens)
     shape: ModelShape = model_shape(config)
     facts = replace(facts, shape=shape.model_dump())
-    small = _small_model(config, model_class, seq_len_tokens)
+    small = small_model(config, model_class, seq_len_tokens)
     proof = _proven(small)
     return replace(
         facts,
@@ -191,7 +191,7 @@ def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_
     )
 
 
-def _small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
+def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
     """Make the small copy: narrow with all layers first, to see their kinds, then with enough of them."""
     shrinking = plan_shrinking(
         config, seq_len_tokens=seq_len_tokens, audited_tokens=AUDITED_TOKENS, padded_tokens=PADDED_TOKENS
@@ -239,7 +239,8 @@ def _fewer_layers(config: Any, shrinking: Shrinking, keep: int | None, model_cla
 
 
 def _make(config: Any, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    return model_class._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    config._experts_implementation = "eager"  # grouped products of experts know no float64
+    return model_class._from_config(config, attn_implementation="eager")
 
 
 def _proven(small: PreTrainedModel) -> Proof:

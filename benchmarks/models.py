@@ -1,0 +1,217 @@
+"""Which families of transformers are right over several ranks: the audit of every causal language model it has.
+
+Each family is audited at its default configuration, dropout off, at --seq-len tokens (fewer where it has fewer
+positions), and again at the length of its window where that is what refuses it. With --gloo, what the audit calls right
+is also run: the small copy attached to a plan over two gloo processes, in float64, against the small copy alone.
+    python -m sparsering.benchmarks.models --gloo --page docs/models.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..planner.placement import striped
+from ..planner.plan import KernelSpec, PatternSpec, Plan, make_plan
+from ..runtime.hf.attach import attach
+from ..runtime.hf.audit import Audit, audit, causal_class, small_model
+from ..runtime.hf.shape import model_shape
+from ..runtime.hf.shard import shard
+from ..runtime.hf.twins import Double
+from ..runtime.mesh import Mesh, is_rank, join, leave
+from ..traces.errors import InputError
+from .common import ResultFile
+from .models_page import write_page
+from .ranks import start_ranks
+
+RANKS, TOKENS, BLOCK_SIZE = 2, 120, 64
+DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
+TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+# Where the default configuration makes no model, or hides what the family is.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {"rope_parameters": TWO_ROPES},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+}
+WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "local_attention")
+
+
+def main() -> int:
+    """Audit all families and write one row each."""
+    arguments = _parser().parse_args()
+    if arguments.gloo and not is_rank():
+        shared = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        return start_ranks(__spec__.name, sys.argv[1:], count=RANKS, shared=shared)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    mesh = join(device="cpu") if is_rank() else None
+    rows: list[dict[str, Any]] = []
+    result = ResultFile("models") if mesh is None or mesh.rank == 0 else None
+    for row in _rows(arguments, mesh):
+        rows.append(row)
+        if result is not None:
+            print(_line(row), flush=True)
+            result.write(rows, finished=False)
+    if result is not None:
+        result.write(rows, finished=True)
+        print(result.path)
+        if arguments.page is not None:
+            write_page(result.path, arguments.page)
+    leave()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), help="model types")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of the sequences that would be split")
+    parser.add_argument("--gloo", action="store_true", help="also attach what is right on two gloo processes")
+    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    return parser
+
+
+def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
+    for number, family in enumerate(arguments.families):
+        row: dict[str, Any] = {"family": family}
+        try:
+            config = _configuration(family)
+        except Exception as error:  # some configurations cannot be made from their defaults; the row says so
+            yield row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
+            continue
+        found = _audited(config, arguments.seq_len, mesh, topic=f"{number}")
+        row |= _plain(found)
+        if found.right and mesh is not None:
+            row |= _verified(config, mesh)
+        window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
+        if not found.right and found.about in WINDOWS and window is not None:
+            shorter = _audited(config, window, mesh, topic=f"{number} window")
+            row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
+        yield row
+
+
+def _configuration(family: str) -> Any:
+    config = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
+    return type(config).from_dict(_without_dropout(config.to_dict()))
+
+
+def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _without_dropout(value)
+        elif isinstance(name, str) and DROPOUT.search(name) and isinstance(value, int | float):
+            settings[name] = 0.0
+    return settings
+
+
+def _audited(config: Any, seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
+    positions = getattr(config, "max_position_embeddings", None)
+    tokens = min(seq_len, positions) if type(positions) is int and positions >= TOKENS else seq_len
+    if mesh is None or mesh.rank == 0:
+        found = audit(config, seq_len_tokens=tokens, cache=None)
+        if mesh is not None:
+            mesh.broadcast(f"models {topic}", asdict(found))
+        return found
+    return Audit(**mesh.broadcast(f"models {topic}", None))
+
+
+def _plain(found: Audit) -> dict[str, Any]:
+    errors = {f"{road}_{kind}_error": value for road, kinds in found.errors.items() for kind, value in kinds.items()}
+    facts = asdict(found)
+    kept = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "parameters", "seconds")
+    return {name: facts[name] for name in kept} | errors
+
+
+def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
+    """Attach the small copy on both ranks and return how far loss and gradients are from the copy alone."""
+    began = time.perf_counter()
+    model = small_model(config, causal_class(config), TOKENS).train()
+    alone = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, model.config.vocab_size, (1, TOKENS), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    with Double():
+        wanted = alone(input_ids=ids, labels=labels).loss
+        wanted.backward()
+    plan = _dense_plan(model, mesh.world_size)
+    attached = attach(model, plan, mesh)
+    with Double():
+        loss = model(**shard({"input_ids": ids, "labels": labels}, plan, mesh.rank)).loss
+        loss.backward()
+    attached.detach()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return {
+        "gloo_loss_error": abs(float(total - wanted)) / abs(float(wanted)),
+        "gloo_gradient_error": _gradient_error(model, alone),
+        "gloo_seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _gradient_error(model: PreTrainedModel, alone: PreTrainedModel) -> float:
+    wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    worst = 0.0
+    for name, parameter in model.named_parameters():
+        if name not in wanted:
+            continue
+        summed: Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(summed)
+        size = max(float(wanted[name].abs().max()), 1e-8 * largest)
+        worst = max(worst, float((summed - wanted[name]).abs().max()) / size)
+    return worst
+
+
+def _dense_plan(model: PreTrainedModel, world_size: int) -> Plan:
+    return make_plan(
+        model=model_shape(model.config),
+        seq_len_tokens=TOKENS,
+        block_size=BLOCK_SIZE,
+        dtype="float64",
+        columns_capacity=0,
+        placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=16),
+        forward=("gather", {}),
+        backward=("ring", {}),
+        pattern=PatternSpec(
+            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": TOKENS}
+        ),
+        kernels=KernelSpec(backend="blockwise"),
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    if not row["right"]:
+        return f"{row['family']:24} refused  {row['about']}: {row['reason']}"[:200]
+    gloo = f", two gloo ranks {row['gloo_gradient_error']:.0e}" if "gloo_gradient_error" in row else ""
+    return f"{row['family']:24} right    {row['train_gradient_error']:.0e}{gloo}  ({row['seconds']:.1f} s)"
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except InputError as error:
+        print(f"models: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
