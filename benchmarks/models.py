@@ -122,7 +122,7 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, dict):
             _without_dropout(value)
-        elif isinstance(name, str) and DROPOUT.search(name) and isinstance(value, int | float):
+        elif isinstance(name, str) and DROPOUT.search(name) and isinstance(value, int | float) and value:
             settings[name] = 0.0
     return settings
 

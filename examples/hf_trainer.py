@@ -11,6 +11,7 @@ multiplies the loss by the number of ranks, because DDP averages gradients.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 import sparsering
 from sparsering import Plan
+from sparsering.runtime.mesh import Mesh
 
 
 class ShardCollator:
@@ -52,9 +54,16 @@ class ContextParallelTrainer(Trainer):
 
 
 def main() -> None:
-    """Train for some steps; write what the Trainer logs of every step, and the trained model."""
+    """Join the other ranks, train, and leave."""
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
+    train(options, mesh)
+    gc.collect()  # the Trainer and its DDP first: a process group that outlives `leave` in them may hang gloo's exit
+    sparsering.leave()
+
+
+def train(options: argparse.Namespace, mesh: Mesh) -> None:
+    """Train for some steps; write what the Trainer logs of every step, and the trained model."""
     plan = sparsering.load_plan(options.plan)
     model = load_model(options.model, dtype=getattr(torch, plan.dtype))
     sparsering.attach(model, plan, mesh)
@@ -81,7 +90,6 @@ def main() -> None:
     if mesh.rank == 0:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         (options.out / "steps.json").write_text(json.dumps(steps))
-    sparsering.leave()
 
 
 def sequences(options: argparse.Namespace, plan: Plan, *, vocabulary: int) -> TensorDataset:

@@ -11,6 +11,7 @@ this rank's shard of each. The loss needs nothing: SFTTrainer divides by the num
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 import sparsering
 from sparsering import Plan
+from sparsering.runtime.mesh import Mesh
 
 
 class ShardCollator:
@@ -57,9 +59,16 @@ class ContextParallelSFTTrainer(SFTTrainer):
 
 
 def main() -> None:
-    """Train for some steps; write what the Trainer logs of every step, and the trained model."""
+    """Join the other ranks, train, and leave."""
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
+    train(options, mesh)
+    gc.collect()  # the Trainer and its DDP first: a process group that outlives `leave` in them may hang gloo's exit
+    sparsering.leave()
+
+
+def train(options: argparse.Namespace, mesh: Mesh) -> None:
+    """Train for some steps; write what the Trainer logs of every step, and the trained model."""
     plan = sparsering.load_plan(options.plan)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, plan.dtype))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -89,7 +98,6 @@ def main() -> None:
     if mesh.rank == 0:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         (options.out / "steps.json").write_text(json.dumps(steps))
-    sparsering.leave()
 
 
 def parse() -> argparse.Namespace:

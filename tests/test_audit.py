@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 from typer.testing import CliRunner
@@ -53,22 +53,22 @@ class OwnLlama(LlamaForCausalLM):
 class ConvolvedOverTime(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
+        layers: Any = self.model.layers
+        for layer in layers:
             layer.mlp = Wrapped(layer.mlp, lambda x: x + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
 class RunningMean(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[1].mlp = Wrapped(
-            self.model.layers[1].mlp, lambda x: x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
-        )
+        layers: Any = self.model.layers
+        layers[1].mlp = Wrapped(layers[1].mlp, lambda x: x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
 
 
 class AttentionOfItsOwn(LlamaAttention):
     """Causal attention by torch, whatever the interface says."""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **keywords: Any):
+    def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -86,10 +86,10 @@ class IgnoresTheInterface(LlamaForCausalLM):
 class ScaledHead(LlamaForCausalLM):
     """Its logits, and so its loss, are not what its head gives."""
 
-    def forward(self, **keywords: Any):
+    def forward(self, *args: Any, **keywords: Any) -> Any:
         labels, shifted = keywords.pop("labels", None), keywords.pop("shift_labels", None)
         count = keywords.pop("num_items_in_batch", None)
-        output = super().forward(**keywords)
+        output: Any = super().forward(*args, **keywords)
         output.logits = output.logits / 8.0
         if labels is not None:
             output.loss = self.loss_function(
@@ -125,7 +125,8 @@ class RemembersTheLastCall(LlamaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[0].mlp = Memory(self.model.layers[0].mlp)
+        layers: Any = self.model.layers
+        layers[0].mlp = Memory(layers[0].mlp)
 
 
 class RoutesByTheBatch(Qwen3MoeForCausalLM):
@@ -133,7 +134,8 @@ class RoutesByTheBatch(Qwen3MoeForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
+        layers: Any = self.model.layers
+        for layer in layers:
             layer.mlp = Wrapped(
                 layer.mlp,
                 lambda x: x * (x.norm(dim=-1) >= x.norm(dim=-1).median(dim=1, keepdim=True).values)[..., None],
@@ -143,14 +145,15 @@ class RoutesByTheBatch(Qwen3MoeForCausalLM):
 class NoisyLayers(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[0].mlp = Wrapped(self.model.layers[0].mlp, lambda x: x + 0.01 * torch.randn_like(x))
+        layers: Any = self.model.layers
+        layers[0].mlp = Wrapped(layers[0].mlp, lambda x: x + 0.01 * torch.randn_like(x))
 
 
 class ShiftsLabelsItself(LlamaForCausalLM):
-    def forward(
-        self, labels: Tensor | None = None, shift_labels: Any = None, num_items_in_batch: Any = None, **keywords: Any
-    ):
-        output = super().forward(**keywords)
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        labels = keywords.pop("labels", None)
+        keywords = {name: v for name, v in keywords.items() if name not in ("shift_labels", "num_items_in_batch")}
+        output: Any = super().forward(*args, **keywords)
         if labels is not None:
             logits = output.logits[:, :-1].flatten(0, 1)
             output.loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
@@ -172,14 +175,15 @@ class Gate(Module):
 class UsesSomeParametersOnly(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[0].mlp = Gate(self.model.layers[0].mlp, config.hidden_size)
+        layers: Any = self.model.layers
+        layers[0].mlp = Gate(layers[0].mlp, config.hidden_size)
 
 
-MOE = Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MOE = case_config("qwen3-moe")
 FAULTS = [
     (ConvolvedOverTime, None, r"off by .*: split over ranks it is another model"),
     (RunningMean, None, r"off by .*: split over ranks it is another model"),
-    (IgnoresTheInterface, None, r"of 2 layers .*, 0 ask for it"),
+    (IgnoresTheInterface, None, r"asked for by layers \[0\] of 2"),
     (ScaledHead, None, r"off by .* by the loss of train"),
     (PositionsFromArange, None, r"off by .*: split over ranks it is another model"),
     (RemembersTheLastCall, None, r"off by .* when it is called a second time, alone"),

@@ -248,13 +248,21 @@ def _proven(small: PreTrainedModel) -> Proof:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return prove(small)
-    except InputError:
-        raise
+    except InputError as error:
+        raise _in_the_small_copy(error) from error
     except Exception as error:  # the model's own code failed, alone or split: it is not proven, and that is the answer
         where = _last_line(error)
         raise UnsupportedError(
             f"a small copy does not run ({type(error).__name__}: {error}; {where})", field="audit"
         ) from error
+
+
+def _in_the_small_copy(error: InputError) -> InputError:
+    """Say that values in a refusal are those of a small copy, where they are a user's to look up."""
+    told = str(error).removeprefix(f"{error.field}: ")
+    if error.field == "audit" or "small copy" in told:
+        return error
+    return UnsupportedError(f"{told} (seen in a small copy over {AUDITED_TOKENS} tokens)", field=error.field)
 
 
 def _last_line(error: BaseException) -> str:

@@ -253,7 +253,7 @@ def _check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
     layers = [call.layer for call in calls]
     if layers != list(range(shape.layers)):
         shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-        told = f"of {shape.layers} layers (of a small copy), {shown} ask for it; each must, once and in order"
+        told = f"is asked for by layers [{shown}] of {shape.layers} in a small copy; each must ask, once and in order"
         raise UnsupportedError(f"{told}: whatever else mixes tokens does so within a shard", field="attention")
     for call in calls:
         for what, value in (("heads", call.q[2]), ("kv_heads", call.k[2]), ("head_dim", call.q[3])):
