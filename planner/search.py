@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ..traces.errors import InputError
+from ..traces.errors import InputError, UnsupportedError
 from ..traces.files import canonical_json, sha256_of_bytes
 from ..traces.manifest import library_versions
 from ..traces.store import Trace
@@ -64,6 +64,9 @@ def plan_trace(
     if narrow_gradients and ELEMENT_BYTES[dtype] >= ACCUMULATOR_BYTES:
         raise InputError(f"sums are kept in {dtype} as it is: nothing to round", field="narrow_gradients")
     header = trace.header
+    if header.origin == "real" and header.audit_sha256 is None:
+        raise UnsupportedError("is missing: nobody audited the model; capture it anew", source=trace.folder,
+                               field="audit_sha256")  # fmt: skip
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
     computed_head_dim(backend, head_dim=model.head_dim, dtype=dtype, block_size=header.block_size)
     problem = Problem(

@@ -345,6 +345,6 @@ class _Outputs:
         plan = self._trainer.setup.plan
         header = trace_header(
             self._trainer.hf_model, model_id=self._config.model.path.name, seq_len_tokens=plan.seq_len_tokens,
-            block_size=plan.block_size, seed=self._config.seed,
+            block_size=plan.block_size, seed=self._config.seed, audited=self._trainer.setup.audited,
         )  # fmt: skip
         return TraceWriter(section.folder, header)

@@ -222,15 +222,34 @@ def test_damaged_plans_end_a_real_process_with_code_2(
     assert done.stdout == ""
 
 
-def recorded(folder: Path, choices: list[HeadChoice]) -> Trace:
-    """A trace of one layer as a capture writes it: a real model's, chosen by a selector."""
+def recorded(folder: Path, choices: list[HeadChoice], *, audit_sha256: str | None = "ab" * 32) -> Trace:
+    """A trace of one layer as a capture writes it: an audited model's, chosen by a selector."""
     header = TraceHeader(
         model=ModelShape(model_id="tiny", layers=1, heads=4, kv_heads=2, head_dim=64),
         recorded_layers=(0,), seq_len_tokens=4000, block_size=128, origin="real", seed=0,
+        audit_sha256=audit_sha256,
     )  # fmt: skip
     with TraceWriter(folder, header) as writer:
         writer.append(0, {0: (synthesize("vertical-slash", SETTINGS), choices)})
     return Trace.open(folder)
+
+
+def test_a_trace_of_a_model_that_nobody_audited_is_one_line(tmp_path: Path):
+    choice = HeadChoice(selector="vertical-slash", settings={}, kept_mass_probe=1.0, kept_mass_sampled=1.0)
+    recorded(tmp_path / "trace", [choice] * 4, audit_sha256=None)
+    arguments = [
+        "plan",
+        "--trace",
+        str(tmp_path / "trace"),
+        "--cluster",
+        "local-cpu-4",
+        "-o",
+        str(tmp_path / "plan.json"),
+    ]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith("trace: audit_sha256: is missing: nobody audited the model; capture it anew")
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_patterns_can_be_chosen_as_the_trace_chose_them(tmp_path: Path):

@@ -55,6 +55,8 @@ class TraceHeader(_Record):
     recorded_layers: the layers that each part holds, ascending
     origin:          "real" (a model ran) or "synthetic" (drawn from a seed)
     versions:        library name -> version that wrote the trace
+    audit_sha256:    of the model (class, settings, sequence length) that the runtime's audit found right to split over
+                     ranks; None for synthetic traces, which no model made
     """
 
     model: ModelShape
@@ -64,6 +66,7 @@ class TraceHeader(_Record):
     origin: Literal["real", "synthetic"]
     seed: int = Field(ge=0)
     versions: dict[str, str] = Field(default_factory=dict)
+    audit_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> Self:

@@ -51,13 +51,14 @@ class Audit:
     shape: attention's, as the configuration states it and the small copy showed it
     errors: largest relative errors by road ("attach", "train") and kind ("loss", "logits", "gradient")
     modules: the classes that the small copy is made of; layers: how many it had
-    digest: of class, configuration, length and versions
+    digest: of all that it rests on, versions and sources too; model_sha256: of class, settings and length alone
     """
 
     model_type: str
     model_class: str
     seq_len_tokens: int
     digest: str
+    model_sha256: str
     right: bool
     reason: str | None = None
     about: str | None = None
@@ -92,6 +93,7 @@ def audit(
     began = time.perf_counter()
     facts = Audit(
         model_type=config.model_type, model_class=chosen.__name__, seq_len_tokens=seq_len_tokens, digest=digest,
+        model_sha256=model_digest(config, chosen, seq_len_tokens),
         right=False, versions=_versions(),
     )  # fmt: skip
     try:
@@ -162,13 +164,18 @@ def causal_class(config: Any) -> type[PreTrainedModel]:
     return found[0] if isinstance(found, tuple | list) else found
 
 
+def model_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
+    """Return the SHA-256 of what was audited: class, settings, and the length that windows are judged against."""
+    name = f"{model_class.__module__}.{model_class.__qualname__}"
+    document = {"class": name, "config": _plain_settings(config), "seq_len_tokens": seq_len_tokens}
+    return sha256_of_bytes(canonical_json(document))
+
+
 def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
-    """Return the SHA-256 of what an audit rests on: class and its source, configuration, length, versions, our code."""
+    """Return the SHA-256 of all that an audit rests on: the model, the source of its class, versions, our own code."""
     document = {
-        "class": f"{model_class.__module__}.{model_class.__qualname__}",
+        "model": model_digest(config, model_class, seq_len_tokens),
         "source": _source_digest(model_class),
-        "config": _plain_settings(config),
-        "seq_len_tokens": seq_len_tokens,
         "versions": _versions(),
         "audit": _own_digest(),
     }

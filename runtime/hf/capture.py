@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
 from ...kernels.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...planner.backends import computed_head_dim
 from ...traces.errors import InputError, UnsupportedError
 from ...traces.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
@@ -33,7 +34,7 @@ from ...traces.rows import HeadChoice
 from ...traces.store import StepWriter, TraceWriter
 from ..selectors import Selector
 from .attention_call import check_attention_call, refuse_masks
-from .audit import require_model
+from .audit import Audit, require_model
 from .shape import check_angles, model_body, model_shape
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
@@ -66,8 +67,14 @@ def trace_header(
     block_size: int,
     seed: int = 0,
     layers: tuple[int, ...] | None = None,
+    audited: Audit | None = None,
 ) -> TraceHeader:
-    """Return the header of a trace of this model. layers: which to record, all by default. InputError if impossible."""
+    """Return the header of a trace of this model.
+
+    layers: which to record, all by default. audited: the model's audit where it was made already. Raises InputError if
+    impossible, UnsupportedError with the reason when the model does not pass the audit.
+    """
+    audited = audited or require_model(model, seq_len_tokens=seq_len_tokens)
     stated = model_shape(model.config)
     shape: dict[str, Any] = {"model_id": model_id} | stated.model_dump()
     parse_model(ModelShape, shape)
@@ -80,6 +87,7 @@ def trace_header(
             "block_size": block_size,
             "origin": "real",
             "seed": seed,
+            "audit_sha256": audited.model_sha256,
             "versions": library_versions("sparsering", "torch", "transformers", "pyarrow"),
         },
     )
@@ -106,6 +114,8 @@ def capture_model(
         raise InputError(f"has {ids.shape[1]} tokens, the trace {header.seq_len_tokens}", field="token_ids")
     check_angles(model)
     require_model(model, seq_len_tokens=header.seq_len_tokens)
+    if settings.sparse:
+        _check_kernels(model, settings, header)
     step_number = writer.next_step if training_step is None else training_step
     with writer.step(step_number) as step, _attention_replaced(model):
         recorder = _Recorder(step, settings, progress)
@@ -113,6 +123,18 @@ def capture_model(
             # The body without the head: logits of long sequences are large and nobody looks at them.
             model_body(model)(input_ids=ids.to(model.device), use_cache=False)
     return step_number
+
+
+def _check_kernels(model: PreTrainedModel, settings: CaptureSettings, header: TraceHeader) -> None:
+    """Refuse heads that the kernels of sparse attention do not compute, before the first layer."""
+    computed_head_dim(
+        _backend(settings, model.device.type), head_dim=header.model.head_dim,
+        dtype=str(model.dtype).removeprefix("torch."), block_size=header.block_size,
+    )  # fmt: skip
+
+
+def _backend(settings: CaptureSettings, device_type: str) -> str:
+    return settings.backend or ("triton" if device_type == "cuda" else "blockwise")
 
 
 def pattern_of(mask: AttentionMask) -> LayerPattern:
@@ -162,7 +184,7 @@ class _Recorder:
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
         if self.settings.sparse and mask is not None:
-            backend = self.settings.backend or ("triton" if q.is_cuda else "blockwise")
+            backend = _backend(self.settings, q.device.type)
             return full_attention(q, k, v, mask, scale=scale, backend=backend)[0]
         return dense_causal(q, k, v, scale=scale)
 
