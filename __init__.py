@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .runtime.hf.attach import attach as attach
     from .runtime.hf.audit import audit as audit
     from .runtime.hf.shard import shard as shard
+    from .runtime.mesh import Mesh as Mesh
     from .runtime.mesh import join as join
     from .runtime.mesh import leave as leave
     from .traces.errors import InputError as InputError
@@ -34,6 +35,7 @@ _HOMES = {
     "Cluster": "planner.cluster",
     "InputError": "traces.errors",
     "LayerPattern": "traces.pattern",
+    "Mesh": "runtime.mesh",
     "Plan": "planner.plan",
     "Timeline": "traces.timeline",
     "Trace": "traces.store",

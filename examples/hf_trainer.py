@@ -11,7 +11,6 @@ multiplies the loss by the number of ranks, because DDP averages gradients.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import sparsering
-from sparsering import Plan
-from sparsering.runtime.mesh import Mesh
+from sparsering import Mesh, Plan
 
 
 class ShardCollator:
@@ -58,14 +56,14 @@ def main() -> None:
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
     train(options, mesh)
-    gc.collect()  # the Trainer and its DDP first: a process group that outlives `leave` in them may hang gloo's exit
     sparsering.leave()
 
 
 def train(options: argparse.Namespace, mesh: Mesh) -> None:
     """Train for some steps; write what the Trainer logs of every step, and the trained model."""
     plan = sparsering.load_plan(options.plan)
-    model = load_model(options.model, dtype=getattr(torch, plan.dtype))
+    low = plan.dtype == "bfloat16"  # then autocast computes in it, and weights and optimizer stay float32
+    model = load_model(options.model, dtype=torch.float32 if low else getattr(torch, plan.dtype))
     sparsering.attach(model, plan, mesh)
     model.gradient_checkpointing_enable()
     trainer = ContextParallelTrainer(
@@ -77,6 +75,7 @@ def train(options: argparse.Namespace, mesh: Mesh) -> None:
             gradient_accumulation_steps=options.accumulate,
             learning_rate=options.learning_rate,
             ddp_find_unused_parameters=False,
+            bf16=low,
             use_cpu=mesh.device.type == "cpu",
             logging_steps=1,
             save_strategy="no",

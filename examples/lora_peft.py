@@ -29,9 +29,10 @@ def main() -> None:
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
     plan = sparsering.load_plan(options.plan)
     model = load_model(options.model, dtype=getattr(torch, plan.dtype))
+    model.gradient_checkpointing_enable()
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).to(mesh.device)
-    sparsering.attach(adapted, plan, mesh)  # pyright: ignore[reportArgumentType] # finds the transformers model inside of peft's
+    sparsering.attach(adapted, plan, mesh)  # finds the transformers model inside of peft's
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
 

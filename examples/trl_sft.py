@@ -11,7 +11,6 @@ this rank's shard of each. The loss needs nothing: SFTTrainer divides by the num
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 import sparsering
-from sparsering import Plan
-from sparsering.runtime.mesh import Mesh
+from sparsering import Mesh, Plan
 
 
 class ShardCollator:
@@ -63,7 +61,6 @@ def main() -> None:
     options = parse()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
     train(options, mesh)
-    gc.collect()  # the Trainer and its DDP first: a process group that outlives `leave` in them may hang gloo's exit
     sparsering.leave()
 
 

@@ -5,6 +5,7 @@ Ranks agree on the plan through the store (no collective) before anything else i
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -211,6 +212,7 @@ def leave() -> None:
 
     While an error is on its way out (in a `finally`) there is no goodbye: the others, who wait for this rank, lose it.
     """
+    gc.collect()  # what holds a process group in a cycle (DDP, Trainers) would end it later, when nobody else does
     sentinel = _sentinels.pop() if _sentinels else None
     failing = sys.exc_info()[1] is not None
     if sentinel is not None:

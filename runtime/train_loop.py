@@ -277,10 +277,10 @@ class Trainer:
         flops = step_flops(self.setup.facts, self.setup.plan, sequences=config.sequences_per_step, density=mean)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name, config.metrics.peak_flops_per_device if config.metrics else None)
-        rate = None if peak is None else result.seconds * peak * self.world.world_size
+        rate = None if peak is None or flops is None else result.seconds * peak * self.world.world_size
         return {
-            "mfu_actual": None if rate is None else flops.actual / rate,
-            "mfu_dense_equivalent": None if rate is None else flops.dense_equivalent / rate,
+            "mfu_actual": None if rate is None or flops is None else flops.actual / rate,
+            "mfu_dense_equivalent": None if rate is None or flops is None else flops.dense_equivalent / rate,
             "density": mean if loads else 1.0,
             "density_per_layer": [means[layer] for layer in sorted(means)],
             "density_per_head": [loads[layer].density for layer in sorted(loads)],

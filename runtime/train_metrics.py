@@ -35,14 +35,16 @@ class StepFlops:
         return self.matrices + self.attention_dense
 
 
-def step_flops(facts: ModelFacts, plan: Plan, *, sequences: int, density: float | None) -> StepFlops:
-    """Return the FLOPs of `sequences` sequences at this mean density of blocks.
+def step_flops(facts: ModelFacts, plan: Plan, *, sequences: int, density: float | None) -> StepFlops | None:
+    """Return the FLOPs of `sequences` sequences at this mean density of blocks; None where experts hide their number.
 
     Active blocks count whole; dense attention counts S * S / 2; columns are bounded by the plan's capacity (each is
     seen by half of the queries on average). density None: dense.
     """
     tokens, shape = plan.seq_len_tokens, plan.model
-    matrices = 6.0 * (facts.parameters - (0 if facts.tied else facts.embedding_parameters)) * tokens
+    if facts.active_parameters is None:
+        return None
+    matrices = 6.0 * (facts.active_parameters - (0 if facts.tied else facts.embedding_parameters)) * tokens
     per_pair = 4.0 * shape.head_dim * shape.heads * shape.layers * (1 + BACKWARD_TO_FORWARD)
     dense = per_pair * tokens * tokens / 2
     blocks = -(-tokens // plan.block_size)

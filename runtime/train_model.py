@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..planner.plan import ModelShape
 from ..traces.errors import InputError
 from .hf.head_loss import ModelWithLoss
-from .hf.shape import check_angles, decoder_layers, model_shape
+from .hf.shape import active_parameters, check_angles, decoder_layers, model_shape
 from .losses import pick_implementation
 from .recompute import checkpoint_layer
 from .train_config import ModelSection, TrainConfig
@@ -31,8 +31,9 @@ from .train_config import ModelSection, TrainConfig
 class ModelFacts:
     """What is known of a model from its configuration alone.
 
-    parameters: counted without memory; embedding_parameters: those of the input embedding, which take part in no matrix
-    product of their own.
+    parameters: counted without memory; active_parameters: those that a token meets, of experts the ones it visits (None
+    where the model does not say how many); embedding_parameters: those of the input embedding, which take part in no
+    matrix product of their own.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class ModelFacts:
     vocabulary: int
     tied: bool
     parameters: int
+    active_parameters: int | None
     embedding_parameters: int
     layer_parameters: int
 
@@ -82,6 +84,7 @@ def model_facts(config: Any) -> ModelFacts:
         vocabulary=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        active_parameters=active_parameters(model),
         embedding_parameters=embedding,
         layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()),
     )

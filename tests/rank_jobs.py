@@ -374,6 +374,20 @@ def case_step(mesh: Mesh, *, name: str, ids: np.ndarray, labels: np.ndarray, hea
     return {"loss": output.loss.item(), "logits": _numpy(output.logits), "positions": positions, "gradients": gradients}
 
 
+def autocast_step(mesh: Mesh) -> dict[str, Any]:
+    """Forward and backward of float32 weights under autocast, as Trainers do with bf16=True, by a bfloat16 plan."""
+    model = case_model("llama", dtype=torch.float32).train()
+    plan = dense_plan(model.config, world_size=mesh.world_size, dtype="bfloat16")
+    attached = attach(model, plan, mesh)
+    ids = torch.randint(3, 250, (1, 256), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**shard({"input_ids": ids}, plan, mesh.rank)).loss
+    loss.backward()
+    attached.detach()
+    types = sorted({str(p.grad.dtype) for p in model.parameters() if p.grad is not None})
+    return {"loss": loss.item(), "types": types, "ids": ids.numpy()}
+
+
 def guarded_calls(mesh: Mesh) -> dict[str, str]:
     """Call an attached model wrongly in every way; return what each call says, "" for none."""
     model = case_model("llama")

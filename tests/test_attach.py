@@ -58,6 +58,14 @@ def test_a_right_family_equals_the_model_alone(name: str, rank_pools: Pools) -> 
         np.testing.assert_allclose(summed, parameter.grad.numpy(), rtol=0, atol=room, err_msg=parameter_name)
 
 
+def test_autocast_computes_in_the_plans_type(rank_pools: Pools) -> None:
+    results = rank_pools(2).run("autocast_step")
+    ids = torch.from_numpy(results[0]["ids"])
+    wanted = case_model("llama", dtype=torch.float32)(input_ids=ids, labels=ids).loss.item()
+    assert sum(result["loss"] for result in results) == pytest.approx(wanted, rel=5e-3)
+    assert all(result["types"] == ["torch.float32"] for result in results)
+
+
 def test_wrong_calls_of_an_attached_model_are_one_line(rank_pools: Pools) -> None:
     wanted = {
         "no positions": "position_ids: is missing",

@@ -311,7 +311,7 @@ def test_attention_that_would_be_silently_wrong_is_refused(message: str) -> None
 def test_masks_that_would_be_needed_are_refused() -> None:
     plain: dict[str, Any] = {"batch_size": 1, "q_length": 9, "kv_length": 9, "mask_function": causal_mask_function}
     assert refuse_masks(**plain, attention_mask=torch.ones(1, 9, dtype=torch.bool)) is None
-    assert refuse_masks(**(plain | {"mask_function": sliding_window_causal_mask_function(9)})) is None
+    assert refuse_masks(1, 9, 9, mask_function=sliding_window_causal_mask_function(9)) is None
     padded = torch.tensor([[True] * 8 + [False]])
     for change in (
         {"attention_mask": padded},

@@ -31,6 +31,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 WORLD_SIZE, SEQ_LEN_TOKENS, STEPS, ACCUMULATE = 2, 256, 3, 2
 LEARNING_RATE = 1e-3
 TOLERANCE = 1e-5
+PATIENCE_S = 180.0
 Steps = list[dict[str, float]]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -111,11 +112,10 @@ def _line(ids: Tensor, *, prompt_tokens: int) -> dict[str, str]:
 @pytest.fixture
 def trainers_leave_no_trace() -> Iterator[None]:
     """Trainers keep state in the process and in its environment; later tests must not meet it."""
+    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
     before = dict(os.environ)
     yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.clear()
     os.environ.update(before)
 
@@ -129,8 +129,15 @@ def run_example(name: str, setting: Setting, out: Path, *arguments: str | Path) 
     ]  # fmt: skip
     environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}  # also where there are GPUs: fewer, maybe, than ranks
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
+        try:
+            said, _ = launcher.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # so that torchrun ends its workers; killed, it would leave them behind
+            raise
+    assert launcher.returncode == 0, said[-8000:]
     return json.loads((out / "steps.json").read_text())
 
 
@@ -194,7 +201,6 @@ def test_fsdp2_loop(setting: Setting, tmp_path: Path) -> None:
 
 
 def test_hf_trainer(setting: Setting, tmp_path: Path, trainers_leave_no_trace: None) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
     from transformers import Trainer, TrainingArguments
 
     steps = run_example("hf_trainer.py", setting, tmp_path, *token_files(setting), "--accumulate", str(ACCUMULATE))

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model_cases import case_config
 from sparsering.kernels import flash4_launch
 from sparsering.planner.placement import striped
 from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from sparsering.runtime.hf import shape
 from sparsering.runtime.losses import linear_cross_entropy_sum
 from sparsering.runtime.optimizer import learning_rate
 from sparsering.runtime.train_config import OptimizerSection, load_config, parse_config
@@ -98,6 +100,15 @@ def test_parameters_are_counted_without_memory(tmp_path: Path) -> None:
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.embedding_parameters == 256 * 32
     assert facts.shape == ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8)
+
+
+def test_a_token_meets_the_experts_that_it_visits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = model_facts(case_config("qwen3-moe"))
+    experts = 2 * 4 * 3 * 64 * 32  # layers, experts, matrices, hidden, inner
+    assert facts.active_parameters == facts.parameters - experts // 2
+    assert model_facts(case_config("llama")).active_parameters == model_facts(case_config("llama")).parameters
+    monkeypatch.setattr(shape, "EXPERTS_OF_A_TOKEN", ())  # as where a family has another name for it
+    assert model_facts(case_config("qwen3-moe")).active_parameters is None
 
 
 def _plan(folder: Path, **changes: Any) -> str:

@@ -126,7 +126,7 @@ class Attached:
 
 
 def attach(
-    model: PreTrainedModel, plan: Plan, mesh: Mesh, *, trace: Trace | None = None, training_step: int | None = None
+    model: Module, plan: Plan, mesh: Mesh, *, trace: Trace | None = None, training_step: int | None = None
 ) -> Attached:
     """Make `model` compute its attention over the ranks of `mesh` as `plan` says. Collective.
 
@@ -194,6 +194,9 @@ def _planned_attention(
     check_attention_call(
         module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=attached.seq_len_tokens
     )
+    if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(low) for tensor in (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attached.attend(module.layer_idx, q, k, v, scaling), None
 

@@ -20,6 +20,10 @@ SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logi
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadForm:
     """What lies between the head's product and the loss: softcap * tanh(scale * x / softcap), or scale * x."""
@@ -77,6 +81,20 @@ def head_form(config: Any) -> HeadForm:
         if isinstance(value, int | float) and value > 0:
             softcap = float(value)
     return HeadForm(scale=scale, softcap=softcap)
+
+
+def active_parameters(model: PreTrainedModel) -> int | None:
+    """Return how many parameters a token meets: of experts, those that it visits. None where the number is not said."""
+    text = text_config(model.config)
+    total = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if not experts:
+        return total
+    counts = [value for name in EXPERTS if type(value := setting(text, name)) is int and value > 0]
+    visited = [value for name in EXPERTS_OF_A_TOKEN if type(value := setting(text, name)) is int and value > 0]
+    if not counts or not visited:
+        return None
+    return total + experts * visited[0] // counts[0]
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:

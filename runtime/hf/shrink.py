@@ -18,7 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from .shape import decoder_layers, model_shape, setting, text_config
+from .shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, model_shape, setting, text_config
 
 SMALLEST_HEAD_DIM = 8
 SMALL_VOCABULARY = 256
@@ -32,8 +32,6 @@ WIDTHS = re.compile(
     r"|lora_rank|_rank$|d_ssm|rotary_dim|hidden_dim|d_ff|dim_ff|dim_model|mid_dim|channels|d_rel$)"
 )
 INNER_WIDTHS = re.compile(r"(intermediate|ffn|dff|d_ff|dim_ff|n_inner|mlp_dim)")
-EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num)$")
-EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 EXPERT_GROUPS = ("n_group", "num_expert_group")
 NO_WIDTHS = re.compile(r"(multipl|factor|ratio|scale|norm|dropout|vocab|laurel|init|std|cap$|multiple_of)")
 # Numbers that stay as they are: counts, states, scales. What is in no list and large is taken for a number of tokens.
@@ -137,7 +135,7 @@ def _fewer_experts(settings: dict[str, Any]) -> None:
     groups = max((value for name in EXPERT_GROUPS if type(value := settings.get(name)) is int), default=1)
     enough = -(-max(2 * visited, 2 * groups, FEWEST_EXPERTS) // groups) * groups
     for name, value in settings.items():
-        if EXPERTS.search(name) and type(value) is int:
+        if name in (*EXPERTS, "zero_expert_num") and type(value) is int:
             settings[name] = min(value, enough)
 
 
