@@ -426,7 +426,7 @@ def guarded_calls(mesh: Mesh) -> dict[str, str]:
 
 def _gpu_case(name: str, mesh: Mesh, dtype: torch.dtype) -> Any:
     """Return the same weights in any type; converting the model would round its rotation angles too."""
-    model = case_model(name, dtype=dtype)
+    model: Any = case_model(name, dtype=dtype)
     model.load_state_dict(case_model(name, dtype=torch.float32, head_gain=5.0).state_dict())
     return model.to(mesh.device).train()
 
@@ -466,7 +466,8 @@ def attached_on_gpus(mesh: Mesh, *, name: str) -> dict[str, float]:
 
 def wrong_positions_on_gpus(mesh: Mesh) -> dict[str, str]:
     """Call an attached model with its own shard, with the other rank's, and with its own again."""
-    model = case_model("llama", dtype=torch.bfloat16).to(mesh.device)
+    made: Any = case_model("llama", dtype=torch.bfloat16)
+    model = made.to(mesh.device)
     plan = dense_plan(model.config, world_size=mesh.world_size, dtype="bfloat16", kernels=KernelSpec(backend="triton"))
     batch = {"input_ids": torch.arange(256, device=mesh.device)[None] % 250}
     own, other = (shard(batch, plan, rank) for rank in (mesh.rank, 1 - mesh.rank))
