@@ -59,8 +59,9 @@ def read_model_config(section: ModelSection) -> Any:
             config.rope_parameters = dict(section.rope_parameters)
             config.standardize_rope_params()
             config.validate_rope()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is no usable model configuration ({error})", source=source, field="model") from error
+    except Exception as error:  # whatever is wrong with a user's file, one line says it
+        told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise InputError(f"is no usable model configuration ({told})", source=source, field="model") from error
     if not section.random_weights and not list(source.parent.glob("*.safetensors")):
         raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
                          field="model.path")  # fmt: skip
@@ -72,8 +73,9 @@ def model_facts(config: Any) -> ModelFacts:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except ValueError as error:
-            raise InputError(f"is no causal language model ({error})", field="model.path") from error
+        except Exception as error:  # whatever its class says about the values, one line says it
+            told = f"makes no causal language model ({type(error).__name__}: {error})"
+            raise InputError(told, field="model.path") from error
     embedding = model.get_input_embeddings().weight.numel()
     layers = decoder_layers(model)
     return ModelFacts(

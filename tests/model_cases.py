@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "llama": ("llama", {}, None),
     "llama-gqa7": ("llama", {"num_attention_heads": 14, "hidden_size": 224, "head_dim": 16}, None),
     "llama-yarn": ("llama", {"rope_parameters": YARN}, None),
+    "llama-dynamic-short": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+                            None),
     "qwen3": ("qwen3", {"head_dim": 32}, None),
     "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 64, "sliding_window": 4096}, None),
     "granite": ("granite", {"attention_multiplier": 0.125, "logits_scaling": 8.0, "residual_multiplier": 0.22,
@@ -62,7 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "llama-dynamic": ("llama", {"max_position_embeddings": 96,
                                 "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
                       "rope_parameters.rope_type: 'dynamic' depends on the length a rank sees"),
-    "gemma3-dynamic": ("gemma3_text", {"head_dim": 16, "sliding_window": 4096, "rope_parameters": NESTED_DYNAMIC},
+    "gemma3-dynamic": ("gemma3_text", {"head_dim": 16, "sliding_window": 4096, "max_position_embeddings": 96,
+                                       "rope_parameters": NESTED_DYNAMIC},
                        "rope_parameters.full_attention.rope_type: 'dynamic'"),
     # head dims of queries and values that differ
     "deepseek-v3": ("deepseek_v3", {**MLA, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
-from model_cases import case_model, dense_plan
+from model_cases import case_config, case_model, dense_plan
 from sparsering.planner.check import check
 from sparsering.planner.check_playable import check_playable
 from sparsering.planner.layout_draft import COLUMNS
@@ -374,6 +374,35 @@ def case_step(mesh: Mesh, *, name: str, ids: np.ndarray, labels: np.ndarray, hea
     return {"loss": output.loss.item(), "logits": _numpy(output.logits), "positions": positions, "gradients": gradients}
 
 
+def padded_beyond_positions(mesh: Mesh) -> str:
+    """Attach a model with as many learned positions as tokens to a plan that pads them."""
+    config = case_config("gpt2")
+    config.n_positions = 250
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
+    placement = striped(seq_len_tokens=250, world_size=mesh.world_size, granularity_tokens=64)
+    plan = dense_plan(config, world_size=mesh.world_size, seq_len_tokens=250, placement=placement)
+    return _told(lambda: attach(model, plan, mesh))
+
+
+def first_losses(mesh: Mesh) -> dict[str, str]:
+    """Attach anew for each way in which ranks may be wrong together; return what the first call with labels says."""
+    ids = torch.arange(256)[None] % 250
+    labels = ids.masked_fill(torch.arange(256)[None] > 100, -100)
+    told = {}
+    for name in ("right", "own count", "not shifted", "other weights"):
+        model = case_model("llama", seed=mesh.rank if name == "other weights" else 0)
+        plan = dense_plan(model.config, world_size=mesh.world_size)
+        attached = attach(model, plan, mesh)
+        part = shard({"input_ids": ids, "labels": labels}, plan, mesh.rank)
+        if name == "own count":
+            part["num_items_in_batch"] = (part["labels"] != -100).sum().clamp(min=1)
+        if name == "not shifted":
+            part["shift_labels"] = part["labels"] = part["input_ids"]
+        told[name] = _told(lambda model=model, part=part: model(**part))
+        attached.detach()
+    return told
+
+
 def autocast_step(mesh: Mesh) -> dict[str, Any]:
     """Forward and backward of float32 weights under autocast, as Trainers do with bf16=True, by a bfloat16 plan."""
     model = case_model("llama", dtype=torch.float32).train()
@@ -406,6 +435,8 @@ def guarded_calls(mesh: Mesh) -> dict[str, str]:
         "no shifted labels": lambda: model(**without("shift_labels")),
         "no count": lambda: model(**without("num_items_in_batch")),
         "two sequences": lambda: model(**{n: v.expand(2, -1) if v.dim() else v for n, v in own.items()}),
+        "router losses": lambda: model(**own, output_router_logits=True),
+        "labels by place": lambda: model(own["input_ids"], None, own["position_ids"], None, None, own["labels"]),
         "attached twice": lambda: attach(model, plan, mesh),
         "body alone": lambda: model.model(input_ids=own["input_ids"]),
         "right": lambda: model(**own),
@@ -417,6 +448,9 @@ def guarded_calls(mesh: Mesh) -> dict[str, str]:
     same = copied(**own).loss.item() == model(**own).loss.item()
     compiled = torch.compile(model, backend="eager")
     told["compiled"] = "" if abs(compiled(**own).loss.item() - model(**own).loss.item()) < 1e-12 and same else "differs"
+    model.set_attn_implementation("sdpa")
+    told["another attention"] = _told(lambda: model(**own))
+    model.set_attn_implementation(ATTENTION_NAME)
     attached.detach()
     told["detached copy"] = _told(lambda: copied(**own))
     told["detached"] = _told(lambda: model(input_ids=ids, labels=ids))

@@ -74,6 +74,9 @@ def test_wrong_calls_of_an_attached_model_are_one_line(rank_pools: Pools) -> Non
         "no shifted labels": "shift_labels: is missing beside labels",
         "no count": "num_items_in_batch: is missing beside labels",
         "two sequences": "batch size: is 2; patterns are chosen for one sequence at a time",
+        "router losses": "output_router_logits: is on",
+        "labels by place": "shift_labels: is missing beside labels",
+        "another attention": "attn_implementation: is 'sdpa' since it was attached",
         "attached twice": "model: is attached already",
         "body alone": "position_ids: is missing",
         "detached copy": "model: was detached from its plan",
@@ -82,6 +85,24 @@ def test_wrong_calls_of_an_attached_model_are_one_line(rank_pools: Pools) -> Non
         for name, message in told.items():
             assert message.startswith(wanted[name]) if name in wanted else not message, (name, message)
             assert "\n" not in message
+
+
+def test_ranks_are_compared_when_they_first_compute_a_loss(rank_pools: Pools) -> None:
+    wanted = {
+        "right": "",
+        "own count": "num_items_in_batch: is ",
+        "not shifted": "shift_labels: are the tokens themselves, not shifted",
+        "other weights": "first loss ",
+    }
+    for told in rank_pools(2).run("first_losses"):
+        assert told.keys() == wanted.keys()
+        for name, message in told.items():
+            assert message.startswith(wanted[name]) and bool(message) == bool(wanted[name]), (name, message)
+
+
+def test_a_plan_that_pads_beyond_learned_positions_is_refused(rank_pools: Pools) -> None:
+    for told in rank_pools(2).run("padded_beyond_positions"):
+        assert told.startswith("max_position_embeddings: is 250; the plan pads 250 tokens to 256")
 
 
 @pytest.mark.parametrize("name", ["granite", "granite-scale-1", "llama", "gemma3"])

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from model_cases import BASE, CASES, case_config
 from rank_pool import RankFailure, RankPool
 from sparsering import cli
-from sparsering.runtime.hf.audit import Audit, audit, require_model
-from sparsering.runtime.hf.proof import TOLERANCE
+from sparsering.runtime.hf.audit import Audit, audit, require_model, small_model
+from sparsering.runtime.hf.proof import TOLERANCE, prove
 from sparsering.traces.errors import UnsupportedError
 from train_runs import write_run
 
@@ -179,19 +179,89 @@ class UsesSomeParametersOnly(LlamaForCausalLM):
         layers[0].mlp = Gate(layers[0].mlp, config.hidden_size)
 
 
+def shifted(x: Tensor) -> Tensor:
+    """Let every token see the one before it."""
+    return x + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class ShiftedIf(Module):
+    """An MLP in which tokens see their neighbours where a condition holds."""
+
+    def __init__(self, inner: Module, condition: Callable[[Module, Tensor], bool]) -> None:
+        super().__init__()
+        self.inner, self.condition = inner, condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shifted(self.inner(x)) if self.condition(self, x) else self.inner(x)
+
+
+def shifting(condition: Callable[[Any, int, Module, Tensor], bool]) -> type[LlamaForCausalLM]:
+    """Return a class whose layers let tokens see their neighbours where (config, layer, module, x) say so."""
+
+    class Shifting(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            layers: Any = self.model.layers
+            for number, layer in enumerate(layers):
+                layer.mlp = ShiftedIf(layer.mlp, lambda module, x, n=number: condition(config, n, module, x))
+
+    return Shifting
+
+
+ManyTokens = shifting(lambda config, layer, module, x: x.shape[1] > 200)
+LateLayers = shifting(lambda config, layer, module, x: layer >= 5)
+LengthInADictionary = shifting(lambda config, layer, module, x: x.shape[1] > config.sparse_config["dense_len"])
+LengthAsAFloat = shifting(lambda config, layer, module, x: x.shape[1] > config.dense_len)
+OtherwiseInEval = shifting(lambda config, layer, module, x: not module.training)
+
+
+class SegmentsByToken(LlamaForCausalLM):
+    """Counts how often a special token came before: over the shard, not over the sequence."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        embed = self.model.embed_tokens
+        embed.register_forward_hook(lambda module, inputs, out: out + (inputs[0] == 2).cumsum(1)[..., None])
+
+
 MOE = case_config("qwen3-moe")
+OTHERS = r"what a token becomes depends on others|off by .*: split over ranks it is another model"
 FAULTS = [
-    (ConvolvedOverTime, None, r"off by .*: split over ranks it is another model"),
-    (RunningMean, None, r"off by .*: split over ranks it is another model"),
+    (ConvolvedOverTime, None, OTHERS),
+    (RunningMean, None, OTHERS),
     (IgnoresTheInterface, None, r"asked for by layers \[0\] of 2"),
     (ScaledHead, None, r"off by .* by the loss of train"),
-    (PositionsFromArange, None, r"off by .*: split over ranks it is another model"),
-    (RemembersTheLastCall, None, r"off by .* when it is called a second time, alone"),
-    (RoutesByTheBatch, MOE, r"off by .*: split over ranks it is another model"),
-    (NoisyLayers, None, r"off by "),
+    (PositionsFromArange, None, OTHERS),
+    (RemembersTheLastCall, None, rf"off by .* when it is called a second time, alone|{OTHERS}"),
+    (RoutesByTheBatch, MOE, OTHERS),
+    (NoisyLayers, None, OTHERS),
     (ShiftsLabelsItself, None, r"off by .* by the loss of attach"),
-    (UsesSomeParametersOnly, None, r"gets a gradient only from some tokens"),
+    (UsesSomeParametersOnly, None, rf"gets a gradient only from some tokens|{OTHERS}"),
 ]
+# What a small copy of few tokens, few layers, in training mode, would not show.
+HIDDEN = [
+    (ManyTokens, {}),
+    (LateLayers, {"num_hidden_layers": 8}),
+    (LengthInADictionary, {"sparse_config": {"dense_len": 200}}),
+    (LengthAsAFloat, {"dense_len": 200.0}),
+    (SegmentsByToken, {}),
+    (OtherwiseInEval, {}),
+]
+
+
+@pytest.mark.parametrize(("model_class", "changes"), HIDDEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_that_hides_from_a_small_copy_is_caught(model_class: Any, changes: dict[str, Any]) -> None:
+    settings: dict[str, Any] = SMALL | changes
+    found = audited(model_class, LlamaConfig(**settings), seq_len_tokens=512)
+    assert not found.right
+    assert "what a token becomes depends on others" in f"{found.reason}", found.reason
+
+
+@pytest.mark.parametrize(("model_class", "config", "reason"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_proof_alone_catches_a_planted_fault(model_class: Any, config: Any, reason: str) -> None:
+    chosen = LlamaConfig(**SMALL) if config is None else config
+    with pytest.raises(UnsupportedError):
+        prove(small_model(chosen, model_class, SEQ_LEN_TOKENS))
 
 
 @pytest.mark.parametrize(("model_class", "config", "reason"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
@@ -271,14 +341,89 @@ def test_the_digest_is_of_the_classs_source_too() -> None:
     assert own.digest != plain.digest and replace(own, seconds=0.0).right
 
 
-def test_modules_that_the_class_does_not_make_are_refused() -> None:
-    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
-    require_model(model, seq_len_tokens=SEQ_LEN_TOKENS)
+class OwnMLP(LlamaMLP):
+    """A class that is one of the model's own, and something else."""
+
+
+def _with_memory(model: Any) -> None:
     model.model.layers[1].mlp = Memory(model.model.layers[1].mlp)
-    with pytest.raises(
-        UnsupportedError, match=r"model.layers.1.mlp: is a \S*Memory, which LlamaForCausalLM does not have"
-    ):
+
+
+def _with_own_mlp(model: Any) -> None:
+    model.model.layers[1].mlp = OwnMLP(model.config)
+
+
+def _with_own_forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: shifted(plain(x))
+
+
+def _with_hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, out: shifted(out))
+
+
+def _with_own_loss(model: Any) -> None:
+    model.loss_function = lambda logits, **more: 2 * logits.mean()
+
+
+def _with_dropout(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.Dropout(0.1)
+
+
+def _with_another_scale(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling = 1.0
+
+
+def _with_another_activation_setting(model: Any) -> None:
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with_memory, r"model.layers.1.mlp: is a \S*Memory, which LlamaForCausalLM does not have"),
+        (_with_own_mlp, r"model.layers.1.mlp: is a \S*OwnMLP, which LlamaForCausalLM does not have"),
+        (_with_own_forward, r"model.layers.1.mlp: has a method or hook of \S*_with_own_forward"),
+        (_with_hook, r"model.layers.1.mlp: has a method or hook of \S*_with_hook"),
+        (_with_own_loss, r"LlamaForCausalLM: has a method or hook of \S*_with_own_loss"),
+        (_with_dropout, r"model.layers.0.mlp.act_fn: drops 0.1"),
+        (_with_another_scale, r"model.layers.1.self_attn.scaling: is 1.0, the model's configuration makes it 0.25"),
+        (_with_another_activation_setting, r"model.rotary_emb.rope_type: is 'default', .* makes it 'linear'"),
+    ],
+)
+def test_what_came_into_a_model_later_is_refused(change: Callable[[Any], None], message: str) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    require_model(model, seq_len_tokens=SEQ_LEN_TOKENS)
+    change(model)
+    with pytest.raises(UnsupportedError, match=message):
         require_model(model, seq_len_tokens=SEQ_LEN_TOKENS)
+
+
+def test_adapters_of_lora_are_let_through() -> None:
+    peft = pytest.importorskip("peft")
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    )
+    require_model(adapted.get_base_model(), seq_len_tokens=SEQ_LEN_TOKENS)
+
+
+def test_an_audit_does_not_depend_on_its_surroundings() -> None:
+    config = LlamaConfig(**SMALL)
+    threads = torch.get_num_threads()
+    with torch.no_grad(), torch.inference_mode(), torch.device("meta"):
+        assert audit(config, seq_len_tokens=SEQ_LEN_TOKENS, cache=None).right
+    assert torch.get_num_threads() == threads
+
+
+def test_only_audits_of_untouched_classes_of_transformers_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    config = LlamaConfig(**SMALL)
+    assert audit(config, seq_len_tokens=SEQ_LEN_TOKENS, model_class=OwnLlama, cache=tmp_path).right
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: shifted(self.down_proj(self.up_proj(x))))
+    assert not audit(config, seq_len_tokens=SEQ_LEN_TOKENS, model_class=LlamaForCausalLM, cache=tmp_path).right
+    assert not list(tmp_path.iterdir())
 
 
 def _one_line(arguments: list[str]) -> str:

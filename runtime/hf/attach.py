@@ -23,8 +23,9 @@ from ..attention import Chooser, PlannedAttention
 from ..mesh import Mesh
 from ..patterns import PlannedChoice, replayed_mask
 from .attention_call import check_attention_call, refuse_masks
+from .first_loss import FirstLoss
 from .positions import PositionGuard
-from .shape import attention_modules, check_angles, model_body, model_shape
+from .shape import attention_modules, check_angles, model_body, model_shape, setting
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -55,19 +56,20 @@ class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
 
     positions: int64 [S_own], this rank's tokens of the seq_len_tokens of a sequence: every call is held to them.
-    one_sequence: whether patterns are chosen by data, which takes one sequence at a time. A deep copy of the model
-    shares this object.
+    one_sequence: whether patterns are chosen by data, which takes one sequence at a time. first_loss: compares ranks
+    when the model first computes a loss. A deep copy of the model shares this object.
     """
 
     def __init__(
         self, model: PreTrainedModel, planned: Attention, masks: LayerMask, *, positions: Tensor,
-        seq_len_tokens: int, one_sequence: bool = False,
+        seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
         self.model, self.planned, self._masks = model, planned, masks
         self.positions = PositionGuard(positions)
         self.seq_len_tokens = seq_len_tokens
+        self._first_loss = first_loss
         self._one_sequence, self._detached = one_sequence, False
         self._before = model.config._attn_implementation or "eager"
         self._modules = attention_modules(model)
@@ -106,15 +108,30 @@ class Attached:
 
     def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
-        if keywords.get("labels") is None:
+        own: Any = module  # this model or a copy of it
+        given = _arguments(module, args, keywords)
+        if given.get("output_router_logits") or getattr(own.config, "output_router_logits", False):
+            raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
+                                   field="output_router_logits")  # fmt: skip
+        if given.get("labels") is None:
             return
         for name in LOSS_ARGUMENTS:
-            if keywords.get(name) is None:
+            if given.get(name) is None:
                 raise UnsupportedError(LOSS_ARGUMENTS[name], field=name)
+        if self._first_loss is not None:
+            self._first_loss.check(module, given)
+            self._first_loss = None
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args, **keywords).arguments
-        given = given | given.pop("kwargs", {})
+        own: Any = module  # this model or a copy of it
+        if own.config._attn_implementation != ATTENTION_NAME:
+            if self._detached:
+                raise InputError("was detached from its plan; attach it again", field="model")
+            raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
+                             "their shards", field="attn_implementation")  # fmt: skip
+        if getattr(own.get_input_embeddings(), "neftune_noise_alpha", None):
+            raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
+        given = _arguments(module, args, keywords)
         self.positions.check(given.get("position_ids"))
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
@@ -141,15 +158,32 @@ def attach(
     plan.require(world_size=mesh.world_size, model=model_shape(body.config))
     check_angles(body)
     require_model(body, seq_len_tokens=plan.seq_len_tokens, mesh=mesh)
-    own = torch.from_numpy(plan.make_placement().positions(mesh.rank)).to(mesh.device)
+    placement = plan.make_placement()
+    _check_padding(body, plan, placement.padded_tokens)
+    own = torch.from_numpy(placement.positions(mesh.rank)).to(mesh.device)
+    common: dict[str, Any] = {"positions": own, "seq_len_tokens": plan.seq_len_tokens, "first_loss": FirstLoss(mesh)}
     if plan.pattern.source == "trace":
         masks = _replay(plan, mesh, trace, training_step)
-        return Attached(body, PlannedAttention(plan, mesh), masks, positions=own, seq_len_tokens=plan.seq_len_tokens)
+        return Attached(body, PlannedAttention(plan, mesh), masks, **common)
     planned = PlannedAttention(plan, mesh)
     choice = PlannedChoice(plan, mesh, planned.positions[mesh.rank])
-    return Attached(
-        body, planned, choice.of_layer, positions=own, seq_len_tokens=plan.seq_len_tokens, one_sequence=True
-    )
+    return Attached(body, planned, choice.of_layer, **common, one_sequence=True)
+
+
+def _check_padding(model: PreTrainedModel, plan: Plan, padded_tokens: int) -> None:
+    """Padding needs positions too: a table of them, or angles that change beyond a length, must reach so far."""
+    limit = setting(model.config, "max_position_embeddings")
+    rope = setting(model.config, "rope_parameters")
+    changes = rope is None or "dynamic" in str(rope)
+    if type(limit) is int and changes and plan.seq_len_tokens <= limit < padded_tokens:
+        raise UnsupportedError(f"is {limit}; the plan pads {plan.seq_len_tokens} tokens to {padded_tokens}: choose a "
+                               "length that its ranks share evenly", field="max_position_embeddings")  # fmt: skip
+
+
+def _arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module's forward is called with, by name, however it was given."""
+    given = inspect.signature(module.forward).bind_partial(*args, **keywords).arguments
+    return {name: value for name, value in given.items() if name != "kwargs"} | given.get("kwargs", {})
 
 
 def plain_model(model: Any) -> PreTrainedModel:

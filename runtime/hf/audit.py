@@ -7,14 +7,14 @@ heard of is right or refused, never unknown. Passed and failed audits are kept o
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import itertools
 import json
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,23 +24,21 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...planner.plan import ModelShape
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.files import canonical_json, read_json, sha256_of_bytes, write_json
+from ...traces.files import canonical_json, sha256_of_bytes
 from ..mesh import Mesh, agree
+from .audit_cache import file_digest, keep_audit, kept_audit, may_be_kept, source_digest
+from .instance import class_name, plain_class, refuse_strangers
 from .proof import AUDITED_TOKENS, PADDED_TOKENS, Proof, prove
 from .refusals import refuse_by_configuration
 from .shape import model_shape
-from .shrink import Shrinking, enliven, layer_count, layers_to_keep, plan_shrinking, shrunken_config
-from .twins import Double
+from .shrink import layer_count
+from .single_tokens import check_single_tokens
+from .small import SmallCopies, small_copies
 
 CACHE = Path("~/.cache/sparsering/audits")
-MOST_PARAMETERS = 60_000_000  # of the small copy: float64, three copies and their gradients stay within 4 GB
-MAX_AUDIT_BYTES = 1 << 20
+DOES_NOT_RUN = "a small copy does not run"
 _AUDITS = itertools.count()  # ranks audit in the same order
-# peft's adapters see one token at a time, torch.compile wraps what was there, dropout is refused by its rate.
-HARMLESS_MODULES = ("peft.tuners.", "torch._dynamo.", "torch.nn.modules.container.", "torch.nn.modules.dropout.",
-                    "torch.nn.modules.linear.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +84,26 @@ def audit(
     makes no causal language model; every other outcome is in what returns.
     """
     chosen = model_class or causal_class(config)
+    began = time.perf_counter()
     digest = audit_digest(config, chosen, seq_len_tokens)
-    known = _kept(cache, digest)
+    folder = cache if cache is not None and may_be_kept(chosen, config) else None
+    known = None if folder is None else kept_audit(folder, digest)
     if known is not None:
         return known
-    began = time.perf_counter()
     facts = Audit(
         model_type=config.model_type, model_class=chosen.__name__, seq_len_tokens=seq_len_tokens, digest=digest,
-        model_sha256=model_digest(config, chosen, seq_len_tokens),
-        right=False, versions=_versions(),
+        model_sha256=model_digest(config, chosen, seq_len_tokens), right=False, versions=_versions(),
     )  # fmt: skip
     try:
-        found = _audited(facts, config, chosen, seq_len_tokens)
+        with _plain_surroundings():
+            found = _audited(facts, config, chosen, seq_len_tokens)
     except InputError as error:
-        text = str(error).partition(": ")[2] if error.field is not None else str(error)
-        found = replace(facts, reason=text, about=error.field)
+        found = replace(facts, reason=str(error).removeprefix(f"{error.field}: "), about=error.field)
+    except Exception as error:  # what cannot be audited is not proven, whatever the reason
+        found = replace(facts, reason=f"cannot be audited ({_told(error)})", about="audit")
     found = replace(found, seconds=round(time.perf_counter() - began, 3))
-    _keep(cache, found)
+    if folder is not None and DOES_NOT_RUN not in f"{found.reason}":  # which may have been this process's fault
+        keep_audit(folder, found)
     return found
 
 
@@ -112,13 +113,13 @@ def require_model(model: PreTrainedModel, *, seq_len_tokens: int, mesh: Mesh | N
     mesh: rank 0 audits and tells the others; collective. Modules that the class does not make by itself are refused:
     nothing was proven about them (peft's adapters apart, which see one token at a time).
     """
-    plain = _plain_class(type(model))
+    plain = plain_class(type(model))
     if mesh is None or mesh.world_size == 1:
         found = audit(model.config, seq_len_tokens=seq_len_tokens, model_class=plain)
     else:
         found = _audited_by_rank_0(mesh, model.config, plain, seq_len_tokens)
     found.require()
-    _refuse_strangers(model, found)
+    refuse_strangers(model, plain, set(found.modules))
     return found
 
 
@@ -136,20 +137,6 @@ def _audited_by_rank_0(mesh: Mesh, config: Any, model_class: type[PreTrainedMode
     if told is None:
         raise InputError("rank 0 could not audit the model; it says why", field="audit")
     return Audit(**told)
-
-
-def _refuse_strangers(model: PreTrainedModel, found: Audit) -> None:
-    """Refuse modules that the audited class does not make by itself: nothing was proven about them."""
-    known = set(found.modules)
-    for name, module in model.named_modules():
-        classes = [_class_name(base) for base in type(module).__mro__]
-        if not known.intersection(classes) and not classes[0].startswith(HARMLESS_MODULES):
-            raise UnsupportedError(f"is a {classes[0]}, which {found.model_class} does not have by itself: the audit "
-                                   "proves nothing about it", source=found.model_class, field=name)  # fmt: skip
-
-
-def _class_name(one: type) -> str:
-    return f"{one.__module__}.{one.__qualname__}"
 
 
 def causal_class(config: Any) -> type[PreTrainedModel]:
@@ -175,93 +162,65 @@ def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens
     """Return the SHA-256 of all that an audit rests on: the model, the source of its class, versions, our own code."""
     document = {
         "model": model_digest(config, model_class, seq_len_tokens),
-        "source": _source_digest(model_class),
+        "source": source_digest(model_class),
         "versions": _versions(),
         "audit": _own_digest(),
     }
     return sha256_of_bytes(canonical_json(document))
 
 
+def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
+    """Return the small copy that the proof is about: float64, every kind of layer, lengths in proportion."""
+    return _scaled(small_copies(config, model_class), seq_len_tokens)
+
+
+def _scaled(copies: SmallCopies, seq_len_tokens: int) -> PreTrainedModel:
+    return copies.scaled(seq_len_tokens=seq_len_tokens, audited_tokens=AUDITED_TOKENS, padded_tokens=PADDED_TOKENS)
+
+
 def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> Audit:
     refuse_by_configuration(config, seq_len_tokens=seq_len_tokens)
-    shape: ModelShape = model_shape(config)
-    facts = replace(facts, shape=shape.model_dump())
-    small = small_model(config, model_class, seq_len_tokens)
-    proof = _proven(small)
+    facts = replace(facts, shape=model_shape(config).model_dump())
+    copies = small_copies(config, model_class)
+    _run(lambda: [check_single_tokens(one, seq_len_tokens=seq_len_tokens) for one in copies.at_true_lengths()])
+    small = _scaled(copies, seq_len_tokens)
+    proof: Proof = _run(lambda: prove(small), scaled=True)
     return replace(
         facts,
         right=True,
-        modules=sorted({_class_name(type(module)) for module in small.modules()}),
+        modules=sorted({class_name(type(module)) for module in small.modules()}),
         layers=layer_count(small.config),
         parameters=proof.parameters,
         errors={road: {"loss": e.loss, "logits": e.logits, "gradient": e.gradient} for road, e in proof.errors.items()},
     )
 
 
-def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
-    """Make the small copy: narrow with all layers first, to see their kinds, then with enough of them."""
-    shrinking = plan_shrinking(
-        config, seq_len_tokens=seq_len_tokens, audited_tokens=AUDITED_TOKENS, padded_tokens=PADDED_TOKENS
-    )
-    problem: Exception | None = None
-    for candidate in (shrinking, replace(shrinking, few=False), replace(shrinking, few=False, width=1)):
-        try:
-            with torch.device("meta"):
-                whole = _make(shrunken_config(config, candidate), model_class)
-            keep = layers_to_keep(whole)
-            fewer = _fewer_layers(config, candidate, keep, model_class)
-        except UnsupportedError:
-            raise
-        except Exception as error:  # whatever a class says about narrow settings, wider ones are tried
-            problem = problem or error
-            continue
-        with Double(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = _make(fewer, model_class).double()
-        enliven(model, seed=0)
-        return model
-    raise UnsupportedError(
-        f"no small copy can be made ({type(problem).__name__}: {problem})", field="audit"
-    ) from problem
-
-
-def _fewer_layers(config: Any, shrinking: Shrinking, keep: int | None, model_class: type[PreTrainedModel]) -> Any:
-    """Return the smallest configuration that can be made and is small enough to run."""
-    tried: list[Shrinking] = [shrinking] if keep is None else [replace(shrinking, layers=keep), shrinking]
-    problem: Exception | None = None
-    for candidate in tried:
-        try:
-            small = shrunken_config(config, candidate)
-            small.use_cache = False
-            with torch.device("meta"):
-                parameters = sum(p.numel() for p in _make(small, model_class).parameters())
-        except Exception as error:  # a class may not know how to have fewer layers
-            problem = error
-            continue
-        if parameters <= MOST_PARAMETERS:
-            return small
-        problem = MemoryError(f"{parameters:,} parameters are too many")
-    assert problem is not None
-    raise problem
-
-
-def _make(config: Any, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    config._experts_implementation = "eager"  # grouped products of experts know no float64
-    return model_class._from_config(config, attn_implementation="eager")
-
-
-def _proven(small: PreTrainedModel) -> Proof:
+@contextmanager
+def _plain_surroundings() -> Iterator[None]:
+    """Audit as in a fresh process: with gradients, on the CPU, with one thread (small products; twins are two)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings():
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return prove(small)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(check: Any, *, scaled: bool = False) -> Any:
+    """Run a check; what a model's own code raises becomes the reason. scaled: lengths in messages are not a user's."""
+    try:
+        return check()
     except InputError as error:
-        raise _in_the_small_copy(error) from error
+        raise _in_the_small_copy(error) if scaled else error from error
     except Exception as error:  # the model's own code failed, alone or split: it is not proven, and that is the answer
-        where = _last_line(error)
-        raise UnsupportedError(
-            f"a small copy does not run ({type(error).__name__}: {error}; {where})", field="audit"
-        ) from error
+        raise UnsupportedError(f"{DOES_NOT_RUN} ({_told(error)}; {_last_line(error)})", field="audit") from error
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _in_the_small_copy(error: InputError) -> InputError:
@@ -279,14 +238,6 @@ def _last_line(error: BaseException) -> str:
     return f"{Path(modelling[-1].filename).name}:{modelling[-1].lineno}" if modelling else "no line"
 
 
-def _plain_class(model_class: type) -> type[PreTrainedModel]:
-    """Return the class that FSDP, which puts itself in front, was given."""
-    for base in model_class.__mro__:
-        if issubclass(base, PreTrainedModel) and not base.__module__.startswith("torch."):
-            return base
-    raise UnsupportedError(f"{model_class.__name__} is no transformers model", field="model")
-
-
 def _plain_settings(config: Any) -> Any:
     ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache"}
     # As text, since canonical JSON has no infinity and some configurations do.
@@ -297,44 +248,7 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
 
 
-def _source_digest(model_class: type) -> str:
-    """Of the files that define a class and its parents; a class without a file is told apart by its code alone."""
-    files = set()
-    for base in model_class.__mro__:
-        try:
-            files.add(inspect.getsourcefile(base))
-        except TypeError:
-            continue
-    return "".join(sorted(_file_digest(name) for name in files if name and not name.startswith("<")))
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(name: str) -> str:
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-
-
 @lru_cache(maxsize=1)
 def _own_digest() -> str:
     folder = Path(__file__).parent
-    return "".join(_file_digest(str(path)) for path in sorted([*folder.glob("*.py"), folder.parent / "losses.py"]))
-
-
-def _kept(cache: Path | None, digest: str) -> Audit | None:
-    path = None if cache is None else cache.expanduser() / f"{digest}.json"
-    if path is None or not path.is_file():
-        return None
-    try:
-        found = Audit(**read_json(path, max_bytes=MAX_AUDIT_BYTES))
-    except (InputError, TypeError):
-        return None  # a file that is no audit is made again
-    return found if found.digest == digest else None
-
-
-def _keep(cache: Path | None, found: Audit) -> None:
-    if cache is None:
-        return
-    try:
-        cache.expanduser().mkdir(parents=True, exist_ok=True)
-        write_json(cache.expanduser() / f"{found.digest}.json", asdict(found))
-    except OSError:
-        return  # a home that cannot be written only costs the seconds again
+    return "".join(file_digest(path) for path in sorted([*folder.glob("*.py"), folder.parent / "losses.py"]))

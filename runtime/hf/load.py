@@ -75,8 +75,9 @@ def read_config(path: Path) -> tuple[Path, Any]:
         raise InputError("no such file", source=source)
     try:
         return folder, AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is no model configuration ({error})", source=source) from error
+    except Exception as error:  # whatever is wrong with a user's file, one line says it
+        told = str(error).strip().partition("\n")[0]
+        raise InputError(f"is no model configuration ({type(error).__name__}: {told})", source=source) from error
 
 
 def _random_model(config, dtype: torch.dtype, seed: int, *, source: Path) -> PreTrainedModel:
@@ -84,8 +85,9 @@ def _random_model(config, dtype: torch.dtype, seed: int, *, source: Path) -> Pre
         torch.manual_seed(seed)
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except ValueError as error:
-            raise InputError(f"is no causal language model ({error})", source=source) from error
+        except Exception as error:  # whatever its class says about the values, one line says it
+            told = f"makes no causal language model ({type(error).__name__}: {error})"
+            raise InputError(told, source=source) from error
 
 
 def read_windows(

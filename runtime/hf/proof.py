@@ -23,8 +23,8 @@ from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from ...traces.errors import UnsupportedError
 from .attach import Attached
 from .head_loss import ModelWithLoss
-from .shape import model_shape
 from .shard import IGNORED_LABEL, shard
+from .single_tokens import check_calls, random_ids
 from .twins import AttentionCall, Double, Meeting, MetAttention, copies_of, run_together
 
 TOLERANCE = 1e-6
@@ -62,9 +62,8 @@ class Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the small model showed. calls: of one rank, in order; errors: by road, "attach" and "train"."""
+    """What the small model showed. errors: by road, "attach" and "train"."""
 
-    calls: list[AttentionCall]
     errors: dict[str, Errors]
     parameters: int
 
@@ -82,9 +81,8 @@ def prove(model: PreTrainedModel) -> Proof:
     What the model's own code raises comes through as it is.
     """
     model.train()
-    batches = [_batch(model.config.vocab_size, seed) for seed in (1, 2)]
-    calls = _Split(model, _own_loss).calls(batches[0])  # first: it takes a moment and turns many models away
-    _check_calls(calls, model)
+    batches = [_batch(model.config, seed) for seed in (1, 2)]
+    check_calls(_Split(model, _own_loss).calls(batches[0]), model)  # first: it turns many away in a moment
     alone = [_alone(copies_of(model, 1)[0], batch) for batch in batches]
     _check_memory(model, batches, alone)
     _check_participation(model, alone[0])
@@ -95,7 +93,7 @@ def prove(model: PreTrainedModel) -> Proof:
             found = compare(split.run(batch), expected)
             found.require(f"by the loss of {road}")
             errors[road] = found if road not in errors else errors[road].worse(found)
-    return Proof(calls=calls, errors=errors, parameters=sum(p.numel() for p in model.parameters()))
+    return Proof(errors=errors, parameters=sum(p.numel() for p in model.parameters()))
 
 
 def compare(split: _Run, alone: _Run) -> Errors:
@@ -152,9 +150,9 @@ def _plan() -> Plan:
     )
 
 
-def _batch(vocabulary: int, seed: int) -> dict[str, Tensor]:
+def _batch(config: Any, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (1, AUDITED_TOKENS), generator=generator)
+    ids = random_ids(config, AUDITED_TOKENS, generator)
     ignored = torch.rand(ids.shape, generator=generator) < GAP_SHARE
     return {"input_ids": ids, "labels": ids.masked_fill(ignored, IGNORED_LABEL)}
 
@@ -242,25 +240,6 @@ def _gradients(models: list[PreTrainedModel]) -> dict[str, Tensor | None]:
             before, own = summed.get(name), parameter.grad
             summed[name] = before if own is None else own.clone() if before is None else before + own
     return summed
-
-
-def _check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
-    """Every layer asks once, in order, with the heads that the configuration states."""
-    shape = model_shape(model.config)
-    name = type(model).__name__
-    if not calls:
-        raise UnsupportedError(f"{name} never asks transformers' attention interface", field="attention")
-    layers = [call.layer for call in calls]
-    if layers != list(range(shape.layers)):
-        shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-        told = f"is asked for by layers [{shown}] of {shape.layers} in a small copy; each must ask, once and in order"
-        raise UnsupportedError(f"{told}: whatever else mixes tokens does so within a shard", field="attention")
-    for call in calls:
-        for what, value in (("heads", call.q[2]), ("kv_heads", call.k[2]), ("head_dim", call.q[3])):
-            stated = getattr(shape, what)
-            if value != stated:
-                told = f"is {value} in layer {call.layer} of a small copy whose configuration says {stated}"
-                raise UnsupportedError(told, field=what)
 
 
 def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[_Run]) -> None:

@@ -12,7 +12,7 @@ from ...traces.errors import UnsupportedError
 from .shape import setting, text_config
 
 PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
-DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter_noise)")
+DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter|drop_path|stochastic_depth)")
 NO_DROPOUT = re.compile(r"^(classifier|summary|seq_classif|label_)")
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention")
 
@@ -23,10 +23,13 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     for name, value in sorted(text.to_dict().items()):
         if DROPOUT.search(name) and not NO_DROPOUT.search(name) and isinstance(value, int | float) and value > 0:
             raise UnsupportedError(f"is {value}; dropout and noise are not supported: set it to 0", field=name)
-    _refuse_rope(setting(text, "rope_parameters"), "rope_parameters")
+    positions = setting(text, "max_position_embeddings")
+    is_static = type(positions) is int and seq_len_tokens <= positions  # `dynamic` begins to change beyond them
+    _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
     kinds = set(setting(text, "layer_types") or ())
-    if "chunked_attention" in kinds and (setting(text, "attention_chunk_size") or 0) < seq_len_tokens:
-        raise UnsupportedError(f"is {text.attention_chunk_size}, below the {seq_len_tokens} tokens of a sequence",
+    chunk = setting(text, "attention_chunk_size")
+    if "chunked_attention" in kinds and (chunk or 0) < seq_len_tokens:
+        raise UnsupportedError(f"is {chunk}, below the {seq_len_tokens} tokens of a sequence",
                                field="attention_chunk_size")  # fmt: skip
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
         for name in WINDOWS:
@@ -38,11 +41,12 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
                                field="output_router_logits")  # fmt: skip
 
 
-def _refuse_rope(value: Any, field: str) -> None:
+def _refuse_rope(value: Any, field: str, *, is_static: bool) -> None:
     """Look into rotation settings, which may be nested by kind of layer."""
     if not isinstance(value, dict):
         return
-    if value.get("rope_type") in PER_LENGTH_ROPE:
-        raise UnsupportedError(f"{value['rope_type']!r} depends on the length a rank sees", field=f"{field}.rope_type")
+    kind = value.get("rope_type")
+    if kind in PER_LENGTH_ROPE and not (kind == "dynamic" and is_static):
+        raise UnsupportedError(f"{kind!r} depends on the length a rank sees", field=f"{field}.rope_type")
     for name, inner in value.items():
-        _refuse_rope(inner, f"{field}.{name}")
+        _refuse_rope(inner, f"{field}.{name}", is_static=is_static)

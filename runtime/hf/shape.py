@@ -50,8 +50,8 @@ def model_shape(config: Any) -> ModelShape:
     heads, layers, hidden = found.values()
     head_dim = setting(text, "head_dim") or hidden // heads
     kv_heads = setting(text, "num_key_value_heads") or heads
-    if type(head_dim) is not int or type(kv_heads) is not int:
-        raise UnsupportedError(f"are {kv_heads!r} and {head_dim!r}, not one for all layers",
+    if type(head_dim) is not int or type(kv_heads) is not int or min(head_dim, kv_heads) < 1 or heads % kv_heads:
+        raise UnsupportedError(f"are {kv_heads!r} and {head_dim!r} for {heads} heads, or not one for all layers",
                                field="num_key_value_heads, head_dim")  # fmt: skip
     return ModelShape(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 

@@ -39,6 +39,7 @@ KEPT = re.compile(
     r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks)"
 )
 SMALLEST_LENGTH = 32
+FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
 POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|model_max_length|max_length)$")
@@ -60,7 +61,10 @@ class Shrinking:
 
 
 def plan_shrinking(config: Any, *, seq_len_tokens: int, audited_tokens: int, padded_tokens: int) -> Shrinking:
-    """Return how a configuration is made small: heads of at least 8, `seq_len_tokens` becoming `audited_tokens`."""
+    """Return how a configuration is made small: heads of at least 8, `seq_len_tokens` becoming `audited_tokens`.
+
+    With all three the same, lengths stay as they are.
+    """
     settings = config.to_dict()
     dims = [value for name, value in settings.items() if HEAD_DIMS.search(name) and type(value) is int and value > 0]
     dims.append(model_shape(config).head_dim)
@@ -93,14 +97,16 @@ def layer_count(config: Any) -> int | None:
 def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int | None) -> None:
     keep = shrinking.layers
     for name, value in list(settings.items()):
-        if isinstance(value, dict) and "model_type" in value:
-            _shrink(value, shrinking, before=before)
-        elif isinstance(value, dict) and name in ("per_layer_config",):
+        if name in ("id2label", "label2id"):
+            continue
+        if isinstance(value, dict) and name == "per_layer_config":
             settings[name] = {key: inner for key, inner in value.items() if keep is None or int(key) < keep}
             for inner in settings[name].values():
                 _shrink(inner, shrinking, before=before)
         elif isinstance(value, dict) and name == "rope_parameters":
             settings[name] = _rope(value, shrinking)
+        elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            _shrink(value, shrinking, before=before)
         elif isinstance(value, list) and keep is not None and before is not None:
             settings[name] = _listed(name, value, keep=keep, before=before)
         elif type(value) is int and value > 0:
@@ -114,8 +120,8 @@ def _number(name: str, value: int, shrinking: Shrinking, *, before: int | None) 
         return min(value, SMALL_VOCABULARY - 1)
     if "vocab" in name:
         return min(value, SMALL_VOCABULARY)
-    if name in LAYER_COUNTS and shrinking.layers is not None and value == before:
-        return shrinking.layers
+    if name in LAYER_COUNTS:
+        return shrinking.layers if shrinking.layers is not None and value == before else value
     if LENGTHS.search(name):
         return max(1, math.ceil(value * shrinking.window))
     if POSITIONS.search(name):
@@ -206,6 +212,9 @@ def enliven(model: PreTrainedModel, *, seed: int, head_std: float = 3.0) -> None
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
             elif parameter.dim() == 1:
                 parameter.add_(0.1 * noise)
+        for name, buffer in model.named_buffers():  # a gate may be a buffer of zeros until weights are loaded
+            if buffer.is_floating_point() and not FIXED_BUFFERS.search(name):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer.dtype))
         for embedding, std in ((model.get_input_embeddings(), 1.0), (model.get_output_embeddings(), None)):
             weight: Tensor | None = getattr(embedding, "weight", None)
             if weight is None or weight.dim() != 2:
