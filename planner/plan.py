@@ -7,6 +7,8 @@ the same schedules.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,10 +203,20 @@ class Plan(_Strict):
         return schedule
 
     def build_schedule(self, direction: Direction) -> Schedule:
-        """Expand the schedule of one direction, whatever its hash."""
+        """Expand the schedule of one direction, whatever its hash. The same object each time: it is built once."""
         spec = self.forward if direction == "forward" else self.backward
-        pairs = self.active_pairs()
-        return build(spec.layout, spec.parameters, shape=self.attention_shape(), direction=direction, pairs=pairs)
+        shape, pairs = self.attention_shape(), self.active_pairs()
+        key = (direction, spec.layout, tuple(sorted(spec.parameters.items())), shape, pairs)
+        if key not in self.built_schedules:
+            self.built_schedules[key] = build(
+                spec.layout, spec.parameters, shape=shape, direction=direction, pairs=pairs
+            )
+        return self.built_schedules[key]
+
+    @cached_property
+    def built_schedules(self) -> dict[Hashable, Schedule]:
+        """What was built so far, by all that it is built from; no part of the plan's value."""
+        return {}
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from ..traces.errors import InputError
@@ -217,7 +218,11 @@ class Schedule:
         return sum(buffer.capacity_bytes for buffer in self.buffers if buffer.name.startswith(KEPT))
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the expanded schedule of all ranks, in canonical JSON rank by rank."""
+        """Return the SHA-256 of the expanded schedule of all ranks, in canonical JSON rank by rank; worked out once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         head = {"direction": self.direction, "layout": self.layout, "world_size": self.world_size}
         head |= {"num_heads": self.num_heads, "communicators": [asdict(c) for c in self.communicators]}
         head |= {"buffers": [_stated(b) for b in self.buffers]}

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from sparsering import cli
+from sparsering.planner import plan as plan_module
+from sparsering.planner import schedule as schedule_module
 from sparsering.planner.cluster import load_cluster
 from sparsering.planner.plan import load_plan
 from sparsering.planner.schedule import DIRECTIONS
@@ -234,6 +237,35 @@ def recorded(folder: Path, choices: list[HeadChoice], *, audit_sha256: str | Non
     return Trace.open(folder)
 
 
+def test_a_check_builds_and_hashes_each_direction_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_synthetic_trace(tmp_path / "trace", "vertical-slash", SETTINGS, layers=1, kv_heads=2)
+    arguments = [
+        "plan",
+        "--trace",
+        str(tmp_path / "trace"),
+        "--cluster",
+        "local-cpu-4",
+        "-o",
+        str(tmp_path / "plan.json"),
+    ]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    counts = {"built": 0, "hashed": 0}
+    build, plain = plan_module.build, schedule_module.hashlib.sha256
+
+    def building(*given: Any, **named: Any) -> Any:
+        counts["built"] += 1
+        return build(*given, **named)
+
+    def hashing(*given: Any, **named: Any) -> Any:
+        counts["hashed"] += 1
+        return plain(*given, **named)
+
+    monkeypatch.setattr(plan_module, "build", building)
+    monkeypatch.setattr(schedule_module, "hashlib", SimpleNamespace(sha256=hashing))
+    assert CliRunner().invoke(cli.app, ["check", str(tmp_path / "plan.json")]).exit_code == 0
+    assert counts == {"built": 2, "hashed": 2}
+
+
 def test_a_trace_of_a_model_that_nobody_audited_is_one_line(tmp_path: Path):
     choice = HeadChoice(selector="vertical-slash", settings={}, kept_mass_probe=1.0, kept_mass_sampled=1.0)
     recorded(tmp_path / "trace", [choice] * 4, audit_sha256=None)
@@ -246,7 +278,7 @@ def test_a_trace_of_a_model_that_nobody_audited_is_one_line(tmp_path: Path):
         "-o",
         str(tmp_path / "plan.json"),
     ]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(cli.app, ["plan", "--trace", trace, "--cluster", "local-cpu-4", "-o", output])
     assert result.exit_code == 2
     assert result.stderr.strip().endswith("trace: audit_sha256: is missing: nobody audited the model; capture it anew")
     assert not (tmp_path / "plan.json").exists()

@@ -19,9 +19,9 @@ from .small import make
 # peft's adapters that see one token at a time; quantized linear layers; wrappers that change nothing.
 HARMLESS_MODULES = (
     "peft.tuners.lora.", "peft.tuners.ia3.", "peft.tuners.vera.", "peft.tuners.oft.", "peft.tuners.ln_tuning.",
-    "peft.tuners.miss.", "peft.tuners.psoft.", "peft.tuners.delora.", "peft.tuners.tuners_utils.", "peft.utils.other.",
-    "bitsandbytes.nn.", "torch._dynamo.", "torch.nn.modules.container.", "torch.nn.modules.dropout.",
-    "torch.nn.modules.linear.Identity",
+    "peft.tuners.miss.", "peft.tuners.psoft.", "peft.tuners.delora.", "peft.tuners.trainable_tokens.",
+    "peft.tuners._buffer_dict.", "peft.tuners.tuners_utils.", "peft.utils.other.", "bitsandbytes.nn.", "torch._dynamo.",
+    "torch.nn.modules.container.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity",
 )  # fmt: skip
 HARMLESS_CODE = ("torch.", "transformers.", "accelerate.", "peft.", "liger_kernel.", f"{__package__}.")
 # Settings of a module that say nothing of what it computes, or that other checks hold.
