@@ -269,15 +269,7 @@ def test_a_check_builds_and_hashes_each_direction_once(tmp_path: Path, monkeypat
 def test_a_trace_of_a_model_that_nobody_audited_is_one_line(tmp_path: Path):
     choice = HeadChoice(selector="vertical-slash", settings={}, kept_mass_probe=1.0, kept_mass_sampled=1.0)
     recorded(tmp_path / "trace", [choice] * 4, audit_sha256=None)
-    arguments = [
-        "plan",
-        "--trace",
-        str(tmp_path / "trace"),
-        "--cluster",
-        "local-cpu-4",
-        "-o",
-        str(tmp_path / "plan.json"),
-    ]
+    trace, output = str(tmp_path / "trace"), str(tmp_path / "plan.json")
     result = CliRunner().invoke(cli.app, ["plan", "--trace", trace, "--cluster", "local-cpu-4", "-o", output])
     assert result.exit_code == 2
     assert result.stderr.strip().endswith("trace: audit_sha256: is missing: nobody audited the model; capture it anew")

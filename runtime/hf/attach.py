@@ -129,7 +129,7 @@ class Attached:
                 raise InputError("was detached from its plan; attach it again", field="model")
             raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
                              "their shards", field="attn_implementation")  # fmt: skip
-        if getattr(own.get_input_embeddings(), "neftune_noise_alpha", None):
+        if getattr(_embeddings(own), "neftune_noise_alpha", None):
             raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
         given = _arguments(module, args, keywords)
         self.positions.check(given.get("position_ids"))
@@ -178,6 +178,14 @@ def _check_padding(model: PreTrainedModel, plan: Plan, padded_tokens: int) -> No
     if type(limit) is int and changes and plan.seq_len_tokens <= limit < padded_tokens:
         raise UnsupportedError(f"is {limit}; the plan pads {plan.seq_len_tokens} tokens to {padded_tokens}: choose a "
                                "length that its ranks share evenly", field="max_position_embeddings")  # fmt: skip
+
+
+def _embeddings(model: Any) -> Module | None:
+    """Return a model's input embeddings; None for a class that does not say which they are."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
