@@ -465,6 +465,9 @@ def test_the_verb_shows_a_right_model(tmp_path: Path) -> None:
     assert told.exit_code == 0 and told.stdout.startswith("right: GraniteForCausalLM at 256 tokens"), told.output
     shown = json.loads(CliRunner().invoke(cli.app, ["audit", str(tmp_path), "--seq-len", "256", "--json"]).stdout)
     assert shown["right"] and shown["errors"]["train"]["gradient"] < TOLERANCE
+    case_config("head-dim-96").save_pretrained(tmp_path / "96")
+    told = CliRunner().invoke(cli.app, ["audit", str(tmp_path / "96"), "--seq-len", "256"]).stdout
+    assert "triton padded to 128" in told and "flash4 no" in told and "blockwise yes" in told
 
 
 def test_what_is_no_causal_model_is_one_line(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """One gate for every verb: is this model right when its sequence is split over ranks? By structure, and by numbers.
 
-What the configuration says it does that planned attention does not is refused by name (`refusals.py`). Then a small
-copy of the same class and settings is run alone and split in two (`shrink.py`, `proof.py`): a model that nobody has
-heard of is right or refused, never unknown. Passed and failed audits are kept on disk, by a digest of all they rest on.
+What the configuration says it does that planned attention does not is refused by name (`refusals.py`). Small copies of
+the same class and settings (`small.py`) must then be a map of single tokens without attention (`single_tokens.py`), and
+with it the same alone and split in two (`proof.py`): a model that nobody has heard of is right or refused, never
+unknown. Audits are kept on disk by a digest of all they rest on (`audit_cache.py`), and a model object is held to what
+was audited (`instance.py`).
 """
 
 from __future__ import annotations
@@ -213,7 +215,9 @@ def _run(check: Any, *, scaled: bool = False) -> Any:
     try:
         return check()
     except InputError as error:
-        raise _in_the_small_copy(error) if scaled else error from error
+        if not scaled:
+            raise
+        raise _in_the_small_copy(error) from error
     except Exception as error:  # the model's own code failed, alone or split: it is not proven, and that is the answer
         raise UnsupportedError(f"{DOES_NOT_RUN} ({_told(error)}; {_last_line(error)})", field="audit") from error
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...planner.backends import TAKEN, computed_head_dim
+from ...traces.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from .audit import Audit
 
@@ -31,7 +34,7 @@ def audit(
     _, config = read_config(model)
     found = gate.audit(config, seq_len_tokens=seq_len, cache=None if fresh else gate.CACHE)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(asdict(found) | {"kernels": _kernels(found)}))
     elif found.right:
         typer.echo(_told(found))
     found.require(source=model)
@@ -44,5 +47,22 @@ def _told(found: Audit) -> str:
         f"right: {found.model_class} at {found.seq_len_tokens:,} tokens ({shape})\n"
         f"a small copy ({found.layers} layers, {found.parameters:,} parameters), alone and split in two: loss, logits "
         f"and gradients agree to {worst:.1e} "
-        f"({found.seconds:.1f} s)"
+        f"({found.seconds:.1f} s)\n"
+        f"kernels: {', '.join(f'{name} {told}' for name, told in _kernels(found).items())}"
     )
+
+
+def _kernels(found: Audit) -> dict[str, str]:
+    """Say of every backend whether it takes the model's heads, in bfloat16 and blocks of 128."""
+    head_dim = (found.shape or {}).get("head_dim")
+    if head_dim is None:
+        return {}
+    told = {}
+    for backend in TAKEN:
+        try:
+            computed = computed_head_dim(backend, head_dim=head_dim, dtype="bfloat16", block_size=128)
+        except UnsupportedError:
+            told[backend] = "no"
+            continue
+        told[backend] = "yes" if computed == head_dim else f"padded to {computed}"
+    return told

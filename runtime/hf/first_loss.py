@@ -28,15 +28,14 @@ class FirstLoss:
         self._mesh = mesh
 
     def check(self, model: torch.nn.Module, given: dict[str, Any]) -> None:
-        """Collective. Waits for the device, once.
+        """Compare with all ranks: collective, and waits for the device.
 
         given: the arguments of the model's call. Raises InputError when labels are not shifted, when
         num_items_in_batch is less than the valid labels of all ranks, or when ranks hold different weights.
         """
         labels = given["shift_labels"]
         valid = labels != IGNORED_LABEL
-        ids = given.get("input_ids")
-        if ids is not None and bool(valid.sum() > 1) and bool((labels == ids)[valid].all()):
+        if _are_the_tokens(labels, given.get("input_ids"), valid):
             raise InputError("are the tokens themselves, not shifted: pass what shard() returns", field="shift_labels")
         topic = f"first loss {next(_LOSSES)}"
         counts = self._everyones(topic, int(valid.sum()))
@@ -50,6 +49,14 @@ class FirstLoss:
         mesh = self._mesh
         mesh.store.set(f"sparsering/{topic}/{mesh.rank}", str(value))
         return [int(mesh.store.get(f"sparsering/{topic}/{rank}").decode()) for rank in range(mesh.world_size)]
+
+
+def _are_the_tokens(labels: Tensor, ids: Tensor | None, valid: Tensor) -> bool:
+    """Whether every token is to predict itself; a text of one repeated token rightly does."""
+    if ids is None:
+        return False
+    told = ids[valid]
+    return bool((labels == ids)[valid].all()) and told.unique().numel() > 1
 
 
 def _digest(model: torch.nn.Module) -> str:
