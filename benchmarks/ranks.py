@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
+
+from ..runtime.launch import exit_on_signals
 
 POLL_S = 0.2
 
@@ -31,21 +30,17 @@ def start_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    signal.signal(signal.SIGTERM, _exit)
     ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(count):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = os.environ | address | shared | (own[rank] if own else {}) | place
-            ranks.append(subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment))
-        while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
-            time.sleep(POLL_S)
-        return next((rank.poll() or 1 for rank in ranks if rank.poll()), 0)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-
-
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    with exit_on_signals():
+        try:
+            for rank in range(count):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = os.environ | address | shared | (own[rank] if own else {}) | place
+                ranks.append(subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment))
+            while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
+                time.sleep(POLL_S)
+            return next((rank.poll() or 1 for rank in ranks if rank.poll()), 0)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()

@@ -6,9 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO, Any, NoReturn
 
 from ..traces.errors import InputError
 from .failures import ranks_lost
@@ -34,21 +37,60 @@ def launch_ranks(
         raise InputError(f"must be at least 1, not {world_size}", field="world_size")
     port = _free_port()
     module = f"{__package__.rpartition('.')[0]}.cli" if __package__ else "sparsering.cli"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=environment | _rank_environment(rank, world_size, port),
-            stdout=stdout if rank == 0 else stderr or sys.stderr,
-            stderr=stderr,
-        )
-        for rank in range(world_size)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
+    with exit_on_signals():
+        try:
+            for rank in range(world_size):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments],
+                        env=environment | _rank_environment(rank, world_size, port),
+                        stdout=stdout if rank == 0 else stderr or sys.stderr,
+                        stderr=stderr,
+                    )
+                )
+            return _join(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM (Slurm, docker, `timeout`) and SIGHUP into SystemExit, so that what a process started ends with it.
+
+    Exit code 128 + the signal's number, as a shell says it. Signals that are ignored stay so.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
     try:
-        return _join(processes)
+        yield
     finally:
-        for process in processes:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_to_its_end(command: Sequence[str], *, environment: dict[str, str]) -> int:
+    """Run a launcher of ranks and return its exit code; a signal that ends this process ends it, and so its ranks."""
+    with exit_on_signals():
+        process = subprocess.Popen(command, env=environment)
+        try:
+            return process.wait()
+        finally:
             if process.poll() is None:
-                process.kill()
+                process.terminate()  # torchrun ends its workers on SIGTERM
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
 
 def _join(processes: list[subprocess.Popen[bytes]]) -> int:

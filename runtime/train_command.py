@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..traces.errors import InputError
 from .failures import RankLost, naming_lost_ranks
+from .launch import run_to_its_end
 from .mesh import inherited_environment, is_rank, join, leave
 from .train_config import TrainConfig, load_config
 from .train_export import export_checkpoint
@@ -60,7 +60,7 @@ def start(path: Path, config: TrainConfig) -> int:
         "--max-restarts", str(config.max_restarts), "-m", f"{package}.runtime.train", str(path),
     ]  # fmt: skip
     environment = inherited_environment(world_size=world) | {"PYTHONSAFEPATH": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return run_to_its_end(command, environment=environment)
 
 
 def run_rank(config: TrainConfig) -> int:

@@ -117,3 +117,15 @@ class RankPool:
 def connect(address: str) -> Connection:
     """Connect a worker to its pool."""
     return Client(address, family="AF_UNIX")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that run and were started for this test, by a variable of their environment."""
+    mark, found = f"SPARSERING_TEST_RUN={folder}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # gone meanwhile, or another user's
+    return found

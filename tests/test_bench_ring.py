@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rank_pool import processes_of
 from sparsering.benchmarks.masks import density_of
 from sparsering.benchmarks.ring_plans import (
     FAMILIES,
@@ -133,23 +134,11 @@ def test_an_interrupted_run_leaves_its_rows_and_no_process(tmp_path: Path) -> No
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("ring-*.json")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(_processes_of(tmp_path)) == 3
+        assert len(processes_of(tmp_path)) == 3
         started.terminate()
         assert started.wait(60) == 128 + signal.SIGTERM
-    assert not _processes_of(tmp_path)
+    assert not processes_of(tmp_path)
     (path,) = tmp_path.glob("ring-*.json")
     document = json.loads(path.read_text())
     assert document["unfinished"] is True
     assert 1 <= len(document["rows"]) < 50 and document["rows"][0]["impl"] == "ours-blockwise"
-
-
-def _processes_of(folder: Path) -> list[int]:
-    """Processes that run and were started for this test, by a variable of their environment."""
-    mark, found = f"SPARSERING_TEST_RUN={folder}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # gone meanwhile, or another user's
-    return found
