@@ -218,6 +218,12 @@ class Plan(_Strict):
         """What was built so far, by all that it is built from; no part of the plan's value."""
         return {}
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Leave out what was built when a plan goes to another process: it is built there."""
+        state = super().__getstate__()
+        kept = {name: value for name, value in state["__dict__"].items() if name != "built_schedules"}
+        return {**state, "__dict__": kept}
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""
         document = self._document()

@@ -14,6 +14,7 @@ from ..planner.plan import Plan
 from ..traces.errors import InputError
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .data import TokenData
+from .hf.attach import check_padding
 from .hf.audit import Audit, audit
 from .losses import liger_is_here
 from .train_config import TrainConfig
@@ -93,6 +94,7 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     if verify_data:
         data.verify()
     resolved = resolve_plan(config, facts.shape, device=device)
+    check_padding(model_config, resolved.plan)
     for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")

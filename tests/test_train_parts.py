@@ -190,7 +190,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": "dense-zigzag-flash4", "device": "cuda", "dtype": "bfloat16"},
         r"attention: 'dense-zigzag-flash4' knows heads of \(64, 128\), not of 8",
     ),
-    "rope": ({"model": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}, "'dynamic'"),
+    "rope": (
+        {
+            "model": {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 128,
+                }
+            }
+        },
+        "rope_parameters.rope_type: 'longrope' depends on the length a rank sees",
+    ),
     "float16": ({"dtype": "float16"}, "'float16' cannot be trained in"),
     "liger on CPU": ({"memory": {"loss": "liger"}}, "memory.loss: needs a GPU"),
     "fused on CPU": ({"memory": {"fused_layers": True}}, "memory.fused_layers: needs a GPU"),

@@ -159,7 +159,7 @@ def attach(
     check_angles(body)
     require_model(body, seq_len_tokens=plan.seq_len_tokens, mesh=mesh)
     placement = plan.make_placement()
-    _check_padding(body, plan, placement.padded_tokens)
+    check_padding(body.config, plan)
     own = torch.from_numpy(placement.positions(mesh.rank)).to(mesh.device)
     common: dict[str, Any] = {"positions": own, "seq_len_tokens": plan.seq_len_tokens, "first_loss": FirstLoss(mesh)}
     if plan.pattern.source == "trace":
@@ -170,10 +170,10 @@ def attach(
     return Attached(body, planned, choice.of_layer, **common, one_sequence=True)
 
 
-def _check_padding(model: PreTrainedModel, plan: Plan, padded_tokens: int) -> None:
-    """Padding needs positions too: a table of them, or angles that change beyond a length, must reach so far."""
-    limit = setting(model.config, "max_position_embeddings")
-    rope = setting(model.config, "rope_parameters")
+def check_padding(config: Any, plan: Plan) -> None:
+    """Refuse padding beyond a model's positions: a table of them, or angles that change there, must reach so far."""
+    limit, rope = setting(config, "max_position_embeddings"), setting(config, "rope_parameters")
+    padded_tokens = plan.make_placement().padded_tokens
     changes = rope is None or "dynamic" in str(rope)
     if type(limit) is int and changes and plan.seq_len_tokens <= limit < padded_tokens:
         raise UnsupportedError(f"is {limit}; the plan pads {plan.seq_len_tokens} tokens to {padded_tokens}: choose a "

@@ -109,11 +109,14 @@ def audit(
     return found
 
 
-def require_model(model: PreTrainedModel, *, seq_len_tokens: int, mesh: Mesh | None = None) -> Audit:
+def require_model(
+    model: PreTrainedModel, *, seq_len_tokens: int, mesh: Mesh | None = None, allow_hooks: bool = False
+) -> Audit:
     """Audit a model's class and configuration, and raise UnsupportedError unless it is right.
 
-    mesh: rank 0 audits and tells the others; collective. Modules that the class does not make by itself are refused:
-    nothing was proven about them (peft's adapters apart, which see one token at a time).
+    mesh: rank 0 audits and tells the others; collective. allow_hooks: where whole sequences run. Modules that the class
+    does not make by itself are refused: nothing was proven about them (peft's adapters apart, which see one token at a
+    time).
     """
     plain = plain_class(type(model))
     if mesh is None or mesh.world_size == 1:
@@ -121,7 +124,7 @@ def require_model(model: PreTrainedModel, *, seq_len_tokens: int, mesh: Mesh | N
     else:
         found = _audited_by_rank_0(mesh, model.config, plain, seq_len_tokens)
     found.require()
-    refuse_strangers(model, plain, set(found.modules))
+    refuse_strangers(model, plain, set(found.modules), allow_hooks=allow_hooks)
     return found
 
 

@@ -74,7 +74,7 @@ def trace_header(
     layers: which to record, all by default. audited: the model's audit where it was made already. Raises InputError if
     impossible, UnsupportedError with the reason when the model does not pass the audit.
     """
-    audited = audited or require_model(model, seq_len_tokens=seq_len_tokens)
+    audited = audited or require_model(model, seq_len_tokens=seq_len_tokens, allow_hooks=True)
     stated = model_shape(model.config)
     shape: dict[str, Any] = {"model_id": model_id} | stated.model_dump()
     parse_model(ModelShape, shape)
@@ -113,7 +113,7 @@ def capture_model(
     if ids.shape[1] != header.seq_len_tokens:
         raise InputError(f"has {ids.shape[1]} tokens, the trace {header.seq_len_tokens}", field="token_ids")
     check_angles(model)
-    require_model(model, seq_len_tokens=header.seq_len_tokens)
+    require_model(model, seq_len_tokens=header.seq_len_tokens, allow_hooks=True)
     if settings.sparse:
         _check_kernels(model, settings, header)
     step_number = writer.next_step if training_step is None else training_step

@@ -31,10 +31,12 @@ UNCOMPARED = frozenset(
 )  # fmt: skip
 
 
-def refuse_strangers(model: PreTrainedModel, model_class: type[PreTrainedModel], known: set[str]) -> None:
+def refuse_strangers(
+    model: PreTrainedModel, model_class: type[PreTrainedModel], known: set[str], *, allow_hooks: bool = False
+) -> None:
     """Raise UnsupportedError, naming the module, for what the audited class does not make by itself.
 
-    known: the classes of modules that it makes.
+    known: the classes of modules that it makes. allow_hooks: whole sequences run, so that hooks see what they would.
     """
     with torch.device("meta"):
         expected = dict(make(type(model.config).from_dict(model.config.to_dict()), model_class).named_modules())
@@ -46,7 +48,7 @@ def refuse_strangers(model: PreTrainedModel, model_class: type[PreTrainedModel],
                 f"is a {plain}, which {model_class.__name__} does not have by itself: the audit proves nothing about it"
             )
             raise UnsupportedError(told, field=where)
-        for code in _added_code(module):
+        for code in () if allow_hooks else _added_code(module):
             told = f"has a method or hook of {code}: the audit proves nothing about it"
             raise UnsupportedError(told, field=where)
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
