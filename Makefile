@@ -11,7 +11,7 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: help setup demo test test-many-ranks test-gpu lint format map package clean
+.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format map package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/r
 	@$(BIN)/sparsering demo
 
 test: $(STAMP)  ## all tests that need no GPU, but for the next ones
-	$(BIN)/pytest -m "not gpu and not many_ranks" --durations=15
+	$(BIN)/pytest -m "not gpu and not many_ranks and not examples" --durations=15
+
+test-examples: $(STAMP)  ## the README's script, examples/ and launchers, as users start them: two minutes
+	$(BIN)/pytest -m examples
 
 test-many-ranks: $(STAMP)  ## 32 processes on this machine: minutes, 12 GB
 	$(BIN)/pytest -m many_ranks

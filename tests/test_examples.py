@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 PATIENCE_S = 180.0
 Steps = list[dict[str, float]]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.examples, pytest.mark.timeout(240)]
 
 
 @dataclass(frozen=True, kw_only=True)

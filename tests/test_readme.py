@@ -58,6 +58,7 @@ def write_trace(folder: Path, config: object) -> Trace:
     return Trace.open(folder)
 
 
+@pytest.mark.examples
 def test_the_readmes_script_gives_what_the_model_alone_gives(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "snippet.py").write_text(snippet)

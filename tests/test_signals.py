@@ -28,6 +28,7 @@ def _commands(folder: Path) -> dict[str, tuple[list[str], int]]:
     }
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("name", ["run", "train"])
 def test_sigterm_ends_all_ranks(name: str, tmp_path: Path) -> None:
     command, count = _commands(tmp_path)[name]
