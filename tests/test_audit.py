@@ -406,7 +406,7 @@ def test_adapters_of_lora_are_let_through() -> None:
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     )
-    require_model(adapted.get_base_model(), seq_len_tokens=SEQ_LEN_TOKENS)
+    assert require_model(adapted.get_base_model(), seq_len_tokens=SEQ_LEN_TOKENS).right
 
 
 def test_an_audit_does_not_depend_on_its_surroundings() -> None:
