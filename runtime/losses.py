@@ -72,6 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None,
         chunk_tokens: int,
     ) -> Tensor:  # fmt: skip
+        """Return the sum of the losses, and keep what backward scales: gradients of hidden, weight and bias."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)

@@ -39,11 +39,7 @@ class TokenLocal:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return [B, S, H, D] in which q, k, v and their angles all count."""
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        self.calls.append(AttentionCall(layer=layer, q=shapes[0], k=shapes[1], v=shapes[2], scale=float(factor)))
-        if shapes[1] != shapes[2]:
-            raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
+        self.calls.append(AttentionCall.noted(q, k, v, layer=layer, scale=scale))
         group = q.shape[2] // k.shape[2]
         keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
         return (torch.tanh((q * keys).mean(-1, keepdim=True)) * values + 0.1 * q).contiguous()

@@ -35,6 +35,14 @@ class AttentionCall:
     v: tuple[int, ...]
     scale: float
 
+    @classmethod
+    def noted(cls, q: Tensor, k: Tensor, v: Tensor, *, layer: int | None, scale: float | None) -> AttentionCall:
+        """Note a call; UnsupportedError where keys and values differ in shape: planned attention takes no such."""
+        if k.shape != v.shape:
+            raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return cls(layer=layer, q=tuple(q.shape), k=tuple(k.shape), v=tuple(v.shape), scale=float(factor))
+
 
 class ShardsPart(RuntimeError):
     """A copy waits for another that has ended."""
@@ -86,18 +94,21 @@ class MetAttention:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return out [B, S_own, H, D]. UnsupportedError for shapes that planned attention does not take."""
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        self.calls.append(AttentionCall(layer=layer, q=shapes[0], k=shapes[1], v=shapes[2], scale=float(factor)))
-        if shapes[1] != shapes[2]:
-            raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
+        call = AttentionCall.noted(q, k, v, layer=layer, scale=scale)
+        self.calls.append(call)
         everyone = self.meeting.exchange(self.rank, (layer, k, v))
         if len({given[0] for given in everyone}) > 1:
             raise UnsupportedError("shards call attention for different layers", field="attention")
         keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))
         positions = self.meeting.positions
         return causal_attention(
-            q, keys, values, positions[self.rank], torch.cat(positions), factor, valid_tokens=self.meeting.valid_tokens
+            q,
+            keys,
+            values,
+            positions[self.rank],
+            torch.cat(positions),
+            call.scale,
+            valid_tokens=self.meeting.valid_tokens,
         )
 
     def close(self) -> None:
