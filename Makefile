@@ -41,7 +41,7 @@ lint: $(STAMP)  ## ruff, pyright, import direction
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -q tests/test_imports.py
+	$(BIN)/pytest -q tests/house/test_imports.py
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix

@@ -10,21 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .planner.cluster import Cluster as Cluster
-    from .planner.cluster import load_cluster as load_cluster
+    from .planner.cost.cluster import Cluster as Cluster
+    from .planner.cost.cluster import load_cluster as load_cluster
     from .planner.plan import Plan as Plan
     from .planner.plan import load_plan as load_plan
+    from .runtime.audit.audit import audit as audit
+    from .runtime.comm.mesh import Mesh as Mesh
+    from .runtime.comm.mesh import join as join
+    from .runtime.comm.mesh import leave as leave
     from .runtime.hf.attach import attach as attach
-    from .runtime.hf.audit import audit as audit
-    from .runtime.hf.shard import shard as shard
-    from .runtime.mesh import Mesh as Mesh
-    from .runtime.mesh import join as join
-    from .runtime.mesh import leave as leave
+    from .runtime.model.shard import shard as shard
+    from .traces.dataset.store import Trace as Trace
     from .traces.errors import InputError as InputError
     from .traces.pattern import BlockMask as BlockMask
     from .traces.pattern import LayerPattern as LayerPattern
     from .traces.pattern import VerticalSlash as VerticalSlash
-    from .traces.store import Trace as Trace
     from .traces.timeline import Timeline as Timeline
 
 __version__ = "0.1.0"
@@ -32,21 +32,21 @@ __version__ = "0.1.0"
 # public name -> module below this package that defines it
 _HOMES = {
     "BlockMask": "traces.pattern",
-    "Cluster": "planner.cluster",
+    "Cluster": "planner.cost.cluster",
     "InputError": "traces.errors",
     "LayerPattern": "traces.pattern",
-    "Mesh": "runtime.mesh",
+    "Mesh": "runtime.comm.mesh",
     "Plan": "planner.plan",
     "Timeline": "traces.timeline",
-    "Trace": "traces.store",
+    "Trace": "traces.dataset.store",
     "VerticalSlash": "traces.pattern",
     "attach": "runtime.hf.attach",
-    "audit": "runtime.hf.audit",
-    "join": "runtime.mesh",
-    "leave": "runtime.mesh",
-    "load_cluster": "planner.cluster",
+    "audit": "runtime.audit.audit",
+    "join": "runtime.comm.mesh",
+    "leave": "runtime.comm.mesh",
+    "load_cluster": "planner.cost.cluster",
     "load_plan": "planner.plan",
-    "shard": "runtime.hf.shard",
+    "shard": "runtime.model.shard",
 }
 _HOUSES = ("kernels", "planner", "runtime", "simulator", "traces")
 
@@ -71,7 +71,7 @@ def plan_trace(trace: Trace, cluster: Cluster, **settings: Any) -> Plan:
     Settings and errors are those of `planner.search.plan_trace`, which alone would judge by its own recurrence: the
     planner does not import the simulator, so it is handed over here.
     """
-    from .planner.search import plan_trace as search
+    from .planner.search.search import plan_trace as search
     from .simulator.engine import simulate
 
     return search(trace, cluster, **{"evaluator": simulate, **settings})

@@ -78,17 +78,17 @@ VERBS = {
         help="Play a plan in simulated time; write its timeline.",
     ),
     "run": Verb(
-        module="runtime.run_command",
+        module="runtime.run.command",
         function="run",
         help="Execute a plan here and measure its timeline (needs torch).",
     ),
     "data": Verb(
-        module="runtime.data_command",
+        module="runtime.data.command",
         function="data",
         help="Turn text into token shards to train on (needs torch).",
     ),
     "train": Verb(
-        module="runtime.train_command",
+        module="runtime.train.command",
         function="train",
         help="Train a model on long sequences by a plan (needs torch).",
     ),
@@ -103,7 +103,7 @@ VERBS = {
         help="Simulate MTraining's ladder beside its published speed-ups.",
     ),
     "demo": Verb(
-        module="runtime.demo_command",
+        module="runtime.demo.command",
         function="demo",
         help="The whole road on this machine, no GPU (needs torch).",
     ),
@@ -119,7 +119,7 @@ SERVICES = {
     "evaluator": ("simulator.engine", "simulate"),
     "simulate_plan": ("simulator.simulate_plan", "simulate_plan"),
     "timeline_metrics": ("simulator.metrics", "timeline_metrics"),
-    "write_report": ("simulator.report", "write_report"),
+    "write_report": ("simulator.report.page", "write_report"),
 }
 
 

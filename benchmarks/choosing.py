@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import triton_backend as ours
-from ..kernels.choose import (
+from ..kernels.mask import AttentionMask
+from ..kernels.select.choose import (
     FixedBudget,
     FlexBudget,
     ShardTensors,
@@ -26,11 +26,11 @@ from ..kernels.choose import (
     sink_window,
     vertical_slash_budgets,
 )
-from ..kernels.mask import AttentionMask
-from . import common
-from .kernel_impls import DENSE, SPARSE, Problem
+from ..kernels.triton import backend as ours
 from .kernels import time_ms
-from .masks import density_of, slash_mask
+from .lib import common
+from .lib.kernel_impls import DENSE, SPARSE, Problem
+from .lib.masks import density_of, slash_mask
 
 WINDOW_SLASHES = 100  # forced by vertical-slash with fixed budgets
 STRIDE = 16

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from ..kernels import tuning
 from ..kernels.mask import AttentionMask
-from . import common
-from .kernel_impls import DENSE, SPARSE, Implementation, Problem
-from .kernel_oracle import check
-from .masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
+from ..kernels.triton import tuning
+from .lib import common
+from .lib.kernel_impls import DENSE, SPARSE, Implementation, Problem
+from .lib.kernel_oracle import check
+from .lib.masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
 
 SUSTAINED_MS = 600.0
 GROWTH_REPEATS = 41

@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from ..runtime.data import TokenData
-from ..runtime.data_writer import byte_tokenizer, write_data
-from ..runtime.dense_flash4 import NAME as FLASH4_RING
-from ..runtime.mesh import Mesh, join, leave
-from ..runtime.train_config import TrainConfig, parse_config
-from ..runtime.train_loop import StepResult, Trainer
-from ..runtime.train_setup import set_up
+from ..runtime.baselines.flash4 import NAME as FLASH4_RING
+from ..runtime.comm.mesh import Mesh, join, leave
+from ..runtime.data.shards import TokenData
+from ..runtime.data.writer import byte_tokenizer, write_data
+from ..runtime.train.config import TrainConfig, parse_config
+from ..runtime.train.loop import StepResult, Trainer
+from ..runtime.train.setup import set_up
 from ..traces.files import write_atomically, write_json
-from .common import RESULTS, require_flash4_ring, write_result
-from .ranks import start_ranks
+from .lib.common import RESULTS, require_flash4_ring, write_result
+from .lib.ranks import start_ranks
 
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 256, "hidden_size": 512,

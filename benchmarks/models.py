@@ -26,18 +26,18 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..planner.placement import striped
 from ..planner.plan import KernelSpec, PatternSpec, Plan, make_plan
+from ..planner.schedule.placement import striped
+from ..runtime.audit.audit import Audit, audit, causal_class, small_model
+from ..runtime.audit.twins import Double
+from ..runtime.comm.mesh import Mesh, is_rank, join, leave
 from ..runtime.hf.attach import attach
-from ..runtime.hf.audit import Audit, audit, causal_class, small_model
-from ..runtime.hf.shape import model_shape
-from ..runtime.hf.shard import shard
-from ..runtime.hf.twins import Double
-from ..runtime.mesh import Mesh, is_rank, join, leave
+from ..runtime.model.shape import model_shape
+from ..runtime.model.shard import shard
 from ..traces.errors import InputError
-from .common import ResultFile
-from .models_page import write_page
-from .ranks import start_ranks
+from .lib.common import ResultFile
+from .lib.models_page import write_page
+from .lib.ranks import start_ranks
 
 RANKS, TOKENS, BLOCK_SIZE = 2, 120, 64
 DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")

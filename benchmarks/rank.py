@@ -32,16 +32,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..kernels.mask import AttentionMask
 from ..planner.plan import Plan
-from ..planner.schedule import DIRECTIONS
-from ..runtime.attention import PlannedAttention
-from ..runtime.comm import Channel, Channels
-from ..runtime.mesh import Mesh, join, leave
+from ..planner.schedule.schedule import DIRECTIONS
+from ..runtime.attention.planned import PlannedAttention
+from ..runtime.comm.channels import Channel, Channels
+from ..runtime.comm.mesh import Mesh, join, leave
 from ..traces.errors import InputError
-from .common import RESULTS, ResultFile
-from .masks import density_of
-from .rank_channels import EchoStore, NoiseChannels, PairChannels, require_pair
-from .ranks import start_ranks
-from .ring_plans import (
+from .lib.common import RESULTS, ResultFile
+from .lib.masks import density_of
+from .lib.rank_channels import EchoStore, NoiseChannels, PairChannels, require_pair
+from .lib.ranks import start_ranks
+from .lib.ring_plans import (
     FAMILIES,
     MODEL,
     PLACEMENTS,
@@ -56,8 +56,8 @@ from .ring_plans import (
     predicted_times,
     transports_of,
 )
-from .ring_rows import random_tensors
-from .ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
+from .lib.ring_rows import random_tensors
+from .lib.ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
 
 TOP_KERNELS = 16
 

@@ -30,20 +30,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.mask import AttentionMask
-from ..planner.cluster import Cluster, preset_names
+from ..planner.cost.cluster import Cluster, preset_names
 from ..planner.plan import ModelShape, Plan
-from ..runtime.attention import PlannedAttention
-from ..runtime.comm import Channel, Channels
-from ..runtime.dense_ring import ZigzagAttention
-from ..runtime.measure import Recorder, collect_timeline
-from ..runtime.mesh import Mesh, join, leave
-from ..runtime.torch_ring import TorchContextParallel
-from .common import RESULTS, ResultFile
-from .masks import density_of
-from .mtraining import FUNCTIONS as PEERS
-from .mtraining import MTraining, check_peer, measure_peer, refusal
-from .ranks import start_ranks
-from .ring_plans import (
+from ..runtime.attention.planned import PlannedAttention
+from ..runtime.baselines.ring import ZigzagAttention
+from ..runtime.baselines.torch_ring import TorchContextParallel
+from ..runtime.comm.channels import Channel, Channels
+from ..runtime.comm.measure import Recorder, collect_timeline
+from ..runtime.comm.mesh import Mesh, join, leave
+from .lib.common import RESULTS, ResultFile
+from .lib.masks import density_of
+from .lib.mtraining import FUNCTIONS as PEERS
+from .lib.mtraining import MTraining, check_peer, measure_peer, refusal
+from .lib.ranks import start_ranks
+from .lib.ring_plans import (
     FAMILIES,
     MODEL,
     PLACEMENTS,
@@ -59,8 +59,8 @@ from .ring_plans import (
     predicted_times,
     transports_of,
 )
-from .ring_rows import make_row, random_tensors, table
-from .ring_timing import SilentChannel, allocated_bytes, time_steps
+from .lib.ring_rows import make_row, random_tensors, table
+from .lib.ring_timing import SilentChannel, allocated_bytes, time_steps
 
 LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "collective", "ring:prefetch=1", "ring:prefetch=3"]
 DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {

@@ -33,20 +33,20 @@ import numpy as np
 import torch
 
 from ..kernels.mask import AttentionMask
-from ..planner.placement import striped
 from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
-from ..runtime.attention import Chooser
-from ..runtime.data_writer import Tokenizer, write_data
-from ..runtime.dense_flash4 import NAME as FLASH4_RING
-from ..runtime.mesh import Mesh, join, leave
-from ..runtime.train_config import TrainConfig, parse_config
-from ..runtime.train_loop import StepResult, Trainer
-from ..runtime.train_patterns import replay_and_pay
-from ..runtime.train_setup import set_up
+from ..planner.schedule.placement import striped
+from ..runtime.attention.planned import Chooser
+from ..runtime.baselines.flash4 import NAME as FLASH4_RING
+from ..runtime.comm.mesh import Mesh, join, leave
+from ..runtime.data.writer import Tokenizer, write_data
+from ..runtime.train.config import TrainConfig, parse_config
+from ..runtime.train.loop import StepResult, Trainer
+from ..runtime.train.patterns import replay_and_pay
+from ..runtime.train.setup import set_up
 from ..traces.files import read_json, write_json
-from .common import RESULTS, ResultFile, require_flash4_ring
-from .masks import density_of, slash_mask
-from .ranks import start_ranks
+from .lib.common import RESULTS, ResultFile, require_flash4_ring
+from .lib.masks import density_of, slash_mask
+from .lib.ranks import start_ranks
 
 IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", FLASH4_RING, "torch-context-parallel")
 ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gathered import gather_columns, scatter_columns
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
-from .row_sums import plain_row_products
+from .plain.gathered import gather_columns, scatter_columns
+from .plain.row_sums import plain_row_products
 
 __all__ = [
     "BACKENDS",
@@ -50,10 +50,10 @@ __all__ = [
 
 # Imported at first use: triton cannot be imported everywhere.
 BACKENDS = {
-    "reference": ".reference",
-    "blockwise": ".blockwise",
-    "triton": ".triton_backend",
-    "flash4": ".flash4_backend",
+    "reference": ".plain.reference",
+    "blockwise": ".plain.blockwise",
+    "triton": ".triton.backend",
+    "flash4": ".flash4.backend",
 }
 
 # Backends that attend columns in the launch of a block part.

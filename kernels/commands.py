@@ -71,7 +71,7 @@ def _examine(backend: str, tune: bool, output: Path, as_json: bool, shape: dict[
         raise typer.BadParameter(f"{backend!r} is neither triton nor flash4", param_hint="--backend")
     if tune and backend != "triton":
         raise typer.BadParameter(f"{backend} has no launch settings of ours", param_hint="--tune")
-    from .doctor import check_kernels, tune_kernels
+    from .tools.doctor import check_kernels, tune_kernels
 
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "backend": backend}
     say = (lambda line: None) if as_json else typer.echo

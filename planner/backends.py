@@ -17,7 +17,7 @@ class Taken:
     """What one backend takes; None: any.
 
     head_dims: those that its kernels have, ascending. padded_step: other head dims that are multiples of it, below the
-    largest, are computed as the next one with zeros behind them (kernels/padded.py); None: no others are taken.
+    largest, are computed as the next one with zeros behind them (kernels/triton/padded.py); None: no others are taken.
     """
 
     head_dims: tuple[int, ...] | None = None

@@ -17,18 +17,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..traces.dataset.store import Trace
 from ..traces.errors import InputError, ScheduleError
 from ..traces.files import require_output
-from ..traces.store import Trace
-from .candidates import PLACEMENTS
-from .check import CheckReport, check_step
-from .check import check as prove
-from .cluster import load_cluster, preset_names
-from .layouts import LAYOUTS
+from .check.check import CheckReport, check_step
+from .check.check import check as prove
+from .cost.cluster import load_cluster, preset_names
+from .layouts.registry import LAYOUTS
 from .plan import DType, KernelSpec, Plan, load_launches, load_plan
-from .sampling import Progress as Report
-from .schedule import DIRECTIONS, Direction, Schedule
-from .search import DEFAULT_MEMORY_FRACTION, plan_trace
+from .schedule.schedule import DIRECTIONS, Direction, Schedule
+from .search.candidates import PLACEMENTS
+from .search.sampling import Progress as Report
+from .search.search import DEFAULT_MEMORY_FRACTION, plan_trace
 
 SHOWN_CANDIDATES = 12
 BACKENDS = get_args(KernelSpec.model_fields["backend"].annotation)

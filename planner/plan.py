@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
+from ..traces.validation import validation_error
 from .backends import computed_head_dim
-from .cluster import validation_error
-from .heads import HeadOrder, is_order
-from .layout_draft import AttentionShape
-from .layouts import build
-from .pairs import Pairs, pattern_pairs
-from .placement import Placement
-from .schedule import DIRECTIONS, Direction, Schedule
+from .layouts.registry import build
+from .schedule.heads import HeadOrder, is_order
+from .schedule.pairs import Pairs, pattern_pairs
+from .schedule.placement import Placement
+from .schedule.schedule import DIRECTIONS, Direction, Schedule
+from .schedule.shape import AttentionShape
 
 PLAN_SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 256 << 20

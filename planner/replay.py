@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..traces.dataset.store import Trace
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
-from ..traces.store import Trace
 from .plan import Plan
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..planner.cluster import load_cluster, preset_names
+from ..planner.cost.cluster import load_cluster, preset_names
 from ..planner.plan import load_plan
 from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError

@@ -1,7 +1,7 @@
 """The reference semantics of a schedule, played in simulated time (simpy, integer nanoseconds).
 
 Every rank is a process that walks through its phases (schedule.py says what happens in which order): wait, launch
-transfers, compute; the tasks of a phase in the kernel launches that the backend makes of them (planner/launches.py).
+transfers, compute; the tasks of a phase in the kernel launches that the backend makes of them (schedule/launches.py).
 Every group call is a process that waits for its turn in its communicator's queue on that rank, joins its transfers, and
 ends with the last of them. A transfer is a rendezvous: it begins, one link latency later, when all its ends have
 joined; its bytes share links with all others (network.py). While data moves to or from a GPU, its compute slows by the
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import simpy
 
-from ..planner.cluster import Cluster
-from ..planner.cost import CostModel, launch_work
-from ..planner.evaluation import Evaluation
-from ..planner.launches import Launch, rank_launches
-from ..planner.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
-from ..planner.timing import check_sizes, latency_ns, launch_ns, legs_of
-from ..planner.workload import Workload
+from ..planner.cost.cluster import Cluster
+from ..planner.cost.evaluation import Evaluation
+from ..planner.cost.kernels import CostModel, launch_work
+from ..planner.cost.timing import check_sizes, latency_ns, launch_ns, legs_of
+from ..planner.schedule.launches import Launch, rank_launches
+from ..planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
+from ..planner.schedule.workload import Workload
 from ..traces.errors import InputError, ScheduleError
 from ..traces.timeline import Timeline
 from .network import Network

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..planner.cluster import Cluster, Link, load_cluster
-from ..planner.cost import DatasheetCost
-from ..planner.evaluation import Evaluation
-from ..planner.layouts import build
-from ..planner.schedule import DIRECTIONS, Direction, Schedule
-from ..planner.workload import Workload
+from ..planner.cost.cluster import Cluster, Link, load_cluster
+from ..planner.cost.evaluation import Evaluation
+from ..planner.cost.kernels import DatasheetCost
+from ..planner.layouts.registry import build
+from ..planner.schedule.schedule import DIRECTIONS, Direction, Schedule
+from ..planner.schedule.workload import Workload
 from .engine import simulate
 from .ladder_work import Setting, shape_of, workloads
 

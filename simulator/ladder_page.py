@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..traces.dataset.manifest import library_versions
 from ..traces.errors import InputError
 from ..traces.files import read_bytes
-from ..traces.manifest import library_versions
 from .ladder import ASSUMPTIONS, CLUSTER, Ladder, Outcome
 
 BENCHMARK = "ladder"

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planner.layout_draft import AttentionShape
-from ..planner.placement import REGULAR_PLACEMENTS, Placement
-from ..planner.workload import Workload, workload
+from ..planner.schedule.placement import REGULAR_PLACEMENTS, Placement
+from ..planner.schedule.shape import AttentionShape
+from ..planner.schedule.workload import Workload, workload
 from ..traces.pattern import LayerPattern, VerticalSlash, dense, num_blocks
 from ..traces.synthetic import SyntheticSettings, synthesize
 

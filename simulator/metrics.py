@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planner.evaluation import imbalance
-from ..planner.schedule import DIRECTIONS
+from ..planner.cost.evaluation import imbalance
+from ..planner.schedule.schedule import DIRECTIONS
 from ..traces.errors import InputError
 from ..traces.timeline import COMPUTE_STREAM, Span, Timeline
 

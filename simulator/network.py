@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import simpy
 
-from ..planner.cluster import Cluster
-from ..planner.timing import NS_PER_US, Leg, Port, capacity_bytes_per_us, port_bytes, route, transfer_ns
+from ..planner.cost.cluster import Cluster
+from ..planner.cost.timing import NS_PER_US, Leg, Port, capacity_bytes_per_us, port_bytes, route, transfer_ns
 
 SAME_SHARE = 1 + 1e-12
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..planner.evaluation import Evaluation
-from ..planner.launches import launch_name
-from ..planner.schedule import Direction, GroupCall, Task
-from ..planner.timing import NS_PER_US, legs_of
+from ..planner.cost.evaluation import Evaluation
+from ..planner.cost.timing import NS_PER_US, legs_of
+from ..planner.schedule.launches import launch_name
+from ..planner.schedule.schedule import Direction, GroupCall, Task
 from ..traces.timeline import COMPUTE_STREAM, Flow, Span, Timeline
 
 TransferTimes = Mapping[tuple[str, str], tuple[int, int]]  # (communicator, transfer id) -> began to move, arrived

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..planner.cluster import Cluster
-from ..planner.cost import CostModel, plan_cost
+from ..planner.cost.cluster import Cluster
+from ..planner.cost.kernels import CostModel, plan_cost
 from ..planner.plan import Plan
-from ..planner.workload import workload
+from ..planner.schedule.workload import workload
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
 from .engine import LayerEvaluation, simulate_layer

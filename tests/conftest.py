@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Tests share helpers that live beside them (rank_pool, ring_cases, …); the safe path keeps this folder off sys.path.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Tests share helpers (rank_pool, ring_cases, …); the safe path keeps their folder off sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 from rank_pool import RankPool
 

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .dataset.store import Trace
 from .errors import InputError
 from .stats import describe, summarize
-from .store import Trace
 from .synthetic import GENERATORS, SyntheticSettings, write_synthetic_trace
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]

@@ -24,4 +24,4 @@ class UnsupportedError(InputError):
 
 
 class ScheduleError(AssertionError):
-    """A schedule that breaks a rule of `planner.check`; the message names rank, phase and the object."""
+    """A schedule that breaks a rule of `planner.check.check`; the message names rank, phase and the object."""

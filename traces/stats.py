@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dataset.rows import HeadRow, head_density
+from .dataset.store import Trace
 from .errors import InputError
 from .pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
-from .rows import HeadRow, head_density
-from .store import Trace
 
 
 def density_per_head(pattern: LayerPattern) -> NDArray[np.float64]:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
+from .dataset.rows import HeadChoice
+from .dataset.store import Trace, TraceWriter
 from .errors import InputError
-from .manifest import ModelShape, TraceHeader, library_versions, parse_model
 from .pattern import BlockMask, LayerPattern, VerticalSlash, dense, num_blocks
-from .rows import HeadChoice
-from .store import Trace, TraceWriter
 
 
 @dataclass(frozen=True, kw_only=True)

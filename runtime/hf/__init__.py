@@ -1,1 +1,1 @@
-"""Hugging Face models: audited, their attention replaced by a plan's, captured, loaded from local files."""
+"""Doors for Hugging Face models: attach, capture, audit."""

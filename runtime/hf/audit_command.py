@@ -13,7 +13,7 @@ from ...planner.backends import TAKEN, computed_head_dim
 from ...traces.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from .audit import Audit
+    from ..audit.audit import Audit
 
 
 def audit(
@@ -28,8 +28,8 @@ def audit(
     alone and split in two, dense, in float64: loss, logits and all gradients must agree to 1e-6. Exit code 2, and the
     reason in one line, for a model that would be computed wrongly.
     """
-    from . import audit as gate
-    from .load import read_config
+    from ..audit import audit as gate
+    from ..model.load import read_config
 
     _, config = read_config(model)
     found = gate.audit(config, seq_len_tokens=seq_len, cache=None if fresh else gate.CACHE)

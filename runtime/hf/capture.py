@@ -24,18 +24,18 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
-from ...kernels.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
 from ...planner.backends import computed_head_dim
+from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
+from ...traces.dataset.rows import HeadChoice
+from ...traces.dataset.store import StepWriter, TraceWriter
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
 from ...traces.progress import Progress, no_progress
-from ...traces.rows import HeadChoice
-from ...traces.store import StepWriter, TraceWriter
-from ..selectors import Selector
-from .attention_call import check_attention_call, refuse_masks
-from .audit import Audit, require_model
-from .shape import check_angles, model_body, model_shape
+from ..attention.selectors import Selector
+from ..audit.audit import Audit, require_model
+from ..model.attention_call import check_attention_call, refuse_masks
+from ..model.shape import check_angles, model_body, model_shape
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_capture"

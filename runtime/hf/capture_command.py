@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...traces.dataset.manifest import MANIFEST_NAME
+from ...traces.dataset.store import Trace, TraceWriter
 from ...traces.errors import InputError
-from ...traces.manifest import MANIFEST_NAME
 from ...traces.progress import shown_progress
-from ...traces.store import Trace, TraceWriter
 
 if TYPE_CHECKING:
-    from ..selectors import Selector
+    from ..attention.selectors import Selector
 
 
 class SelectorName(StrEnum):
@@ -97,9 +97,9 @@ def capture(
     if (output / MANIFEST_NAME).exists():
         Trace.open(output)  # a trace that cannot be continued is refused before a model is loaded
 
-    from .audit import audit
+    from ..audit.audit import audit
+    from ..model.load import check_vocabulary, load_model, pick_device, read_config, read_windows
     from .capture import CaptureSettings, capture_model, trace_header
-    from .load import check_vocabulary, load_model, pick_device, read_config, read_windows
 
     chosen_selector = None if settings else _selector(selector.value, options)
     audit(read_config(model)[1], seq_len_tokens=seq_len).require(source=model)
@@ -142,7 +142,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
 
 
 def _selector(name: str, options: dict[str, Any]) -> Selector:
-    from ..selectors import make_selector
+    from ..attention.selectors import make_selector
 
     given = {key: value for key, value in options.items() if value is not None}
     share, cap = given.pop("p", None), given.pop("cap", None)
@@ -159,7 +159,7 @@ def _selector(name: str, options: dict[str, Any]) -> Selector:
 
 def _published(path: Path, options: dict[str, Any], layers: int, heads: int) -> Selector:
     from ...traces.published import read_published
-    from ..selectors import published_selector
+    from ..attention.selectors import published_selector
 
     given = [name for name, value in options.items() if value is not None]
     if given:

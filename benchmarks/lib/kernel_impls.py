@@ -1,0 +1,221 @@
+"""The attention kernels that benchmarks/kernels.py compares, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...kernels.mask import AttentionMask
+from ...kernels.triton import backend as triton_backend
+from . import fa4_direct
+
+FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
+
+
+@dataclass
+class Problem:
+    """Tensors q, k, v, grad_out [1, S, H, D] in bfloat16, the mask, and what implementations build from it once."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    mask: AttentionMask | None
+    built: dict[str, Any] = field(default_factory=dict)
+    index_bytes: int = 0
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(D)."""
+        return self.q.shape[-1] ** -0.5
+
+    @property
+    def positions(self) -> Tensor:
+        """Global token positions [S], the same tensor every time."""
+        if "positions" not in self.built:
+            self.built["positions"] = torch.arange(self.q.shape[1], device="cuda")
+        return self.built["positions"]
+
+    def leaves(self) -> list[Tensor]:
+        """q, k, v as contiguous [1, H, S, D] leaves, the layout the libraries like best."""
+        if "leaves" not in self.built:
+            self.built["leaves"] = [x.transpose(1, 2).contiguous().requires_grad_() for x in (self.q, self.k, self.v)]
+            self.built["leaf_grad"] = self.grad_out.transpose(1, 2).contiguous()
+        return self.built["leaves"]
+
+    @staticmethod
+    def tensors(seq_len: int, heads: int, kv_heads: int, head_dim: int, seed: int) -> tuple[Tensor, ...]:
+        """Random q, k, v, grad_out on the GPU."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return tuple(
+            torch.randn(1, seq_len, n, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for n in (heads, kv_heads, kv_heads, heads)
+        )
+
+
+State = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """forward(problem) -> state, backward(problem, state) -> (dq, dk, dv); prepare builds what the mask needs.
+
+    result(state) gives out [1, S, H, D] and lse [1, H, S] (natural log, or None) of a state.
+    """
+
+    forward: Callable[[Problem], State]
+    backward: Callable[[Problem, State], tuple[Tensor, ...]]
+    result: Callable[[State], tuple[Tensor, Tensor | None]]
+    prepare: Callable[[Problem], None] | None = None
+    supports: Callable[[AttentionMask, int], bool] = lambda mask, seq_len: True
+
+
+def _ours(backend: Any, built: str, index_bytes: Callable[[Any], int]) -> Implementation:
+    """One of our backends; index_bytes builds both directions of a block index and says what they hold."""
+
+    def prepare(problem: Problem) -> None:
+        assert problem.mask is not None
+        index = backend.block_index(problem.mask, problem.positions, problem.positions)
+        problem.index_bytes = index_bytes(index)
+        columns = backend.column_index(problem.mask, problem.positions) if problem.mask.columns is not None else None
+        problem.index_bytes += columns.nbytes if columns else 0
+        problem.built[built] = index, columns
+
+    def forward(problem: Problem) -> State:
+        index, column_index = problem.built[built]
+        columns = None
+        if column_index is not None:
+            columns = *backend.gather_columns(problem.k, problem.v, column_index), column_index
+        out, lse = backend.block_forward(
+            problem.q, problem.k, problem.v, index, scale=problem.scale, out_dtype=problem.q.dtype, columns=columns
+        )
+        return out, lse, columns
+
+    def backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
+        out, lse, columns = state
+        *grads, of_columns = backend.full_gradients(
+            problem.grad_out,
+            problem.q,
+            problem.k,
+            problem.v,
+            out,
+            lse,
+            problem.built[built][0],
+            scale=problem.scale,
+            columns=columns,
+        )
+        if of_columns is not None:
+            backend.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
+        return tuple(grads)
+
+    return Implementation(
+        forward=forward, backward=backward, prepare=prepare, result=lambda state: (state[0], state[1])
+    )
+
+
+def _autograd_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(state[0], problem.leaves(), problem.built["leaf_grad"], retain_graph=True)
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
+def _dense_forward(backend: SDPBackend) -> Callable[[Problem], State]:
+    def forward(problem: Problem) -> State:
+        with sdpa_kernel(backend):
+            q, k, v = problem.leaves()
+            return (functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
+
+    return forward
+
+
+@cache
+def _flex(tma: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    options = {"USE_TMA": True} if tma else {}
+    return lambda q, k, v, block_mask: compiled(
+        q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True, kernel_options=options
+    )
+
+
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _flex_prepare(problem: Problem) -> None:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    mask = problem.mask
+    assert mask is not None
+    block = torch.arange(mask.blocks, device="cuda")
+    if mask.is_toeplitz:
+        active = mask.active[:, (block[:, None] - block[None, :]).clamp(min=0)] & (block[:, None] > block[None, :])
+        diagonal = mask.active[:, :1].expand(-1, mask.blocks)
+    else:
+        active = mask.active & (block[:, None] > block[None, :])
+        diagonal = mask.active[:, block, block]
+    full_count = active.sum(-1).int()[None]
+    full_index = torch.argsort(active.int(), dim=-1, descending=True, stable=True).int()[None]
+    partial_index = torch.zeros_like(full_index)
+    partial_index[..., 0] = block
+    problem.built["flex"] = BlockMask.from_kv_blocks(
+        diagonal.int()[None].contiguous(),
+        partial_index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=mask.block_size,
+        mask_mod=_causal,
+    )
+
+
+def _flex_forward(tma: bool) -> Callable[[Problem], State]:
+    return lambda problem: _flex(tma)(*problem.leaves(), problem.built["flex"])
+
+
+def _heads_inside(state: State) -> tuple[Tensor, Tensor | None]:
+    return state[0].transpose(1, 2), state[1] if len(state) > 1 else None
+
+
+def _flex_implementation(tma: bool) -> Implementation:
+    return Implementation(
+        forward=_flex_forward(tma),
+        backward=_autograd_backward,
+        result=_heads_inside,
+        prepare=_flex_prepare,
+        supports=lambda mask, seq_len: mask.columns is None and seq_len <= FLEX_LONGEST,
+    )
+
+
+DENSE = {
+    name: Implementation(forward=_dense_forward(backend), backward=_autograd_backward, result=_heads_inside)
+    for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))
+}
+SPARSE = {
+    "ours-triton": _ours(triton_backend, "ours", lambda index: index.nbytes),
+    "flex": _flex_implementation(False),
+    "flex-tma": _flex_implementation(True),
+}
+
+if fa4_direct.runs_here():
+    from ...kernels.flash4 import backend as flash4_backend
+
+    SPARSE["ours-flash4"] = replace(
+        _ours(flash4_backend, "ours-flash4", lambda index: index.build_tables()),
+        supports=lambda mask, seq_len: mask.block_size == flash4_backend.BLOCK_SIZE,
+    )
+    SPARSE["fa4"] = Implementation(
+        forward=fa4_direct.forward,
+        backward=fa4_direct.backward,
+        prepare=fa4_direct.prepare,
+        result=lambda state: (state[0], state[1]),
+        supports=lambda mask, seq_len: (
+            mask.columns is None and mask.block_size == fa4_direct.BLOCK_SIZE and seq_len <= FLEX_LONGEST
+        ),
+    )

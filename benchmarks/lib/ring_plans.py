@@ -1,0 +1,243 @@
+"""What benchmarks/ring.py measures: masks of several families, and plans for them, made by hand or by the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from ...kernels.mask import AttentionMask
+from ...planner.cost.cluster import Cluster, Nics, load_cluster
+from ...planner.cost.compiled import CompiledRecurrence
+from ...planner.cost.kernels import datasheet_cost
+from ...planner.cost.memory import layer_memory
+from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ...planner.schedule.pairs import active_blocks, pattern_pairs
+from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
+from ...planner.schedule.schedule import DIRECTIONS
+from ...planner.schedule.workload import unit_load
+from ...planner.search.candidates import LayoutChoice
+from ...planner.search.sampling import Sample, TraceSummary
+from ...planner.search.scores import Problem, ScoreBoard
+from ...planner.search.selection import select
+from ...runtime.hf.capture import pattern_of
+from ...simulator.engine import simulate
+from ...simulator.simulate_plan import simulate_plan
+from ...traces.pattern import LayerPattern
+from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
+
+MODEL = ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128)
+TOY_MODEL = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32)
+BLOCK = 128
+MEMORY_SHARE = 0.5
+# 64 MB per GPU took 45 ms from four GPUs to four over one host's sockets.
+SOCKETS = Nics(name="sockets", bandwidth_bytes_per_us=5700.0, latency_us=50.0, nics_per_node=1)
+PLACEMENTS = (*sorted(REGULAR_PLACEMENTS), "balanced", "planned")
+BLOCK_FAMILIES: dict[str, Callable[..., AttentionMask]] = {
+    "xattention": xattention_like_mask,
+    "moba": moba_like_mask,
+    "documents": documents_mask,
+}
+FAMILIES = ("slash", *BLOCK_FAMILIES)
+Layout = tuple[str, dict[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """One mask to measure. columns: per head, which only slash masks have."""
+
+    family: str
+    columns: int
+    mask: AttentionMask
+
+    @cached_property
+    def pattern(self) -> LayerPattern:
+        """The mask's patterns on the host."""
+        return pattern_of(self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration. layout: name:parameter=value,…; forward/backward may differ. "planned" takes the planner's."""
+
+    placement: str
+    granularity_blocks: int
+    backend: str
+    layout: str
+
+
+def model_of(heads: Sequence[int], *, toy: bool) -> ModelShape:
+    """Return the layer to measure. heads: of queries and of keys."""
+    if toy:
+        return TOY_MODEL
+    return ModelShape(layers=1, heads=heads[0], kv_heads=heads[1], head_dim=MODEL.head_dim)
+
+
+def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: int, heads: int = MODEL.heads) -> Work:
+    """Draw a mask of one family, on the CPU; only slash masks have columns."""
+    if family == "slash":
+        mask = slash_mask(seq_len, density, columns, heads=heads, block=BLOCK, seed=seed)
+    else:
+        mask = BLOCK_FAMILIES[family](seq_len, density, heads=heads, block=BLOCK, seed=seed)
+    return Work(family=family, columns=mask.column_capacity, mask=mask)
+
+
+def make_cases(
+    *, placements: Sequence[str], granularities_blocks: Sequence[int], backends: Sequence[str], layouts: Sequence[str]
+) -> list[Case]:
+    """Return every combination; what the planner picks does not vary with layout and granularity."""
+    cases = []
+    for placement, granularity, backend, layout in product(placements, granularities_blocks, backends, layouts):
+        free = placement == "planned"
+        cases.append(
+            Case(
+                placement=placement,
+                granularity_blocks=1 if free else granularity,
+                backend=backend,
+                layout="" if free else layout,
+            )
+        )
+    return list(dict.fromkeys(cases))
+
+
+def make_case_plan(
+    case: Case, work: Work, *, cluster: Cluster, leave_out: bool = True, model: ModelShape = MODEL,
+    dtype: str = "bfloat16", narrow_gradients: bool = False,
+) -> Plan:  # fmt: skip
+    """Return the plan of a case for all GPUs of the cluster; "planned" is the planner's pick, layouts and all.
+
+    leave_out: without the pairs of shards that the mask does not need. narrow_gradients: the planner may round them.
+    """
+    common: dict[str, Any] = {
+        "model": model,
+        "seq_len_tokens": work.mask.seq_len_tokens,
+        "block_size": work.mask.block_size,
+        "dtype": dtype,
+        "columns_capacity": work.mask.column_capacity,
+        "pattern": PatternSpec(source="trace"),
+        "kernels": KernelSpec.model_validate({"backend": case.backend}),
+    }
+    if case.placement == "planned":
+        placement, forward, backward = _picked(case, work, model, dtype, cluster, narrow_gradients)
+    else:
+        placement = _placement(case, work.pattern, cluster.world_size)
+        forward, backward = _parsed(case.layout)
+    pairs = pattern_pairs(work.pattern, placement) if leave_out else None
+    return make_plan(placement=placement, forward=forward, backward=backward, pairs=pairs, **common)
+
+
+def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
+    """Return a preset or file as so many nodes of the ranks there are; without a network by sockets."""
+    cluster = load_cluster(name)
+    if (cluster.nodes, cluster.world_size) == (nodes, world_size):
+        return cluster
+    return cluster.model_copy(
+        update={
+            "nodes": nodes,
+            "gpus_per_node": world_size // nodes,
+            "inter_node": cluster.inter_node or SOCKETS if nodes > 1 else cluster.inter_node,
+        }
+    )
+
+
+def predicted_peak_bytes(plan: Plan) -> int:
+    """Return what the plan says that a step of one layer needs on every rank."""
+    shape, backend = plan.attention_shape(), plan.kernels.backend
+    given: dict[str, Any] = {"backend": backend, "reordered": plan.head_orders is not None}
+    return max(layer_memory(plan.schedule(way), shape, **given).total_bytes for way in DIRECTIONS)
+
+
+def predicted_times(plan: Plan, work: Work, cluster: Cluster) -> dict[str, Any]:
+    """Return what the simulator says of the plan on a cluster: a row's fields."""
+    simulated = simulate_plan(plan, work.pattern, cluster, timeline=False)
+    return {
+        "predicted_for": cluster.name,
+        "predicted_forward_ms": simulated.forward.makespan_us / 1e3,
+        "predicted_backward_ms": simulated.backward.makespan_us / 1e3,
+    }
+
+
+def transports_of(plan: Plan) -> str:
+    """Return what moves K/V and their gradients: a row's `transport`."""
+    schedules = [plan.schedule(way) for way in DIRECTIONS]
+    calls = [call for schedule in schedules for phase in schedule.phases(0) for call in phase.group_calls]
+    used = {transfer.transport for call in calls for transfer in call.transfers if transfer.kind != "columns"}
+    return "+".join(sorted(used)) or "none"
+
+
+def name_of(plan: Plan) -> str:
+    """Return a plan's placement and layouts in a few words: a row's `layout`."""
+    words = [
+        f"{spec.layout}:{','.join(f'{name}={value}' for name, value in spec.parameters.items())}"
+        for spec in (plan.forward, plan.backward)
+    ]
+    left_out = "" if plan.pairs is None else f" -{len(plan.active_pairs().left_out())} pairs"
+    placed = f"{plan.placement.name}x{plan.placement.granularity_tokens // plan.block_size}"
+    return f"{placed} {'/'.join(dict.fromkeys(words))}{left_out}"
+
+
+def _placement(case: Case, pattern: LayerPattern, world_size: int) -> Placement:
+    sizes: dict[str, int] = {
+        "seq_len_tokens": pattern.seq_len_tokens,
+        "world_size": world_size,
+        "granularity_tokens": case.granularity_blocks * pattern.block_size,
+    }
+    if case.placement != "balanced":
+        return REGULAR_PLACEMENTS[case.placement](**sizes)
+    padded = REGULAR_PLACEMENTS["striped"](**sizes).padded_tokens
+    load = unit_load([pattern], granularity_tokens=sizes["granularity_tokens"], padded_tokens=padded)
+    return balanced(unit_load=load, **sizes)
+
+
+def _picked(
+    case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster, narrow_gradients: bool
+) -> tuple[Placement, Layout, Layout]:
+    """Search on the cluster as `sparsering plan` does."""
+    pattern = work.pattern
+    problem = Problem(
+        cluster=cluster,
+        cost=datasheet_cost(cluster.gpu, model, block_size=pattern.block_size, backend=case.backend),
+        model=model,
+        seq_len_tokens=pattern.seq_len_tokens,
+        block_size=pattern.block_size,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]  # make_plan refuses others
+        backend=case.backend,
+        narrow_gradients=narrow_gradients,
+        memory_limit_bytes=int(MEMORY_SHARE * cluster.gpu.memory_bytes),
+        samples=(Sample(training_step=0, layer=0, pattern=pattern),),
+        summary=TraceSummary(
+            columns_capacity=work.mask.column_capacity,
+            block_load=np.asarray(
+                unit_load(
+                    [pattern],
+                    granularity_tokens=pattern.block_size,
+                    padded_tokens=pattern.num_blocks * pattern.block_size,
+                )
+            ),
+            loaded_layers=1,
+            recorded_layers=1,
+            active_blocks=active_blocks(pattern),
+        ),
+    )
+    pick = select(problem, quick=CompiledRecurrence(), final=simulate).pick
+    placement = ScoreBoard(problem=problem).placement(pick.placement)
+    return placement, _chosen(pick.forward_layout), _chosen(pick.backward_layout)
+
+
+def _chosen(choice: LayoutChoice) -> Layout:
+    return choice.layout, dict(choice.parameters)
+
+
+def _parsed(text: str) -> tuple[Layout, Layout]:
+    forward, _, backward = text.partition("/")
+    return _layout(forward), _layout(backward or forward)
+
+
+def _layout(text: str) -> Layout:
+    name, _, parameters = text.partition(":")
+    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
+    return name, {key: int(value) for key, value in pairs}

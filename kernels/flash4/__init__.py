@@ -1,0 +1,1 @@
+"""The flash4 backend: flash-attn-4 for the block part."""

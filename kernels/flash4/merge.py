@@ -1,0 +1,72 @@
+"""Merging flash-attn-4's partial (16-bit out, float32 lse) into earlier partials, or widening it, in one pass."""
+
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..jit import run
+from ..merge import accumulator_dtype
+
+Partial = tuple[Tensor, Tensor]
+_ROWS = 32
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "part_tokens"])
+def merge_kernel(part, part_lse, earlier, earlier_lse, out, lse, p_b, p_s, p_h, pl_b, pl_h, e_b, e_s, e_h, el_b, el_h,
+                 o_b, o_s, o_h, ol_b, ol_h, heads, tokens, part_tokens, MERGE: tl.constexpr, ROWS: tl.constexpr,
+                 D: tl.constexpr):
+    """out, lse = part merged with earlier, or part alone; part ends at part_tokens. Grid (tokens / ROWS, B * H)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    dims, inside, has_part = tl.arange(0, D)[None, :], rows < tokens, rows < part_tokens
+    row = rows.to(tl.int64)[:, None]
+    new_lse = tl.load(part_lse + batch * pl_b + head * pl_h + rows, mask=has_part, other=float("-inf"))
+    new = tl.load(part + batch * p_b + head * p_h + row * p_s + dims, mask=has_part[:, None], other=0.0).to(tl.float32)
+    if MERGE:
+        old_lse = tl.load(earlier_lse + batch * el_b + head * el_h + rows, mask=inside, other=float("-inf"))
+        old_lse = old_lse.to(tl.float32)
+        old = tl.load(earlier + batch * e_b + head * e_h + row * e_s + dims, mask=inside[:, None], other=0.0)
+        top = tl.maximum(old_lse, new_lse)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        old_weight, new_weight = tl.exp(old_lse - shift), tl.exp(new_lse - shift)
+        total = old_weight + new_weight
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        new = (old.to(tl.float32) * (old_weight / total)[:, None]) + new * (new_weight / total)[:, None]
+        new_lse = tl.where(empty, float("-inf"), shift + tl.log(total))
+    tl.store(out + batch * o_b + head * o_h + row * o_s + dims, new.to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse + batch * ol_b + head * ol_h + rows, new_lse, mask=inside)
+
+
+def merge_part(part: Partial, earlier: Partial | None, *, tokens: int, out_dtype: torch.dtype | None = None) -> Partial:
+    """(out [B, S, H, D], lse [B, H, S]) of part [B, S', H, D], S' <= S = tokens, merged with earlier partials.
+
+    Rows beyond S' are earlier's, or out 0 and lse -inf. Merges in place, unless out_dtype differs from earlier's.
+    """
+    (part_out, part_lse), (batch, _, heads, dim) = part, part[0].shape
+    wanted = out_dtype or (earlier[0].dtype if earlier else accumulator_dtype(part_out.dtype))
+    in_place = earlier is not None and earlier[0].dtype == wanted
+    if in_place and earlier is not None:
+        out, lse = earlier
+        tokens = part_out.shape[1]  # the others stay as they are
+    else:
+        out = torch.empty(batch, tokens, heads, dim, dtype=wanted, device=part_out.device)
+        lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=part_out.device)
+    old, old_lse = earlier or (out, lse)
+    if tokens:
+        run(
+            merge_kernel, (triton.cdiv(tokens, _ROWS), batch * heads),
+            part_out, part_lse, old, old_lse, out, lse, *part_out.stride()[:3], *part_lse.stride()[:2],
+            *old.stride()[:3], *old_lse.stride()[:2], *out.stride()[:3], *lse.stride()[:2], heads, tokens,
+            part_out.shape[1], MERGE=earlier is not None, ROWS=_ROWS, D=dim)
+    return out, lse

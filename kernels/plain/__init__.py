@@ -1,0 +1,1 @@
+"""Attention in plain torch: the definition of correct, and what runs on CPUs."""

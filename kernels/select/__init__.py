@@ -1,0 +1,1 @@
+"""Choosing patterns from queries and keys."""

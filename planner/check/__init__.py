@@ -1,0 +1,1 @@
+"""Proof that a schedule, whoever built it, computes one layer of attention."""

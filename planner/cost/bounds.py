@@ -1,0 +1,189 @@
+"""Lower bounds on the time of one layer, to say how far a plan is from the optimum.
+
+No schedule can beat these in which every rank computes its own queries and sees every K/V shard that it needs, or, of
+the degrees that are asked about, the queries of a group for its heads: neither the mean compute over ranks, nor the
+time in which the bytes that must move cross the slowest links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..layouts.ulysses import group_bytes
+from ..schedule.launches import Launch, launches_of
+from ..schedule.pairs import Pairs
+from ..schedule.schedule import DIRECTIONS, Direction, ShardId, Task
+from ..schedule.shape import AttentionShape
+from ..schedule.workload import TaskWork, Workload
+from .cluster import Cluster
+from .kernels import CostModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Microseconds that one direction of one layer takes at least."""
+
+    compute_us: float
+    communication_us: float
+
+    @property
+    def total_us(self) -> float:
+        """The larger of the two: at best one hides the other."""
+        return max(self.compute_us, self.communication_us)
+
+
+def lower_bound(
+    *,
+    workload: Workload,
+    cluster: Cluster,
+    cost: CostModel,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+    keep_kv: bool = False,
+    narrow_gradients: bool = False,
+    pulls: bool = True,
+    degrees: Sequence[int] = (),
+) -> Bound:
+    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
+
+    pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
+    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can. degrees: sizes
+    of groups that heads may be split over.
+    """
+    own_queries_us = communication_bound_us(
+        cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients, pulls=pulls
+    )
+    exchanges_us = [exchange_bound_us(cluster, shape, direction, pairs, degree=degree) for degree in degrees]
+    return Bound(
+        compute_us=compute_bound_us(workload, cost, direction),
+        communication_us=min([own_queries_us, *exchanges_us]),
+    )
+
+
+def step_bound_us(
+    *,
+    workload: Workload,
+    cluster: Cluster,
+    cost: CostModel,
+    shape: AttentionShape,
+    pairs: Pairs | None = None,
+    keep_kv: bool = False,
+    narrow_gradients: bool = False,
+    pulls: bool = True,
+    degrees: Sequence[int] = (),
+) -> float:
+    """Return the bound of forward + backward of one layer."""
+    bounds = [
+        lower_bound(
+            workload=workload,
+            cluster=cluster,
+            cost=cost,
+            shape=shape,
+            direction=direction,
+            pairs=pairs,
+            keep_kv=keep_kv,
+            narrow_gradients=narrow_gradients,
+            pulls=pulls,
+            degrees=degrees,
+        )
+        for direction in DIRECTIONS
+    ]
+    return sum(bound.total_us for bound in bounds)
+
+
+def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
+    """Return the time of an even share of the work as one task of keys and one of columns, with rows for all programs.
+
+    It holds for cost models in which cutting a launch never makes it quicker. A launch of one tile pair of columns is
+    given back, since the busiest rank need not be the one that has columns.
+    """
+    world, heads = workload.world_size, workload.active.shape[2]
+    rows = -(-workload.tokens_per_rank // workload.block_size) * heads
+    own = ShardId(sequence_part=0)
+    block = Task(query=own, key=own, heads=(0, heads), key_buffer="")
+    columns = Task(query=own, key=None, heads=(0, heads), key_buffer="", kind="columns")
+
+    def tasks_us(pairs_of: dict[Task, int]) -> float:
+        cut = launches_of([task for task, pairs in pairs_of.items() if pairs], backend=cost.backend)
+        return sum(
+            cost.launch_us(Launch(tasks=tasks), [share(pairs_of[task]) for task in tasks], direction) for tasks in cut
+        )
+
+    def share(pairs: int) -> TaskWork:
+        return TaskWork(
+            tile_pairs=pairs, rows_with_work=rows, longest_row=0, key_rows_with_work=world * rows, longest_key_row=0,
+            rows=rows,
+        )  # fmt: skip
+
+    block_pairs, column_pairs = int(workload.active.sum()) // world, int(workload.columns.sum()) // world
+    given_back_us = tasks_us({columns: 1}) if block_pairs and column_pairs else 0.0
+    return tasks_us({columns: column_pairs, block: block_pairs}) - given_back_us
+
+
+def communication_bound_us(
+    cluster: Cluster,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+    *,
+    keep_kv: bool = False,
+    narrow_gradients: bool = False,
+    pulls: bool = True,
+) -> float:
+    """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
+
+    Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
+    gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
+    its ranks need, those of other nodes enter. Columns are left out. keep_kv: backward moves no K/V.
+    narrow_gradients: dK/dV as small as K/V. pulls: at their rate within a node, where that is the larger.
+    """
+    shard_bytes = shape.kv_bytes
+    if direction == "backward":
+        shard_bytes = shape.kv_bytes if narrow_gradients else shape.dkv_bytes
+        shard_bytes += 0 if keep_kv else shape.kv_bytes
+    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
+    foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
+    port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
+    if pulls and cluster.pulls:
+        port_bytes_per_us = max(port_bytes_per_us, cluster.intra_node.pull_bandwidth_bytes_per_us or 0.0)
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return foreign * shard_bytes / port_bytes_per_us
+    nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
+    by_node = needed.reshape(cluster.nodes, cluster.gpus_per_node, cluster.world_size).any(axis=1)
+    node_us = (by_node.sum() / cluster.nodes - cluster.gpus_per_node) * shard_bytes / nics_bytes_per_us
+    both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
+    return float(max(node_us, foreign * shard_bytes / both_bytes_per_us))
+
+
+def exchange_bound_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, *, degree: int
+) -> float:
+    """Return the time of what head parallelism over groups of `degree` ranks moves, as `communication_bound_us` does.
+
+    Every rank receives the queries of its group and the K/V that these need, for its heads, and its results (and sums
+    of gradients) from others. Into a node that holds whole groups go the K/V of other nodes, each head's once; into one
+    that holds a part of a group, those of its heads, and the queries and results of the rest of the group. Where groups
+    and nodes cut each other, nothing is said of nodes.
+    """
+    sizes = group_bytes(shape, direction, degree)
+    exchanged, of_keys = sizes["q"] + sizes["out"], sizes["kv"] + sizes.get("dkv", 0)
+    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
+    by_group = needed.reshape(-1, degree, shape.world_size).any(axis=1)
+    foreign = by_group.sum() * degree / shape.world_size - 1
+    rank_bytes = (degree - 1) * exchanged + foreign * of_keys
+    port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return float(rank_bytes / port_bytes_per_us)
+    ranks = cluster.gpus_per_node
+    by_node = needed.reshape(cluster.nodes, ranks, shape.world_size).any(axis=1)
+    entering = by_node.sum() / cluster.nodes - ranks
+    groups = min(ranks, degree)  # head groups that a node computes
+    shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
+    node_bytes = entering * of_keys * max(1, groups // shared) + ranks * max(0, degree - ranks) * exchanged
+    if max(ranks, degree) % min(ranks, degree):
+        node_bytes = 0.0
+    nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
+    both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
+    return float(max(node_bytes / nics_bytes_per_us, rank_bytes / both_bytes_per_us))

@@ -1,0 +1,215 @@
+"""Bytes that one layer's attention needs on a rank under a schedule (batch of one), before anything is run.
+
+Counted is what runtime/attention/planned.py holds when backward ends, which is when it holds most: tensors of the
+layer, and the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32
+accumulators, 16-bit gradients and copies of a launch, and its tables; and but for heads that are padded: copies of all
+that a launch reads, and accumulators of their size. Not counted: indexes of the mask (about 1 % where shards are
+long), and whatever else lives on the GPU.
+
+Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+
+from ..backends import kernel_head_dim
+from ..schedule.launches import launches_of
+from ..schedule.schedule import COLUMNS_HOME, HOMES, Phase, Schedule, Task
+from ..schedule.shape import AttentionShape
+
+# Backends that are, or may turn out to be, flash-attn-4; and what its tables are of: mask blocks, bytes of an
+# entry; those of one launch are kept up to a size, for both directions, and never larger than another.
+FLASH4_BACKENDS = frozenset({"flash4", "fastest"})
+PROGRAMS_WANTED, TILES_TOGETHER = 4 * 132, 4096  # of its backward on H100 and H200; see kernels/flash4/fold.py
+TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
+MOST_RANKS = 64
+KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMemory:
+    """Bytes on one rank at the peak of a step (forward and backward of one layer) with one schedule's slots.
+
+    home_bytes: the rank's own q, k, v, out, dout, log-sum-exp, delta; dq, dk and dv as they are summed and as they are
+    returned, which is twice where the types differ
+    columns_bytes: gathered K and V of all columns and their gradients
+    buffer_bytes: the schedule's slots for other ranks' data, the layer's own kept ones among them, and the copy of K/V
+    that others pull
+    kept_bytes: the kept slots of all other layers, which wait for their backward
+    workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for, and gradients
+    rounded to be sent
+    """
+
+    home_bytes: int
+    columns_bytes: int
+    buffer_bytes: int
+    kept_bytes: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes + self.workspace_bytes
+
+
+def layer_memory(
+    schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton", reordered: bool = False
+) -> LayerMemory:
+    """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
+
+    layers: of the model; each of them keeps its own K/V where the schedule keeps any. backend: of the kernels.
+    reordered: whether heads are in an order of the plan's: then there are second copies of q, k, v, out and dout.
+
+    A step needs the larger total of its two directions, which share an arena for their slots.
+    """
+    q_bytes = shape.tokens_per_rank * shape.heads * shape.head_dim * shape.element_bytes
+    dq_bytes = q_bytes * shape.accumulator_bytes // shape.element_bytes
+    row_bytes = shape.tokens_per_rank * shape.heads * shape.accumulator_bytes  # log-sum-exp or delta
+    home_bytes = 3 * q_bytes + shape.kv_bytes + 2 * row_bytes + dq_bytes + shape.dkv_bytes
+    returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
+    home_bytes += _group_bytes(schedule, shape, q_bytes, dq_bytes) or returned_bytes
+    home_bytes += 3 * q_bytes + shape.kv_bytes if reordered else 0
+    return LayerMemory(
+        home_bytes=home_bytes,
+        columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
+        buffer_bytes=schedule.buffer_bytes - _waiting_results_bytes(schedule),
+        kept_bytes=(layers - 1) * schedule.kept_bytes,
+        workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes)
+        + _rounded_bytes(schedule, shape),
+    )
+
+
+def _group_bytes(schedule: Schedule, shape: AttentionShape, q_bytes: int, dq_bytes: int) -> int:
+    """Return what a rank that computes heads by groups holds beside what all hold, 0 for others.
+
+    dq of its own queries lands by heads. Beside it, when the last part's dq is ended, a slot of each kind for its own
+    tensors' heads: queries, keys, their gradients, and that dq. Or when the first part begins, while dq is small: what
+    is sent, which is copied, queries of all other groups and K/V of all; whichever is more.
+    """
+    slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
+    groups = schedule.num_heads // _launched_heads(schedule)
+    if "q" in slots:
+        begun = any(buffer.name == COLUMNS_HOME for buffer in schedule.buffers)
+        first = slots["q"] + dq_bytes // groups + slots.get("dkv", 0) if begun else 0
+        beginning = (groups - 1) * slots["q"] + shape.kv_bytes + first - dq_bytes
+        return q_bytes + max(beginning, sum(slots.values()))
+    if groups == 1:
+        return 0
+    # All groups are its own: copies of q and dout, and of K/V; dq whole and by groups.
+    return 4 * q_bytes + groups * slots.get("kv", 0)
+
+
+def _waiting_results_bytes(schedule: Schedule) -> int:
+    """Return the bytes of slots for results that change ranks: accumulators, twice as large, were freed for them."""
+    return sum(
+        buffer.capacity_bytes for buffer in schedule.buffers if buffer.kind == "out" and buffer.name not in HOMES
+    )
+
+
+def _of_one_group(schedule: Schedule, shape: AttentionShape) -> AttentionShape:
+    """Return the sizes of a rank's launches: all heads, or those of a head group."""
+    count = _launched_heads(schedule)
+    return replace(shape, heads=count, kv_heads=max(1, shape.kv_heads * count // shape.heads))
+
+
+def _launched_heads(schedule: Schedule) -> int:
+    """Return how many heads a launch computes; every rank's compute as many."""
+    first, last = next(task.heads for phase in schedule.phases(0) for task in phase.tasks)
+    return last - first
+
+
+def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:
+    """Return what gradients take that wait, rounded, to be sent; every rank sends alike."""
+    calls = [call for phase in schedule.phases(0) for call in phase.group_calls]
+    rounded = {transfer.source_buffer for call in calls for transfer in call.transfers if transfer.narrow}
+    return shape.kv_bytes if rounded - _narrow_slots(schedule) else 0
+
+
+def _narrow_slots(schedule: Schedule) -> set[str]:
+    return {buffer.name for buffer in schedule.buffers if buffer.narrow}
+
+
+def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
+    """Return what a backward launch holds at most: of flash-attn-4, with the tables of all; of padded heads; else 0."""
+    padded = kernel_head_dim(backend, shape.head_dim) != shape.head_dim
+    if schedule.direction != "backward" or not (padded or backend in FLASH4_BACKENDS):
+        return 0
+    narrow, launched = _narrow_slots(schedule), _of_one_group(schedule, shape)
+    held = _padded_bytes if padded else _launches_bytes
+    return max(held(schedule.phases(rank), launched, narrow) for rank in _looked_at(schedule.world_size))
+
+
+def _padded_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
+    """Return what a launch of padded heads holds: copies of q, dout, K and V, columns, and room for all gradients.
+
+    Only Triton's launches pad.
+    """
+    launches = [tasks for phase in phases for tasks in launches_of(phase.tasks, backend="triton")]
+    element, accumulator = shape.element_bytes, shape.accumulator_bytes
+    wide, held = kernel_head_dim("triton", shape.head_dim), [0]
+    columns_bytes = 2 * shape.columns_capacity * shape.heads * wide * (element + accumulator)
+    for tasks in launches:
+        names = _slots_of(tasks)
+        of_keys = element + (element if narrow >= set(names) else accumulator)
+        row_bytes = shape.heads * (2 * element + accumulator) + 2 * len(names) * shape.kv_heads * of_keys
+        attends_columns = any(task.key is None for task in tasks)
+        held.append(shape.tokens_per_rank * wide * row_bytes + columns_bytes * attends_columns)
+    if launches:  # the last launch writes dq as it is returned, which has to be there already
+        held[-1] += shape.tokens_per_rank * shape.head_dim * shape.heads * element
+    return max(held)
+
+
+def _looked_at(world_size: int) -> Iterable[int]:
+    """Return the ranks that may launch most: all, or of very many the first and the last, which causality favours."""
+    return range(world_size) if world_size <= MOST_RANKS else (0, world_size - 1)
+
+
+def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
+    """narrow: names of slots that launches write rounded, with no copy of their own."""
+    launched = [_slots_of(tasks) for phase in phases for tasks in launches_of(phase.tasks, backend="flash4")]
+    tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
+    together = [_heads_of_a_launch(shape, len(names), tiles) for names in launched]
+    if sum(map(len, launched)) < 2:  # a copy for one launch of the own shard does not pay
+        together = [1] * len(launched)
+    copied_bytes = 2 * shape.heads * shape.element_bytes  # q and dout, from the first launch that wants them on
+    parts = len({task.query for phase in phases for task in phase.tasks})  # each keeps its own
+    row_bytes = [
+        _row_bytes(shape, names, narrow, heads) + parts * copied_bytes * (max(together[: number + 1]) > 1)
+        if names
+        else 0
+        for number, (names, heads) in enumerate(zip(launched, together, strict=True))
+    ]
+    if launched and launched[-1]:  # the last launch writes dq as it is returned, which has to be there already
+        row_bytes[-1] += shape.heads * shape.element_bytes
+    launches = [len(names) for names in launched if names]
+    table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
+    tables = [shards * table_bytes for shards in launches]
+    tables_bytes = 2 * sum(size for size in tables if size <= KEPT_TABLE_LIMIT_BYTES)
+    tables_bytes += max([min(size, TABLE_LIMIT_BYTES) for size in tables if size > KEPT_TABLE_LIMIT_BYTES], default=0)
+    return shape.tokens_per_rank * shape.head_dim * max(row_bytes, default=0) + tables_bytes
+
+
+def _slots_of(tasks: Sequence[Task]) -> list[str]:
+    """Return the slots for dK/dV of a launch, one for every key shard that it reads."""
+    return [str(task.grad_buffer) for task in tasks if task.key is not None]
+
+
+def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str], together: int) -> int:
+    """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
+    element, accumulator, group = shape.element_bytes, shape.accumulator_bytes, shape.heads // shape.kv_heads
+    of_keys = (accumulator if together < group else 0) + (0 if narrow >= set(names) else element)
+    return shape.heads * (accumulator + element) + 2 * len(names) * shape.kv_heads * of_keys
+
+
+def _heads_of_a_launch(shape: AttentionShape, shards: int, tiles: int) -> int:
+    group = shape.heads // shape.kv_heads
+    return heads_together(group=group, lists=shape.heads * tiles * shards, tiles=tiles)
+
+
+def heads_together(*, group: int, lists: int, tiles: int) -> int:
+    """Return how many query heads of a K/V head flash-attn-4's backward takes as one; see kernels/flash4/fold.py."""
+    if group * tiles > TILES_TOGETHER:
+        return 1
+    return max((n for n in range(1, group + 1) if group % n == 0 and lists // n >= PROGRAMS_WANTED), default=1)

@@ -1,0 +1,1 @@
+"""Builders of schedules, one layout a file."""

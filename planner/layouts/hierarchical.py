@@ -1,0 +1,199 @@
+"""Two nested rings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ...traces.errors import InputError
+from ..schedule.pairs import Pairs
+from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
+from ..schedule.shape import AttentionShape
+from .draft import Draft, Route, block_task, close_schedule, slots
+from .tour import Tour
+
+
+def hierarchical(
+    *, shape: AttentionShape, direction: Direction, inner_size: int, pairs: Pairs | None = None
+) -> Schedule:
+    """Inner rings within groups of `inner_size` ranks, an outer ring between them (MTraining, arXiv 2510.18830).
+
+    Rank r is place l of node n (r = n * inner_size + l). In outer step o and inner step i it computes shard
+    (n - o, l - i). While the inner ring turns, the node's shards for the next outer step arrive over the outer ring.
+    Shards travel as far as they are needed, over the outer ring and within each node. Backward: dK/dV are summed
+    around the inner ring, then sent straight to their owners in node n - o.
+    """
+    world = shape.world_size
+    if inner_size < 1 or world % inner_size:
+        raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
+    layout = _Hierarchy(
+        shape=shape,
+        inner=inner_size,
+        outer=world // inner_size,
+        direction=direction,
+        pairs=pairs or Pairs.all_of(world),
+    )
+    return close_schedule("hierarchical", direction, shape, layout.communicators(), layout.buffers(), layout.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hierarchy:
+    """The two nested rings of `hierarchical`."""
+
+    shape: AttentionShape
+    inner: int
+    outer: int
+    direction: Direction
+    pairs: Pairs
+
+    def rank(self, node: int, place: int) -> int:
+        return (node % self.outer) * self.inner + place % self.inner
+
+    @cached_property
+    def tours(self) -> list[list[Tour]]:
+        """[node][outer step]: the inner ring over the shards that came in that step, numbered by their place."""
+        place, distance = np.indices((self.inner, self.inner))
+        matrix = self.pairs.matrix.reshape(self.outer, self.inner, self.outer, self.inner)
+        return [
+            [
+                Tour.of(matrix[node, (place + distance) % self.inner, (node - step) % self.outer, place])
+                for step in range(self.outer)
+            ]
+            for node in range(self.outer)
+        ]
+
+    @cached_property
+    def rails(self) -> list[Tour]:
+        """[place]: the outer ring over the shards of that place, numbered by their node."""
+        node, step = np.indices((self.outer, self.outer))
+        matrix = np.any(self.pairs.matrix.reshape(self.outer, self.inner, self.outer, self.inner), axis=1)
+        return [Tour.of(matrix[(node + step) % self.outer, node, place]) for place in range(self.inner)]
+
+    @cached_property
+    def all_tours(self) -> list[Tour]:
+        return [tour for tours in self.tours for tour in tours]
+
+    @cached_property
+    def grad_slots(self) -> int:
+        return max(1, min(2, max(tour.longest for tour in self.all_tours)))
+
+    @cached_property
+    def outer_grad_slots(self) -> int:
+        return max(1, min(2, max(rail.longest for rail in self.rails)))
+
+    @cached_property
+    def crowded(self) -> bool:
+        return any(tour.crowded for tour in self.all_tours)
+
+    def communicators(self) -> list[Communicator]:
+        nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
+        rails = tuple(tuple(self.rank(n, place) for n in range(self.outer)) for place in range(self.inner))
+        names = [("outer", rails), ("inner", nodes)]
+        if self.direction == "backward":
+            names += [("outer_grad", rails), ("inner_grad", nodes)]
+        return [Communicator(name=name, groups=groups) for name, groups in names]
+
+    def buffers(self) -> list[Buffer]:
+        kv_bytes, dkv_bytes = self.shape.kv_bytes, self.shape.dkv_bytes
+        longest_inner = max(tour.longest for tour in self.all_tours)
+        longest_outer = max(rail.longest for rail in self.rails)
+        buffers = slots("kv", "kv", min(2, longest_inner), kv_bytes)
+        buffers += slots("kv_outer", "kv", min(2, longest_outer), kv_bytes)
+        if self.direction == "backward":
+            if longest_inner:
+                buffers += slots("dkv", "dkv", self.grad_slots, dkv_bytes)
+                buffers += slots("landing", "dkv", 1 + self.crowded, dkv_bytes)
+            if longest_outer:
+                buffers += slots("dkv_outer", "dkv", self.outer_grad_slots, dkv_bytes)
+                buffers += slots("landing_outer", "dkv", 1, dkv_bytes)
+        return buffers
+
+    def kv_buffer(self, outer_step: int, inner_step: int) -> str:
+        if inner_step:
+            return f"kv:{(inner_step - 1) % 2}"
+        return KV_HOME if outer_step == 0 else f"kv_outer:{(outer_step - 1) % 2}"
+
+    def base_grad(self, outer_step: int) -> str:
+        """Where the contributions to the shard that this rank brought into its node are summed."""
+        return DKV_HOME if outer_step == 0 else f"dkv_outer:{outer_step % self.outer_grad_slots}"
+
+    def draft(self, rank: int, parts: Draft) -> None:
+        node, place = divmod(rank, self.inner)
+        for outer_step in range(self.outer):
+            self._fetch_outer(parts, node, place, outer_step)
+            for inner_step in range(self.inner):
+                self._fetch_inner(parts, node, place, outer_step, inner_step)
+                self._compute(parts, node, place, outer_step, inner_step)
+        if self.direction == "backward":
+            for outer_step in range(self.outer):
+                self._sum_inner(parts, node, place, outer_step)
+                self._send_home(parts, node, place, outer_step)
+
+    def _fetch_outer(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
+        if outer_step == self.outer - 1:
+            return
+        route = Route(kind="kv", communicator="outer", capacity_bytes=self.shape.kv_bytes)
+        source_buffer, buffer = self.kv_buffer(outer_step, 0), self.kv_buffer(outer_step + 1, 0)
+        sequence, moves = outer_step * self.inner, []
+        for owner, source in ((node - outer_step, node), (node - outer_step - 1, node - 1)):
+            if self.rails[place].reaches(owner % self.outer, outer_step + 1):
+                ends = self.rank(source, place), self.rank(source + 1, place)
+                moves.append(route.move(self.rank(owner, place), *ends, sequence, source_buffer, buffer))
+        parts.launch(sequence, moves, wait=sequence + self.inner)
+
+    def _fetch_inner(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
+        if inner_step == self.inner - 1:
+            return
+        route = Route(kind="kv", communicator="inner", capacity_bytes=self.shape.kv_bytes)
+        source_buffer = self.kv_buffer(outer_step, inner_step)
+        buffer = self.kv_buffer(outer_step, inner_step + 1)
+        sequence, moves = outer_step * self.inner + inner_step, []
+        for owner, source in ((place - inner_step, place), (place - inner_step - 1, place - 1)):
+            if self.tours[node][outer_step].reaches(owner % self.inner, inner_step + 1):
+                ends = self.rank(node, source), self.rank(node, source + 1)
+                shard = self.rank(node - outer_step, owner)
+                moves.append(route.move(shard, *ends, sequence, source_buffer, buffer))
+        parts.launch(sequence, moves, wait=sequence + 1)
+
+    def _compute(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
+        owner = (place - inner_step) % self.inner
+        if not self.tours[node][outer_step].needs(owner, inner_step):
+            return
+        phase, grad = outer_step * self.inner + inner_step, None
+        if self.direction == "backward":
+            grad = self.base_grad(outer_step) if inner_step == 0 else f"dkv:{phase % self.grad_slots}"
+        me, buffer = self.rank(node, place), self.kv_buffer(outer_step, inner_step)
+        parts.compute(phase, block_task(me, self.rank(node - outer_step, owner), buffer, self.shape, grad))
+
+    def _sum_inner(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
+        """Around the inner ring, from the first place that adds to a shard's gradients; from the last one straight on.
+
+        The last hop goes to the place that brought the shard into the node.
+        """
+        route = Route(kind="dkv", communicator="inner_grad", capacity_bytes=self.shape.dkv_bytes)
+        for inner_step in range(2, self.inner + 1):
+            phase, moves = outer_step * self.inner + inner_step, []
+            for hop in self.tours[node][outer_step].hops(place, inner_step):
+                buffer, into = "landing:0", f"dkv:{phase % self.grad_slots}"
+                if hop.home:
+                    buffer, into = f"landing:{int(self.crowded)}", self.base_grad(outer_step)
+                ends = self.rank(node, hop.source), self.rank(node, hop.destination)
+                source_buffer = f"dkv:{(phase - 1) % self.grad_slots}"
+                shard = self.rank(node - outer_step, hop.shard)
+                moves.append(route.move(shard, *ends, phase, source_buffer, buffer, into))
+            parts.launch(phase, moves, wait=phase + 1)
+
+    def _send_home(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
+        if outer_step == 0:
+            return
+        route = Route(kind="dkv", communicator="outer_grad", capacity_bytes=self.shape.dkv_bytes)
+        phase = (outer_step + 1) * self.inner + (self.inner > 1)
+        buffer, moves = self.base_grad(outer_step), []
+        for owner, helper in ((node - outer_step, node), (node, node + outer_step)):
+            if self.rails[place].needs(owner % self.outer, outer_step):
+                ends = self.rank(helper, place), self.rank(owner, place)
+                moves.append(route.move(ends[1], *ends, phase, buffer, "landing_outer:0", DKV_HOME))
+        last = outer_step == self.outer - 1
+        parts.launch(phase, moves, wait=phase + 1 if last else (outer_step + 2) * self.inner)

@@ -1,0 +1,347 @@
+"""Head parallelism within groups of ranks, sequence parallelism between them (Ulysses x all-gather)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...traces.errors import InputError, UnsupportedError
+from ..schedule.pairs import Pairs
+from ..schedule.schedule import (
+    DKV_HOME,
+    KV_HOME,
+    OUT_HOME,
+    Q_HOME,
+    Buffer,
+    Communicator,
+    Direction,
+    Schedule,
+    ShardId,
+    Task,
+    Transfer,
+    TransferKind,
+)
+from ..schedule.shape import AttentionShape
+from .draft import Draft, close_schedule, columns_task, columns_transfer, slots
+
+GATHER, GATHER_GRAD = "gather", "gather_grad"
+
+
+def ulysses(
+    *,
+    shape: AttentionShape,
+    direction: Direction,
+    pairs: Pairs | None = None,
+    degree: int | None = None,
+    chunks: int = 1,
+) -> Schedule:
+    """Queries of `degree` neighbouring ranks for a `degree`-th of the heads each, against the K/V of just these heads.
+
+    Ranks of a group exchange queries, so that each has those of all of them for its head group, and fetch from all
+    ranks the K/V that these heads use: a `degree`-th of what a gather fetches, as long as there are as many K/V heads.
+    out (or dq) goes back within the group, dK/dV home from all. Whole head parallelism is a group of all ranks, the
+    default (DeepSpeed-Ulysses, arXiv 2309.14509); smaller ones are its hybrid with sequence parallelism (USP,
+    arXiv 2405.07719). Where a group is a node, every head's K/V of a shard enters a node once.
+
+    Forward begins with the own queries and keys while the rest arrives, and ends with the own queries, while results of
+    the others go home. Backward ends with the own keys, first those of the others' queries, while dK/dV go home. K/V
+    come in `chunks` launches, those of the group first, and one is computed while the next is on its way.
+    Raises UnsupportedError where the groups do not divide the ranks, or cut a K/V head's queries unevenly.
+    """
+    if chunks < 1:
+        raise InputError(f"must be at least 1, not {chunks}", field="chunks")
+    layout = _HeadParallel(
+        shape=shape,
+        direction=direction,
+        needed=(pairs or Pairs.all_of(shape.world_size)).matrix,
+        degree=_degree(shape, degree),
+        chunks=chunks,
+    )
+    parts = layout.communicators(), layout.buffers(), layout.draft
+    return close_schedule("ulysses", direction, shape, *parts, columns_by_draft=True)
+
+
+def group_bytes(shape: AttentionShape, direction: Direction, degree: int) -> dict[TransferKind, int]:
+    """Return the bytes of what a rank holds of one shard for one of `degree` head groups."""
+    heads, kv_heads = shape.heads // degree, max(1, shape.kv_heads // degree)
+    q_bytes = shape.tokens_per_rank * heads * shape.head_dim * shape.element_bytes
+    row_bytes = shape.tokens_per_rank * heads * shape.accumulator_bytes  # log-sum-exp or delta
+    kv_bytes = shape.kv_bytes // shape.kv_heads * kv_heads
+    if direction == "forward":
+        return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
+    # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
+    dkv_bytes = shape.dkv_bytes // shape.kv_heads * kv_heads
+    return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}
+
+
+def _degree(shape: AttentionShape, degree: int | None) -> int:
+    """Return the size of a group, if that is possible."""
+    wanted = shape.world_size if degree is None else degree
+    if wanted < 1:
+        raise InputError(f"must be at least 1, not {wanted}", field="degree")
+    if shape.world_size % wanted:
+        raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="degree")
+    if not can_split_heads(shape, wanted):
+        heads = f"{shape.heads} heads ({shape.kv_heads} K/V heads)"
+        raise UnsupportedError(f"{heads} cannot be split evenly over {wanted} ranks", field="degree")
+    return wanted
+
+
+def can_split_heads(shape: AttentionShape, degree: int) -> bool:
+    """Whether `degree` groups of equally many heads use equally many whole K/V heads each."""
+    return not shape.heads % degree and not max(degree, shape.kv_heads) % min(degree, shape.kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeadParallel:
+    """The layout of `ulysses`. needed: bool [query part, key part]."""
+
+    shape: AttentionShape
+    direction: Direction
+    needed: NDArray[np.bool_]
+    degree: int
+    chunks: int
+
+    @property
+    def world(self) -> int:
+        return self.shape.world_size
+
+    @property
+    def exchange(self) -> str:
+        """The communicator of groups: a name for every size, since directions may differ in it."""
+        return f"exchange{self.degree}"
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "backward"
+
+    @cached_property
+    def sizes(self) -> dict[TransferKind, int]:
+        return group_bytes(self.shape, self.direction, self.degree)
+
+    def communicators(self) -> list[Communicator]:
+        together = tuple(tuple(range(first, first + self.degree)) for first in range(0, self.world, self.degree))
+        everyone = (tuple(range(self.world)),)
+        names = [GATHER, GATHER_GRAD] if self.backward else [GATHER]
+        return [
+            Communicator(name=self.exchange, groups=together),
+            *(Communicator(name=name, groups=everyone) for name in names),
+        ]
+
+    def buffers(self) -> list[Buffer]:
+        """Homes of queries and results; q and out of the group's other ranks; K/V and their gradients."""
+        others = self.degree - 1
+        q_bytes = self.degree * self.sizes["q"]
+        found = [Buffer(name=Q_HOME, kind="q", capacity_bytes=q_bytes)]
+        found += [Buffer(name=OUT_HOME, kind="out", capacity_bytes=self.degree * self.sizes["out"])]
+        found += slots("q", "q", others, self.sizes["q"])
+        found += slots("out", "out", others, self.sizes["out"])
+        found += slots("out_landing", "out", others, self.sizes["out"])
+        read = max(len(self.reads(rank)) for rank in range(self.world))
+        found += slots("kv", "kv", read, self.sizes["kv"])
+        if self.backward:
+            landing = max(len(self.readers(rank)) for rank in range(self.world))
+            found += slots("dkv", "dkv", read, self.sizes["dkv"])
+            found += slots("landing", "dkv", landing, self.sizes["dkv"])
+        return found
+
+    def members(self, rank: int) -> list[int]:
+        """Return the other ranks of a rank's group, those that follow it first."""
+        first = rank - rank % self.degree
+        return [first + (rank + step) % self.degree for step in range(1, self.degree)]
+
+    def computes(self, query: int, key: int) -> bool:
+        """Whether a pair of parts is computed; that of the own keys always is."""
+        return query == key or bool(self.needed[query, key])
+
+    def _owners(self, rank: int) -> list[int]:
+        """All other ranks in the order in which a rank fetches from them: those of its group first, then nearest first.
+
+        Where a group is a node, they are the quickest to arrive.
+        """
+        owners = [(rank - offset) % self.world for offset in range(1, self.world)]
+        return sorted(owners, key=lambda owner: owner // self.degree != rank // self.degree)
+
+    @cached_property
+    def _reads(self) -> list[list[int]]:
+        groups = [[rank, *self.members(rank)] for rank in range(self.world)]
+        return [
+            [key for key in self._owners(rank) if any(self.computes(query, key) for query in groups[rank])]
+            for rank in range(self.world)
+        ]
+
+    def reads(self, rank: int) -> list[int]:
+        """Return the others whose K/V a rank reads for its head group, in the order of its slots."""
+        return self._reads[rank]
+
+    @cached_property
+    def _chunk_of(self) -> list[dict[int, int]]:
+        """By reader and owner, the chunk in which K/V arrive, counted from 1; alike whatever pairs are left out."""
+        return [
+            {owner: 1 + (place + self._short) // self._size for place, owner in enumerate(self._owners(rank))}
+            for rank in range(self.world)
+        ]
+
+    @property
+    def _size(self) -> int:
+        """Owners in a chunk: a divisor of the ranks where there is one, so that no chunk cuts a group."""
+        return -(-self.world // max(1, min(self.chunks, self.world - 1)))
+
+    @property
+    def _short(self) -> int:
+        """How many fewer the first chunk has: the own keys need not be fetched."""
+        return 1 if self._size > 1 else 0
+
+    @property
+    def pieces(self) -> int:
+        """In how many chunks K/V arrive: at least one, which may be empty."""
+        return 1 + max(self.world - 2 + self._short, 0) // self._size
+
+    def piece(self, rank: int, chunk: int) -> list[int]:
+        """Return those that a rank reads of one chunk."""
+        return [owner for owner in self.reads(rank) if self._chunk_of[rank][owner] == chunk]
+
+    @cached_property
+    def _readers(self) -> list[list[int]]:
+        """By owner, the ranks that read its K/V, by their head groups: what is added up together lands side by side."""
+        readers: list[list[int]] = [[] for _ in range(self.world)]
+        for rank in sorted(range(self.world), key=lambda rank: (rank % self.degree, rank)):
+            for owner in self.reads(rank):
+                readers[owner].append(rank)
+        return readers
+
+    def readers(self, owner: int) -> list[int]:
+        """Return the ranks that read the owner's K/V: the order of its landing slots."""
+        return self._readers[owner]
+
+    def draft(self, rank: int, parts: Draft) -> None:
+        """Drop a rank's transfers and tasks into their phases."""
+        if self.backward:
+            self._draft_backward(rank, parts)
+        else:
+            self._draft_forward(rank, parts)
+
+    def _draft_forward(self, rank: int, parts: Draft) -> None:
+        others, last = self.members(rank), self.pieces
+        self._fetch(rank, parts)
+        self._compute(parts, 0, rank, rank, [rank])
+        for chunk in range(1, last + 1):
+            first, keys = chunk == 1, self.piece(rank, chunk)
+            for query in others:
+                self._compute(parts, chunk, rank, query, [rank] * first + keys, columns=first)
+            own = chunk + 1 if chunk == last and others else chunk
+            self._compute(parts, own, rank, rank, keys, columns=first)
+        parts.launch(last + 1, self._results(rank), wait=last + 2)
+        if self.shape.columns_capacity:
+            parts.launch(0, [columns_transfer(self.direction, self.shape)], wait=1)
+
+    def _draft_backward(self, rank: int, parts: Draft) -> None:
+        others, last = self.members(rank), self.pieces
+        self._fetch(rank, parts)
+        self._compute(parts, 0, rank, rank, [], columns=True)
+        for chunk in range(1, last + 1):
+            keys = self.piece(rank, chunk)
+            for query in others:
+                self._compute(parts, chunk, rank, query, keys, columns=chunk == 1)
+            self._compute(parts, chunk, rank, rank, keys)
+            parts.launch(chunk + 1, self._gradients(rank, chunk), wait=last + 3)
+        for query in others:
+            self._compute(parts, last + 1, rank, query, [rank])
+        self._compute(parts, last + 2 if others else last + 1, rank, rank, [rank])
+        parts.launch(last + 2, self._results(rank), wait=last + 3)
+        if self.shape.columns_capacity:
+            parts.launch(2, [columns_transfer(self.direction, self.shape)], wait=last + 3)
+
+    def _fetch(self, rank: int, parts: Draft) -> None:
+        """Launch the exchange of queries, and K/V on their way to all that read them, chunk by chunk."""
+        queries: list[Transfer] = []
+        for other in self.members(rank):
+            queries += [self._move("q", rank, rank, other, Q_HOME, self._slot("q", other, rank))]
+            queries += [self._move("q", other, other, rank, Q_HOME, self._slot("q", rank, other))]
+        parts.launch(0, queries, wait=1)
+        for chunk in range(1, self.pieces + 1):
+            keys = [self._move("kv", owner, owner, reader, KV_HOME, self._kv("kv", reader, owner))
+                    for owner, reader in self._routes(rank, chunk)]  # fmt: skip
+            parts.launch(0, keys, wait=chunk)
+
+    def _routes(self, rank: int, chunk: int) -> list[tuple[int, int]]:
+        """Return (owner, reader) of what a rank sends and receives in one chunk."""
+        readers = [reader for reader in self.readers(rank) if self._chunk_of[reader][rank] == chunk]
+        return [(rank, reader) for reader in readers] + [(owner, rank) for owner in self.piece(rank, chunk)]
+
+    def _results(self, rank: int) -> list[Transfer]:
+        """Return what the ranks of a group computed of each other's queries, on its way home."""
+        moved: list[Transfer] = []
+        for other in self.members(rank):
+            for source, home in ((rank, other), (other, rank)):
+                landing = self._slot("out_landing", home, source)
+                moved.append(self._move("out", home, source, home, self._slot("out", source, home), landing, OUT_HOME))
+        return moved
+
+    def _gradients(self, rank: int, chunk: int) -> list[Transfer]:
+        """Return dK/dV of a chunk on their way home, those of the own shard and those of others."""
+        return [
+            self._move("dkv", owner, reader, owner, self._kv("dkv", reader, owner),
+                       f"landing:{self.readers(owner).index(reader)}", DKV_HOME)
+            for owner, reader in self._routes(rank, chunk)
+        ]  # fmt: skip
+
+    def _move(self, kind: TransferKind, part: int, source: int, destination: int, source_buffer: str, buffer: str,
+              into: str | None = None) -> Transfer:  # fmt: skip
+        """Return a transfer of a shard for the head group of the rank that computes it."""
+        computing = source if kind in ("out", "dkv") else destination
+        exchanged = kind in ("q", "out")
+        return Transfer(
+            kind=kind,
+            shard=ShardId(sequence_part=part, head_group=computing % self.degree),
+            source=source,
+            destination=destination,
+            sequence=0,
+            communicator=self.exchange if exchanged else GATHER if kind == "kv" else GATHER_GRAD,
+            transport="p2p",
+            source_buffer=source_buffer,
+            buffer=buffer,
+            capacity_bytes=self.sizes[kind],
+            accumulate_into=into,
+        )
+
+    def _slot(self, pool: str, holder: int, part: int) -> str:
+        """Return the slot of a rank for queries, or results, of (or from) another rank of its group."""
+        return f"{pool}:{self.members(holder).index(part)}"
+
+    def _kv(self, pool: str, reader: int, owner: int) -> str:
+        return f"{pool}:{self.reads(reader).index(owner)}"
+
+    def _compute(
+        self, parts: Draft, phase: int, rank: int, query: int, keys: list[int], *, columns: bool = False
+    ) -> None:
+        """Add the tasks of a rank over queries of its group and keys, the columns first."""
+        heads = self.shape.heads // self.degree
+        first = rank % self.degree * heads
+        own = query == rank
+        queries = {
+            "query": ShardId(sequence_part=query, head_group=rank % self.degree),
+            "heads": (first, first + heads),
+            "query_buffer": Q_HOME if own else self._slot("q", rank, query),
+            "out_buffer": OUT_HOME if own else self._slot("out", rank, query),
+        }
+        if columns and self.shape.columns_capacity:
+            parts.compute(phase, columns_task(self.direction, **queries))
+        for key in keys:
+            if self.computes(query, key):
+                parts.compute(phase, self._task(rank, key, queries))
+
+    def _task(self, rank: int, key: int, queries: dict[str, Any]) -> Task:
+        grad = None
+        if self.backward:
+            grad = DKV_HOME if key == rank else self._kv("dkv", rank, key)
+        return Task(
+            key=ShardId(sequence_part=key, head_group=rank % self.degree),
+            key_buffer=KV_HOME if key == rank else self._kv("kv", rank, key),
+            grad_buffer=grad,
+            **queries,
+        )

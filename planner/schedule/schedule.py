@@ -1,0 +1,265 @@
+"""Schedules: what every rank computes and sends, phase by phase. One value, two interpreters (simulator and runtime).
+
+How a rank plays its phases, in order:
+
+1. A phase begins when the tasks of the phase before it are done and the transfers in its `waits` are complete here:
+   what it receives has landed (and, with `accumulate_into`, was added there), what it sends may be overwritten.
+2. Its `group_calls` are launched, in the order listed. A group call is one launch on one communicator; all its
+   transfers progress together and complete together. Calls of one communicator run one after the other (FIFO), so a
+   call may send what an earlier call of the same communicator receives without a wait in between.
+3. Its `tasks` are computed, in the order listed, while launched transfers are in flight.
+
+Buffers are named slots of equal size on every rank; names ending in ":home" are the rank's own data and exist always.
+Slots named "kept:" are a layer's own: forward fills them, backward begins with them; all others serve all layers.
+A transfer reads `source_buffer` on its source and fills `buffer` on its destination. A `dkv` or `out` transfer moves
+its content: the source buffer is empty once it completes. A task writes `grad_buffer`/`out_buffer` by adding to it.
+A "pull" transfer is a "p2p" one that its destination carries out: the source says when `source_buffer` may be read, the
+destination copies it from there and says when it has. So that buffer is stated as `shared`, and what a call receives
+may not be pulled on before it was waited for.
+Shapes of all transfers are a function of the plan alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from ...traces.errors import InputError
+from ...traces.files import canonical_json
+
+Direction = Literal["forward", "backward"]
+TransferKind = Literal["kv", "dkv", "q", "out", "columns"]
+Transport = Literal["p2p", "all_gather", "reduce_scatter", "all_reduce", "pull"]
+TaskKind = Literal["block", "columns"]
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+ALL_RANKS = -1
+
+KV_HOME = "kv:home"
+DKV_HOME = "dkv:home"
+Q_HOME = "q:home"
+OUT_HOME = "out:home"
+COLUMNS_HOME = "columns:home"
+DCOLUMNS_HOME = "dcolumns:home"
+HOMES = frozenset({KV_HOME, DKV_HOME, Q_HOME, OUT_HOME, COLUMNS_HOME, DCOLUMNS_HOME})
+KEPT = "kept:"  # prefix of slots for K/V that a layer keeps from forward to backward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class ShardId:
+    """What a rank owns: part `sequence_part` of the sequence, for head group `head_group`."""
+
+    sequence_part: int
+    head_group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.sequence_part}.{self.head_group}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Compute the queries of shard `query` against the keys of shard `key`, for query heads [heads[0], heads[1]).
+
+    kind "block": the active block pairs of the two shards; `key` is a shard held in `key_buffer`.
+    kind "columns": the queries against all gathered columns; `key` is None.
+    Forward adds (by log-sum-exp) into `out_buffer`; backward adds dq into `out_buffer`, dk and dv into `grad_buffer`.
+    """
+
+    query: ShardId
+    key: ShardId | None
+    heads: tuple[int, int]
+    key_buffer: str
+    kind: TaskKind = "block"
+    query_buffer: str = Q_HOME
+    out_buffer: str = OUT_HOME
+    grad_buffer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """One shard's data on its way from `source` to `destination`, known on both by the same `id`.
+
+    sequence tells apart transfers of the same kind, shard and route. `accumulate_into` names the destination's buffer
+    that the landed content is added to when the transfer is waited for. Collectives have source and destination
+    ALL_RANKS and no shard, or that of part ALL_RANKS where they are of one head group: "all_reduce" sums in place;
+    "all_gather" fills a slot per rank, from `buffer` on; and "reduce_scatter" moves the sums out of a slot per rank,
+    from `source_buffer` on, and adds them up in `buffer`. capacity_bytes is that of one slot. narrow: gradients travel
+    in the type of q, k and v, rounded once; both ends sum in the accumulator's.
+    """
+
+    kind: TransferKind
+    shard: ShardId | None
+    source: int
+    destination: int
+    sequence: int
+    communicator: str
+    transport: Transport
+    source_buffer: str
+    buffer: str
+    capacity_bytes: int
+    accumulate_into: str | None = None
+    narrow: bool = False
+
+    @property
+    def id(self) -> str:
+        """The name by which both ends and `Phase.waits` know this transfer."""
+        route = "all" if self.source == ALL_RANKS else f"{self.source}>{self.destination}"
+        return f"{self.kind}/{self.shard or '-'}/{route}/{self.sequence}"
+
+
+def slots_from(first: str, count: int) -> list[str]:
+    """Return the names of `count` neighbouring slots, `first` the first of them."""
+    pool, _, number = first.partition(":")
+    return [f"{pool}:{int(number) + place}" for place in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupCall:
+    """Transfers that one rank launches together on one communicator."""
+
+    communicator: str
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One step of a rank's program; see the top of this file for what happens in which order."""
+
+    index: int
+    waits: tuple[str, ...] = ()
+    group_calls: tuple[GroupCall, ...] = ()
+    tasks: tuple[Task, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Communicator:
+    """A communicator and its groups of ranks; every rank is in at most one group."""
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    def group_of(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks of the group that `rank` is in; InputError when it is in none."""
+        for group in self.groups:
+            if rank in group:
+                return group
+        raise InputError(f"rank {rank} is in no group of communicator {self.name!r}", field="communicators")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buffer:
+    """A slot on every rank that holds one shard's content of one kind.
+
+    shared: other ranks may read it where it lies, which "pull" transfers do. narrow: it holds dK/dV in the type of q, k
+    and v, which one launch or transfer writes whole: sums are added up elsewhere.
+    """
+
+    name: str
+    kind: TransferKind
+    capacity_bytes: int
+    shared: bool = False
+    narrow: bool = False
+
+
+def keeps_nothing(rank: int) -> dict[str, ShardId]:
+    """Return what `rank` keeps from forward to backward where nothing is kept."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One direction of one layer's attention on all ranks.
+
+    communicators are listed in launch order: within a phase, every rank launches on them in this order, and so there
+    is one total order over all communicators. `program(rank)` makes that rank's phases; `phases` keeps them.
+    `kept(rank)`: K/V buffers of the layer's own, by the shards that they hold when forward ends and backward begins.
+    """
+
+    direction: Direction
+    layout: str
+    world_size: int
+    num_heads: int
+    communicators: tuple[Communicator, ...]
+    buffers: tuple[Buffer, ...]
+    program: Callable[[int], tuple[Phase, ...]]
+    kept: Callable[[int], dict[str, ShardId]] = keeps_nothing
+    _expanded: dict[int, tuple[Phase, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def phases(self, rank: int) -> tuple[Phase, ...]:
+        """Return the phases of `rank`, expanded on first use."""
+        if rank not in self._expanded:
+            self._expanded[rank] = self.program(rank)
+        return self._expanded[rank]
+
+    def communicator(self, name: str) -> Communicator:
+        """Return the communicator of that name; InputError when the schedule has none."""
+        for communicator in self.communicators:
+            if communicator.name == name:
+                return communicator
+        raise InputError(f"unknown communicator {name!r}", field="communicators")
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers on one rank. Of the rank's own data (":home") only copies that are shared count."""
+        counted = [buffer for buffer in self.buffers if buffer.shared or not buffer.name.endswith(":home")]
+        return sum(buffer.capacity_bytes for buffer in counted)
+
+    @property
+    def shares(self) -> bool:
+        """Whether ranks read others' buffers where they lie."""
+        return any(buffer.shared for buffer in self.buffers)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Those of them that every layer has for itself, from its forward to its backward."""
+        return sum(buffer.capacity_bytes for buffer in self.buffers if buffer.name.startswith(KEPT))
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the expanded schedule of all ranks, in canonical JSON rank by rank; worked out once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        head = {"direction": self.direction, "layout": self.layout, "world_size": self.world_size}
+        head |= {"num_heads": self.num_heads, "communicators": [asdict(c) for c in self.communicators]}
+        head |= {"buffers": [_stated(b) for b in self.buffers]}
+        kept = [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in range(self.world_size)]
+        if any(kept):
+            head |= {"kept": kept}
+        digest = hashlib.sha256(canonical_json(head))
+        for rank in range(self.world_size):
+            digest.update(canonical_json([_plain(phase) for phase in self.program(rank)]))
+        return digest.hexdigest()
+
+
+def _stated(buffer: Buffer) -> dict[str, object]:
+    """Return a buffer as plain values; flags only where set, so that they change no other schedule's digest."""
+    return {name: value for name, value in asdict(buffer).items() if name not in ("shared", "narrow") or value}
+
+
+def _plain(phase: Phase) -> dict[str, object]:
+    """Return a phase as plain values; `narrow` only where it is set, so that it changes no other schedule's digest."""
+    plain = asdict(phase)
+    for call in plain["group_calls"]:
+        for transfer in call["transfers"]:
+            if not transfer["narrow"]:
+                del transfer["narrow"]
+    return plain
+
+
+def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -> Schedule:
+    """Return the schedule with the phases of some ranks replaced (hand-made schedules, mutation tests)."""
+    replaced = {rank: tuple(phases) for rank, phases in programs.items()}
+    return Schedule(
+        direction=schedule.direction,
+        layout=schedule.layout,
+        world_size=schedule.world_size,
+        num_heads=schedule.num_heads,
+        communicators=schedule.communicators,
+        buffers=schedule.buffers,
+        program=lambda rank: replaced[rank] if rank in replaced else schedule.phases(rank),
+        kept=schedule.kept,
+    )

@@ -1,0 +1,261 @@
+"""How much work a pattern makes under a placement: what launches cost follows from these counts.
+
+The unit is a *tile pair*: block_size local query tokens against block_size local key tokens of one head. Under a
+placement whose granularity is a multiple of the block size a tile is exactly one mask block; under token striping a
+tile holds tokens of many mask blocks, and a pair is active as soon as one of its block pairs is.
+
+Shape legend: W ranks, H query heads, N mask blocks, T tiles per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from ...traces.pattern import HeadPattern, LayerPattern
+from .placement import Placement
+
+RowLengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of query rows, of key rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskWork:
+    """The work of one task: tile pairs, query rows (head, tile) that have any, and the longest of these rows.
+
+    The same of key rows, which dK and dV are summed over: a row is a head's key tile. Of columns they are not counted.
+    rows: all query rows of the task, which are as many as its key rows.
+    """
+
+    tile_pairs: int
+    rows_with_work: int
+    longest_row: int
+    key_rows_with_work: int
+    longest_key_row: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workload:
+    """Counts of one layer. active, rows, longest: int64 [W, W, H] for (query rank, key rank, head); columns: [W, H].
+
+    key_rows and longest_key are what rows and longest are, of key tiles: those that some query tile attends, and how
+    many attend one of them. columns counts (query tile, column tile) pairs of the gathered columns; column_rows the
+    query tiles that have any.
+    """
+
+    block_size: int
+    tokens_per_rank: int
+    active: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    longest: NDArray[np.int64]
+    key_rows: NDArray[np.int64]
+    longest_key: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    column_rows: NDArray[np.int64]
+    longest_column_row: NDArray[np.int64]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.active.shape[0]
+
+    def block_task(self, query: int, key: int, heads: tuple[int, int]) -> TaskWork:
+        """Return the work of the queries of rank `query` against the keys of rank `key`."""
+        chosen = (query, key, slice(*heads))
+        return TaskWork(
+            tile_pairs=int(self.active[chosen].sum()),
+            rows_with_work=int(self.rows[chosen].sum()),
+            longest_row=int(self.longest[chosen].max(initial=0)),
+            key_rows_with_work=int(self.key_rows[chosen].sum()),
+            longest_key_row=int(self.longest_key[chosen].max(initial=0)),
+            rows=self._rows(heads),
+        )
+
+    def columns_task(self, query: int, heads: tuple[int, int]) -> TaskWork:
+        """Return the work of the queries of rank `query` against all gathered columns."""
+        chosen = (query, slice(*heads))
+        return TaskWork(
+            tile_pairs=int(self.columns[chosen].sum()),
+            rows_with_work=int(self.column_rows[chosen].sum()),
+            longest_row=int(self.longest_column_row[chosen].max(initial=0)),
+            key_rows_with_work=0,
+            longest_key_row=0,
+            rows=self._rows(heads),
+        )
+
+    def with_heads(self, order: Sequence[int]) -> Workload:
+        """Return the same work with the heads in another order."""
+        by_head = ("active", "rows", "longest", "key_rows", "longest_key")
+        by_head += ("columns", "column_rows", "longest_column_row")
+        return replace(self, **{name: getattr(self, name)[..., list(order)] for name in by_head})
+
+    def _rows(self, heads: tuple[int, int]) -> int:
+        return -(-self.tokens_per_rank // self.block_size) * (heads[1] - heads[0])
+
+    def pairs_per_rank(self) -> NDArray[np.int64]:
+        """Return int64 [W]: tile pairs each rank computes, columns included."""
+        return self.active.sum(axis=(1, 2)) + self.columns.sum(axis=1)
+
+
+def workload(pattern: LayerPattern, placement: Placement) -> Workload:
+    """Count the work of every (query rank, key rank, head) of one layer."""
+    world, heads = placement.world_size, pattern.num_heads
+    tiles = -(-placement.tokens_per_rank // pattern.block_size)
+    aligned = placement.granularity_tokens % pattern.block_size == 0
+    row_lengths = _aligned_row_lengths if aligned else _straddling_row_lengths
+    counts = active, rows, longest, key_rows, longest_key = np.zeros((5, world, world, heads), dtype=np.int64)
+    seen: dict[int, int] = {}  # synthetic patterns repeat one head object; count it once
+    for number, head in enumerate(pattern.heads):
+        first = seen.setdefault(id(head), number)
+        if first != number:
+            counts[..., number] = counts[..., first]
+            continue
+        lengths, key_lengths = row_lengths(pattern, head, placement, tiles)  # [W query, T, W key], T of queries, keys
+        active[:, :, number] = lengths.sum(axis=1)
+        rows[:, :, number] = (lengths > 0).sum(axis=1)
+        longest[:, :, number] = lengths.max(axis=1)
+        key_rows[:, :, number] = (key_lengths > 0).sum(axis=1)
+        longest_key[:, :, number] = key_lengths.max(axis=1)
+    columns = _column_row_lengths(pattern, placement, tiles)  # [W, T, H]
+    return Workload(
+        block_size=pattern.block_size,
+        tokens_per_rank=placement.tokens_per_rank,
+        active=active,
+        rows=rows,
+        longest=longest,
+        key_rows=key_rows,
+        longest_key=longest_key,
+        columns=columns.sum(axis=1),
+        column_rows=(columns > 0).sum(axis=1),
+        longest_column_row=columns.max(axis=1),
+    )
+
+
+def unit_load(patterns: list[LayerPattern], *, granularity_tokens: int, padded_tokens: int) -> NDArray[np.float64]:
+    """Return float64 [units]: tile pairs of each unit's queries, columns included, summed over layers and heads.
+
+    A block's work is spread evenly over its tokens when units are smaller than blocks.
+    """
+    per_token = np.zeros(padded_tokens)
+    for pattern in patterns:
+        blocks = pattern.num_blocks
+        load = np.zeros(blocks)
+        for head in pattern.heads:
+            query, _ = active_pairs(pattern, head)
+            load += np.bincount(query, minlength=blocks)
+            load += np.searchsorted(head.columns, np.arange(1, blocks + 1) * pattern.block_size) / pattern.block_size
+        spread = np.repeat(load / pattern.block_size, pattern.block_size)[: pattern.seq_len_tokens]
+        per_token[: spread.size] += spread
+    return per_token.reshape(-1, granularity_tokens).sum(axis=1)
+
+
+def active_pairs(pattern: LayerPattern, head: HeadPattern) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (query blocks, key blocks) of a head's active pairs that share at least one document."""
+    query, key = head.active_block_pairs(pattern.num_blocks)
+    if pattern.documents is None:
+        return query, key
+    first_token = np.arange(pattern.num_blocks) * pattern.block_size
+    last_token = np.minimum(first_token + pattern.block_size, pattern.seq_len_tokens) - 1
+    shared = pattern.documents[last_token[key]] >= pattern.documents[first_token[query]]
+    return query[shared], key[shared]
+
+
+def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
+    world = placement.world_size
+    padded_blocks = placement.padded_tokens // pattern.block_size
+    owner = np.repeat(placement.owner_of_units(), placement.granularity_tokens // pattern.block_size)
+    blocks_of_rank = np.argsort(owner, kind="stable").reshape(world, tiles)
+    query, key = active_pairs(pattern, head)
+
+    def lengths(row: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64 [W of rows, T, W of the others]."""
+        found = np.bincount(row * world + owner[other], minlength=padded_blocks * world).reshape(padded_blocks, world)
+        return found[blocks_of_rank]
+
+    return lengths(query, key), lengths(key, query).transpose(2, 1, 0)
+
+
+def _straddling_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
+    kinds, kind_of_rank = _tile_kinds(pattern, placement, tiles)
+    query, key = active_pairs(pattern, head)
+    lengths, key_lengths = np.zeros((2, len(kinds), tiles, len(kinds)), dtype=np.int64)
+    for q, query_tiles in enumerate(kinds):
+        for k, key_tiles in enumerate(kinds):
+            counted = _count_tile_pairs(query, key, query_tiles, key_tiles, pattern.num_blocks, tiles)
+            lengths[q, :, k], key_lengths[q, :, k] = counted
+    return lengths[kind_of_rank][:, :, kind_of_rank], key_lengths[kind_of_rank][:, :, kind_of_rank]
+
+
+def _tile_kinds(
+    pattern: LayerPattern, placement: Placement, tiles: int
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Return the distinct (tile, mask block) incidence lists and which of them each rank has.
+
+    Ranks whose tiles touch the same blocks (token striping: all of them) are counted once.
+    """
+    kinds: list[NDArray[np.int64]] = []
+    numbers: dict[bytes, int] = {}
+    kind_of_rank = np.zeros(placement.world_size, dtype=np.int64)
+    for rank in range(placement.world_size):
+        incidence = _tile_blocks(pattern, placement, rank, tiles)
+        kind_of_rank[rank] = numbers.setdefault(incidence.tobytes(), len(kinds))
+        if kind_of_rank[rank] == len(kinds):
+            kinds.append(incidence)
+    return kinds, kind_of_rank
+
+
+def _count_tile_pairs(
+    query: NDArray[np.int64],
+    key: NDArray[np.int64],
+    query_tiles: NDArray[np.int64],
+    key_tiles: NDArray[np.int64],
+    blocks: int,
+    tiles: int,
+) -> RowLengths:
+    """Return int64 [T] twice: per query tile the key tiles that share an active block pair with it, and the reverse."""
+    if max(_most_tiles(query_tiles), _most_tiles(key_tiles)) <= 1:  # a block lies in one tile
+        query_tile, key_tile = (np.full(blocks, -1, dtype=np.int64) for _ in range(2))
+        query_tile[query_tiles[:, 1]] = query_tiles[:, 0]
+        key_tile[key_tiles[:, 1]] = key_tiles[:, 0]
+        owned = (query_tile[query] >= 0) & (key_tile[key] >= 0)
+        pairs = np.bincount(query_tile[query[owned]] * tiles + key_tile[key[owned]], minlength=tiles * tiles)
+        shared = pairs.reshape(tiles, tiles) > 0
+        return shared.sum(axis=1), shared.sum(axis=0)
+    bits = sparse.csr_array((np.ones(query.size, dtype=np.int64), (query, key)), shape=(blocks, blocks))
+    incidence = [
+        sparse.csr_array((np.ones(len(touched), dtype=np.int64), tuple(touched.T)), shape=(tiles, blocks))
+        for touched in (query_tiles, key_tiles)
+    ]
+    pairs = (incidence[0] @ bits @ incidence[1].T).tocsr()
+    return np.diff(pairs.indptr).astype(np.int64), np.bincount(pairs.indices, minlength=tiles)
+
+
+def _most_tiles(incidence: NDArray[np.int64]) -> int:
+    """Return in how many tiles a block lies at most; 0 for a rank that owns only padding."""
+    return int(np.bincount(incidence[:, 1]).max(initial=0))
+
+
+def _tile_blocks(pattern: LayerPattern, placement: Placement, rank: int, tiles: int) -> NDArray[np.int64]:
+    """Return int64 [pairs, 2]: the distinct (tile, mask block) pairs of a rank's valid tokens."""
+    positions = placement.positions(rank)
+    tile = np.arange(positions.size) // pattern.block_size
+    assert tile[-1] < tiles
+    valid = positions < pattern.seq_len_tokens
+    return np.unique(np.stack([tile[valid], positions[valid] // pattern.block_size], axis=1), axis=0)
+
+
+def _column_row_lengths(pattern: LayerPattern, placement: Placement, tiles: int) -> NDArray[np.int64]:
+    size = pattern.block_size
+    lengths = np.zeros((placement.world_size, tiles, pattern.num_heads), dtype=np.int64)
+    for rank in range(placement.world_size):
+        positions = placement.positions(rank)
+        last = positions[np.minimum(np.arange(1, tiles + 1) * size, positions.size) - 1]
+        first = positions[np.arange(tiles) * size]
+        for number, head in enumerate(pattern.heads):
+            reached = np.searchsorted(head.columns[::size], last, side="right")
+            lengths[rank, :, number] = np.where(first < pattern.seq_len_tokens, reached, 0)
+    return lengths

@@ -1,0 +1,1 @@
+"""From a trace and a cluster to a plan."""

@@ -1,0 +1,1 @@
+"""One layer's attention over ranks, as a plan says."""

@@ -1,0 +1,1 @@
+"""Is a model right when its sequence is split over ranks?"""

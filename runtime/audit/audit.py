@@ -1,0 +1,263 @@
+"""One gate for every verb: is this model right when its sequence is split over ranks? By structure, and by numbers.
+
+What the configuration says it does that planned attention does not is refused by name (`refusals.py`). Small copies of
+the same class and settings (`small.py`) must then be a map of single tokens without attention (`single_tokens.py`), and
+with it the same alone and split in two (`proof.py`): a model that nobody has heard of is right or refused, never
+unknown. Audits are kept on disk by a digest of all they rest on (`audit_cache.py`), and a model object is held to what
+was audited (`instance.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ...traces.errors import InputError, UnsupportedError
+from ...traces.files import canonical_json, sha256_of_bytes
+from ..comm.mesh import Mesh, agree
+from ..model.shape import model_shape
+from .cache import file_digest, keep_audit, kept_audit, may_be_kept, source_digest
+from .instance import class_name, plain_class, refuse_strangers
+from .proof import AUDITED_TOKENS, PADDED_TOKENS, Proof, prove
+from .refusals import refuse_by_configuration
+from .shrink import layer_count
+from .single_tokens import check_single_tokens
+from .small import SmallCopies, small_copies
+
+CACHE = Path("~/.cache/sparsering/audits")
+DOES_NOT_RUN = "a small copy does not run"
+_AUDITS = itertools.count()  # ranks audit in the same order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What the audit of a model said. Only `right` counts; the rest says why.
+
+    reason: one line, None when right; about: the setting, parameter or module that it is about
+    shape: attention's, as the configuration states it and the small copy showed it
+    errors: largest relative errors by road ("attach", "train") and kind ("loss", "logits", "gradient")
+    modules: the classes that the small copy is made of; layers: how many it had
+    digest: of all that it rests on, versions and sources too; model_sha256: of class, settings and length alone
+    """
+
+    model_type: str
+    model_class: str
+    seq_len_tokens: int
+    digest: str
+    model_sha256: str
+    right: bool
+    reason: str | None = None
+    about: str | None = None
+    shape: dict[str, int] | None = None
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    layers: int | None = None
+    parameters: int | None = None
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def require(self, *, source: str | Path | None = None) -> None:
+        """Raise UnsupportedError with the reason unless the model is right."""
+        if not self.right:
+            raise UnsupportedError(f"{self.reason}", source=source or self.model_class, field=self.about)
+
+
+def audit(
+    config: Any, *, seq_len_tokens: int, model_class: type[PreTrainedModel] | None = None, cache: Path | None = CACHE
+) -> Audit:
+    """Audit the model that a transformers configuration makes; model_class: the causal LM's, transformers' by default.
+
+    seq_len_tokens: of the sequences that will be split; windows and original lengths are judged against it. Takes
+    seconds on a CPU. cache: folder of earlier audits, None to do without. Raises InputError when the configuration
+    makes no causal language model; every other outcome is in what returns.
+    """
+    chosen = model_class or causal_class(config)
+    began = time.perf_counter()
+    digest = audit_digest(config, chosen, seq_len_tokens)
+    folder = cache if cache is not None and may_be_kept(chosen, config) else None
+    known = None if folder is None else kept_audit(folder, digest)
+    if known is not None:
+        return known
+    facts = Audit(
+        model_type=config.model_type, model_class=chosen.__name__, seq_len_tokens=seq_len_tokens, digest=digest,
+        model_sha256=model_digest(config, chosen, seq_len_tokens), right=False, versions=_versions(),
+    )  # fmt: skip
+    try:
+        with _plain_surroundings():
+            found = _audited(facts, config, chosen, seq_len_tokens)
+    except InputError as error:
+        found = replace(facts, reason=str(error).removeprefix(f"{error.field}: "), about=error.field)
+    except Exception as error:  # what cannot be audited is not proven, whatever the reason
+        found = replace(facts, reason=f"cannot be audited ({_told(error)})", about="audit")
+    found = replace(found, seconds=round(time.perf_counter() - began, 3))
+    if folder is not None and DOES_NOT_RUN not in f"{found.reason}":  # which may have been this process's fault
+        keep_audit(folder, found)
+    return found
+
+
+def require_model(
+    model: PreTrainedModel, *, seq_len_tokens: int, mesh: Mesh | None = None, allow_hooks: bool = False
+) -> Audit:
+    """Audit a model's class and configuration, and raise UnsupportedError unless it is right.
+
+    mesh: rank 0 audits and tells the others; collective. allow_hooks: where whole sequences run. Modules that the class
+    does not make by itself are refused: nothing was proven about them (peft's adapters apart, which see one token at a
+    time).
+    """
+    plain = plain_class(type(model))
+    if mesh is None or mesh.world_size == 1:
+        found = audit(model.config, seq_len_tokens=seq_len_tokens, model_class=plain)
+    else:
+        found = _audited_by_rank_0(mesh, model.config, plain, seq_len_tokens)
+    found.require()
+    refuse_strangers(model, plain, set(found.modules), allow_hooks=allow_hooks)
+    return found
+
+
+def _audited_by_rank_0(mesh: Mesh, config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> Audit:
+    """Ranks must hold the same class, settings and versions: a digest of them is compared first."""
+    topic = f"audit {next(_AUDITS)}"
+    agree(mesh, f"{topic} model", audit_digest(config, model_class, seq_len_tokens))
+    told = None
+    if mesh.rank == 0:
+        try:
+            told = asdict(audit(config, seq_len_tokens=seq_len_tokens, model_class=model_class))
+        finally:  # the others must not wait for a rank that failed
+            mesh.broadcast(topic, told)
+    told = told or mesh.broadcast(topic, None)
+    if told is None:
+        raise InputError("rank 0 could not audit the model; it says why", field="audit")
+    return Audit(**told)
+
+
+def causal_class(config: Any) -> type[PreTrainedModel]:
+    """Return transformers' causal language model of a configuration; InputError when it has none."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    try:
+        found = mapping[type(config)]
+    except KeyError as error:
+        raise InputError(
+            f"{config.model_type!r} is no causal language model of transformers", field="model_type"
+        ) from error
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def model_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
+    """Return the SHA-256 of what was audited: class, settings, and the length that windows are judged against."""
+    name = f"{model_class.__module__}.{model_class.__qualname__}"
+    document = {"class": name, "config": _plain_settings(config), "seq_len_tokens": seq_len_tokens}
+    return sha256_of_bytes(canonical_json(document))
+
+
+def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
+    """Return the SHA-256 of all that an audit rests on: the model, the source of its class, versions, our own code."""
+    document = {
+        "model": model_digest(config, model_class, seq_len_tokens),
+        "source": source_digest(model_class),
+        "versions": _versions(),
+        "audit": _own_digest(),
+    }
+    return sha256_of_bytes(canonical_json(document))
+
+
+def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
+    """Return the small copy that the proof is about: float64, every kind of layer, lengths in proportion."""
+    return _scaled(small_copies(config, model_class), seq_len_tokens)
+
+
+def _scaled(copies: SmallCopies, seq_len_tokens: int) -> PreTrainedModel:
+    return copies.scaled(seq_len_tokens=seq_len_tokens, audited_tokens=AUDITED_TOKENS, padded_tokens=PADDED_TOKENS)
+
+
+def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> Audit:
+    refuse_by_configuration(config, seq_len_tokens=seq_len_tokens)
+    facts = replace(facts, shape=model_shape(config).model_dump())
+    copies = small_copies(config, model_class)
+    _run(lambda: [check_single_tokens(one, seq_len_tokens=seq_len_tokens) for one in copies.at_true_lengths()])
+    small = _scaled(copies, seq_len_tokens)
+    proof: Proof = _run(lambda: prove(small), scaled=True)
+    return replace(
+        facts,
+        right=True,
+        modules=sorted({class_name(type(module)) for module in small.modules()}),
+        layers=layer_count(small.config),
+        parameters=proof.parameters,
+        errors={road: {"loss": e.loss, "logits": e.logits, "gradient": e.gradient} for road, e in proof.errors.items()},
+    )
+
+
+@contextmanager
+def _plain_surroundings() -> Iterator[None]:
+    """Audit as in a fresh process: with gradients, on the CPU, with one thread (small products; twins are two)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(check: Any, *, scaled: bool = False) -> Any:
+    """Run a check; what a model's own code raises becomes the reason. scaled: lengths in messages are not a user's."""
+    try:
+        return check()
+    except InputError as error:
+        if not scaled:
+            raise
+        raise _in_the_small_copy(error) from error
+    except Exception as error:  # the model's own code failed, alone or split: it is not proven, and that is the answer
+        raise UnsupportedError(f"{DOES_NOT_RUN} ({_told(error)}; {_last_line(error)})", field="audit") from error
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _in_the_small_copy(error: InputError) -> InputError:
+    """Say that values in a refusal are those of a small copy, where they are a user's to look up."""
+    told = str(error).removeprefix(f"{error.field}: ")
+    if error.field == "audit" or "small copy" in told:
+        return error
+    return UnsupportedError(f"{told} (seen in a small copy over {AUDITED_TOKENS} tokens)", field=error.field)
+
+
+def _last_line(error: BaseException) -> str:
+    """Return where the model's own code was: the last frame below transformers or the model's file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name != "twins.py"]
+    modelling = [frame for frame in frames if "modeling" in frame.filename] or frames
+    return f"{Path(modelling[-1].filename).name}:{modelling[-1].lineno}" if modelling else "no line"
+
+
+def _plain_settings(config: Any) -> Any:
+    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache"}
+    # As text, since canonical JSON has no infinity and some configurations do.
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored}, default=str, sort_keys=True)
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+
+
+@lru_cache(maxsize=1)
+def _own_digest() -> str:
+    folder = Path(__file__).parent
+    return "".join(
+        file_digest(path) for path in sorted([*folder.glob("*.py"), *(folder.parent / "model").glob("*.py")])
+    )

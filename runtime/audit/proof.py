@@ -1,0 +1,261 @@
+"""The audit's numbers: a small copy of a model run alone and split in two must agree in loss, logits and gradients.
+
+Dense attention, float64, on the CPU, in training mode. Alone, the model computes its own eager attention; split, two
+copies see a shard each and meet in attention only (`twins.py`), once through the model's own forward and loss, as
+`attach` runs them, and once through the fused head and loss of `sparsering train`.
+
+Shape legend: B batch, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ...planner.schedule.placement import striped
+from ...traces.errors import UnsupportedError
+from ..model.attached import Attached
+from ..model.head_loss import ModelWithLoss
+from ..model.shard import IGNORED_LABEL, shard
+from .single_tokens import check_calls, random_ids
+from .twins import AttentionCall, Double, Meeting, MetAttention, copies_of, run_together
+
+TOLERANCE = 1e-6
+AUDITED_TOKENS, STRIPE_TOKENS, RANKS = 120, 16, 2  # 7.5 stripes: the last one is padded
+PADDED_TOKENS = 128
+NOISE_FLOOR = 1e-8  # gradients this much smaller than the largest are zero but for rounding (a key's bias, say)
+GAP_SHARE = 0.4  # labels that do not count, so that ranks have unequal numbers of them
+
+Step = Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """How far split and alone are apart: loss and logits relative to their size, gradients to their parameter's."""
+
+    loss: float
+    logits: float
+    gradient: float
+    parameter: str
+
+    def require(self, where: str) -> None:
+        """Raise UnsupportedError when an error is above TOLERANCE, or is no number."""
+        for name, value in (("loss", self.loss), ("logits", self.logits), ("gradient", self.gradient)):
+            if not value <= TOLERANCE:
+                what = f"the gradient of {self.parameter}" if name == "gradient" else name
+                raise UnsupportedError(f"{what} is off by {value:.2g} {where}: split over ranks it is another model "
+                                       "(tokens meet outside attention, or a shard is taken for a whole)",
+                                       field="audit")  # fmt: skip
+
+    def worse(self, other: Errors) -> Errors:
+        """Return the larger of each error."""
+        largest = self if self.gradient >= other.gradient else other
+        return replace(largest, loss=max(self.loss, other.loss), logits=max(self.logits, other.logits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the small model showed. errors: by road, "attach" and "train"."""
+
+    errors: dict[str, Errors]
+    parameters: int
+
+
+@dataclass(kw_only=True)
+class _Run:
+    loss: float
+    logits: Tensor | None
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def prove(model: PreTrainedModel) -> Proof:
+    """Run a small float64 model every way and compare. UnsupportedError says what does not agree.
+
+    What the model's own code raises comes through as it is.
+    """
+    model.train()
+    batches = [_batch(model.config, seed) for seed in (1, 2)]
+    check_calls(_Split(model, _own_loss).calls(batches[0]), model)  # first: it turns many away in a moment
+    alone = [_alone(copies_of(model, 1)[0], batch) for batch in batches]
+    _check_memory(model, batches, alone)
+    _check_participation(model, alone[0])
+    errors: dict[str, Errors] = {}
+    for road, step in ROADS.items():
+        split = _Split(model, step)
+        for batch, expected in zip(batches, alone, strict=True):
+            found = compare(split.run(batch), expected)
+            found.require(f"by the loss of {road}")
+            errors[road] = found if road not in errors else errors[road].worse(found)
+    return Proof(errors=errors, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def compare(split: _Run, alone: _Run) -> Errors:
+    """Return how far two runs are apart; NaN counts as infinitely far."""
+    loss = abs(split.loss - alone.loss) / max(abs(alone.loss), 1e-30)
+    logits = 0.0
+    if split.logits is not None and alone.logits is not None:
+        logits = _relative(split.logits, alone.logits)
+    largest = max((float(g.abs().max()) for g in alone.gradients.values() if g is not None and g.numel()), default=0.0)
+    worst, parameter = 0.0, ""
+    for name, expected in alone.gradients.items():
+        got = split.gradients.get(name)
+        if expected is None and got is None:
+            continue
+        zero = torch.zeros_like(expected if expected is not None else got)  # pyright: ignore[reportArgumentType]
+        error = _relative(
+            zero if got is None else got, zero if expected is None else expected, floor=NOISE_FLOOR * largest
+        )
+        if not error <= worst:
+            worst, parameter = error, name
+    return Errors(loss=loss, logits=logits, gradient=worst, parameter=parameter)
+
+
+def _or_zero(value: Tensor | None, like: Tensor | None) -> Tensor:
+    if value is not None:
+        return value
+    assert like is not None
+    return torch.zeros_like(like)
+
+
+def _relative(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
+    if got.shape != expected.shape or not got.numel():
+        return 0.0 if got.shape == expected.shape else float("inf")
+    scale = max(float(expected.abs().max()), floor, 1e-300)
+    return float((got - expected).abs().max()) / scale
+
+
+@lru_cache(maxsize=1)
+def _plan() -> Plan:
+    """Only its placement matters here: stripes over two ranks, the last one padded."""
+    return make_plan(
+        model=ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8),
+        seq_len_tokens=AUDITED_TOKENS,
+        block_size=64,
+        dtype="float64",
+        columns_capacity=0,
+        placement=striped(seq_len_tokens=AUDITED_TOKENS, world_size=RANKS, granularity_tokens=STRIPE_TOKENS),
+        forward=("gather", {}),
+        backward=("gather", {}),
+        pattern=PatternSpec(
+            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": AUDITED_TOKENS}
+        ),
+        kernels=KernelSpec(backend="reference"),
+    )
+
+
+def _batch(config: Any, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = random_ids(config, AUDITED_TOKENS, generator)
+    ignored = torch.rand(ids.shape, generator=generator) < GAP_SHARE
+    return {"input_ids": ids, "labels": ids.masked_fill(ignored, IGNORED_LABEL)}
+
+
+def _alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> _Run:
+    with Double():
+        output = model(**batch)
+        output.loss.backward()
+    return _Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))
+
+
+class _Split:
+    """Two copies of a model, a shard each; step: what a copy computes of its shard."""
+
+    def __init__(self, model: PreTrainedModel, step: Step) -> None:
+        self.twins, self.step, self.plan = copies_of(model, RANKS), step, _plan()
+        placement = self.plan.make_placement()
+        self.positions = [torch.from_numpy(placement.positions(rank)) for rank in range(RANKS)]
+
+    def calls(self, batch: dict[str, Tensor]) -> list[AttentionCall]:
+        """Return what one of them asks of attention in a forward pass."""
+        with torch.no_grad():
+            return self._together(batch)[1]
+
+    def run(self, batch: dict[str, Tensor]) -> _Run:
+        """Return the loss, the logits in the order of the sequence, and the gradients of both together."""
+        for twin in self.twins:
+            twin.zero_grad()
+        results, _ = self._together(batch)
+        with Double():
+            total = torch.stack([loss for loss, _ in results]).sum()
+            total.backward()
+        logits = None
+        if all(own is not None for _, own in results):
+            everywhere = torch.cat([own.detach() for _, own in results], dim=1)
+            logits = everywhere[:, torch.argsort(torch.cat(self.positions))][:, :AUDITED_TOKENS]
+        return _Run(loss=total.item(), logits=logits, gradients=_gradients(self.twins))
+
+    def _together(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Any]], list[AttentionCall]]:
+        meeting = Meeting(self.positions, AUDITED_TOKENS)
+        attentions = [MetAttention(meeting, rank) for rank in range(RANKS)]
+        attached: list[Attached] = []
+        try:
+            for twin, attention, own in zip(self.twins, attentions, self.positions, strict=True):
+                attached.append(Attached(twin, attention, _no_mask, positions=own, seq_len_tokens=AUDITED_TOKENS))
+            works = [self._work(rank, shard(batch, self.plan, rank)) for rank in range(RANKS)]
+            return run_together(works, meeting), attentions[0].calls
+        finally:
+            for one in attached:
+                one.detach()
+
+    def _work(self, rank: int, part: dict[str, Tensor]) -> Callable[[], Any]:
+        with_gradients = torch.is_grad_enabled()  # a thread of its own would begin with them
+
+        def work() -> Any:
+            with torch.set_grad_enabled(with_gradients):
+                return self.step(self.twins[rank], part)
+
+        return work
+
+
+def _no_mask(layer: int) -> Any:
+    """Attention over a meeting is dense."""
+    return None
+
+
+def _own_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    output = model(**part)
+    return output.loss, output.logits
+
+
+def _fused_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    summed = ModelWithLoss(model, "chunked", chunk_tokens=48)(part["input_ids"], part["position_ids"], part["labels"])
+    return summed / part["num_items_in_batch"], None
+
+
+ROADS: dict[str, Step] = {"attach": _own_loss, "train": _fused_loss}
+
+
+def _gradients(models: list[PreTrainedModel]) -> dict[str, Tensor | None]:
+    """Return the sum over copies of every parameter's gradient; None where none has one."""
+    summed: dict[str, Tensor | None] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            before, own = summed.get(name), parameter.grad
+            summed[name] = before if own is None else own.clone() if before is None else before + own
+    return summed
+
+
+def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[_Run]) -> None:
+    """What a model computes must not depend on what it was called with before."""
+    used = copies_of(model, 1)[0]
+    _alone(used, batches[0])
+    used.zero_grad()
+    compare(_alone(used, batches[1]), alone[1]).require("when it is called a second time, alone")
+
+
+def _check_participation(model: PreTrainedModel, alone: _Run) -> None:
+    """Every parameter that ever gets a gradient gets one from any tokens, so that ranks reduce the same set."""
+    few = copies_of(model, 1)[0]
+    with Double():
+        few(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    for name, gradient in _gradients([few]).items():
+        if gradient is None and alone.gradients[name] is not None:
+            raise UnsupportedError("gets a gradient only from some tokens: ranks would reduce different parameters",
+                                   field=name)  # fmt: skip

@@ -1,0 +1,52 @@
+"""What a configuration says in plain words that planned attention does not do, before anything is built.
+
+The audit's numbers would find these too; a name and a value from the configuration say it better.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ...traces.errors import UnsupportedError
+from ..model.shape import setting, text_config
+
+PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
+DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter|drop_path|stochastic_depth)")
+NO_DROPOUT = re.compile(r"^(classifier|summary|seq_classif|label_)")
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention")
+
+
+def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
+    """Raise UnsupportedError, naming the setting and its value, for what would be computed wrongly over shards."""
+    text = text_config(config)
+    for name, value in sorted(text.to_dict().items()):
+        if DROPOUT.search(name) and not NO_DROPOUT.search(name) and isinstance(value, int | float) and value > 0:
+            raise UnsupportedError(f"is {value}; dropout and noise are not supported: set it to 0", field=name)
+    positions = setting(text, "max_position_embeddings")
+    is_static = type(positions) is int and seq_len_tokens <= positions  # `dynamic` begins to change beyond them
+    _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
+    kinds = set(setting(text, "layer_types") or ())
+    chunk = setting(text, "attention_chunk_size")
+    if "chunked_attention" in kinds and (chunk or 0) < seq_len_tokens:
+        raise UnsupportedError(f"is {chunk}, below the {seq_len_tokens} tokens of a sequence",
+                               field="attention_chunk_size")  # fmt: skip
+    if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
+        for name in WINDOWS:
+            window = setting(text, name)
+            if type(window) is int and 0 < window < seq_len_tokens:
+                raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens of a sequence", field=name)
+    if setting(text, "output_router_logits"):
+        raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
+                               field="output_router_logits")  # fmt: skip
+
+
+def _refuse_rope(value: Any, field: str, *, is_static: bool) -> None:
+    """Look into rotation settings, which may be nested by kind of layer."""
+    if not isinstance(value, dict):
+        return
+    kind = value.get("rope_type")
+    if kind in PER_LENGTH_ROPE and not (kind == "dynamic" and is_static):
+        raise UnsupportedError(f"{kind!r} depends on the length a rank sees", field=f"{field}.rope_type")
+    for name, inner in value.items():
+        _refuse_rope(inner, f"{field}.{name}", is_static=is_static)

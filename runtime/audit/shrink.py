@@ -1,0 +1,223 @@
+"""A small copy of a model: the same class and settings, every kind of layer, narrow, with weights that make all count.
+
+The audit runs it alone and split in two, so it has to keep what decides how tokens meet (kinds of layers and their
+order, numbers of heads and experts, scales, caps, kernels of convolutions) and may change what does not (widths,
+vocabulary, repeated layers). Lengths (windows, chunks, positions) keep their proportion to the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from ...traces.errors import UnsupportedError
+from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, model_shape, setting, text_config
+
+SMALLEST_HEAD_DIM = 8
+SMALL_VOCABULARY = 256
+MOST_INNER_WIDTH = 64
+FEWEST_EXPERTS = 4
+SPECIAL_TOKEN = re.compile(r"_token_id$")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEAD_DIMS = re.compile(r"(^|_)(head_dim|d_head|dim_head|kv_channels|attention_head_dim)$|_head_?dim$")
+WIDTHS = re.compile(
+    r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|embed_dim|embedding_size|proj_dim|dff|width"
+    r"|lora_rank|_rank$|d_ssm|rotary_dim|hidden_dim|d_ff|dim_ff|dim_model|mid_dim|channels|d_rel$)"
+)
+INNER_WIDTHS = re.compile(r"(intermediate|ffn|dff|d_ff|dim_ff|n_inner|mlp_dim)")
+EXPERT_GROUPS = ("n_group", "num_expert_group")
+NO_WIDTHS = re.compile(r"(multipl|factor|ratio|scale|norm|dropout|vocab|laurel|init|std|cap$|multiple_of)")
+# Numbers that stay as they are: counts, states, scales. What is in no list and large is taken for a number of tokens.
+KEPT = re.compile(
+    r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks)"
+)
+SMALLEST_LENGTH = 32
+FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
+LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
+LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
+POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|model_max_length|max_length)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrinking:
+    """How much smaller: widths are divided by `width`; windows multiplied by `window`, and numbers of positions, which
+    padding needs too, by `positions`; layers: how many are kept.
+
+    few: also bounds the widths within a layer's MLP and the number of experts, which few models tie to anything else.
+    """
+
+    width: int
+    window: float
+    positions: float
+    layers: int | None = None
+    few: bool = True
+
+
+def plan_shrinking(config: Any, *, seq_len_tokens: int, audited_tokens: int, padded_tokens: int) -> Shrinking:
+    """Return how a configuration is made small: heads of at least 8, `seq_len_tokens` becoming `audited_tokens`.
+
+    With all three the same, lengths stay as they are.
+    """
+    settings = config.to_dict()
+    dims = [value for name, value in settings.items() if HEAD_DIMS.search(name) and type(value) is int and value > 0]
+    dims.append(model_shape(config).head_dim)
+    width = 1
+    while all(dim % (2 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
+        width *= 2
+    return Shrinking(
+        width=width,
+        window=audited_tokens / seq_len_tokens,
+        positions=padded_tokens / seq_len_tokens,
+    )
+
+
+def shrunken_config(config: Any, shrinking: Shrinking) -> Any:
+    """Return a small configuration of the same class. What its class cannot make raises what the class raises."""
+    settings = config.to_dict()
+    before = layer_count(config)
+    _shrink(settings, shrinking, before=before)
+    settings.pop("dtype", None)
+    settings.pop("torch_dtype", None)
+    return type(config).from_dict(settings)
+
+
+def layer_count(config: Any) -> int | None:
+    """Return how many decoder layers a configuration says, None where it does not say it under a usual name."""
+    count = setting(text_config(config), "num_hidden_layers")
+    return count if type(count) is int else None
+
+
+def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int | None) -> None:
+    keep = shrinking.layers
+    for name, value in list(settings.items()):
+        if name in ("id2label", "label2id"):
+            continue
+        if isinstance(value, dict) and name == "per_layer_config":
+            settings[name] = {key: inner for key, inner in value.items() if keep is None or int(key) < keep}
+            for inner in settings[name].values():
+                _shrink(inner, shrinking, before=before)
+        elif isinstance(value, dict) and name == "rope_parameters":
+            settings[name] = _rope(value, shrinking)
+        elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            _shrink(value, shrinking, before=before)
+        elif isinstance(value, list) and keep is not None and before is not None:
+            settings[name] = _listed(name, value, keep=keep, before=before)
+        elif type(value) is int and value > 0:
+            settings[name] = _number(name, value, shrinking, before=before)
+    if shrinking.few:
+        _fewer_experts(settings)
+
+
+def _number(name: str, value: int, shrinking: Shrinking, *, before: int | None) -> int:
+    if SPECIAL_TOKEN.search(name):
+        return min(value, SMALL_VOCABULARY - 1)
+    if "vocab" in name:
+        return min(value, SMALL_VOCABULARY)
+    if name in LAYER_COUNTS:
+        return shrinking.layers if shrinking.layers is not None and value == before else value
+    if LENGTHS.search(name):
+        return max(1, math.ceil(value * shrinking.window))
+    if POSITIONS.search(name):
+        return max(1, math.ceil(value * shrinking.positions))
+    if shrinking.few and INNER_WIDTHS.search(name) and not NO_WIDTHS.search(name):
+        return min(-(-value // shrinking.width), MOST_INNER_WIDTH)
+    if HEAD_DIMS.search(name) or (WIDTHS.search(name) and not NO_WIDTHS.search(name)):
+        return -(-value // shrinking.width)
+    if value >= SMALLEST_LENGTH and not KEPT.search(name):
+        return max(1, math.ceil(value * shrinking.window))
+    return value
+
+
+def _fewer_experts(settings: dict[str, Any]) -> None:
+    """Keep twice as many experts as a token visits, and two of every group that a router chooses among."""
+    visited = max((value for name in EXPERTS_OF_A_TOKEN if type(value := settings.get(name)) is int), default=1)
+    groups = max((value for name in EXPERT_GROUPS if type(value := settings.get(name)) is int), default=1)
+    enough = -(-max(2 * visited, 2 * groups, FEWEST_EXPERTS) // groups) * groups
+    for name, value in settings.items():
+        if name in (*EXPERTS, "zero_expert_num") and type(value) is int:
+            settings[name] = min(value, enough)
+
+
+def _rope(value: dict[str, Any], shrinking: Shrinking) -> dict[str, Any]:
+    """Rotation settings, nested by kind of layer or not: original lengths shrink as the sequence does."""
+    shrunk: dict[str, Any] = {}
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            shrunk[name] = _rope(inner, shrinking)
+        elif name in ("short_factor", "long_factor") and isinstance(inner, list):
+            shrunk[name] = inner[: max(len(inner) // shrinking.width, 1)]
+        elif name == "original_max_position_embeddings" and type(inner) is int:
+            shrunk[name] = max(1, math.ceil(inner * shrinking.positions))
+        else:
+            shrunk[name] = inner
+    return shrunk
+
+
+def _listed(name: str, value: list[Any], *, keep: int, before: int) -> list[Any]:
+    """Lists with an entry a layer are cut; lists of layer numbers lose the layers that are gone."""
+    if len(value) == before:
+        return value[:keep]
+    if re.search(r"(layers|_idxs|_ids|_indices)$", name) and all(type(item) is int for item in value):
+        return [item for item in value if item < keep]
+    return value
+
+
+def layers_to_keep(model: PreTrainedModel) -> int | None:
+    """Return how many layers, from the first, hold one of every kind, at least two; None where they are in no list.
+
+    Two layers are of one kind when their modules have the same classes, parameter shapes and plain settings.
+    """
+    try:
+        layers = decoder_layers(model)
+    except UnsupportedError:
+        return None
+    seen: set[str] = set()
+    needed = min(2, len(layers))
+    for number, layer in enumerate(layers):
+        kind = _kind(layer)
+        if kind not in seen:
+            seen.add(kind)
+            needed = max(needed, number + 1)
+    return needed
+
+
+def _kind(layer: Module) -> str:
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {
+            key: value
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str | None) and not LAYER_NUMBER.search(key)
+        }
+        shapes = [(key, tuple(parameter.shape)) for key, parameter in module.named_parameters(recurse=False)]
+        parts.append(f"{name} {type(module).__qualname__} {plain} {shapes}")
+    return "\n".join(parts)
+
+
+def enliven(model: PreTrainedModel, *, seed: int, head_std: float = 3.0) -> None:
+    """Give random weights of a size at which everything counts: attention that prefers, experts that differ, logits
+    large enough for scales and caps to show. The same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+            elif parameter.dim() == 1:
+                parameter.add_(0.1 * noise)
+        for name, buffer in model.named_buffers():  # a gate may be a buffer of zeros until weights are loaded
+            if buffer.is_floating_point() and not FIXED_BUFFERS.search(name):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer.dtype))
+        for embedding, std in ((model.get_input_embeddings(), 1.0), (model.get_output_embeddings(), None)):
+            weight: Tensor | None = getattr(embedding, "weight", None)
+            if weight is None or weight.dim() != 2:
+                continue
+            target = std if std is not None else head_std / math.sqrt(weight.shape[-1])
+            weight.mul_(target / weight.std().clamp(min=1e-12))

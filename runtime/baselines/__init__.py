@@ -1,0 +1,1 @@
+"""Dense attention over ranks, to compare with."""

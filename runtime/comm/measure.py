@@ -1,0 +1,111 @@
+"""Measuring a run in the schema of the simulator's timelines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ...traces.timeline import COMPUTE_STREAM, Span, Timeline
+from .mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """A span whose ends are clock marks that are read later: host nanoseconds or CUDA events.
+
+    marks: an object with `started` and `ended`; a pending communication fills them in as it goes.
+    """
+
+    stream: str
+    name: str
+    category: str
+    direction: str
+    phase: int
+    nbytes: int
+    marks: Marks
+
+
+class Marks(Protocol):
+    """Where a span's two clock marks are, once it is over."""
+
+    started: Any
+    ended: Any
+
+
+@dataclass(kw_only=True, eq=False)
+class _Fixed:
+    started: Any
+    ended: Any
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Collects what one rank did in one layer. Marks cost no synchronisation; they are read by `spans`."""
+
+    device: torch.device
+    records: list[Record] = field(default_factory=list)
+    origin: Any = None
+
+    def mark(self) -> Any:
+        """Return the present: host nanoseconds, or an event on the current stream."""
+        if self.device.type != "cuda":
+            return time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """Forget what was recorded and start the clock."""
+        self.records.clear()
+        self.origin = self.mark()
+
+    def add_compute(self, name: str, category: str, direction: str, phase: int, started: Any) -> None:
+        """Record compute that began at `started` and ends now."""
+        self.records.append(
+            Record(
+                stream=COMPUTE_STREAM,
+                name=name,
+                category=category,
+                direction=direction,
+                phase=phase,
+                nbytes=0,
+                marks=_Fixed(started=started, ended=self.mark()),
+            )
+        )
+
+    def spans(self, rank: int) -> list[Span]:
+        """Return the spans in microseconds since `begin`; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [
+            Span(
+                rank=rank,
+                stream=record.stream,
+                name=record.name,
+                category=record.category,
+                direction=record.direction,
+                phase=record.phase,
+                start_us=self._since(record.marks.started),
+                duration_us=max(self._since(record.marks.ended) - self._since(record.marks.started), 0.0),
+                nbytes=record.nbytes,
+            )
+            for record in self.records
+        ]
+
+    def _since(self, mark: Any) -> float:
+        if self.device.type == "cuda":
+            return self.origin.elapsed_time(mark) * 1e3
+        return (mark - self.origin) / 1e3
+
+
+def collect_timeline(mesh: Mesh, spans: Sequence[Span], *, topic: str, metadata: dict[str, Any]) -> Timeline | None:
+    """Bring all ranks' spans to rank 0 through the store; None on the others. `topic` must be new for every call."""
+    collected = mesh.collect(topic, [asdict(span) for span in spans])
+    if collected is None:
+        return None
+    everyone = [Span(**fields) for rank_spans in collected for fields in rank_spans]
+    return Timeline(source="measured", world_size=mesh.world_size, spans=tuple(everyone), metadata=metadata)

@@ -1,0 +1,260 @@
+"""Joining the other ranks: the only place in the runtime that reads environment variables.
+
+Ranks agree on the plan through the store (no collective) before anything else is sent.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
+
+from ...traces.errors import InputError
+from .heartbeat import connection_of_its_own
+from .sentinel import Sentinel, Watch
+
+DEFAULT_TIMEOUT_S = 600.0
+
+# This process's own, as its process group is: `leave` ends both.
+_sentinels: list[Sentinel] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This process among its peers: its rank, its device, and the store that all share.
+
+    store_host: who holds the store, in words: without it nobody can ask who is left
+    sentinel: who watches the other processes; None where nobody does
+    replica, replicas: of so many groups of `world_size` consecutive processes that do the same on other data, this one
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: Store
+    timeout: timedelta
+    store_host: str = "rank 0"
+    replica: int = 0
+    replicas: int = 1
+    sentinel: Sentinel | None = None
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend that moves this device's tensors."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    @property
+    def hosted_by_rank(self) -> bool:
+        """Whether a rank holds the store, and no launcher does."""
+        return self.store_host.startswith("rank")
+
+    def process(self, rank: int) -> int:
+        """Return the number of this replica's rank among all processes."""
+        return self.replica * self.world_size + rank
+
+    def replica_of(self, world_size: int) -> Mesh:
+        """Return this process's mesh when all processes split into replicas of `world_size` consecutive ones.
+
+        Raises InputError when they do not.
+        """
+        if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
+            raise InputError(f"{self.world_size} processes are no groups of {world_size}", field="world_size")
+        replica = self.rank // world_size
+        return Mesh(
+            rank=self.rank % world_size,
+            world_size=world_size,
+            device=self.device,
+            store=PrefixStore(f"replica {replica}", self.store),
+            timeout=self.timeout,
+            store_host=self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0",
+            replica=replica,
+            replicas=self.world_size // world_size,
+            sentinel=self.sentinel,
+        )
+
+    def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Return a process group of these ranks of this replica, None on others. Collective over all replicas."""
+        own = None
+        for replica in range(self.replicas):
+            processes = [replica * self.world_size + rank for rank in ranks]
+            group = dist.new_group(processes, timeout=self.timeout, backend=self.backend)
+            if replica == self.replica and self.rank in ranks and isinstance(group, dist.ProcessGroup):
+                own = group
+        return own
+
+    def check(self) -> None:
+        """Raise RankLost when the sentinel knows of lost ranks. Before anything is kept that came from others."""
+        if self.sentinel is not None:
+            self.sentinel.check()
+
+    def collect(self, topic: str, value: Any) -> list[Any] | None:
+        """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""
+        self.store.set(f"sparsering/collect/{topic}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return None
+        return [
+            json.loads(self.store.get(f"sparsering/collect/{topic}/{rank}").decode()) for rank in range(self.world_size)
+        ]
+
+    def broadcast(self, topic: str, value: Any) -> Any:
+        """Return rank 0's JSON value on every rank, through the store. `topic` must be new."""
+        key = f"sparsering/broadcast/{topic}"
+        if self.rank == 0:
+            self.store.set(key, json.dumps(value))
+        return json.loads(self.store.get(key).decode())
+
+
+def inherited_environment(*, world_size: int) -> dict[str, str]:
+    """Return the environment for ranks that this process starts: its own, the cores shared out among them."""
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one rank of several (RANK and WORLD_SIZE are set)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float | None = 0.0) -> Mesh:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe, or the one that exists.
+
+    device: "cpu" or "cuda"; the default is CUDA where there is one. patience_s: after how long a silence a rank is lost
+    (sentinel.py), less than timeout_s; 0 watches nobody, None stands for `usual_patience_s`. InputError when the
+    environment is incomplete.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if patience_s is None:
+        patience_s = usual_patience_s(kind, timeout_s)
+    _check_patience(patience_s, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        return _mesh(dist.get_rank(), dist.get_world_size(), _device(kind, local), store, timeout, patience_s)
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    chosen = _device(kind, local)
+    # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
+    store = PrefixStore(_attempt(), store)
+    store.set_timeout(timeout)
+    if kind == "cuda" and patience_s:
+        # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process. By
+        # default the watchdog would end it first, and by std::terminate.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=chosen if kind == "cuda" else None,
+    )
+    return _mesh(rank, world_size, chosen, store, timeout, patience_s)
+
+
+def _mesh(
+    rank: int, world_size: int, device: torch.device, store: Store, timeout: timedelta, patience_s: float
+) -> Mesh:
+    """Return this process's mesh; its sentinel starts with the first."""
+    if patience_s and world_size > 1 and not _sentinels:
+        connection = connection_of_its_own(store, timeout)
+        if connection is not None:
+            watch = Watch(
+                rank=rank, world_size=world_size, store_host=_store_host(), patience_s=patience_s,
+                device_type=device.type,
+            )  # fmt: skip
+            _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        store=store,
+        timeout=timeout,
+        store_host=_store_host(),
+        sentinel=_sentinels[0] if _sentinels else None,
+    )
+
+
+def usual_patience_s(device_type: str, timeout_s: float) -> float:
+    """Return half of the time-out on GPUs, where nobody else says who died; 0 on CPUs: gloo notices at once."""
+    return timeout_s / 2 if device_type == "cuda" else 0.0
+
+
+def _check_patience(patience_s: float, timeout_s: float) -> None:
+    if not 0 <= patience_s < timeout_s:
+        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
+
+
+def _attempt() -> str:
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _store_host() -> str:
+    """torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+
+
+def leave() -> None:
+    """Leave the process group, if there is one, and say goodbye to the others.
+
+    While an error is on its way out (in a `finally`) there is no goodbye: the others, who wait for this rank, lose it.
+    """
+    gc.collect()  # what holds a process group in a cycle (DDP, Trainers) would end it later, when nobody else does
+    sentinel = _sentinels.pop() if _sentinels else None
+    failing = sys.exc_info()[1] is not None
+    if sentinel is not None:
+        if failing:
+            sentinel.close()
+        else:
+            sentinel.say_goodbye()
+    if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
+        dist.destroy_process_group()
+    if sentinel is not None and not failing:
+        sentinel.close()
+
+
+def agree(mesh: Mesh, topic: str, value: str) -> None:
+    """Compare `value` with every rank's through the store; InputError names the first rank that differs.
+
+    topic must be new for every call. A rank that never says its value is named too, after the mesh's timeout;
+    with a sentinel, RankLost names ranks that are lost.
+    """
+    prefix = f"sparsering/{topic}"
+    mesh.store.set(f"{prefix}/{mesh.rank}", value)
+    values: list[str] = []
+    for rank in range(mesh.world_size):
+        try:
+            mesh.store.wait([f"{prefix}/{rank}"], mesh.timeout)
+        except (dist.DistStoreError, RuntimeError) as error:
+            lost = mesh.sentinel.verdict(wait=True) if mesh.sentinel is not None else None
+            if lost is not None:
+                raise lost from error
+            raise InputError(f"rank {rank} did not say its {topic} in {mesh.timeout}", field=topic) from error
+        values.append(mesh.store.get(f"{prefix}/{rank}").decode())
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise InputError(f"{kind!r} is neither 'cpu' nor 'cuda'", field="device")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"local rank {local_rank} has no GPU; there are {torch.cuda.device_count()}", field="device")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,251 @@
+"""Watching the other ranks: who falls silent is named, and nobody waits for it for ever.
+
+On GPUs a rank that dies leaves the others in a wait for a device that nothing will ever wake. A sentinel on a thread of
+its own hears the heartbeats of all (heartbeat.py). When ranks are lost, it aborts the process groups, so that the main
+thread comes back and raises RankLost at its next check; a main thread that does not end then is ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+from ...traces.errors import InputError
+from .heartbeat import LEFT, LOST, Heartbeat, lost_ranks
+from .lost import RankLost, host_lost, nobody_lost, ranks_lost
+
+BEATS = 8  # in the time after which a silent rank is lost
+STDERR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Whom to watch, and how patiently.
+
+    patience_s: after such a silence a rank, or the store, is lost
+    grace_s: how long the main thread has, once it can know of a loss, to end the process by itself
+    store_host: who holds the store, in words: see Mesh
+    device_type: whose process groups are aborted
+    """
+
+    rank: int
+    world_size: int
+    store_host: str
+    patience_s: float
+    grace_s: float = 15.0
+    device_type: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("patience_s", "grace_s"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"must be more than 0, not {getattr(self, name)}", field=name)
+
+    @property
+    def interval_s(self) -> float:
+        """How often a rank says that it lives."""
+        return self.patience_s / BEATS
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the store ends with this process."""
+        return self.store_host == f"rank {self.rank}"
+
+
+@dataclass(eq=False, kw_only=True)
+class Silence:
+    """For how long each rank has said nothing new. Time in which nobody could be heard is not counted against it.
+
+    So neither clocks need agree, nor does a pause of this process, or of the store, look like one of the others.
+    """
+
+    world_size: int
+    words: list[str | None] = field(init=False)
+    silent_s: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.words, self.silent_s = [None] * self.world_size, [0.0] * self.world_size
+
+    def hear(self, words: Sequence[str | None], elapsed_s: float) -> None:
+        """Take in what all ranks said last, so long after the time before. Who has yet to begin is not silent."""
+        for rank, word in enumerate(words):
+            still = word is not None and word != LEFT and word == self.words[rank]
+            self.silent_s[rank] = self.silent_s[rank] + elapsed_s if still else 0.0
+        self.words = list(words)
+
+    def beyond(self, patience_s: float) -> list[int]:
+        """Return the ranks that have been silent for longer."""
+        return [rank for rank, silent_s in enumerate(self.silent_s) if silent_s > patience_s]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the main thread raises; ranks: those that it calls lost, where the store can still tell the others."""
+
+    error: RankLost
+    ranks: tuple[int, ...] = ()
+
+
+class Sentinel:
+    """Watches from when it is made until `close`. store: a connection that nobody else uses.
+
+    After a loss the process ends within `grace_s`, with exit code 1 where it does not end by itself.
+    """
+
+    def __init__(self, store: Store, watch: Watch) -> None:
+        self.watch = watch
+        self._heartbeat = Heartbeat(store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s)
+        self._silence = Silence(world_size=watch.world_size)
+        self._rounds, self._mute_s, self._broken_s = 0, 0.0, 0.0
+        self._error: RankLost | None = None
+        self._found, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="sparsering-sentinel", daemon=True)
+        self._aborts: list[threading.Thread] = []
+        self._thread.start()
+        # A thread that comes back from C++ into an interpreter that is going takes the process down by a signal.
+        atexit.register(self._end_threads)
+
+    @property
+    def error(self) -> RankLost | None:
+        """What was found, None as long as nobody is lost."""
+        return self._error
+
+    def check(self) -> None:
+        """Raise RankLost when ranks are lost; when a process group failed, as soon as it is clear whether any are."""
+        error = self.verdict(wait=self._error is None and self._broken())
+        if error is not None:
+            raise error
+
+    def verdict(self, *, wait: bool) -> RankLost | None:
+        """Return what was found; wait: where nothing was, give a rank that just died the time to be missed."""
+        if wait:
+            self._found.wait(2.5 * self.watch.patience_s)
+        return self._error
+
+    def say_goodbye(self) -> None:
+        """Tell the others that this rank ends in order, so that its silence is no loss. It still watches."""
+        self._heartbeat.say(LEFT, timeout_s=self.watch.patience_s)
+
+    def close(self) -> None:
+        """Stop watching. The rank that hosts the store stays, at most `patience_s`, until the others said goodbye."""
+        self._closing.set()
+        if self._error is None and self.watch.is_host and self._heartbeat.said_last:
+            self._heartbeat.wait_for_last_words(timeout_s=self.watch.patience_s)
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        """Let the threads end, but for the one that sees to the end of this process after a loss."""
+        self._closing.set()
+        self._heartbeat.stop(timeout_s=self.watch.interval_s)
+        if self._error is None:
+            self._thread.join(self.watch.interval_s)
+        else:
+            self._found.wait(self.watch.interval_s)
+        for thread in self._aborts:
+            thread.join(self.watch.grace_s)
+
+    def _serve(self) -> None:
+        before = time.monotonic()
+        while not self._closing.wait(self.watch.interval_s):
+            now = time.monotonic()
+            found = self._judge(now - before)
+            if found is not None:
+                self._deliver(found)
+            before = now
+
+    def _judge(self, elapsed_s: float) -> Verdict | None:
+        heartbeat, watch = self._heartbeat, self.watch
+        if heartbeat.error is not None or self._mute_s > watch.patience_s:
+            return self._without_store(heartbeat.error)
+        elapsed_s = min(elapsed_s, 2 * watch.interval_s)  # more passed only where this process stood still
+        self._broken_s = self._broken_s + elapsed_s if self._broken() else 0.0
+        if heartbeat.rounds == self._rounds:
+            self._mute_s += elapsed_s
+            return None
+        self._silence.hear(heartbeat.heard, min(self._mute_s + elapsed_s, 2 * watch.interval_s))
+        self._rounds, self._mute_s = heartbeat.rounds, 0.0
+        return self._of_ranks()
+
+    def _of_ranks(self) -> Verdict | None:
+        """Judge by what was heard. What another rank found comes first: all name the same ranks."""
+        watch, because = self.watch, f"no heartbeat for {self.watch.patience_s:g} s"
+        for teller, word in enumerate(self._silence.words):
+            told = lost_ranks(word)
+            if told:
+                error = ranks_lost(told, watch.world_size, seen_by=f"rank {teller}", because=because)
+                return Verdict(error=error, ranks=tuple(told))
+        if self._silence.beyond(watch.patience_s):
+            silent = self._silence.beyond(watch.patience_s / 2)  # who died with it may have been heard a beat longer
+            error = ranks_lost(silent, watch.world_size, seen_by=f"rank {watch.rank}", because=because)
+            return Verdict(error=error, ranks=tuple(silent))
+        if self._broken_s > watch.patience_s + 2 * watch.interval_s:
+            return Verdict(error=nobody_lost(watch.rank, because="a process group was aborted by its watchdog"))
+        return None
+
+    def _without_store(self, error: Exception | None) -> Verdict | None:
+        watch = self.watch
+        host = 0 if watch.store_host.startswith("rank") else None
+        if host is not None and self._heartbeat.heard[host] == LEFT:
+            self._closing.set()  # in order, and nobody can be heard any more
+            return None
+        because = f"no answer for {watch.patience_s:g} s" if error is None else str(error).partition("\n")[0]
+        seen_by = f"rank {watch.rank}"
+        return Verdict(error=host_lost(watch.store_host, watch.world_size, seen_by=seen_by, because=because))
+
+    def _deliver(self, verdict: Verdict) -> None:
+        """Tell the other ranks, then the main thread; free it; end the process when it does not end."""
+        watch = self.watch
+        if verdict.ranks:
+            word = LOST + ",".join(map(str, verdict.ranks))
+            self._heartbeat.say(word, timeout_s=2 * watch.interval_s)
+            if watch.is_host:  # once this process ends, the others would take it for the lost one
+                self._heartbeat.wait_for_last_words(but=verdict.ranks, timeout_s=BEATS / 2 * watch.interval_s)
+        if self._closing.is_set():
+            return  # the main thread has left meanwhile
+        self._error = verdict.error  # before the main thread comes back, which must not believe what it then holds
+        # A thread without Python ends the process even where an abort never gives the interpreter back.
+        faulthandler.dump_traceback_later(2 * watch.grace_s, exit=True, file=STDERR)
+        if watch.device_type == "cuda":
+            self._aborts += map(_start_abort, _process_groups())
+        self._found.set()
+        time.sleep(watch.grace_s)
+        os.write(STDERR, f"sparsering: {verdict.error}\n".encode())
+        os._exit(1)
+
+    def _broken(self) -> bool:
+        """Whether torch's watchdog aborted a process group: what its receivers hold then is not what was sent."""
+        return self.watch.device_type == "cuda" and any(map(_has_failed, _process_groups()))
+
+
+def _process_groups() -> list[dist.ProcessGroup]:
+    """Return all process groups of this process, whoever made them. torch has no public list of them."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _has_failed(group: dist.ProcessGroup) -> bool:
+    try:
+        return group._get_backend(torch.device("cuda")).get_error().name != "SUCCESS"
+    except (RuntimeError, AttributeError):  # it has no such backend, or this torch does not tell
+        return False
+
+
+def _start_abort(group: dist.ProcessGroup) -> threading.Thread:
+    """Abort a group on a thread of its own: it may wait for the device, which the abort of another group sets free."""
+    thread = threading.Thread(target=_abort, args=(group,), name="sparsering-abort", daemon=True)
+    thread.start()
+    return thread
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    try:
+        group.abort()
+    except RuntimeError as error:  # the process ends anyway; this is for whoever looks why it took the grace
+        os.write(STDERR, f"sparsering: aborting a process group: {str(error).partition(chr(10))[0]}\n".encode())

@@ -1,0 +1,205 @@
+"""Training data: memory-mapped token shards with digests, cut into sequences of the training length.
+
+A folder holds `tokens-*.bin` (little-endian unsigned integers), `documents.bin` (int64 first token of each document)
+and `manifest.json`, which vouches for them. The corpus is one long row of tokens: sequence i is tokens
+[i * S, (i + 1) * S). Which sequence a training step sees is a pure function of (step, slot, seed): nothing about the
+order is stored, so nothing about it can be lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...traces.errors import InputError
+from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
+from ...traces.validation import validation_error
+
+DATA_SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DOCUMENTS_NAME = "documents.bin"
+MAX_MANIFEST_BYTES = 64 << 20
+FEISTEL_ROUNDS = 4
+TokenType = Literal["uint8", "uint16", "uint32"]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Record):
+    """One file of tokens."""
+
+    file: str = Field(pattern=r"^tokens-[0-9]{5}\.bin$")
+    tokens: int = Field(ge=1)
+    sha256: Sha256
+
+
+class DataManifest(_Record):
+    """What `sparsering data` wrote. tokenizer: "byte" or a description; vocabulary: ids are below it."""
+
+    schema_version: Literal[1] = DATA_SCHEMA_VERSION
+    kind: Literal["sparsering-data"] = "sparsering-data"
+    tokenizer: str
+    vocabulary: int = Field(ge=1, le=1 << 32)
+    dtype: TokenType
+    documents: int = Field(ge=1)
+    documents_sha256: Sha256
+    shards: list[Shard] = Field(min_length=1)
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """Return the SHA-256 of the rest of the manifest, which holds those of the files."""
+        return sha256_of_bytes(canonical_json(self.model_dump(mode="json", exclude={"digest"})))
+
+    def save(self, folder: Path) -> None:
+        """Seal and write the manifest, atomically."""
+        sealed = self.model_copy(update={"digest": self.compute_digest()})
+        write_json(folder / MANIFEST_NAME, sealed.model_dump(mode="json"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequence:
+    """One training sequence. tokens int64 [S]; documents int32 [S], counted from 0."""
+
+    index: int
+    tokens: NDArray[np.int64]
+    documents: NDArray[np.int32]
+
+
+class TokenData:
+    """A data folder opened for reading. Use `TokenData.open`."""
+
+    def __init__(self, folder: Path, manifest: DataManifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._ends = np.cumsum([shard.tokens for shard in manifest.shards])
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenData:
+        """Read the manifest and check that every file is there in full length; InputError in one line."""
+        if not (folder / MANIFEST_NAME).is_file():
+            raise InputError("is no data folder: it holds no manifest.json (see `sparsering data`)", source=folder)
+        data = cls(folder, read_manifest(folder / MANIFEST_NAME))
+        item_bytes = np.dtype(data.manifest.dtype).itemsize
+        for shard in data.manifest.shards:
+            _check_size(folder / shard.file, shard.tokens * item_bytes)
+        _check_size(folder / DOCUMENTS_NAME, data.manifest.documents * 8)
+        return data
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self._ends[-1])
+
+    def sequences(self, seq_len_tokens: int) -> int:
+        """Return how many whole sequences there are; InputError when there is none."""
+        count = self.tokens // seq_len_tokens
+        if not count:
+            raise InputError(
+                f"holds {self.tokens} tokens, a sequence has {seq_len_tokens}", source=self.folder, field="tokens"
+            )
+        return count
+
+    def verify(self) -> None:
+        """Compare every file with its digest; InputError names the first that was altered."""
+        wanted = {shard.file: shard.sha256 for shard in self.manifest.shards}
+        for name, digest in (wanted | {DOCUMENTS_NAME: self.manifest.documents_sha256}).items():
+            actual = sha256_of_file(self.folder / name)
+            if actual != digest:
+                raise InputError(f"is {actual}, the manifest says {digest}", source=self.folder / name, field="sha256")
+
+    def sequence(self, index: int, seq_len_tokens: int) -> Sequence:
+        """Return sequence `index` of the corpus."""
+        assert 0 <= index < self.sequences(seq_len_tokens)
+        start = index * seq_len_tokens
+        places = np.arange(start, start + seq_len_tokens)
+        document = np.searchsorted(self._starts, places, side="right")
+        return Sequence(
+            index=index,
+            tokens=self._read(start, start + seq_len_tokens),
+            documents=(document - document[0]).astype(np.int32),
+        )
+
+    def at_step(self, step: int, slot: int, *, slots: int, seq_len_tokens: int, seed: int) -> Sequence:
+        """Return the sequence of one of the `slots` (microbatch, replica) of a training step."""
+        count = self.sequences(seq_len_tokens)
+        return self.sequence(sequence_index(step * slots + slot, count=count, seed=seed), seq_len_tokens)
+
+    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
+        parts: list[NDArray[Any]] = []
+        for number, end in enumerate(self._ends):
+            first = int(end) - self.manifest.shards[number].tokens
+            if first < stop and start < end:
+                parts.append(self._shards[number][max(start - first, 0) : stop - first])
+        tokens = np.concatenate(parts).astype(np.int64)
+        if tokens.max(initial=0) >= self.manifest.vocabulary:
+            raise InputError(f"has token {tokens.max()} of {self.manifest.vocabulary}", source=self.folder)
+        return tokens
+
+    @cached_property
+    def _shards(self) -> list[NDArray[Any]]:
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        return [np.memmap(self.folder / shard.file, dtype=dtype, mode="r") for shard in self.manifest.shards]
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        starts = np.fromfile(self.folder / DOCUMENTS_NAME, dtype="<i8")
+        if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self.tokens:
+            raise InputError("must ascend from 0 within the tokens", source=self.folder / DOCUMENTS_NAME)
+        return starts
+
+
+def read_manifest(path: Path) -> DataManifest:
+    """Read and check a manifest: version, every field, digest; InputError in one line."""
+    raw = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > DATA_SCHEMA_VERSION:
+        raise InputError(f"is {version}; this version reads up to {DATA_SCHEMA_VERSION}", source=path,
+                         field="schema_version")  # fmt: skip
+    try:
+        manifest = DataManifest.model_validate(raw)
+    except ValidationError as error:
+        raise validation_error(error, path) from error
+    if manifest.digest != manifest.compute_digest():
+        raise InputError(f"does not match the content (computed {manifest.compute_digest()})", source=path,
+                         field="digest")  # fmt: skip
+    return manifest
+
+
+def sequence_index(number: int, *, count: int, seed: int) -> int:
+    """Return which of `count` sequences is the `number`-th to be seen: every epoch is a permutation of its own.
+
+    A Feistel network over the smallest even number of bits, walked until it lands below `count`.
+    """
+    epoch, place = divmod(number, count)
+    half_bits = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
+    while True:
+        place = _feistel(place, half_bits, f"{seed}/{epoch}")
+        if place < count:
+            return place
+
+
+def _feistel(value: int, half_bits: int, key: str) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for turn in range(FEISTEL_ROUNDS):
+        mixed = int.from_bytes(sha256(f"{key}/{turn}/{right}".encode()).digest()[:8], "little")
+        left, right = right, left ^ (mixed & mask)
+    return left << half_bits | right
+
+
+def _check_size(path: Path, size_bytes: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"is listed in the manifest and cannot be read: {error.strerror}", source=path) from error
+    if actual != size_bytes:
+        raise InputError(f"is {actual} bytes, the manifest says {size_bytes}", source=path, field="bytes")

@@ -1,0 +1,192 @@
+"""Making a data folder: text, JSON lines or token arrays to token shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...traces.errors import InputError
+from ...traces.files import read_bytes, sha256_of_bytes, write_atomically
+from ...traces.progress import Progress, no_progress
+from .shards import DOCUMENTS_NAME, MANIFEST_NAME, DataManifest, Shard, TokenType
+
+BYTE_VOCABULARY = 256
+BYTE_SEPARATOR = 0
+SHARD_TOKENS = 1 << 27
+MAX_FILE_BYTES = 16 << 30
+SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".tex")
+Encode = Callable[[str], Sequence[int]]
+
+
+class Tokenizer:
+    """Text to ids. name: for the manifest; vocabulary: ids are below it; separator: appended to every document."""
+
+    def __init__(self, name: str, vocabulary: int, separator: int | None, encode: Encode | None) -> None:
+        self.name, self.vocabulary, self.separator, self._encode = name, vocabulary, separator, encode
+
+    def encode(self, text: bytes) -> NDArray[np.int64]:
+        """Return the ids of one document."""
+        if self._encode is None:
+            ids = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+        else:
+            ids = np.asarray(self._encode(text.decode(errors="replace")), dtype=np.int64)
+        return ids if self.separator is None else np.append(ids, self.separator)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every byte is a token; documents end with a zero byte."""
+    return Tokenizer("byte", BYTE_VOCABULARY, BYTE_SEPARATOR, None)
+
+
+def model_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a local model folder; InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    from ..model.load import TOKENIZER_FILES
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # else transformers would look for it elsewhere
+        raise InputError("holds no tokenizer", source=folder, field="tokenizer")
+    try:
+        own: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
+        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder,
+                         field="tokenizer") from error  # fmt: skip
+    return Tokenizer(folder.name, len(own), own.eos_token_id, lambda text: own.encode(text, add_special_tokens=False))
+
+
+def write_data(
+    inputs: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress = no_progress,
+) -> DataManifest:
+    """Write all documents of the inputs, in order, into a new data folder and return its manifest.
+
+    inputs: text files (one document each), .jsonl files (one a line, in `text_field`), .npy files of token ids (one
+    document each), or folders of these, walked in the order of names. Raises InputError when there is nothing, when a
+    file cannot be used, or when the folder holds something already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("is not empty" if folder.is_dir() else "is no folder", source=folder)
+    files = list(_files(inputs))
+    writer = _Writer(folder, tokenizer.vocabulary, shard_tokens)
+    for number, path in enumerate(files):
+        for document in _documents(path, tokenizer, text_field):
+            writer.add(document, path)
+        progress("reading", number + 1, len(files))
+    return writer.finish(tokenizer.name)
+
+
+def _files(inputs: Iterable[Path]) -> Iterator[Path]:
+    for path in inputs:
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            yield from _walk(path)
+        else:
+            raise InputError("no such file or folder", source=path)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        for name in sorted(names):
+            if name.endswith((*TEXT_SUFFIXES, ".jsonl", ".npy")):
+                yield Path(place) / name
+
+
+def _documents(path: Path, tokenizer: Tokenizer, text_field: str) -> Iterator[NDArray[np.int64]]:
+    if path.suffix == ".npy":
+        yield _token_array(path)
+    elif path.suffix == ".jsonl":
+        yield from (tokenizer.encode(text.encode()) for text in _json_lines(path, text_field))
+    else:
+        yield tokenizer.encode(read_bytes(path, max_bytes=MAX_FILE_BYTES))
+
+
+def _token_array(path: Path) -> NDArray[np.int64]:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"is no array of tokens ({error})", source=path) from error
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}", source=path)
+    return ids.astype(np.int64)
+
+
+def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[text_field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"is no JSON object with text in {text_field!r} ({type(error).__name__})", source=path,
+                                 field=f"line {number}") from error  # fmt: skip
+            if not isinstance(text, str):
+                raise InputError(f"{text_field!r} is no text", source=path, field=f"line {number}")
+            yield text
+
+
+class _Writer:
+    """Gathers documents and writes a shard whenever enough are there."""
+
+    def __init__(self, folder: Path, vocabulary: int, shard_tokens: int) -> None:
+        self.folder, self.vocabulary, self.shard_tokens = folder, vocabulary, shard_tokens
+        sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
+        self.dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
+        self.starts: list[int] = []
+        self.shards: list[Shard] = []
+        self.tokens = 0
+        self._waiting: list[NDArray[Any]] = []
+        self._waiting_tokens = 0
+
+    def add(self, ids: NDArray[np.int64], source: Path) -> None:
+        if not ids.size:
+            return
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise InputError(f"has token {ids.max()} of a vocabulary of {self.vocabulary}", source=source)
+        self.starts.append(self.tokens)
+        self.tokens += ids.size
+        self._waiting.append(ids.astype(self.dtype))
+        self._waiting_tokens += ids.size
+        if self._waiting_tokens >= self.shard_tokens:
+            self._write()
+
+    def finish(self, tokenizer: str) -> DataManifest:
+        """Write what waits, the documents' starts and the manifest, and return it; InputError when nothing came."""
+        if self._waiting:
+            self._write()
+        if not self.shards:
+            raise InputError("the inputs hold no token", field="inputs")
+        starts = np.asarray(self.starts, dtype="<i8").tobytes()
+        write_atomically(self.folder / DOCUMENTS_NAME, starts)
+        manifest = DataManifest(
+            tokenizer=tokenizer,
+            vocabulary=self.vocabulary,
+            dtype=self.dtype,
+            documents=len(self.starts),
+            documents_sha256=sha256_of_bytes(starts),
+            shards=self.shards,
+        )
+        manifest.save(self.folder)
+        assert (self.folder / MANIFEST_NAME).is_file()
+        return manifest
+
+    def _write(self) -> None:
+        tokens = np.concatenate(self._waiting).astype(np.dtype(self.dtype).newbyteorder("<"))
+        data, name = tokens.tobytes(), f"tokens-{len(self.shards):05d}.bin"
+        write_atomically(self.folder / name, data)
+        self.shards.append(Shard(file=name, tokens=tokens.size, sha256=sha256_of_bytes(data)))
+        self._waiting, self._waiting_tokens = [], 0

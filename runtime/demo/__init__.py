@@ -1,0 +1,1 @@
+"""`sparsering demo`: the whole road on this machine."""

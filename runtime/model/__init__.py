@@ -1,0 +1,1 @@
+"""What the runtime knows and needs of a Hugging Face model."""

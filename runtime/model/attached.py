@@ -1,0 +1,195 @@
+"""Making a Hugging Face model use a plan: `attach` replaces its attention, and guards how the model is called.
+
+Shape legend: B batch, S_own tokens of this rank's shard, H query heads, H_kv K/V heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ...kernels.mask import AttentionMask
+from ...traces.errors import InputError, UnsupportedError
+from ..attention.planned import Chooser
+from .attention_call import check_attention_call, refuse_masks
+from .first_loss import FirstLoss
+from .positions import PositionGuard
+from .shape import attention_modules, model_body
+
+# transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
+ATTENTION_NAME = "sparsering_planned"
+# What the model's own loss needs beside labels, and what it would do without.
+LOSS_ARGUMENTS = {
+    "shift_labels": "is missing beside labels: the loss would shift them again (pass all that shard() returns)",
+    "num_items_in_batch": "is missing beside labels: the loss would be this rank's own mean (pass all that shard() "
+    "returns)",
+}
+LayerMask = Callable[[int], AttentionMask | Chooser]
+
+
+class Attention(Protocol):
+    """Attention over many ranks: `PlannedAttention`, or a baseline that ignores the mask."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
+        """Return out [B, S_own, H, D] of one of the model's layers."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class Attached:
+    """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
+
+    positions: int64 [S_own], this rank's tokens of the seq_len_tokens of a sequence: every call is held to them.
+    one_sequence: whether patterns are chosen by data, which takes one sequence at a time. first_loss: compares ranks
+    when the model first computes a loss. A deep copy of the model shares this object.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, planned: Attention, masks: LayerMask, *, positions: Tensor,
+        seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
+    ) -> None:  # fmt: skip
+        if model.config._attn_implementation == ATTENTION_NAME:
+            raise InputError("is attached already: detach it first", field="model")
+        self.model, self.planned, self._masks = model, planned, masks
+        self.positions = PositionGuard(positions)
+        self.seq_len_tokens = seq_len_tokens
+        self._first_loss = first_loss
+        self._one_sequence, self._detached = one_sequence, False
+        self._before = model.config._attn_implementation or "eager"
+        self._modules = attention_modules(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
+        for module in self._modules:
+            module._sparsering = self
+        body: Module = model_body(model)
+        labels, call, settle = (_uncompiled(hook) for hook in (self._check_labels, self._check_call, self._settle))
+        self._hooks = [
+            model.register_forward_pre_hook(labels, with_kwargs=True),
+            body.register_forward_pre_hook(call, with_kwargs=True),
+            body.register_forward_hook(settle),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the model attends through the same channels: ranks must call copies in the same order."""
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Return the attention output [B, S_own, H, D] of one layer."""
+        if self._detached:
+            raise InputError("was detached from its plan; attach it again", field="model")
+        return self.planned(q, k, v, self._masks(layer), scale=scale, layer=layer)
+
+    def detach(self) -> None:
+        """Give the model its own attention back and free the channels."""
+        self._detached = True
+        self.model.set_attn_implementation(self._before)
+        for module in self._modules:
+            del module._sparsering
+        for hook in self._hooks:
+            hook.remove()
+        self.planned.close()
+
+    def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
+        """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
+        own: Any = module  # this model or a copy of it
+        given = _arguments(module, args, keywords)
+        if given.get("output_router_logits") or getattr(own.config, "output_router_logits", False):
+            raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
+                                   field="output_router_logits")  # fmt: skip
+        if given.get("labels") is None:
+            return
+        for name in LOSS_ARGUMENTS:
+            if given.get(name) is None:
+                raise UnsupportedError(LOSS_ARGUMENTS[name], field=name)
+        if self._first_loss is not None:
+            self._first_loss.check(module, given)
+            self._first_loss = None
+
+    def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
+        own: Any = module  # this model or a copy of it
+        if own.config._attn_implementation != ATTENTION_NAME:
+            if self._detached:
+                raise InputError("was detached from its plan; attach it again", field="model")
+            raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
+                             "their shards", field="attn_implementation")  # fmt: skip
+        if getattr(_embeddings(own), "neftune_noise_alpha", None):
+            raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
+        given = _arguments(module, args, keywords)
+        self.positions.check(given.get("position_ids"))
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
+            raise UnsupportedError(f"is {tokens.shape[0]}; patterns are chosen for one sequence at a time",
+                                   field="batch size")  # fmt: skip
+
+    def _settle(self, module: Module, args: Any, output: Any) -> None:
+        self.positions.settle()
+
+
+def _embeddings(model: Any) -> Module | None:
+    """Return a model's input embeddings; None for a class that does not say which they are."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module's forward is called with, by name, however it was given."""
+    given = inspect.signature(module.forward).bind_partial(*args, **keywords).arguments
+    return {name: value for name, value in given.items() if name != "kwargs"} | given.get("kwargs", {})
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside of peft's wrapper, or the model itself; UnsupportedError for others."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedError(f"{type(model).__name__} is no transformers model", field="model")
+    return inner
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a hook: it looks at values."""
+    disabled: Any = torch.compiler.disable(hook)
+    return disabled
+
+
+@torch.compiler.disable
+def _planned_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, **keywords: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention function of transformers' interface: [B, H, S, D] in, [B, S, H, D] out."""
+    attached = getattr(module, "_sparsering", None)
+    if attached is None:
+        raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
+    check_attention_call(
+        module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=attached.seq_len_tokens
+    )
+    if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(low) for tensor in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return attached.attend(module.layer_idx, q, k, v, scaling), None
+
+
+def _refuse_padding(*args: Any, **keywords: Any) -> None:
+    # Positions of a shard are not contiguous, which transformers takes for packed documents; that guess is dropped.
+    keywords.pop("mask_function", None)
+    refuse_masks(*args, **keywords)
+
+
+AttentionInterface.register(ATTENTION_NAME, _planned_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _refuse_padding)

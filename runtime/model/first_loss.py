@@ -1,0 +1,70 @@
+"""Compared once, when an attached model first computes a loss: labels, their count, and the weights of all ranks.
+
+By then trainers have made weights equal, and labels are there. One exchange through the store; no collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...traces.errors import InputError
+from ..comm.mesh import Mesh, agree
+from .shard import IGNORED_LABEL
+
+_LOSSES = itertools.count()  # ranks compute their first losses in the same order
+SAMPLED = 64  # elements of every parameter
+
+
+class FirstLoss:
+    """What ranks tell each other before the first loss of an attached model."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def check(self, model: torch.nn.Module, given: dict[str, Any]) -> None:
+        """Compare with all ranks: collective, and waits for the device.
+
+        given: the arguments of the model's call. Raises InputError when labels are not shifted, when
+        num_items_in_batch is less than the valid labels of all ranks, or when ranks hold different weights.
+        """
+        labels = given["shift_labels"]
+        valid = labels != IGNORED_LABEL
+        if _are_the_tokens(labels, given.get("input_ids"), valid):
+            raise InputError("are the tokens themselves, not shifted: pass what shard() returns", field="shift_labels")
+        topic = f"first loss {next(_LOSSES)}"
+        counts = self._everyones(topic, int(valid.sum()))
+        stated = int(given["num_items_in_batch"])
+        if stated < sum(counts):
+            raise InputError(f"is {stated}, ranks have {sum(counts)} valid labels: pass what shard() returns",
+                             field="num_items_in_batch")  # fmt: skip
+        agree(self._mesh, f"{topic} weights", _digest(model))
+
+    def _everyones(self, topic: str, value: int) -> list[int]:
+        mesh = self._mesh
+        mesh.store.set(f"sparsering/{topic}/{mesh.rank}", str(value))
+        return [int(mesh.store.get(f"sparsering/{topic}/{rank}").decode()) for rank in range(mesh.world_size)]
+
+
+def _are_the_tokens(labels: Tensor, ids: Tensor | None, valid: Tensor) -> bool:
+    """Whether every token is to predict itself; a text of one repeated token rightly does."""
+    if ids is None:
+        return False
+    told = ids[valid]
+    return bool((labels == ids)[valid].all()) and told.unique().numel() > 1
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Return a digest of a few elements of every parameter that is whole on this rank."""
+    sampled: list[Tensor] = [
+        parameter.detach().reshape(-1)[:SAMPLED].double()
+        for parameter in model.parameters()
+        if not isinstance(parameter, DTensor) and parameter.device.type != "meta"
+    ]
+    data = torch.cat(sampled).cpu().numpy().tobytes() if sampled else b""
+    return hashlib.sha256(data).hexdigest()

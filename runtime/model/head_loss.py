@@ -1,0 +1,44 @@
+"""Token ids to the summed loss without logits: a model's body, its head, its scale and cap, and the cross-entropy.
+
+Shape legend: B sequences, S_own tokens of this rank's shard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from ...traces.errors import UnsupportedError
+from .losses import LossName, linear_cross_entropy_sum
+from .shape import head_form, model_body
+
+
+class ModelWithLoss(Module):
+    """The loss that the model itself computes (the audit compares), over chunks of tokens: full logits never exist."""
+
+    def __init__(self, model: PreTrainedModel, implementation: LossName, *, chunk_tokens: int) -> None:
+        super().__init__()
+        if getattr(model.get_output_embeddings(), "weight", None) is None:
+            raise UnsupportedError(f"{type(model).__name__} has no output embedding", field="model")
+        self.model = model
+        self._body = [model_body(model)]  # in a list: it is a part of `model` already, not another module
+        self._form = head_form(model.config)
+        self._implementation: LossName = implementation
+        self._chunk_tokens = chunk_tokens
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the token losses of this rank's shard. All int64 [B, S_own]; labels are shifted already."""
+        hidden = self._body[0](input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        head: Any = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if self._form.scale != 1.0:
+            hidden = hidden * self._form.scale
+            bias = None if bias is None else bias * self._form.scale
+        return linear_cross_entropy_sum(
+            hidden.flatten(0, 1), head.weight.to(hidden.dtype), labels.flatten(),
+            bias=None if bias is None else bias.to(hidden.dtype), softcap=self._form.softcap,
+            implementation=self._implementation, chunk_tokens=self._chunk_tokens,
+        )  # fmt: skip

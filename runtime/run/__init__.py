@@ -1,0 +1,1 @@
+"""`sparsering run`: a plan executed, verified and measured."""

@@ -1,0 +1,65 @@
+"""One rank's share of a training sequence: ids, positions, labels, and documents where they are honoured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...planner.plan import Plan
+from ..data.shards import Sequence, TokenData
+from ..model.shard import IGNORED_LABEL, shard
+from .config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Microbatch:
+    """This rank's shard of one sequence. valid: labels that count; documents int32 [S]: for attention, or None."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    valid: int
+    documents: Tensor | None
+
+
+def microbatch(
+    config: TrainConfig, data: TokenData, plan: Plan, *, step: int, number: int, replica: int, rank: int,
+    device: torch.device,
+) -> Microbatch:  # fmt: skip
+    """Return microbatch `number` of an optimizer step for one rank: a pure function of its arguments."""
+    sequence = data.at_step(
+        step, number * config.parallel.data + replica, slots=config.sequences_per_step,
+        seq_len_tokens=config.seq_len_tokens, seed=config.seed,
+    )  # fmt: skip
+    return cut(config, sequence, plan, rank=rank, device=device)
+
+
+def cut(config: TrainConfig, sequence: Sequence, plan: Plan, *, rank: int, device: torch.device) -> Microbatch:
+    """Cut one sequence for one rank, honouring documents as the configuration asks."""
+    asked = config.data.documents
+    ids = torch.from_numpy(sequence.tokens)[None]
+    labels = ids.clone()
+    starts = np.flatnonzero(np.diff(sequence.documents)) + 1
+    if asked.loss:
+        labels[0, torch.from_numpy(starts)] = IGNORED_LABEL
+    part = shard({"input_ids": ids, "labels": labels}, plan, rank)
+    positions = part["position_ids"]
+    if asked.positions:
+        positions = _restarted(positions, np.concatenate([[0], starts]), plan.seq_len_tokens)
+    documents = torch.from_numpy(sequence.documents).to(device) if asked.attention else None
+    return Microbatch(
+        input_ids=part["input_ids"].to(device),
+        position_ids=positions.to(device),
+        labels=part["labels"].to(device),
+        valid=int((part["labels"] != IGNORED_LABEL).sum()),
+        documents=documents,
+    )
+
+
+def _restarted(positions: Tensor, starts: np.ndarray, seq_len_tokens: int) -> Tensor:
+    """Count positions from the start of their document; padding keeps its own."""
+    first = torch.from_numpy(starts[np.searchsorted(starts, positions.numpy(), side="right") - 1])
+    return torch.where(positions < seq_len_tokens, positions - first, positions)

@@ -1,0 +1,227 @@
+"""Checkpoints of a training run: written aside, digested, renamed; verified whole before anything in them is believed.
+
+torch's distributed checkpoint (DCP) writes one file per rank and a pickled index, and reads a flipped bit without a
+word. So every file's SHA-256 stands in a manifest, which is written last, and loading compares all of them before DCP
+sees any. This protects from accidents, not from someone who rewrites the manifest too: load only what you trust.
+
+All ranks must see the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.nn import Module
+
+from ...traces.errors import InputError
+from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
+from ..comm.mesh import Mesh
+
+CHECKPOINT_SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PARTIAL = ".partial"
+POLL_S = 0.02
+MAX_MANIFEST_BYTES = 64 << 20
+_FOLDER = re.compile(r"^step-[0-9]{8}$")
+_FILE = re.compile(r"^(\.metadata|__[0-9]+_[0-9]+\.distcp)$")
+
+
+class Checkpointer:
+    """Saves and loads the state of model and optimizer of all ranks of `mesh`. Making it is collective.
+
+    facts: JSON values that say which run this is; they stand in the manifest.
+    """
+
+    _made = 0
+
+    def __init__(
+        self, folder: Path, mesh: Mesh, *, facts: dict[str, Any], keep_last: int = 2, asynchronous: bool = True
+    ) -> None:
+        self.folder, self.mesh, self.facts = folder, mesh, facts
+        self._keep_last, self._asynchronous = keep_last, asynchronous
+        Checkpointer._made += 1
+        self._topic = f"checkpoints {Checkpointer._made}"
+        group = dist.new_group(backend="gloo", timeout=mesh.timeout)  # its own: it works beside training
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"step-*{PARTIAL}"):
+                shutil.rmtree(left)
+        dist.barrier(self._group)
+
+    def save(self, step: int, model: Module, optimizer: torch.optim.Optimizer) -> None:
+        """Save the state after `step` optimizer steps. Collective. Waits for the previous save, not for this one."""
+        self.finish()
+        partial = self.folder / f"step-{step:08d}{PARTIAL}"
+        state = _state(model, optimizer)
+        if self._asynchronous:
+            pending = async_save(state, checkpoint_id=partial, process_group=self._group)
+            self._thread = threading.Thread(target=self._complete, args=(partial, step, pending), daemon=True)
+            self._thread.start()
+            return
+        save(state, checkpoint_id=partial, process_group=self._group)
+        self._seal(partial, step)
+
+    def finish(self) -> None:
+        """Wait until what was saved is complete on this rank; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, as rank 0 sees it. Collective."""
+        found = newest_checkpoint(self.folder) if self.mesh.rank == 0 else None
+        name = self.mesh.broadcast(f"{self._topic} newest", None if found is None else found.name)
+        return None if name is None else self.folder / name
+
+    def load(self, path: Path, model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Verify a checkpoint's files, load its state in place and return its manifest. Collective.
+
+        Raises InputError on every rank when any file is not what the manifest says.
+        """
+        manifest = read_checkpoint_manifest(path)
+        names = sorted(manifest["files"])
+        problem = _first_problem(path, manifest, names[self.mesh.rank :: self.mesh.world_size])
+        problems = self.mesh.collect(f"{self._topic} verified {path.name}", problem)
+        found = next((text for text in problems or [] if text), None)
+        if (told := self.mesh.broadcast(f"{self._topic} problem {path.name}", found)) is not None:
+            raise InputError(told)
+        state = _state(model, optimizer)
+        load(state, checkpoint_id=path, process_group=self._group)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        return manifest
+
+    def _complete(self, partial: Path, step: int, pending: Any) -> None:
+        try:
+            pending.result()
+            self._seal(partial, step)
+        except BaseException as error:  # raised again by `finish`, in the training thread
+            self._error = error
+
+    def _seal(self, partial: Path, step: int) -> None:
+        """Digest this rank's files; on rank 0 wait for all digests, write the manifest and rename the folder."""
+        own = list(partial.glob(f"__{self.mesh.rank}_*.distcp"))
+        own += [partial / ".metadata"] if self.mesh.rank == 0 else []
+        digests = {path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for path in own}
+        write_json(partial / f"digests-{self.mesh.rank}.json", digests)
+        if self.mesh.rank:
+            return
+        files = self._all_digests(partial)
+        raw = {
+            "schema_version": CHECKPOINT_SCHEMA_VERSION, "kind": "sparsering-checkpoint", "step": step,
+            "facts": self.facts, "files": files,
+        }  # fmt: skip
+        write_json(partial / MANIFEST_NAME, raw | {"digest": sha256_of_bytes(canonical_json(raw))})
+        for rank in range(self.mesh.world_size):
+            (partial / f"digests-{rank}.json").unlink()
+        final = partial.with_suffix("")
+        if final.exists():  # the same step of an earlier run that was not resumed
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(self.folder)
+        for old in complete_checkpoints(self.folder)[: -self._keep_last]:
+            shutil.rmtree(old)
+
+    def _all_digests(self, partial: Path) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        deadline = time.monotonic() + self.mesh.timeout.total_seconds()
+        for rank in range(self.mesh.world_size):
+            path = partial / f"digests-{rank}.json"
+            while not path.is_file():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"rank {rank} did not finish its part of {partial.name}")
+                time.sleep(POLL_S)
+            files |= read_json(path)
+        return files
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _FOLDER.match(p.name) and (p / MANIFEST_NAME).is_file())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a folder."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest: version, digest, file names; InputError in one line."""
+    source = path / MANIFEST_NAME
+    if not source.is_file():
+        raise InputError("is no complete checkpoint: it holds no manifest.json", source=path)
+    raw = read_json(source, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict):
+        raise InputError("is no checkpoint's manifest", source=source)
+    if raw.get("schema_version") != CHECKPOINT_SCHEMA_VERSION:
+        raise InputError(
+            f"is {raw.get('schema_version')!r}; this version reads {CHECKPOINT_SCHEMA_VERSION}", source=source,
+            field="schema_version",
+        )  # fmt: skip
+    stated = raw.get("digest")
+    if stated != (actual := sha256_of_bytes(canonical_json({k: v for k, v in raw.items() if k != "digest"}))):
+        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=source, field="digest")
+    for name in raw["files"]:
+        if not _FILE.match(name):
+            raise InputError(f"{name!r} is no file of a checkpoint", source=source, field="files")
+    return raw
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with its digest and return the manifest; InputError names what differs."""
+    manifest = read_checkpoint_manifest(path)
+    if problem := _first_problem(path, manifest, sorted(manifest["files"])):
+        raise InputError(problem)
+    return manifest
+
+
+def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> str | None:
+    present = {entry.name for entry in path.iterdir()} - {MANIFEST_NAME}
+    if unlisted := sorted(present - set(manifest["files"])):
+        return f"{path / unlisted[0]}: is not listed in the manifest"
+    for name in names:
+        wanted = manifest["files"][name]
+        try:
+            actual = sha256_of_file(path / name)
+        except InputError as error:
+            return str(error)
+        if actual != wanted["sha256"]:
+            return f"{path / name}: sha256: is {actual}, the manifest says {wanted['sha256']}: altered"
+    return None
+
+
+def _state(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

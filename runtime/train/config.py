@@ -1,0 +1,225 @@
+"""The configuration of a training run: one YAML file, every key checked before any work.
+
+Units are in the names. Unknown keys, values of another type and values that contradict each other are one line that
+names file, field and value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...planner.plan import DType
+from ...traces.errors import InputError
+from ...traces.files import canonical_json, sha256_of_bytes
+from ...traces.validation import validation_error
+from ...traces.yaml_files import read_yaml
+
+MAX_CONFIG_BYTES = 1 << 16
+AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """path: a model folder (config.json, safetensors) or, with random_weights, a folder or file with a config alone.
+
+    rope_parameters: takes the place of the config's, for example {rope_type: yarn, factor: 4.0, rope_theta: 1.0e6,
+    original_max_position_embeddings: 32768}.
+    """
+
+    path: Path
+    random_weights: bool = False
+    rope_parameters: dict[str, Any] | None = None
+
+
+class DocumentsSection(_Section):
+    """Where document boundaries count: loss (no token is predicted across one), positions (restart), attention."""
+
+    loss: bool = False
+    positions: bool = False
+    attention: bool = False
+
+
+class DataSection(_Section):
+    """folder: what `sparsering data` wrote."""
+
+    folder: Path
+    documents: DocumentsSection = DocumentsSection()
+
+
+class ParallelSection(_Section):
+    """data: replicas that train on different sequences; context: ranks that share one sequence (the plan's world)."""
+
+    data: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.data * self.context
+
+
+class PatternSection(_Section):
+    """How patterns are chosen when the plan is made here. settings: the selector's, see `sparsering capture`."""
+
+    selector: str = "vertical-slash"
+    settings: dict[str, int | float] = Field(default_factory=dict)
+
+
+class PlanSection(_Section):
+    """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
+
+    layout_parameters: of the layout, as {pull: 1}; what is not given is the layout's own, and one chunk for a gather.
+    """
+
+    file: Path | None = None
+    trace: Path | None = None
+    pattern: PatternSection = PatternSection()
+    layout: Literal["gather", "ring", "hierarchical", "two_level", "collective", "ulysses"] = "gather"
+    layout_parameters: dict[str, int] = Field(default_factory=dict)
+    block_size: Literal[64, 128] = 128
+    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None
+
+
+class OptimizerSection(_Section):
+    """AdamW with fp32 states; the learning rate rises linearly over warmup_steps, then follows a cosine."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    minimum_share: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+
+
+class MemorySection(_Section):
+    """checkpoint_layers: recompute all of a layer but its attention; offload: what is kept waits in host memory.
+
+    whole_layers: so many layers, the last ones, keep everything instead, where memory allows it.
+
+    loss: liger-kernel's fused loss, or plain torch in chunks; fused_layers: liger-kernel's norms, rotation and MLP.
+    """
+
+    checkpoint_layers: bool = True
+    offload: bool = False
+    whole_layers: int = Field(default=0, ge=0)
+    fused_layers: bool = False
+    loss: Literal["auto", "chunked", "liger"] = "auto"
+    loss_chunk_tokens: int = Field(default=2048, ge=1)
+
+    @model_validator(mode="after")
+    def _offload_needs_checkpoints(self) -> Self:
+        if self.offload and not self.checkpoint_layers:
+            raise ValueError("offload needs checkpoint_layers")
+        return self
+
+
+class CheckpointSection(_Section):
+    """folder: where; every_steps: how often; keep_last: how many; asynchronous: write while training goes on."""
+
+    folder: Path
+    every_steps: int = Field(default=100, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    asynchronous: bool = True
+    resume: bool = True
+
+
+class TraceOutSection(_Section):
+    """Every so many steps the live patterns are appended to a trace, from which the next plan can be made."""
+
+    folder: Path
+    every_steps: int = Field(default=100, ge=1)
+
+
+class MetricsSection(_Section):
+    """folder: one JSON-lines file per rank; tensorboard: also an event file of rank 0, where the package is present.
+
+    kept_mass_every_steps: how often kept attention mass is weighed, which takes passes over all keys; None: only in
+    the steps that are recorded for the trace.
+    """
+
+    folder: Path
+    every_steps: int = Field(default=1, ge=1)
+    kept_mass_every_steps: int | None = Field(default=None, ge=1)
+    tensorboard: bool = False
+    peak_flops_per_device: float | None = Field(default=None, gt=0)
+
+
+class TrainConfig(_Section):
+    """The whole file."""
+
+    model: ModelSection
+    data: DataSection
+    seq_len_tokens: int = Field(gt=1)
+    steps: int = Field(ge=1)
+    attention: AttentionName = "planned"
+    plan: PlanSection = PlanSection()
+    parallel: ParallelSection = ParallelSection()
+    microbatches: int = Field(default=1, ge=1)
+    dtype: DType = "bfloat16"
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    device: Literal["cpu", "cuda"] | None = None
+    max_restarts: int = Field(default=0, ge=0)
+    timeout_s: float = Field(default=600.0, gt=0)
+    patience_s: float | None = Field(default=None, ge=0)
+    optimizer: OptimizerSection = OptimizerSection()
+    memory: MemorySection = MemorySection()
+    checkpoint: CheckpointSection | None = None
+    trace_out: TraceOutSection | None = None
+    metrics: MetricsSection | None = None
+
+    @model_validator(mode="after")
+    def _patience_ends_before_the_timeout(self) -> Self:
+        if self.patience_s is not None and self.patience_s >= self.timeout_s:
+            raise ValueError(f"patience_s {self.patience_s:g} is not less than timeout_s {self.timeout_s:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_have_no_plan(self) -> Self:
+        if self.attention != "planned" and (self.plan.file or self.plan.trace or self.trace_out):
+            raise ValueError(f"attention {self.attention!r} takes no plan, no trace and writes none")
+        if self.dtype not in ("bfloat16", "float32", "float64"):
+            raise ValueError(f"dtype {self.dtype!r} cannot be trained in: no loss scaling here")
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step over all replicas."""
+        return self.parallel.data * self.microbatches
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved configuration: all ranks must have the same."""
+        return sha256_of_bytes(canonical_json(self.model_dump(mode="json")))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read and check a YAML file; relative paths in it are relative to its folder. InputError in one line."""
+    document = read_yaml(path, max_bytes=MAX_CONFIG_BYTES)
+    if not isinstance(document, dict):
+        raise InputError("must be a mapping of keys", source=path)
+    return parse_config(document, source=path, base=path.parent)
+
+
+def parse_config(document: dict[str, Any], *, source: Path | str = "config", base: Path = Path()) -> TrainConfig:
+    """Check a configuration; relative paths are relative to `base`. InputError in one line."""
+    try:
+        config = TrainConfig.model_validate(document)
+    except ValidationError as error:
+        raise validation_error(error, source) from error
+    rooted = _rooted(config.model_dump(), base)
+    return TrainConfig.model_validate(rooted)
+
+
+def _rooted(value: Any, base: Path) -> Any:
+    if isinstance(value, Path):
+        return value if value.is_absolute() else base / value
+    if isinstance(value, dict):
+        return {key: _rooted(item, base) for key, item in value.items()}
+    return value

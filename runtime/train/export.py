@@ -1,0 +1,60 @@
+"""From a checkpoint to a model folder that transformers loads: verified, put together on the host, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from transformers import AutoModelForCausalLM
+
+from ...traces.errors import InputError
+from .checkpoint import newest_checkpoint, verify_checkpoint
+from .config import TrainConfig
+from .model import master_dtype, read_model_config
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
+    """Write the newest checkpoint's model as config.json and safetensors; one process, no GPU.
+
+    Weights have the run's type (bfloat16, …); the tokenizer's files are copied along. Raises InputError when there is
+    no checkpoint, when a file of it was altered, or when `output` holds something.
+    """
+    if config.checkpoint is None:
+        raise InputError("the run writes no checkpoint", field="checkpoint")
+    found = newest_checkpoint(config.checkpoint.folder)
+    if found is None:
+        raise InputError("holds no complete checkpoint", source=config.checkpoint.folder)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("is not empty", source=output)
+    manifest = verify_checkpoint(found)
+    model_config = read_model_config(config.model)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=master_dtype(config), trust_remote_code=False)
+    state = {"model": model.state_dict()}
+    load(state, checkpoint_id=found, no_dist=True)
+    model.load_state_dict(state["model"])
+    model.to(getattr(torch, config.dtype))
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    _copy_tokenizer(config.model.path, partial)
+    if output.exists():
+        output.rmdir()
+    os.replace(partial, output)
+    return {"step": manifest["step"], "folder": str(output)}
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    folder = source if source.is_dir() else source.parent
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)

@@ -1,0 +1,170 @@
+"""The model of a training run: checked, built, its layers checkpointed, its parameters sharded over all processes.
+
+Parameters and optimizer states are float32 (float64 for float64 runs) and sharded; computation is in the run's type.
+
+Whether it may be trained at all is the audit's to say (`hf/audit.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import Module
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ...planner.plan import ModelShape
+from ...traces.errors import InputError
+from ..attention.recompute import checkpoint_layer
+from ..model.head_loss import ModelWithLoss
+from ..model.losses import pick_implementation
+from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
+from .config import ModelSection, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model from its configuration alone.
+
+    parameters: counted without memory; active_parameters: those that a token meets, of experts the ones it visits (None
+    where the model does not say how many); embedding_parameters: those of the input embedding, which take part in no
+    matrix product of their own.
+    """
+
+    model_type: str
+    shape: ModelShape
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    parameters: int
+    active_parameters: int | None
+    embedding_parameters: int
+    layer_parameters: int
+
+
+def read_model_config(section: ModelSection) -> Any:
+    """Return the transformers configuration of a local model, rope_parameters replaced; InputError in one line."""
+    source = section.path / "config.json" if section.path.is_dir() else section.path
+    if not source.is_file():
+        raise InputError("no such model configuration", source=source, field="model.path")
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        if section.rope_parameters is not None:
+            config.rope_parameters = dict(section.rope_parameters)
+            config.standardize_rope_params()
+            config.validate_rope()
+    except Exception as error:  # whatever is wrong with a user's file, one line says it
+        told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise InputError(f"is no usable model configuration ({told})", source=source, field="model") from error
+    if not section.random_weights and not list(source.parent.glob("*.safetensors")):
+        raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
+                         field="model.path")  # fmt: skip
+    return config
+
+
+def model_facts(config: Any) -> ModelFacts:
+    """Return what the configuration says of the model; parameters are counted on the meta device."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever its class says about the values, one line says it
+            told = f"makes no causal language model ({type(error).__name__}: {error})"
+            raise InputError(told, field="model.path") from error
+    embedding = model.get_input_embeddings().weight.numel()
+    layers = decoder_layers(model)
+    return ModelFacts(
+        model_type=config.model_type,
+        shape=model_shape(config),
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        active_parameters=active_parameters(model),
+        embedding_parameters=embedding,
+        layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()),
+    )
+
+
+def build_model(section: ModelSection, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """Return the model with all its parameters in `dtype`: random ones made on the device, files read on the host."""
+    if section.random_weights:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    else:
+        folder = section.path if section.path.is_dir() else section.path.parent
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            )
+        except Exception as error:  # whatever is wrong with a user's weights, one line says it
+            raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
+    check_angles(model)
+    return model.train()
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Let liger-kernel's fused kernels compute norms, rotation and MLP (GPUs). Attention and loss stay ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+
+
+def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
+    """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
+    layers = decoder_layers(model)
+    if config.memory.fused_layers:
+        fuse_layers(model)
+    if config.memory.checkpoint_layers:
+        for layer in layers[: max(len(layers) - config.memory.whole_layers, 0)]:
+            checkpoint_layer(layer, offload=config.memory.offload)
+    low = getattr(torch, config.dtype) if config.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    implementation = pick_implementation(config.memory.loss, torch.device(mesh.device_type))
+    whole = ModelWithLoss(model, implementation, chunk_tokens=config.memory.loss_chunk_tokens)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+    return whole
+
+
+def master_dtype(config: TrainConfig) -> torch.dtype:
+    """The type of parameters and optimizer states."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+class FiniteWatch:
+    """Notes, on the device, whether each layer's output and its gradient are finite on this rank."""
+
+    def __init__(self, layers: list[Module], device: torch.device) -> None:
+        self._values = torch.zeros(2, len(layers), device=device)
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(number))
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._values = torch.zeros_like(self._values)
+
+    def broken(self) -> list[list[bool]]:
+        """Return [outputs of layers, gradients of these outputs], True where one was not finite."""
+        return [[not math.isfinite(value) for value in row] for row in self._values.tolist()]
+
+    def _hook(self, number: int) -> Any:
+        def note(direction: int, tensor: Tensor) -> None:
+            # A sum is not finite when an element is not; it costs one pass and no memory.
+            self._values[direction, number] += tensor.detach().sum(dtype=torch.float32)
+
+        def hook(module: Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            note(0, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: note(1, gradient))
+
+        return hook

@@ -1,0 +1,175 @@
+"""Which plan a training run follows: the file's, or a default one that is made here and says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...planner.backends import computed_head_dim
+from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from ...planner.schedule.placement import Placement, striped, zigzag
+from ...traces.dataset.store import Trace
+from ...traces.errors import InputError, UnsupportedError
+from ..attention.selectors import make_selector
+from ..baselines.flash4 import NAME as FLASH4_RING
+from ..baselines.flash4 import require_flash4
+from .config import TrainConfig
+
+COLUMNS_OF = {"vertical-slash": "columns", "flex": "column_cap", "sink-window": "sink_tokens"}
+KNOWS_DOCUMENTS = ("sink-window",)  # selectors that look at no data, so that documents can be laid over their pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPlan:
+    """trace: what the plan replays, if it does; made_here: one line about a plan that no file gave."""
+
+    plan: Plan
+    trace: Trace | None = None
+    made_here: str | None = None
+
+
+def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> ResolvedPlan:
+    """Return the plan, checked against configuration and model before any GPU work. InputError in one line.
+
+    Dense baselines that are not planned get a plan for its zigzag placement alone.
+    """
+    backend = config.plan.backend or ("triton" if device == "cuda" else "blockwise")
+    if config.attention == FLASH4_RING:
+        require_flash4(device, dtype=getattr(torch, config.dtype), head_dim=shape.head_dim)
+    if config.attention in ("dense-zigzag", FLASH4_RING, "torch-context-parallel"):
+        plan = _zigzag_plan(config, shape, _named_only(backend, config, shape))
+        return ResolvedPlan(plan=plan, made_here=f"{config.attention}, zigzag placement")
+    if config.plan.file is not None:
+        return _from_file(config, shape)
+    _require_kernels(backend, config, shape)
+    plan = _default_plan(config, shape, backend)
+    _check_documents(config, plan)
+    selector = plan.pattern.selector
+    words = "dense, every diagonal" if config.attention == "dense" else f"{selector} {plan.pattern.settings}"
+    given = "".join(f", {name} {value}" for name, value in plan.forward.parameters.items())
+    made_here = f"striped placement, {plan.forward.layout} layout{given}, {backend} kernels, pattern: {words}"
+    return ResolvedPlan(plan=plan, made_here=made_here)
+
+
+def _require_kernels(backend: str, config: TrainConfig, shape: ModelShape) -> None:
+    """Raise UnsupportedError where the kernels do not take the model's heads."""
+    computed_head_dim(backend, head_dim=shape.head_dim, dtype=config.dtype, block_size=config.plan.block_size)
+
+
+def _named_only(backend: str, config: TrainConfig, shape: ModelShape) -> str:
+    """Return kernels for a plan that no kernels follow: blockwise, which takes any heads, where these do not."""
+    try:
+        _require_kernels(backend, config, shape)
+    except UnsupportedError:
+        return "blockwise"
+    return backend
+
+
+def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
+    assert config.plan.file is not None
+    plan = load_plan(config.plan.file)
+    try:
+        plan.require(
+            world_size=config.parallel.context, model=shape, seq_len_tokens=config.seq_len_tokens, dtype=config.dtype
+        )
+        if config.plan.backend not in (None, plan.kernels.backend):
+            raise InputError(f"the plan says {plan.kernels.backend!r}, the configuration {config.plan.backend!r}",
+                             field="plan.backend")  # fmt: skip
+    except InputError as error:
+        raise type(error)(str(error), source=config.plan.file) from error
+    trace = None
+    if plan.pattern.source == "trace":
+        if config.plan.trace is None:
+            raise InputError("the plan replays a trace: give it", field="plan.trace")
+        trace = Trace.open(config.plan.trace)
+        if plan.pattern.trace_sha256 not in (None, trace.digest()):
+            raise InputError(f"is {trace.digest()[:16]}…, the plan was made for {str(plan.pattern.trace_sha256)[:16]}…",
+                             source=config.plan.trace, field="digest")  # fmt: skip
+        if missing := sorted(set(range(shape.layers)) - set(trace.layers)):
+            raise InputError(f"lacks layers {missing}: all are replayed", source=config.plan.trace, field="layers")
+        if not trace.steps:
+            raise InputError("holds no training step", source=config.plan.trace)
+    elif config.plan.trace is not None:
+        raise InputError("the plan chooses its patterns and replays no trace", field="plan.trace")
+    else:
+        _selector(plan.pattern.selector or "", plan.pattern.settings)
+    _check_documents(config, plan)
+    return ResolvedPlan(plan=plan, trace=trace)
+
+
+def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+    selector, settings = config.plan.pattern.selector, dict(config.plan.pattern.settings)
+    if config.attention == "dense":
+        selector, settings = "sink-window", {"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
+    full: dict[str, Any] = dict(_selector(selector, settings).settings)
+    columns = full[COLUMNS_OF[selector]] if selector in COLUMNS_OF else 0
+    placement = striped(
+        seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
+        granularity_tokens=config.plan.block_size,
+    )  # fmt: skip
+    # More chunks are more launches, and what others send has time enough while the own shard is computed.
+    parameters = ({"chunks": 1} if config.plan.layout == "gather" else {}) | config.plan.layout_parameters
+    try:
+        return _plan(
+            config, shape, backend, placement, config.plan.layout, parameters,
+            pattern=PatternSpec(source="choose", selector=selector, settings=full),
+            columns_capacity=min(int(columns), config.seq_len_tokens),
+        )  # fmt: skip
+    except InputError as error:
+        raise type(error)(str(error), field="plan.layout_parameters") from error
+
+
+def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+    chunks = 2 * config.parallel.context
+    if config.seq_len_tokens % chunks:
+        raise UnsupportedError(f"{config.seq_len_tokens} is no multiple of {chunks} (2 × context), and "
+                               f"{config.attention!r} does not pad", field="seq_len_tokens")  # fmt: skip
+    if config.attention == "torch-context-parallel" and config.device == "cpu":
+        raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
+    if config.data.documents.attention:
+        raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
+    placement = zigzag(
+        seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
+        granularity_tokens=config.seq_len_tokens // chunks,
+    )  # fmt: skip
+    pattern = PatternSpec(
+        source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
+    )
+    return _plan(config, shape, backend, placement, "ring", {}, pattern=pattern, columns_capacity=0)
+
+
+def _plan(
+    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: str,
+    parameters: dict[str, int], *, pattern: PatternSpec, columns_capacity: int,
+) -> Plan:  # fmt: skip
+    return make_plan(
+        model=shape,
+        seq_len_tokens=config.seq_len_tokens,
+        block_size=config.plan.block_size,
+        dtype=config.dtype,
+        columns_capacity=columns_capacity,
+        placement=placement,
+        forward=(layout, parameters),
+        backward=(layout, parameters),
+        pattern=pattern,
+        kernels=KernelSpec.model_validate({"backend": backend}),
+        provenance={"made_by": "sparsering train"},
+    )
+
+
+def _selector(name: str, settings: dict[str, Any]) -> Any:
+    try:
+        return make_selector(name, settings)
+    except InputError as error:
+        raise InputError(str(error), field="plan.pattern") from error
+
+
+def _check_documents(config: TrainConfig, plan: Plan) -> None:
+    if not config.data.documents.attention:
+        return
+    selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
+    if selector not in KNOWS_DOCUMENTS:
+        raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(KNOWS_DOCUMENTS)} and dense "
+                               "attention can keep documents apart", field="data.documents.attention")  # fmt: skip

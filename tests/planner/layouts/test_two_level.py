@@ -1,0 +1,46 @@
+"""Two-level gathers in simulated time: what their ways to cross hide."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+from search_cases import problem
+from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
+from sparsering.planner.search.selection import select
+from sparsering.simulator.engine import simulate
+
+
+def test_halves_hide_sums_within_a_node_where_crossing_is_quick():
+    """Four nodes of four, each place with a card: backward waits for nothing that it could compute beside."""
+    cluster, cost = tiny.cluster(nodes=4, gpus=4, nics=4), tiny.PairCost(us_per_pair=0.5)
+    work = tiny.dense_workload(16, "striped", blocks_per_rank=16)
+    for direction in DIRECTIONS:
+        whole, halves = (
+            simulate(
+                tiny.schedule("two_level", 16, direction, blocks_per_rank=16, inner_size=4, halves=value),
+                work,
+                cluster,
+                cost,
+            )
+            for value in (0, 1)
+        )
+        assert halves.makespan_us < 0.97 * whole.makespan_us
+        assert halves.compute_us.sum() == pytest.approx(whole.compute_us.sum())
+    slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
+    assert ("halves", 1) not in select(slow, quick=CompiledRecurrence()).pick.backward_layout.parameters
+
+
+def test_crossing_in_turns_hides_what_is_computed_between_them():
+    """Two nodes of four on one card each, whose four crossings take as long as the longest rank computes."""
+    cluster, cost = tiny.cluster(nodes=2, gpus=4, nic_bandwidth=1000.0, bandwidth=1e6), tiny.PairCost(us_per_pair=2.0)
+    work = tiny.dense_workload(8, "striped")
+    gains_us: dict[Direction, float] = {"forward": 0.9, "backward": 3.9}
+    for direction, gained_us in gains_us.items():
+        at_once, in_turns = (
+            simulate(tiny.schedule("two_level", 8, direction, inner_size=4, chunks=chunks), work, cluster, cost)
+            for chunks in (1, 2)
+        )
+        assert in_turns.makespan_us < at_once.makespan_us - gained_us
+        assert in_turns.compute_us.tolist() == at_once.compute_us.tolist()

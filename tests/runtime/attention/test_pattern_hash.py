@@ -1,0 +1,55 @@
+"""The hash by which ranks agree on patterns: it must see what a mistake in replaying or choosing would change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsering.kernels.mask import AttentionMask
+from sparsering.runtime.attention.patterns import RunningHash, pattern_hash
+
+BLOCKS = 128
+
+
+def mask_of(*heads: tuple[int, ...], columns: list[list[int]] | None = None) -> AttentionMask:
+    active = torch.zeros(len(heads), BLOCKS, dtype=torch.bool)
+    for head, diagonals in enumerate(heads):
+        active[head, list(diagonals)] = True
+    return AttentionMask(
+        seq_len_tokens=64 * BLOCKS,
+        block_size=64,
+        active=active,
+        columns=None if columns is None else torch.tensor(columns, dtype=torch.int32),
+    )
+
+
+NEAR, FAR = mask_of((0, 8), (0, 8)), mask_of((0, 16), (0, 16))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        pytest.param([mask_of((0, 8), (0, 16))], [mask_of((0, 16), (0, 8))], id="heads swapped"),
+        pytest.param([NEAR, FAR], [FAR, NEAR], id="layers swapped"),
+        pytest.param([mask_of((0, 8, 48))], [mask_of((0, 24, 32))], id="two diagonals moved, one up and one down"),
+        pytest.param(
+            [mask_of((0,), (0,), columns=[[1, 2, 3, 4], [1, 2, 7, 8]])],
+            [mask_of((0,), (0,), columns=[[1, 2, 7, 8], [1, 2, 3, 4]])],
+            id="columns of two heads swapped",
+        ),
+    ],
+)
+def test_masks_that_differ_have_other_hashes(left: list[AttentionMask], right: list[AttentionMask]) -> None:
+    assert pattern_hash(left) != pattern_hash(right)
+
+
+def test_masks_noted_at_once_or_in_turn_hash_alike_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(masks: list[AttentionMask]) -> int:
+        running = RunningHash(torch.device("cpu"))
+        for mask in masks:
+            running.note(mask)
+        return int(running.take())
+
+    assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])
+    monkeypatch.setattr("sparsering.runtime.attention.patterns.NOTED_BYTES", 0)  # every mask by itself
+    assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])

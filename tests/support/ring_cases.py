@@ -1,0 +1,220 @@
+"""The matrix of distributed cases: patterns × placements × layouts, and what the reference says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+import torch
+
+from rank_jobs import global_tensors
+from sparsering.kernels.plain.reference import reference_attention, reference_gradients
+from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.schedule.pairs import pattern_pairs
+from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
+from sparsering.planner.schedule.workload import unit_load
+from sparsering.runtime.attention.patterns import mask_of
+from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternCase:
+    """A pattern and the K/V heads it runs with."""
+
+    pattern: LayerPattern
+    kv_heads: int
+
+    def mutated(self) -> LayerPattern:
+        """Return the pattern with its last head made local."""
+        local = VerticalSlash(columns=np.zeros(0, np.int32), diagonals=np.array([0]))
+        return replace(self.pattern, heads=(*self.pattern.heads[:-1], local))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One plan to run."""
+
+    world_size: int
+    placement: str
+    granularity_tokens: int
+    layout: str
+    parameters: dict[str, int] = field(hash=False)
+    pattern: str
+
+    def __str__(self) -> str:
+        parameters = "".join(f"-{name}{value}" for name, value in self.parameters.items())
+        return f"{self.pattern}-W{self.world_size}-{self.placement}{self.granularity_tokens}-{self.layout}{parameters}"
+
+
+def _slash(columns: list[int], diagonals: list[int]) -> VerticalSlash:
+    return VerticalSlash(columns=np.array(columns, dtype=np.int32), diagonals=np.array(diagonals, dtype=np.int32))
+
+
+def _random_blocks(blocks: int, share: float, seed: int) -> BlockMask:
+    chosen = np.tril(np.random.default_rng(seed).random((blocks, blocks)) < share)
+    return BlockMask(bits=chosen | np.eye(blocks, dtype=bool))
+
+
+def anchor_pattern(
+    *,
+    seq_len_tokens: int,
+    density: float,
+    columns: int,
+    heads: int = 16,
+    block_size: int = 128,
+    documents: int = 0,
+    block_mask_heads: int = 0,
+    seed: int = 0,
+) -> LayerPattern:
+    """Return local and far diagonals of about `density` and random columns; the last heads are block masks."""
+    generator = np.random.default_rng(seed)
+    blocks = -(-seq_len_tokens // block_size)
+    local, far = max(1, int(blocks * density * 0.3)), int(blocks * density * 0.35)
+    made: list[HeadPattern] = []
+    for head in range(heads):
+        if head >= heads - block_mask_heads:
+            made.append(_random_blocks(blocks, density, seed + head))
+            continue
+        slashes = np.union1d(np.arange(local), generator.permutation(blocks)[:far])
+        diagonals = np.union1d(slashes, slashes + 1)
+        chosen = np.sort(generator.permutation(seq_len_tokens)[:columns])
+        made.append(
+            VerticalSlash(columns=chosen.astype(np.int32), diagonals=diagonals[diagonals < blocks].astype(np.int32))
+        )
+    cuts = np.sort(generator.permutation(seq_len_tokens)[: max(documents - 1, 0)])
+    ids = np.searchsorted(cuts, np.arange(seq_len_tokens), side="right").astype(np.int32) if documents else None
+    return LayerPattern(seq_len_tokens=seq_len_tokens, block_size=block_size, heads=tuple(made), documents=ids)
+
+
+def _patterns() -> dict[str, PatternCase]:
+    gqa: tuple[HeadPattern, ...] = (
+        _slash([0, 1, 70, 200, 333], [0, 1, 4]),
+        _slash([5, 64], [0, 2]),
+        _slash([], [0, 1, 2, 3, 4, 5, 6]),
+        _slash([3, 127, 128, 390], [0]),
+    )
+    documents = np.repeat(np.arange(4), [50, 150, 131, 54]).astype(np.int32)
+    return {
+        "many": PatternCase(
+            pattern=anchor_pattern(seq_len_tokens=2000, density=0.2, columns=20, heads=4, block_size=16), kv_heads=2
+        ),
+        "gqa": PatternCase(pattern=LayerPattern(seq_len_tokens=405, block_size=64, heads=gqa), kv_heads=2),
+        "documents": PatternCase(
+            pattern=LayerPattern(
+                seq_len_tokens=385,
+                block_size=64,
+                heads=(_slash([0, 60, 210], [0, 1]), _random_blocks(7, 0.4, 1), _random_blocks(7, 0.1, 2)),
+                documents=documents,
+            ),
+            kv_heads=3,
+        ),
+        "empty-rows": PatternCase(
+            pattern=LayerPattern(seq_len_tokens=320, block_size=64, heads=(_slash([], [2]), _slash([7, 250], [3]))),
+            kv_heads=1,
+        ),
+    }
+
+
+PATTERNS = _patterns()
+
+
+def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
+    yield "ring", {"prefetch": 1}
+    if world_size > 2:
+        yield "ring", {"prefetch": 2}
+        yield "gather", {"chunks": 2}
+        yield "gather", {"chunks": 2, "keep_kv": 1}
+    yield "gather", {"chunks": 1}
+    if world_size in (2, 4):
+        yield "gather", {"chunks": world_size // 2, "pull": 1}
+    if world_size == 4:
+        yield "gather", {"chunks": 2, "keep_kv": 1, "pull": 1}
+    yield "collective", {}
+    if world_size == 4:
+        yield "hierarchical", {"inner_size": 2}
+        yield "two_level", {"inner_size": 2}
+        yield "two_level", {"inner_size": 2, "chunks": 2}
+        yield "two_level", {"inner_size": 2, "halves": 1}
+
+
+def _degrees(world_size: int, pattern: PatternCase) -> Iterator[tuple[str, dict[str, int]]]:
+    """Head parallelism by groups of ranks that the pattern's heads can be split over."""
+    heads, kv_heads = pattern.pattern.num_heads, pattern.kv_heads
+    if kv_heads > 1:
+        yield "collective", {"chunks": kv_heads}
+    for degree in range(2, world_size + 1):
+        evenly = not max(degree, kv_heads) % min(degree, kv_heads)
+        if not world_size % degree and not heads % degree and evenly:
+            yield "ulysses", {"degree": degree, "chunks": 1 + world_size // degree}
+
+
+def _cases() -> Iterator[Case]:
+    placements = (("contiguous", 64), ("zigzag", 64), ("striped", 1), ("striped", 64), ("balanced", 64))
+    patterns = ("gqa", "documents", "empty-rows")
+    for world_size, pattern, (placement, granularity) in product((1, 2, 3, 4), patterns, placements):
+        for layout, parameters in [*_layouts(world_size), *_degrees(world_size, PATTERNS[pattern])]:
+            yield Case(
+                world_size=world_size,
+                placement=placement,
+                granularity_tokens=granularity,
+                layout=layout,
+                parameters=parameters,
+                pattern=pattern,
+            )
+
+
+CASES = list(_cases())
+
+
+def make_placement(case: Case, pattern: LayerPattern) -> Placement:
+    """Return the case's placement."""
+    common = {
+        "seq_len_tokens": pattern.seq_len_tokens,
+        "world_size": case.world_size,
+        "granularity_tokens": case.granularity_tokens,
+    }
+    if case.placement != "balanced":
+        return REGULAR_PLACEMENTS[case.placement](**common)
+    padded = REGULAR_PLACEMENTS["striped"](**common).padded_tokens
+    load = unit_load([pattern], granularity_tokens=case.granularity_tokens, padded_tokens=padded)
+    return balanced(unit_load=load, **common)
+
+
+def make_case_plan(
+    case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False,
+    head_orders: tuple[tuple[int, ...], ...] | None = None, backward: tuple[str, dict[str, int]] | None = None,
+) -> Plan:  # fmt: skip
+    """Return the case's plan; leave_out: without the pairs of shards that its pattern does not need."""
+    chosen = PATTERNS[case.pattern]
+    pattern, placement = chosen.pattern, make_placement(case, PATTERNS[case.pattern].pattern)
+    return make_plan(
+        model=ModelShape(
+            layers=len(head_orders or (0,)), heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim
+        ),
+        seq_len_tokens=pattern.seq_len_tokens,
+        block_size=pattern.block_size,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        columns_capacity=-(-pattern.max_columns // 64) * 64,
+        placement=placement,
+        forward=(case.layout, case.parameters),
+        backward=backward or (case.layout, case.parameters),
+        pattern=PatternSpec(source="trace"),
+        kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]
+        pairs=pattern_pairs(pattern, placement) if leave_out else None,
+        head_orders=head_orders,
+    )
+
+
+@cache
+def expected(pattern_name: str, tokens: int, *, seed: int, batch: int = 1, head_dim: int = 16) -> dict[str, np.ndarray]:
+    """Return the reference's out, lse, dq, dk, dv of a sequence padded to `tokens`; padding attends nothing."""
+    chosen = PATTERNS[pattern_name]
+    heads = (chosen.pattern.num_heads, chosen.kv_heads)
+    q, k, v, grad_out = global_tensors(tokens, heads, head_dim, seed=seed, batch=batch)
+    mask = mask_of(chosen.pattern, columns_capacity=chosen.pattern.max_columns, device=torch.device("cpu"))
+    out, lse = reference_attention(q, k, v, mask, scale=head_dim**-0.5)
+    dq, dk, dv = reference_gradients(grad_out, q, k, v, mask, scale=head_dim**-0.5)
+    return {name: t.numpy() for name, t in {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items()}

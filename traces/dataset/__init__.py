@@ -1,0 +1,1 @@
+"""Traces on disk: rows in Parquet parts, vouched for by a manifest."""

@@ -1,0 +1,204 @@
+"""The manifest of a trace: what was recorded, from what, and the digest of every part.
+
+`manifest.json` carries its own digest (SHA-256 of its canonical JSON without `digest`), so that a flipped bit in it is
+seen before anything in it is believed. It holds no text and no token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import InputError
+from ..files import canonical_json, read_json, sha256_of_bytes, write_json
+
+TRACE_SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_SEQ_LEN_TOKENS = 1 << 30
+MAX_PART_BYTES = 4 << 30
+
+Model = TypeVar("Model", bound=BaseModel)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A bare name and nothing else: a manifest must not be able to point outside its folder.
+PartName = Annotated[str, Field(pattern=r"^part-[0-9]{8,12}\.parquet$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelShape(_Record):
+    """Which model was recorded, and the shape of its attention."""
+
+    model_id: str = Field(min_length=1, max_length=1024)
+    layers: int = Field(ge=1, le=100_000)
+    heads: int = Field(ge=1, le=100_000)
+    kv_heads: int = Field(ge=1, le=100_000)
+    head_dim: int = Field(ge=1, le=100_000)
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class TraceHeader(_Record):
+    """What all parts of one trace share; a writer that appends must bring the same.
+
+    recorded_layers: the layers that each part holds, ascending
+    origin:          "real" (a model ran) or "synthetic" (drawn from a seed)
+    versions:        library name -> version that wrote the trace
+    audit_sha256:    of the model (class, settings, sequence length) that the runtime's audit found right to split over
+                     ranks; None for synthetic traces, which no model made
+    """
+
+    model: ModelShape
+    recorded_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seq_len_tokens: int = Field(ge=1, le=MAX_SEQ_LEN_TOKENS)
+    block_size: int = Field(ge=1, le=1 << 20)
+    origin: Literal["real", "synthetic"]
+    seed: int = Field(ge=0)
+    versions: dict[str, str] = Field(default_factory=dict)
+    audit_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _layers_in_order(self) -> Self:
+        if list(self.recorded_layers) != sorted(set(self.recorded_layers)):
+            raise ValueError("recorded_layers must ascend without repeats")
+        if self.recorded_layers[-1] >= self.model.layers:
+            raise ValueError(f"recorded_layers has {self.recorded_layers[-1]} in a model of {self.model.layers} layers")
+        return self
+
+    @property
+    def rows_per_part(self) -> int:
+        """One row per (recorded layer, head)."""
+        return len(self.recorded_layers) * self.model.heads
+
+
+class TracePart(_Record):
+    """One Parquet file: all recorded layers and heads of one training step.
+
+    document_starts_tokens: where packed documents begin, the first at 0; None when the step is one document
+    """
+
+    file: PartName
+    sha256: Sha256
+    training_step: int = Field(ge=0, lt=10**12)
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=MAX_PART_BYTES)
+    document_starts_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+
+
+class TraceManifest(_Record):
+    """The whole of `manifest.json`."""
+
+    schema_version: Literal[1] = TRACE_SCHEMA_VERSION
+    kind: Literal["sparsering-trace"] = "sparsering-trace"
+    digest: Sha256
+    header: TraceHeader
+    parts: tuple[TracePart, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        steps = [part.training_step for part in self.parts]
+        if steps != sorted(set(steps)):
+            raise ValueError("parts must ascend in training_step without repeats")
+        if len({part.file for part in self.parts}) != len(self.parts):
+            raise ValueError("parts must not name a file twice")
+        for part in self.parts:
+            _check_part(part, self.header)
+        return self
+
+
+def _check_part(part: TracePart, header: TraceHeader) -> None:
+    if part.rows != header.rows_per_part:
+        raise ValueError(f"{part.file} has {part.rows} rows, {header.rows_per_part} (layers × heads) are expected")
+    starts = part.document_starts_tokens
+    if starts is None:
+        return
+    if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)):
+        raise ValueError(f"{part.file}: document_starts_tokens must ascend from 0")
+    if starts[-1] >= header.seq_len_tokens:
+        raise ValueError(f"{part.file}: document_starts_tokens has {starts[-1]} in {header.seq_len_tokens} tokens")
+
+
+def make_manifest(header: TraceHeader, parts: tuple[TracePart, ...]) -> TraceManifest:
+    """Return the manifest of these parts, its digest included; InputError when they do not fit together."""
+    raw: dict[str, Any] = {
+        "schema_version": TRACE_SCHEMA_VERSION,
+        "kind": "sparsering-trace",
+        "header": header.model_dump(mode="json"),
+        "parts": [part.model_dump(mode="json") for part in parts],
+    }
+    return parse_model(TraceManifest, {**raw, "digest": _digest(raw)}, source=MANIFEST_NAME)
+
+
+def write_manifest(folder: Path, manifest: TraceManifest) -> None:
+    """Write `manifest.json` into the folder, atomically."""
+    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> TraceManifest:
+    """Read and check `manifest.json`: schema version, then digest, then every field; InputError in one line."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InputError("is not a trace: it holds no manifest.json", source=folder)
+    raw = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(raw, dict):
+        raise InputError("must be a JSON object", source=path)
+    _check_version(raw, path)
+    stated = raw.get("digest")
+    try:
+        actual = _digest(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"holds a value that JSON cannot carry ({error})", source=path) from error
+    if stated != actual:
+        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=path, field="digest")
+    return parse_model(TraceManifest, raw, source=path)
+
+
+def _check_version(raw: dict[str, Any], path: Path) -> None:
+    version = raw.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise InputError(f"must be a whole number from 1, not {version!r}", source=path, field="schema_version")
+    if version > TRACE_SCHEMA_VERSION:
+        raise InputError(
+            f"is {version}, newer than the {TRACE_SCHEMA_VERSION} that this version reads",
+            source=path,
+            field="schema_version",
+        )
+
+
+def _digest(raw: dict[str, Any]) -> str:
+    return sha256_of_bytes(canonical_json({key: value for key, value in raw.items() if key != "digest"}))
+
+
+def parse_model(model: type[Model], value: Any, *, source: str | Path | None = None) -> Model:
+    """Validate JSON-like `value` as the pydantic `model`; the first problem becomes a one-line InputError."""
+    try:
+        return model.model_validate_json(json.dumps(value, allow_nan=False))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"]) or None
+        shown = problem["input"] if isinstance(problem["input"], str | int | float | None) else None
+        suffix = "" if shown is None else f", not {str(shown)[:80]!r}"
+        told = problem["msg"].removeprefix("Value error, ")  # pydantic's, before the text of our own checks
+        raise InputError(f"{told}{suffix}", source=source, field=field) from error
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Return package -> installed version, for the header; packages that are not installed are left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
