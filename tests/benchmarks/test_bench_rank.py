@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from sparsering.benchmarks.lib.rank_channels import PairChannels, require_pair
 from sparsering.planner.layouts.registry import build
 from sparsering.planner.schedule.pairs import Pairs
@@ -19,7 +20,6 @@ from sparsering.planner.schedule.schedule import DIRECTIONS, Schedule
 from sparsering.runtime.comm.channels import Channel, Channels, Message, Pending
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.traces.errors import InputError, UnsupportedError
-from tests import tiny
 
 
 def _toy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

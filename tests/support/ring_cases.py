@@ -218,3 +218,13 @@ def expected(pattern_name: str, tokens: int, *, seed: int, batch: int = 1, head_
     out, lse = reference_attention(q, k, v, mask, scale=head_dim**-0.5)
     dq, dk, dv = reference_gradients(grad_out, q, k, v, mask, scale=head_dim**-0.5)
     return {name: t.numpy() for name, t in {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items()}
+
+
+TOLERANCE = 1e-8
+
+
+def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+    """Return the largest difference; equal infinities differ by 0, NaN never passes."""
+    with np.errstate(invalid="ignore"):
+        difference = np.where(left == right, 0.0, np.abs(left - right))
+    return float(np.nan_to_num(difference, nan=np.inf).max())

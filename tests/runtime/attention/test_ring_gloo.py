@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from rank_pool import RankFailure, RankPool
-from ring_cases import CASES, PATTERNS, Case, expected, make_case_plan
+from ring_cases import CASES, PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
 from sparsering.planner.check.check import check
 from sparsering.planner.plan import Plan
 from sparsering.planner.schedule.schedule import DIRECTIONS
-
-TOLERANCE = 1e-8
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -233,13 +231,6 @@ def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[i
     arguments = [{"plan": plan, "pattern": PATTERNS["gqa"].pattern, "seed": 0} for plan in plans]
     with pytest.raises(RankFailure, match=r"plan \d+ digest: rank 1 has"):
         rank_pools(2).run_each("attention", arguments)
-
-
-def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
-    """Return the largest difference; equal infinities differ by 0, NaN never passes."""
-    with np.errstate(invalid="ignore"):
-        difference = np.where(left == right, 0.0, np.abs(left - right))
-    return float(np.nan_to_num(difference, nan=np.inf).max())
 
 
 @pytest.mark.parametrize("degree", [2, 4])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_ring_gloo import TOLERANCE, largest_difference
 
 from rank_pool import RankPool
-from ring_cases import PATTERNS, Case, expected, make_case_plan
+from ring_cases import PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
 
 WORLD_SIZE = 32
 
