@@ -11,7 +11,7 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format map package clean
+.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format docs map measured package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +47,16 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-map:  ## rewrite the map in docs/architecture.md
+docs: $(STAMP) map measured  ## rewrite all that is generated in docs/
+	@$(BIN)/python docs/write_registries.py
+	@$(BIN)/python docs/write_figures.py
+	@python3 docs/write_includes.py
+
+map:  ## rewrite the map of folders in docs/architecture.md
 	@python3 docs/write_map.py
+
+measured:  ## rewrite docs/measured/ from benchmarks/results/
+	@python3 docs/write_measured.py
 
 package: $(STAMP)  ## wheel and source distribution into dist/
 	$(BIN)/python -m pip install --quiet build

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .planner.cost.cluster import load_cluster as load_cluster
     from .planner.plan import Plan as Plan
     from .planner.plan import load_plan as load_plan
+    from .planner.search.problem import SearchSpace as SearchSpace
     from .runtime.audit.audit import audit as audit
     from .runtime.comm.mesh import Mesh as Mesh
     from .runtime.comm.mesh import join as join
@@ -37,6 +38,7 @@ _HOMES = {
     "LayerPattern": "traces.pattern",
     "Mesh": "runtime.comm.mesh",
     "Plan": "planner.plan",
+    "SearchSpace": "planner.search.problem",
     "Timeline": "traces.timeline",
     "Trace": "traces.dataset.store",
     "VerticalSlash": "traces.pattern",
@@ -65,13 +67,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_HOUSES})
 
 
-def plan_trace(trace: Trace, cluster: Cluster, **settings: Any) -> Plan:
-    """Return the best plan for a trace on a cluster, the simulator having the last word.
+def plan_trace(trace: Trace, cluster: Cluster, space: SearchSpace | None = None, **settings: Any) -> Plan:
+    """Return the best plan for a trace on a cluster, the simulator having the last word. space: what may be picked.
 
-    Settings and errors are those of `planner.search.plan_trace`, which alone would judge by its own recurrence: the
-    planner does not import the simulator, so it is handed over here.
+    Settings and errors are those of `planner.search.search.plan_trace`, which alone would judge by its own recurrence:
+    the planner does not import the simulator, so it is handed over here.
     """
+    from .planner.search.problem import SearchSpace
     from .planner.search.search import plan_trace as search
     from .simulator.engine import simulate
 
-    return search(trace, cluster, **{"evaluator": simulate, **settings})
+    return search(trace, cluster, space or SearchSpace(), **{"evaluator": simulate, **settings})

@@ -34,11 +34,15 @@ GPU_EXTRA = {"liger_kernel", "safetensors", "torch", "transformers", "triton"}
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """Where a verb's function lives, and its line in `sparsering --help`."""
+    """Where a verb's function lives, and its line in `sparsering --help`.
+
+    made: the function returns the verb, whose options depend on what is registered.
+    """
 
     module: str
     function: str
     help: str
+    made: bool = False
 
 
 VERBS = {
@@ -49,8 +53,9 @@ VERBS = {
     ),
     "capture": Verb(
         module="runtime.hf.capture_command",
-        function="capture",
+        function="capture_verb",
         help="Record what a model attends to on your text (needs torch).",
+        made=True,
     ),
     "synthesize": Verb(
         module="traces.commands",
@@ -96,11 +101,6 @@ VERBS = {
         module="simulator.commands",
         function="compare",
         help="Set two timelines side by side, phase by phase.",
-    ),
-    "ladder": Verb(
-        module="simulator.commands",
-        function="ladder",
-        help="Simulate MTraining's ladder beside its published speed-ups.",
     ),
     "demo": Verb(
         module="runtime.demo.command",
@@ -159,6 +159,7 @@ def _command(name: str) -> Any:
     """Import the verb's function and return it as a command."""
     verb = VERBS[name]
     function = getattr(import_module(f"{PACKAGE}.{verb.module}"), verb.function)
+    function = function() if verb.made else function
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name, help=function.__doc__ or verb.help)(function)
     return typer.main.get_command(single)

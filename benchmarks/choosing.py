@@ -16,16 +16,10 @@ from typing import Any
 import torch
 
 from ..kernels.mask import AttentionMask
-from ..kernels.select.choose import (
-    FixedBudget,
-    FlexBudget,
-    ShardTensors,
-    choose_moba_block,
-    choose_vertical_slash,
-    choose_xattention,
-    sink_window,
-    vertical_slash_budgets,
-)
+from ..kernels.select.probe import ShardTensors
+from ..kernels.select.registry import Selector, selectors
+from ..kernels.select.vertical_slash import FixedVerticalSlash
+from ..kernels.select.xattention import XAttention
 from ..kernels.triton import backend as ours
 from .kernels import time_ms
 from .lib import common
@@ -33,49 +27,14 @@ from .lib.kernel_impls import DENSE, SPARSE, Problem
 from .lib.masks import density_of, slash_mask
 
 WINDOW_SLASHES = 100  # forced by vertical-slash with fixed budgets
-STRIDE = 16
 
 
-class Selectors:
-    """One sequence's queries and keys, and every selector as a function of nothing that returns a mask."""
-
-    def __init__(self, problem: Problem, *, columns: int, density: float, granularity: int) -> None:
-        self.shard = ShardTensors(
-            q=problem.q,
-            k=problem.k,
-            positions=problem.positions,
-            seq_len_tokens=problem.q.shape[1],
-            block_size=128,
-            granularity_tokens=granularity,
-        )
-        self.scale = problem.scale
-        blocks = self.shard.blocks
-        # A far slash touches two block diagonals; with uniform distances the density is their share of all.
-        fixed = FixedBudget(columns=columns, slashes=WINDOW_SLASHES + int(density * blocks / 2))
-        flex = FlexBudget(column_mass=0.9, column_cap=4096, slash_mass=0.9, slash_cap=4096)
-        self.budgets = {
-            name: vertical_slash_budgets(
-                [budget] * self.shard.heads, seq_len_tokens=self.shard.seq_len_tokens, device="cuda"
-            )
-            for name, budget in (("vertical-slash", fixed), ("flex", flex))
-        }
-
-    def choose(self, name: str) -> AttentionMask:
-        """One selector's mask."""
-        if name in self.budgets:
-            return choose_vertical_slash(self.shard, self.budgets[name], scale=self.scale).mask
-        if name == "xattention":
-            return choose_xattention(self.shard, scale=self.scale, stride=STRIDE)
-        if name == "moba-block":
-            return choose_moba_block(self.shard, chunk_tokens=512, top_chunks=8)
-        return sink_window(
-            heads=self.shard.heads,
-            seq_len_tokens=self.shard.seq_len_tokens,
-            block_size=128,
-            sink_tokens=30,
-            window_tokens=1024,
-            device="cuda",
-        ).mask
+def selectors_of(shard: ShardTensors, *, columns: int, density: float) -> list[Selector]:
+    """All selectors as they are measured: vertical-slash at a density, the others with their own settings."""
+    # A far slash touches two block diagonals; with uniform distances the density is their share of all.
+    fixed = FixedVerticalSlash(columns=columns, slashes=WINDOW_SLASHES + int(density * shard.blocks / 2))
+    others = [kind() for name, kind in selectors().items() if name != fixed.name]
+    return [fixed, *others]
 
 
 def index_of(mask: AttentionMask, positions: torch.Tensor) -> int:
@@ -112,11 +71,17 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
     print(f"{seq_len:7} attention at density {beside['attention_density']:.4f}: {attention:.3f} ms", flush=True)
     problem.built.clear()
     gc.collect()
-    selectors = Selectors(problem, columns=arguments.columns, density=arguments.density, granularity=128)
+    shard = ShardTensors(
+        q=problem.q, k=problem.k, positions=problem.positions, seq_len_tokens=seq_len, block_size=128,
+        granularity_tokens=128,
+    )  # fmt: skip
     rows = []
-    for name in arguments.selectors:
-        chosen = selectors.choose(name)
-        took = time_ms(lambda name=name: selectors.choose(name), arguments.repeats)
+    for selector in selectors_of(shard, columns=arguments.columns, density=arguments.density):
+        name = selector.name
+        if name not in arguments.selectors:
+            continue
+        chosen = selector.choose(shard, scale=problem.scale)
+        took = time_ms(lambda one=selector: one.choose(shard, scale=problem.scale), arguments.repeats)
         index = time_ms(lambda chosen=chosen: index_of(chosen, problem.positions), arguments.repeats)
         row = {
             "selector": name,
@@ -133,10 +98,10 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
             "seed": arguments.seed,
             **beside,
         }
-        if name == "xattention":
-            flops = 1.0 * seq_len * seq_len * arguments.head_dim * heads / STRIDE
-            row |= {"stride": STRIDE, "tflops": flops / took / 1e9}
-            row |= {"dense_forward_ms": dense, "floor_ms": dense / (2 * STRIDE)} if dense else {}
+        if isinstance(selector, XAttention):
+            flops = 1.0 * seq_len * seq_len * arguments.head_dim * heads / selector.stride
+            row |= {"stride": selector.stride, "tflops": flops / took / 1e9}
+            row |= {"dense_forward_ms": dense, "floor_ms": dense / (2 * selector.stride)} if dense else {}
         rows.append(row)
         floor = f", floor {row['floor_ms']:.3f} ms" if "floor_ms" in row else ""
         print(
@@ -151,7 +116,7 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
 
 def main() -> None:
     """Measure, print as it goes, write one result file."""
-    names = ["vertical-slash", "flex", "xattention", "moba-block", "sink-window"]
+    names = list(selectors())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[131072])
     parser.add_argument("--selectors", nargs="+", choices=names, default=names)

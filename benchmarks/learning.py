@@ -22,16 +22,19 @@ from typing import Any
 
 import torch
 
+from ..kernels.select.vertical_slash import FixedVerticalSlash
 from ..runtime.baselines.flash4 import NAME as FLASH4_RING
 from ..runtime.comm.mesh import Mesh, join, leave
+from ..runtime.comm.start import start_ranks
 from ..runtime.data.shards import TokenData
 from ..runtime.data.writer import byte_tokenizer, write_data
 from ..runtime.train.config import TrainConfig, parse_config
-from ..runtime.train.loop import StepResult, Trainer
+from ..runtime.train.loop import Trainer
+from ..runtime.train.metrics import StepResult
+from ..runtime.train.patterns import Observed
 from ..runtime.train.setup import set_up
 from ..traces.files import write_atomically, write_json
 from .lib.common import RESULTS, require_flash4_ring, write_result
-from .lib.ranks import start_ranks
 
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 256, "hidden_size": 512,
@@ -89,9 +92,10 @@ def _start(arguments: argparse.Namespace, work: Path) -> int:
     write_json(work / "model" / "config.json", TOY if arguments.toy else MODEL)
     if not (work / "data").exists():
         _write_text(arguments, work)
-    given = [*sys.argv[1:], "--work", str(work)]
-    shared = {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1"}
-    return start_ranks("sparsering.benchmarks.learning", given, count=arguments.gpus, shared=shared)
+    return start_ranks(
+        [*sys.argv[1:], "--work", str(work)], world_size=arguments.gpus,
+        environment=os.environ | {"OMP_NUM_THREADS": "2"}, module="sparsering.benchmarks.learning",
+    )  # fmt: skip
 
 
 def _write_text(arguments: argparse.Namespace, work: Path) -> None:
@@ -115,7 +119,7 @@ def _train(arguments: argparse.Namespace, world: Mesh, kind: str) -> list[dict[s
     trainer = Trainer(setup, world)
     rows: list[dict[str, Any]] = []
     for _ in range(arguments.steps):
-        result = trainer.step(measured=True)
+        result = trainer.step(Observed(measured=True))
         rows.append(_row(kind, setup.plan.kernels.backend, arguments, result))
         if world.rank == 0 and result.step % 20 == 0:
             print(json.dumps(rows[-1]), flush=True)
@@ -135,8 +139,8 @@ def _row(kind: str, backend: str, arguments: argparse.Namespace, result: StepRes
 
 
 def _config(arguments: argparse.Namespace, world: Mesh, kind: str) -> TrainConfig:
-    settings = {"columns": arguments.columns, "slashes": arguments.slashes}
-    pattern = {"selector": "vertical-slash", "settings": settings}
+    selector = FixedVerticalSlash(columns=arguments.columns, slashes=arguments.slashes)
+    pattern = {"selector": selector.name, "settings": selector.settings}
     return parse_config(
         {
             "model": {"path": arguments.work / "model", "random_weights": True},

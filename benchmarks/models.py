@@ -26,18 +26,23 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..planner.plan import KernelSpec, PatternSpec, Plan, make_plan
+from ..planner.layouts.gather import Gather
+from ..planner.layouts.ring import Ring
+from ..planner.plan import AttentionSpec, KernelSpec, Plan, make_plan
 from ..planner.schedule.placement import striped
-from ..runtime.audit.audit import Audit, audit, causal_class, small_model
+from ..runtime.attention.selectors import dense_pattern
+from ..runtime.audit.audit import audit, causal_class, small_model
+from ..runtime.audit.proof import Run, compare
+from ..runtime.audit.result import Audit
 from ..runtime.audit.twins import Double
-from ..runtime.comm.mesh import Mesh, is_rank, join, leave
+from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
+from ..runtime.comm.start import start_ranks
 from ..runtime.hf.attach import attach
 from ..runtime.model.shape import model_shape
 from ..runtime.model.shard import shard
 from ..traces.errors import InputError
 from .lib.common import ResultFile
 from .lib.models_page import write_page
-from .lib.ranks import start_ranks
 
 RANKS, TOKENS, BLOCK_SIZE = 2, 120, 64
 DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
@@ -64,8 +69,8 @@ def main() -> int:
     """Audit all families and write one row each."""
     arguments = _parser().parse_args()
     if arguments.gloo and not is_rank():
-        shared = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-        return start_ranks(__spec__.name, sys.argv[1:], count=RANKS, shared=shared)
+        environment = inherited_environment(world_size=RANKS) | {"OMP_NUM_THREADS": "1"}
+        return start_ranks(sys.argv[1:], world_size=RANKS, environment=environment, module=__spec__.name)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     mesh = join(device="cpu") if is_rank() else None
@@ -164,40 +169,40 @@ def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
     attached.detach()
     total = loss.detach().clone()
     dist.all_reduce(total)
+    own = {name: parameter.grad for name, parameter in alone.named_parameters()}
+    errors = compare(
+        Run(loss=float(total), logits=None, gradients=_summed_gradients(model)),
+        Run(loss=float(wanted), logits=None, gradients=own),
+    )
     return {
-        "gloo_loss_error": abs(float(total - wanted)) / abs(float(wanted)),
-        "gloo_gradient_error": _gradient_error(model, alone),
+        "gloo_loss_error": errors.loss,
+        "gloo_gradient_error": errors.gradient,
         "gloo_seconds": round(time.perf_counter() - began, 3),
     }
 
 
-def _gradient_error(model: PreTrainedModel, alone: PreTrainedModel) -> float:
-    wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-    worst = 0.0
+def _summed_gradients(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    summed: dict[str, Tensor | None] = {}
     for name, parameter in model.named_parameters():
-        if name not in wanted:
-            continue
-        summed: Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        dist.all_reduce(summed)
-        size = max(float(wanted[name].abs().max()), 1e-8 * largest)
-        worst = max(worst, float((summed - wanted[name]).abs().max()) / size)
-    return worst
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(gradient)
+        summed[name] = gradient
+    return summed
 
 
 def _dense_plan(model: PreTrainedModel, world_size: int) -> Plan:
     return make_plan(
-        model=model_shape(model.config),
-        seq_len_tokens=TOKENS,
-        block_size=BLOCK_SIZE,
-        dtype="float64",
-        columns_capacity=0,
-        placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=16),
-        forward=("gather", {}),
-        backward=("ring", {}),
-        pattern=PatternSpec(
-            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": TOKENS}
+        attention=AttentionSpec(
+            model=model_shape(model.config),
+            seq_len_tokens=TOKENS,
+            block_size=BLOCK_SIZE,
+            dtype="float64",
+            columns_capacity=0,
         ),
+        placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=16),
+        forward=Gather(),
+        backward=Ring(),
+        pattern=dense_pattern(TOKENS),
         kernels=KernelSpec(backend="blockwise"),
     )
 

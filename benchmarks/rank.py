@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,29 +31,18 @@ from torch.profiler import ProfilerActivity, profile
 from ..kernels.mask import AttentionMask
 from ..planner.plan import Plan
 from ..planner.schedule.schedule import DIRECTIONS
+from ..runtime.attention.bound import bind
 from ..runtime.attention.planned import PlannedAttention
 from ..runtime.comm.channels import Channel, Channels
 from ..runtime.comm.mesh import Mesh, join, leave
+from ..runtime.comm.start import free_port, rank_environment, start_ranks
 from ..traces.errors import InputError
-from .lib.common import RESULTS, ResultFile
+from .lib import ring_plans
+from .lib.common import ResultFile
 from .lib.masks import density_of
 from .lib.rank_channels import EchoStore, NoiseChannels, PairChannels, require_pair
-from .lib.ranks import start_ranks
-from .lib.ring_plans import (
-    FAMILIES,
-    MODEL,
-    PLACEMENTS,
-    Work,
-    cluster_of,
-    make_case_plan,
-    make_cases,
-    make_work,
-    model_of,
-    name_of,
-    predicted_peak_bytes,
-    predicted_times,
-    transports_of,
-)
+from .lib.ring_options import ring_parser
+from .lib.ring_plans import Work
 from .lib.ring_rows import random_tensors
 from .lib.ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
 
@@ -74,9 +61,10 @@ def main() -> None:
         raise SystemExit("rank: needs a GPU; --toy does not")
     groups = _groups(arguments)
     if arguments.gpus == 1:
-        os.environ |= _alone()
+        os.environ |= rank_environment(0, 1, free_port())
     elif "RANK" not in os.environ:
-        raise SystemExit(start_ranks("sparsering.benchmarks.rank", sys.argv[1:], count=2, shared={}))
+        module = "sparsering.benchmarks.rank"
+        raise SystemExit(start_ranks(sys.argv[1:], world_size=2, environment=os.environ, module=module))
     mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
     try:
         result = ResultFile("rank", folder=arguments.results, gpus=arguments.gpus)
@@ -99,38 +87,13 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ring_parser(__doc__)
     parser.add_argument("--gpus", type=int, default=1, choices=[1, 2], help="2: two ranks at a time, with transfers")
     parser.add_argument("--world-size", type=int, default=8, help="ranks of the plan")
     parser.add_argument("--ranks", type=int, nargs="+", help="of them to measure; default all")
-    parser.add_argument("--seq-len", type=int, default=524288)
-    parser.add_argument("--heads", type=int, nargs=2, default=[MODEL.heads, MODEL.kv_heads], metavar=("QUERY", "KV"))
-    parser.add_argument("--family", nargs="+", default=["slash"], choices=FAMILIES, help="kinds of masks")
-    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
-    parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
     parser.add_argument("--layout", nargs="+", default=["gather:chunks=1"], help="name:parameter=value,…")
-    parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS)
-    parser.add_argument(
-        "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
-    )
-    parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
-    parser.add_argument("--cluster", default="h200-nvlink-8", help="for planned, and for predicted times")
-    parser.add_argument("--backends", nargs="+", default=["triton"], help="triton flash4")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernels", action="store_true", help=f"list the {TOP_KERNELS} kernels that take most time")
-    parser.add_argument(
-        "--toy", action="store_true", help="two gloo processes, 4 ranks, 2,048 tokens, blockwise: to try the road"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _alone() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def _groups(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
@@ -147,15 +110,15 @@ def _measure_family(
     arguments: argparse.Namespace, mesh: Mesh, family: str, groups: Sequence[tuple[int, ...]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of all ranks asked for, plan by plan."""
-    cluster = cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
-    model = model_of(arguments.heads, toy=arguments.toy)
+    cluster = ring_plans.cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
+    model = ring_plans.model_of(arguments.heads, toy=arguments.toy)
     channels: Channels = NoiseChannels(mesh) if arguments.gpus == 1 else PairChannels(mesh)
     for density in arguments.density:
-        work = make_work(
+        work = ring_plans.make_work(
             family, seq_len=arguments.seq_len, density=density, columns=arguments.columns, seed=arguments.seed,
             heads=model.heads,
         )  # fmt: skip
-        cases = make_cases(
+        cases = ring_plans.make_cases(
             placements=arguments.placement,
             granularities_blocks=[1],
             backends=arguments.backends,
@@ -163,7 +126,7 @@ def _measure_family(
         )
         for case in cases:
             dtype = "float32" if arguments.toy else "bfloat16"
-            plan = make_case_plan(
+            plan = ring_plans.make_case_plan(
                 case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype,
                 narrow_gradients=arguments.narrow_gradients,
             )  # fmt: skip
@@ -171,7 +134,7 @@ def _measure_family(
                 for way in DIRECTIONS:
                     require_pair(plan.schedule(way), (pair[0], pair[1]))
             measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
-            predicted = predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
+            predicted = ring_plans.predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
             if mesh.rank == 0:
                 print(_slowest(work, plan, measured), flush=True)
             yield [row | {"placement": case.placement} | predicted for row in measured]
@@ -180,7 +143,7 @@ def _measure_family(
 def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
     row = max(measured, key=lambda row: row["step_ms"])
     text = (
-        f"{work.family} {density_of(work.mask):.3f} {name_of(plan)} {plan.kernels.backend}: slowest "
+        f"{work.family} {density_of(work.mask):.3f} {ring_plans.name_of(plan)} {plan.kernels.backend}: slowest "
         f"{'rank' if 'rank' in row else 'ranks'} {row.get('rank', row.get('ranks'))} "
         f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f} ms, in one go {row['step_ms']:.2f} ms"
     )
@@ -191,15 +154,21 @@ def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
 
 
 def _measure(
-    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, plan: Plan, work: Work, ranks: tuple[int, ...]
+    arguments: argparse.Namespace,
+    mesh: Mesh,
+    channels: Channels,
+    plan: Plan,
+    work: Work,
+    ranks: tuple[int, ...],
 ) -> dict[str, Any]:
     """Measure one rank alone, or two of which this process is one: the figures are those of the slower."""
     rank = ranks[mesh.rank]
     one_of_many = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=EchoStore())  # pyright: ignore[reportArgumentType]
     before = allocated_bytes(mesh)
     mask = work.mask.to(mesh.device)
-    planned = PlannedAttention(plan, one_of_many, channels=channels)
-    tensors = random_tensors(plan.model, planned.positions[0].numel(), one_of_many, arguments.seed, planned.dtype)
+    bound = bind(plan, one_of_many)
+    planned = PlannedAttention(bound, channels=channels)
+    tensors = random_tensors(plan.model, bound.own_positions.numel(), one_of_many, arguments.seed, bound.dtype)
     attend = partial(_attend, planned, mask)
     figures = time_steps(attend, tensors, mesh, arguments.repeats, before)
     if arguments.kernels and mesh.device.type == "cuda":
@@ -209,8 +178,8 @@ def _measure(
         "mask": work.family,
         "density": density_of(work.mask),
         "columns": work.columns,
-        "layout": name_of(plan),
-        "transport": transports_of(plan),
+        "layout": ring_plans.name_of(plan),
+        "transport": ring_plans.transports_of(plan),
         "world_size": plan.placement.world_size,
         "seq_len": plan.seq_len_tokens,
         "heads": plan.model.heads,
@@ -236,11 +205,11 @@ def _attend(planned: PlannedAttention, mask: AttentionMask, q: Tensor, k: Tensor
 
 
 def _memory(plan: Plan, planned: PlannedAttention, figures: Figures) -> dict[str, Any]:
-    predicted = predicted_peak_bytes(plan)
+    predicted = ring_plans.predicted_peak_bytes(plan)
     peak = None if figures.peak_bytes is None else figures.peak_bytes + planned.pool.uncounted_bytes
     return {
         "peak_bytes": peak,
-        "predicted_peak_bytes": predicted,
+        "ring_plans.predicted_peak_bytes": predicted,
         "peak_ratio": None if peak is None else peak / predicted,
     }
 

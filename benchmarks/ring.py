@@ -30,23 +30,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.mask import AttentionMask
-from ..planner.cost.cluster import Cluster, preset_names
+from ..planner.cost.cluster import Cluster
 from ..planner.plan import ModelShape, Plan
+from ..runtime.attention.bound import BoundPlan, bind
 from ..runtime.attention.planned import PlannedAttention
 from ..runtime.baselines.ring import ZigzagAttention
 from ..runtime.baselines.torch_ring import TorchContextParallel
 from ..runtime.comm.channels import Channel, Channels
 from ..runtime.comm.measure import Recorder, collect_timeline
 from ..runtime.comm.mesh import Mesh, join, leave
-from .lib.common import RESULTS, ResultFile
+from ..runtime.comm.start import start_ranks
+from .lib.common import ResultFile
 from .lib.masks import density_of
 from .lib.mtraining import FUNCTIONS as PEERS
 from .lib.mtraining import MTraining, check_peer, measure_peer, refusal
-from .lib.ranks import start_ranks
+from .lib.ring_options import ring_parser
 from .lib.ring_plans import (
-    FAMILIES,
-    MODEL,
-    PLACEMENTS,
     Case,
     Work,
     cluster_of,
@@ -95,28 +94,11 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ring_parser(__doc__)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--two-nodes", action="store_true", help="NCCL sees two nodes: sockets between the halves")
-    parser.add_argument("--seq-len", type=int, default=524288)
-    parser.add_argument("--heads", type=int, nargs=2, default=[MODEL.heads, MODEL.kv_heads], metavar=("QUERY", "KV"))
-    parser.add_argument("--family", nargs="+", default=["slash"], choices=FAMILIES, help="kinds of masks")
-    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
-    parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
     parser.add_argument("--layout", action="append", help="name:parameter=value,…; forward+backward may differ: a/b")
-    parser.add_argument("--placement", nargs="+", default=["striped"], choices=PLACEMENTS,
-                        help="planned: the planner picks placement and layouts, on --cluster")  # fmt: skip
     parser.add_argument("--granularity-blocks", type=int, nargs="+", default=[1], help="blocks of one unit")
-    parser.add_argument(
-        "--narrow-gradients", action="store_true", help="planned: the planner may round dK/dV of others"
-    )
-    parser.add_argument("--keep-all-pairs", action="store_true", help="compute and send what a mask never needs, too")
-    parser.add_argument(
-        "--cluster",
-        default="h200-nvlink-8",
-        help=f"for planned, and for predicted times: file or {', '.join(preset_names())}",
-    )
-    parser.add_argument("--backends", "--backend", nargs="+", default=["triton"], help="triton flash4 blockwise")
     parser.add_argument("--baselines", nargs="+", default=[], choices=[*DENSE_RINGS, *PEERS],
                         help="dense rings (slow); MTraining's sparse rings, over every slash mask")  # fmt: skip
     parser.add_argument("--mtraining", type=Path, metavar="FOLDER", help="folder with MTraining's package minference")
@@ -124,18 +106,16 @@ def _parser() -> argparse.ArgumentParser:
                         help="of the inner rings of mtraining-hierarchical (ranks of a node)")  # fmt: skip
     parser.add_argument("--torch-context-parallel", action="append_const", dest="baselines",
                         const="torch-context-parallel", help="the same as that baseline")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help="two gloo processes and a small layer, to try the road")
     parser.add_argument("--profile", type=Path, help="folder for one timeline per configuration")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
 
 def _start(arguments: argparse.Namespace) -> int:
     half = max(arguments.gpus // 2, 1)
     nodes = [{"NCCL_HOSTID": f"node{rank // half}"} for rank in range(arguments.gpus)] if arguments.two_nodes else []
-    return start_ranks("sparsering.benchmarks.ring", sys.argv[1:], count=arguments.gpus, shared={}, own=nodes)
+    return start_ranks(
+        sys.argv[1:], world_size=arguments.gpus, environment=os.environ, module="sparsering.benchmarks.ring", own=nodes
+    )
 
 
 def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str, Any]]:
@@ -208,11 +188,12 @@ def _measure_planned(
 ) -> dict[str, Any]:
     mask = work.mask.to(mesh.device)
     before = allocated_bytes(mesh)
-    planned = PlannedAttention(plan, mesh, channels=channels)
-    tensors = _tensors(plan, planned.positions[0].numel(), mesh, arguments.seed)
+    bound = bind(plan, mesh)
+    planned = PlannedAttention(bound, channels=channels)
+    tensors = random_tensors(plan.model, bound.own_positions.numel(), mesh, arguments.seed, bound.dtype)
     attend = _attend(planned, mask)
     whole = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    imbalance = _imbalance(planned, tensors, arguments, f"{plan.kernels.backend} {work.family} {name_of(plan)}", mask)
+    imbalance = _imbalance(bound, tensors, arguments, f"{plan.kernels.backend} {work.family} {name_of(plan)}", mask)
     silent: Channel = SilentChannel()
     planned.channels = dict.fromkeys(planned.channels, silent)
     alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
@@ -245,36 +226,29 @@ def _nodes(arguments: argparse.Namespace) -> int:
     return 2 if arguments.two_nodes else 1
 
 
-def _tensors(plan: Plan, tokens: int, mesh: Mesh, seed: int) -> list[Tensor]:
-    return random_tensors(plan.model, tokens, mesh, seed, getattr(torch, plan.dtype))
-
-
 def _attend(planned: PlannedAttention, mask: AttentionMask) -> Callable[..., Tensor]:
     return lambda q, k, v: planned(q, k, v, mask)
 
 
 def _imbalance(
-    planned: PlannedAttention, tensors: list[Tensor], arguments: argparse.Namespace, layout: str, mask: AttentionMask
+    bound: BoundPlan, tensors: list[Tensor], arguments: argparse.Namespace, layout: str, mask: AttentionMask
 ) -> float:
     """Return the worker imbalance of one recorded step; with --profile its timeline is written too."""
     q, k, v, grad_out = tensors
-    mesh = planned.mesh
-    timed = PlannedAttention(
-        planned.plan, mesh, channels=Channels(mesh, timed=True), recorder=Recorder(device=mesh.device)
-    )
-    assert timed.recorder is not None
+    mesh, recorder = bound.mesh, Recorder(device=bound.mesh.device)
+    timed = PlannedAttention(bound, channels=Channels(mesh, timed=True), recorder=recorder)
     for _ in range(2):
         dist.barrier()
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
-        timed.recorder.begin()
+        recorder.begin()
         timed(q, k, v, mask).backward(grad_out)
-    spans = timed.recorder.spans(mesh.rank)
+    spans = recorder.spans(mesh.rank)
     busy = sum(span.duration_us for span in spans if span.stream == "compute")
     everyone = [torch.zeros(1, device=mesh.device) for _ in range(mesh.world_size)]
     dist.all_gather(everyone, torch.tensor([busy], device=mesh.device))
     if arguments.profile is not None:
-        timeline = collect_timeline(mesh, spans, topic=f"profile/{timed.topic}", metadata={"layout": layout})
+        timeline = collect_timeline(mesh, spans, topic=f"profile/{bound.topic}", metadata={"layout": layout})
         if timeline is not None:
             name = layout.translate(str.maketrans("/:=, ", "-----"))
             timeline.save(arguments.profile / f"ring-{name}-{density_of(mask):.3f}.json.gz")

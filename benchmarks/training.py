@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,23 @@ import numpy as np
 import torch
 
 from ..kernels.mask import AttentionMask
-from ..planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from ..kernels.select.vertical_slash import FixedVerticalSlash
+from ..planner.layouts.registry import parse_layout
+from ..planner.plan import AttentionSpec, KernelSpec, ModelShape, make_plan
 from ..planner.schedule.placement import striped
-from ..runtime.attention.planned import Chooser
+from ..runtime.attention.selectors import pattern_chosen_by
 from ..runtime.baselines.flash4 import NAME as FLASH4_RING
 from ..runtime.comm.mesh import Mesh, join, leave
+from ..runtime.comm.start import start_ranks
 from ..runtime.data.writer import Tokenizer, write_data
 from ..runtime.train.config import TrainConfig, parse_config
-from ..runtime.train.loop import StepResult, Trainer
-from ..runtime.train.patterns import replay_and_pay
+from ..runtime.train.loop import Trainer
+from ..runtime.train.metrics import StepResult
+from ..runtime.train.patterns import Observed
 from ..runtime.train.setup import set_up
 from ..traces.files import read_json, write_json
 from .lib.common import RESULTS, ResultFile, require_flash4_ring
 from .lib.masks import density_of, slash_mask
-from .lib.ranks import start_ranks
 
 IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", FLASH4_RING, "torch-context-parallel")
 ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}
@@ -126,9 +129,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _start(arguments: argparse.Namespace, work: Path) -> int:
     _prepare(arguments, work)
-    shared = {"OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    given = [*sys.argv[1:], "--work", str(work)]
-    return start_ranks("sparsering.benchmarks.training", given, count=arguments.gpus, shared=shared)
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return start_ranks(
+        [*sys.argv[1:], "--work", str(work)], world_size=arguments.gpus, environment=environment,
+        module="sparsering.benchmarks.training",
+    )  # fmt: skip
 
 
 def _prepare(arguments: argparse.Namespace, work: Path) -> None:
@@ -157,13 +162,14 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
     masks = _masks(arguments, density, world.device) if density is not None else None
     config = _config(arguments, world, implementation, masks)
     setup = set_up(config, verify_data=False)
-    trainer = Trainer(setup, world, source=_replaying(masks, arguments.layers))
+    replayed = None if masks is None else [masks[layer % len(masks)] for layer in range(arguments.layers)]
+    trainer = Trainer(setup, world, replayed=replayed)
     prepared_s = time.perf_counter() - began
     for _ in range(arguments.warmups):
         trainer.step()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    results = [trainer.step(measured=True) for _ in range(arguments.steps)]
+    results = [trainer.step(Observed(measured=True)) for _ in range(arguments.steps)]
     trainer.close()
     own = _medians(results)
     everyone = world.collect(f"benchmark {implementation} {density}", own)
@@ -236,13 +242,6 @@ def _masks(arguments: argparse.Namespace, density: float, device: torch.device) 
     ]
 
 
-def _replaying(masks: Masks | None, layers: int) -> Callable[..., Callable[[int], Chooser]] | None:
-    if masks is None:
-        return None
-    per_layer = [masks[layer % len(masks)] for layer in range(layers)]
-    return lambda planned, choosers: replay_and_pay(per_layer, choosers)
-
-
 def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, masks: Masks | None) -> TrainConfig:
     work = arguments.work
     plan: dict[str, Any] = {"backend": arguments.backend}
@@ -280,32 +279,28 @@ def _plan(arguments: argparse.Namespace, world: Mesh) -> Any:
     model = TOY if arguments.toy else QWEN25_3B
     heads, kv_heads = int(model["num_attention_heads"]), int(model["num_key_value_heads"])
     forward, _, backward = arguments.layout.partition("/")
-    settings = {"columns": arguments.columns, "slashes": arguments.slashes, "sink_tokens": 30, "window_tokens": 100}
+    selector = FixedVerticalSlash(columns=arguments.columns, slashes=arguments.slashes)
     backend = arguments.backend or ("triton" if world.device.type == "cuda" else "blockwise")
     return make_plan(
-        model=ModelShape(
-            layers=arguments.layers, heads=heads, kv_heads=kv_heads, head_dim=int(model["hidden_size"]) // heads
+        attention=AttentionSpec(
+            model=ModelShape(
+                layers=arguments.layers, heads=heads, kv_heads=kv_heads, head_dim=int(model["hidden_size"]) // heads
+            ),
+            seq_len_tokens=arguments.seq_len,
+            block_size=BLOCK_SIZE,
+            dtype=_dtype(arguments),
+            columns_capacity=arguments.columns,
         ),
-        seq_len_tokens=arguments.seq_len,
-        block_size=BLOCK_SIZE,
-        dtype=_dtype(arguments),
-        columns_capacity=arguments.columns,
         placement=striped(seq_len_tokens=arguments.seq_len, world_size=world.world_size, granularity_tokens=BLOCK_SIZE),
-        forward=_layout(forward),
-        backward=_layout(backward or forward),
-        pattern=PatternSpec(source="choose", selector="vertical-slash", settings=settings),
+        forward=parse_layout(forward),
+        backward=parse_layout(backward or forward),
+        pattern=pattern_chosen_by(selector),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )
 
 
 def _dtype(arguments: argparse.Namespace) -> Any:
     return "float32" if arguments.toy else "bfloat16"
-
-
-def _layout(text: str) -> tuple[str, dict[str, int]]:
-    name, _, parameters = text.partition(":")
-    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
-    return name, {key: int(value) for key, value in pairs}
 
 
 def _name(implementation: str, backend: str, device: str) -> str:

@@ -1,4 +1,4 @@
-"""Rewrites the map in docs/architecture.md: for each file the first sentence of its docstring. `make map` runs it."""
+"""Rewrites the map in docs/architecture.md: each folder with the first sentence of its package. `make map` runs it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs/architecture.md"
-HOUSES = {
-    "traces": "what a model attends to, and what everybody shares",
-    "planner": "who computes what, when; without torch",
-    "simulator": "schedules in simulated time; without torch",
-    "kernels": "attention on tensors; knows nothing of the others",
-    "runtime": "schedules on real processes and GPUs",
-}
+HOUSES = ("traces", "planner", "simulator", "kernels", "runtime")
 BEGIN, END = "<!-- map: begin -->\n", "<!-- map: end -->\n"
 
 
 def first_sentence(path: Path) -> str:
-    """Return the first sentence of a module's docstring, on one line."""
+    """Return the first sentence of a module's docstring, on one line and without a full stop."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     paragraph = " ".join(docstring.partition("\n\n")[0].split())
-    return re.split(r"\. (?=[A-Z])", paragraph)[0].removesuffix(".")
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0].removesuffix(".")
 
 
-def house_map(house: str) -> str:
-    """Return the section of one house."""
-    paths = sorted(path for path in (ROOT / house).rglob("*.py") if path.name != "__init__.py")
-    lines = [f"- `{path.relative_to(ROOT).as_posix()}`: {first_sentence(path)}" for path in paths]
-    return "\n".join([f"**{house}/**: {HOUSES[house]}", "", *lines, ""])
+def packages(house: str) -> list[Path]:
+    """Return the folders of a house that hold Python packages, the house itself first."""
+    return sorted(path.parent for path in (ROOT / house).rglob("__init__.py"))
+
+
+def folder_row(folder: Path) -> str:
+    """Return one folder as a row: its path, the sentence of its package, its files by name."""
+    files = sorted(path.stem for path in folder.glob("*.py") if path.name != "__init__.py")
+    name = folder.relative_to(ROOT).as_posix()
+    return f"| `{name}/` | {first_sentence(folder / '__init__.py')} | {', '.join(files)} |"
+
+
+def rendered() -> str:
+    """Return what belongs between the two marks of the document."""
+    rows = [folder_row(folder) for house in HOUSES for folder in packages(house)]
+    return "\n".join(["", "| folder | what it is | files |", "|---|---|---|", *rows, "", ""])
 
 
 def main() -> None:
     """Replace what stands between the two marks."""
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    sections = "\n".join(house_map(house) for house in HOUSES)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{sections}\n{END}{after}")
+    DOCUMENT.write_text(f"{before}{BEGIN}{rendered()}{END}{after}")
 
 
 if __name__ == "__main__":

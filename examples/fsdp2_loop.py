@@ -9,19 +9,16 @@ attention computes.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from shared import batches, load_model, make_parser
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import sparsering
 from sparsering import Plan
@@ -29,10 +26,10 @@ from sparsering import Plan
 
 def main() -> None:
     """Train for some steps; write every step's loss and norm of gradients, and the trained model."""
-    options = parse()
+    options = make_parser(__doc__).parse_args()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
     plan = sparsering.load_plan(options.plan)
-    model = load_model(options.model)
+    model = load_model(options.model, dtype=torch.float32)
     sparsering.attach(model, plan, mesh)  # before FSDP hides the parameters; collective, as all that follows
     model.gradient_checkpointing_enable()
     shard_parameters(model, plan, device_type=mesh.device.type, world_size=mesh.world_size)
@@ -69,38 +66,6 @@ def shard_parameters(model: PreTrainedModel, plan: Plan, *, device_type: str, wo
     for layer in model.base_model.get_submodule("layers").children():
         fully_shard(layer, mesh=ranks, mp_policy=policy)
     fully_shard(model, mesh=ranks, mp_policy=policy)
-
-
-def batches(options: argparse.Namespace, plan: Plan, *, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Return one whole sequence per step, the same on every rank; labels are not shifted, -100 counts nothing."""
-    if options.tokens is None:
-        seeded = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (options.steps, plan.seq_len_tokens), generator=seeded)
-    else:
-        ids = torch.from_numpy(np.load(options.tokens)).long()
-    labels = ids if options.labels is None else torch.from_numpy(np.load(options.labels)).long()
-    return [{"input_ids": ids[step][None], "labels": labels[step][None]} for step in range(options.steps)]
-
-
-def load_model(path: Path) -> PreTrainedModel:
-    """Return the model of a folder, or one with seeded random weights of a config.json."""
-    if path.is_dir():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
-
-
-def parse() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM, or a config.json")
-    parser.add_argument("--plan", type=Path, required=True, help="what `sparsering plan` wrote, for these ranks")
-    parser.add_argument("--tokens", type=Path, help="token ids [sequences, length] (.npy); default: random ones")
-    parser.add_argument("--labels", type=Path, help="labels of the same shape (.npy); default: the tokens")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder for steps.json and the model")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-import numpy as np
 import torch
+from shared import load_model, make_parser, same_on_every_rank, sequences
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import sparsering
 from sparsering import Mesh, Plan
@@ -42,18 +41,14 @@ class ContextParallelTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffle by the run's seed alone; the Trainer's own loader would deal the sequences out to the ranks."""
-        return DataLoader(
-            self.train_dataset,  # pyright: ignore[reportArgumentType] # the Trainer leaves its type open
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self.data_collator,
-        )
+        return same_on_every_rank(self, self.train_dataset)
 
 
 def main() -> None:
     """Join the other ranks, train, and leave."""
-    options = parse()
+    parser = make_parser(__doc__)
+    parser.add_argument("--accumulate", type=int, default=1, help="sequences per optimizer step")
+    options = parser.parse_args()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
     train(options, mesh)
     sparsering.leave()
@@ -66,6 +61,7 @@ def train(options: argparse.Namespace, mesh: Mesh) -> None:
     model = load_model(options.model, dtype=torch.float32 if low else getattr(torch, plan.dtype))
     sparsering.attach(model, plan, mesh)
     model.gradient_checkpointing_enable()
+    count = options.steps * options.accumulate
     trainer = ContextParallelTrainer(
         model=model,
         args=TrainingArguments(
@@ -81,7 +77,7 @@ def train(options: argparse.Namespace, mesh: Mesh) -> None:
             save_strategy="no",
             report_to="none",
         ),
-        train_dataset=sequences(options, plan, vocabulary=model.config.vocab_size),
+        train_dataset=TensorDataset(*sequences(options, plan, count=count, vocabulary=model.config.vocab_size)),
         data_collator=ShardCollator(plan, mesh.rank),
     )
     trainer.train()
@@ -89,39 +85,6 @@ def train(options: argparse.Namespace, mesh: Mesh) -> None:
     if mesh.rank == 0:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         (options.out / "steps.json").write_text(json.dumps(steps))
-
-
-def sequences(options: argparse.Namespace, plan: Plan, *, vocabulary: int) -> TensorDataset:
-    """Return whole sequences, the same on every rank; labels are not shifted, -100 counts nothing."""
-    if options.tokens is None:
-        seeded = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (options.steps * options.accumulate, plan.seq_len_tokens), generator=seeded)
-    else:
-        ids = torch.from_numpy(np.load(options.tokens)).long()
-    labels = ids if options.labels is None else torch.from_numpy(np.load(options.labels)).long()
-    return TensorDataset(ids, labels)
-
-
-def load_model(path: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a folder, or one with seeded random weights of a config.json, in the plan's type."""
-    if path.is_dir():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-
-
-def parse() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM, or a config.json")
-    parser.add_argument("--plan", type=Path, required=True, help="what `sparsering plan` wrote, for these ranks")
-    parser.add_argument("--tokens", type=Path, help="token ids [sequences, length] (.npy); default: random ones")
-    parser.add_argument("--labels", type=Path, help="labels of the same shape (.npy); default: the tokens")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--accumulate", type=int, default=1, help="sequences per optimizer step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder for steps.json and the model")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,24 +8,19 @@ to be scaled. All ranks start with the same adapters (one seed) and take the sam
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from shared import batches, load_model, make_parser
 
 import sparsering
-from sparsering import Plan
 
 
 def main() -> None:
     """Train adapters for some steps; write every step's loss and norm of gradients, and the adapters."""
-    options = parse()
+    options = make_parser(__doc__, out="adapter").parse_args()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo
     plan = sparsering.load_plan(options.plan)
     model = load_model(options.model, dtype=getattr(torch, plan.dtype))
@@ -58,38 +53,6 @@ def main() -> None:
         adapted.save_pretrained(options.out)
         (options.out / "steps.json").write_text(json.dumps(steps))
     sparsering.leave()
-
-
-def batches(options: argparse.Namespace, plan: Plan, *, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Return one whole sequence per step, the same on every rank; labels are not shifted, -100 counts nothing."""
-    if options.tokens is None:
-        seeded = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (options.steps, plan.seq_len_tokens), generator=seeded)
-    else:
-        ids = torch.from_numpy(np.load(options.tokens)).long()
-    labels = ids if options.labels is None else torch.from_numpy(np.load(options.labels)).long()
-    return [{"input_ids": ids[step][None], "labels": labels[step][None]} for step in range(options.steps)]
-
-
-def load_model(path: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a folder, or one with seeded random weights of a config.json, in the plan's type."""
-    if path.is_dir():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-
-
-def parse() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM, or a config.json")
-    parser.add_argument("--plan", type=Path, required=True, help="what `sparsering plan` wrote, for these ranks")
-    parser.add_argument("--tokens", type=Path, help="token ids [sequences, length] (.npy); default: random ones")
-    parser.add_argument("--labels", type=Path, help="labels of the same shape (.npy); default: the tokens")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=Path("adapter"), help="folder for steps.json and the adapters")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from shared import make_parser, same_on_every_rank
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,18 +48,14 @@ class ContextParallelSFTTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffle by the run's seed alone; the Trainer's own loader would deal the examples out to the ranks."""
-        return DataLoader(
-            self.train_dataset,  # pyright: ignore[reportArgumentType] # the Trainer leaves its type open
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self.data_collator,
-        )
+        return same_on_every_rank(self, self.train_dataset)
 
 
 def main() -> None:
     """Join the other ranks, train, and leave."""
-    options = parse()
+    parser = make_parser(__doc__, tokens=False)
+    parser.add_argument("--data", type=Path, required=True, help='JSON lines of {"prompt": …, "completion": …}')
+    options = parser.parse_args()
     mesh = sparsering.join()  # under torchrun: NCCL where there are GPUs, else gloo; the Trainer uses what is there
     train(options, mesh)
     sparsering.leave()
@@ -95,18 +92,6 @@ def train(options: argparse.Namespace, mesh: Mesh) -> None:
     if mesh.rank == 0:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         (options.out / "steps.json").write_text(json.dumps(steps))
-
-
-def parse() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM with its tokenizer")
-    parser.add_argument("--plan", type=Path, required=True, help="what `sparsering plan` wrote, for these ranks")
-    parser.add_argument("--data", type=Path, required=True, help='JSON lines of {"prompt": …, "completion": …}')
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder for steps.json and the model")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .api import BACKENDS, full_attention
+from .api import backend_names, full_attention
 from .mask import AttentionMask
 
 SHAPE = {"batch": 1, "tokens": 500, "heads": 4, "kv_heads": 2, "head_dim": 64}
@@ -56,7 +56,7 @@ def doctor(
             name: _version(name) for name in ("sparsering", "torch", "triton", "transformers", "flash-attn-4")
         },
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
-        "backends": {name: _tried(name, device) for name in BACKENDS},
+        "backends": {name: _tried(name, device) for name in backend_names()},
     }
     typer.echo(json.dumps(found) if as_json else _page(found))
     if any(verdict["state"] == "wrong" for verdict in found["backends"].values()):

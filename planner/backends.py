@@ -1,6 +1,8 @@
-"""What each kernel backend takes: head dims, mask blocks, types; a test holds it equal to the kernels' own tables.
+"""The one table of what plans must know of each kernel backend: how it launches, and what it takes.
 
-What no GPU kernel takes is refused when a plan is made or read, not by the GPU that it is run on.
+What no GPU kernel takes is refused when a plan is made or read, not by the GPU that it is run on. Planning imports no
+kernels, so a test holds the table equal to them. A backend of one's own (kernels/backend.py) is planned with after
+`register_backend`.
 """
 
 from __future__ import annotations
@@ -13,13 +15,21 @@ FASTEST = "fastest"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
-    """What one backend takes; None: any.
+class BackendFacts:
+    """How one backend launches, and what it takes; the defaults are those of kernels in plain torch.
 
-    head_dims: those that its kernels have, ascending. padded_step: other head dims that are multiples of it, below the
-    largest, are computed as the next one with zeros behind them (kernels/triton/padded.py); None: no others are taken.
+    joins_keys: key shards that lie one after the other are one to it. fuses_columns: it attends columns in the launch
+    of keys. rounds_gradients: it writes a launch's dK and dV in the type of q, k and v. whole_blocks: shards must hold
+    whole mask blocks.
+    What it takes, None for any. head_dims: those that its kernels have, ascending. padded_step: other head dims that
+    are multiples of it, below the largest, are computed as the next one with zeros behind them
+    (kernels/triton/padded.py); None: no others are taken.
     """
 
+    joins_keys: bool = False
+    fuses_columns: bool = False
+    rounds_gradients: bool = False
+    whole_blocks: bool = False
     head_dims: tuple[int, ...] | None = None
     padded_step: int | None = None
     block_sizes: tuple[int, ...] | None = None
@@ -44,15 +54,45 @@ class Taken:
         return None
 
 
-TAKEN: dict[str, Taken] = {
-    "reference": Taken(),
-    "blockwise": Taken(),
-    "triton": Taken(head_dims=(16, 32, 64, 128), padded_step=8, block_sizes=(16, 32, 64, 128)),
-    "flash4": Taken(head_dims=(64, 128), block_sizes=(128,), dtypes=("float16", "bfloat16")),
+BACKENDS: dict[str, BackendFacts] = {
+    "reference": BackendFacts(),
+    "blockwise": BackendFacts(),
+    "triton": BackendFacts(
+        joins_keys=True,
+        fuses_columns=True,
+        whole_blocks=True,
+        head_dims=(16, 32, 64, 128),
+        padded_step=8,
+        block_sizes=(16, 32, 64, 128),
+    ),
+    "flash4": BackendFacts(
+        joins_keys=True,
+        rounds_gradients=True,
+        whole_blocks=True,
+        head_dims=(64, 128),
+        block_sizes=(128,),
+        dtypes=("float16", "bfloat16"),
+    ),
 }
 # What "fastest" becomes on a GPU: the first that takes the attention. Without a GPU it is blockwise, which takes any,
 # but a plan is not known to stay there.
 ON_GPUS = ("flash4", "triton")
+FASTEST_FACTS = BackendFacts(whole_blocks=True)
+
+
+def register_backend(name: str, facts: BackendFacts) -> None:
+    """Make a backend known to plans. Raises ValueError when the name has other facts."""
+    if BACKENDS.setdefault(name, facts) != facts:
+        raise ValueError(f"backend: {name!r} is known already, as {BACKENDS[name]}")
+
+
+def facts_of(backend: str) -> BackendFacts:
+    """Return the facts of a backend, or what is planned with before "fastest" became one. InputError for others."""
+    if backend == FASTEST:
+        return FASTEST_FACTS
+    if backend not in BACKENDS:
+        raise InputError(f"{backend!r} is not one of {', '.join((*BACKENDS, FASTEST))}", field="backend")
+    return BACKENDS[backend]
 
 
 def computed_head_dim(backend: str, *, head_dim: int, dtype: str, block_size: int) -> int:
@@ -61,9 +101,9 @@ def computed_head_dim(backend: str, *, head_dim: int, dtype: str, block_size: in
     Raises UnsupportedError, in one line that names the field, its value and what is taken, where they do not take it;
     InputError for a backend that there is not.
     """
-    if backend not in (*TAKEN, FASTEST):
-        raise InputError(f"{backend!r} is not one of {', '.join((*TAKEN, FASTEST))}", field="backend")
-    problems = [TAKEN[name].problem(head_dim=head_dim, dtype=dtype, block_size=block_size) for name in _meant(backend)]
+    facts_of(backend)
+    meant = [BACKENDS[name] for name in _meant(backend)]
+    problems = [facts.problem(head_dim=head_dim, dtype=dtype, block_size=block_size) for facts in meant]
     if None in problems:
         return kernel_head_dim(backend, head_dim)
     assert problems[-1] is not None
@@ -76,7 +116,7 @@ def computed_head_dim(backend: str, *, head_dim: int, dtype: str, block_size: in
 
 def kernel_head_dim(backend: str, head_dim: int) -> int:
     """Return the same by head dim alone; what is not taken, as it is: for prices and sizes of what is never run."""
-    found = (TAKEN[name].kernel_head_dim(head_dim) for name in _meant(backend))
+    found = (BACKENDS[name].kernel_head_dim(head_dim) for name in _meant(backend))
     return next((dim for dim in found if dim is not None), head_dim)
 
 

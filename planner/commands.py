@@ -23,12 +23,12 @@ from ..traces.files import require_output
 from .check.check import CheckReport, check_step
 from .check.check import check as prove
 from .cost.cluster import load_cluster, preset_names
-from .layouts.registry import LAYOUTS
+from .layouts.registry import layout_names
 from .plan import DType, KernelSpec, Plan, load_launches, load_plan
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
-from .search.candidates import PLACEMENTS
+from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
 from .search.sampling import Progress as Report
-from .search.search import DEFAULT_MEMORY_FRACTION, plan_trace
+from .search.search import plan_trace
 
 SHOWN_CANDIDATES = 12
 BACKENDS = get_args(KernelSpec.model_fields["backend"].annotation)
@@ -62,7 +62,7 @@ def plan(
     layers: Annotated[str | None, typer.Option(help="Layers to evaluate, as 0,17; default: four, spread.")] = None,
     evaluator: Annotated[str, typer.Option(help="Has the last word: simulator or recurrence.")] = "simulator",
     layout: Annotated[
-        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(LAYOUTS)}.")
+        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(layout_names())}.")
     ] = None,
     placement: Annotated[
         list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(PLACEMENTS)}.")
@@ -87,25 +87,28 @@ def plan(
     ):
         _one_of(field, value, known)
     require_output(output, kind="plan", key="placement")
+    space = SearchSpace(
+        layouts=tuple(layout or ()),
+        placements=tuple(placement or ()),
+        narrow_gradients=narrow_gradients,
+        pulls=not no_pulls,
+        memory_limit_bytes=memory_limit_bytes,
+        memory_fraction=memory_fraction,
+        steps=_numbers("--steps", steps),
+        layers=_numbers("--layers", layers),
+        pattern=pattern,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]  # checked above
+        kernels=KernelSpec.model_validate(
+            {"backend": backend, "tuned": None if launches is None else load_launches(launches)}
+        ),
+    )
     with _progress() as report:
         made = plan_trace(
             Trace.open(trace),
             load_cluster(cluster),
+            space,
             evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
-            dtype=dtype,  # pyright: ignore[reportArgumentType]  # checked above
-            backend=backend,
-            tuned=None if launches is None else load_launches(launches),
-            memory_limit_bytes=memory_limit_bytes,
-            memory_fraction=memory_fraction,
-            steps=_numbers("--steps", steps),
-            layers=_numbers("--layers", layers),
-            layouts=layout,
-            placements=placement,
-            narrow_gradients=narrow_gradients,
-            pulls=not no_pulls,
-            pattern=pattern,
-            seed=seed,
-            command=shlex.join(["sparsering", *sys.argv[1:]]),
+            provenance={"command": shlex.join(["sparsering", *sys.argv[1:]]), "seed": seed},
             progress=report,
         )
     made.save(output)
@@ -155,11 +158,11 @@ def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"{value!r} is not one of {', '.join(known)}", field=field)
 
 
-def _numbers(field: str, text: str | None) -> list[int] | None:
+def _numbers(field: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"{text!r} is not a list of whole numbers such as 0,10", field=field) from error
 
@@ -252,7 +255,7 @@ def _candidates_table(told: Mapping[str, Any]) -> Table:
     for row in shown:
         table.add_row(
             f"{row['placement']} {row['granularity_tokens']}",
-            _layout_in_words(row["layout"], row["parameters"]),
+            row["in_words"],
             f"{row['step_time_us']:,.0f}",
             f"{row['worker_imbalance']:.3f}",
             f"{row['step_imbalance']:.3f}",
@@ -267,14 +270,9 @@ def _remark(row: Mapping[str, Any], evaluator: str) -> str:
     return ", ".join(filter(None, [*remarks, "" if row["evaluator"] == evaluator else "estimate"]))
 
 
-def _layout_in_words(layout: str, parameters: Mapping[str, int]) -> str:
-    return " ".join([layout, *(f"{name}={value}" for name, value in parameters.items())])
-
-
 def _in_words(made: Plan) -> str:
-    words = [_layout_in_words(spec.layout, spec.parameters) for spec in (made.forward, made.backward)]
     placed = f"{made.placement.name} in units of {made.placement.granularity_tokens} tokens on {made.world_size} ranks"
-    return f"{placed}, forward {words[0]}, backward {words[1]}"
+    return f"{placed}, forward {made.forward.value}, backward {made.backward.value}"
 
 
 def _show_proof(made: Plan, reports: Mapping[Direction, CheckReport]) -> None:

@@ -10,103 +10,56 @@ from __future__ import annotations
 from collections.abc import Hashable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.validation import validation_error
 from .backends import computed_head_dim
-from .layouts.registry import build
+from .layouts.layout import Layout
 from .schedule.heads import HeadOrder, is_order
 from .schedule.pairs import Pairs, pattern_pairs
 from .schedule.placement import Placement
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .schedule.shape import AttentionShape
+from .specs import (
+    ELEMENT_BYTES,
+    AttentionSpec,
+    DType,
+    KernelSpec,
+    LayoutSpec,
+    ModelShape,
+    PatternSpec,
+    PlacementSpec,
+    TunedLaunches,
+)
+
+__all__ = [
+    "ELEMENT_BYTES",
+    "AttentionSpec",
+    "DType",
+    "KernelSpec",
+    "LayoutSpec",
+    "ModelShape",
+    "PatternSpec",
+    "Plan",
+    "TunedLaunches",
+    "load_launches",
+    "load_plan",
+    "make_plan",
+]
 
 PLAN_SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
-UNDIGESTED = ("digest", "predictions", "provenance")
+UNDIGESTED = {"digest", "predictions", "provenance"}
 RECORD = "record_sha256"  # in the file only: SHA-256 of predictions and provenance
 
-DType = Literal["bfloat16", "float16", "float32", "float64"]
-ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelShape(_Strict):
-    """What a plan needs to know of the model."""
-
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-
-
-class PlacementSpec(_Strict):
-    """A placement in the file. units: unit numbers in rank-major order, ranks * units per rank of them."""
-
-    name: str
-    world_size: int = Field(gt=0, le=65536)
-    granularity_tokens: int = Field(gt=0)
-    units: tuple[int, ...]
-
-
-class LayoutSpec(_Strict):
-    """A layout by name and parameters, and the SHA-256 of the schedule it expands to."""
-
-    layout: str
-    parameters: dict[str, int]
-    schedule_sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class PatternSpec(_Strict):
-    """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector."""
-
-    source: Literal["trace", "choose"]
-    selector: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    trace_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-
-
-class LaunchSpec(_Strict):
-    """M query rows, N keys, warps and stages of one kernel; tma: loads by descriptors; registers: a cap, or 0."""
-
-    m: int = Field(gt=0)
-    n: int = Field(gt=0)
-    warps: int = Field(gt=0)
-    stages: int = Field(gt=0)
-    tma: bool
-    registers: int = Field(default=0, ge=0)
-
-
-class TunedLaunches(_Strict):
-    """What `sparsering doctor --kernels --tune` found on GPUs of one compute capability, for one shape."""
-
-    capability: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    block_size: int = Field(gt=0)
-    launches: dict[str, LaunchSpec]
-
-
-class KernelSpec(_Strict):
-    """Kernel settings that every rank must share. tuned: launches to prefer where they were tuned for.
-
-    backend "fastest" is settled where the plan runs, by all ranks alike: flash4 where it is installed and supported,
-    else triton; blockwise without a GPU.
-    """
-
-    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] = "triton"
-    tuned: TunedLaunches | None = None
-
-
-class Plan(_Strict):
+class Plan(AttentionSpec):
     """One file that says what every rank does. Build with `make_plan`, read with `load_plan`.
 
     pairs: rows of 0 and 1, the (query part, key part) pairs that are computed (see `Pairs`); None: all of them.
@@ -114,11 +67,6 @@ class Plan(_Strict):
     """
 
     schema_version: Literal[1] = PLAN_SCHEMA_VERSION
-    model: ModelShape
-    seq_len_tokens: int = Field(gt=0)
-    block_size: int = Field(gt=0)
-    dtype: DType
-    columns_capacity: int = Field(ge=0)
     placement: PlacementSpec
     forward: LayoutSpec
     backward: LayoutSpec
@@ -137,13 +85,7 @@ class Plan(_Strict):
 
     def compute_digest(self) -> str:
         """Return the SHA-256 of everything that decides what ranks do."""
-        document = self._document()
-        return sha256_of_bytes(canonical_json({name: document[name] for name in document if name not in UNDIGESTED}))
-
-    def _document(self) -> dict[str, Any]:
-        """Return the plan as JSON values; what is None and was not in the first plans is left out."""
-        later = {name for name in ("pairs", "head_orders") if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=later)
+        return sha256_of_bytes(canonical_json(self.model_dump(mode="json", exclude=UNDIGESTED)))
 
     def active_pairs(self) -> Pairs:
         """Return the (query part, key part) pairs that are computed."""
@@ -151,17 +93,8 @@ class Plan(_Strict):
 
     def attention_shape(self) -> AttentionShape:
         """Return the sizes that the schedules are built from."""
-        element_bytes = ELEMENT_BYTES[self.dtype]
-        return AttentionShape(
-            world_size=self.world_size,
-            tokens_per_rank=len(self.placement.units) // self.world_size * self.placement.granularity_tokens,
-            heads=self.model.heads,
-            kv_heads=self.model.kv_heads,
-            head_dim=self.model.head_dim,
-            element_bytes=element_bytes,
-            accumulator_bytes=max(4, element_bytes),
-            columns_capacity=self.columns_capacity,
-        )
+        units = len(self.placement.units) // self.world_size
+        return self.shape_of(world_size=self.world_size, tokens_per_rank=units * self.placement.granularity_tokens)
 
     def require_kernels(self) -> None:
         """Refuse what the plan's kernels do not compute: UnsupportedError names the field, its value, what is taken."""
@@ -191,26 +124,33 @@ class Plan(_Strict):
             units=np.array(self.placement.units, dtype=np.int64).reshape(self.world_size, -1),
         )
 
+    def spec(self, direction: Direction) -> LayoutSpec:
+        """Return what the plan says of one direction."""
+        return self.forward if direction == "forward" else self.backward
+
     def schedule(self, direction: Direction) -> Schedule:
         """Expand the schedule of one direction; InputError when it is not the one that was planned."""
-        spec = self.forward if direction == "forward" else self.backward
-        schedule = self.build_schedule(direction)
+        spec, schedule = self.spec(direction), self.build_schedule(direction)
         if schedule.sha256() != spec.schedule_sha256:
             raise InputError(
-                f"layout {spec.layout!r} {spec.parameters} no longer expands to the schedule that was planned",
+                f"layout {spec.value} no longer expands to the schedule that was planned",
                 field=f"{direction}.schedule_sha256",
             )
         return schedule
 
     def build_schedule(self, direction: Direction) -> Schedule:
-        """Expand the schedule of one direction, whatever its hash. The same object each time: it is built once."""
-        spec = self.forward if direction == "forward" else self.backward
+        """Expand the schedule of one direction, whatever its hash. The same object each time: it is built once.
+
+        InputError, naming the direction and what is wrong, where the layout is none or does not apply.
+        """
         shape, pairs = self.attention_shape(), self.active_pairs()
-        key = (direction, spec.layout, tuple(sorted(spec.parameters.items())), shape, pairs)
-        if key not in self.built_schedules:
-            self.built_schedules[key] = build(
-                spec.layout, spec.parameters, shape=shape, direction=direction, pairs=pairs
-            )
+        try:
+            layout = self.spec(direction).value
+            key = (direction, layout, shape, pairs)
+            if key not in self.built_schedules:
+                self.built_schedules[key] = layout.build(shape=shape, direction=direction, pairs=pairs)
+        except InputError as error:
+            raise type(error)(str(error), field=direction) from error
         return self.built_schedules[key]
 
     @cached_property
@@ -224,9 +164,13 @@ class Plan(_Strict):
         kept = {name: value for name, value in state["__dict__"].items() if name != "built_schedules"}
         return {**state, "__dict__": kept}
 
+    def with_record(self, *, predictions: dict[str, Any] | None = None, provenance: dict[str, Any]) -> Self:
+        """Return the plan, its digest the same, with what was predicted of it and how it came about."""
+        return self.model_copy(update={"predictions": predictions or {}, "provenance": provenance})
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""
-        document = self._document()
+        document = self.model_dump(mode="json")
         write_json(path, document | {RECORD: _record_sha256(document)})
 
     def require(self, *, world_size: int | None = None, model: ModelShape | None = None,
@@ -246,53 +190,35 @@ class Plan(_Strict):
 
 def make_plan(
     *,
-    model: ModelShape,
-    seq_len_tokens: int,
-    block_size: int,
-    dtype: DType,
-    columns_capacity: int,
+    attention: AttentionSpec,
     placement: Placement,
-    forward: tuple[str, dict[str, int]],
-    backward: tuple[str, dict[str, int]],
+    forward: Layout,
+    backward: Layout | None = None,
     pattern: PatternSpec,
     kernels: KernelSpec,
     pairs: Pairs | None = None,
     head_orders: tuple[HeadOrder, ...] | None = None,
-    predictions: dict[str, Any] | None = None,
-    provenance: dict[str, Any] | None = None,
 ) -> Plan:
     """Build a plan, expand its schedules for their hashes, and seal it with its digest.
 
-    forward, backward: (layout name, parameters). pairs: those that may have work; None: all. head_orders: by layer.
-    UnsupportedError where the kernels named do not take the head dim, type or block size.
+    backward: its layout; None: that of forward. pairs: those that may have work; None: all. head_orders: by layer.
+    UnsupportedError where the kernels named do not take the head dim, type or block size, or a layout not the sizes.
     """
     plan = Plan(
-        model=model,
-        seq_len_tokens=seq_len_tokens,
-        block_size=block_size,
-        dtype=dtype,
-        columns_capacity=columns_capacity,
-        placement=PlacementSpec(
-            name=placement.name,
-            world_size=placement.world_size,
-            granularity_tokens=placement.granularity_tokens,
-            units=tuple(int(unit) for unit in placement.units.reshape(-1)),
-        ),
-        forward=LayoutSpec(layout=forward[0], parameters=forward[1], schedule_sha256="0" * 64),
-        backward=LayoutSpec(layout=backward[0], parameters=backward[1], schedule_sha256="0" * 64),
+        **dict(attention),
+        placement=PlacementSpec.of(placement),
+        forward=LayoutSpec.of(forward),
+        backward=LayoutSpec.of(backward or forward),
         pattern=pattern,
         kernels=kernels,
         pairs=None if pairs is None or pairs.complete else pairs.rows,
         head_orders=head_orders,
-        predictions=predictions or {},
-        provenance=provenance or {},
     )
     plan.require_kernels()
-    sealed = {}
-    directions: tuple[tuple[Direction, LayoutSpec], ...] = (("forward", plan.forward), ("backward", plan.backward))
-    for direction, spec in directions:
-        sealed[direction] = spec.model_copy(update={"schedule_sha256": plan.build_schedule(direction).sha256()})
-    plan = plan.model_copy(update=sealed)
+    hashes = {direction: plan.build_schedule(direction).sha256() for direction in DIRECTIONS}
+    plan = plan.model_copy(
+        update={way: plan.spec(way).model_copy(update={"schedule_sha256": hashes[way]}) for way in DIRECTIONS}
+    )
     return plan.model_copy(update={"digest": plan.compute_digest()})
 
 
@@ -355,3 +281,34 @@ def _check_head_orders(plan: Plan) -> None:
     for layer, order in enumerate(plan.head_orders):
         if not is_order(order, heads=plan.model.heads, kv_heads=plan.model.kv_heads):
             raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
+
+
+# --- transitional: callers are being moved to values ---
+_make_plan = make_plan
+
+
+def _as_layout(given, shape_world):  # pyright: ignore
+    from .layouts.registry import make_layout
+
+    if given is None or isinstance(given, Layout):
+        return given
+    name, parameters = given
+    flags = ("keep_kv", "pull", "narrow_gradients", "halves")
+    fixed = {key.replace("narrow_grads", "narrow_gradients"): value for key, value in parameters.items()}
+    fixed = {key: bool(value) if key in flags and value in (0, 1) else value for key, value in fixed.items()}
+    if name == "ulysses":
+        fixed = {"degree": shape_world} | fixed
+    return make_layout(name, fixed)
+
+
+def make_plan(**given):  # pyright: ignore
+    """Transitional: takes old arguments too."""
+    if "attention" not in given:
+        names = ("model", "seq_len_tokens", "block_size", "dtype", "columns_capacity")
+        given["attention"] = AttentionSpec(**{name: given.pop(name) for name in names})
+    world = given["placement"].world_size
+    for way in DIRECTIONS:
+        given[way] = _as_layout(given.get(way), world)
+    record = {name: given.pop(name) for name in ("predictions", "provenance") if given.get(name)}
+    plan = _make_plan(**{name: value for name, value in given.items() if name not in ("predictions", "provenance")})
+    return plan.model_copy(update=record)

@@ -1,10 +1,8 @@
-"""The verbs `simulate`, `compare` and `ladder`."""
+"""The verbs `simulate` and `compare`."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +15,7 @@ from ..planner.cost.cluster import load_cluster, preset_names
 from ..planner.plan import load_plan
 from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError
-from ..traces.files import write_atomically, write_json
 from ..traces.timeline import Timeline
-from .ladder import climb, default_variants
-from .ladder_page import markdown, require_page, result_document, result_path
 from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
 from .simulate_plan import UNVALIDATED, simulate_plan
 
@@ -98,25 +93,6 @@ def compare(
         return
     for direction in dict.fromkeys([*metrics[0], *metrics[1]]):
         _show_comparison(direction, names, metrics[0].get(direction), metrics[1].get(direction))
-
-
-def ladder(
-    page: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Folder for a benchmark result file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Simulate MTraining's ladder: Qwen2.5-3B at 512K tokens on 32 A100s, beside the published speed-ups."""
-    if page is not None:
-        require_page(page)
-    command = shlex.join(["sparsering", *sys.argv[1:]])
-    with Console(stderr=True).status("simulating"):
-        found = climb(default_variants())
-    document = result_document(found, command=command)
-    if results is not None:
-        write_json(result_path(results, document), document)
-    if page is not None:
-        write_atomically(page, markdown(found, command=command).encode())
-    typer.echo(json.dumps(document) if as_json else markdown(found, command=command))
 
 
 def _show_simulation(facts: dict[str, Any], metrics: list[DirectionMetrics]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ..planner.cost.evaluation import Evaluation
 from ..planner.cost.timing import NS_PER_US, legs_of
 from ..planner.schedule.launches import launch_name
 from ..planner.schedule.schedule import Direction, GroupCall, Task
-from ..traces.timeline import COMPUTE_STREAM, Flow, Span, Timeline
+from ..traces.timeline import COMPUTE_STREAM, Flow, FlowEnd, Span, Timeline
 
 TransferTimes = Mapping[tuple[str, str], tuple[int, int]]  # (communicator, transfer id) -> began to move, arrived
 
@@ -55,7 +56,12 @@ class Recorder:
         )
 
     def _timeline(self, transfers: TransferTimes) -> Timeline:
-        spans = [self._launch_span(*record) for record in self._launches]
+        spans = [
+            self._span(
+                rank, phase, start_ns, end_ns, stream=COMPUTE_STREAM, name=launch_name(tasks), category="compute"
+            )
+            for rank, phase, tasks, start_ns, end_ns in self._launches
+        ]
         spans += [self._call_span(*record) for record in self._calls]
         return Timeline(
             source="simulated",
@@ -64,33 +70,17 @@ class Recorder:
             flows=tuple(flow for rank, _, call, *_ in self._calls for flow in _sends(rank, call, transfers)),
         )
 
-    def _launch_span(self, rank: int, phase: int, tasks: tuple[Task, ...], start_ns: int, end_ns: int) -> Span:
-        return Span(
-            rank=rank,
-            stream=COMPUTE_STREAM,
-            name=launch_name(tasks),
-            category="compute",
-            direction=self._direction,
-            phase=phase,
-            start_us=start_ns / NS_PER_US,
-            duration_us=(end_ns - start_ns) / NS_PER_US,
-        )
+    def _span(self, rank: int, phase: int, start_ns: int, end_ns: int, **what: Any) -> Span:
+        times = {"start_us": start_ns / NS_PER_US, "duration_us": (end_ns - start_ns) / NS_PER_US}
+        return Span(rank=rank, phase=phase, direction=self._direction, **times, **what)
 
     def _call_span(
         self, rank: int, phase: int, call: GroupCall, group: tuple[int, ...], start_ns: int, end_ns: int
     ) -> Span:
         legs = [leg for transfer in call.transfers for leg in legs_of(transfer, group)]
-        return Span(
-            rank=rank,
-            stream=call.communicator,
-            name=_call_name(rank, call),
-            category=call.transfers[0].kind,
-            direction=self._direction,
-            phase=phase,
-            start_us=start_ns / NS_PER_US,
-            duration_us=(end_ns - start_ns) / NS_PER_US,
-            nbytes=sum(leg.nbytes for leg in legs for end in (leg.source, leg.destination) if end == rank),
-        )
+        nbytes = sum(leg.nbytes for leg in legs for end in (leg.source, leg.destination) if end == rank)
+        what = {"name": _call_name(rank, call), "category": call.transfers[0].kind, "nbytes": nbytes}
+        return self._span(rank, phase, start_ns, end_ns, stream=call.communicator, **what)
 
 
 def _call_name(rank: int, call: GroupCall) -> str:
@@ -109,22 +99,23 @@ def _sends(rank: int, call: GroupCall, transfers: TransferTimes) -> Iterator[Flo
     for transfer in call.transfers:
         if transfer.source == rank:
             began_ns, arrived_ns = transfers[transfer.communicator, transfer.id]
-            yield Flow(
-                source_rank=rank,
-                source_stream=transfer.communicator,
-                source_us=began_ns / NS_PER_US,
-                destination_rank=transfer.destination,
-                destination_stream=transfer.communicator,
-                destination_us=max(began_ns, arrived_ns - 1) / NS_PER_US,  # an end bound to a slice lies inside it
-                name=transfer.id,
+            end_ns = max(began_ns, arrived_ns - 1)  # an end bound to a slice lies inside it
+            source, destination = (
+                FlowEnd(rank=end, stream=transfer.communicator, time_us=time_ns / NS_PER_US)
+                for end, time_ns in ((rank, began_ns), (transfer.destination, end_ns))
             )
+            yield Flow(name=transfer.id, source=source, destination=destination)
 
 
 def followed_by(first: Timeline, second: Timeline, *, start_us: float) -> Timeline:
     """Return one timeline in which `second` begins at `start_us` of `first`."""
     spans = tuple(replace(span, start_us=span.start_us + start_us) for span in second.spans)
     flows = tuple(
-        replace(flow, source_us=flow.source_us + start_us, destination_us=flow.destination_us + start_us)
+        replace(flow, source=_later(flow.source, start_us), destination=_later(flow.destination, start_us))
         for flow in second.flows
     )
     return replace(first, spans=first.spans + spans, flows=first.flows + flows)
+
+
+def _later(end: FlowEnd, by_us: float) -> FlowEnd:
+    return replace(end, time_us=end.time_us + by_us)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .dataset.store import Trace
 from .errors import InputError
+from .pattern import BLOCK_SIZES
 from .stats import describe, summarize
 from .synthetic import GENERATORS, SyntheticSettings, write_synthetic_trace
 
@@ -39,7 +40,7 @@ def synthesize(
     as_json: JsonOption = False,
 ) -> None:
     """Write a synthetic trace: patterns of a known kind, drawn from a seed."""
-    if block_size not in (64, 128):
+    if block_size not in BLOCK_SIZES:
         raise InputError(f"is {block_size}, must be 64 or 128", field="--block-size")
     settings = SyntheticSettings(
         seq_len_tokens=seq_len,

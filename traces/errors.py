@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+MAX_SHOWN_CHARACTERS = 60
+MAX_FIELD_CHARACTERS = 120
 
 
 class InputError(ValueError):
@@ -25,3 +29,19 @@ class UnsupportedError(InputError):
 
 class ScheduleError(AssertionError):
     """A schedule that breaks a rule of `planner.check.check`; the message names rank, phase and the object."""
+
+
+def field_name(place: Iterable[str | int]) -> str:
+    """Return the keys that lead to a value as one short printable name: `gpu.memory_bytes`."""
+    parts = (str(part) for part in place)
+    return shortened(".".join(part if part.isprintable() else repr(part) for part in parts), MAX_FIELD_CHARACTERS)
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut where it is long."""
+    return shortened(repr(value), MAX_SHOWN_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return the text, its end replaced by dots where it has more than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."

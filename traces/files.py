@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,31 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not valid JSON ({error})", source=path) from error
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document with `digest`, the SHA-256 of the rest, so that a flipped bit is seen when it is read."""
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return {**rest, "digest": sha256_of_bytes(canonical_json(rest))}
+
+
+def read_sealed(path: Path, *, newest_schema: int, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a `sealed` JSON object: `schema_version` first, then the digest; InputError in one line."""
+    raw = read_json(path, max_bytes=max_bytes)
+    if not isinstance(raw, dict):
+        raise InputError("must be a JSON object", source=path)
+    version, stated = raw.get("schema_version"), raw.get("digest")
+    if type(version) is not int or version < 1:
+        raise InputError(f"must be a whole number from 1, not {version!r}", source=path, field="schema_version")
+    if version > newest_schema:
+        raise InputError(f"is {version}; this version reads up to {newest_schema}", source=path, field="schema_version")
+    try:
+        actual = sealed(raw)["digest"]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"holds a value that JSON cannot carry ({error})", source=path) from error
+    if stated != actual:
+        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=path, field="digest")
+    return raw
 
 
 def _decompress(data: bytes, path: Path, max_bytes: int) -> bytes:

@@ -9,7 +9,7 @@ Shape legend: N mask blocks of the sequence, S tokens, H query heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -179,16 +179,6 @@ def dense(*, seq_len_tokens: int, block_size: int, heads: int) -> LayerPattern:
     diagonals = np.arange(num_blocks(seq_len_tokens, block_size), dtype=np.int32)
     head = VerticalSlash(columns=np.zeros(0, np.int32), diagonals=diagonals)
     return LayerPattern(seq_len_tokens=seq_len_tokens, block_size=block_size, heads=(head,) * heads)
-
-
-def diagonals_from_slashes(slashes_tokens: Iterable[int], *, seq_len_tokens: int, block_size: int) -> NDArray[np.int32]:
-    """Return the sorted block diagonals that slashes at these token distances activate.
-
-    A slash at distance s touches floor(s / b) and ceil(s / b); diagonals beyond the sequence are dropped.
-    """
-    slashes = np.asarray(list(slashes_tokens), dtype=np.int64)
-    touched = np.union1d(slashes // block_size, -(-slashes // block_size))
-    return touched[touched < num_blocks(seq_len_tokens, block_size)].astype(np.int32)
 
 
 def _sorted_unique(values: Sequence[int] | NDArray[np.integer], field: str) -> NDArray[np.int32]:

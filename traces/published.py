@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,24 +134,6 @@ class _Reader:
 
     def fail(self, problem: str) -> InputError:
         return InputError(problem, source=self.source, field=self.field)
-
-
-def summarize(settings: Sequence[Sequence[HeadBudget]]) -> dict[str, int]:
-    """Return how many heads have each setting, most frequent first: `{"1000 columns, 6096 slashes": 512, …}`."""
-    counts: dict[str, int] = {}
-    for layer in settings:
-        for head in layer:
-            counts[_label(head)] = counts.get(_label(head), 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _label(head: HeadBudget) -> str:
-    if isinstance(head, FixedBudget):
-        return f"{head.columns} columns, {head.slashes} slashes"
-    return (
-        f"columns of mass {head.columns_mass} up to {head.columns_cap}, "
-        f"slashes of mass {head.slashes_mass} up to {head.slashes_cap}"
-    )
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a trace says: density, kept mass, how load spreads over block rows, how much patterns change between steps."""
+"""What a trace says: density, kept mass, how much patterns change between training steps."""
 
 from __future__ import annotations
 
@@ -10,32 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset.rows import HeadRow, head_density
+from .dataset.rows import HeadRow
 from .dataset.store import Trace
 from .errors import InputError
-from .pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
-
-
-def density_per_head(pattern: LayerPattern) -> NDArray[np.float64]:
-    """Return float64 [H]: each head's active causal blocks over N(N+1)/2, columns excluded."""
-    return np.array([head_density(head, pattern.num_blocks) for head in pattern.heads])
-
-
-def columns_per_head(pattern: LayerPattern) -> NDArray[np.int64]:
-    """Return int64 [H]: token columns of each head."""
-    return np.array([head.columns.size for head in pattern.heads], dtype=np.int64)
-
-
-def load_per_block_row(pattern: LayerPattern) -> NDArray[np.int64]:
-    """Return int64 [N]: active key blocks of each query block, summed over heads; columns and documents left aside."""
-    return np.stack([_row_counts(head, pattern.num_blocks) for head in pattern.heads]).sum(axis=0)
-
-
-def _row_counts(head: HeadPattern, blocks: int) -> NDArray[np.int64]:
-    if isinstance(head, BlockMask):
-        return head.bits.sum(axis=1, dtype=np.int64)
-    # Diagonal d reaches every query block from d on.
-    return np.cumsum(np.bincount(head.diagonals, minlength=blocks)[:blocks]).astype(np.int64)
+from .pattern import HeadPattern, VerticalSlash
 
 
 def jaccard(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
@@ -93,13 +71,12 @@ class LayerSummary:
     kept_mass_sampled_min: float | None
 
 
-def summarize(trace: Trace, *, steps: Iterable[int] | None = None) -> tuple[LayerSummary, ...]:
-    """Return one summary per recorded layer, over the given training steps (all by default)."""
-    chosen = trace.steps if steps is None else tuple(steps)
-    if not chosen:
+def summarize(trace: Trace) -> tuple[LayerSummary, ...]:
+    """Return one summary per recorded layer, over all training steps; InputError where there is none yet."""
+    if not trace.steps:
         raise InputError("holds no training step yet", source=trace.folder)
     gathered: dict[int, list[HeadRow]] = {layer: [] for layer in trace.layers}
-    for step in chosen:  # step by step: a part is read and verified once
+    for step in trace.steps:  # step by step: a part is read and verified once
         for row in trace.heads(step):
             gathered[row.layer].append(row)
     return tuple(_summarize_layer(layer, rows) for layer, rows in gathered.items())

@@ -7,19 +7,20 @@ near it, and at least the diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from .dataset.rows import HeadChoice
-from .dataset.store import Trace, TraceWriter
+from .dataset.store import Trace
+from .dataset.writer import TraceWriter
 from .errors import InputError
-from .pattern import BlockMask, LayerPattern, VerticalSlash, dense, num_blocks
+from .pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, dense, num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class SyntheticSettings:
         """Mask blocks of the sequence."""
         return num_blocks(self.seq_len_tokens, self.block_size)
 
-    def layer(self, heads: list[VerticalSlash] | list[BlockMask]) -> LayerPattern:
+    def layer(self, heads: Sequence[HeadPattern]) -> LayerPattern:
         """Return the heads as a layer of this length and block size."""
         return LayerPattern(seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, heads=tuple(heads))
 
@@ -79,11 +80,14 @@ class Draw:
     step: np.random.Generator
 
 
+MakeLayer: TypeAlias = Callable[[SyntheticSettings, Draw], LayerPattern]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generator:
     """One kind of synthetic pattern and the settings that it uses beside shape and block size."""
 
-    make: Callable[[SyntheticSettings, Draw], LayerPattern]
+    make: MakeLayer
     uses: tuple[str, ...]
 
 
@@ -172,19 +176,21 @@ def _sink_window(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
     return settings.layer([head] * settings.heads)
 
 
-def _vertical_slash(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
-    heads = [_vertical_slash_head(settings, settings.density, draw.layer) for _ in range(settings.heads)]
-    return settings.layer(heads)
+def _head_by_head(draw_head: Callable[[SyntheticSettings, np.random.Generator], HeadPattern]) -> MakeLayer:
+    """Return what makes a layer of heads that are drawn one after the other."""
+    return lambda settings, draw: settings.layer([draw_head(settings, draw.layer) for _ in range(settings.heads)])
 
 
-def _vertical_slash_head(settings: SyntheticSettings, density: float, rng: np.random.Generator) -> VerticalSlash:
+def _vertical_slash_head(
+    settings: SyntheticSettings, rng: np.random.Generator, density: float | None = None
+) -> VerticalSlash:
     """MInference's shape (arXiv 2407.02490): some slashes beside the main diagonal, the others anywhere.
 
     A slash lies half a block past a whole block distance, so that it touches two diagonals. Three tenths of the asked
     pairs are local; diagonals are taken in the order drawn until their lengths add up to the density.
     """
     blocks = settings.blocks
-    asked_pairs = density * blocks * (blocks + 1) / 2
+    asked_pairs = (density or settings.density) * blocks * (blocks + 1) / 2
     lengths = blocks - np.arange(blocks)
     local = 1 + int(np.searchsorted(np.cumsum(lengths), 0.3 * asked_pairs))
     slashes = np.concatenate([np.arange(min(local, blocks)), rng.permutation(np.arange(local, blocks))])
@@ -207,11 +213,7 @@ def _skewed(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
     light = (settings.density * heads - dense * dense_heads) / max(light_heads, 1)
     densities = np.full(heads, light)
     densities[draw.layer.permutation(heads)[:dense_heads]] = dense
-    return settings.layer([_vertical_slash_head(settings, float(share), draw.layer) for share in densities])
-
-
-def _xattention(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
-    return settings.layer([_xattention_head(settings, draw.layer) for _ in range(settings.heads)])
+    return settings.layer([_vertical_slash_head(settings, draw.layer, float(share)) for share in densities])
 
 
 def _xattention_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
@@ -241,17 +243,13 @@ def _scaled_to_sum(weight: NDArray[np.float32], total: float) -> NDArray[np.floa
     return probability
 
 
-def _moba_block(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+def _moba_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
+    """A gate that keeps the same number of key chunks for every query block, its own among them (MoBA's idea,
+    arXiv 2502.13189, by blocks of queries rather than by token)."""
     if settings.chunk_tokens % settings.block_size:
         raise InputError(
             f"{settings.chunk_tokens} is no multiple of block_size {settings.block_size}", field="chunk_tokens"
         )
-    return settings.layer([_moba_head(settings, draw.layer) for _ in range(settings.heads)])
-
-
-def _moba_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
-    """A gate that keeps the same number of key chunks for every query block, its own among them (MoBA's idea,
-    arXiv 2502.13189, by blocks of queries rather than by token)."""
     blocks, blocks_per_chunk = settings.blocks, settings.chunk_tokens // settings.block_size
     own = np.arange(blocks) // blocks_per_chunk
     chunks = int(own[-1]) + 1
@@ -273,18 +271,15 @@ def _packed_documents(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
     lengths = 1 + draw.step.lognormal(np.log(mean) - 0.5, 1.0, draws).astype(np.int64)
     lengths = np.append(lengths, settings.seq_len_tokens)  # the last document takes what is left
     documents = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)[: settings.seq_len_tokens]
-    layer = _dense(settings, draw)
-    return LayerPattern(
-        seq_len_tokens=layer.seq_len_tokens, block_size=layer.block_size, heads=layer.heads, documents=documents
-    )
+    return replace(_dense(settings, draw), documents=documents)
 
 
 GENERATORS = {
     "dense": Generator(make=_dense, uses=()),
     "sink-window": Generator(make=_sink_window, uses=("sink_tokens", "window_tokens")),
-    "vertical-slash": Generator(make=_vertical_slash, uses=("density", "columns")),
+    "vertical-slash": Generator(make=_head_by_head(_vertical_slash_head), uses=("density", "columns")),
     "skewed": Generator(make=_skewed, uses=("density", "columns", "skew", "dense_heads")),
-    "xattention": Generator(make=_xattention, uses=("density",)),
-    "moba-block": Generator(make=_moba_block, uses=("density", "chunk_tokens")),
+    "xattention": Generator(make=_head_by_head(_xattention_head), uses=("density",)),
+    "moba-block": Generator(make=_head_by_head(_moba_head), uses=("density", "chunk_tokens")),
     "packed-documents": Generator(make=_packed_documents, uses=("mean_document_tokens",)),
 }

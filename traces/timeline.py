@@ -44,16 +44,21 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
-    """An arrow from the span that sent data to the span that received it, by (rank, stream, time)."""
+class FlowEnd:
+    """A moment within a span, in microseconds since the timeline began."""
 
-    source_rank: int
-    source_stream: str
-    source_us: float
-    destination_rank: int
-    destination_stream: str
-    destination_us: float
+    rank: int
+    stream: str
+    time_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """An arrow from the span that sent data to the span that received it."""
+
     name: str
+    source: FlowEnd
+    destination: FlowEnd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,34 +108,31 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
         events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
         for stream, tid in tids.items():
             events.append({"ph": "M", "pid": rank, "tid": tid, "name": "thread_name", "args": {"name": stream}})
-    for span in timeline.spans:
-        events.append(_span_event(span, tids[span.stream]))
+    events += [_span_event(span, tids[span.stream]) for span in timeline.spans]
     for number, flow in enumerate(timeline.flows):
         common = {"cat": "flow", "id": number, "name": flow.name}
-        events.append(
-            common | {"ph": "s", "pid": flow.source_rank, "tid": tids[flow.source_stream], "ts": flow.source_us}
-        )
-        events.append(
-            common
-            | {"ph": "f", "bp": "e", "pid": flow.destination_rank, "tid": tids[flow.destination_stream]}
-            | {"ts": flow.destination_us}
-        )
+        events.append(common | {"ph": "s"} | _end_place(flow.source, tids))
+        events.append(common | {"ph": "f", "bp": "e"} | _end_place(flow.destination, tids))
     header = {"schema_version": TIMELINE_SCHEMA_VERSION, "source": timeline.source, "world_size": timeline.world_size}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": header | {"metadata": timeline.metadata}}
 
 
 def _span_event(span: Span, tid: int) -> dict[str, Any]:
     arguments = {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes}
+    times = {"ts": span.start_us, "dur": span.duration_us}
     return {
         "ph": "X",
         "pid": span.rank,
         "tid": tid,
         "name": span.name,
         "cat": span.category,
-        "ts": span.start_us,
-        "dur": span.duration_us,
+        **times,
         "args": arguments,
     }
+
+
+def _end_place(end: FlowEnd, tids: dict[str, int]) -> dict[str, Any]:
+    return {"pid": end.rank, "tid": tids[end.stream], "ts": end.time_us}
 
 
 def _stream_ids(spans: Sequence[Span]) -> dict[str, int]:
@@ -178,17 +180,10 @@ def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:
 
 
 def _flows_of(events: list[dict[str, Any]], streams: dict[int, str]) -> list[Flow]:
-    starts = {event["id"]: event for event in events if event["ph"] == "s"}
-    ends = {event["id"]: event for event in events if event["ph"] == "f"}
-    return [
-        Flow(
-            source_rank=starts[number]["pid"],
-            source_stream=streams[starts[number]["tid"]],
-            source_us=float(starts[number]["ts"]),
-            destination_rank=ends[number]["pid"],
-            destination_stream=streams[ends[number]["tid"]],
-            destination_us=float(ends[number]["ts"]),
-            name=starts[number]["name"],
-        )
-        for number in sorted(starts)
-    ]
+    ends = {
+        (event["id"], event["ph"]): FlowEnd(rank=event["pid"], stream=streams[event["tid"]], time_us=float(event["ts"]))
+        for event in events
+        if event["ph"] in ("s", "f")
+    }
+    names = {event["id"]: event["name"] for event in events if event["ph"] == "s"}
+    return [Flow(name=names[id], source=ends[id, "s"], destination=ends[id, "f"]) for id in sorted(names)]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .errors import InputError
-from .yaml_files import field_name
+from .errors import InputError, field_name, shown
 
 
-def validation_error(error: ValidationError, source: str | Path) -> InputError:
+def validation_error(error: ValidationError, source: str | Path | None) -> InputError:
     """Return pydantic's most telling complaint as one line that names file, field and value.
 
     An unknown key comes first: a misspelt one is also missing where it was meant. What is missing comes last.
@@ -20,8 +19,6 @@ def validation_error(error: ValidationError, source: str | Path) -> InputError:
     place = field_name(first["loc"]) or None
     if first["type"] == "missing":
         return InputError("is missing", source=source, field=place)
-    value = repr(first["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
     own = first["type"] == "value_error"  # of our own checks, which name the value themselves
-    problem = first["msg"].removeprefix("Value error, ") if own else f"{first['msg']}, not {shown}"
+    problem = first["msg"].removeprefix("Value error, ") if own else f"{first['msg']}, not {shown(first['input'])}"
     return InputError(problem, source=source, field=place)

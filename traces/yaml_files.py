@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
-from .errors import InputError
+from .errors import InputError, field_name, shortened, shown
 from .files import read_bytes
 
 MAX_DEPTH = 50
-MAX_SHOWN_CHARACTERS = 60
-MAX_FIELD_CHARACTERS = 120
 MAX_PROBLEM_CHARACTERS = 160
 CORE = "tag:yaml.org,2002:"
 INT64 = range(-(1 << 63), 1 << 63)
@@ -59,12 +56,6 @@ def read_yaml(path: Path, *, max_bytes: int) -> Any:
     return None if root is None else loader.value_of(root, ())
 
 
-def field_name(place: Iterable[str | int]) -> str:
-    """Return the keys that lead to a value as one short printable name: `gpu.memory_bytes`."""
-    parts = (str(part) for part in place)
-    return _cut(".".join(part if part.isprintable() else repr(part) for part in parts), MAX_FIELD_CHARACTERS)
-
-
 class _CoreLoader(yaml.SafeLoader):
     """PyYAML's parser with the core schema's resolvers; refuses while it parses, before anything is built."""
 
@@ -86,7 +77,7 @@ class _CoreLoader(yaml.SafeLoader):
             line = (self if error.problem_mark is None else error.problem_mark).line
         except (OverflowError, ValueError):  # PyYAML's slips: escapes beyond Unicode, versions of thousands of digits
             problem, line = "an escape or a version is out of range", self.line
-        problem = f"is not valid YAML ({_cut(problem, MAX_PROBLEM_CHARACTERS)})"
+        problem = f"is not valid YAML ({shortened(problem, MAX_PROBLEM_CHARACTERS)})"
         raise InputError(problem, source=self._source, field=f"line {line + 1}")
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -94,7 +85,7 @@ class _CoreLoader(yaml.SafeLoader):
         event: Any = self.peek_event()
         if event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            raise self._refusal(f"anchors and aliases are not read ({_shown(sign + event.anchor)})", event)
+            raise self._refusal(f"anchors and aliases are not read ({shown(sign + event.anchor)})", event)
         deeper = isinstance(event, yaml.CollectionStartEvent)
         self._depth += deeper
         if self._depth > MAX_DEPTH:
@@ -113,9 +104,9 @@ class _CoreLoader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode) and kind == "str":
             return self._text(node, place)
         if not isinstance(node, yaml.ScalarNode) or kind not in _FORMS:
-            raise self._refusal(f"the tag {_shown(node.tag.replace(CORE, '!!'))} is not read here", node, place)
+            raise self._refusal(f"the tag {shown(node.tag.replace(CORE, '!!'))} is not read here", node, place)
         if not _FORMS[kind].match(node.value):
-            raise self._refusal(f"{_shown(node.value)} is no !!{kind}", node, place)
+            raise self._refusal(f"{shown(node.value)} is no !!{kind}", node, place)
         return self._scalar(kind, node, place)
 
     def _mapping(self, node: yaml.MappingNode, place: tuple[str, ...]) -> dict[str, Any]:
@@ -123,8 +114,8 @@ class _CoreLoader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             if key_node.tag != CORE + "str" or not isinstance(key_node, yaml.ScalarNode):
-                shown = _shown(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                raise self._refusal(f"a key must be text, not {shown}", key_node, place)
+                found = shown(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                raise self._refusal(f"a key must be text, not {found}", key_node, place)
             key, line = self._text(key_node, place), key_node.start_mark.line + 1
             if key in values:
                 raise InputError(f"is given twice (in line {lines[key]}, again in line {line})", source=self._source,
@@ -135,7 +126,7 @@ class _CoreLoader(yaml.SafeLoader):
 
     def _text(self, node: yaml.ScalarNode, place: tuple[str, ...]) -> str:
         if odd := re.search(r"[\0\ud800-\udfff]", node.value):
-            raise self._refusal(f"{_shown(node.value)} holds U+{ord(odd[0]):04X}, which is no text", node, place)
+            raise self._refusal(f"{shown(node.value)} holds U+{ord(odd[0]):04X}, which is no text", node, place)
         return node.value
 
     def _scalar(self, kind: str, node: yaml.ScalarNode, place: tuple[str, ...]) -> bool | int | float | None:
@@ -146,11 +137,11 @@ class _CoreLoader(yaml.SafeLoader):
         if kind == "int":
             whole = _whole(node.value)
             if whole is None:
-                raise self._refusal(f"{_shown(node.value)} is no integer of 64 bits", node, place)
+                raise self._refusal(f"{shown(node.value)} is no integer of 64 bits", node, place)
             return whole
         number = float(node.value.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
         if not math.isfinite(number):
-            raise self._refusal(f"{_shown(node.value)} is no finite number", node, place)
+            raise self._refusal(f"{shown(node.value)} is no finite number", node, place)
         return number
 
     def _refusal(self, problem: str, where: Any, place: tuple[str, ...] = ()) -> InputError:
@@ -172,11 +163,3 @@ def _whole(text: str) -> int | None:
 def _line(text: str | bytes, position: int) -> str:
     newline: Any = "\n" if isinstance(text, str) else b"\n"
     return f"line {text[:position].count(newline) + 1}"
-
-
-def _shown(text: str) -> str:
-    return _cut(repr(text), MAX_SHOWN_CHARACTERS)
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."

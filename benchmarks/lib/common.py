@@ -19,7 +19,7 @@ from ...runtime.baselines.flash4 import require_flash4
 from ...traces.errors import UnsupportedError
 from ...traces.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def hardware(gpus: int | None = None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, nccl.version()))
-    for name in ("triton", "transformers", "flash_attn"):
+    for name in ("triton", "transformers", "flash_attn", "simpy"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "__version__"):
             found[name] = module.__version__
@@ -61,15 +61,23 @@ class ResultFile:
     """`<benchmark>-<hardware>-<time>.json` in `folder`, which can be written again as rows come in.
 
     Until the last time it says `"unfinished": true`: what a time limit or a failure leaves is a result too.
+    gpus: how many of this host's took part; simulated: hardware ("device", "count") that stood in place of this host's.
     """
 
-    def __init__(self, benchmark: str, *, folder: Path = RESULTS, gpus: int | None = None) -> None:
+    def __init__(
+        self,
+        benchmark: str,
+        *,
+        folder: Path = RESULTS,
+        gpus: int | None = None,
+        simulated: Mapping[str, Any] | None = None,
+    ) -> None:
         now = datetime.now(UTC)
         self._head: dict[str, Any] = {
             "benchmark": benchmark,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": now.isoformat(timespec="seconds"),
-            "hardware": hardware(gpus),
+            "hardware": simulated or hardware(gpus),
         }
         where = self._head["hardware"]
         device = str(where["device"]).lower().replace("nvidia ", "").replace(" ", "-") or "cpu"

@@ -15,14 +15,16 @@ from ...planner.cost.cluster import Cluster, Nics, load_cluster
 from ...planner.cost.compiled import CompiledRecurrence
 from ...planner.cost.kernels import datasheet_cost
 from ...planner.cost.memory import layer_memory
-from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ...planner.layouts.layout import Layout
+from ...planner.layouts.registry import parse_layout
+from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from ...planner.schedule.pairs import active_blocks, pattern_pairs
 from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 from ...planner.schedule.schedule import DIRECTIONS
 from ...planner.schedule.workload import unit_load
-from ...planner.search.candidates import LayoutChoice
+from ...planner.search.problem import Problem, SearchSpace
 from ...planner.search.sampling import Sample, TraceSummary
-from ...planner.search.scores import Problem, ScoreBoard
+from ...planner.search.scores import ScoreBoard
 from ...planner.search.selection import select
 from ...runtime.hf.capture import pattern_of
 from ...simulator.engine import simulate
@@ -43,7 +45,6 @@ BLOCK_FAMILIES: dict[str, Callable[..., AttentionMask]] = {
     "documents": documents_mask,
 }
 FAMILIES = ("slash", *BLOCK_FAMILIES)
-Layout = tuple[str, dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,22 +113,34 @@ def make_case_plan(
 
     leave_out: without the pairs of shards that the mask does not need. narrow_gradients: the planner may round them.
     """
-    common: dict[str, Any] = {
-        "model": model,
-        "seq_len_tokens": work.mask.seq_len_tokens,
-        "block_size": work.mask.block_size,
-        "dtype": dtype,
-        "columns_capacity": work.mask.column_capacity,
-        "pattern": PatternSpec(source="trace"),
-        "kernels": KernelSpec.model_validate({"backend": case.backend}),
-    }
+    attention = AttentionSpec.model_validate(
+        {
+            "model": model,
+            "seq_len_tokens": work.mask.seq_len_tokens,
+            "block_size": work.mask.block_size,
+            "dtype": dtype,
+            "columns_capacity": work.mask.column_capacity,
+        }
+    )
+    kernels = KernelSpec.model_validate({"backend": case.backend})
     if case.placement == "planned":
-        placement, forward, backward = _picked(case, work, model, dtype, cluster, narrow_gradients)
+        space = SearchSpace(
+            narrow_gradients=narrow_gradients, memory_fraction=MEMORY_SHARE, dtype=attention.dtype, kernels=kernels
+        )
+        placement, forward, backward = _picked(work, attention, cluster, space)
     else:
         placement = _placement(case, work.pattern, cluster.world_size)
-        forward, backward = _parsed(case.layout)
-    pairs = pattern_pairs(work.pattern, placement) if leave_out else None
-    return make_plan(placement=placement, forward=forward, backward=backward, pairs=pairs, **common)
+        text, _, other = case.layout.partition("/")
+        forward, backward = parse_layout(text), parse_layout(other or text)
+    return make_plan(
+        attention=attention,
+        placement=placement,
+        forward=forward,
+        backward=backward,
+        pattern=PatternSpec(source="trace"),
+        kernels=kernels,
+        pairs=pattern_pairs(work.pattern, placement) if leave_out else None,
+    )
 
 
 def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
@@ -171,10 +184,7 @@ def transports_of(plan: Plan) -> str:
 
 def name_of(plan: Plan) -> str:
     """Return a plan's placement and layouts in a few words: a row's `layout`."""
-    words = [
-        f"{spec.layout}:{','.join(f'{name}={value}' for name, value in spec.parameters.items())}"
-        for spec in (plan.forward, plan.backward)
-    ]
+    words = [spec.value.text for spec in (plan.forward, plan.backward)]
     left_out = "" if plan.pairs is None else f" -{len(plan.active_pairs().left_out())} pairs"
     placed = f"{plan.placement.name}x{plan.placement.granularity_tokens // plan.block_size}"
     return f"{placed} {'/'.join(dict.fromkeys(words))}{left_out}"
@@ -194,30 +204,21 @@ def _placement(case: Case, pattern: LayerPattern, world_size: int) -> Placement:
 
 
 def _picked(
-    case: Case, work: Work, model: ModelShape, dtype: str, cluster: Cluster, narrow_gradients: bool
+    work: Work, attention: AttentionSpec, cluster: Cluster, space: SearchSpace
 ) -> tuple[Placement, Layout, Layout]:
-    """Search on the cluster as `sparsering plan` does."""
-    pattern = work.pattern
+    """Search on the cluster as `sparsering plan` does; return the placement, and the layouts of both directions."""
+    pattern, backend = work.pattern, space.kernels.backend
+    size = pattern.block_size
+    load = unit_load([pattern], granularity_tokens=size, padded_tokens=pattern.num_blocks * size)
     problem = Problem(
+        space=space,
         cluster=cluster,
-        cost=datasheet_cost(cluster.gpu, model, block_size=pattern.block_size, backend=case.backend),
-        model=model,
-        seq_len_tokens=pattern.seq_len_tokens,
-        block_size=pattern.block_size,
-        dtype=dtype,  # pyright: ignore[reportArgumentType]  # make_plan refuses others
-        backend=case.backend,
-        narrow_gradients=narrow_gradients,
-        memory_limit_bytes=int(MEMORY_SHARE * cluster.gpu.memory_bytes),
+        cost=datasheet_cost(cluster.gpu, attention.model, block_size=size, backend=backend),
+        attention=attention,
         samples=(Sample(training_step=0, layer=0, pattern=pattern),),
         summary=TraceSummary(
-            columns_capacity=work.mask.column_capacity,
-            block_load=np.asarray(
-                unit_load(
-                    [pattern],
-                    granularity_tokens=pattern.block_size,
-                    padded_tokens=pattern.num_blocks * pattern.block_size,
-                )
-            ),
+            columns_capacity=attention.columns_capacity,
+            block_load=np.asarray(load),
             loaded_layers=1,
             recorded_layers=1,
             active_blocks=active_blocks(pattern),
@@ -225,19 +226,4 @@ def _picked(
     )
     pick = select(problem, quick=CompiledRecurrence(), final=simulate).pick
     placement = ScoreBoard(problem=problem).placement(pick.placement)
-    return placement, _chosen(pick.forward_layout), _chosen(pick.backward_layout)
-
-
-def _chosen(choice: LayoutChoice) -> Layout:
-    return choice.layout, dict(choice.parameters)
-
-
-def _parsed(text: str) -> tuple[Layout, Layout]:
-    forward, _, backward = text.partition("/")
-    return _layout(forward), _layout(backward or forward)
-
-
-def _layout(text: str) -> Layout:
-    name, _, parameters = text.partition(":")
-    pairs = (pair.split("=") for pair in parameters.split(",") if pair)
-    return name, {key: int(value) for key, value in pairs}
+    return placement, pick.forward_layout, pick.backward_layout

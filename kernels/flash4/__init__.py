@@ -1,1 +1,1 @@
-"""The flash4 backend: flash-attn-4 for the block part."""
+"""The flash4 backend: the block part by the flash-attn-4 wheels, columns by the Triton kernels."""

@@ -1,33 +1,29 @@
 """The flash4 backend: the block part by the flash-attn-4 wheels, the column part by the Triton kernels.
 
-Contracts are those of api.py, and the extra keywords those of triton_backend.py. Optional: `pip install --pre
-'sparsering[flash4]'`; imported at first use. Compute capabilities 9.0 and 10.0 (of which 9.0 was at hand), mask blocks
-of 128 tokens, head dims 64 and 128, float16 and bfloat16; anything else raises ValueError.
+Contracts are those of api.py and of Backend. Optional: `pip install --pre 'sparsering[flash4]'`; the wheels are
+imported at first use. Compute capabilities 9.0 and 10.0 (of which 9.0 was at hand), mask blocks of 128 tokens, head
+dims 64 and 128, float16 and bfloat16; anything else raises ValueError.
 
 A partial is rounded to the inputs' dtype before it is merged in float32, and so are a task's gradients before they are
-added. Repeatability: out, lse, and dK and dV of KV heads whose query heads one program walks (flash4_fold.py) repeat
-bit for bit; dQ, and other dK and dV, are added up by atomics in float32 in an order that varies from run to run (a few
-ulps in 16 bits).
+added. Repeatability: out, lse, and dK and dV of KV heads whose query heads one program walks (fold.py) repeat bit for
+bit; dQ, and other dK and dV, are added up by atomics in float32 in an order that varies from run to run (a few ulps in
+16 bits).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..index.columns import ColumnTask, column_task
+from ..backend import register
+from ..index.columns import ColumnTask
 from ..mask import AttentionMask
 from ..merge import accumulator_dtype
 from ..triton import launching
-from ..triton.backend import column_backward, column_forward
-from ..triton.column_copies import gather as gather_columns
-from ..triton.column_copies import scatter as scatter_columns
-from ..triton.gradients import grad_columns, grad_query
+from ..triton.backend import Triton
 from ..triton.launching import loadable
-from ..triton.partials import QueryGradient, check_partial
-from ..triton.passes import add_rows, add_up, row_products
+from ..triton.partials import check_partial
+from ..values import BackwardQueries, Columns, Gradients, KeyGradients, Keys, Partial, Queries, QueryGradient
 from .index import Flash4Task, flash4_task
 from .launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels, zeros_like_rows
 from .merge import merge_part
@@ -36,175 +32,122 @@ HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITIES = ((9, 0), (10, 0))
 
-__all__ = [
-    "add_up",
-    "block_backward",
-    "block_forward",
-    "block_index",
-    "column_backward",
-    "column_forward",
-    "column_index",
-    "full_gradients",
-    "gather_columns",
-    "row_products",
-    "scatter_columns",
-]
 
-Columns = tuple[Tensor, Tensor, ColumnTask]
-Partial = tuple[Tensor, Tensor]
+class Flash4(Triton):
+    """flash-attn-4's block-sparse kernels over keys; all else is the Triton backend's."""
+
+    name = "flash4"
+
+    def block_index(self, mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Flash4Task:
+        """See Backend. Raises ValueError where the wheels, the GPU or the block size are missing."""
+        _check_device(mask.active.device, mask.block_size)
+        return flash4_task(mask, q_positions, k_positions)
+
+    def column_index(self, mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
+        """See Backend: the Triton backend's. Raises ValueError as block_index does."""
+        _check_device(mask.active.device, mask.block_size)
+        return super().column_index(mask, q_positions)
+
+    def forward(
+        self, queries: Queries, keys: Keys | None, columns: Columns | None, *, earlier: Partial | None, final: bool
+    ) -> Partial:
+        """See Backend. `earlier` is merged in place where it has the dtype wanted; columns by a Triton launch before.
+
+        A fresh out over keys alone is in q's dtype, to which the wheels round.
+        """
+        if keys is None:
+            return super().forward(queries, None, columns, earlier=earlier, final=final)
+        q, index = queries.q, keys.index.data
+        _check_tensors(q, keys.k, index)
+        if earlier is not None:
+            check_partial(*earlier, q)
+        if columns is not None:
+            earlier = super().forward(queries, None, columns, earlier=earlier, final=False)
+        if earlier is None:
+            return _written(queries, keys)
+        part = _empty(q, index.task.q_valid_tokens)
+        attend(queries, keys, *part)
+        out_dtype = q.dtype if final else accumulator_dtype(q.dtype)
+        return merge_part(part, earlier, tokens=q.shape[1], out_dtype=out_dtype)
+
+    def backward(self, queries: BackwardQueries, keys: Keys | None, columns: Columns | None, into: Gradients) -> None:
+        """See Backend. Not bitwise repeatable: see the module. Columns first, by Triton launches."""
+        query = into.query
+        if columns is not None:
+            last = keys is None
+            of_columns = query if last else QueryGradient(total=query.total, add=query.add)
+            super().backward(queries, None, columns, Gradients(query=of_columns, columns=into.columns))
+            query = QueryGradient(total=query.total, add=True, final=query.final)
+        if keys is not None and into.keys is not None:
+            _check_tensors(queries.q, keys.k, keys.index.data)
+            _key_backward(queries, keys, query, into.keys)
+
+    def takes(self, device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
+        """See Backend."""
+        if dtype not in DTYPES or head_dim not in HEAD_DIMS:
+            return False
+        try:
+            _check_device(device, block_size)
+        except ValueError:
+            return False
+        return True
 
 
-def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Flash4Task:
-    """See api.block_index. Raises ValueError where the wheels, the GPU or the block size are missing."""
-    _check_here(mask)
-    return flash4_task(mask, q_positions, k_positions)
+register(Flash4())
 
 
-def column_index(mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
-    """See api.column_index: the Triton backend's. Raises ValueError as block_index does."""
-    _check_here(mask)
-    return column_task(mask, q_positions)
-
-
-def block_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Flash4Task,
-    *,
-    scale: float,
-    into: Partial | None = None,
-    out_dtype: torch.dtype | None = None,
-    columns: Columns | None = None,
-) -> Partial:
-    """See api.block_forward. `into` is merged in place where it has the dtype wanted.
-
-    out_dtype: of what is merged; default the accumulator's. A fresh out is in q's dtype, to which the wheels round.
-    columns: (column_k, column_v, index) of the same queries, attended by a Triton launch before.
-    """
-    _check_tensors(q, k, index)
-    wanted = out_dtype or accumulator_dtype(q.dtype)
-    if into is not None:
-        check_partial(*into, q)
-    if columns is not None:
-        into = column_forward(q, *columns, scale=scale, into=into)
-    if into is None:
-        return _written(q, k, v, index, scale)
-    valid = index.task.q_valid_tokens
-    part = _empty(q, valid)
-    attend(q, k, v, index, scale, *part)
-    return merge_part(part, into, tokens=q.shape[1], out_dtype=wanted)
-
-
-def block_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    index: Flash4Task,
-    *,
-    scale: float,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    add_q: bool = True,
-    add_kv: bool = True,
-    final_q: Tensor | None = None,
-    scratch: dict[str, Any] | None = None,
-) -> None:
-    """See api.block_backward. Not bitwise repeatable: see the module.
+def _key_backward(queries: BackwardQueries, keys: Keys, of_query: QueryGradient, into: KeyGradients) -> None:
+    """Launch by groups of heads, and put the parts where they go.
 
     flash-attn-4 computes delta = rowsum(grad_out * out) - grad_lse itself: it gets out = 0 and grad_lse = -delta.
     """
-    _check_tensors(q, k, index)
-    of_query = QueryGradient(total=grad_q, add=add_q, final=final_q)
+    q, k, index = queries.q, keys.k, keys.index.data
     groups = launch_groups(q, k, index, transposed=True)
     shared = bool(groups) and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]  # KV heads in several launches
-    if not add_kv:
+    if not into.add:
         written = 0 if shared or not groups else index.task.k_valid_tokens
-        grad_k[:, written:], grad_v[:, written:] = 0, 0
+        into.k[:, written:], into.v[:, written:] = 0, 0
     of_query.finish_rows(index.task.q_valid_tokens if groups else 0)
-    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out.to(q.dtype), out=zeros_like_rows(q), lse=lse, grad_lse=-delta)
-    rounded = grad_k.dtype == q.dtype
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=keys.v,
+        grad_out=queries.grad_out.to(q.dtype),
+        out=zeros_like_rows(q),
+        lse=queries.lse,
+        grad_lse=-queries.delta,
+    )
+    grads = _written_in_place(queries, of_query)
+    rounded = into.k.dtype == q.dtype
     if rounded and not shared:  # written where it belongs
-        for part in gradient_parts(inputs, index, scale, {"dk": grad_k, "dv": grad_v}, scratch):
+        grads |= {"dk": into.k, "dv": into.v}
+    wide = into
+    if rounded and shared:
+        sums = (torch.zeros_like(x, dtype=of_query.total.dtype) for x in (into.k, into.v))
+        wide = KeyGradients(**dict(zip("kv", sums, strict=True)), add=True)
+    for part in gradient_parts(inputs, index, queries.scale, grads, queries.scratch):
+        if "dq" not in grads:
             part.add_query_to(of_query)
-        return
-    wide = [torch.zeros_like(x, dtype=grad_q.dtype) for x in (grad_k, grad_v)] if rounded else [grad_k, grad_v]
-    for part in gradient_parts(inputs, index, scale, scratch=scratch):
-        part.add_query_to(of_query)
-        part.add_keys_to(*wide, add=add_kv or shared)
-    if rounded:
-        grad_k.copy_(wide[0])
-        grad_v.copy_(wide[1])
+        if "dk" not in grads:
+            part.add_keys_to(wide.k, wide.v, add=into.add or shared)
+    if wide is not into:
+        into.put(wide.k, wide.v)
 
 
-def full_gradients(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Flash4Task,
-    *,
-    scale: float,
-    columns: Columns | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
-    """(dq, dk, dv, (grad_column_k, grad_column_v) or None) where this one task and its columns are all there is.
-
-    dq (of both parts), dk, dv (of the block part) have q's dtype; columns' gradients [B, H, C, D] the accumulator's.
-    out [B, S_q, H, D] (any float dtype) and lse [B, H, S_q] are the forward's; delta is computed here.
-    """
-    _check_tensors(q, k, index)
-    grad_out, out = grad_out.to(q.dtype), out.to(q.dtype)
-    inputs = Inputs(q=q, k=k, v=v, grad_out=grad_out, out=out, lse=lse, grad_lse=None)
-    grads = _whole_gradients(inputs, index, scale)
-    if columns is None:
-        return *grads, None
-    return *grads, _add_columns(inputs, columns, scale, grads[0])
+def _written_in_place(queries: BackwardQueries, of_query: QueryGradient) -> dict[str, Tensor]:
+    """dQ where the wheels may write it themselves: a single launch, that begins and ends the sum."""
+    final = of_query.final
+    if final is None or of_query.add or queries.scratch is not None or loadable(final) is not final:
+        return {}
+    return {"dq": final}
 
 
-def _whole_gradients(inputs: Inputs, index: Flash4Task, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in q's dtype: written in place where one launch holds all query heads of its KV heads."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    groups = launch_groups(q, k, index, transposed=True)
-    if groups and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]:
-        sums = [torch.zeros(x.shape, dtype=accumulator_dtype(q.dtype), device=q.device) for x in (q, k, v)]
-        for part in gradient_parts(inputs, index, scale):
-            part.add_query_to(QueryGradient(total=sums[0], add=True))
-            part.add_keys_to(*sums[1:], add=True)
-        grad_q, grad_k, grad_v = (x.to(q.dtype) for x in sums)
-        return grad_q, grad_k, grad_v
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    q_end, k_end = (index.task.q_valid_tokens, index.task.k_valid_tokens) if groups else (0, 0)
-    for grad, end in ((grad_q, q_end), (grad_k, k_end), (grad_v, k_end)):
-        grad[:, end:] = 0
-    for _ in gradient_parts(inputs, index, scale, {"dq": grad_q, "dk": grad_k, "dv": grad_v}):
-        pass
-    return grad_q, grad_k, grad_v
-
-
-def _add_columns(inputs: Inputs, columns: Columns, scale: float, grad_q: Tensor) -> Partial:
-    """Add the columns' part into grad_q [B, S_q, H, D] and return that of column_k and column_v [B, H, C, D]."""
-    task, grad_out = columns[2], loadable(inputs.grad_out)
-    q, valid = loadable(inputs.q), columns[2].q_valid_tokens
-    values = launching.row_values_from_out(loadable(inputs.out), grad_out, inputs.lse, task, scale)
-    of_columns = torch.empty(q.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
-    grad_query(grad_out, q, None, None, values, None, columns, scale, of_columns, add=False)
-    prior = grad_q[:, :valid]
-    add_rows(of_columns[:, :valid], prior, prior, add=True)
-    return grad_columns(grad_out, q, columns, values, scale)
-
-
-def _written(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float) -> Partial:
+def _written(queries: Queries, keys: Keys) -> Partial:
     """A fresh partial in q's dtype, written by flash-attn-4 itself."""
-    valid = index.task.q_valid_tokens
-    out, lse = _empty(q, q.shape[1])
+    valid = keys.index.data.task.q_valid_tokens
+    out, lse = _empty(queries.q, queries.q.shape[1])
     out[:, valid:], lse[:, :, valid:] = 0, -torch.inf
-    attend(q, k, v, index, scale, out[:, :valid], lse[:, :, :valid])
+    attend(queries, keys, out[:, :valid], lse[:, :, :valid])
     return out, lse
 
 
@@ -214,23 +157,8 @@ def _empty(q: Tensor, tokens: int) -> Partial:
     return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
 
 
-def takes(device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Whether this backend is installed and runs such attention on that device."""
-    if dtype not in DTYPES or head_dim not in HEAD_DIMS:
-        return False
-    try:
-        _check_device(device, block_size)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_here(mask: AttentionMask) -> None:
-    """Raise ValueError for what keeps this backend from running a mask here."""
-    _check_device(mask.active.device, mask.block_size)
-
-
 def _check_device(device: torch.device, block_size: int) -> None:
+    """Raise ValueError for what keeps this backend from running a mask here."""
     if block_size != BLOCK_SIZE:
         raise ValueError(f"mask.block_size: {block_size} is not {BLOCK_SIZE} (flash4 backend)")
     wheels()

@@ -9,7 +9,7 @@ registers, are written once, and repeat bit for bit where all heads of a K/V hea
 Two things speak against it. q and grad_out are copied, which pays where several launches, or one with many keys, share
 the copies: in rings, not where a GPU holds everything. And the L2 cache: programs that run together walk the same
 head's tiles at first, and drift apart; then q, grad_out and dQ of all their heads pass through it. With 512 query tiles
-(64K tokens) eight heads together were quicker on an H100, with 1,024 slower: see docs/kernels.md.
+(64K tokens) eight heads together were quicker on an H100, with 1,024 slower: see docs/what-does-not-pay.md.
 
 Shape legend: B batch, S tokens, H query heads, f heads end to end, T tokens of whole tiles, D head dim.
 """

@@ -1,4 +1,4 @@
-"""Launches of flash-attn-4, by groups of heads, for flash4_backend.py. The wheels are imported at first use."""
+"""Launches of flash-attn-4, by groups of heads, for backend.py. The wheels are imported at first use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..triton.partials import QueryGradient
 from ..triton.passes import add_rows
+from ..values import Keys, Queries, QueryGradient
 from .fold import PROGRAMS_PER_MULTIPROCESSOR, LaidQueries, heads_apart, heads_together, lay_queries
 from .index import Flash4Task, TileTables, head_groups
 from .masks import documents_mask, own_block_mask
@@ -24,7 +24,7 @@ Partial = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a backward launch reads: see block_backward and full_gradients."""
+    """What a backward launch reads: see backend.py."""
 
     q: Tensor
     k: Tensor
@@ -62,9 +62,10 @@ def zeros_like_rows(q: Tensor) -> Tensor:
     return torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float, out: Tensor, lse: Tensor) -> None:
+def attend(queries: Queries, keys: Keys, out: Tensor, lse: Tensor) -> None:
     """Write out [B, S, H, D] in q's dtype and lse [B, H, S] of the S valid queries."""
-    q, (k, v) = q[:, : out.shape[1]], (x[:, : index.task.k_valid_tokens] for x in (k, v))
+    q, index = queries.q[:, : out.shape[1]], keys.index.data
+    k, v = (x[:, : index.task.k_valid_tokens] for x in (keys.k, keys.v))
     groups = launch_groups(q, k, index, transposed=False)
     by_tiles = _by_tiles(q.device)
     if not groups:
@@ -72,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, index: Flash4Task, scale: float, out
         lse.fill_(-torch.inf)
     for first, last in groups:
         heads, kv_heads = _slices(first, last, q.shape[2] // k.shape[2])
-        shared = {"softmax_scale": scale, "pack_gqa": False, **_mask(index, by_tiles=by_tiles)}
+        shared = {"softmax_scale": queries.scale, "pack_gqa": False, **_mask(index, by_tiles=by_tiles)}
         tables = index.tables(first, last, transposed=False)
         tensors = q[:, :, heads], k[:, :, kv_heads], v[:, :, kv_heads], out[:, :, heads], lse[:, heads]
         if not by_tiles:
@@ -125,7 +126,7 @@ def gradient_parts(
     """Launch the backward by groups of heads, each when its turn comes.
 
     grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made. scratch:
-    see api.block_backward; with it, and no "dq", query heads may be laid end to end.
+    see BackwardQueries; with it, and no "dq", query heads may be laid end to end.
     """
     q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
     for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
@@ -176,7 +177,7 @@ def _backward(x: Inputs, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Ten
 
 
 def _heads_together(q: Tensor, k: Tensor, index: Flash4Task) -> int:
-    """How many query heads of a launch to lay end to end: see flash4_fold.py."""
+    """How many query heads of a launch to lay end to end: see fold.py."""
     batch, _, heads, _ = q.shape
     return heads_together(
         group=heads // k.shape[2],

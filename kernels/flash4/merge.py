@@ -16,26 +16,32 @@ from torch import Tensor
 
 from ..jit import run
 from ..merge import accumulator_dtype
+from ..triton.views import Rows, Tiles
 
 Partial = tuple[Tensor, Tensor]
 _ROWS = 32
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "part_tokens"])
-def merge_kernel(part, part_lse, earlier, earlier_lse, out, lse, p_b, p_s, p_h, pl_b, pl_h, e_b, e_s, e_h, el_b, el_h,
-                 o_b, o_s, o_h, ol_b, ol_h, heads, tokens, part_tokens, MERGE: tl.constexpr, ROWS: tl.constexpr,
-                 D: tl.constexpr):
-    """out, lse = part merged with earlier, or part alone; part ends at part_tokens. Grid (tokens / ROWS, B * H)."""
+def merge_kernel(part, part_lse, earlier, earlier_lse, out, lse, heads, tokens, part_tokens, MERGE: tl.constexpr,
+                 ROWS: tl.constexpr, D: tl.constexpr):
+    """out, lse = part merged with earlier, or part alone; part ends at part_tokens. Grid (tokens / ROWS, B * H).
+
+    part, earlier, out: views.Tiles; their lse: views.Rows.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     dims, inside, has_part = tl.arange(0, D)[None, :], rows < tokens, rows < part_tokens
     row = rows.to(tl.int64)[:, None]
-    new_lse = tl.load(part_lse + batch * pl_b + head * pl_h + rows, mask=has_part, other=float("-inf"))
-    new = tl.load(part + batch * p_b + head * p_h + row * p_s + dims, mask=has_part[:, None], other=0.0).to(tl.float32)
+    lse_at = part_lse.data + batch * part_lse.b + head * part_lse.h + rows
+    new_lse = tl.load(lse_at, mask=has_part, other=float("-inf"))
+    at = part.data + batch * part.at.b + head * part.at.h + row * part.at.s + dims
+    new = tl.load(at, mask=has_part[:, None], other=0.0).to(tl.float32)
     if MERGE:
-        old_lse = tl.load(earlier_lse + batch * el_b + head * el_h + rows, mask=inside, other=float("-inf"))
-        old_lse = old_lse.to(tl.float32)
-        old = tl.load(earlier + batch * e_b + head * e_h + row * e_s + dims, mask=inside[:, None], other=0.0)
+        old_lse_at = earlier_lse.data + batch * earlier_lse.b + head * earlier_lse.h + rows
+        old_lse = tl.load(old_lse_at, mask=inside, other=float("-inf")).to(tl.float32)
+        old_at = earlier.data + batch * earlier.at.b + head * earlier.at.h + row * earlier.at.s + dims
+        old = tl.load(old_at, mask=inside[:, None], other=0.0)
         top = tl.maximum(old_lse, new_lse)
         shift = tl.where(top == float("-inf"), 0.0, top)
         old_weight, new_weight = tl.exp(old_lse - shift), tl.exp(new_lse - shift)
@@ -44,8 +50,9 @@ def merge_kernel(part, part_lse, earlier, earlier_lse, out, lse, p_b, p_s, p_h, 
         total = tl.where(empty, 1.0, total)
         new = (old.to(tl.float32) * (old_weight / total)[:, None]) + new * (new_weight / total)[:, None]
         new_lse = tl.where(empty, float("-inf"), shift + tl.log(total))
-    tl.store(out + batch * o_b + head * o_h + row * o_s + dims, new.to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + batch * ol_b + head * ol_h + rows, new_lse, mask=inside)
+    place = out.data + batch * out.at.b + head * out.at.h + row * out.at.s + dims
+    tl.store(place, new.to(out.data.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse.data + batch * lse.b + head * lse.h + rows, new_lse, mask=inside)
 
 
 def merge_part(part: Partial, earlier: Partial | None, *, tokens: int, out_dtype: torch.dtype | None = None) -> Partial:
@@ -66,7 +73,6 @@ def merge_part(part: Partial, earlier: Partial | None, *, tokens: int, out_dtype
     if tokens:
         run(
             merge_kernel, (triton.cdiv(tokens, _ROWS), batch * heads),
-            part_out, part_lse, old, old_lse, out, lse, *part_out.stride()[:3], *part_lse.stride()[:2],
-            *old.stride()[:3], *old_lse.stride()[:2], *out.stride()[:3], *lse.stride()[:2], heads, tokens,
-            part_out.shape[1], MERGE=earlier is not None, ROWS=_ROWS, D=dim)
+            Tiles.of(part_out), Rows.of(part_lse), Tiles.of(old), Rows.of(old_lse), Tiles.of(out), Rows.of(lse), heads,
+            tokens, part_out.shape[1], MERGE=earlier is not None, ROWS=_ROWS, D=dim)
     return out, lse

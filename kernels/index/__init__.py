@@ -1,1 +1,1 @@
-"""Which tiles a query row visits: lists made once per mask, read by the kernels."""
+"""Which key tiles each query tile visits, and the reverse: lists made once per mask, on the device."""

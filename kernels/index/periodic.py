@@ -9,7 +9,7 @@ the same with I = J + d, and the prefix d < blocks - J.
 Of several gathered shards a row should visit one after the other. Rows computed at the same time are neighbours in a
 shard, P blocks apart: what one of them reads of a key shard, another one reads a step later where the list goes on in
 the same shard, and some P steps later where it goes by d, long after the L2 cache has lost it (a fifth of the forward
-at 512K tokens, docs/kernels.md). But then a row's diagonals d <= I are no prefix. So there is a list for each of
+at 512K tokens, docs/measured/rank.md). But then a row's diagonals d <= I are no prefix. So there is a list for each of
 several stretches of queries: first, shard by shard, all diagonals that reach no further back than to the beginning
 of the stretch, which all its rows visit; then the others by d, of which each row visits a prefix. Shards come in the
 opposite of their order in memory, so that tiles fall throughout.

@@ -1,1 +1,1 @@
-"""Attention in plain torch: the definition of correct, and what runs on CPUs."""
+"""Attention in plain torch: the float64 reference that defines correct, and what runs on CPUs."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backend import Backend, register
 from ..mask import AttentionMask, active_block_pairs, document_of
-from ..merge import accumulator_dtype, merge_into
-from .blockwise_columns import column_backward, column_forward, column_index
+from ..merge import accumulator_dtype
+from ..values import BackwardQueries, Columns, KeyGradients, Keys, Partial, Queries
+from .blockwise_columns import BlockwiseColumnIndex, add_column_gradients, attend_columns, column_index
 from .softmax import partial_attention, partial_gradients
-
-__all__ = ["block_backward", "block_forward", "block_index", "column_backward", "column_forward", "column_index"]
 
 # Scores computed at once: 4 MB of float32 stay in a core's cache.
 SCORES_AT_ONCE = 1 << 20
@@ -65,72 +65,71 @@ class _Runs:
     lengths: Tensor
 
 
-def block_index(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockwiseIndex:
-    """See api.block_index; raises ValueError when positions do not ascend."""
-    _check_ascending("q_positions", q_positions)
-    _check_ascending("k_positions", k_positions)
-    distinct, pattern_of_head = torch.unique(mask.active, dim=0, return_inverse=True)
-    heads = [int((pattern_of_head == p).nonzero()[0]) for p in range(distinct.shape[0])]
-    causal: dict[int, Tensor] = {}
-    return BlockwiseIndex(
-        patterns=[_tiles(mask, head, q_positions, k_positions, causal) for head in heads],
-        pattern_of_head=pattern_of_head.tolist(),
-        q_documents=document_of(mask, q_positions),
-        k_documents=document_of(mask, k_positions),
-    )
+class Blockwise(Backend):
+    """Plain torch on any device, at the price of what is active."""
 
+    name = "blockwise"
 
-def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockwiseIndex, *, scale: float, into: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """See api.block_forward."""
-    q_heads, k_heads, v_heads = (_by_head(x) for x in (q, k, v))
-    out = torch.zeros_like(q_heads)
-    lse = torch.full(q_heads.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
-    for kv_head, heads, tile in _work(index, q.shape[2], k.shape[2]):
-        keys, values = _keys(k_heads, kv_head, tile), _keys(v_heads, kv_head, tile)
-        queries = _stack(q_heads, heads, tile)
-        part, part_lse = partial_attention(_scores(queries, keys, tile, index, scale=scale), values)
-        _unstack(out, heads, tile, part)
-        _unstack(lse, heads, tile, part_lse)
-    return merge_into(into, out.transpose(1, 2).contiguous(), lse)
-
-
-def block_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    index: BlockwiseIndex,
-    *,
-    scale: float,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> None:
-    """See api.block_backward."""
-    q_heads, k_heads, v_heads, out_heads = (_by_head(x) for x in (q, k, v, grad_out))
-    dq, dk, dv = (torch.zeros_like(x) for x in (q_heads, k_heads, v_heads))
-    for kv_head, heads, tile in _work(index, q.shape[2], k.shape[2]):
-        keys, values = _keys(k_heads, kv_head, tile), _keys(v_heads, kv_head, tile)
-        queries, grads = _stack(q_heads, heads, tile), _stack(out_heads, heads, tile)
-        parts = partial_gradients(
-            _scores(queries, keys, tile, index, scale=scale),
-            grads,
-            queries,
-            keys,
-            values,
-            _stack(lse, heads, tile),
-            _stack(delta, heads, tile),
+    def block_index(self, mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockwiseIndex:
+        """See Backend; raises ValueError when positions do not ascend."""
+        _check_ascending("q_positions", q_positions)
+        _check_ascending("k_positions", k_positions)
+        distinct, pattern_of_head = torch.unique(mask.active, dim=0, return_inverse=True)
+        heads = [int((pattern_of_head == p).nonzero()[0]) for p in range(distinct.shape[0])]
+        causal: dict[int, Tensor] = {}
+        return BlockwiseIndex(
+            patterns=[_tiles(mask, head, q_positions, k_positions, causal) for head in heads],
+            pattern_of_head=pattern_of_head.tolist(),
+            q_documents=document_of(mask, q_positions),
+            k_documents=document_of(mask, k_positions),
         )
-        _unstack(dq, heads, tile, parts[0])
-        _add_rows(dk[:, kv_head], tile, parts[1])
-        _add_rows(dv[:, kv_head], tile, parts[2])
-    grad_q.add_(dq.transpose(1, 2), alpha=scale)
-    grad_k.add_(dk.transpose(1, 2), alpha=scale)
-    grad_v.add_(dv.transpose(1, 2))
+
+    def column_index(self, mask: AttentionMask, q_positions: Tensor) -> BlockwiseColumnIndex:
+        """See Backend."""
+        return column_index(mask, q_positions)
+
+    def attend_keys(self, queries: Queries, keys: Keys) -> Partial:
+        """See Backend."""
+        index: BlockwiseIndex = keys.index.data
+        q, k, v = (_by_head(x) for x in (queries.q, keys.k, keys.v))
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
+        for kv_head, heads, tile in _work(index, q.shape[1], k.shape[1]):
+            scores = _scores(_stack(q, heads, tile), _keys(k, kv_head, tile), tile, index, scale=queries.scale)
+            part, part_lse = partial_attention(scores, _keys(v, kv_head, tile))
+            _unstack(out, heads, tile, part)
+            _unstack(lse, heads, tile, part_lse)
+        return out.transpose(1, 2).contiguous(), lse
+
+    def attend_columns(self, queries: Queries, columns: Columns) -> Partial:
+        """See Backend."""
+        return attend_columns(queries, columns)
+
+    def add_key_gradients(self, queries: BackwardQueries, keys: Keys, grad_q: Tensor, into: KeyGradients) -> None:
+        """See Backend."""
+        index, scale = keys.index.data, queries.scale
+        q, k, v, grad_out = (_by_head(x) for x in (queries.q, keys.k, keys.v, queries.grad_out))
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        for kv_head, heads, tile in _work(index, q.shape[1], k.shape[1]):
+            tile_k, tile_v = _keys(k, kv_head, tile), _keys(v, kv_head, tile)
+            tile_q, grads, *rows = (_stack(x, heads, tile) for x in (q, grad_out, queries.lse, queries.delta))
+            scores = _scores(tile_q, tile_k, tile, index, scale=scale)
+            parts = partial_gradients(scores, grads, tile_q, tile_k, tile_v, *rows)
+            _unstack(dq, heads, tile, parts[0])
+            _add_rows(dk[:, kv_head], tile, parts[1])
+            _add_rows(dv[:, kv_head], tile, parts[2])
+        grad_q.add_(dq.transpose(1, 2), alpha=scale)
+        into.k.add_(dk.transpose(1, 2), alpha=scale)
+        into.v.add_(dv.transpose(1, 2))
+
+    def add_column_gradients(
+        self, queries: BackwardQueries, columns: Columns, grad_q: Tensor, into: KeyGradients
+    ) -> None:
+        """See Backend."""
+        add_column_gradients(queries, columns, grad_q, into)
+
+
+register(Blockwise())
 
 
 def _check_ascending(name: str, positions: Tensor) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..mask import AttentionMask, active_block_pairs, document_of
-from ..merge import accumulator_dtype, merge_into
+from ..merge import accumulator_dtype
+from ..values import BackwardQueries, Columns, KeyGradients, Partial, Queries
 from .softmax import partial_attention, partial_gradients
 
 # Query rows of one matmul.
@@ -68,52 +69,30 @@ def column_index(mask: AttentionMask, q_positions: Tensor) -> BlockwiseColumnInd
     )
 
 
-def column_forward(
-    q: Tensor,
-    column_k: Tensor,
-    column_v: Tensor,
-    index: BlockwiseColumnIndex,
-    *,
-    scale: float,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See api.column_forward."""
-    dtype = accumulator_dtype(q.dtype)
+def attend_columns(queries: Queries, columns: Columns) -> Partial:
+    """Fresh (out, lse) over the columns; see Backend.attend_columns."""
+    q, dtype, index = queries.q, accumulator_dtype(queries.q.dtype), columns.index.data
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype, device=q.device)
-    for tile, keys, values in _work(index, column_k, column_v, dtype):
-        queries = q[:, tile.rows, tile.head].to(dtype)
-        part, part_lse = partial_attention(_scores(queries, keys, tile, index, scale=scale), values)
+    for tile, keys, values in _work(index, columns, dtype):
+        rows = q[:, tile.rows, tile.head].to(dtype)
+        part, part_lse = partial_attention(_scores(rows, keys, tile, index, scale=queries.scale), values)
         out[:, tile.rows, tile.head] = part
         lse[:, tile.head, tile.rows] = part_lse
-    return merge_into(into, out, lse)
+    return out, lse
 
 
-def column_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    column_k: Tensor,
-    column_v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    index: BlockwiseColumnIndex,
-    *,
-    scale: float,
-    grad_q: Tensor,
-    grad_column_k: Tensor,
-    grad_column_v: Tensor,
-) -> None:
-    """See api.column_backward."""
-    dtype = accumulator_dtype(q.dtype)
-    for tile, keys, values in _work(index, column_k, column_v, dtype):
-        queries, grads = (x[:, tile.rows, tile.head].to(dtype) for x in (q, grad_out))
+def add_column_gradients(queries: BackwardQueries, columns: Columns, grad_q: Tensor, into: KeyGradients) -> None:
+    """Add the columns' gradients; see Backend.add_column_gradients."""
+    dtype, index, scale = accumulator_dtype(queries.q.dtype), columns.index.data, queries.scale
+    for tile, keys, values in _work(index, columns, dtype):
+        q, grads = (x[:, tile.rows, tile.head].to(dtype) for x in (queries.q, queries.grad_out))
         rows = slice(None), tile.head, tile.rows
-        dq, dk, dv = partial_gradients(
-            _scores(queries, keys, tile, index, scale=scale), grads, queries, keys, values, lse[rows], delta[rows]
-        )
+        scores = _scores(q, keys, tile, index, scale=scale)
+        dq, dk, dv = partial_gradients(scores, grads, q, keys, values, queries.lse[rows], queries.delta[rows])
         grad_q[:, tile.rows, tile.head].add_(dq, alpha=scale)
-        grad_column_k[:, tile.head, : tile.slots].add_(dk, alpha=scale)
-        grad_column_v[:, tile.head, : tile.slots].add_(dv)
+        into.k[:, tile.head, : tile.slots].add_(dk, alpha=scale)
+        into.v[:, tile.head, : tile.slots].add_(dv)
 
 
 def _columns(mask: AttentionMask, q_positions: Tensor) -> Tensor:
@@ -138,10 +117,10 @@ def _tiles(
 
 
 def _work(
-    index: BlockwiseColumnIndex, column_k: Tensor, column_v: Tensor, dtype: torch.dtype
+    index: BlockwiseColumnIndex, columns: Columns, dtype: torch.dtype
 ) -> Iterator[tuple[ColumnTile, Tensor, Tensor]]:
     for tile in index.tiles:
-        yield tile, column_k[:, tile.head, : tile.slots].to(dtype), column_v[:, tile.head, : tile.slots].to(dtype)
+        yield tile, columns.k[:, tile.head, : tile.slots].to(dtype), columns.v[:, tile.head, : tile.slots].to(dtype)
 
 
 def _scores(queries: Tensor, keys: Tensor, tile: ColumnTile, index: BlockwiseColumnIndex, *, scale: float) -> Tensor:

@@ -1,1 +1,3 @@
-"""Choosing patterns from queries and keys."""
+"""Choosing patterns from queries and keys: one selector a file, and what selectors share."""
+
+DEFAULT_SELECTOR = "vertical-slash"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -65,6 +66,13 @@ class ShardTensors:
         if self.granularity_tokens < 1 or self.q.shape[1] % self.granularity_tokens:
             raise ValueError(f"granularity_tokens: {self.granularity_tokens} does not divide {self.q.shape[1]} tokens")
 
+    @classmethod
+    def whole(cls, q: Tensor, k: Tensor, *, block_size: int) -> Self:
+        """Return a sequence q [1, S, H, D], k [1, S, H_kv, D] that no other rank has a part of."""
+        tokens = q.shape[1]
+        return cls(q=q, k=k, positions=torch.arange(tokens, device=q.device), seq_len_tokens=tokens,
+                   block_size=block_size, granularity_tokens=tokens)  # fmt: skip
+
     @property
     def heads(self) -> int:
         """H, the query heads."""
@@ -74,6 +82,13 @@ class ShardTensors:
     def blocks(self) -> int:
         """N, the mask blocks of the sequence."""
         return -(-self.seq_len_tokens // self.block_size)
+
+    def chosen(self, active: Tensor, columns: Tensor | None = None) -> AttentionMask:
+        """Return a choice as a mask: bool [H, N] diagonals or [H, N, N] pairs, own blocks among them, and columns."""
+        return AttentionMask(
+            seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, active=active, columns=columns,
+            documents=self.documents, own_blocks=True,
+        )  # fmt: skip
 
 
 def last_positions(shard: ShardTensors, count: int = PROBE_QUERIES) -> Tensor:
@@ -107,7 +122,8 @@ def row_logits(shard: ShardTensors, rows: Tensor, row_positions: Tensor, *, scal
     kv_heads = shard.k.shape[2]
     keys = shard.k[0].permute(1, 2, 0)
     logits = float_matmul(rows.reshape(kv_heads, -1, dim), keys).mul_(scale).view(heads, count, -1)
-    return logits.masked_fill_(~allowed_pairs(_everything(shard), row_positions, shard.positions), -torch.inf)
+    everything = shard.chosen(torch.ones(1, shard.blocks, dtype=torch.bool, device=shard.q.device))
+    return logits.masked_fill_(~allowed_pairs(everything, row_positions, shard.positions), -torch.inf)
 
 
 def probabilities(logits: Tensor, collectives: Collectives) -> Tensor:
@@ -176,35 +192,17 @@ def kept_mass(
 
 
 def kept_mass_probe(
-    shard: ShardTensors,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    collectives: Collectives = ALONE,
-    probe_queries: int = PROBE_QUERIES,
+    shard: ShardTensors, mask: AttentionMask, *, scale: float, collectives: Collectives = ALONE
 ) -> Tensor:
-    """[H]: kept mass of the last valid queries, the ones that vertical-slash chooses by."""
-    return kept_mass(shard, mask, last_positions(shard, probe_queries), scale=scale, collectives=collectives)
+    """[H]: kept mass of the last valid queries, which selectors may choose by."""
+    return kept_mass(shard, mask, last_positions(shard), scale=scale, collectives=collectives)
 
 
 def kept_mass_sampled(
-    shard: ShardTensors,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    seed: int,
-    rows: int = 64,
+    shard: ShardTensors, mask: AttentionMask, *, scale: float, seed: int, rows: int = 64,
     collectives: Collectives = ALONE,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """[H]: kept mass of `rows` seeded random positions of the whole sequence, the same ones on every rank."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(shard.seq_len_tokens, generator=generator)[:rows].sort().values.to(shard.q.device)
     return kept_mass(shard, mask, chosen, scale=scale, collectives=collectives)
-
-
-def _everything(shard: ShardTensors) -> AttentionMask:
-    """A mask that carries length and documents only, for the definition of what may be attended at all."""
-    active = torch.ones(1, shard.blocks, dtype=torch.bool, device=shard.q.device)
-    return AttentionMask(
-        seq_len_tokens=shard.seq_len_tokens, block_size=shard.block_size, active=active, documents=shard.documents
-    )

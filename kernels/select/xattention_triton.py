@@ -1,6 +1,6 @@
 """XAttention's choice on GPUs: antidiagonal sums as one blocked matmul, and the fewest blocks without sorting.
 
-choose_blocks.py defines the same with tensor operations. The first kernel multiplies cells (stride tokens each) and
+xattention.py defines the same with tensor operations. The first kernel multiplies cells (stride tokens each) and
 leaves, for each query cell, the softmax numerators summed to key blocks, relative to a peak per tile of key cells; the
 second puts the tiles of a query block together and takes blocks from the highest mass down.
 Shape legend: T local query tiles of block_size tokens, N key blocks, CELLS cells a block, M query cells and K key cells
@@ -72,8 +72,8 @@ def cell_sums_kernel(q, keys, blocks, sums, peaks, q_s, q_h, k_h, q_tokens, seq_
 
 @triton.jit
 def fewest_blocks_kernel(sums, peaks, blocks, active, first_tile, tiles, key_blocks, key_tiles, valid_cells, mass,
-                         CELLS: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, FIRST_BLOCK: tl.constexpr):
-    """active uint8 [H, tiles, N]: own (and first) block, then the fewest others up to `mass`. Grid (tiles, H)."""
+                         CELLS: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    """active uint8 [H, tiles, N]: own and first block, then the fewest others up to `mass`. Grid (tiles, H)."""
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(blocks + first_tile + tile).to(tl.int32)
     key_block = tl.arange(0, SIZE)
@@ -88,9 +88,7 @@ def fewest_blocks_kernel(sums, peaks, blocks, active, first_tile, tiles, key_blo
         total = tl.sum(part, 0)
         counted = (block * CELLS + cell < valid_cells) & (total > 0.0)
         values += tl.where(counted, part / tl.where(total > 0.0, total, 1.0), 0.0)
-    forced = seen & (key_block == block)
-    if FIRST_BLOCK:
-        forced = forced | (key_block == 0)
+    forced = (seen & (key_block == block)) | (key_block == 0)
     exact = values.to(tl.float64)
     wanted = mass * tl.sum(exact, 0)
     reached = tl.sum(tl.where(forced, exact, 0.0), 0)
@@ -120,7 +118,7 @@ def applies(shard: ShardTensors, stride: int) -> bool:
 
 
 def active_rows(
-    shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float, stride: int, mass: float, first_block: bool
+    shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float, stride: int, mass: float
 ) -> Iterator[Tensor]:
     """Uint8 [H, t, N] of some local query tiles after the other: their active key blocks.
 
@@ -144,5 +142,5 @@ def active_rows(
         active = torch.empty(heads, tiles, key_blocks, dtype=torch.uint8, device=q.device)
         size = triton.next_power_of_2(key_blocks)
         run(fewest_blocks_kernel, (tiles, heads), active=active, valid_cells=-(-shard.seq_len_tokens // stride),
-            mass=mass, CELLS=cells, SIZE=size, FIRST_BLOCK=first_block, num_warps=8 if size > 1024 else 4, **common)
+            mass=mass, CELLS=cells, SIZE=size, num_warps=8 if size > 1024 else 4, **common)
         yield active

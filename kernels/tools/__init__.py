@@ -1,1 +1,1 @@
-"""Checking, tuning and cross-compiling kernels."""
+"""Checking, tuning and cross-compiling the kernels: `sparsering doctor`."""

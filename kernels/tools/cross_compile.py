@@ -1,7 +1,7 @@
 """Compile the kernels for a GPU that is not here and read what they need: registers, stack, shared memory.
 
 Nothing runs; Triton brings the assembler. TRITON_INTERPRET must not be set.
-    python -m sparsering.kernels.cross_compile 80 --head-dims 128 64 --blocks 128 64
+    python -m sparsering.kernels.tools.cross_compile 80 --head-dims 128 64 --blocks 128 64
 """
 
 from __future__ import annotations
@@ -21,7 +21,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..triton import backward, columns, forward, tuning
-from ..triton.launching import BLOCK_ONLY, COLUMN_ONLY
+from ..triton.views import (
+    NO_STRIDES,
+    BlockLists,
+    ColumnChunks,
+    ColumnLists,
+    KeyRows,
+    KeyStrides,
+    PartStrides,
+    QueryTiles,
+    Rows,
+    RowValues,
+    Scale,
+    Strides,
+)
 
 KERNELS = {
     tuning.FORWARD: forward.forward_kernel,
@@ -33,25 +46,11 @@ KERNELS = {
     tuning.GRAD_KV: backward.grad_kv_kernel,
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
-_OF_DQ = (tuning.GRAD_Q, tuning.FUSED_GRAD_Q, tuning.COLUMN_GRAD_Q)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# The forward writes bfloat16 where nothing will be merged, else the accumulator's dtype.
-_TILED = {"q": "m", "grad_out": "m", "k": "n", "v": "n", "column_k": "n", "column_v": "n"}
-_ADDED = {"grad_q": "m", "grad_k": "n", "grad_v": "n", "prior": "m"}
-_FLOATS = {"out", "prior", "lse", "row_values", "grad_q", "grad_k", "grad_v"}
-_INTEGERS = {
-    "row_fields",
-    "entries",
-    "order",
-    "columns",
-    "limits",
-    "first_tile",
-    "has_own",
-    "q_blocks",
-    "q_documents",
-    "k_documents",
-    "column_documents",
-}
+# Types of arguments, as Triton names them. Strides, and what is marked like this, are multiples of 16.
+MULTIPLE = "i32:16"
+STRIDES = Strides(MULTIPLE, MULTIPLE, MULTIPLE)
+SCALE = Scale("fp32", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,69 +63,41 @@ class Resources:
     cubin: bytes
 
 
-def resources(
-    kernel: str,
-    *,
-    capability: int,
-    dtype: str = "bf16",
-    block_size: int = 128,
-    head_dim: int = 128,
-    group: int = 8,
-    documents: bool = False,
-    merge: bool = False,
-    final: bool = False,
-    own: bool = False,
-    launch: tuning.Launch | None = None,
-) -> Resources:
-    """Compile one kernel of KERNELS for sm_<capability> with its tuned settings, or the ones given.
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Which specialization of a kernel is compiled; 16-bit inputs are bfloat16.
 
     merge: the forward goes on from an earlier partial. final: it, or dQ, is the last of several launches, and writes
-    the inputs' dtype.
+    the inputs' dtype. own: columns inside blocks that are not active, too. launch: instead of the tuned settings.
     """
-    launch = launch or tuning.launch_for(
-        kernel, capability=capability, block_size=block_size, head_dim=head_dim, itemsize=2
+
+    block_size: int = 128
+    head_dim: int = 128
+    group: int = 8
+    documents: bool = False
+    merge: bool = False
+    final: bool = False
+    own: bool = False
+    launch: tuning.Launch | None = None
+
+
+def resources(kernel: str, *, capability: int, variant: Variant) -> Resources:
+    """Compile one kernel of KERNELS for sm_<capability>."""
+    launch = variant.launch or tuning.launch_for(
+        kernel, capability=capability, block_size=variant.block_size, head_dim=variant.head_dim, itemsize=2
     )
-    constants: dict[str, Any] = {
-        "GROUP": group,
-        "BLOCK": block_size,
-        "M": launch.m,
-        "N": launch.n,
-        "D": head_dim,
-        "SIGN": -1,
-        "DOCUMENTS": documents,
-        "OWN": own or kernel == tuning.COLUMN_GRAD_KV,
-        "SPLIT": False,
-        "TMA": launch.tma,
-        "MERGE": merge or final,
-        "PRIOR": final,
-        "ADD": not (final and kernel in _OF_DQ),
-        "ACC": tl.float32,
-        "PRECISION": "tf32",
-        "BLOCKS": not kernel.startswith("column"),
-        "COLUMNS": kernel.startswith(("column", "fused")),
-    }
-    if not (merge or final) or (kernel in _OF_DQ and not final):
-        constants["prior"] = None
-    if not documents:
-        constants |= dict.fromkeys(("q_documents", "k_documents", "column_documents"))
-    if kernel != tuning.COLUMN_GRAD_KV:
-        constants |= dict.fromkeys(() if constants["COLUMNS"] else COLUMN_ONLY)
-        constants |= dict.fromkeys(() if constants["BLOCKS"] else BLOCK_ONLY)
     function = KERNELS[kernel]
-    names = function.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {
-        name: "constexpr" if name in constants else _type(kernel, name, dtype, head_dim, launch, merge, final)
-        for name in names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or re.search(r"_[bsh]$|^padded$", name)
-    }
-    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    given = _arguments(kernel, variant, launch) | _constants(kernel, variant, launch)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for number, name in enumerate(function.arg_names):
+        if name.isupper():
+            signature[name], constants[number,] = "constexpr", given[name]
+        else:
+            signature[name] = _signature(given[name], (number,), constants, aligned)
     compiled = triton.compile(
-        source,
+        ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages, **launch.options()},
     )
@@ -136,27 +107,84 @@ def resources(
     )
 
 
-def _type(kernel: str, name: str, dtype: str, head_dim: int, launch: tuning.Launch, merge: bool, final: bool) -> str:
-    if name in _TILED:
-        rows = getattr(launch, _TILED[name])
-        return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
-    if name == "row_values" and launch.tma and kernel in (tuning.GRAD_KV, tuning.COLUMN_GRAD_KV):
-        return f"tensordesc<fp32[1, {launch.m}]>"
-    if name in ("grad_k", "grad_v") and kernel == tuning.COLUMN_GRAD_KV and launch.tma:
-        return f"tensordesc<fp32[1, {launch.n}, {head_dim}]>"
-    if final and name in ("out", "grad_q"):
-        return f"tensordesc<{dtype}[1, 1, {launch.m}, {head_dim}]>" if launch.tma else f"*{dtype}"
-    if name in _ADDED and launch.tma:
-        return f"tensordesc<fp32[1, 1, {getattr(launch, _ADDED[name])}, {head_dim}]>"
-    if name == "out" and launch.tma:
-        return f"tensordesc<{'fp32' if merge else dtype}[1, 1, {launch.m}, {head_dim}]>"
-    if name in _FLOATS:
-        return "*fp32"
-    if name in _INTEGERS:
-        return "*i32"
-    if name == "usable":
-        return "*i64"
-    return "fp32" if name.startswith("scale") else "i32"
+def _signature(
+    given: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], aligned: dict[tuple[int, ...], Any]
+) -> Any:
+    """The types of an argument, or of all fields of a view; notes what is None, and what is a multiple of 16."""
+    if isinstance(given, tuple):
+        return type(given)(*(_signature(x, (*path, i), constants, aligned) for i, x in enumerate(given)))
+    if given is None:
+        constants[path] = None
+        return "constexpr"
+    if given == MULTIPLE or given.startswith("*"):
+        aligned[path] = [["tt.divisibility", 16]]
+    return given.removesuffix(":16")
+
+
+def _constants(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str, Any]:
+    final_dq = variant.final and kernel in vars(tuning.GRAD_QS).values()
+    return {
+        "GROUP": variant.group if not kernel.startswith("column") else 1,
+        "BLOCK": variant.block_size,
+        "M": launch.m,
+        "N": launch.n,
+        "D": variant.head_dim,
+        "SIGN": -1,
+        "SPLIT": False,
+        "TMA": launch.tma,
+        "ADD": not final_dq,
+        "ACC": tl.float32,
+        "PRECISION": "tf32",
+    }
+
+
+def _arguments(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str, Any]:
+    """What launches give the kernel, in types; of all kernels, since names mean the same in each."""
+    has_blocks, has_columns = not kernel.startswith("column"), kernel.startswith(("column", "fused"))
+    of_keys, of_columns = kernel == tuning.GRAD_KV, kernel == tuning.COLUMN_GRAD_KV
+    documents = "*i32" if variant.documents else None
+
+    def tiles(rows: int, dtype: str = "bf16") -> str:
+        return f"tensordesc<{dtype}[1, 1, {rows}, {variant.head_dim}]>" if launch.tma else f"*{dtype}"
+
+    def parts(rows: int) -> str:
+        return f"tensordesc<fp32[1, {rows}, {variant.head_dim}]>" if launch.tma else "*fp32"
+
+    queries, keys = tiles(launch.m), tiles(launch.n)
+    goes_on = variant.final or (variant.merge and kernel in vars(tuning.FORWARDS).values())
+    blocks = BlockLists("*i32", "*i32", documents, "i32") if has_blocks else BlockLists()
+    q_blocks = "*i32" if variant.own or of_columns else None
+    lists = ColumnLists("*i32", "*i64", "*i32", documents, q_blocks, "i32", "i32") if has_columns else ColumnLists()
+    key_at, column_at = (STRIDES if has else NO_STRIDES for has in (has_blocks, has_columns))
+    lines = f"tensordesc<fp32[1, {launch.m}]>" if launch.tma else "*fp32"
+    grads = parts(launch.n) if of_columns else tiles(launch.n, "fp32")
+    return {
+        "q": queries,
+        "grad_out": queries,
+        "k": keys if has_blocks else None,
+        "v": keys if has_blocks else None,
+        "column_k": keys if has_columns else None,
+        "column_v": keys if has_columns else None,
+        "out": tiles(launch.m, "bf16" if variant.final or (launch.tma and not variant.merge) else "fp32"),
+        "grad_q": tiles(launch.m, "bf16" if variant.final else "fp32"),
+        "prior": tiles(launch.m, "fp32") if goes_on else None,
+        "grad_k": grads,
+        "grad_v": grads,
+        "lse": Rows("*fp32", MULTIPLE, MULTIPLE),
+        "row_values": lines if of_keys or of_columns else RowValues("*fp32", MULTIPLE),
+        "padded": MULTIPLE,
+        "at": KeyStrides(*[STRIDES] * 6)
+        if of_keys
+        else PartStrides(STRIDES, STRIDES, STRIDES, key_at, key_at, column_at, column_at),
+        "queries": QueryTiles(None if of_keys or of_columns else "*i32", documents, "i32", "i32", "i32"),
+        "blocks": blocks,
+        "columns": lists,
+        "rows": KeyRows("*i32", "i32", "i32", "i32", "i32"),
+        "chunks": ColumnChunks("*i32", "*i32", "i32", "i32"),
+        "scale": SCALE,
+        "scale_log2": "fp32",
+        "q_tokens": "i32",
+    }
 
 
 def _read_usage(cubin: bytes) -> tuple[int, int]:
@@ -186,14 +214,8 @@ def main() -> None:
     for kernel in arguments.kernels:
         for head_dim in arguments.head_dims:
             for block in arguments.blocks:
-                found = resources(
-                    kernel,
-                    capability=arguments.capability,
-                    head_dim=head_dim,
-                    block_size=block,
-                    documents=arguments.documents,
-                    own=arguments.own,
-                )
+                variant = Variant(head_dim=head_dim, block_size=block, documents=arguments.documents, own=arguments.own)
+                found = resources(kernel, capability=arguments.capability, variant=variant)
                 print(
                     json.dumps(
                         {

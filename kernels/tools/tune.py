@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from .. import api
 from ..mask import AttentionMask
-from ..triton import backend, gradients, launching, tuning
+from ..triton import gradients, launching, tuning
+from ..triton.partials import QueryTarget
 from ..triton.tuning import Launch
 
 SLASH_SHARE = 0.3  # of the active diagonals: the local window
@@ -109,13 +111,16 @@ class Work:
         mask = toeplitz_mask(shape, columns=min(COLUMNS, tokens // 2))
         assert mask.columns is not None
         positions = torch.arange(tokens, device="cuda")
-        self.index, of_columns = backend.block_index(mask, positions, positions), backend.column_index(mask, positions)
-        column_k, column_v = backend.gather_columns(self.k, self.v, of_columns)
-        self.columns = column_k, column_v, of_columns
-        self.scale = shape.head_dim**-0.5
-        out, lse = backend.block_forward(self.q, self.k, self.v, self.index, scale=self.scale, out_dtype=shape.dtype)
+        index = api.block_index(mask, positions, positions, backend="triton")
+        of_columns = api.column_index(mask, positions, backend="triton")
+        column_k, column_v = api.gather_columns(self.k, self.v, of_columns)
+        self.keys = api.Keys(k=self.k, v=self.v, index=index)
+        self.columns = api.Columns(k=column_k, v=column_v, index=of_columns)
+        given: dict[str, Any] = {"q": self.q, "scale": shape.head_dim**-0.5}
+        out, lse = api.forward(api.Queries(**given), self.keys, final=True)
         delta = (self.grad_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-        self.values = launching.row_values_of(lse, delta, self.index, self.scale)
+        self.queries = api.BackwardQueries(**given, grad_out=self.grad_out, lse=lse, delta=delta)
+        self.values = gradients.row_values_of(self.queries, index.data)
         self.grads = [torch.empty_like(x) for x in (self.q, self.k, self.v)]
         self.grad_q = torch.zeros(self.q.shape, device="cuda")
         self.partial = out.float(), lse.clone()
@@ -127,22 +132,19 @@ class Work:
 
     def call(self, kernel: str) -> Callable[[], object]:
         """The launch of one kernel with the settings in force."""
-        q, k, v, do, s, values = self.q, self.k, self.v, self.grad_out, self.scale, self.values
-        index, columns, into = self.index, self.columns, self.grads[0]
+        queries, keys, columns, values = self.queries, self.keys, self.columns, self.values
+        into, added = QueryTarget(grad=self.grads[0]), QueryTarget(grad=self.grad_q, add=True)
+        of_keys = api.KeyGradients(k=self.grads[1], v=self.grads[2], add=False)
         return {
-            tuning.FORWARD: lambda: backend.block_forward(q, k, v, index, scale=s, out_dtype=q.dtype),
-            tuning.FUSED_FORWARD: lambda: backend.block_forward(
-                q, k, v, index, scale=s, out_dtype=q.dtype, columns=columns
-            ),
-            tuning.COLUMN_FORWARD: lambda: backend.column_forward(q, *columns, scale=s, into=self.partial),
-            tuning.GRAD_Q: lambda: gradients.grad_query(do, q, k, v, values, index, None, s, into, add=False),
-            tuning.FUSED_GRAD_Q: lambda: gradients.grad_query(do, q, k, v, values, index, columns, s, into, add=False),
-            tuning.COLUMN_GRAD_Q: lambda: gradients.grad_query(
-                do, q, None, None, values, None, columns, s, self.grad_q, add=True
-            ),
-            tuning.GRAD_KV: lambda: gradients.grad_key_value(do, q, k, v, values, index, s, *self.grads[1:], add=False),
-            tuning.COLUMN_GRAD_KV: lambda: gradients.grad_columns(do, q, columns, values, s),
-        }[kernel]  # fmt: skip
+            tuning.FORWARD: lambda: api.forward(queries, keys, final=True),
+            tuning.FUSED_FORWARD: lambda: api.forward(queries, keys, columns, final=True),
+            tuning.COLUMN_FORWARD: lambda: api.forward(queries, None, columns, earlier=self.partial),
+            tuning.GRAD_Q: lambda: gradients.grad_query(queries, keys, None, values, into),
+            tuning.FUSED_GRAD_Q: lambda: gradients.grad_query(queries, keys, columns, values, into),
+            tuning.COLUMN_GRAD_Q: lambda: gradients.grad_query(queries, None, columns, values, added),
+            tuning.GRAD_KV: lambda: gradients.grad_key_value(queries, keys, values, of_keys),
+            tuning.COLUMN_GRAD_KV: lambda: gradients.grad_columns(queries, columns, values),
+        }[kernel]
 
 
 def candidates(shape: Shape, texts: Mapping[str, str], *, tma: bool) -> list[tuple[str, Launch]]:

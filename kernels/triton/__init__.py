@@ -1,1 +1,1 @@
-"""The Triton backend."""
+"""The Triton backend: forward, backward, columns, and their launch settings by architecture."""

@@ -45,114 +45,92 @@ def prepare_kernel(lse, delta, row_values, lse_b, lse_h, delta_b, delta_h, heads
 
 
 @triton.jit
-def prepare_from_out_kernel(out, grad_out, lse, row_values, out_b, out_s, out_h, do_b, do_s, do_h, lse_b, lse_h, heads,
-                            q_valid, padded, scale, SIZE: tl.constexpr, D: tl.constexpr):
-    """The same from out and grad_out [B, S, H, D]: delta = rowsum(grad_out * out)."""
-    pair = tl.program_id(1)
-    head, batch = (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
-    rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    valid = rows < q_valid
-    values = tl.load(lse + batch * lse_b + head * lse_h + rows, mask=valid, other=0.0)
-    alive = valid & (values > float("-inf"))
-    long_rows, dims = rows.to(tl.int64)[:, None], tl.arange(0, D)[None, :]
-    outs = tl.load(out + batch * out_b + head * out_h + long_rows * out_s + dims, mask=alive[:, None], other=0.0)
-    grads = tl.load(grad_out + batch * do_b + head * do_h + long_rows * do_s + dims, mask=alive[:, None], other=0.0)
-    deltas = tl.sum(outs.to(values.dtype) * grads.to(values.dtype), 1)
-    at = row_values + pair.to(tl.int64) * 2 * padded + rows
-    tl.store(at, tl.where(alive, values * LOG2_E, float("inf")), mask=rows < padded)
-    tl.store(at + padded, deltas * scale, mask=rows < padded)
-
-
-@triton.jit
 def grad_q_kernel(
-    q, k, v, grad_out, row_values, grad_q, prior, row_fields, entries, order, q_documents, k_documents,
-    column_k, column_v, columns, usable, limits, q_blocks, column_documents, scale, scale_log2,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
-    heads, tiles, padded, q_valid, k_valid, capacity, words,
+    q, k, v, grad_out, grad_q, prior, column_k, column_v, row_values, at, queries, blocks, columns, scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, OWN: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-    PRIOR: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (B * H * T * BLOCK / M), as the forward.
 
-    PRIOR: writes the sum with `prior` (strides of grad_q, which is of another dtype). ADD: adds into grad_q.
+    prior, if given: writes the sum with it (strides of grad_q, which is of another dtype). ADD: adds into grad_q. The
+    rest is in views.py: row_values RowValues, at PartStrides, queries QueryTiles, blocks BlockLists, columns
+    ColumnLists, scale Scale.
     """
     program = tl.program_id(0)
     part = program % (BLOCK // M)
     program = program // (BLOCK // M)
-    tile = tl.load(order + program % tiles)
-    head = (program // tiles) % heads
-    batch = program // (tiles * heads)
+    tile = tl.load(queries.order + program % queries.tiles)
+    head = (program // queries.tiles) % queries.heads
+    batch = program // (queries.tiles * queries.heads)
 
     first = tile * BLOCK + part * M
     rows = first + tl.arange(0, M)
     keys = tl.arange(0, N)
     kv_head = head // GROUP
-    q_tile = load_tile(q, batch, head, first, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-    do_tile = load_tile(grad_out, batch, head, first, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-    lines = row_values + (batch * heads + head).to(tl.int64) * 2 * padded + rows
-    row_lse, row_delta = tl.load(lines), tl.load(lines + padded)
+    q_tile = load_tile(q, at.q, batch, head, first, queries.valid, M, D, TMA, True)
+    do_tile = load_tile(grad_out, at.grad_out, batch, head, first, queries.valid, M, D, TMA, True)
+    lines = row_values.data + (batch * queries.heads + head).to(tl.int64) * 2 * row_values.padded + rows
+    row_lse, row_delta = tl.load(lines), tl.load(lines + row_values.padded)
     q_document = rows
-    if DOCUMENTS:
-        q_document = tl.load(q_documents + rows, mask=rows < q_valid, other=-1)
-    if COLUMNS:
-        line = head * tiles + tile
-        reach, earlier, end = tl.load(limits + line * 3), 0, 0
-        if OWN:
-            earlier, end = tl.load(limits + line * 3 + 1), tl.load(limits + line * 3 + 2)
+    if queries.documents is not None:
+        q_document = tl.load(queries.documents + rows, mask=rows < queries.valid, other=-1)
+    if columns.positions is not None:
+        line = head * queries.tiles + tile
+        reach, earlier, end = tl.load(columns.limits + line * 3), 0, 0
+        if columns.q_blocks is not None:
+            earlier, end = tl.load(columns.limits + line * 3 + 1), tl.load(columns.limits + line * 3 + 2)
 
     acc = tl.zeros([M, D], ACC)
-    if BLOCKS:
-        fields = row_fields + (head * tiles + tile) * 4
+    if blocks.fields is not None:
+        fields = blocks.fields + (head * queries.tiles + tile) * 4
         start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
         if diagonal >= 0:
             for n in range(0, ((part + 1) * M + N - 1) // N):
                 key = diagonal * BLOCK + n * N
-                k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, True)
-                v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, True)
+                k_tile = load_tile(k, at.k, batch, kv_head, key, blocks.valid, N, D, TMA, True)
+                v_tile = load_tile(v, at.v, batch, kv_head, key, blocks.valid, N, D, TMA, True)
                 allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
-                if DOCUMENTS:
-                    k_document = tl.load(k_documents + key + keys, mask=key + keys < k_valid, other=-2)
+                if queries.documents is not None:
+                    k_document = tl.load(blocks.documents + key + keys, mask=key + keys < blocks.valid, other=-2)
                     allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
-                                  True, ACC, PRECISION)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True, ACC,
+                                  PRECISION)
         for step in range(0, count * (BLOCK // N)):
-            entry = tl.load(entries + start + step // (BLOCK // N))
+            entry = tl.load(blocks.entries + start + step // (BLOCK // N))
             key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
-            k_tile = load_tile(k, batch, kv_head, key, k_valid, k_b, k_h, k_s, N, D, TMA, False)
-            v_tile = load_tile(v, batch, kv_head, key, k_valid, v_b, v_h, v_s, N, D, TMA, False)
-            if DOCUMENTS:
-                k_document = tl.load(k_documents + key + keys)
+            k_tile = load_tile(k, at.k, batch, kv_head, key, blocks.valid, N, D, TMA, False)
+            v_tile = load_tile(v, at.v, batch, kv_head, key, blocks.valid, N, D, TMA, False)
+            if queries.documents is not None:
+                k_document = tl.load(blocks.documents + key + keys)
                 allowed = q_document[:, None] == k_document[None, :]
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, scale_log2,
-                                  True, ACC, PRECISION)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True, ACC,
+                                  PRECISION)
             else:
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, scale_log2,
-                                  False, ACC, PRECISION)
-    if COLUMNS:
-        q_position = tl.load(q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
+                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, False, ACC,
+                                  PRECISION)
+    if columns.positions is not None:
+        q_position = rows
+        if columns.q_blocks is not None:
+            q_position = tl.load(columns.q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
         acc = grad_q_columns(
-            acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, columns, usable,
-            reach, earlier, end, column_documents, batch, head, line, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, capacity,
-            words, scale, scale_log2, N, D, OWN, DOCUMENTS, TMA, ACC, PRECISION)
-    if PRIOR:
-        acc += load_tile(prior, batch, head, first, q_valid, dq_b, dq_h, dq_s, M, D, TMA, True)
-    write_tile(grad_q, acc, batch, head, first, q_valid, dq_b, dq_s, dq_h, M, D, TMA, ADD)
+            acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, at.column_k,
+            at.column_v, columns, reach, earlier, end, batch, head, line, scale, N, D, TMA, ACC, PRECISION)
+    if prior is not None:
+        acc += load_tile(prior, at.out, batch, head, first, queries.valid, M, D, TMA, True)
+    write_tile(grad_q, at.out, acc, batch, head, first, queries.valid, M, D, TMA, ADD)
 
 
 @triton.jit
 def grad_kv_kernel(
-    q, k, v, grad_out, row_values, grad_k, grad_v, row_fields, entries, order, q_documents, k_documents, scale,
-    scale_log2, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
-    dk_b, dk_s, dk_h, dv_b, dv_s, dv_h, kv_heads, tiles, first_row, row_count, padded, q_valid, k_valid,
+    q, k, v, grad_out, row_values, grad_k, grad_v, at, queries, blocks, rows, scale, padded,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (B * H_kv * row_count * BLOCK / N): one program per part of a key tile, all query heads of its KV head.
+    """Grid (B * H_kv * rows.number * BLOCK / N): one program per part of a key tile, all query heads of its KV head.
 
-    The tiles are order[first_row : first_row + row_count]. SPLIT: a program (GROUP times as many) takes one query head
-    alone and writes its share into grad_k, grad_v [B * H_kv * row_count * GROUP, BLOCK, D].
+    SPLIT: a program (GROUP times as many) takes one query head alone and writes its share into grad_k, grad_v
+    [B * H_kv * rows.number * GROUP, BLOCK, D]. In views.py: at KeyStrides, queries QueryTiles, blocks BlockLists of key
+    tiles, rows KeyRows, scale Scale; row_values are lines of `padded` values.
     """
     program = tl.program_id(0)
     part = program % (BLOCK // N)
@@ -162,61 +140,63 @@ def grad_kv_kernel(
     if SPLIT:
         first_member, members = program % GROUP, 1
         program = program // GROUP
-    tile = tl.load(order + first_row + program % row_count)
-    kv_head = (program // row_count) % kv_heads
-    batch = program // (row_count * kv_heads)
+    tile = tl.load(rows.order + rows.first + program % rows.number)
+    kv_head = (program // rows.number) % rows.kv_heads
+    batch = program // (rows.number * rows.kv_heads)
 
     first = tile * BLOCK + part * N
-    rows = first + tl.arange(0, N)
-    queries = tl.arange(0, M)
-    k_tile = load_tile(k, batch, kv_head, first, k_valid, k_b, k_h, k_s, N, D, TMA, True)
-    v_tile = load_tile(v, batch, kv_head, first, k_valid, v_b, v_h, v_s, N, D, TMA, True)
-    if DOCUMENTS:
-        k_document = tl.load(k_documents + rows, mask=rows < k_valid, other=-2)
+    key_rows = first + tl.arange(0, N)
+    query_rows = tl.arange(0, M)
+    k_tile = load_tile(k, at.k, batch, kv_head, first, blocks.valid, N, D, TMA, True)
+    v_tile = load_tile(v, at.v, batch, kv_head, first, blocks.valid, N, D, TMA, True)
+    if queries.documents is not None:
+        k_document = tl.load(blocks.documents + key_rows, mask=key_rows < blocks.valid, other=-2)
 
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
     for member in range(0, members):
         head = kv_head * GROUP + first_member + member
-        line = (batch * kv_heads * GROUP + head) * 2
-        fields = row_fields + (head * tiles + tile) * 4
+        line = (batch * rows.kv_heads * GROUP + head) * 2
+        fields = blocks.fields + (head * rows.tiles + tile) * 4
         start, count, base = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
         for step in range(0, count * (BLOCK // M)):
-            entry = tl.load(entries + start + step // (BLOCK // M))
+            entry = tl.load(blocks.entries + start + step // (BLOCK // M))
             query = (base + SIGN * entry) * BLOCK + (step % (BLOCK // M)) * M
-            q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-            do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-            if DOCUMENTS:
-                q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
+            q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
+            do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
+            if queries.documents is not None:
+                q_document = tl.load(queries.documents + query + query_rows, mask=query + query_rows < queries.valid,
+                                     other=-1)
                 allowed = q_document[None, :] == k_document[:, None]
                 k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                            padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+                                            padded, allowed, scale, True, M, TMA, ACC, PRECISION)
             else:
                 k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                            padded, True, scale, scale_log2, False, M, TMA, ACC, PRECISION)
+                                            padded, True, scale, False, M, TMA, ACC, PRECISION)
     # The own block of every head, in one loop over (head, query part). Query parts before this key part see none of it.
     parts = BLOCK // M - (part * N) // M
     for step in tl.range(0, members * parts, num_stages=1, disable_licm=True):
         head = kv_head * GROUP + first_member + step // parts
-        line = (batch * kv_heads * GROUP + head) * 2
-        diagonal = tl.load(row_fields + (head * tiles + tile) * 4 + 3)
+        line = (batch * rows.kv_heads * GROUP + head) * 2
+        diagonal = tl.load(blocks.fields + (head * rows.tiles + tile) * 4 + 3)
         if diagonal >= 0:
             query_part = (part * N) // M + step % parts
             query = diagonal * BLOCK + query_part * M
-            q_tile = load_tile(q, batch, head, query, q_valid, q_b, q_h, q_s, M, D, TMA, True)
-            do_tile = load_tile(grad_out, batch, head, query, q_valid, do_b, do_h, do_s, M, D, TMA, True)
-            allowed = tl.arange(0, N)[:, None] - queries[None, :] <= query_part * M - part * N
-            if DOCUMENTS:
-                q_document = tl.load(q_documents + query + queries, mask=query + queries < q_valid, other=-1)
+            q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
+            do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
+            allowed = tl.arange(0, N)[:, None] - query_rows[None, :] <= query_part * M - part * N
+            if queries.documents is not None:
+                q_document = tl.load(queries.documents + query + query_rows, mask=query + query_rows < queries.valid,
+                                     other=-1)
                 allowed = allowed & (q_document[None, :] == k_document[:, None])
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                        padded, allowed, scale, scale_log2, True, M, TMA, ACC, PRECISION)
+                                        padded, allowed, scale, True, M, TMA, ACC, PRECISION)
     if SPLIT:
         store_part(grad_k, k_acc, line_of_part, part * N, BLOCK, N, D, TMA)
         store_part(grad_v, v_acc, line_of_part, part * N, BLOCK, N, D, TMA)
     else:
-        write_tile(grad_k, k_acc, batch, kv_head, first, k_valid, dk_b, dk_s, dk_h, N, D, TMA, ADD)
-        write_tile(grad_v, v_acc, batch, kv_head, first, k_valid, dv_b, dv_s, dv_h, N, D, TMA, ADD)
+        write_tile(grad_k, at.grad_k, k_acc, batch, kv_head, first, blocks.valid, N, D, TMA, ADD)
+        write_tile(grad_v, at.grad_v, v_acc, batch, kv_head, first, blocks.valid, N, D, TMA, ADD)
 
 
 @triton.jit

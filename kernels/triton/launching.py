@@ -1,7 +1,8 @@
-"""What launches of the Triton kernels share: sources for tile loads, arguments by name, checks of tensors."""
+"""What launches of the Triton kernels share: sources for tile loads, views, checks of tensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,39 +14,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..head_dims import HEAD_DIMS
 from ..index.block import BlockTask
 from ..index.columns import ColumnTask
-from ..jit import run
 from ..mask import AttentionMask
 from ..merge import accumulator_dtype
+from ..values import Columns, Keys, Queries
 from . import tuning
-from .backward import prepare_from_out_kernel, prepare_kernel
 from .tiles import LOG2_E
+from .views import NO_STRIDES, BlockLists, ColumnLists, PartStrides, QueryTiles, Scale, Strides
 
 BLOCK_SIZES = (16, 32, 64, 128)
-PREPARE_ROWS, PREPARE_OUT_ROWS = 1024, 64
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Arguments that only one part of a launch reads: without that part they are None.
-BLOCK_ONLY = ("row_fields", "entries", "k_documents", "k", "v", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "k_valid")
-COLUMN_ONLY = (
-    "column_k",
-    "column_v",
-    "columns",
-    "usable",
-    "limits",
-    "q_blocks",
-    "column_documents",
-    "ck_b",
-    "ck_h",
-    "ck_s",
-    "cv_b",
-    "cv_h",
-    "cv_s",
-    "capacity",
-    "words",
-)
-
 Task = BlockTask | ColumnTask
-Columns = tuple[Tensor, Tensor, ColumnTask]  # column_k, column_v [B, H, C, D] and their index
-Partial = tuple[Tensor, Tensor]
 Source = Tensor | TensorDescriptor
 
 
@@ -100,160 +78,95 @@ def part_source(parts: Tensor, launch: tuning.Launch) -> Source:
     return TensorDescriptor(parts, list(parts.shape), list(parts.stride()), [1, launch.n, parts.shape[2]])
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """name_b, name_s, name_h of tensors [B, S, H, D]."""
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bsh")}
+def query_tiles(q: Tensor, task: Task, order: Tensor | None = None) -> QueryTiles:
+    """The query side of a launch; order: that of its tiles, where programs own them."""
+    return QueryTiles(
+        order=order,
+        documents=task.q_documents,
+        heads=q.shape[2],
+        tiles=len(task.q_side.blocks),
+        valid=task.q_valid_tokens,
+    )
 
 
-def query_arguments(q: Tensor, index: Task, launch: tuning.Launch) -> dict[str, Any]:
-    """Arguments about the query side of a launch that has one program per query tile."""
-    return {
-        "q": source(q, index.q_valid_tokens, launch.m, launch),
-        **strides(q=q),
-        "heads": q.shape[2],
-        "tiles": len(index.q_side.blocks),
-        "q_valid": index.q_valid_tokens,
-        "q_documents": index.q_documents,
-        "DOCUMENTS": index.q_documents is not None,
-    }
+def column_lists(columns: Columns, *, own: bool) -> ColumnLists:
+    """The columns of a launch; own: attends those in a query's own block, too."""
+    task: ColumnTask = columns.index.data
+    return ColumnLists(
+        positions=task.columns,
+        usable=task.usable,
+        limits=task.limits,
+        documents=task.column_documents,
+        q_blocks=task.q_side.device_blocks if own else None,
+        capacity=task.columns.shape[1],
+        words=task.usable.shape[2],
+    )
 
 
-def block_arguments(
-    k: Tensor | None, v: Tensor | None, index: BlockTask | None, heads: int, launch: tuning.Launch
-) -> dict[str, Any]:
-    """Arguments of the block part of a query-tile launch; without an index, what leaves that part out."""
-    if k is None or v is None or index is None:
-        return dict.fromkeys(BLOCK_ONLY) | {"GROUP": 1, "SIGN": 1, "BLOCKS": False}
-    lists, valid = index.queries, index.k_valid_tokens
-    return {
-        "k": source(k, valid, launch.n, launch),
-        "v": source(v, valid, launch.n, launch),
-        **strides(k=k, v=v),
-        "row_fields": lists.rows,
-        "entries": lists.entries,
-        "k_documents": index.k_documents,
-        "k_valid": valid,
-        "GROUP": heads // k.shape[2],
-        "SIGN": lists.sign,
-        "BLOCKS": True,
-    }
+def by_token(columns: Columns) -> tuple[Tensor, Tensor]:
+    """k and v of columns as [B, C, H, D], like all else."""
+    return columns.k.transpose(1, 2), columns.v.transpose(1, 2)
 
 
-def column_arguments(
-    column_k: Tensor | None, column_v: Tensor | None, index: ColumnTask | None, launch: tuning.Launch
-) -> dict[str, Any]:
-    """Arguments of the column part of a launch; without an index or columns, what leaves that part out.
+@dataclass(frozen=True, kw_only=True)
+class QueryLaunch:
+    """A launch with one program per query tile: of the block part, the column part, or both.
 
-    column_k, column_v [B, H, C, D].
+    given: the arguments that it has in any direction; at: strides of what it reads, for `out` see PartStrides.
     """
-    if column_k is None or column_v is None or index is None or not index.columns.shape[1]:
-        return dict.fromkeys(COLUMN_ONLY) | {"COLUMNS": False, "OWN": False}
-    capacity = index.columns.shape[1]
-    ck, cv = column_k.transpose(1, 2), column_v.transpose(1, 2)
-    return {
-        "column_k": source(ck, capacity, launch.n, launch),
-        "column_v": source(cv, capacity, launch.n, launch),
-        **strides(ck=ck, cv=cv),
-        "columns": index.columns,
-        "usable": index.usable,
-        "limits": index.limits,
-        "q_blocks": index.q_side.device_blocks,
-        "column_documents": index.column_documents,
-        "capacity": capacity,
-        "words": index.usable.shape[2],
-        "COLUMNS": True,
-        "OWN": not index.mask.own_blocks,
-    }
+
+    launch: tuning.Launch
+    grid: tuple[int]
+    given: dict[str, Any]
+    at: PartStrides
+
+    @classmethod
+    def of(cls, kernels: tuning.PartKernels, q: Tensor, keys: Keys | None, columns: Columns | None) -> QueryLaunch:
+        """Choose the kernel's settings and gather its arguments."""
+        task = query_task(keys, columns)
+        launch, common = settings(kernels.name(keys is not None, columns is not None), q, task.mask)
+        given: dict[str, Any] = {
+            "q": source(q, task.q_valid_tokens, launch.m, launch),
+            "queries": query_tiles(q, task, _order(keys, columns)),
+            **dict.fromkeys(("k", "v", "column_k", "column_v")),
+            "blocks": BlockLists(),
+            "columns": ColumnLists(),
+            "GROUP": 1,
+            "SIGN": 1,
+            **common,
+        }
+        at = PartStrides(q=Strides.of(q), out=NO_STRIDES)
+        if keys is not None:
+            index: BlockTask = keys.index.data
+            lists, valid = index.queries, index.k_valid_tokens
+            given |= {"k": source(keys.k, valid, launch.n, launch), "v": source(keys.v, valid, launch.n, launch)}
+            given["blocks"] = BlockLists(lists.rows, lists.entries, index.k_documents, valid)
+            given |= {"GROUP": q.shape[2] // keys.k.shape[2], "SIGN": lists.sign}
+            at = at._replace(k=Strides.of(keys.k), v=Strides.of(keys.v))
+        if columns is not None and columns.k.shape[2]:
+            k, v = by_token(columns)
+            given |= {name: source(x, k.shape[1], launch.n, launch) for name, x in (("column_k", k), ("column_v", v))}
+            given["columns"] = column_lists(columns, own=not columns.index.mask.own_blocks)
+            at = at._replace(column_k=Strides.of(k), column_v=Strides.of(v))
+        grid = programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
+        return cls(launch=launch, grid=grid, given=given, at=at)
 
 
-def query_task(index: BlockTask | None, columns: Columns | None) -> Task:
+def query_task(keys: Keys | None, columns: Columns | None) -> Task:
     """The index that knows the queries; ValueError when the two were built for different ones."""
-    if columns is not None:
-        check_columns(columns[0], columns[2])
-        other = columns[2].q_side
-        if index is not None and index.q_side is not other and not np.array_equal(index.q_side.blocks, other.blocks):
-            raise ValueError("columns: their index was built for other queries than the block index")
-    task = index if index is not None else columns[2] if columns else None
-    assert task is not None
-    return task
+    tasks: list[Task] = [part.index.data for part in (keys, columns) if part is not None]
+    first, last = tasks[0].q_side, tasks[-1].q_side
+    if first is not last and not np.array_equal(first.blocks, last.blocks):
+        raise ValueError("columns: their index was built for other queries than the block index")
+    return tasks[0]
 
 
-def query_order(index: BlockTask | None, columns: Columns | None) -> Tensor:
+def _order(keys: Keys | None, columns: Columns | None) -> Tensor:
     """The order of query tiles, of the block index where there is one."""
-    if index is not None:
-        return index.queries.order
+    if keys is not None:
+        return keys.index.data.queries.order
     assert columns is not None
-    return columns[2].order
-
-
-def both_parts(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    index: BlockTask | None,
-    columns: Columns | None,
-    launch: tuning.Launch,
-) -> dict[str, Any]:
-    """Arguments of a query-tile launch for the block part, the column part, or both."""
-    column_k, column_v, column_task_ = columns or (None, None, None)
-    if column_k is not None and column_v is not None:
-        column_k, column_v = loadable(column_k), loadable(column_v)
-    return {
-        **block_arguments(k, v, index, q.shape[2], launch),
-        **column_arguments(column_k, column_v, column_task_, launch),
-    }
-
-
-def row_values_of(lse: Tensor, delta: Tensor, index: Task, scale: float) -> Tensor:
-    """lse and scale * delta [B, H, S_q] as the backward kernels read them: [B * H * 2, tokens of whole tiles]."""
-    lse, delta = (x if x.stride(-1) == 1 else x.contiguous() for x in (lse, delta))
-    values = _empty_row_values(lse, index)
-    batch, heads, _ = lse.shape
-    run(
-        prepare_kernel,
-        (-(-values.shape[1] // PREPARE_ROWS), batch * heads),
-        lse,
-        delta,
-        values,
-        *lse.stride()[:2],
-        *delta.stride()[:2],
-        heads,
-        index.q_valid_tokens,
-        values.shape[1],
-        scale,
-        SIZE=PREPARE_ROWS,
-    )
-    return values
-
-
-def row_values_from_out(out: Tensor, grad_out: Tensor, lse: Tensor, index: Task, scale: float) -> Tensor:
-    """The same from out and grad_out [B, S_q, H, D]: delta = rowsum(grad_out * out)."""
-    lse = lse if lse.stride(-1) == 1 else lse.contiguous()
-    values = _empty_row_values(lse, index)
-    batch, _, heads, dim = out.shape
-    run(
-        prepare_from_out_kernel,
-        (-(-values.shape[1] // PREPARE_OUT_ROWS), batch * heads),
-        out,
-        grad_out,
-        lse,
-        values,
-        *out.stride()[:3],
-        *grad_out.stride()[:3],
-        *lse.stride()[:2],
-        heads,
-        index.q_valid_tokens,
-        values.shape[1],
-        scale,
-        SIZE=PREPARE_OUT_ROWS,
-        D=dim,
-    )
-    return values
-
-
-def _empty_row_values(lse: Tensor, index: Task) -> Tensor:
-    padded = len(index.q_side.blocks) * index.mask.block_size
-    return torch.empty(lse.shape[0] * lse.shape[1] * 2, padded, dtype=lse.dtype, device=lse.device)
+    return columns.index.data.order
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -288,6 +201,11 @@ def check_columns(column_k: Tensor, index: ColumnTask) -> None:
         raise ValueError(
             f"column_k: shape {tuple(column_k.shape)} is not [B, H, C, D] of columns {tuple(index.columns.shape)}"
         )
+
+
+def scale_of(queries: Queries) -> Scale:
+    """The factor of scores, as kernels want it."""
+    return Scale(natural=queries.scale, log2=queries.scale * BASE_2)
 
 
 BASE_2 = LOG2_E.value

@@ -4,128 +4,64 @@ Zeros in q and k add nothing to scores, zeros in v and in grad_out nothing to th
 So whatever a launch reads is copied with zeros behind each head's elements, what it writes gets room as large, and of
 that the first elements go where the caller wants them: rounded as often, and as repeatable, as without.
 
-`compute` everywhere: an entry point of triton_backend.py, which is handed heads that the kernels have.
+`compute` everywhere: the backend's method of that name, which is handed heads that the kernels have.
 Shape legend: D elements of a head, P those that the kernels compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..head_dims import kernel_head_dim
-from ..index.block import BlockTask
-from ..index.columns import ColumnTask
-from .launching import Columns, Partial
-from .partials import QueryGradient, check_partial
+from ..values import BackwardQueries, Columns, Gradients, KeyGradients, Keys, Partial, Queries, QueryGradient
 
 
 def forward(
     compute: Callable[..., Partial],
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: BlockTask | ColumnTask,
+    queries: Queries,
+    keys: Keys | None,
+    columns: Columns | None,
     *,
-    into: Partial | None,
-    columns: Columns | None = None,
-    **given: Any,
+    earlier: Partial | None,
+    final: bool,
 ) -> Partial:
-    """(out, lse) of block_forward or column_forward; keys, values: k and v, or column_k and column_v.
-
-    An earlier partial is merged in place where its dtype is the one wanted, as without padding.
-    """
-    dim, wide = q.shape[3], kernel_head_dim(q.shape[3])
-    if into is not None:
-        check_partial(*into, q)
-        given["into"] = padded(into[0], wide), into[1]
-    if columns is not None:
-        given["columns"] = _padded_columns(columns, wide)
-    out, lse = compute(padded(q, wide), padded(keys, wide), padded(values, wide), index, **given)
+    """(out, lse). An earlier partial is merged in place where its dtype is the one wanted, as without padding."""
+    dim, wide = queries.q.shape[3], kernel_head_dim(queries.q.shape[3])
+    queries = replace(queries, q=padded(queries.q, wide))
+    before = earlier and (padded(earlier[0], wide), earlier[1])
+    out, lse = compute(queries, _keys(keys, wide), _columns(columns, wide), earlier=before, final=final)
     part = out[..., :dim]
-    if into is None or into[0].dtype != out.dtype:
+    if earlier is None or earlier[0].dtype != out.dtype:
         return part.contiguous(), lse
-    into[0].copy_(part)
-    return into[0], lse
+    earlier[0].copy_(part)
+    return earlier[0], lse
 
 
-def block_backward(
+def backward(
     compute: Callable[..., None],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    index: BlockTask,
-    *,
-    scale: float,
-    of_query: QueryGradient,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    add_kv: bool,
+    queries: BackwardQueries,
+    keys: Keys | None,
     columns: Columns | None,
-    grad_columns: Partial | None,
+    into: Gradients,
 ) -> None:
-    """Gradients of the block part. inputs: grad_out, q, k, v; rows: lse, delta."""
-    wide = kernel_head_dim(inputs[1].shape[3])
-    grad_out, q, k, v = inputs
-    given: dict[str, Any] = {"grad_q": _room(of_query.total, wide), "add_q": False, "add_kv": False}
-    given |= {"grad_k": _room(grad_k, wide), "grad_v": _room(grad_v, wide)}
-    of_columns = [_room(grad, wide).zero_() for grad in grad_columns or ()]
-    if columns is not None:
-        given |= {"columns": _padded_columns(columns, wide), "grad_columns": of_columns or None}
-    operands = (padded(x, wide) for x in (grad_out.to(q.dtype), q, k, v))
-    compute(*operands, *rows, index, scale=scale, **given)
-    of_query.take(_first(given["grad_q"], of_query.total))
-    for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
-        _put(given[name], grad, add=add_kv)
-    for room, grad in zip(of_columns, grad_columns or (), strict=True):
-        _put(room, grad, add=True)
-
-
-def column_backward(
-    compute: Callable[..., None],
-    inputs: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    columns: Columns,
-    *,
-    scale: float,
-    of_query: QueryGradient,
-    grad_column_k: Tensor,
-    grad_column_v: Tensor,
-) -> None:
-    """Gradients of the column part. inputs: grad_out, q; rows: lse, delta."""
-    grad_out, q = inputs
-    wide = kernel_head_dim(q.shape[3])
-    column_k, column_v, index = _padded_columns(columns, wide)
-    grad_q, grad_k, grad_v = (_room(x, wide) for x in (of_query.total, grad_column_k, grad_column_v))
-    into = {"grad_q": grad_q, "grad_column_k": grad_k.zero_(), "grad_column_v": grad_v.zero_(), "add_q": False}
-    operands = padded(grad_out.to(q.dtype), wide), padded(q, wide), column_k, column_v
-    compute(*operands, *rows, index, scale=scale, **into)
-    of_query.take(_first(grad_q, of_query.total))
-    _put(grad_k, grad_column_k, add=True)
-    _put(grad_v, grad_column_v, add=True)
-
-
-def full_gradients(
-    compute: Callable[..., tuple[Tensor, Tensor, Tensor, Partial | None]],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    lse: Tensor,
-    index: BlockTask,
-    *,
-    scale: float,
-    columns: Columns | None,
-) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
-    """See triton_backend.full_gradients. inputs: grad_out, q, k, v, out."""
-    dim = inputs[1].shape[3]
-    wide = kernel_head_dim(dim)
-    wide_columns = None if columns is None else _padded_columns(columns, wide)
-    operands = (padded(x, wide) for x in inputs)
-    *grads, of_columns = compute(*operands, lse, index, scale=scale, columns=wide_columns)
-    dq, dk, dv = (grad[..., :dim].contiguous() for grad in grads)
-    if of_columns is None:
-        return dq, dk, dv, None
-    return dq, dk, dv, (of_columns[0][..., :dim].contiguous(), of_columns[1][..., :dim].contiguous())
+    """Write, or add, the gradients where they go."""
+    dim, wide = queries.q.shape[3], kernel_head_dim(queries.q.shape[3])
+    grad_out = padded(queries.grad_out.to(queries.q.dtype), wide)
+    queries = replace(queries, q=padded(queries.q, wide), grad_out=grad_out)
+    room = Gradients(
+        query=QueryGradient(total=_room(into.query.total, wide), add=False),
+        keys=_rooms(into.keys, wide),
+        columns=_rooms(into.columns, wide),
+    )
+    compute(queries, _keys(keys, wide), _columns(columns, wide), room)
+    into.query.take(room.query.total[..., :dim])
+    for target, part in ((into.keys, room.keys), (into.columns, room.columns)):
+        if target is not None and part is not None:
+            target.put(part.k[..., :dim], part.v[..., :dim])
 
 
 def padded(x: Tensor, wide: int) -> Tensor:
@@ -136,9 +72,12 @@ def padded(x: Tensor, wide: int) -> Tensor:
     return copy
 
 
-def _padded_columns(columns: Columns, wide: int) -> Columns:
-    column_k, column_v, index = columns
-    return padded(column_k, wide), padded(column_v, wide), index
+def _keys(keys: Keys | None, wide: int) -> Keys | None:
+    return keys and replace(keys, k=padded(keys.k, wide), v=padded(keys.v, wide))
+
+
+def _columns(columns: Columns | None, wide: int) -> Columns | None:
+    return columns and replace(columns, k=padded(columns.k, wide), v=padded(columns.v, wide))
 
 
 def _room(x: Tensor, wide: int) -> Tensor:
@@ -146,14 +85,5 @@ def _room(x: Tensor, wide: int) -> Tensor:
     return torch.empty((*x.shape[:-1], wide), dtype=x.dtype, device=x.device)
 
 
-def _first(room: Tensor, x: Tensor) -> Tensor:
-    return room[..., : x.shape[-1]]
-
-
-def _put(room: Tensor, grad: Tensor, *, add: bool) -> None:
-    """Write the first elements of each row of room into grad, or add them."""
-    part = _first(room, grad)
-    if add:
-        grad += part
-    else:
-        grad.copy_(part)
+def _rooms(into: KeyGradients | None, wide: int) -> KeyGradients | None:
+    return into and KeyGradients(k=_room(into.k, wide), v=_room(into.v, wide), add=False)

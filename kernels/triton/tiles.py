@@ -21,15 +21,18 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_tile(source, batch, head, first, limit, stride_b, stride_h, stride_s, ROWS: tl.constexpr, D: tl.constexpr,
-              TMA: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first .. first + ROWS of one head, [ROWS, D]; zero from row `limit` on (TMA: the descriptor ends there)."""
+def load_tile(source, at, batch, head, first, limit, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+              MASKED: tl.constexpr):
+    """Rows first .. first + ROWS of one head, [ROWS, D]; zero from row `limit` on (TMA: the descriptor ends there).
+
+    at: views.Strides of the source.
+    """
     if TMA:
         tile = source.load([batch, head, first, 0]).reshape([ROWS, D])
     else:
-        start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        start = batch.to(tl.int64) * at.b + head.to(tl.int64) * at.h + tl.cast(first, tl.int64) * at.s
         rows = tl.arange(0, ROWS)
-        pointers = source + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        pointers = source + start + rows[:, None] * at.s + tl.arange(0, D)[None, :]
         if MASKED:
             tile = tl.load(pointers, mask=(first + rows < limit)[:, None], other=0.0)
         else:
@@ -49,8 +52,8 @@ def load_row_values(row_values, line, first, padded, M: tl.constexpr, TMA: tl.co
 
 
 @triton.jit
-def write_tile(target, values, batch, head, first, limit, stride_b, stride_s, stride_h, ROWS: tl.constexpr,
-               D: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr):
+def write_tile(target, at, values, batch, head, first, limit, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+               ADD: tl.constexpr):
     """target[batch, first + 0 .. ROWS, head, :] = (ADD: +=) values [ROWS, D], rows from `limit` on excepted.
 
     Only one program owns these rows, so that the copy engine's addition (TMA) is as repeatable as loads and stores.
@@ -62,9 +65,9 @@ def write_tile(target, values, batch, head, first, limit, stride_b, stride_s, st
         else:
             target.store([batch, head, first, 0], tile)
     else:
-        start = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        start = batch.to(tl.int64) * at.b + head.to(tl.int64) * at.h + tl.cast(first, tl.int64) * at.s
         rows = tl.arange(0, ROWS)
-        pointers = target + start + rows[:, None] * stride_s + tl.arange(0, D)[None, :]
+        pointers = target + start + rows[:, None] * at.s + tl.arange(0, D)[None, :]
         mask = (first + rows < limit)[:, None]
         if ADD:
             values += tl.load(pointers, mask=mask, other=0.0)
@@ -104,16 +107,16 @@ def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.cons
 
 
 @triton.jit
-def start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, out_h, lse_b, lse_h, M: tl.constexpr,
-                  D: tl.constexpr, TMA: tl.constexpr, MERGE: tl.constexpr, ACC: tl.constexpr):
-    """(acc [M, D], peak [M], total [M]) of an online softmax: empty, or with MERGE the partial in prior and lse.
+def start_partial(prior, at, lse, batch, head, first, rows, q_tokens, M: tl.constexpr, D: tl.constexpr,
+                  TMA: tl.constexpr, ACC: tl.constexpr):
+    """(acc [M, D], peak [M], total [M]) of an online softmax: empty, or the partial in prior (if given) and lse.
 
     A partial is a state with total 1 and its lse (in base 2) as peak: going on from it is the merge.
     """
-    if MERGE:
-        old = tl.load(lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows, mask=rows < q_tokens,
+    if prior is not None:
+        old = tl.load(lse.data + batch.to(tl.int64) * lse.b + head.to(tl.int64) * lse.h + rows, mask=rows < q_tokens,
                       other=float("-inf")).to(ACC)
-        acc = load_tile(prior, batch, head, first, q_tokens, out_b, out_h, out_s, M, D, TMA, True).to(ACC)
+        acc = load_tile(prior, at, batch, head, first, q_tokens, M, D, TMA, True).to(ACC)
         peak = old * LOG2_E
         total = tl.where(old == float("-inf"), 0.0, 1.0).to(ACC)
     else:
@@ -124,48 +127,48 @@ def start_partial(prior, lse, batch, head, first, rows, q_tokens, out_b, out_s, 
 
 
 @triton.jit
-def store_partial(out, lse, acc, peak, total, batch, head, first, rows, q_tokens, q_valid, out_b, out_s, out_h, lse_b,
-                  lse_h, M: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+def store_partial(out, at, lse, acc, peak, total, batch, head, first, rows, q_tokens, q_valid, M: tl.constexpr,
+                  D: tl.constexpr, TMA: tl.constexpr):
     """Write out = acc / total and the natural-log lse; 0 and -inf for rows that attend nothing and from q_valid on."""
     alive = (total > 0.0) & (rows < q_valid)
     row_lse = tl.where(alive, (peak + tl.log2(tl.where(alive, total, 1.0))) * LN_2, float("-inf"))
     weight = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
     # Padding rows of a 16-bit input may hold NaN: what they computed never counts.
     values = tl.where(alive[:, None], acc * weight[:, None], 0.0)
-    write_tile(out, values, batch, head, first, q_tokens, out_b, out_s, out_h, M, D, TMA, False)
-    lse_pointers = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + rows
-    tl.store(lse_pointers, row_lse.to(lse.dtype.element_ty), mask=rows < q_tokens)
+    write_tile(out, at, values, batch, head, first, q_tokens, M, D, TMA, False)
+    lse_pointers = lse.data + batch.to(tl.int64) * lse.b + head.to(tl.int64) * lse.h + rows
+    tl.store(lse_pointers, row_lse.to(lse.data.dtype.element_ty), mask=rows < q_tokens)
 
 
 @triton.jit
-def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, scale_log2, MASKED: tl.constexpr, ACC: tl.constexpr,
+def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, MASKED: tl.constexpr, ACC: tl.constexpr,
                 PRECISION: tl.constexpr):
-    """acc [M, D] plus scale * dS k of one key tile; delta is scaled already."""
+    """acc [M, D] plus scale * dS k of one key tile; scale: views.Scale; delta is scaled already."""
     scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
-    weights = tl.exp2(scores * scale_log2 - lse[:, None])
+    weights = tl.exp2(scores * scale.log2 - lse[:, None])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
     grad_weights = tl.dot(grad_out, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-    grad_scores = (weights * (grad_weights * scale - delta[:, None])).to(k.dtype)
+    grad_scores = (weights * (grad_weights * scale.natural - delta[:, None])).to(k.dtype)
     return tl.dot(grad_scores, k, acc, out_dtype=ACC, input_precision=PRECISION)
 
 
 @triton.jit
 def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, line, query, padded, allowed, scale,
-                 scale_log2, MASKED: tl.constexpr, M: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
+                 MASKED: tl.constexpr, M: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
                  PRECISION: tl.constexpr):
-    """(grad_k, grad_v) [N, D] plus one query tile's share; `allowed` bool [N, M] where MASKED.
+    """(grad_k, grad_v) [N, D] plus one query tile's share; `allowed` bool [N, M] where MASKED; scale: views.Scale.
 
     lse and delta of the tile's queries are read just before use, to hold fewer registers.
     """
     scores = tl.dot(k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION)
     lse = load_row_values(row_values, line, query, padded, M, TMA)
-    weights = tl.exp2(scores * scale_log2 - lse[None, :])
+    weights = tl.exp2(scores * scale.log2 - lse[None, :])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
     grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, out_dtype=ACC, input_precision=PRECISION)
     grad_weights = tl.dot(v, tl.trans(grad_out), out_dtype=ACC, input_precision=PRECISION)
     delta = load_row_values(row_values, line + 1, query, padded, M, TMA)
-    grad_scores = (weights * (grad_weights * scale - delta[None, :])).to(q.dtype)
+    grad_scores = (weights * (grad_weights * scale.natural - delta[None, :])).to(q.dtype)
     grad_k = tl.dot(grad_scores, q, grad_k, out_dtype=ACC, input_precision=PRECISION)
     return grad_k, grad_v

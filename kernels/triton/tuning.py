@@ -60,6 +60,25 @@ SM80 = {
     COLUMN_GRAD_Q: Launch(m=64, n=64, warps=8, stages=2, tma=False),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=8, stages=2, tma=False),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartKernels:
+    """Names of one kernel's settings: for the block part, the column part, and both in one launch."""
+
+    blocks: str
+    columns: str
+    both: str
+
+    def name(self, has_blocks: bool, has_columns: bool) -> str:
+        """Settings for the parts that a launch has."""
+        if not has_blocks:
+            return self.columns
+        return self.both if has_columns else self.blocks
+
+
+FORWARDS = PartKernels(blocks=FORWARD, columns=COLUMN_FORWARD, both=FUSED_FORWARD)
+GRAD_QS = PartKernels(blocks=GRAD_Q, columns=COLUMN_GRAD_Q, both=FUSED_GRAD_Q)
 TILE_SIZES = frozenset({16, 32, 64, 128})
 # These walk columns, whose bits they find in words of so many.
 WORD_COLUMNS = 64

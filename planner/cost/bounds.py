@@ -7,10 +7,11 @@ time in which the bytes that must move cross the slowest links.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..layouts.ulysses import group_bytes
+import numpy as np
+from numpy.typing import NDArray
+
 from ..schedule.launches import Launch, launches_of
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DIRECTIONS, Direction, ShardId, Task
@@ -33,6 +34,29 @@ class Bound:
         return max(self.compute_us, self.communication_us)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What schedules may do: the less there is, the higher the bounds.
+
+    pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
+    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can. degrees: sizes
+    of groups of ranks that heads may be split over.
+    """
+
+    pairs: Pairs | None = None
+    keep_kv: bool = False
+    narrow_gradients: bool = False
+    pulls: bool = True
+    degrees: tuple[int, ...] = ()
+
+    def needed(self, shape: AttentionShape) -> NDArray[np.bool_]:
+        """Return bool [query part, key part]: the pairs that are computed."""
+        return (self.pairs or Pairs.all_of(shape.world_size)).matrix
+
+
+ANYTHING = Allowed()
+
+
 def lower_bound(
     *,
     workload: Workload,
@@ -40,25 +64,13 @@ def lower_bound(
     cost: CostModel,
     shape: AttentionShape,
     direction: Direction,
-    pairs: Pairs | None = None,
-    keep_kv: bool = False,
-    narrow_gradients: bool = False,
-    pulls: bool = True,
-    degrees: Sequence[int] = (),
+    allowed: Allowed = ANYTHING,
 ) -> Bound:
-    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement.
-
-    pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
-    narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can. degrees: sizes
-    of groups that heads may be split over.
-    """
-    own_queries_us = communication_bound_us(
-        cluster, shape, direction, pairs, keep_kv=keep_kv, narrow_gradients=narrow_gradients, pulls=pulls
-    )
-    exchanges_us = [exchange_bound_us(cluster, shape, direction, pairs, degree=degree) for degree in degrees]
+    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement."""
+    exchanges_us = [exchange_bound_us(cluster, shape, direction, allowed, degree=degree) for degree in allowed.degrees]
     return Bound(
         compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=min([own_queries_us, *exchanges_us]),
+        communication_us=min([communication_bound_us(cluster, shape, direction, allowed), *exchanges_us]),
     )
 
 
@@ -68,29 +80,11 @@ def step_bound_us(
     cluster: Cluster,
     cost: CostModel,
     shape: AttentionShape,
-    pairs: Pairs | None = None,
-    keep_kv: bool = False,
-    narrow_gradients: bool = False,
-    pulls: bool = True,
-    degrees: Sequence[int] = (),
+    allowed: Allowed = ANYTHING,
 ) -> float:
-    """Return the bound of forward + backward of one layer."""
-    bounds = [
-        lower_bound(
-            workload=workload,
-            cluster=cluster,
-            cost=cost,
-            shape=shape,
-            direction=direction,
-            pairs=pairs,
-            keep_kv=keep_kv,
-            narrow_gradients=narrow_gradients,
-            pulls=pulls,
-            degrees=degrees,
-        )
-        for direction in DIRECTIONS
-    ]
-    return sum(bound.total_us for bound in bounds)
+    """Return the bound of forward + backward of one layer, in microseconds."""
+    given = {"workload": workload, "cluster": cluster, "cost": cost, "shape": shape, "allowed": allowed}
+    return sum(lower_bound(direction=direction, **given).total_us for direction in DIRECTIONS)
 
 
 def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
@@ -123,42 +117,30 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
 
 
 def communication_bound_us(
-    cluster: Cluster,
-    shape: AttentionShape,
-    direction: Direction,
-    pairs: Pairs | None = None,
-    *,
-    keep_kv: bool = False,
-    narrow_gradients: bool = False,
-    pulls: bool = True,
+    cluster: Cluster, shape: AttentionShape, direction: Direction, allowed: Allowed = ANYTHING
 ) -> float:
-    """Return the time that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
+    """Return the microseconds that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
     Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
     gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
-    its ranks need, those of other nodes enter. Columns are left out. keep_kv: backward moves no K/V.
-    narrow_gradients: dK/dV as small as K/V. pulls: at their rate within a node, where that is the larger.
+    its ranks need, those of other nodes enter. Columns are left out. Where K/V are kept, backward moves none; narrow
+    gradients are as small as K/V; pulls go at their rate within a node, where that is the larger.
     """
     shard_bytes = shape.kv_bytes
     if direction == "backward":
-        shard_bytes = shape.kv_bytes if narrow_gradients else shape.dkv_bytes
-        shard_bytes += 0 if keep_kv else shape.kv_bytes
-    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
+        shard_bytes = shape.kv_bytes if allowed.narrow_gradients else shape.dkv_bytes
+        shard_bytes += 0 if allowed.keep_kv else shape.kv_bytes
+    needed = allowed.needed(shape)
     foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
-    if pulls and cluster.pulls:
+    if allowed.pulls and cluster.pulls:
         port_bytes_per_us = max(port_bytes_per_us, cluster.intra_node.pull_bandwidth_bytes_per_us or 0.0)
-    if cluster.inter_node is None or cluster.nodes == 1:
-        return foreign * shard_bytes / port_bytes_per_us
-    nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
-    by_node = needed.reshape(cluster.nodes, cluster.gpus_per_node, cluster.world_size).any(axis=1)
-    node_us = (by_node.sum() / cluster.nodes - cluster.gpus_per_node) * shard_bytes / nics_bytes_per_us
-    both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
-    return float(max(node_us, foreign * shard_bytes / both_bytes_per_us))
+    entering = _entering(cluster, needed)
+    return _slower_us(cluster, port_bytes_per_us, foreign * shard_bytes, entering * shard_bytes)
 
 
 def exchange_bound_us(
-    cluster: Cluster, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, *, degree: int
+    cluster: Cluster, shape: AttentionShape, direction: Direction, allowed: Allowed = ANYTHING, *, degree: int
 ) -> float:
     """Return the time of what head parallelism over groups of `degree` ranks moves, as `communication_bound_us` does.
 
@@ -167,23 +149,30 @@ def exchange_bound_us(
     that holds a part of a group, those of its heads, and the queries and results of the rest of the group. Where groups
     and nodes cut each other, nothing is said of nodes.
     """
-    sizes = group_bytes(shape, direction, degree)
+    sizes, needed, ranks = shape.group_bytes(direction, degree), allowed.needed(shape), cluster.gpus_per_node
     exchanged, of_keys = sizes["q"] + sizes["out"], sizes["kv"] + sizes.get("dkv", 0)
-    needed = (pairs or Pairs.all_of(shape.world_size)).matrix
     by_group = needed.reshape(-1, degree, shape.world_size).any(axis=1)
     foreign = by_group.sum() * degree / shape.world_size - 1
     rank_bytes = (degree - 1) * exchanged + foreign * of_keys
-    port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
-    if cluster.inter_node is None or cluster.nodes == 1:
-        return float(rank_bytes / port_bytes_per_us)
-    ranks = cluster.gpus_per_node
-    by_node = needed.reshape(cluster.nodes, ranks, shape.world_size).any(axis=1)
-    entering = by_node.sum() / cluster.nodes - ranks
     groups = min(ranks, degree)  # head groups that a node computes
     shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
-    node_bytes = entering * of_keys * max(1, groups // shared) + ranks * max(0, degree - ranks) * exchanged
+    node_bytes = _entering(cluster, needed) * of_keys * max(1, groups // shared)
+    node_bytes += ranks * max(0, degree - ranks) * exchanged
     if max(ranks, degree) % min(ranks, degree):
         node_bytes = 0.0
+    return _slower_us(cluster, cluster.intra_node.bandwidth_bytes_per_us, rank_bytes, node_bytes)
+
+
+def _entering(cluster: Cluster, needed: NDArray[np.bool_]) -> float:
+    """Return the shards of other nodes that ranks of a node need, mean over nodes. needed: bool [query, key part]."""
+    by_node = needed.reshape(cluster.nodes, cluster.gpus_per_node, cluster.world_size).any(axis=1)
+    return float(by_node.sum()) / cluster.nodes - cluster.gpus_per_node
+
+
+def _slower_us(cluster: Cluster, port_bytes_per_us: float, rank_bytes: float, node_bytes: float) -> float:
+    """Return the time in which a rank's bytes cross its ports, or a node's bytes its cards: the longer one."""
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return float(rank_bytes / port_bytes_per_us)
     nics_bytes_per_us = cluster.inter_node.nics_per_node * cluster.inter_node.bandwidth_bytes_per_us
     both_bytes_per_us = port_bytes_per_us + cluster.inter_node.bandwidth_bytes_per_us
     return float(max(node_bytes / nics_bytes_per_us, rank_bytes / both_bytes_per_us))

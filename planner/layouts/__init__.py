@@ -1,1 +1,7 @@
-"""Builders of schedules, one layout a file."""
+"""Layouts, one a file: each registers itself when this folder is imported."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

@@ -1,4 +1,4 @@
-"""What the layouts share: the shape that sizes follow from, and a rank's phases under construction.
+"""What the layouts share: a builder of one direction's schedule, and a rank's phases under construction.
 
 Notation in the layouts: W ranks, r this rank, p a phase; n nodes ("outer"), l the rank within its node ("inner").
 A shard's number is the rank that owns it.
@@ -6,9 +6,12 @@ A shard's number is the rank that owns it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
+from ..schedule.pairs import Pairs
 from ..schedule.schedule import (
     ALL_RANKS,
     COLUMNS_HOME,
@@ -28,7 +31,6 @@ from ..schedule.schedule import (
     Transfer,
     TransferKind,
     Transport,
-    keeps_nothing,
 )
 from ..schedule.shape import AttentionShape
 
@@ -71,123 +73,151 @@ class Draft:
         )
 
 
-def close_schedule(
-    layout: str,
-    direction: Direction,
-    shape: AttentionShape,
-    communicators: list[Communicator],
-    buffers: list[Buffer],
-    draft: Callable[[int, Draft], None],
-    kept: Callable[[int], dict[str, ShardId]] = keeps_nothing,
-    columns_phase: int = 0,
-    shared: frozenset[str] = frozenset(),
-    columns_by_draft: bool = False,
-) -> Schedule:
-    """Close a layout: add home buffers and the columns' part, and make the program.
+@dataclass(frozen=True, kw_only=True)
+class Builder(ABC):
+    """Builds the schedule of a layout: a subclass says what it sends over, into what, and drafts a rank's program.
 
-    columns_phase: in which backward computes the columns. shared: names of buffers that others pull from.
-    columns_by_draft: whether `draft` adds the columns' transfers and tasks itself.
+    The rank's own buffers are added to those of `buffers`, and so are the columns' transfer and task, unless
+    `drafts_columns` says that `draft` adds these itself.
     """
-    if shape.columns_capacity:
-        communicators = [*communicators, Communicator(name=COLUMNS, groups=(tuple(range(shape.world_size)),))]
-    home = [Buffer(name=KV_HOME, kind="kv", capacity_bytes=shape.kv_bytes)]
-    if direction == "backward":
-        home.append(Buffer(name=DKV_HOME, kind="dkv", capacity_bytes=shape.dkv_bytes))
-    home += _columns_buffers(direction, shape)
-    order = tuple(communicator.name for communicator in communicators)
 
-    def program(rank: int) -> tuple[Phase, ...]:
-        parts = Draft()
-        draft(rank, parts)
-        if shape.columns_capacity and not columns_by_draft:
-            _add_columns(rank, parts, direction, shape, columns_phase)
-        return parts.phases(order)
+    drafts_columns: ClassVar[bool] = False
 
-    return Schedule(
-        direction=direction,
-        layout=layout,
-        world_size=shape.world_size,
-        num_heads=shape.heads,
-        communicators=tuple(communicators),
-        buffers=tuple(replace(one, shared=one.name in shared) for one in home + buffers),
-        program=program,
-        kept=kept,
-    )
+    shape: AttentionShape
+    direction: Direction
+    pairs: Pairs
 
+    @property
+    def world(self) -> int:
+        """W."""
+        return self.shape.world_size
 
-def _columns_buffers(direction: Direction, shape: AttentionShape) -> list[Buffer]:
-    if not shape.columns_capacity:
-        return []
-    buffers = [Buffer(name=COLUMNS_HOME, kind="columns", capacity_bytes=shape.columns_bytes("forward"))]
-    if direction == "backward":
-        size = shape.columns_bytes("backward")
-        buffers.append(Buffer(name=DCOLUMNS_HOME, kind="columns", capacity_bytes=size))
-    return buffers
+    @property
+    def backward(self) -> bool:
+        """Whether this is the backward direction."""
+        return self.direction == "backward"
 
+    @property
+    def columns_phase(self) -> int:
+        """The phase in which backward computes the columns."""
+        return 0
 
-def _add_columns(rank: int, draft: Draft, direction: Direction, shape: AttentionShape, backward_phase: int) -> None:
-    """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
+    @abstractmethod
+    def communicators(self) -> list[Communicator]:
+        """Return the communicators, in launch order."""
 
-    Backward keeps the gathered K and V: computed first in its phase, gradients summed while the rest goes on.
-    """
-    transfer = columns_transfer(direction, shape)
-    task = columns_task(direction, query=ShardId(sequence_part=rank), heads=(0, shape.heads))
-    last = max([1, *draft.waits, *draft.tasks])
-    if direction == "forward":
-        draft.launch(0, [transfer], wait=1)
-        draft.compute(1, task, first=True)
-    else:
-        draft.compute(backward_phase, task, first=True)
-        draft.launch(backward_phase + 1, [transfer], wait=max(backward_phase + 2, last))
+    @abstractmethod
+    def buffers(self) -> list[Buffer]:
+        """Return the slots for what comes from other ranks."""
 
+    @abstractmethod
+    def draft(self, rank: int, parts: Draft) -> None:
+        """Drop a rank's transfers and tasks into their phases."""
 
-def columns_transfer(direction: Direction, shape: AttentionShape) -> Transfer:
-    """Return the sum of all ranks' columns (forward), or of their gradients, which then go to the owners' rows."""
-    buffer = COLUMNS_HOME if direction == "forward" else DCOLUMNS_HOME
-    return Transfer(
-        kind="columns",
-        shard=None,
-        source=ALL_RANKS,
-        destination=ALL_RANKS,
-        sequence=0,
-        communicator=COLUMNS,
-        transport="all_reduce",
-        source_buffer=buffer,
-        buffer=buffer,
-        capacity_bytes=shape.columns_bytes(direction),
-        accumulate_into=None if direction == "forward" else DKV_HOME,
-    )
+    def kept(self, rank: int) -> dict[str, ShardId]:
+        """Return what a rank keeps from forward to backward: shards by their slots."""
+        return {}
 
+    def shared(self) -> frozenset[str]:
+        """Return the names of buffers that other ranks pull from."""
+        return frozenset()
 
-def columns_task(
-    direction: Direction,
-    *,
-    query: ShardId,
-    heads: tuple[int, int],
-    query_buffer: str = Q_HOME,
-    out_buffer: str = OUT_HOME,
-) -> Task:
-    """Return the task of some queries against all gathered columns."""
-    return Task(
-        query=query,
-        key=None,
-        heads=heads,
-        key_buffer=COLUMNS_HOME,
-        kind="columns",
-        query_buffer=query_buffer,
-        out_buffer=out_buffer,
-        grad_buffer=None if direction == "forward" else DCOLUMNS_HOME,
-    )
+    def everyone(self, *names: str) -> list[Communicator]:
+        """Return communicators that join all ranks."""
+        return [Communicator(name=name, groups=(tuple(range(self.world)),)) for name in names]
 
+    def schedule(self, layout: str) -> Schedule:
+        """Return the schedule, its phases made when they are asked for. layout: the name that it goes by."""
+        communicators = [*self.communicators(), *(self.everyone(COLUMNS) if self.shape.columns_capacity else [])]
+        order = tuple(communicator.name for communicator in communicators)
+        shared = self.shared()
 
-def block_task(rank: int, key: int, key_buffer: str, shape: AttentionShape, grad_buffer: str | None) -> Task:
-    return Task(
-        query=ShardId(sequence_part=rank),
-        key=ShardId(sequence_part=key),
-        heads=(0, shape.heads),
-        key_buffer=key_buffer,
-        grad_buffer=grad_buffer,
-    )
+        def program(rank: int) -> tuple[Phase, ...]:
+            parts = Draft()
+            self.draft(rank, parts)
+            if self.shape.columns_capacity and not self.drafts_columns:
+                self._add_columns(rank, parts)
+            return parts.phases(order)
+
+        return Schedule(
+            direction=self.direction,
+            layout=layout,
+            world_size=self.world,
+            num_heads=self.shape.heads,
+            communicators=tuple(communicators),
+            buffers=tuple(replace(one, shared=one.name in shared) for one in self._homes() + self.buffers()),
+            program=program,
+            kept=self.kept,
+        )
+
+    def _homes(self) -> list[Buffer]:
+        homes = [Buffer(name=KV_HOME, kind="kv", capacity_bytes=self.shape.kv_bytes)]
+        if self.backward:
+            homes.append(Buffer(name=DKV_HOME, kind="dkv", capacity_bytes=self.shape.dkv_bytes))
+        if self.shape.columns_capacity:
+            size = self.shape.columns_bytes("forward")
+            homes.append(Buffer(name=COLUMNS_HOME, kind="columns", capacity_bytes=size))
+            if self.backward:
+                size = self.shape.columns_bytes("backward")
+                homes.append(Buffer(name=DCOLUMNS_HOME, kind="columns", capacity_bytes=size))
+        return homes
+
+    def _add_columns(self, rank: int, parts: Draft) -> None:
+        """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
+
+        Backward keeps the gathered K and V: computed first in its phase, gradients summed while the rest goes on.
+        """
+        task = self.columns_task(query=ShardId(sequence_part=rank), heads=(0, self.shape.heads))
+        last = max([1, *parts.waits, *parts.tasks])
+        if self.backward:
+            parts.compute(self.columns_phase, task, first=True)
+            phase = self.columns_phase + 1
+            parts.launch(phase, [self.columns_transfer()], wait=max(phase + 1, last))
+        else:
+            parts.launch(0, [self.columns_transfer()], wait=1)
+            parts.compute(1, task, first=True)
+
+    def columns_transfer(self) -> Transfer:
+        """Return the sum of all ranks' columns (forward), or of their gradients, which then go to the owners' rows."""
+        buffer = DCOLUMNS_HOME if self.backward else COLUMNS_HOME
+        return Transfer(
+            kind="columns",
+            shard=None,
+            source=ALL_RANKS,
+            destination=ALL_RANKS,
+            sequence=0,
+            communicator=COLUMNS,
+            transport="all_reduce",
+            source_buffer=buffer,
+            buffer=buffer,
+            capacity_bytes=self.shape.columns_bytes(self.direction),
+            accumulate_into=DKV_HOME if self.backward else None,
+        )
+
+    def columns_task(
+        self, *, query: ShardId, heads: tuple[int, int], query_buffer: str = Q_HOME, out_buffer: str = OUT_HOME
+    ) -> Task:
+        """Return the task of some queries against all gathered columns."""
+        return Task(
+            query=query,
+            key=None,
+            heads=heads,
+            key_buffer=COLUMNS_HOME,
+            kind="columns",
+            query_buffer=query_buffer,
+            out_buffer=out_buffer,
+            grad_buffer=DCOLUMNS_HOME if self.backward else None,
+        )
+
+    def block_task(self, rank: int, key: int, key_buffer: str, grad_buffer: str | None) -> Task:
+        """Return the task of a rank's own queries, all heads, against a key shard; grad_buffer: backward's alone."""
+        return Task(
+            query=ShardId(sequence_part=rank),
+            key=ShardId(sequence_part=key),
+            heads=(0, self.shape.heads),
+            key_buffer=key_buffer,
+            grad_buffer=grad_buffer if self.backward else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +252,7 @@ class Route:
 
 
 def slots(prefix: str, kind: TransferKind, count: int, capacity_bytes: int, *, narrow: bool = False) -> list[Buffer]:
+    """Return `count` slots of one size, numbered from 0."""
     return [
         Buffer(name=f"{prefix}:{slot}", kind=kind, capacity_bytes=capacity_bytes, narrow=narrow)
         for slot in range(count)

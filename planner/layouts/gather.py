@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.errors import InputError
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import (
     DKV_HOME,
@@ -22,77 +22,102 @@ from ..schedule.schedule import (
     ShardId,
     Transfer,
     Transport,
-    keeps_nothing,
 )
 from ..schedule.shape import AttentionShape
-from .draft import Draft, Route, block_task, close_schedule, slots
+from .draft import Builder, Draft, Route, slots
+from .layout import Layout, Offers, Transfers
+from .registry import register
 
 
-def gather(
-    *, shape: AttentionShape, direction: Direction, pairs: Pairs | None = None, chunks: int = 4, keep_kv: int = 0,
-    pull: int = 0, narrow_grads: int = 0,
-) -> Schedule:  # fmt: skip
+@register
+@dataclass(frozen=True, kw_only=True)
+class Gather(Layout):
     """A pipelined all-gather: every shard goes straight from its owner to all that need it, in `chunks` launches.
 
     A phase computes the shards of one chunk together. Needs as many K/V slots as a rank needs other shards. Forward
     begins with the own shard, while others arrive. Backward ends with it: dK/dV go straight home meanwhile, and they
-    are twice as many bytes as K/V, which arrive while columns are computed. keep_kv: 1 keeps what forward gathered for
-    backward, which then fetches nothing; 0 gathers again. pull: 1 lets every rank copy from its peers' memory, by copy
-    engines on the GPUs of one host; 0 sends and receives. narrow_grads: 1 rounds what a rank adds to dK/dV of another's
-    shard to the type of q, k and v, once, where its kernel writes it: half the bytes; owners sum in the accumulator's.
+    are twice as many bytes as K/V, which arrive while columns are computed.
+
+    keep_kv: what forward gathered is kept for backward, which then fetches nothing; else it is gathered again.
+    pull: every rank copies from its peers' memory, by copy engines on the GPUs of one host; else ranks send.
+    narrow_gradients: what a rank adds to dK/dV of another's shard is rounded to the type of q, k and v, once, where its
+    kernel writes it: half the bytes; owners sum in the accumulator's type.
     """
-    for name, value in (("keep_kv", keep_kv), ("pull", pull), ("narrow_grads", narrow_grads)):
-        if value not in (0, 1):
-            raise InputError(f"is 0 or 1, not {value}", field=name)
-    if chunks < 1:
-        raise InputError(f"must be at least 1, not {chunks}", field="chunks")
-    needed = (pairs or Pairs.all_of(shape.world_size)).distances
-    layout = _Gather(
-        shape=shape,
-        direction=direction,
-        needed=needed,
-        chunks=chunks,
-        keep_kv=bool(keep_kv),
-        transport="pull" if pull else "p2p",
-        narrow_grads=bool(narrow_grads),
-    )
-    parts = layout.communicators(), layout.buffers(), layout.draft
-    kept = layout.kept if keep_kv else keeps_nothing
-    return close_schedule("gather", direction, shape, *parts, kept=kept, shared=layout.shared())
+
+    name: ClassVar[str] = "gather"
+    words: ClassVar[str] = "an all-gather"
+    plainness: ClassVar[int] = 0
+
+    chunks: int = 1
+    keep_kv: bool = False
+    pull: bool = False
+    narrow_gradients: bool = False
+
+    def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
+        return _Gather(shape=shape, direction=direction, pairs=pairs, layout=self).schedule(self.name)
+
+    @classmethod
+    def candidates(cls, offers: Offers) -> list[Self]:
+        """Pulls and rounded gradients with few chunks: more are more launches, and hid nothing more when measured."""
+        found = [cls(chunks=count, keep_kv=keep_kv) for keep_kv in (False, True) for count in _chunks(offers)]
+        ways = [Transfers(narrow=True)] * offers.rounds_parts
+        if offers.pulls:
+            ways += [Transfers(pull=True, narrow=one.narrow) for one in (Transfers(), *ways)]
+        return found + [
+            cls(chunks=count, keep_kv=keep_kv, pull=way.pull, narrow_gradients=way.narrow)
+            for way in ways
+            for keep_kv in (False, True)
+            for count in offers.counts(1, 2)
+        ]
+
+    @classmethod
+    def baselines(cls, offers: Offers) -> list[tuple[str, Self]]:
+        return [("striped", cls(chunks=count)) for count in _chunks(offers)]
+
+    @property
+    def kept_slots(self) -> object | None:
+        return self.name if self.keep_kv else None
+
+    @property
+    def transfers(self) -> Transfers:
+        return Transfers(pull=self.pull, narrow=self.narrow_gradients)
+
+
+def _chunks(offers: Offers) -> list[int]:
+    return offers.counts(1, 2, 4, offers.world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Gather:
-    """The all-gather of `gather`. needed: bool [owner, offset], whether the rank at that offset reads the shard."""
+class _Gather(Builder):
+    layout: Gather
 
-    shape: AttentionShape
-    direction: Direction
-    needed: NDArray[np.bool_]
-    chunks: int
-    keep_kv: bool
-    transport: Transport
-    narrow_grads: bool
+    @cached_property
+    def needed(self) -> NDArray[np.bool_]:
+        """bool [owner, offset]: whether the rank at that offset reads the shard."""
+        return self.pairs.distances
 
     @property
-    def world(self) -> int:
-        return self.shape.world_size
+    def transport(self) -> Transport:
+        return "pull" if self.layout.pull else "p2p"
 
     @property
     def fetches(self) -> bool:
         """Whether K/V are gathered in this direction."""
-        return self.direction == "forward" or not self.keep_kv
+        return not (self.backward and self.layout.keep_kv)
 
     @property
     def grad_bytes(self) -> int:
         """dK and dV of one shard on their way home."""
-        return self.shape.kv_bytes if self.narrow_grads else self.shape.dkv_bytes
+        return self.shape.kv_bytes if self.layout.narrow_gradients else self.shape.dkv_bytes
 
     @property
     def kv_pool(self) -> str:
-        return KEPT.removesuffix(":") if self.keep_kv else "kv"
+        return KEPT.removesuffix(":") if self.layout.keep_kv else "kv"
 
     def kept(self, rank: int) -> dict[str, ShardId]:
         """Return what a rank keeps: every shard that it reads but its own."""
+        if not self.layout.keep_kv:
+            return {}
         offsets = [offset for offset in range(1, self.world) if self.reads[rank, offset]]
         return {self.kv_slot(rank, offset): ShardId(sequence_part=(rank - offset) % self.world) for offset in offsets}
 
@@ -100,10 +125,8 @@ class _Gather:
     def pieces(self) -> list[list[int]]:
         """Offsets of the owners that any rank reads from, nearest first, cut into chunks."""
         offsets = [offset for offset in range(1, self.world) if self.needed[:, offset].any()]
-        return [
-            offsets[piece.start : piece.stop]
-            for piece in _split(range(len(offsets)), min(self.chunks, max(len(offsets), 1)))
-        ]
+        cut = _split(range(len(offsets)), min(self.layout.chunks, max(len(offsets), 1)))
+        return [offsets[piece.start : piece.stop] for piece in cut]
 
     @cached_property
     def reads(self) -> NDArray[np.bool_]:
@@ -113,14 +136,13 @@ class _Gather:
 
     def communicators(self) -> list[Communicator]:
         names = ["gather"] if self.fetches or self.world == 1 else []
-        names += ["gather_grad"] if self.direction == "backward" and self.world > 1 else []
-        return [Communicator(name=name, groups=(tuple(range(self.world)),)) for name in names]
+        return self.everyone(*names, *(["gather_grad"] if self.backward and self.world > 1 else []))
 
     def buffers(self) -> list[Buffer]:
         fetched = int(self.reads[:, 1:].sum(axis=1).max())
         buffers = slots(self.kv_pool, "kv", fetched, self.shape.kv_bytes)
-        if self.direction == "backward" and fetched:
-            count, narrow = self.largest * min(2, len(self.pieces)), self.narrow_grads
+        if self.backward and fetched:
+            count, narrow = self.largest * min(2, len(self.pieces)), self.layout.narrow_gradients
             buffers += slots("dkv", "dkv", count, self.grad_bytes, narrow=narrow)
             landing = max(int(self.needed[:, piece].sum(axis=1).max()) for piece in self.pieces)
             buffers += slots("landing", "dkv", landing, self.grad_bytes, narrow=narrow)
@@ -128,7 +150,7 @@ class _Gather:
 
     def shared(self) -> frozenset[str]:
         """Return the buffers that others pull from: the own K/V where they are gathered, and their own gradients."""
-        if self.transport != "pull" or not self.pieces:
+        if not self.layout.pull or not self.pieces:
             return frozenset()
         gradients = {buffer.name for buffer in self.buffers() if buffer.name.startswith("dkv:")}
         return frozenset(gradients | ({KV_HOME} if self.fetches else set()))
@@ -160,28 +182,30 @@ class _Gather:
         return f"landing:{place}"
 
     def draft(self, rank: int, parts: Draft) -> None:
-        """Drop a rank's transfers and tasks into their phases."""
-        backward = self.direction == "backward"
         begins = 1 if self.fetches else 0  # the phase of the first chunk
         for chunk, piece in enumerate(self.pieces, start=1):
             phase = begins + chunk - 1
-            fetch: list[Transfer] = []
-            homeward: list[Transfer] = []
-            for offset in piece:
-                owner, reader = (rank - offset) % self.world, (rank + offset) % self.world
-                serves, reads = bool(self.needed[rank, offset]), bool(self.reads[rank, offset])
-                fetch += [self._fetch(rank, reader, offset)] * serves + [self._fetch(owner, rank, offset)] * reads
-                homeward += [self._return(owner, rank, offset, chunk)] * reads
-                homeward += [self._return(rank, reader, offset, chunk)] * serves
-                if reads:
-                    grad = self.grad_slot(rank, offset, chunk) if backward else None
-                    parts.compute(phase, block_task(rank, owner, self.kv_slot(rank, offset), self.shape, grad))
+            routes = self._routes(rank, piece)
+            for owner, reader, offset in routes:
+                if reader == rank:
+                    grad = self.grad_slot(rank, offset, chunk) if self.backward else None
+                    parts.compute(phase, self.block_task(rank, owner, self.kv_slot(rank, offset), grad))
             if self.fetches:
-                parts.launch(0, fetch, wait=phase)
-            if backward:
+                parts.launch(0, [self._fetch(*route) for route in routes], wait=phase)
+            if self.backward:
+                homeward = [self._return(*route, chunk) for route in self._routes(rank, piece, reads_first=True)]
                 parts.launch(phase + 1, homeward, wait=phase + 2)
-        own_phase = begins + len(self.pieces) if backward and self.pieces else 0
-        parts.compute(own_phase, block_task(rank, rank, KV_HOME, self.shape, DKV_HOME if backward else None))
+        own_phase = begins + len(self.pieces) if self.backward and self.pieces else 0
+        parts.compute(own_phase, self.block_task(rank, rank, KV_HOME, DKV_HOME))
+
+    def _routes(self, rank: int, piece: list[int], *, reads_first: bool = False) -> list[tuple[int, int, int]]:
+        """Return (owner, reader, offset) of what a rank serves and reads of a chunk."""
+        found = []
+        for offset in piece:
+            serves = [(rank, (rank + offset) % self.world, offset)] * bool(self.needed[rank, offset])
+            reads = [((rank - offset) % self.world, rank, offset)] * bool(self.reads[rank, offset])
+            found += reads + serves if reads_first else serves + reads
+        return found
 
     def _fetch(self, owner: int, reader: int, offset: int) -> Transfer:
         capacity_bytes = self.shape.kv_bytes
@@ -191,7 +215,7 @@ class _Gather:
     def _return(self, owner: int, reader: int, offset: int, chunk: int) -> Transfer:
         dkv = Route(
             kind="dkv", communicator="gather_grad", capacity_bytes=self.grad_bytes, transport=self.transport,
-            narrow=self.narrow_grads,
+            narrow=self.layout.narrow_gradients,
         )  # fmt: skip
         source_buffer, buffer = self.grad_slot(reader, offset, chunk), self.landing(owner, offset, chunk)
         return dkv.move(owner, reader, owner, offset, source_buffer, buffer, DKV_HOME)

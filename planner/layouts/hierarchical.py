@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Self
 
 import numpy as np
 
-from ...traces.errors import InputError
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
-from .draft import Draft, Route, block_task, close_schedule, slots
+from .draft import Builder, Draft, Route, slots
+from .layout import Layout, Offers
+from .registry import register
 from .tour import Tour
 
 
-def hierarchical(
-    *, shape: AttentionShape, direction: Direction, inner_size: int, pairs: Pairs | None = None
-) -> Schedule:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(Layout):
     """Inner rings within groups of `inner_size` ranks, an outer ring between them (MTraining, arXiv 2510.18830).
 
     Rank r is place l of node n (r = n * inner_size + l). In outer step o and inner step i it computes shard
@@ -25,28 +27,37 @@ def hierarchical(
     Shards travel as far as they are needed, over the outer ring and within each node. Backward: dK/dV are summed
     around the inner ring, then sent straight to their owners in node n - o.
     """
-    world = shape.world_size
-    if inner_size < 1 or world % inner_size:
-        raise InputError(f"{inner_size} does not divide {world} ranks", field="inner_size")
-    layout = _Hierarchy(
-        shape=shape,
-        inner=inner_size,
-        outer=world // inner_size,
-        direction=direction,
-        pairs=pairs or Pairs.all_of(world),
-    )
-    return close_schedule("hierarchical", direction, shape, layout.communicators(), layout.buffers(), layout.draft)
+
+    name: ClassVar[str] = "hierarchical"
+    words: ClassVar[str] = "a hierarchical ring"
+    plainness: ClassVar[int] = 2
+
+    inner_size: int
+
+    def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
+        built = _Hierarchy(shape=shape, direction=direction, pairs=pairs, inner=self.inner_size)
+        return built.schedule(self.name)
+
+    def why_not(self, shape: AttentionShape) -> str | None:
+        return shape.why_not_groups_of(self.inner_size)
+
+    @classmethod
+    def candidates(cls, offers: Offers) -> list[Self]:
+        return [cls(inner_size=size) for size in offers.inner_sizes]
+
+    @classmethod
+    def baselines(cls, offers: Offers) -> list[tuple[str, Self]]:
+        size = offers.gpus_per_node
+        return [("striped", cls(inner_size=size))] if size in offers.inner_sizes else []
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Hierarchy:
-    """The two nested rings of `hierarchical`."""
-
-    shape: AttentionShape
+class _Hierarchy(Builder):
     inner: int
-    outer: int
-    direction: Direction
-    pairs: Pairs
+
+    @property
+    def outer(self) -> int:
+        return self.world // self.inner
 
     def rank(self, node: int, place: int) -> int:
         return (node % self.outer) * self.inner + place % self.inner
@@ -91,7 +102,7 @@ class _Hierarchy:
         nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
         rails = tuple(tuple(self.rank(n, place) for n in range(self.outer)) for place in range(self.inner))
         names = [("outer", rails), ("inner", nodes)]
-        if self.direction == "backward":
+        if self.backward:
             names += [("outer_grad", rails), ("inner_grad", nodes)]
         return [Communicator(name=name, groups=groups) for name, groups in names]
 
@@ -101,7 +112,7 @@ class _Hierarchy:
         longest_outer = max(rail.longest for rail in self.rails)
         buffers = slots("kv", "kv", min(2, longest_inner), kv_bytes)
         buffers += slots("kv_outer", "kv", min(2, longest_outer), kv_bytes)
-        if self.direction == "backward":
+        if self.backward:
             if longest_inner:
                 buffers += slots("dkv", "dkv", self.grad_slots, dkv_bytes)
                 buffers += slots("landing", "dkv", 1 + self.crowded, dkv_bytes)
@@ -126,7 +137,7 @@ class _Hierarchy:
             for inner_step in range(self.inner):
                 self._fetch_inner(parts, node, place, outer_step, inner_step)
                 self._compute(parts, node, place, outer_step, inner_step)
-        if self.direction == "backward":
+        if self.backward:
             for outer_step in range(self.outer):
                 self._sum_inner(parts, node, place, outer_step)
                 self._send_home(parts, node, place, outer_step)
@@ -162,10 +173,10 @@ class _Hierarchy:
         if not self.tours[node][outer_step].needs(owner, inner_step):
             return
         phase, grad = outer_step * self.inner + inner_step, None
-        if self.direction == "backward":
+        if self.backward:
             grad = self.base_grad(outer_step) if inner_step == 0 else f"dkv:{phase % self.grad_slots}"
         me, buffer = self.rank(node, place), self.kv_buffer(outer_step, inner_step)
-        parts.compute(phase, block_task(me, self.rank(node - outer_step, owner), buffer, self.shape, grad))
+        parts.compute(phase, self.block_task(me, self.rank(node - outer_step, owner), buffer, grad))
 
     def _sum_inner(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
         """Around the inner ring, from the first place that adds to a shard's gradients; from the last one straight on.

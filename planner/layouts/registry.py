@@ -1,45 +1,84 @@
-"""Layouts by name: each builds the schedule of one direction from a shape and a few parameters."""
+"""The one place that knows layouts by name. Importing a layout's file registers it; `layouts/` imports its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import TypeVar
 
 from ...traces.errors import InputError
-from ..schedule.pairs import Pairs
-from ..schedule.schedule import Direction, Schedule
-from ..schedule.shape import AttentionShape
-from .collective import collective
-from .gather import gather
-from .hierarchical import hierarchical
-from .ring import ring
-from .two_level import two_level
-from .ulysses import ulysses
+from .layout import Layout
 
-LAYOUTS: dict[str, Callable[..., Schedule]] = {
-    "ring": ring,
-    "gather": gather,
-    "hierarchical": hierarchical,
-    "two_level": two_level,
-    "collective": collective,
-    "ulysses": ulysses,
-}
+L = TypeVar("L", bound=Layout)
+_KNOWN: dict[str, type[Layout]] = {}
 
 
-def build(
-    layout: str,
-    parameters: dict[str, int],
-    *,
-    shape: AttentionShape,
-    direction: Direction,
-    pairs: Pairs | None = None,
-) -> Schedule:
-    """Build a schedule by name; InputError for an unknown layout or parameter.
+def register(layout: type[L]) -> type[L]:
+    """Make a layout known by its name: a class decorator. ValueError where another class has that name."""
+    known = _KNOWN.setdefault(layout.name, layout)
+    if known.__qualname__ != layout.__qualname__:
+        raise ValueError(f"{layout.name!r} is the name of two layouts, {known.__qualname__} and {layout.__qualname__}")
+    return layout
 
-    pairs: the (query shard, key shard) pairs that may have work; None: all. Others are neither computed nor sent.
+
+def known_layouts() -> tuple[type[Layout], ...]:
+    """Return all registered layouts, the plainest first."""
+    return tuple(sorted(_KNOWN.values(), key=lambda layout: layout.plainness))
+
+
+def layout_names() -> tuple[str, ...]:
+    """Return the names of all registered layouts, the plainest first."""
+    return tuple(layout.name for layout in known_layouts())
+
+
+def make_layout(name: str, parameters: Mapping[str, object] | None = None) -> Layout:
+    """Return a layout by name and parameters: as plan files and configurations give it.
+
+    Raises InputError, naming the field and its value, for an unknown name or parameter, a missing or a wrong one.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"{layout!r} is not one of {sorted(LAYOUTS)}", field="layout")
+    if name not in _KNOWN:
+        raise InputError(f"{name!r} is not one of {', '.join(layout_names())}", field="layout")
+    layout, given = _KNOWN[name], dict(parameters or {})
+    needed = {field.name: field.default is MISSING for field in fields(layout)}
+    for parameter in given:
+        if parameter not in needed:
+            known = f"it has {', '.join(needed)}" if needed else "it has none"
+            raise InputError(f"is no parameter of {name!r}: {known}", field=parameter)
+    for parameter, missing in needed.items():
+        if missing and parameter not in given:
+            raise InputError(f"is missing for {name!r}", field=parameter)
+    return layout(**given)
+
+
+def parse_layout(text: str) -> Layout:
+    """Return a layout from text, such as ring:prefetch=2 or gather:chunks=1,pull; a name alone is true.
+
+    Raises InputError as `make_layout` does, and for a number that is none.
+    """
+    name, _, rest = text.partition(":")
+    return make_layout(name, dict(_parameter(one) for one in rest.split(",") if one))
+
+
+def _parameter(text: str) -> tuple[str, bool | int]:
+    name, given, value = text.partition("=")
+    if not given:
+        return name, True
     try:
-        return LAYOUTS[layout](shape=shape, direction=direction, pairs=pairs, **parameters)
-    except TypeError as error:
-        raise InputError(f"{parameters} do not fit layout {layout!r}", field="parameters") from error
+        return name, int(value)
+    except ValueError as error:
+        raise InputError(f"{value!r} is not a whole number", field=name) from error
+
+
+def build(layout, parameters, *, shape, direction, pairs=None):  # pyright: ignore
+    """Transitional."""
+    flags = ("keep_kv", "pull", "narrow_gradients", "halves")
+    given = {name.replace("narrow_grads", "narrow_gradients"): value for name, value in parameters.items()}
+    given = {name: bool(value) if name in flags else value for name, value in given.items()}
+    if layout == "gather":
+        given = {"chunks": 4} | given
+    if layout == "ulysses":
+        given = {"degree": shape.world_size} | given
+    return make_layout(layout, given).build(shape=shape, direction=direction, pairs=pairs)
+
+
+LAYOUTS = ("ring", "gather", "hierarchical", "two_level", "collective", "ulysses")

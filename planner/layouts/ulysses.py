@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...traces.errors import InputError, UnsupportedError
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import (
     DKV_HOME,
@@ -26,111 +22,87 @@ from ..schedule.schedule import (
     TransferKind,
 )
 from ..schedule.shape import AttentionShape
-from .draft import Draft, close_schedule, columns_task, columns_transfer, slots
+from .draft import Builder, Draft, slots
+from .layout import Layout, Offers
+from .registry import register
 
 GATHER, GATHER_GRAD = "gather", "gather_grad"
+# What head parallelism must gain for every rank of a group: each one's queries are launches of their own, which the
+# host has to issue. What was predicted for it was further from what was measured than for other layouts, by 2 to 5 %
+# with groups of two or four and by 3 to 25 % with eight (docs/measured/rank.md).
+MARGIN_PER_RANK = 0.025
 
 
-def ulysses(
-    *,
-    shape: AttentionShape,
-    direction: Direction,
-    pairs: Pairs | None = None,
-    degree: int | None = None,
-    chunks: int = 1,
-) -> Schedule:
+@register
+@dataclass(frozen=True, kw_only=True)
+class Ulysses(Layout):
     """Queries of `degree` neighbouring ranks for a `degree`-th of the heads each, against the K/V of just these heads.
 
     Ranks of a group exchange queries, so that each has those of all of them for its head group, and fetch from all
     ranks the K/V that these heads use: a `degree`-th of what a gather fetches, as long as there are as many K/V heads.
-    out (or dq) goes back within the group, dK/dV home from all. Whole head parallelism is a group of all ranks, the
-    default (DeepSpeed-Ulysses, arXiv 2309.14509); smaller ones are its hybrid with sequence parallelism (USP,
+    out (or dq) goes back within the group, dK/dV home from all. Whole head parallelism is a group of all ranks
+    (DeepSpeed-Ulysses, arXiv 2309.14509); smaller ones are its hybrid with sequence parallelism (USP,
     arXiv 2405.07719). Where a group is a node, every head's K/V of a shard enters a node once.
 
     Forward begins with the own queries and keys while the rest arrives, and ends with the own queries, while results of
     the others go home. Backward ends with the own keys, first those of the others' queries, while dK/dV go home. K/V
     come in `chunks` launches, those of the group first, and one is computed while the next is on its way.
-    Raises UnsupportedError where the groups do not divide the ranks, or cut a K/V head's queries unevenly.
     """
-    if chunks < 1:
-        raise InputError(f"must be at least 1, not {chunks}", field="chunks")
-    layout = _HeadParallel(
-        shape=shape,
-        direction=direction,
-        needed=(pairs or Pairs.all_of(shape.world_size)).matrix,
-        degree=_degree(shape, degree),
-        chunks=chunks,
-    )
-    parts = layout.communicators(), layout.buffers(), layout.draft
-    return close_schedule("ulysses", direction, shape, *parts, columns_by_draft=True)
 
+    name: ClassVar[str] = "ulysses"
+    words: ClassVar[str] = "head parallelism"
+    plainness: ClassVar[int] = 5
 
-def group_bytes(shape: AttentionShape, direction: Direction, degree: int) -> dict[TransferKind, int]:
-    """Return the bytes of what a rank holds of one shard for one of `degree` head groups."""
-    heads, kv_heads = shape.heads // degree, max(1, shape.kv_heads // degree)
-    q_bytes = shape.tokens_per_rank * heads * shape.head_dim * shape.element_bytes
-    row_bytes = shape.tokens_per_rank * heads * shape.accumulator_bytes  # log-sum-exp or delta
-    kv_bytes = shape.kv_bytes // shape.kv_heads * kv_heads
-    if direction == "forward":
-        return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
-    # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
-    dkv_bytes = shape.dkv_bytes // shape.kv_heads * kv_heads
-    return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}
+    degree: int
+    chunks: int = 1
 
+    def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
+        built = _HeadParallel(shape=shape, direction=direction, pairs=pairs, degree=self.degree, chunks=self.chunks)
+        return built.schedule(self.name)
 
-def _degree(shape: AttentionShape, degree: int | None) -> int:
-    """Return the size of a group, if that is possible."""
-    wanted = shape.world_size if degree is None else degree
-    if wanted < 1:
-        raise InputError(f"must be at least 1, not {wanted}", field="degree")
-    if shape.world_size % wanted:
-        raise UnsupportedError(f"{shape.world_size} ranks are no groups of {wanted}", field="degree")
-    if not can_split_heads(shape, wanted):
-        heads = f"{shape.heads} heads ({shape.kv_heads} K/V heads)"
-        raise UnsupportedError(f"{heads} cannot be split evenly over {wanted} ranks", field="degree")
-    return wanted
+    def why_not(self, shape: AttentionShape) -> str | None:
+        problem = shape.why_not_groups_of(self.degree)
+        if problem is None and not shape.splits_heads(self.degree):
+            heads = f"{shape.heads} heads ({shape.kv_heads} K/V heads)"
+            problem = f"{heads} cannot be split evenly over {self.degree} ranks"
+        return problem
 
+    @classmethod
+    def candidates(cls, offers: Offers) -> list[Self]:
+        """Groups that divide a node, and all ranks."""
+        degrees = [size for size in range(2, offers.gpus_per_node + 1) if offers.gpus_per_node % size == 0]
+        degrees += [offers.world_size] if offers.nodes > 1 else []
+        return [cls(degree=degree, chunks=count) for degree in degrees for count in offers.counts(1, 2, offers.nodes)]
 
-def can_split_heads(shape: AttentionShape, degree: int) -> bool:
-    """Whether `degree` groups of equally many heads use equally many whole K/V heads each."""
-    return not shape.heads % degree and not max(degree, shape.kv_heads) % min(degree, shape.kv_heads)
+    @property
+    def head_groups(self) -> int:
+        return self.degree
+
+    @property
+    def margin(self) -> float:
+        return MARGIN_PER_RANK * self.degree if self.degree > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HeadParallel:
-    """The layout of `ulysses`. needed: bool [query part, key part]."""
+class _HeadParallel(Builder):
+    drafts_columns: ClassVar[bool] = True
 
-    shape: AttentionShape
-    direction: Direction
-    needed: NDArray[np.bool_]
     degree: int
     chunks: int
-
-    @property
-    def world(self) -> int:
-        return self.shape.world_size
 
     @property
     def exchange(self) -> str:
         """The communicator of groups: a name for every size, since directions may differ in it."""
         return f"exchange{self.degree}"
 
-    @property
-    def backward(self) -> bool:
-        return self.direction == "backward"
-
     @cached_property
     def sizes(self) -> dict[TransferKind, int]:
-        return group_bytes(self.shape, self.direction, self.degree)
+        return self.shape.group_bytes(self.direction, self.degree)
 
     def communicators(self) -> list[Communicator]:
         together = tuple(tuple(range(first, first + self.degree)) for first in range(0, self.world, self.degree))
-        everyone = (tuple(range(self.world)),)
-        names = [GATHER, GATHER_GRAD] if self.backward else [GATHER]
-        return [
-            Communicator(name=self.exchange, groups=together),
-            *(Communicator(name=name, groups=everyone) for name in names),
-        ]
+        gathers = self.everyone(GATHER, *([GATHER_GRAD] if self.backward else []))
+        return [Communicator(name=self.exchange, groups=together), *gathers]
 
     def buffers(self) -> list[Buffer]:
         """Homes of queries and results; q and out of the group's other ranks; K/V and their gradients."""
@@ -156,7 +128,7 @@ class _HeadParallel:
 
     def computes(self, query: int, key: int) -> bool:
         """Whether a pair of parts is computed; that of the own keys always is."""
-        return query == key or bool(self.needed[query, key])
+        return query == key or bool(self.pairs.matrix[query, key])
 
     def _owners(self, rank: int) -> list[int]:
         """All other ranks in the order in which a rank fetches from them: those of its group first, then nearest first.
@@ -219,7 +191,6 @@ class _HeadParallel:
         return self._readers[owner]
 
     def draft(self, rank: int, parts: Draft) -> None:
-        """Drop a rank's transfers and tasks into their phases."""
         if self.backward:
             self._draft_backward(rank, parts)
         else:
@@ -237,7 +208,7 @@ class _HeadParallel:
             self._compute(parts, own, rank, rank, keys, columns=first)
         parts.launch(last + 1, self._results(rank), wait=last + 2)
         if self.shape.columns_capacity:
-            parts.launch(0, [columns_transfer(self.direction, self.shape)], wait=1)
+            parts.launch(0, [self.columns_transfer()], wait=1)
 
     def _draft_backward(self, rank: int, parts: Draft) -> None:
         others, last = self.members(rank), self.pieces
@@ -254,7 +225,7 @@ class _HeadParallel:
         self._compute(parts, last + 2 if others else last + 1, rank, rank, [rank])
         parts.launch(last + 2, self._results(rank), wait=last + 3)
         if self.shape.columns_capacity:
-            parts.launch(2, [columns_transfer(self.direction, self.shape)], wait=last + 3)
+            parts.launch(2, [self.columns_transfer()], wait=last + 3)
 
     def _fetch(self, rank: int, parts: Draft) -> None:
         """Launch the exchange of queries, and K/V on their way to all that read them, chunk by chunk."""
@@ -330,7 +301,7 @@ class _HeadParallel:
             "out_buffer": OUT_HOME if own else self._slot("out", rank, query),
         }
         if columns and self.shape.columns_capacity:
-            parts.compute(phase, columns_task(self.direction, **queries))
+            parts.compute(phase, self.columns_task(**queries))
         for key in keys:
             if self.computes(query, key):
                 parts.compute(phase, self._task(rank, key, queries))

@@ -11,12 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..backends import facts_of
 from .schedule import HOMES, Phase, Task
-
-# Backends whose indexes take several key shards laid one after the other.
-JOINING_BACKENDS = frozenset({"triton", "flash4"})
-# Backends that attend columns and keys in one launch; a test holds it equal to kernels/api.py's.
-FUSING_BACKENDS = frozenset({"triton"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +27,8 @@ class Launch:
 def launches_of(tasks: Sequence[Task], *, backend: str, batch: int = 1) -> list[tuple[Task, ...]]:
     """Cut a phase's tasks into kernel launches, in order. batch: sequences computed together.
 
-    Tasks whose keys (and gradients) lie in neighbouring slots are one launch; it may begin with the columns. Backends
-    that are neither JOINING nor FUSING launch every task alone.
+    Tasks whose keys (and gradients) lie in neighbouring slots are one launch, where the backend joins keys; it may
+    begin with the columns, where the backend fuses them. Others launch every task alone.
     """
     cut: list[list[Task]] = []
     for task in tasks:
@@ -85,8 +81,8 @@ def _joins(launch: Sequence[Task], task: Task, backend: str, batch: int) -> bool
     if task.key is None or _sum_of(launch) != _sum_of([task]):
         return False
     if before.key is None:
-        return backend in FUSING_BACKENDS
-    return backend in JOINING_BACKENDS and batch == 1 and _side_by_side(before, task)
+        return facts_of(backend).fuses_columns
+    return facts_of(backend).joins_keys and batch == 1 and _side_by_side(before, task)
 
 
 def _side_by_side(before: Task, task: Task) -> bool:

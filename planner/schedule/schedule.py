@@ -225,29 +225,13 @@ class Schedule:
     def _sha256(self) -> str:
         head = {"direction": self.direction, "layout": self.layout, "world_size": self.world_size}
         head |= {"num_heads": self.num_heads, "communicators": [asdict(c) for c in self.communicators]}
-        head |= {"buffers": [_stated(b) for b in self.buffers]}
-        kept = [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in range(self.world_size)]
-        if any(kept):
-            head |= {"kept": kept}
+        head |= {"buffers": [asdict(b) for b in self.buffers]}
+        ranks = range(self.world_size)
+        head |= {"kept": [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in ranks]}
         digest = hashlib.sha256(canonical_json(head))
-        for rank in range(self.world_size):
-            digest.update(canonical_json([_plain(phase) for phase in self.program(rank)]))
+        for rank in ranks:
+            digest.update(canonical_json([asdict(phase) for phase in self.program(rank)]))
         return digest.hexdigest()
-
-
-def _stated(buffer: Buffer) -> dict[str, object]:
-    """Return a buffer as plain values; flags only where set, so that they change no other schedule's digest."""
-    return {name: value for name, value in asdict(buffer).items() if name not in ("shared", "narrow") or value}
-
-
-def _plain(phase: Phase) -> dict[str, object]:
-    """Return a phase as plain values; `narrow` only where it is set, so that it changes no other schedule's digest."""
-    plain = asdict(phase)
-    for call in plain["group_calls"]:
-        for transfer in call["transfers"]:
-            if not transfer["narrow"]:
-                del transfer["narrow"]
-    return plain
 
 
 def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...traces.errors import InputError
-from .schedule import Direction
+from .schedule import Direction, TransferKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +45,23 @@ class AttentionShape:
         """K and V (forward) or dK and dV (backward) of all heads' columns."""
         element_bytes = self.element_bytes if direction == "forward" else self.accumulator_bytes
         return 2 * self.columns_capacity * self.heads * self.head_dim * element_bytes
+
+    def why_not_groups_of(self, size: int) -> str | None:
+        """Return why ranks do not form groups of that size, in one line; None where they do."""
+        return f"{self.world_size} ranks are no groups of {size}" if self.world_size % size else None
+
+    def splits_heads(self, degree: int) -> bool:
+        """Whether `degree` groups of equally many heads use equally many whole K/V heads each."""
+        return not self.heads % degree and not max(degree, self.kv_heads) % min(degree, self.kv_heads)
+
+    def group_bytes(self, direction: Direction, degree: int) -> dict[TransferKind, int]:
+        """Return the bytes of what a rank holds of one shard for one of `degree` head groups, by kind of transfer."""
+        heads, kv_heads = self.heads // degree, max(1, self.kv_heads // degree)
+        q_bytes = self.tokens_per_rank * heads * self.head_dim * self.element_bytes
+        row_bytes = self.tokens_per_rank * heads * self.accumulator_bytes  # log-sum-exp or delta
+        kv_bytes = self.kv_bytes // self.kv_heads * kv_heads
+        if direction == "forward":
+            return {"q": q_bytes, "kv": kv_bytes, "out": q_bytes + row_bytes}
+        # q travels with dout, its log-sum-exp and delta; dq goes back in the type of q
+        dkv_bytes = self.dkv_bytes // self.kv_heads * kv_heads
+        return {"q": 2 * (q_bytes + row_bytes), "kv": kv_bytes, "out": q_bytes, "dkv": dkv_bytes}

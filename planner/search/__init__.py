@@ -1,1 +1,1 @@
-"""From a trace and a cluster to a plan."""
+"""From a trace and a cluster to a plan: candidates, scores, and whether planning was worth it."""

@@ -12,101 +12,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.errors import UnsupportedError
-from ..cost.bounds import step_bound_us
-from ..cost.cluster import Cluster
+from ..cost.bounds import Allowed, step_bound_us
 from ..cost.evaluation import Evaluation, Evaluator, imbalance
-from ..cost.kernels import CostModel
 from ..cost.memory import LayerMemory, layer_memory
-from ..layouts.registry import build
-from ..layouts.ulysses import can_split_heads
-from ..plan import ELEMENT_BYTES, DType, ModelShape
-from ..schedule.heads import HeadOrder, balanced_order
-from ..schedule.pairs import Pairs, causal_pairs, pairs_of_blocks
+from ..layouts.layout import Layout
+from ..schedule.pairs import Pairs
 from ..schedule.placement import Placement
 from ..schedule.schedule import Direction, Schedule
-from ..schedule.shape import AttentionShape
 from ..schedule.workload import Workload, workload
-from .candidates import (
-    KEEPING,
-    ROUNDING_BACKENDS,
-    LayoutChoice,
-    PlacementChoice,
-    head_degrees,
-    layout_choices,
-    why_not_executable,
-)
-from .sampling import Sample, TraceSummary
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
-    """All that a search is given.
-
-    memory_limit_bytes: for one layer's attention on one GPU; replayed: whether a run replays the recorded patterns,
-    and no others; narrow_gradients: whether dK/dV may travel in 16 bits; pulls: whether ranks may pull.
-    """
-
-    cluster: Cluster
-    cost: CostModel
-    model: ModelShape
-    seq_len_tokens: int
-    block_size: int
-    dtype: DType
-    backend: str
-    memory_limit_bytes: int
-    samples: tuple[Sample, ...]
-    summary: TraceSummary
-    replayed: bool = True
-    narrow_gradients: bool = False
-    pulls: bool = True
-
-    @property
-    def narrow_parts(self) -> bool:
-        """Whether what one kernel adds to dK/dV may travel in 16 bits: in any case where it wrote no more."""
-        return self.narrow_gradients or self.backend in ROUNDING_BACKENDS
-
-    def pairs(self, placement: Placement) -> Pairs:
-        """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.
-
-        Without a count of what the layers activate together, what is causal has to do.
-        """
-        if not self.replayed or self.summary.active_blocks is None:
-            return causal_pairs(placement)
-        return pairs_of_blocks(self.summary.active_blocks, placement, block_size=self.block_size)
-
-    def head_order(self, layer: int, degree: int) -> HeadOrder:
-        """Return the order in which a layer's heads are dealt out to groups; as they are where nothing is known."""
-        load = self.summary.head_load.get(layer)
-        if load is None:
-            return tuple(range(self.model.heads))
-        return balanced_order(load, kv_heads=self.model.kv_heads, degree=degree)
-
-    def reorders(self, degree: int) -> bool:
-        """Return whether any layer's heads are dealt out in another order than they have."""
-        return self.head_orders(degree) is not None
-
-    def head_orders(self, degree: int) -> tuple[HeadOrder, ...] | None:
-        """Return the order of every layer's heads, dealt out to `degree` groups; None where all stay as they are."""
-        natural = tuple(range(self.model.heads))
-        if degree == 1:
-            return None
-        orders = tuple(self.head_order(layer, degree) for layer in range(self.model.layers))
-        return None if all(order == natural for order in orders) else orders
-
-    def shape(self, placement: Placement) -> AttentionShape:
-        """Return the sizes of transfers under a placement."""
-        element_bytes = ELEMENT_BYTES[self.dtype]
-        return AttentionShape(
-            world_size=placement.world_size,
-            tokens_per_rank=placement.tokens_per_rank,
-            heads=self.model.heads,
-            kv_heads=self.model.kv_heads,
-            head_dim=self.model.head_dim,
-            element_bytes=element_bytes,
-            accumulator_bytes=max(4, element_bytes),
-            columns_capacity=self.summary.columns_capacity,
-        )
+from .candidates import PlacementChoice, layout_choices, why_not_executable
+from .problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,8 +58,8 @@ class Step:
     """Forward and backward of one candidate, with layouts that may differ."""
 
     placement: PlacementChoice
-    forward_layout: LayoutChoice
-    backward_layout: LayoutChoice
+    forward_layout: Layout
+    backward_layout: Layout
     forward: Score
     backward: Score
     rater: Rater
@@ -212,16 +127,16 @@ class ScoreBoard:
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
     _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
-    _schedules: dict[tuple[LayoutChoice, Direction, int, Pairs], Schedule] = field(default_factory=dict)
-    _scores: dict[tuple[Rater, PlacementChoice, LayoutChoice, Direction], Score] = field(default_factory=dict)
+    _schedules: dict[tuple[Layout, Direction, int, Pairs], Schedule] = field(default_factory=dict)
+    _scores: dict[tuple[Rater, PlacementChoice, Layout, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
         """Return the placement of a choice."""
         if choice not in self._placements:
             self._placements[choice] = choice.build(
-                seq_len_tokens=self.problem.seq_len_tokens,
+                seq_len_tokens=self.problem.attention.seq_len_tokens,
                 world_size=self.problem.cluster.world_size,
-                block_size=self.problem.block_size,
+                block_size=self.problem.attention.block_size,
                 block_load=self.problem.summary.block_load,
             )
         return self._placements[choice]
@@ -244,59 +159,44 @@ class ScoreBoard:
                 self._workloads[key] = self.workload(choice, sample).with_heads(order)
         return self._workloads[key]
 
-    def schedule(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction) -> Schedule:
+    def schedule(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Schedule:
         """Return the schedule; UnsupportedError where the layout does not apply."""
         shape, pairs = self.problem.shape(self.placement(choice)), self.pairs(choice)
         key = (layout, direction, shape.tokens_per_rank, pairs)
         if key not in self._schedules:
-            self._schedules[key] = build(
-                layout.layout, dict(layout.parameters), shape=shape, direction=direction, pairs=pairs
-            )
+            self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=pairs)
         return self._schedules[key]
 
-    def may_keep(self, choice: PlacementChoice) -> bool:
-        """Whether the memory limit allows to keep all gathered K/V of every layer until backward."""
-        problem, shape = self.problem, self.problem.shape(self.placement(choice))
-        two_levels = layout_choices(cluster=problem.cluster, names=["two_level"]) if problem.cluster.nodes > 1 else []
-        schedules = [self.schedule(choice, layout, "backward") for layout in (KEEPING, *two_levels)]
-        memories = [layer_memory(one, shape, layers=problem.model.layers, backend=problem.backend) for one in schedules]
-        return min(memory.total_bytes for memory in memories) <= problem.memory_limit_bytes
-
-    def applies(self, choice: PlacementChoice, layout: LayoutChoice) -> bool:
+    def applies(self, choice: PlacementChoice, layout: Layout) -> bool:
         """Whether the layout can be built for these sizes at all."""
-        try:
-            self.schedule(choice, layout, "forward")
-        except UnsupportedError:
-            return False
-        return True
+        return layout.why_not(self.problem.shape(self.placement(choice))) is None
 
-    def score(self, choice: PlacementChoice, layout: LayoutChoice, direction: Direction, rater: Rater) -> Score:
+    def memory(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> LayerMemory:
+        """Return the bytes that a step needs as far as this direction's slots are the larger ones."""
+        return layer_memory(
+            self.schedule(choice, layout, direction),
+            self.problem.shape(self.placement(choice)),
+            layers=self.problem.layers,
+            backend=self.problem.backend,
+            reordered=self.problem.head_orders(layout.head_groups) is not None,
+        )
+
+    def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
         key = (rater, choice, layout, direction)
         if key not in self._scores:
-            schedule, problem = self.schedule(choice, layout, direction), self.problem
-            shape = problem.shape(self.placement(choice))
-            memory = layer_memory(
-                schedule,
-                shape,
-                layers=problem.model.layers,
-                backend=problem.backend,
-                reordered=problem.reorders(layout.degree),
-            )
+            problem, memory = self.problem, self.memory(choice, layout, direction)
+            schedule = self.schedule(choice, layout, direction)
+            works = (self.workload(choice, sample, layout.head_groups) for sample in rater.samples)
             self._scores[key] = Score(
-                evaluations=tuple(
-                    rater.evaluator(
-                        schedule, self.workload(choice, sample, layout.degree), problem.cluster, problem.cost
-                    )
-                    for sample in rater.samples
-                ),
+                evaluations=tuple(rater.evaluator(schedule, work, problem.cluster, problem.cost) for work in works),
                 memory=memory,
-                why_not=why_not_executable(choice, backend=problem.backend, block_size=problem.block_size),
+                why_not=why_not_executable(choice, backend=problem.backend, block_size=problem.attention.block_size),
                 fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
             )
         return self._scores[key]
 
-    def step(self, choice: PlacementChoice, forward: LayoutChoice, backward: LayoutChoice, rater: Rater) -> Step:
+    def step(self, choice: PlacementChoice, forward: Layout, backward: Layout, rater: Rater) -> Step:
         """Return forward and backward of a candidate."""
         return Step(
             placement=choice,
@@ -307,29 +207,34 @@ class ScoreBoard:
             rater=rater,
         )
 
-    def degrees(self, placement: Placement) -> list[int]:
-        """Return the sizes of groups that heads can be split over."""
-        shape = self.problem.shape(placement)
-        return [degree for degree in head_degrees(self.problem.cluster) if can_split_heads(shape, degree)]
-
     def bound_us(self, samples: tuple[int, ...]) -> float:
         """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""
         problem = self.problem
+        allowed = {choice: self._allowed(choice) for choice in self._placements}
         bounds = [
-            [
+            min(
                 step_bound_us(
                     workload=self.workload(choice, sample),
                     cluster=problem.cluster,
                     cost=problem.cost,
-                    shape=problem.shape(placement),
-                    pairs=self.pairs(choice),
-                    keep_kv=self.may_keep(choice),
-                    narrow_gradients=problem.narrow_parts,
-                    pulls=problem.pulls,
-                    degrees=self.degrees(placement),
+                    shape=problem.shape(self.placement(choice)),
+                    allowed=allowed[choice],
                 )
-                for choice, placement in self._placements.items()
-            ]
+                for choice in allowed
+            )
             for sample in samples
         ]
-        return float(np.mean([min(values) for values in bounds]))
+        return float(np.mean(bounds))
+
+    def _allowed(self, choice: PlacementChoice) -> Allowed:
+        """Return what any layout may do under a placement, those that were not asked for among them."""
+        space, cluster = self.problem.space, self.problem.cluster
+        layouts = [one for one in layout_choices(space.offers(cluster, restricted=False)) if self.applies(choice, one)]
+        keeping = (self.memory(choice, one, "backward") for one in layouts if one.kept_slots is not None)
+        return Allowed(
+            pairs=self.pairs(choice),
+            keep_kv=any(memory.total_bytes <= self.problem.memory_limit_bytes for memory in keeping),
+            narrow_gradients=space.rounds_parts,
+            pulls=space.pulls,
+            degrees=tuple(sorted({one.head_groups for one in layouts} - {1})),
+        )

@@ -2,105 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from ...traces.dataset.manifest import library_versions
 from ...traces.dataset.store import Trace
-from ...traces.errors import InputError, UnsupportedError
+from ...traces.errors import UnsupportedError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ..backends import computed_head_dim
 from ..check.check import check, check_step
 from ..cost.cluster import Cluster
 from ..cost.compiled import CompiledRecurrence
 from ..cost.evaluation import Evaluator
-from ..cost.kernels import ACCUMULATOR_BYTES, CostModel, datasheet_cost
-from ..plan import ELEMENT_BYTES, DType, KernelSpec, ModelShape, Plan, TunedLaunches, make_plan
+from ..cost.kernels import CostModel, datasheet_cost
+from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
 from ..schedule.schedule import DIRECTIONS
+from .problem import Problem, SearchSpace
 from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
-from .scores import Problem, ScoreBoard, Step
+from .scores import ScoreBoard, Step
 from .selection import select
 from .verdict import predictions
 
-DEFAULT_MEMORY_FRACTION = 0.5  # the rest is for weights, optimizer, activations of the other layers
+ANY = SearchSpace()
 
 
 def plan_trace(
     trace: Trace,
     cluster: Cluster,
+    space: SearchSpace = ANY,
     *,
     evaluator: Evaluator | None = None,
-    evaluator_name: str = "simulator",
     cost: CostModel | None = None,
-    dtype: DType = "bfloat16",
-    backend: str = "triton",
-    tuned: TunedLaunches | None = None,
-    memory_limit_bytes: int | None = None,
-    memory_fraction: float = DEFAULT_MEMORY_FRACTION,
-    steps: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
-    layouts: Sequence[str] | None = None,
-    placements: Sequence[str] | None = None,
-    narrow_gradients: bool = False,
-    pulls: bool = True,
-    pattern: str = "trace",
-    seed: int = 0,
-    command: str = "",
+    provenance: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
     """Return the best executable plan for the trace's patterns on all GPUs of the cluster.
 
-    evaluator: has the last word over the best few and all plain layouts (the simulator's); None: the recurrence alone.
-    cost: times of launches; by default from the cluster's datasheet.
-    memory_limit_bytes: for one layer's attention on one GPU; by default `memory_fraction` of the GPU's memory.
-    steps, layers: what to evaluate on; by default up to four evenly spread layers of the last training step.
-    tuned: launches that the plan's kernels shall prefer.
-    layouts, placements: names to restrict the pick to. narrow_gradients: whether what a rank adds to dK/dV of
-    others (with two_level: a node's sum of them) may be rounded to 16 bits, once, before it travels. pulls: whether
-    ranks may pull where the cluster's file says how fast. pattern: "trace" to replay it, "choose" to choose as it did.
+    space: what may be picked. evaluator: has the last word over the best few and all plain layouts (the simulator's);
+    None: the recurrence alone. cost: times of launches; by default from the cluster's datasheet. provenance: to be
+    recorded in the plan beside what is known here.
     Raises InputError, in one line, for what cannot be planned.
     """
-    if narrow_gradients and ELEMENT_BYTES[dtype] >= ACCUMULATOR_BYTES:
-        raise InputError(f"sums are kept in {dtype} as it is: nothing to round", field="narrow_gradients")
-    header = trace.header
-    if header.origin == "real" and header.audit_sha256 is None:
+    if trace.header.origin == "real" and trace.header.audit_sha256 is None:
         raise UnsupportedError("is missing: nobody audited the model; capture it anew", source=trace.folder,
                                field="audit_sha256")  # fmt: skip
+    problem = make_problem(trace, cluster, space, cost=cost, progress=progress)
+    pattern = pattern_spec(trace, space.pattern, problem.samples)
+    selection = select(problem, quick=CompiledRecurrence(), final=evaluator, progress=progress)
+    plan = _seal(problem, selection.pick, pattern)
+    return plan.with_record(
+        predictions=predictions(problem, selection), provenance=_provenance(trace, cluster) | dict(provenance or {})
+    )
+
+
+def make_problem(
+    trace: Trace,
+    cluster: Cluster,
+    space: SearchSpace,
+    *,
+    cost: CostModel | None = None,
+    progress: Progress = no_progress,
+) -> Problem:
+    """Read from a trace what a search is given; InputError for layers that it lacks and heads that kernels lack."""
+    header, backend = trace.header, space.kernels.backend
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
-    computed_head_dim(backend, head_dim=model.head_dim, dtype=dtype, block_size=header.block_size)
-    problem = Problem(
+    computed_head_dim(backend, head_dim=model.head_dim, dtype=space.dtype, block_size=header.block_size)
+    priced = {"block_size": header.block_size, "dtype": space.dtype, "backend": backend}
+    samples = take_samples(trace, steps=space.steps, layers=space.layers)
+    summary = summarize(trace, progress=progress)
+    return Problem(
+        space=space,
         cluster=cluster,
-        cost=cost or datasheet_cost(cluster.gpu, model, block_size=header.block_size, dtype=dtype, backend=backend),
-        model=model,
-        seq_len_tokens=header.seq_len_tokens,
-        block_size=header.block_size,
-        dtype=dtype,
-        backend=backend,
-        memory_limit_bytes=_memory_limit_bytes(cluster, memory_limit_bytes, memory_fraction),
-        samples=take_samples(trace, steps=steps, layers=layers),
-        replayed=pattern == "trace",
-        narrow_gradients=narrow_gradients,
-        pulls=pulls,
-        summary=summarize(trace, progress=progress),
-    )
-    spec = pattern_spec(trace, pattern, problem.samples)
-    selection = select(
-        problem,
-        quick=CompiledRecurrence(),
-        final=evaluator,
-        final_name=evaluator_name,
-        layouts=layouts,
-        placements=placements,
-        progress=progress,
-    )
-    return _seal(
-        problem,
-        selection.pick,
-        kernels=KernelSpec.model_validate({"backend": backend, "tuned": tuned}),
-        pattern=spec,
-        predictions=predictions(problem, selection, restricted=bool(layouts or placements)),
-        provenance=_provenance(trace, cluster, seed=seed, command=command),
+        cost=cost or datasheet_cost(cluster.gpu, model, **priced),
+        attention=AttentionSpec(
+            model=model,
+            seq_len_tokens=header.seq_len_tokens,
+            block_size=header.block_size,
+            dtype=space.dtype,
+            columns_capacity=summary.columns_capacity,
+        ),
+        samples=samples,
+        summary=summary,
     )
 
 
@@ -109,21 +92,18 @@ def cluster_sha256(cluster: Cluster) -> str:
     return sha256_of_bytes(canonical_json(cluster.model_dump(mode="json")))
 
 
-def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
+def _seal(problem: Problem, pick: Step, pattern: PatternSpec) -> Plan:
     """Return the plan of the pick, its schedules proved."""
     board = ScoreBoard(problem=problem)
     plan = make_plan(
-        model=problem.model,
-        seq_len_tokens=problem.seq_len_tokens,
-        block_size=problem.block_size,
-        dtype=problem.dtype,
-        columns_capacity=problem.summary.columns_capacity,
+        attention=problem.attention,
         placement=board.placement(pick.placement),
-        forward=(pick.forward_layout.layout, dict(pick.forward_layout.parameters)),
-        backward=(pick.backward_layout.layout, dict(pick.backward_layout.parameters)),
+        forward=pick.forward_layout,
+        backward=pick.backward_layout,
+        pattern=pattern,
+        kernels=problem.space.kernels,
         pairs=board.pairs(pick.placement),
-        head_orders=problem.head_orders(max(pick.forward_layout.degree, pick.backward_layout.degree)),
-        **parts,
+        head_orders=problem.head_orders(max(pick.forward_layout.head_groups, pick.backward_layout.head_groups)),
     )
     check_step(plan.schedule("forward"), plan.schedule("backward"))
     for direction in DIRECTIONS:
@@ -131,17 +111,7 @@ def _seal(problem: Problem, pick: Step, **parts: Any) -> Plan:
     return plan
 
 
-def _memory_limit_bytes(cluster: Cluster, limit_bytes: int | None, fraction: float) -> int:
-    if limit_bytes is None:
-        if not 0.0 < fraction <= 1.0:
-            raise InputError(f"must be above 0 and at most 1, not {fraction}", field="memory_fraction")
-        return int(fraction * cluster.gpu.memory_bytes)
-    if limit_bytes < 1:
-        raise InputError(f"must be positive, not {limit_bytes}", field="memory_limit_bytes")
-    return limit_bytes
-
-
-def _provenance(trace: Trace, cluster: Cluster, *, seed: int, command: str) -> dict[str, Any]:
+def _provenance(trace: Trace, cluster: Cluster) -> dict[str, Any]:
     return {
         "trace": trace.folder.name,
         "trace_sha256": trace.digest(),
@@ -150,7 +120,5 @@ def _provenance(trace: Trace, cluster: Cluster, *, seed: int, command: str) -> d
         "cluster": cluster.name,
         "cluster_sha256": cluster_sha256(cluster),
         "versions": library_versions("sparsering", "numpy", "scipy"),
-        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
     }

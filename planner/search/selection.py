@@ -13,30 +13,22 @@ from itertools import product
 
 from ...traces.errors import InputError
 from ..cost.evaluation import Evaluator
-from .candidates import (
-    MAX_TOKEN_STRIPING_TOKENS,
-    Baseline,
-    LayoutChoice,
-    PlacementChoice,
-    baselines,
-    layout_choices,
-    placement_choices,
-)
+from ..layouts.layout import Layout
+from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
+from .problem import Problem
 from .sampling import Progress, evenly_spread, no_progress
-from .scores import Problem, Rater, ScoreBoard, Step
+from .scores import Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 FINAL_LAYOUTS = 2
 # What an irregular placement must gain over all others. Evaluators know how many blocks a rank computes, not in
 # which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
-# docs/kernels.md).
+# docs/measured/rank.md).
 IRREGULAR_MARGIN = 0.01
-# What head parallelism must gain for every rank of a group: each one's queries are launches of their own, which the
-# host has to issue. What was predicted for it was further from what was measured than for other layouts, by 2 to 5 %
-# with groups of two or four and by 3 to 25 % with eight (docs/ring.md).
-SPLIT_HEADS_MARGIN = 0.025
+# Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
+MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
-QUICK = "recurrence"
+QUICK, GOOD = "recurrence", "simulator"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +36,7 @@ class Rated:
     """A candidate with one layout in both directions, and the plain layout that it is, if it is one."""
 
     step: Step
-    baseline: Baseline | None
+    baseline: Candidate | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,22 +64,14 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A placement and a layout, used in both directions."""
-
-    placement: PlacementChoice
-    layout: LayoutChoice
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """Layouts that one placement may be combined with in each direction, and their times."""
 
-    forward: dict[LayoutChoice, float] = field(default_factory=dict)
-    backward: dict[LayoutChoice, float] = field(default_factory=dict)
+    forward: dict[Layout, float] = field(default_factory=dict)
+    backward: dict[Layout, float] = field(default_factory=dict)
 
     @property
-    def mixtures(self) -> list[tuple[LayoutChoice, LayoutChoice]]:
+    def mixtures(self) -> list[tuple[Layout, Layout]]:
         """(forward, backward) layouts that go together.
 
         Both keep K/V in the same slots, or none does; and heads are dealt out in one order, to one number of groups.
@@ -95,7 +79,7 @@ class Options:
         return [
             (forward, backward)
             for forward, backward in product(self.forward, self.backward)
-            if forward.kept_slots == backward.kept_slots and len({forward.degree, backward.degree} - {1}) < 2
+            if forward.kept_slots == backward.kept_slots and len({forward.head_groups, backward.head_groups} - {1}) < 2
         ]
 
     @property
@@ -110,40 +94,32 @@ class Options:
 
 
 def select(
-    problem: Problem,
-    *,
-    quick: Evaluator,
-    final: Evaluator | None = None,
-    final_name: str = "simulator",
-    layouts: Sequence[str] | None = None,
-    placements: Sequence[str] | None = None,
-    progress: Progress = no_progress,
+    problem: Problem, *, quick: Evaluator, final: Evaluator | None = None, progress: Progress = no_progress
 ) -> Selection:
     """Return the best candidate; InputError when none can be executed within the memory limit.
 
     final: evaluates the best few and all plain layouts; None: `quick` has the last word.
-    layouts, placements: names to restrict the pick to; plain layouts are compared with all the same.
     """
     board = ScoreBoard(problem=problem)
-    pairs, notes = _pairs(board, layouts, placements)
-    plain = {
-        Pair(placement=one.placement, layout=one.layout): one
-        for one in baselines(cluster=problem.cluster, block_size=problem.block_size)
-    }
+    candidates, notes = _candidates(board)
+    offers = problem.space.offers(problem.cluster, restricted=False)
+    plain = {one: one for one in baselines(offers, block_size=problem.attention.block_size)}
     rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
-    steps = _rate(board, [*dict.fromkeys([*pairs, *plain])], rater, "estimating", progress)
-    options = _eligible_options(pairs, steps)
+    steps = _rate(board, [*dict.fromkeys([*candidates, *plain])], rater, "estimating", progress)
+    options = _eligible_options(candidates, steps)
     if not any(one.complete for one in options.values()):
-        raise _none_eligible(problem, [steps[pair] for pair in pairs])
+        raise _none_eligible(problem, [steps[one] for one in candidates])
     if final is not None:
-        rater = Rater(name=final_name, evaluator=final, samples=_simulated_samples(problem))
+        rater = Rater(name=GOOD, evaluator=final, samples=_simulated_samples(problem))
         steps |= _rate(board, list(plain), rater, "simulating plain layouts", progress)
-        options = _finalists(options, steps, [pair for pair in plain if pair in pairs])
-    pick = _pick(_best_steps(board, options, rater, progress))
+        options = _finalists(options, steps, [one for one in plain if one in candidates])
+    pick = min(_best_steps(board, options, rater, progress).values(), key=competing_us)
     for choice, one in options.items():  # scores of both directions are there already
         both = [layout for layout in one.forward if layout in one.backward]
-        steps |= {Pair(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both}
-    table = tuple(Rated(step=step, baseline=plain.get(pair)) for pair, step in steps.items())
+        steps |= {
+            Candidate(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both
+        }
+    table = tuple(Rated(step=step, baseline=plain.get(one)) for one, step in steps.items())
     return Selection(pick=pick, table=table, bound_us=board.bound_us(rater.samples), notes=tuple(notes))
 
 
@@ -153,65 +129,55 @@ def _simulated_samples(problem: Problem) -> tuple[int, ...]:
     return tuple(evenly_spread(range(len(problem.samples)), count))
 
 
-def _pairs(
-    board: ScoreBoard, layouts: Sequence[str] | None, placements: Sequence[str] | None
-) -> tuple[list[Pair], list[str]]:
+def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
     """Return the candidates that apply, plainest first, and what was left out and why."""
-    problem, notes, inapplicable = board.problem, [], []
-    world = problem.cluster.world_size
-    choices = placement_choices(
-        seq_len_tokens=problem.seq_len_tokens, world_size=world, block_size=problem.block_size, names=placements
-    )
-    if problem.seq_len_tokens > MAX_TOKEN_STRIPING_TOKENS and any(one.granularity_tokens == 1 for one in choices):
+    problem, notes, inapplicable, found = board.problem, [], [], []
+    space, attention, world = problem.space, problem.attention, problem.cluster.world_size
+    choices = placement_choices(attention, world_size=world, names=space.placements)
+    if attention.seq_len_tokens > MAX_TOKEN_STRIPING_TOKENS and any(one.granularity_tokens == 1 for one in choices):
         choices = [one for one in choices if one.granularity_tokens > 1]
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
-    pairs = []
-    candidates = layout_choices(
-        cluster=problem.cluster,
-        names=layouts,
-        narrow_gradients=problem.narrow_gradients,
-        narrow_parts=problem.narrow_parts,
-        pulls=problem.pulls,
-    )
-    for layout in candidates:
+    for layout in layout_choices(space.offers(problem.cluster)):
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
-        relevant = choices[:1] if layout.degree == world > 1 else choices
+        relevant = choices[:1] if layout.head_groups == world > 1 else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
-        pairs += [Pair(placement=choice, layout=layout) for choice in applicable]
+        found += [Candidate(placement=choice, layout=layout) for choice in applicable]
         if relevant and not applicable:
-            inapplicable.append(f"{layout.layout} (degree {layout.degree})" if layout.splits_heads else str(layout))
+            inapplicable.append(f"{layout.name} ({layout.why_not(problem.shape(board.placement(relevant[0])))})")
     if inapplicable:
         notes.append(f"not for these sizes: {', '.join(dict.fromkeys(inapplicable))}")
-    if problem.narrow_gradients and not any(("narrow_grads", 1) in pair.layout.parameters for pair in pairs):
+    if space.narrow_gradients and not any(one.layout.transfers.narrow for one in found):
         raise InputError("no layout that is left to choose from rounds gradients", field="narrow_gradients")
-    if not pairs:
+    if not found:
         raise InputError("nothing is left to choose from: " + "; ".join(notes), field="layout, placement")
     order = {choice: number for number, choice in enumerate(choices)}
-    return sorted(pairs, key=lambda pair: order[pair.placement]), notes
+    return sorted(found, key=lambda one: order[one.placement]), notes
 
 
-def _rate(board: ScoreBoard, pairs: Sequence[Pair], rater: Rater, stage: str, progress: Progress) -> dict[Pair, Step]:
+def _rate(
+    board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, stage: str, progress: Progress
+) -> dict[Candidate, Step]:
     steps = {}
-    for number, pair in enumerate(pairs):
-        steps[pair] = board.step(pair.placement, pair.layout, pair.layout, rater)
-        progress(stage, number + 1, len(pairs))
+    for number, one in enumerate(candidates):
+        steps[one] = board.step(one.placement, one.layout, one.layout, rater)
+        progress(stage, number + 1, len(candidates))
     return steps
 
 
-def _eligible_options(pairs: Sequence[Pair], steps: dict[Pair, Step]) -> dict[PlacementChoice, Options]:
-    """Return what can be executed within the memory limit, by placement, in the order of `pairs`."""
+def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
+    """Return what can be executed within the memory limit, by placement, in the order of `candidates`."""
     found: dict[PlacementChoice, Options] = {}
-    for pair in pairs:
-        options = found.setdefault(pair.placement, Options())
-        if steps[pair].forward.eligible:
-            options.forward[pair.layout] = steps[pair].forward.makespan_us
-        if steps[pair].backward.eligible:
-            options.backward[pair.layout] = steps[pair].backward.makespan_us
+    for one in candidates:
+        options, step = found.setdefault(one.placement, Options()), steps[one]
+        if step.forward.eligible:
+            options.forward[one.layout] = step.forward.makespan_us
+        if step.backward.eligible:
+            options.backward[one.layout] = step.backward.makespan_us
     return found
 
 
 def _finalists(
-    options: dict[PlacementChoice, Options], steps: dict[Pair, Step], plain: Sequence[Pair]
+    options: dict[PlacementChoice, Options], steps: dict[Candidate, Step], plain: Sequence[Candidate]
 ) -> dict[PlacementChoice, Options]:
     """Return the best few layouts of each direction for the best few placements, and the eligible plain layouts.
 
@@ -234,11 +200,11 @@ def _finalists(
     return found
 
 
-def _grouped(layouts: Iterable[LayoutChoice]) -> list[list[LayoutChoice]]:
+def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
     """Group layouts that keep K/V in the same slots, transfer in the same way and split heads or do not."""
-    groups: dict[tuple[object, ...], list[LayoutChoice]] = {}
+    groups: dict[tuple[object, ...], list[Layout]] = {}
     for layout in layouts:
-        groups.setdefault((layout.kept_slots, layout.transfers, layout.splits_heads), []).append(layout)
+        groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
     return list(groups.values())
 
 
@@ -260,19 +226,10 @@ def _best_steps(
     return best
 
 
-def _pick(best: dict[PlacementChoice, Step]) -> Step:
-    """Return the quickest step, margins counted. best: of every placement.
-
-    Plain layouts have none, so none of them is quicker.
-    """
-    return min(best.values(), key=competing_us)
-
-
 def competing_us(step: Step) -> float:
-    """Return the time by which a step competes."""
+    """Return the time by which a step competes, in microseconds: plain layouts have no margin, so none is quicker."""
     margin = 0.0 if step.placement.regular else IRREGULAR_MARGIN
-    degree = max(step.forward_layout.degree, step.backward_layout.degree)
-    margin += SPLIT_HEADS_MARGIN * degree if degree > 1 else 0.0
+    margin += max(step.forward_layout.margin, step.backward_layout.margin)
     return step.step_time_us * (1 + margin)
 
 

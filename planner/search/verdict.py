@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from .scores import Problem, Step
+from .problem import Problem
+from .scores import Step
 from .selection import Rated, Selection
 
 WORTH_IT = 0.01  # a smaller gain is within what predictions can tell apart
 
 
-def predictions(problem: Problem, selection: Selection, *, restricted: bool) -> dict[str, Any]:
+def predictions(problem: Problem, selection: Selection) -> dict[str, Any]:
     """Return the `predictions` of a plan file: of the pick, of its distance to the bound, of all candidates."""
     pick, best = selection.pick, selection.best_baseline
     rated_samples = [problem.samples[number] for number in pick.rater.samples]
     return {
-        "verdict": verdict(selection, restricted=restricted),
+        "verdict": verdict(selection, restricted=problem.space.restricted),
         "evaluator": pick.rater.name,
         "unvalidated": problem.cluster.origin == "datasheet",
         **step_figures(pick),
@@ -51,8 +52,9 @@ def candidate_row(rated: Rated) -> dict[str, Any]:
     return {
         "placement": step.placement.name,
         "granularity_tokens": step.placement.granularity_tokens,
-        "layout": step.forward_layout.layout,
-        "parameters": dict(step.forward_layout.parameters),
+        "layout": step.forward_layout.name,
+        "parameters": step.forward_layout.parameters,
+        "in_words": str(step.forward_layout),
         "baseline": rated.baseline is not None,
         "executable": step.why_not is None,
         "why_not": step.why_not,
@@ -83,22 +85,27 @@ def verdict(selection: Selection, *, restricted: bool = False) -> str:
         return f"The plain layout {best.baseline} would be {1 / ratio:.2f}× quicker than this restricted plan."
     if ratio >= 1.0 + WORTH_IT:
         return f"Planning gains {ratio:.2f}× over the best plain layout ({best.baseline})."
-    gather = _best_all_gather(selection)
-    if gather is not None and gather.step.step_time_us <= (1.0 + WORTH_IT) * selection.pick.step_time_us:
+    plainest = _best_of_the_plainest(selection)
+    if plainest is not None and plainest.step.step_time_us <= (1.0 + WORTH_IT) * selection.pick.step_time_us:
+        words = plainest.step.forward_layout.words
         return (
-            "Plain block striping with an all-gather is already best; planning would gain less than 1 %: "
-            f"use it ({gather.baseline})."
+            f"Plain block striping with {words} is already best; planning would gain less than 1 %: "
+            f"use it ({plainest.baseline})."
         )
     return f"A plain layout is already best; planning would gain less than 1 %: use {best.baseline}."
 
 
-def _best_all_gather(selection: Selection) -> Rated | None:
-    gathers = [
+def _best_of_the_plainest(selection: Selection) -> Rated | None:
+    """Return the quickest of the plainest layout under the plainest placement, whatever its parameters."""
+    first = selection.baselines[0].step
+    alike = [
         rated
         for rated in selection.baselines
-        if rated.baseline is not None and rated.baseline.all_gather and rated.step.eligible
+        if rated.step.placement == first.placement
+        and rated.step.forward_layout.name == first.forward_layout.name
+        and rated.step.eligible
     ]
-    return min(gathers, key=lambda rated: rated.step.step_time_us, default=None)
+    return min(alike, key=lambda rated: rated.step.step_time_us, default=None)
 
 
 def _notes(problem: Problem, selection: Selection) -> list[str]:

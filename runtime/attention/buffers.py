@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...planner.schedule.launches import neighbours, parse_slot
-from ...planner.schedule.schedule import HOMES, KEPT, KV_HOME, Schedule, Transfer
+from ...planner.schedule.schedule import HOMES, KEPT, KV_HOME, Schedule
 from ..comm.pull import Arena, PeerMemory
+from .heads import HeadGroups
 
 Pair = tuple[Tensor, Tensor]
 KEPT_POOL = KEPT.removesuffix(":")
-STAGED = "staged:0"  # a copy of the rank's own K/V, where others can read it: the model's tensors lie elsewhere
+STAGED = "staged:"  # copies of the rank's own K/V by head group, where others can read them: the model's lie elsewhere
 ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 
 
@@ -39,11 +41,13 @@ class Slots:
         names = frozenset(f"{KEPT_POOL}:{number}" for number in range(kept.shape[1]))
         return Slots(self._pools | {KEPT_POOL: kept}, self._names | names, self._arena)
 
-    def stage(self, kv: Pair) -> None:
-        """Copy the rank's own K/V to where others pull them from, if the schedule has such a place."""
-        if STAGED in self._names:
-            for room, part in zip(self[STAGED], kv, strict=True):
-                room.copy_(part)
+    def stage(self, group: int, kv: Pair) -> None:
+        """Copy the rank's own K/V of a head group to where others pull them from."""
+        for room, part in zip(self[staged(group)], kv, strict=True):
+            room.copy_(part)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def of_peer(self, name: str, rank: int) -> tuple[Tensor | None, Tensor | None]:
         """Return another rank's slot of that name, in its memory; None where that cannot be read."""
@@ -67,9 +71,9 @@ class Slots:
         return parts[0], parts[1]
 
 
-def source_slot(transfer: Transfer) -> str:
-    """Return the name of the buffer that a transfer is read from: of a pull, one that others can read."""
-    return STAGED if transfer.transport == "pull" and transfer.source_buffer == KV_HOME else transfer.source_buffer
+def staged(group: int) -> str:
+    """Return the slot that others pull this rank's K/V of a head group from."""
+    return f"{STAGED}{group}"
 
 
 def narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,7 +97,7 @@ class BufferPool:
 
     One arena, as large as the most demanding schedule needs: directions take turns on it. What a slot held is gone once
     another direction has been played, and every transfer is waited for before a direction ends.
-    kv_heads: how many K/V heads a slot of each schedule has, where that is not all of them.
+    groups: how each schedule splits heads, where it does; a slot has the K/V heads of one group.
     peers: where to allocate when ranks pull; it makes growing the arena collective, and torch's allocator, which does
     not give this memory, does not count it.
     """
@@ -104,10 +108,10 @@ class BufferPool:
         schedules: Sequence[Schedule],
         peers: PeerMemory | None = None,
         *,
-        kv_heads: Sequence[int] | None = None,
+        groups: Sequence[HeadGroups] | None = None,
     ) -> None:
         self._device, self._schedules = device, tuple(schedules)
-        self._kv_heads = kv_heads
+        self._groups = groups or [None] * len(schedules)
         self._peers = peers if any(schedule.shares for schedule in schedules) else None
         self._arena = self._nothing()
         self._slots: dict[tuple[int, torch.Size], Slots] = {}
@@ -117,16 +121,17 @@ class BufferPool:
 
         shard: [B, S, H_kv, D] of all heads; dtypes: by buffer kind ("kv", "dkv").
         """
-        shards = [self._slot_shape(number, shard) for number in range(len(self._schedules))]
-        needed = max(_arena_bytes(one, of_one, dtypes) for one, of_one in zip(self._schedules, shards, strict=True))
-        if self.nbytes < needed:
-            self._slots.clear()
-            self._arena = self._nothing()  # freed before more is asked for
-            self._arena = self._allocate(needed)
-        number = self._schedules.index(schedule)
-        key = (number, shard)
+        key = self._schedules.index(schedule), shard
         if key not in self._slots:
-            self._slots[key] = self._cut(schedule, shards[number], dtypes)
+            wanted = [
+                _pools(one, shard, dtypes, groups) for one, groups in zip(self._schedules, self._groups, strict=True)
+            ]
+            needed = max(sum(pool.room_bytes for pool in pools.values()) for pools in wanted)
+            if self.nbytes < needed:
+                self._slots.clear()
+                self._arena = self._nothing()  # freed before more is asked for
+                self._arena = self._allocate(needed)
+            self._slots[key] = self._cut(wanted[key[0]])
         return self._slots[key]
 
     @property
@@ -139,12 +144,6 @@ class BufferPool:
         """Those of them that torch's allocator does not know of: memory that other ranks read."""
         return self.nbytes if self._peers is not None else 0
 
-    def _slot_shape(self, number: int, shard: torch.Size) -> torch.Size:
-        if self._kv_heads is None:
-            return shard
-        batch, tokens, _, head_dim = shard
-        return torch.Size((batch, tokens, self._kv_heads[number], head_dim))
-
     def _nothing(self) -> Arena:
         return Arena(memory=torch.empty(0, dtype=torch.uint8, device=self._device))
 
@@ -153,45 +152,51 @@ class BufferPool:
             return self._peers.allocate(nbytes)
         return Arena(memory=torch.empty(nbytes, dtype=torch.uint8, device=self._device))
 
-    def _cut(self, schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> Slots:
+    def _cut(self, wanted: dict[str, _Pool]) -> Slots:
         pools, start = {}, 0
-        for prefix, (count, dtype) in _pools(schedule, dtypes).items():
-            nbytes = _pool_bytes(count, shard, dtype)
-            pools[prefix] = self._arena.memory[start : start + nbytes].view(dtype).view(2, count, *shard)
-            start += _aligned(nbytes)
-        return Slots(pools, frozenset(_kinds(schedule)), self._arena)
+        for prefix, pool in wanted.items():
+            part = self._arena.memory[start : start + pool.nbytes]
+            pools[prefix] = part.view(pool.dtype).view(2, pool.count, *pool.shard)
+            start += pool.room_bytes
+        names = {f"{prefix}:{number}" for prefix, pool in wanted.items() for number in range(pool.count)}
+        return Slots(pools, frozenset(names), self._arena)
 
 
-def _kinds(schedule: Schedule) -> dict[str, str]:
-    """Return the kind of content in whose type each slot is; rounded gradients have that of K/V.
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """`count` slots for (K, V) or (dK, dV) of one shard [B, S, H_kv, D] each."""
 
-    Queries and results that change ranks are no K/V pairs: they live with their stage (head_stages.py).
+    count: int
+    shard: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.count * self.shard.numel() * self.dtype.itemsize
+
+    @property
+    def room_bytes(self) -> int:
+        return -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _pools(
+    schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype], groups: HeadGroups | None
+) -> dict[str, _Pool]:
+    """Return the pools of a schedule by name; rounded gradients have the type of K/V.
+
+    Queries and results that change ranks are no pairs of one shape: they live with their layer (layer.py).
     """
-    own = [
-        buffer
+    kinds = {
+        buffer.name: "kv" if buffer.narrow else buffer.kind
         for buffer in schedule.buffers
-        if buffer.name in HOMES or buffer.name.startswith(KEPT) or buffer.kind in ("q", "out")
-    ]
-    others = [buffer for buffer in schedule.buffers if buffer not in own]
-    kinds: dict[str, str] = {buffer.name: "kv" if buffer.narrow else buffer.kind for buffer in others}
-    pulled_from_home = any(buffer.shared and buffer.name == KV_HOME for buffer in own)
-    return kinds | ({STAGED: "kv"} if pulled_from_home else {})
-
-
-def _pools(schedule: Schedule, dtypes: dict[str, torch.dtype]) -> dict[str, tuple[int, torch.dtype]]:
-    """Return how many slots each pool has, and their type."""
-    kinds = _kinds(schedule)
+        if buffer.name not in HOMES and not buffer.name.startswith(KEPT) and buffer.kind in ("kv", "dkv")
+    }
+    if any(buffer.shared and buffer.name == KV_HOME for buffer in schedule.buffers):
+        kinds |= {staged(group): "kv" for group in range(1 if groups is None else groups.count)}
     counts = Counter(parse_slot(name)[0] for name in kinds)
-    return {prefix: (count, dtypes[kinds[f"{prefix}:0"]]) for prefix, count in counts.items()}
-
-
-def _arena_bytes(schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> int:
-    return sum(_aligned(_pool_bytes(count, shard, dtype)) for count, dtype in _pools(schedule, dtypes).values())
-
-
-def _pool_bytes(count: int, shard: torch.Size, dtype: torch.dtype) -> int:
-    return 2 * count * shard.numel() * dtype.itemsize
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    batch, tokens, kv_heads, head_dim = shard
+    of_slot = torch.Size((batch, tokens, kv_heads if groups is None else groups.kv_heads_of_one, head_dim))
+    return {
+        prefix: _Pool(count=count, shard=of_slot, dtype=dtypes[kinds[f"{prefix}:0"]])
+        for prefix, count in counts.items()
+    }

@@ -1,148 +1,19 @@
-"""Patterns on their way to the kernels: replayed from a trace, or chosen on the device, distributed over the ranks."""
+"""Patterns chosen on the device, distributed over the ranks, as a plan's selector says."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from ...kernels.mask import AttentionMask
-from ...kernels.select.choose import Collectives, ShardTensors
-from ...planner.plan import Plan
-from ...planner.schedule.pairs import Pairs, bits_of_diagonals, causal_pairs, documents_share, pairs_of_blocks
-from ...planner.schedule.placement import Placement
+from ...kernels.select.probe import Collectives
 from ...traces.errors import InputError
-from ...traces.pattern import LayerPattern, VerticalSlash
 from ..comm.channels import AllReduce, reducers
-from ..comm.mesh import Mesh
-from .head_order import Chooser
-from .selectors import make_selector
-
-HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
-NOTED_BYTES = 1 << 26  # masks wait to be hashed together, up to so many bytes
-
-
-def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.device) -> AttentionMask:
-    """Return a layer's patterns as tensors on `device`, with `columns_capacity` column slots per head.
-
-    Raises InputError when a head has more columns than that.
-    """
-    if pattern.max_columns > columns_capacity:
-        raise InputError(f"a head has {pattern.max_columns} columns; the plan has room for {columns_capacity}",
-                         field="columns_capacity")  # fmt: skip
-    mask = AttentionMask(
-        seq_len_tokens=pattern.seq_len_tokens,
-        block_size=pattern.block_size,
-        active=torch.from_numpy(_active(pattern)),
-        columns=torch.from_numpy(_columns(pattern, columns_capacity)) if columns_capacity else None,
-        documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
-    )
-    return mask.to(device)
-
-
-def replayed_mask(plan: Plan, pattern: LayerPattern, *, layer: int, device: torch.device) -> AttentionMask:
-    """Return the mask of a recorded layer under a plan.
-
-    Raises InputError, before any GPU work, when it has more columns than planned or needs a pair that is left out.
-    """
-    plan.require_covered(pattern, about=f"layer {layer}")
-    return mask_of(pattern, columns_capacity=plan.columns_capacity, device=device)
-
-
-def mask_pairs(mask: AttentionMask, placement: Placement) -> Pairs:
-    """Return the (query part, key part) pairs that a mask needs. Waits for the device."""
-    active = mask.active.any(0).cpu().numpy()
-    bits = bits_of_diagonals(active) if mask.is_toeplitz else np.tril(active)
-    documents = None if mask.documents is None else mask.documents.cpu().numpy()
-    bits = documents_share(documents, mask.block_size, mask.seq_len_tokens, bits)
-    return pairs_of_blocks(bits, placement, block_size=mask.block_size)
-
-
-class PairGuard:
-    """Refuses masks that activate a pair of shards which the plan leaves out: they would be computed wrongly.
-
-    Each mask is looked at once, on the host. Where only what no causal mask activates is left out, none is.
-    """
-
-    def __init__(self, pairs: Pairs, placement: Placement) -> None:
-        self._pairs, self._placement = pairs, placement
-        self._needless = pairs.covers(causal_pairs(placement))
-        self._admitted: dict[int, weakref.ref[AttentionMask]] = {}
-
-    def admit(self, mask: AttentionMask) -> None:
-        """Raise InputError, naming the first such pair, unless the mask needs none."""
-        known = self._admitted.get(id(mask))
-        if self._needless or (known is not None and known() is mask):
-            return
-        self._pairs.require(mask_pairs(mask, self._placement), about="the mask")
-        key, admitted = id(mask), self._admitted
-        admitted[key] = weakref.ref(mask, lambda _: admitted.pop(key, None))
-
-
-def _active(pattern: LayerPattern) -> np.ndarray:
-    """Return bool [H, N] when all heads are made of diagonals, else [H, N, N]."""
-    blocks = pattern.num_blocks
-    diagonals = [head.diagonals for head in pattern.heads if isinstance(head, VerticalSlash)]
-    if len(diagonals) < pattern.num_heads:
-        return np.stack([head.block_bits(blocks) for head in pattern.heads])
-    active = np.zeros((pattern.num_heads, blocks), dtype=bool)
-    for number, values in enumerate(diagonals):
-        active[number, values] = True
-    return active
-
-
-def _columns(pattern: LayerPattern, capacity: int) -> np.ndarray:
-    columns = np.full((pattern.num_heads, capacity), pattern.seq_len_tokens, dtype=np.int32)
-    for number, head in enumerate(pattern.heads):
-        columns[number, : head.columns.size] = head.columns
-    return columns
-
-
-def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
-    """Return an int64 scalar on the masks' device that differs, but for chance, when two lists of masks do.
-
-    Does not wait. At least one mask.
-    """
-    parts = [part for mask in masks for part in (mask.active, mask.columns) if part is not None]
-    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
-    words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER  # wraps around on purpose
-    # Each word is mixed with its place before they are added: a sum of products does not see heads or layers swapped.
-    mixed = (words ^ places).mul_(HASH_MULTIPLIER)
-    mixed ^= mixed >> 32
-    mixed *= HASH_MULTIPLIER
-    mixed ^= mixed >> 29
-    return mixed.mul_(HASH_MULTIPLIER).sum()
-
-
-class RunningHash:
-    """The hash of all masks noted since it was last taken; noting launches nothing, away from the layers' kernels."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._value = torch.zeros((), dtype=torch.int64, device=device)
-        self._noted: list[AttentionMask] = []
-        self._bytes = 0
-
-    def note(self, mask: AttentionMask) -> None:
-        """Add a mask. It must not change before the hash is taken."""
-        self._noted.append(mask)
-        self._bytes += mask.active.nbytes + (0 if mask.columns is None else mask.columns.nbytes)
-        if self._bytes > NOTED_BYTES:
-            self._add_noted()
-
-    def take(self) -> torch.Tensor:
-        """Return the hash, an int64 scalar on the device, and begin anew. Does not wait."""
-        self._add_noted()
-        value, self._value = self._value, torch.zeros_like(self._value)
-        return value
-
-    def _add_noted(self) -> None:
-        if self._noted:
-            self._value = self._value * HASH_MULTIPLIER + pattern_hash(self._noted)
-        self._noted, self._bytes = [], 0
+from .bound import BoundPlan
+from .heads import Chooser
+from .selectors import chosen_mask, make_selector
 
 
 def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
@@ -160,18 +31,18 @@ def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
 
 
 class PlannedChoice:
-    """Chooses every layer's mask with the plan's selector, distributed over the ranks of a mesh.
+    """Chooses every layer's mask with the plan's selector, distributed over the ranks of its mesh.
 
-    positions: int64 [S] of this rank's tokens. Making it is collective.
-    Raises InputError when the plan replays a trace.
+    Making it is collective. Raises InputError when the plan replays a trace.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, positions: torch.Tensor) -> None:
+    def __init__(self, bound: BoundPlan) -> None:
+        plan = bound.plan
         if plan.pattern.source != "choose" or plan.pattern.selector is None:
             raise InputError("the plan replays a trace: give the trace", field="pattern.source")
-        self._plan, self._positions = plan, positions
+        self._bound = bound
         self._selector = make_selector(plan.pattern.selector, plan.pattern.settings)
-        total, largest = reducers(mesh)
+        total, largest = reducers(bound.mesh)
         self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
 
     def wrap_reductions(self, wrap: Callable[[AllReduce], AllReduce]) -> None:
@@ -185,15 +56,8 @@ class PlannedChoice:
         """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called."""
 
         def choose(q: torch.Tensor, k: torch.Tensor, scale: float) -> AttentionMask:
-            shard = ShardTensors(
-                q=q.detach(),
-                k=k.detach(),
-                positions=self._positions,
-                seq_len_tokens=self._plan.seq_len_tokens,
-                block_size=self._plan.block_size,
-                granularity_tokens=self._plan.placement.granularity_tokens,
-            )
-            mask = self._selector.choose(shard, layer=layer, scale=scale, collectives=self._collectives)
-            return with_capacity(mask, self._plan.columns_capacity)
+            shard = self._bound.shard_tensors(q, k)
+            mask = chosen_mask(self._selector, shard, layer=layer, scale=scale, collectives=self._collectives)
+            return with_capacity(mask, self._bound.plan.columns_capacity)
 
         return choose

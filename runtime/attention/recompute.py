@@ -58,10 +58,13 @@ class Kept:
     def _stored(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if not self._offload or value.nbytes < OFFLOADED_FROM_BYTES:
-            return value.detach()
-        host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return host.copy_(value.detach(), non_blocking=True)
+        return on_host(value) if self._offload and value.nbytes >= OFFLOADED_FROM_BYTES else value.detach()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, pinned where it comes from a GPU, without history. Does not wait for the device."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 _KEPT: ContextVar[Kept | None] = ContextVar("sparsering_kept", default=None)
@@ -98,8 +101,7 @@ def _inputs_offloaded() -> AbstractContextManager[Any]:
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if tensor.nbytes < OFFLOADED_FROM_BYTES or isinstance(tensor, torch.nn.Parameter):
             return tensor.device, tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor, non_blocking=True)
+        return tensor.device, on_host(tensor)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         return packed[1].to(packed[0], non_blocking=True)

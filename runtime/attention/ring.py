@@ -1,8 +1,8 @@
 """Playing a schedule: the same phases that the simulator plays, on real tensors, streams and processes.
 
-Nothing here knows how the schedule was made. A `Stage` (forward or backward of one layer) says what a buffer's tensors
-are and how a task is computed; `play` does the rest in the order that planner/schedule/schedule.py defines for the
-device, even where the host issues a first phase's tasks before its calls.
+Nothing here knows how the schedule was made. `Transfers` say what a buffer's tensors are and `Launches` how tasks are
+computed, neither knowing of the other; `play` does the rest in the order that planner/schedule/schedule.py defines for
+the device, even where the host issues a first phase's tasks before its calls.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from typing import Protocol
 from torch import Tensor
 
 from ...planner.schedule.launches import launch_name
-from ...planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Task, Transfer
+from ...planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Transfer
 from ..comm.channels import Channel, Message, Moment, Pending
 from ..comm.measure import Record, Recorder
+from .program import Launched, Program
 
 
-class Stage(Protocol):
-    """One direction of one layer on this rank."""
-
-    @property
-    def computes_at_once(self) -> bool:
-        """Whether the first tasks are ready, on a device that idles until the host has issued them."""
-        ...
+class Transfers(Protocol):
+    """Where the tensors of one layer's transfers are on this rank, in one direction."""
 
     def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Return the tensors that this transfer reads on its source."""
@@ -38,14 +34,6 @@ class Stage(Protocol):
         """Return the tensors that this pull reads, in the memory of its source; None where that cannot be read."""
         ...
 
-    def launches(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
-        """Cut a phase's tasks into what is computed together, in order."""
-        ...
-
-    def compute(self, tasks: tuple[Task, ...]) -> None:
-        """Compute tasks together on the current stream."""
-        ...
-
     def sent(self, transfer: Transfer) -> None:
         """Learn that a transfer from here is complete: moved content is gone."""
         ...
@@ -55,38 +43,61 @@ class Stage(Protocol):
         ...
 
 
+class Launches(Protocol):
+    """How one layer is computed on this rank, in one direction."""
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether the first tasks are ready, on a device that idles until the host has issued them."""
+        ...
+
+    def compute(self, tasks: Launched) -> None:
+        """Compute the tasks of one kernel launch on the current stream."""
+        ...
+
+
 def play(
-    schedule: Schedule, rank: int, stage: Stage, channels: Mapping[str, Channel], recorder: Recorder | None = None
+    program: Program,
+    transfers: Transfers,
+    launches: Launches,
+    channels: Mapping[str, Channel],
+    recorder: Recorder | None = None,
+    *,
+    batch: int = 1,
 ) -> None:
-    """Play one rank's phases. On GPUs this only enqueues; the caller's current stream is the compute stream."""
-    player = _Player(schedule, rank, stage, channels, recorder)
-    for phase in schedule.phases(rank):
-        player.play(phase)
-    assert not player.in_flight, f"rank {rank} never waited for {sorted(player.in_flight)}"
+    """Play one direction of a layer on this rank, for `batch` sequences at a time.
+
+    On GPUs this only enqueues; the caller's current stream is the compute stream.
+    """
+    player = _Player(program, transfers, launches, channels, recorder)
+    for phase, launched in program.phases(batch):
+        player.play(phase, launched)
+    assert not player.in_flight, f"rank {program.rank} never waited for {sorted(player.in_flight)}"
 
 
 class _Player:
     def __init__(
-        self, schedule: Schedule, rank: int, stage: Stage, channels: Mapping[str, Channel], recorder: Recorder | None
-    ) -> None:
-        self.rank, self.stage, self.channels, self.recorder = rank, stage, channels, recorder
-        self.direction = schedule.direction
+        self, program: Program, transfers: Transfers, launches: Launches, channels: Mapping[str, Channel],
+        recorder: Recorder | None,
+    ) -> None:  # fmt: skip
+        self.transfers, self.launches, self.channels, self.recorder = transfers, launches, channels, recorder
+        self.rank, self.direction = program.rank, program.direction
         self.in_flight: dict[str, tuple[Transfer, Pending]] = {}
 
-    def play(self, phase: Phase) -> None:
+    def play(self, phase: Phase, launches: Sequence[Launched]) -> None:
         self._wait(phase.waits)
-        if phase.index == 0 and phase.tasks and self.stage.computes_at_once:
-            self._play_computing_first(phase)
+        if phase.index == 0 and launches and self.launches.computes_at_once:
+            self._play_computing_first(phase, launches)
             return
         for call in phase.group_calls:
             self._post(call, self._messages(call), phase.index)
-        self._compute(phase)
+        self._compute(launches, phase.index)
 
-    def _play_computing_first(self, phase: Phase) -> None:
+    def _play_computing_first(self, phase: Phase, launches: Sequence[Launched]) -> None:
         """Issue the tasks before the transfers, which wait for no more than if they had been issued first."""
         calls = [(call, self._messages(call)) for call in phase.group_calls]
         before_tasks = Moment() if calls else None
-        self._compute(phase)
+        self._compute(launches, phase.index)
         if before_tasks is not None:
             with before_tasks.posting():
                 for call, messages in calls:
@@ -101,11 +112,11 @@ class _Player:
                 pending.wait()
                 waited.append(pending)
             if transfer.source in (self.rank, ALL_RANKS):
-                self.stage.sent(transfer)
+                self.transfers.sent(transfer)
             if transfer.destination in (self.rank, ALL_RANKS):
                 landed.append(transfer)
         if landed:
-            self.stage.received(landed)
+            self.transfers.received(landed)
 
     def _post(self, call: GroupCall, messages: Sequence[Message], phase: int) -> None:
         pending = self.channels[call.communicator].post(messages)
@@ -132,34 +143,34 @@ class _Player:
             return self._collective(transfer)
         pulled = transfer.transport == "pull"
         if transfer.source == self.rank:
-            peer, tensors = transfer.destination, self.stage.outgoing(transfer)
+            peer, tensors = transfer.destination, self.transfers.outgoing(transfer)
             return [Message(operation="send", tensor=tensor, peer=peer, pulled=pulled) for tensor in tensors]
-        peer, tensors = transfer.source, self.stage.incoming(transfer)
-        origins = self.stage.origins(transfer) if pulled else (None,) * len(tensors)
+        peer, tensors = transfer.source, self.transfers.incoming(transfer)
+        origins = self.transfers.origins(transfer) if pulled else (None,) * len(tensors)
         return [
             Message(operation="receive", tensor=tensor, peer=peer, pulled=pulled, origin=origin)
             for tensor, origin in zip(tensors, origins, strict=True)
         ]
 
     def _collective(self, transfer: Transfer) -> list[Message]:
-        tensors = self.stage.outgoing(transfer)
+        tensors = self.transfers.outgoing(transfer)
         if transfer.transport == "all_reduce":
             return [Message(operation="all_reduce", tensor=tensor) for tensor in tensors]
         assert transfer.transport in ("all_gather", "reduce_scatter")
-        outputs = self.stage.incoming(transfer)
+        outputs = self.transfers.incoming(transfer)
         return [
             Message(operation=transfer.transport, tensor=tensor, output=output)
             for tensor, output in zip(tensors, outputs, strict=True)
         ]
 
-    def _compute(self, phase: Phase) -> None:
-        for together in self.stage.launches(phase.tasks):
+    def _compute(self, launches: Sequence[Launched], phase: int) -> None:
+        for together in launches:
             if self.recorder is None:
-                self.stage.compute(together)
+                self.launches.compute(together)
                 continue
             started = self.recorder.mark()
-            self.stage.compute(together)
-            self.recorder.add_compute(launch_name(together), "compute", self.direction, phase.index, started)
+            self.launches.compute(together)
+            self.recorder.add_compute(launch_name(together), "compute", self.direction, phase, started)
 
 
 def _call_name(call: GroupCall) -> str:

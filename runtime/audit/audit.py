@@ -3,37 +3,34 @@
 What the configuration says it does that planned attention does not is refused by name (`refusals.py`). Small copies of
 the same class and settings (`small.py`) must then be a map of single tokens without attention (`single_tokens.py`), and
 with it the same alone and split in two (`proof.py`): a model that nobody has heard of is right or refused, never
-unknown. Audits are kept on disk by a digest of all they rest on (`audit_cache.py`), and a model object is held to what
+unknown. Audits are kept on disk by a digest of all they rest on (`cache.py`), and a model object is held to what
 was audited (`instance.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.files import canonical_json, sha256_of_bytes
 from ..comm.mesh import Mesh, agree
 from ..model.shape import model_shape
-from .cache import file_digest, keep_audit, kept_audit, may_be_kept, source_digest
+from .cache import keep_audit, kept_audit, may_be_kept
+from .digests import audit_digest, model_digest, versions
 from .instance import class_name, plain_class, refuse_strangers
 from .proof import AUDITED_TOKENS, PADDED_TOKENS, Proof, prove
 from .refusals import refuse_by_configuration
+from .result import Audit
 from .shrink import layer_count
 from .single_tokens import check_single_tokens
 from .small import SmallCopies, small_copies
@@ -41,39 +38,6 @@ from .small import SmallCopies, small_copies
 CACHE = Path("~/.cache/sparsering/audits")
 DOES_NOT_RUN = "a small copy does not run"
 _AUDITS = itertools.count()  # ranks audit in the same order
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audit:
-    """What the audit of a model said. Only `right` counts; the rest says why.
-
-    reason: one line, None when right; about: the setting, parameter or module that it is about
-    shape: attention's, as the configuration states it and the small copy showed it
-    errors: largest relative errors by road ("attach", "train") and kind ("loss", "logits", "gradient")
-    modules: the classes that the small copy is made of; layers: how many it had
-    digest: of all that it rests on, versions and sources too; model_sha256: of class, settings and length alone
-    """
-
-    model_type: str
-    model_class: str
-    seq_len_tokens: int
-    digest: str
-    model_sha256: str
-    right: bool
-    reason: str | None = None
-    about: str | None = None
-    shape: dict[str, int] | None = None
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    modules: list[str] = field(default_factory=list)
-    layers: int | None = None
-    parameters: int | None = None
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def require(self, *, source: str | Path | None = None) -> None:
-        """Raise UnsupportedError with the reason unless the model is right."""
-        if not self.right:
-            raise UnsupportedError(f"{self.reason}", source=source or self.model_class, field=self.about)
 
 
 def audit(
@@ -94,7 +58,7 @@ def audit(
         return known
     facts = Audit(
         model_type=config.model_type, model_class=chosen.__name__, seq_len_tokens=seq_len_tokens, digest=digest,
-        model_sha256=model_digest(config, chosen, seq_len_tokens), right=False, versions=_versions(),
+        model_sha256=model_digest(config, chosen, seq_len_tokens), right=False, versions=versions(),
     )  # fmt: skip
     try:
         with _plain_surroundings():
@@ -154,24 +118,6 @@ def causal_class(config: Any) -> type[PreTrainedModel]:
             f"{config.model_type!r} is no causal language model of transformers", field="model_type"
         ) from error
     return found[0] if isinstance(found, tuple | list) else found
-
-
-def model_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
-    """Return the SHA-256 of what was audited: class, settings, and the length that windows are judged against."""
-    name = f"{model_class.__module__}.{model_class.__qualname__}"
-    document = {"class": name, "config": _plain_settings(config), "seq_len_tokens": seq_len_tokens}
-    return sha256_of_bytes(canonical_json(document))
-
-
-def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
-    """Return the SHA-256 of all that an audit rests on: the model, the source of its class, versions, our own code."""
-    document = {
-        "model": model_digest(config, model_class, seq_len_tokens),
-        "source": source_digest(model_class),
-        "versions": _versions(),
-        "audit": _own_digest(),
-    }
-    return sha256_of_bytes(canonical_json(document))
 
 
 def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
@@ -243,21 +189,3 @@ def _last_line(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name != "twins.py"]
     modelling = [frame for frame in frames if "modeling" in frame.filename] or frames
     return f"{Path(modelling[-1].filename).name}:{modelling[-1].lineno}" if modelling else "no line"
-
-
-def _plain_settings(config: Any) -> Any:
-    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache"}
-    # As text, since canonical JSON has no infinity and some configurations do.
-    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored}, default=str, sort_keys=True)
-
-
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
-
-
-@lru_cache(maxsize=1)
-def _own_digest() -> str:
-    folder = Path(__file__).parent
-    return "".join(
-        file_digest(path) for path in sorted([*folder.glob("*.py"), *(folder.parent / "model").glob("*.py")])
-    )

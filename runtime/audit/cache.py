@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...traces.errors import InputError
 from ...traces.files import read_json, write_json
-
-if TYPE_CHECKING:
-    from .audit import Audit
+from .result import Audit
 
 MAX_AUDIT_BYTES = 1 << 20
 # What transformers' modelling files hold by themselves; another root means that somebody patched the module.
@@ -49,8 +45,6 @@ def _is_foreign(value: Any) -> bool:
 
 def kept_audit(folder: Path, digest: str) -> Audit | None:
     """Return the audit with this digest; None where there is none, or a file that is no audit."""
-    from .audit import Audit
-
     path = _path(folder, digest)
     if path is None or not path.is_file():
         return None
@@ -71,28 +65,6 @@ def keep_audit(folder: Path, found: Audit) -> None:
         write_json(path, asdict(found))
     except OSError:
         return
-
-
-def source_digest(model_class: type) -> str:
-    """Return a digest of the files that define a class and its parents; "" for a class without a file."""
-    files = set()
-    for base in model_class.__mro__:
-        try:
-            files.add(inspect.getsourcefile(base))
-        except (TypeError, OSError):
-            continue
-    return "".join(sorted(file_digest(Path(name)) for name in files if name and Path(name).is_file()))
-
-
-def file_digest(path: Path) -> str:
-    """Return a digest of a file's bytes, read again when its time or size changes."""
-    state = path.stat()
-    return _file_digest(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _path(folder: Path, digest: str) -> Path | None:

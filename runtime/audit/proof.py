@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ...planner.layouts.gather import Gather
+from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
 from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
+from ..attention.selectors import dense_pattern
 from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
 from ..model.shard import IGNORED_LABEL, shard
@@ -69,7 +71,9 @@ class Proof:
 
 
 @dataclass(kw_only=True)
-class _Run:
+class Run:
+    """What one way of running a model gave. gradients: by parameter, None where there is none."""
+
     loss: float
     logits: Tensor | None
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -96,7 +100,7 @@ def prove(model: PreTrainedModel) -> Proof:
     return Proof(errors=errors, parameters=sum(p.numel() for p in model.parameters()))
 
 
-def compare(split: _Run, alone: _Run) -> Errors:
+def compare(split: Run, alone: Run) -> Errors:
     """Return how far two runs are apart; NaN counts as infinitely far."""
     loss = abs(split.loss - alone.loss) / max(abs(alone.loss), 1e-30)
     logits = 0.0
@@ -117,13 +121,6 @@ def compare(split: _Run, alone: _Run) -> Errors:
     return Errors(loss=loss, logits=logits, gradient=worst, parameter=parameter)
 
 
-def _or_zero(value: Tensor | None, like: Tensor | None) -> Tensor:
-    if value is not None:
-        return value
-    assert like is not None
-    return torch.zeros_like(like)
-
-
 def _relative(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
     if got.shape != expected.shape or not got.numel():
         return 0.0 if got.shape == expected.shape else float("inf")
@@ -135,17 +132,16 @@ def _relative(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
 def _plan() -> Plan:
     """Only its placement matters here: stripes over two ranks, the last one padded."""
     return make_plan(
-        model=ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8),
-        seq_len_tokens=AUDITED_TOKENS,
-        block_size=64,
-        dtype="float64",
-        columns_capacity=0,
-        placement=striped(seq_len_tokens=AUDITED_TOKENS, world_size=RANKS, granularity_tokens=STRIPE_TOKENS),
-        forward=("gather", {}),
-        backward=("gather", {}),
-        pattern=PatternSpec(
-            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": AUDITED_TOKENS}
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8),
+            seq_len_tokens=AUDITED_TOKENS,
+            block_size=64,
+            dtype="float64",
+            columns_capacity=0,
         ),
+        placement=striped(seq_len_tokens=AUDITED_TOKENS, world_size=RANKS, granularity_tokens=STRIPE_TOKENS),
+        forward=Gather(),
+        pattern=dense_pattern(AUDITED_TOKENS),
         kernels=KernelSpec(backend="reference"),
     )
 
@@ -157,11 +153,11 @@ def _batch(config: Any, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(ignored, IGNORED_LABEL)}
 
 
-def _alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> _Run:
+def _alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     with Double():
         output = model(**batch)
         output.loss.backward()
-    return _Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))
+    return Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))
 
 
 class _Split:
@@ -177,7 +173,7 @@ class _Split:
         with torch.no_grad():
             return self._together(batch)[1]
 
-    def run(self, batch: dict[str, Tensor]) -> _Run:
+    def run(self, batch: dict[str, Tensor]) -> Run:
         """Return the loss, the logits in the order of the sequence, and the gradients of both together."""
         for twin in self.twins:
             twin.zero_grad()
@@ -189,7 +185,7 @@ class _Split:
         if all(own is not None for _, own in results):
             everywhere = torch.cat([own.detach() for _, own in results], dim=1)
             logits = everywhere[:, torch.argsort(torch.cat(self.positions))][:, :AUDITED_TOKENS]
-        return _Run(loss=total.item(), logits=logits, gradients=_gradients(self.twins))
+        return Run(loss=total.item(), logits=logits, gradients=_gradients(self.twins))
 
     def _together(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Any]], list[AttentionCall]]:
         meeting = Meeting(self.positions, AUDITED_TOKENS)
@@ -197,7 +193,7 @@ class _Split:
         attached: list[Attached] = []
         try:
             for twin, attention, own in zip(self.twins, attentions, self.positions, strict=True):
-                attached.append(Attached(twin, attention, _no_mask, positions=own, seq_len_tokens=AUDITED_TOKENS))
+                attached.append(Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS))
             works = [self._work(rank, shard(batch, self.plan, rank)) for rank in range(RANKS)]
             return run_together(works, meeting), attentions[0].calls
         finally:
@@ -212,11 +208,6 @@ class _Split:
                 return self.step(self.twins[rank], part)
 
         return work
-
-
-def _no_mask(layer: int) -> Any:
-    """Attention over a meeting is dense."""
-    return None
 
 
 def _own_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -242,7 +233,7 @@ def _gradients(models: list[PreTrainedModel]) -> dict[str, Tensor | None]:
     return summed
 
 
-def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[_Run]) -> None:
+def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[Run]) -> None:
     """What a model computes must not depend on what it was called with before."""
     used = copies_of(model, 1)[0]
     _alone(used, batches[0])
@@ -250,7 +241,7 @@ def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alon
     compare(_alone(used, batches[1]), alone[1]).require("when it is called a second time, alone")
 
 
-def _check_participation(model: PreTrainedModel, alone: _Run) -> None:
+def _check_participation(model: PreTrainedModel, alone: Run) -> None:
     """Every parameter that ever gets a gradient gets one from any tokens, so that ranks reduce the same set."""
     few = copies_of(model, 1)[0]
     with Double():

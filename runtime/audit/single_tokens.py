@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
 from ..model.shape import model_body, model_shape, setting
-from .twins import AttentionCall, Double
+from .twins import AttentionCall, Double, NotingAttention
 
 TOLERANCE = 1e-6
 MOST_TOKENS = 65_536
@@ -29,23 +29,17 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STRIPE = 7
 
 
-class TokenLocal:
-    """In the place of attention: `hf.attach.Attention` that lets no token see another. calls: what was asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[AttentionCall] = []
+class TokenLocal(NotingAttention):
+    """In the place of attention: lets no token see another."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return [B, S, H, D] in which q, k, v and their angles all count."""
-        self.calls.append(AttentionCall.noted(q, k, v, layer=layer, scale=scale))
+        self.note(q, k, v, layer=layer, scale=scale)
         group = q.shape[2] // k.shape[2]
         keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
         return (torch.tanh((q * keys).mean(-1, keepdim=True)) * values + 0.1 * q).contiguous()
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def check_single_tokens(model: PreTrainedModel, *, seq_len_tokens: int) -> None:
@@ -102,14 +96,9 @@ def check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
 
 
 def _hidden(model: PreTrainedModel, local: TokenLocal, ids: Tensor, positions: Tensor, seq_len_tokens: int) -> Tensor:
-    attached = Attached(model, local, _no_mask, positions=positions[0], seq_len_tokens=seq_len_tokens)
+    attached = Attached(model, local, positions=positions[0], seq_len_tokens=seq_len_tokens)
     try:
         with torch.no_grad(), Double():
             return model_body(model)(input_ids=ids, position_ids=positions, use_cache=False)[0]
     finally:
         attached.detach()
-
-
-def _no_mask(layer: int) -> Any:
-    """No pattern is asked for."""
-    return None

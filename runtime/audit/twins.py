@@ -35,13 +35,24 @@ class AttentionCall:
     v: tuple[int, ...]
     scale: float
 
-    @classmethod
-    def noted(cls, q: Tensor, k: Tensor, v: Tensor, *, layer: int | None, scale: float | None) -> AttentionCall:
+
+class NotingAttention:
+    """`model.attached.Attention` that stands in for attention over ranks. calls: what was asked, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def note(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int | None, scale: float | None) -> AttentionCall:
         """Note a call; UnsupportedError where keys and values differ in shape: planned attention takes no such."""
         if k.shape != v.shape:
             raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return cls(layer=layer, q=tuple(q.shape), k=tuple(k.shape), v=tuple(v.shape), scale=float(factor))
+        factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+        call = AttentionCall(layer=layer, q=tuple(q.shape), k=tuple(k.shape), v=tuple(v.shape), scale=factor)
+        self.calls.append(call)
+        return call
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class ShardsPart(RuntimeError):
@@ -83,36 +94,27 @@ class Meeting:
             self._changed.notify_all()
 
 
-class MetAttention:
-    """Attention of one copy: `hf.attach.Attention`, over a `Meeting`. calls: what was asked, in order."""
+class MetAttention(NotingAttention):
+    """Attention of one copy, over a `Meeting`."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__()
         self.meeting, self.rank = meeting, rank
-        self.calls: list[AttentionCall] = []
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return out [B, S_own, H, D]. UnsupportedError for shapes that planned attention does not take."""
-        call = AttentionCall.noted(q, k, v, layer=layer, scale=scale)
-        self.calls.append(call)
+        call = self.note(q, k, v, layer=layer, scale=scale)
         everyone = self.meeting.exchange(self.rank, (layer, k, v))
         if len({given[0] for given in everyone}) > 1:
             raise UnsupportedError("shards call attention for different layers", field="attention")
         keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))
         positions = self.meeting.positions
         return causal_attention(
-            q,
-            keys,
-            values,
-            positions[self.rank],
-            torch.cat(positions),
-            call.scale,
+            q, keys, values, positions[self.rank], torch.cat(positions), call.scale,
             valid_tokens=self.meeting.valid_tokens,
-        )
-
-    def close(self) -> None:
-        """Nothing is held."""
+        )  # fmt: skip
 
 
 def causal_attention(

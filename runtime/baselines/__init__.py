@@ -1,1 +1,1 @@
-"""Dense attention over ranks, to compare with."""
+"""Dense context-parallel attention to compare with: a zigzag ring, and PyTorch's own ring."""

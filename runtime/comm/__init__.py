@@ -1,1 +1,1 @@
-"""Ranks, and what travels between them."""
+"""Ranks: how they join, what travels between them on which streams, and how a lost one is named."""

@@ -41,21 +41,22 @@ def lost_ranks(word: str | None) -> list[int]:
 class Heartbeat:
     """Says this rank's word and hears all others', once every `interval_s`, until `stop`.
 
-    rounds: how often all were heard; heard: each rank's word then, None of ranks that said nothing yet. error: what the
-    store failed with; nothing is said or heard after it. Only this thread blocks with a store that does not answer.
+    rounds: how often all were heard; heard: each rank's word then, None of ranks that said nothing yet. said_last:
+    whether the store has this rank's last word. error: what the store failed with; nothing is said or heard after it.
+    Only this thread blocks with a store that does not answer.
     """
 
     def __init__(self, store: Store, *, rank: int, world_size: int, interval_s: float) -> None:
         self.heard: list[str | None] = [None] * world_size
         self.rounds = 0
+        self.said_last = False
         self.error: Exception | None = None
         self._store, self._rank, self._interval_s = store, rank, interval_s
         self._keys = [f"rank {number}" for number in range(world_size)]
         self._last_word: str | None = None
-        self._said_last = False
         self._stopped, self._wake = threading.Event(), threading.Event()
         self._news = threading.Condition()
-        self._say("0")  # from here on, silence counts
+        store.set(self._keys[rank], "0")  # from here on, silence counts
         self._thread = threading.Thread(target=self._serve, name="sparsering-heartbeat", daemon=True)
         self._thread.start()
 
@@ -64,12 +65,7 @@ class Heartbeat:
         self._last_word = self._last_word or word
         self._wake.set()
         with self._news:
-            self._news.wait_for(lambda: self._said_last or self.error is not None, timeout_s)
-
-    @property
-    def said_last(self) -> bool:
-        """Whether the store has this rank's last word."""
-        return self._said_last
+            self._news.wait_for(lambda: self.said_last or self.error is not None, timeout_s)
 
     def stop(self, *, timeout_s: float) -> None:
         """Say nothing more. Waits for a round that is under way."""
@@ -100,8 +96,8 @@ class Heartbeat:
 
     def _round(self) -> None:
         word = self._last_word
-        self._say(word or str(self.rounds + 1))
-        self._said_last = word is not None
+        self._store.set(self._keys[self._rank], word or str(self.rounds + 1))
+        self.said_last = word is not None
         # Asking for a key that is not there yet would wait for it.
         began = [rank for rank, heard in enumerate(self.heard) if heard or self._store.check([self._keys[rank]])]
         words = self._store.multi_get([self._keys[rank] for rank in began])
@@ -110,6 +106,3 @@ class Heartbeat:
             self.heard = [heard[rank].decode() if rank in heard else None for rank in range(len(self._keys))]
             self.rounds += 1
             self._news.notify_all()
-
-    def _say(self, word: str) -> None:
-        self._store.set(self._keys[self._rank], word)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -70,17 +70,12 @@ class Mesh:
         if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
             raise InputError(f"{self.world_size} processes are no groups of {world_size}", field="world_size")
         replica = self.rank // world_size
-        return Mesh(
-            rank=self.rank % world_size,
-            world_size=world_size,
-            device=self.device,
-            store=PrefixStore(f"replica {replica}", self.store),
-            timeout=self.timeout,
-            store_host=self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0",
-            replica=replica,
-            replicas=self.world_size // world_size,
-            sentinel=self.sentinel,
-        )
+        host = self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0"
+        return replace(
+            self, rank=self.rank % world_size, world_size=world_size, replica=replica,
+            replicas=self.world_size // world_size, store=PrefixStore(f"replica {replica}", self.store),
+            store_host=host,
+        )  # fmt: skip
 
     def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """Return a process group of these ranks of this replica, None on others. Collective over all replicas."""
@@ -135,67 +130,55 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, pat
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if patience_s is None:
         patience_s = usual_patience_s(kind, timeout_s)
-    _check_patience(patience_s, timeout_s)
+    if not 0 <= patience_s < timeout_s:
+        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
     timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        return _mesh(dist.get_rank(), dist.get_world_size(), _device(kind, local), store, timeout, patience_s)
+        store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        chosen = _device(kind, int(os.environ.get("LOCAL_RANK", rank)))
+    else:
+        store, rank, world_size = _rendezvous(timeout)
+        chosen = _device(kind, int(os.environ.get("LOCAL_RANK", rank)))
+        if kind == "cuda" and patience_s:
+            # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process.
+            # By default the watchdog would end it first, and by std::terminate.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=PrefixStore("default", store), rank=rank,
+            world_size=world_size, timeout=timeout, device_id=chosen if kind == "cuda" else None,
+        )  # fmt: skip
+    host = _store_host()
+    if patience_s and world_size > 1 and not _sentinels:
+        watch = Watch(rank=rank, world_size=world_size, store_host=host, patience_s=patience_s, device_type=chosen.type)
+        _watch(store, timeout, watch)
+    return Mesh(
+        rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=host,
+        sentinel=_sentinels[0] if _sentinels else None,
+    )  # fmt: skip
+
+
+def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return (store, rank, world size) as the environment says. InputError when it is incomplete."""
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
         raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    chosen = _device(kind, local)
     # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
     store = PrefixStore(_attempt(), store)
     store.set_timeout(timeout)
-    if kind == "cuda" and patience_s:
-        # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process. By
-        # default the watchdog would end it first, and by std::terminate.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=PrefixStore("default", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=chosen if kind == "cuda" else None,
-    )
-    return _mesh(rank, world_size, chosen, store, timeout, patience_s)
+    return store, rank, world_size
 
 
-def _mesh(
-    rank: int, world_size: int, device: torch.device, store: Store, timeout: timedelta, patience_s: float
-) -> Mesh:
-    """Return this process's mesh; its sentinel starts with the first."""
-    if patience_s and world_size > 1 and not _sentinels:
-        connection = connection_of_its_own(store, timeout)
-        if connection is not None:
-            watch = Watch(
-                rank=rank, world_size=world_size, store_host=_store_host(), patience_s=patience_s,
-                device_type=device.type,
-            )  # fmt: skip
-            _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
-    return Mesh(
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        store=store,
-        timeout=timeout,
-        store_host=_store_host(),
-        sentinel=_sentinels[0] if _sentinels else None,
-    )
+def _watch(store: Store, timeout: timedelta, watch: Watch) -> None:
+    """Start this process's sentinel, where the store is of a kind that it can ask on a connection of its own."""
+    connection = connection_of_its_own(store, timeout)
+    if connection is not None:
+        _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
 
 
 def usual_patience_s(device_type: str, timeout_s: float) -> float:
     """Return half of the time-out on GPUs, where nobody else says who died; 0 on CPUs: gloo notices at once."""
     return timeout_s / 2 if device_type == "cuda" else 0.0
-
-
-def _check_patience(patience_s: float, timeout_s: float) -> None:
-    if not 0 <= patience_s < timeout_s:
-        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
 
 
 def _attempt() -> str:
@@ -215,11 +198,10 @@ def leave() -> None:
     gc.collect()  # what holds a process group in a cycle (DDP, Trainers) would end it later, when nobody else does
     sentinel = _sentinels.pop() if _sentinels else None
     failing = sys.exc_info()[1] is not None
-    if sentinel is not None:
-        if failing:
-            sentinel.close()
-        else:
-            sentinel.say_goodbye()
+    if sentinel is not None and failing:
+        sentinel.close()
+    elif sentinel is not None:
+        sentinel.say_goodbye()
     if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
         dist.destroy_process_group()
     if sentinel is not None and not failing:

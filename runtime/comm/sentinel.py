@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -60,19 +60,15 @@ class Watch:
         return self.store_host == f"rank {self.rank}"
 
 
-@dataclass(eq=False, kw_only=True)
 class Silence:
     """For how long each rank has said nothing new. Time in which nobody could be heard is not counted against it.
 
     So neither clocks need agree, nor does a pause of this process, or of the store, look like one of the others.
     """
 
-    world_size: int
-    words: list[str | None] = field(init=False)
-    silent_s: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.words, self.silent_s = [None] * self.world_size, [0.0] * self.world_size
+    def __init__(self, *, world_size: int) -> None:
+        self.words: list[str | None] = [None] * world_size
+        self.silent_s = [0.0] * world_size
 
     def hear(self, words: Sequence[str | None], elapsed_s: float) -> None:
         """Take in what all ranks said last, so long after the time before. Who has yet to begin is not silent."""
@@ -97,7 +93,8 @@ class Verdict:
 class Sentinel:
     """Watches from when it is made until `close`. store: a connection that nobody else uses.
 
-    After a loss the process ends within `grace_s`, with exit code 1 where it does not end by itself.
+    error: what was found, None as long as nobody is lost. After a loss the process ends within `grace_s`, with exit
+    code 1 where it does not end by itself.
     """
 
     def __init__(self, store: Store, watch: Watch) -> None:
@@ -105,7 +102,7 @@ class Sentinel:
         self._heartbeat = Heartbeat(store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s)
         self._silence = Silence(world_size=watch.world_size)
         self._rounds, self._mute_s, self._broken_s = 0, 0.0, 0.0
-        self._error: RankLost | None = None
+        self.error: RankLost | None = None
         self._found, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._serve, name="sparsering-sentinel", daemon=True)
         self._aborts: list[threading.Thread] = []
@@ -113,14 +110,9 @@ class Sentinel:
         # A thread that comes back from C++ into an interpreter that is going takes the process down by a signal.
         atexit.register(self._end_threads)
 
-    @property
-    def error(self) -> RankLost | None:
-        """What was found, None as long as nobody is lost."""
-        return self._error
-
     def check(self) -> None:
         """Raise RankLost when ranks are lost; when a process group failed, as soon as it is clear whether any are."""
-        error = self.verdict(wait=self._error is None and self._broken())
+        error = self.verdict(wait=self.error is None and self._broken())
         if error is not None:
             raise error
 
@@ -128,7 +120,7 @@ class Sentinel:
         """Return what was found; wait: where nothing was, give a rank that just died the time to be missed."""
         if wait:
             self._found.wait(2.5 * self.watch.patience_s)
-        return self._error
+        return self.error
 
     def say_goodbye(self) -> None:
         """Tell the others that this rank ends in order, so that its silence is no loss. It still watches."""
@@ -137,7 +129,7 @@ class Sentinel:
     def close(self) -> None:
         """Stop watching. The rank that hosts the store stays, at most `patience_s`, until the others said goodbye."""
         self._closing.set()
-        if self._error is None and self.watch.is_host and self._heartbeat.said_last:
+        if self.error is None and self.watch.is_host and self._heartbeat.said_last:
             self._heartbeat.wait_for_last_words(timeout_s=self.watch.patience_s)
         self._end_threads()
 
@@ -145,7 +137,7 @@ class Sentinel:
         """Let the threads end, but for the one that sees to the end of this process after a loss."""
         self._closing.set()
         self._heartbeat.stop(timeout_s=self.watch.interval_s)
-        if self._error is None:
+        if self.error is None:
             self._thread.join(self.watch.interval_s)
         else:
             self._found.wait(self.watch.interval_s)
@@ -210,7 +202,7 @@ class Sentinel:
                 self._heartbeat.wait_for_last_words(but=verdict.ranks, timeout_s=BEATS / 2 * watch.interval_s)
         if self._closing.is_set():
             return  # the main thread has left meanwhile
-        self._error = verdict.error  # before the main thread comes back, which must not believe what it then holds
+        self.error = verdict.error  # before the main thread comes back, which must not believe what it then holds
         # A thread without Python ends the process even where an abort never gives the interpreter back.
         faulthandler.dump_traceback_later(2 * watch.grace_s, exit=True, file=STDERR)
         if watch.device_type == "cuda":

@@ -1,1 +1,1 @@
-"""Token shards to train on."""
+"""Text to memory-mapped token shards, and the sequences that training cuts from them."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...traces.errors import InputError
-from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
+from ...traces.files import read_sealed, sealed, sha256_of_file, write_json
 from ...traces.validation import validation_error
 
 DATA_SCHEMA_VERSION = 1
@@ -56,14 +56,9 @@ class DataManifest(_Record):
     shards: list[Shard] = Field(min_length=1)
     digest: str = ""
 
-    def compute_digest(self) -> str:
-        """Return the SHA-256 of the rest of the manifest, which holds those of the files."""
-        return sha256_of_bytes(canonical_json(self.model_dump(mode="json", exclude={"digest"})))
-
     def save(self, folder: Path) -> None:
-        """Seal and write the manifest, atomically."""
-        sealed = self.model_copy(update={"digest": self.compute_digest()})
-        write_json(folder / MANIFEST_NAME, sealed.model_dump(mode="json"))
+        """Seal and write the manifest, atomically. Its digest stands for those of the files too, which it holds."""
+        write_json(folder / MANIFEST_NAME, sealed(self.model_dump(mode="json")))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,20 +153,12 @@ class TokenData:
 
 
 def read_manifest(path: Path) -> DataManifest:
-    """Read and check a manifest: version, every field, digest; InputError in one line."""
-    raw = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > DATA_SCHEMA_VERSION:
-        raise InputError(f"is {version}; this version reads up to {DATA_SCHEMA_VERSION}", source=path,
-                         field="schema_version")  # fmt: skip
+    """Read and check a manifest: version, digest, every field; InputError in one line."""
+    raw = read_sealed(path, newest_schema=DATA_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
     try:
-        manifest = DataManifest.model_validate(raw)
+        return DataManifest.model_validate(raw)
     except ValidationError as error:
         raise validation_error(error, path) from error
-    if manifest.digest != manifest.compute_digest():
-        raise InputError(f"does not match the content (computed {manifest.compute_digest()})", source=path,
-                         field="digest")  # fmt: skip
-    return manifest
 
 
 def sequence_index(number: int, *, count: int, seed: int) -> int:

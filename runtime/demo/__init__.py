@@ -1,1 +1,1 @@
-"""`sparsering demo`: the whole road on this machine."""
+"""`sparsering demo`: train, capture, plan, simulate, run and report on this machine, without a GPU."""

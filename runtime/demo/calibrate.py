@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from ...planner.backends import facts_of
 from ...planner.cost.cluster import Cluster
 from ...planner.cost.kernels import task_work
 from ...planner.plan import Plan
-from ...planner.schedule.launches import FUSING_BACKENDS, JOINING_BACKENDS, Launch
+from ...planner.schedule.launches import Launch
 from ...planner.schedule.schedule import DIRECTIONS, Direction
 from ...planner.schedule.workload import TaskWork, workload
 from ...traces.errors import InputError
@@ -78,7 +79,7 @@ def calibrate(cluster: Cluster, plan: Plan, pattern: LayerPattern, measured: Tim
     then what each of them takes cannot be told.
     """
     backend = plan.kernels.backend
-    if backend in JOINING_BACKENDS | FUSING_BACKENDS:
+    if facts_of(backend).joins_keys or facts_of(backend).fuses_columns:
         raise InputError(f"{backend!r} computes several tasks in one launch", source="calibration", field="backend")
     if measured.metadata.get("plan_digest") != plan.digest:
         raise InputError("is of another plan", source="calibration", field="plan_digest")

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,31 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.select.vertical_slash import FlexVerticalSlash
 from ...planner.cost.cluster import Cluster, load_cluster
-from ...planner.plan import KernelSpec, ModelShape, Plan, load_plan, make_plan
-from ...planner.search.candidates import PlacementChoice
+from ...planner.layouts.ring import Ring
+from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, load_plan, make_plan
+from ...planner.schedule.placement import zigzag
+from ...planner.search.problem import SearchSpace
 from ...planner.search.sampling import pattern_spec, summarize
 from ...planner.search.search import plan_trace
 from ...traces.dataset.manifest import library_versions
-from ...traces.dataset.store import Trace, TraceWriter
+from ...traces.dataset.store import Trace
+from ...traces.dataset.writer import TraceWriter
 from ...traces.files import write_json
 from ...traces.pattern import LayerPattern
 from ...traces.stats import describe
 from ...traces.timeline import Timeline
-from ..attention.selectors import make_selector
-from ..comm.launch import launch_ranks
 from ..comm.mesh import inherited_environment
+from ..comm.start import start_ranks
 from ..hf.capture import CaptureSettings, capture_model, trace_header
-from .calibrate import Calibration, calibrate
+from .calibrate import Calibration, FittedCost, calibrate
 from .folder import KIND, MEASURED, METRICS, PLAN_CLUSTER, PLAN_LOCAL, REPORT, SIMULATED, TRACE
 from .model import MODEL_ID, Trained, TrainingSettings, make_model, train
 from .sample_text import byte_tokens, standard_library_bytes
-from .stages import Stages
+from .stages import Stage, Stages
 
 CLUSTER_PRESET = "a100-hdr-4x8"
 LOCAL_PRESET = "local-cpu-4"
-SELECTOR = "flex"
-SELECTOR_SETTINGS = {"column_mass": 0.7, "column_cap": 128, "slash_mass": 0.7, "slash_cap": 64}
+SELECTOR = FlexVerticalSlash(column_mass=0.7, column_cap=128, slash_mass=0.7, slash_cap=64)
 TRAINING_TEXT_BYTES = 2_000_000
 STAGES = 8
 METRICS_SCHEMA_VERSION = 1
@@ -77,32 +79,41 @@ class Services:
     write_report: Callable[[Path], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Demo:
+    """One demo under way."""
+
+    folder: Path
+    settings: DemoSettings
+    services: Services
+    stages: Stages
+
+
 def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[str, Any]:
     """Fill `folder` with the demo's files and return the content of its metrics.json.
 
     `verified` in it says whether the run agrees with the reference. Raises InputError for sizes that cannot be.
     """
-    stages = Stages(total=STAGES)
-    trained, window, model = _train(settings, stages)
-    trace = _capture(folder, settings, model, window, stages)
-    pattern, layer = _middle_layer(trace)
-    calibration = _calibrate(trace, pattern, settings, stages)
-    local = _plan_local(folder, trace, calibration, settings, services, stages)
-    cluster = _plan_cluster(folder, trace, layer, settings, services, stages)
-    with stages.stage("Simulate the local plan") as stage:
-        simulated = services.simulate_plan(local, pattern, calibration.cluster, cost=calibration.cost).timeline
+    demo = _Demo(folder=folder, settings=settings, services=services, stages=Stages(total=STAGES))
+    trained, window, model = _train(demo)
+    trace = _capture(demo, model, window)
+    layer = trace.layers[len(trace.layers) // 2]
+    pattern = trace.layer_pattern(trace.steps[-1], layer)
+    fitted = _calibrate(demo, trace, layer, pattern)
+    local_space = SearchSpace(dtype="float64", kernels=KernelSpec(backend="blockwise"))
+    with demo.stages.stage("Plan for 4 local workers") as stage:
+        local = _plan(demo, stage, PLAN_LOCAL, trace, fitted.cluster, local_space, cost=fitted.cost)
+    with demo.stages.stage("Plan for 32 A100s, simulating the best candidates") as stage:
+        # For one layer: simulating 32 ranks takes seconds for every layer more.
+        space = SearchSpace(layers=(layer,))
+        cluster = _plan(demo, stage, PLAN_CLUSTER, trace, load_cluster(CLUSTER_PRESET), space)
+    with demo.stages.stage("Simulate the local plan") as stage:
+        simulated = services.simulate_plan(local, pattern, fitted.cluster, cost=fitted.cost).timeline
         simulated.save(folder / SIMULATED)
         stage.said = f"{simulated.makespan_us / 1e3:,.0f} ms for one layer, forward and backward"
-    with stages.stage("Run it on 4 processes, check every number against the reference") as stage:
-        summary = _run(
-            folder / PLAN_LOCAL,
-            folder / TRACE,
-            layer,
-            output=folder / MEASURED,
-            repeats=settings.repeats,
-            seed=settings.seed,
-            verify=True,
-        )
+    with demo.stages.stage("Run it on 4 processes, check every number against the reference") as stage:
+        options = ["--repeats", str(settings.repeats), "--verify"]
+        summary = _run(demo, folder / PLAN_LOCAL, layer, folder / MEASURED, options)
         measured = Timeline.load(folder / MEASURED)
         verified = bool(summary["verified"]) and all(one["ok"] for one in summary["verified"])
         stage.said = _said_of_run(summary, verified)
@@ -114,7 +125,7 @@ def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[s
         "trace": describe(trace),
         "layer": layer,
         "plans": {PLAN_CLUSTER: _plan_record(cluster), PLAN_LOCAL: _plan_record(local)},
-        "calibration": calibration.record(),
+        "calibration": fitted.record(),
         "step_time_us": {"simulated": simulated.makespan_us, "measured": summary["step_time_us"]},
         "measured_step_times_us": summary["step_times_us"],
         "simulated": [one.to_json() for one in services.timeline_metrics(simulated)],
@@ -123,19 +134,21 @@ def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[s
         "verified": verified,
     }
     write_json(folder / METRICS, metrics)
-    with stages.stage("Write the report") as stage:
+    with demo.stages.stage("Write the report") as stage:
         services.write_report(folder)
         stage.said = f"{(folder / REPORT).stat().st_size / 1e6:.1f} MB"
-    return metrics | {"seconds": dict(stages.seconds)}
+    return metrics | {"seconds": dict(demo.stages.seconds)}
 
 
-def _train(settings: DemoSettings, stages: Stages) -> tuple[Trained, Tensor, Any]:
-    with stages.stage("Train a small model on Python's standard library") as stage:
+def _train(demo: _Demo) -> tuple[Trained, Tensor, Any]:
+    """Return what training did, tokens that it did not see, and the model."""
+    seq_len_tokens = demo.settings.seq_len_tokens
+    with demo.stages.stage("Train a small model on Python's standard library") as stage:
         stage("reading the sources", 0, 1)
-        needed = TRAINING_TEXT_BYTES + settings.seq_len_tokens
+        needed = TRAINING_TEXT_BYTES + seq_len_tokens
         tokens = byte_tokens(standard_library_bytes(at_least_bytes=needed))[:needed]
-        model = make_model(seed=settings.seed, seq_len_tokens=settings.seq_len_tokens)
-        trained = train(model, tokens[:TRAINING_TEXT_BYTES], settings.training, progress=stage)
+        model = make_model(seed=demo.settings.seed, seq_len_tokens=seq_len_tokens)
+        trained = train(model, tokens[:TRAINING_TEXT_BYTES], demo.settings.training, progress=stage)
         stage.said = (
             f"{trained.parameters / 1e6:.1f} M parameters, {trained.steps} steps, "
             f"loss {trained.first_loss:.2f} → {trained.last_loss:.2f} per byte"
@@ -143,20 +156,18 @@ def _train(settings: DemoSettings, stages: Stages) -> tuple[Trained, Tensor, Any
     return trained, tokens[TRAINING_TEXT_BYTES:], model
 
 
-def _capture(folder: Path, settings: DemoSettings, model: Any, window: Tensor, stages: Stages) -> Trace:
+def _capture(demo: _Demo, model: Any, window: Tensor) -> Trace:
     """Capture one window that the model was not trained on."""
-    with stages.stage(f"Capture what it attends to over {settings.seq_len_tokens:,} tokens") as stage:
+    settings = demo.settings
+    with demo.stages.stage(f"Capture what it attends to over {settings.seq_len_tokens:,} tokens") as stage:
         header = trace_header(
-            model,
-            model_id=MODEL_ID,
-            seq_len_tokens=settings.seq_len_tokens,
-            block_size=settings.block_size,
+            model, model_id=MODEL_ID, seq_len_tokens=settings.seq_len_tokens, block_size=settings.block_size,
             seed=settings.seed,
-        )
-        capture = CaptureSettings(selector=make_selector(SELECTOR, SELECTOR_SETTINGS), seed=settings.seed)
-        with TraceWriter(folder / TRACE, header) as writer:
+        )  # fmt: skip
+        capture = CaptureSettings(selector=SELECTOR, seed=settings.seed)
+        with TraceWriter(demo.folder / TRACE, header) as writer:
             capture_model(model, window, writer, capture, progress=stage)
-        trace = Trace.open(folder / TRACE)
+        trace = Trace.open(demo.folder / TRACE)
         size = sum(part.bytes for part in trace.manifest.parts)
         rows = describe(trace)["layers"]
         density = sum(row["density_mean"] for row in rows) / len(rows)
@@ -165,104 +176,64 @@ def _capture(folder: Path, settings: DemoSettings, model: Any, window: Tensor, s
     return trace
 
 
-def _middle_layer(trace: Trace) -> tuple[LayerPattern, int]:
-    layer = trace.layers[len(trace.layers) // 2]
-    return trace.layer_pattern(trace.steps[-1], layer), layer
-
-
-def _calibrate(trace: Trace, pattern: LayerPattern, settings: DemoSettings, stages: Stages) -> Calibration:
+def _calibrate(demo: _Demo, trace: Trace, layer: int, pattern: LayerPattern) -> Calibration:
     """Time a plain zigzag ring on this machine and fit costs to it."""
     with (
-        stages.stage("Time this machine on a plain ring (4 processes)") as stage,
+        demo.stages.stage("Time this machine on a plain ring (4 processes)") as stage,
         tempfile.TemporaryDirectory() as made,
     ):
+        path, timeline = Path(made) / "plan.json", Path(made) / "timeline.json.gz"
         preset = load_cluster(LOCAL_PRESET)
         plan = _plain_ring(trace, preset)
-        path = Path(made) / "plan.json"
         plan.save(path)
-        timeline = Path(made) / "timeline.json.gz"
-        layer = _middle_layer(trace)[1]
-        summary = _run(path, trace.folder, layer, output=timeline, repeats=1, seed=settings.seed)
+        summary = _run(demo, path, layer, timeline, ["--repeats", "1"])
         stage.said = f"{summary['step_time_us'] / 1e3:,.0f} ms for one layer"
         return calibrate(preset, plan, pattern, Timeline.load(timeline))
 
 
 def _plain_ring(trace: Trace, cluster: Cluster) -> Plan:
     header = trace.header
-    summary = summarize(trace)
-    placement = PlacementChoice(name="zigzag", granularity_tokens=header.block_size).build(
-        seq_len_tokens=header.seq_len_tokens,
-        world_size=cluster.world_size,
-        block_size=header.block_size,
-        block_load=summary.block_load,
-    )
     return make_plan(
-        model=ModelShape(**header.model.model_dump(exclude={"model_id"})),
-        seq_len_tokens=header.seq_len_tokens,
-        block_size=header.block_size,
-        dtype="float64",
-        columns_capacity=summary.columns_capacity,
-        placement=placement,
-        forward=("ring", {"prefetch": 1}),
-        backward=("ring", {"prefetch": 1}),
+        attention=AttentionSpec(
+            model=ModelShape(**header.model.model_dump(exclude={"model_id"})),
+            seq_len_tokens=header.seq_len_tokens,
+            block_size=header.block_size,
+            dtype="float64",
+            columns_capacity=summarize(trace).columns_capacity,
+        ),
+        placement=zigzag(
+            seq_len_tokens=header.seq_len_tokens, world_size=cluster.world_size, granularity_tokens=header.block_size
+        ),
+        forward=Ring(prefetch=1),
         pattern=pattern_spec(trace, "trace", ()),
         kernels=KernelSpec(backend="blockwise"),
     )
 
 
-def _plan_local(
-    folder: Path, trace: Trace, calibration: Calibration, settings: DemoSettings, services: Services, stages: Stages
-) -> Plan:
-    with stages.stage("Plan for 4 local workers") as stage:
-        plan = plan_trace(
-            trace,
-            calibration.cluster,
-            cost=calibration.cost,
-            evaluator=services.evaluator,
-            dtype="float64",
-            backend="blockwise",
-            seed=settings.seed,
-            command=settings.command,
-            progress=stage,
-        )
-        plan.save(folder / PLAN_LOCAL)
-        stage.said = plan.predictions["verdict"]
-    return load_plan(folder / PLAN_LOCAL)
+def _plan(
+    demo: _Demo, stage: Stage, name: str, trace: Trace, cluster: Cluster, space: SearchSpace, *,
+    cost: FittedCost | None = None,
+) -> Plan:  # fmt: skip
+    """Plan the trace for a cluster, write the plan and return it as it was written."""
+    plan = plan_trace(
+        trace, cluster, space, cost=cost, evaluator=demo.services.evaluator, progress=stage,
+        provenance={"command": demo.settings.command, "seed": demo.settings.seed},
+    )  # fmt: skip
+    plan.save(demo.folder / name)
+    stage.said = plan.predictions["verdict"]
+    return load_plan(demo.folder / name)
 
 
-def _plan_cluster(
-    folder: Path, trace: Trace, layer: int, settings: DemoSettings, services: Services, stages: Stages
-) -> Plan:
-    """Plan for one layer: simulating 32 ranks takes seconds for every layer more."""
-    with stages.stage("Plan for 32 A100s, simulating the best candidates") as stage:
-        plan = plan_trace(
-            trace,
-            load_cluster(CLUSTER_PRESET),
-            evaluator=services.evaluator,
-            layers=[layer],
-            seed=settings.seed,
-            command=settings.command,
-            progress=stage,
-        )
-        plan.save(folder / PLAN_CLUSTER)
-        stage.said = plan.predictions["verdict"]
-    return load_plan(folder / PLAN_CLUSTER)
-
-
-def _run(
-    plan: Path, trace: Path, layer: int, *, output: Path, repeats: int, seed: int, verify: bool = False
-) -> dict[str, Any]:
+def _run(demo: _Demo, plan: Path, layer: int, output: Path, options: Sequence[str]) -> dict[str, Any]:
     """Do `sparsering run` on processes of its own and return the figures that it prints.
 
     A run that fails to verify returns its figures too; any other failure raises RuntimeError with what was said.
     """
-    arguments = ["run", str(plan), "--trace", str(trace), "--layer", str(layer), "--output", str(output)]
-    arguments += ["--repeats", str(repeats), "--seed", str(seed), "--device", "cpu", "--json"]
+    arguments = ["run", str(plan), "--trace", str(demo.folder / TRACE), "--layer", str(layer), "--output", str(output)]
+    arguments += ["--seed", str(demo.settings.seed), "--device", "cpu", "--json", *options]
     environment = inherited_environment(world_size=4)
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
-        code = launch_ranks(
-            arguments + ["--verify"] * verify, world_size=4, environment=environment, stdout=printed, stderr=complaints
-        )
+        code = start_ranks(arguments, world_size=4, environment=environment, stdout=printed, stderr=complaints)
         printed.seek(0)
         complaints.seek(0)
         try:

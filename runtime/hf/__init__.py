@@ -1,1 +1,1 @@
-"""Doors for Hugging Face models: attach, capture, audit."""
+"""Entry points for Hugging Face models: attach, capture, audit."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch.nn import Module
 
 from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.patterns import PlannedChoice, replayed_mask
+from ..attention.bound import BoundPlan, bind
+from ..attention.patterns import PlannedChoice
 from ..attention.planned import PlannedAttention
 from ..audit.audit import require_model
 from ..comm.mesh import Mesh
 from ..model.attached import Attached, LayerMask, plain_model
-from ..model.first_loss import FirstLoss
+from ..model.first_loss import check_first_loss
 from ..model.shape import check_angles, model_shape, setting
 
 
@@ -33,16 +34,19 @@ def attach(
     plan.require(world_size=mesh.world_size, model=model_shape(body.config))
     check_angles(body)
     require_model(body, seq_len_tokens=plan.seq_len_tokens, mesh=mesh)
-    placement = plan.make_placement()
     check_padding(body.config, plan)
-    own = torch.from_numpy(placement.positions(mesh.rank)).to(mesh.device)
-    common: dict[str, Any] = {"positions": own, "seq_len_tokens": plan.seq_len_tokens, "first_loss": FirstLoss(mesh)}
-    if plan.pattern.source == "trace":
-        masks = _replay(plan, mesh, trace, training_step)
-        return Attached(body, PlannedAttention(plan, mesh), masks, **common)
-    planned = PlannedAttention(plan, mesh)
-    choice = PlannedChoice(plan, mesh, planned.positions[mesh.rank])
-    return Attached(body, planned, choice.of_layer, **common, one_sequence=True)
+    bound = bind(plan, mesh)
+    chosen = plan.pattern.source == "choose"
+    masks = PlannedChoice(bound).of_layer if chosen else _replay(bound, trace, training_step)
+    return Attached(
+        body,
+        PlannedAttention(bound),
+        masks,
+        positions=bound.own_positions,
+        seq_len_tokens=plan.seq_len_tokens,
+        one_sequence=chosen,
+        first_loss=partial(check_first_loss, mesh),
+    )
 
 
 def check_padding(config: Any, plan: Plan) -> None:
@@ -55,7 +59,8 @@ def check_padding(config: Any, plan: Plan) -> None:
                                "length that its ranks share evenly", field="max_position_embeddings")  # fmt: skip
 
 
-def _replay(plan: Plan, mesh: Mesh, trace: Trace | None, training_step: int | None) -> LayerMask:
+def _replay(bound: BoundPlan, trace: Trace | None, training_step: int | None) -> LayerMask:
+    plan = bound.plan
     if trace is None:
         raise InputError("the plan replays a trace: give the trace", field="trace")
     if plan.pattern.trace_sha256 not in (None, trace.digest()):
@@ -64,8 +69,4 @@ def _replay(plan: Plan, mesh: Mesh, trace: Trace | None, training_step: int | No
     missing = set(range(plan.model.layers)) - set(trace.layers)
     if missing or step not in trace.steps:
         raise InputError(f"lacks layers {sorted(missing)} or step {step}", field="trace")
-    masks = [
-        replayed_mask(plan, trace.layer_pattern(step, layer), layer=layer, device=mesh.device)
-        for layer in range(plan.model.layers)
-    ]
-    return masks.__getitem__
+    return bound.replayed(trace, step).__getitem__

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...planner.backends import TAKEN, computed_head_dim
+from ...planner.backends import BACKENDS, computed_head_dim
 from ...traces.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from ..audit.audit import Audit
+    from ..audit.result import Audit
 
 
 def audit(
@@ -58,7 +58,7 @@ def _kernels(found: Audit) -> dict[str, str]:
     if head_dim is None:
         return {}
     told = {}
-    for backend in TAKEN:
+    for backend in BACKENDS:
         try:
             computed = computed_head_dim(backend, head_dim=head_dim, dtype="bfloat16", block_size=128)
         except UnsupportedError:

@@ -1,6 +1,6 @@
 """Recording what a model attends to: any Hugging Face causal LM, through transformers' attention interface.
 
-At every layer the hook sees queries and keys after position encoding, lets a selector choose patterns from them,
+At every layer the recorder sees queries and keys after position encoding, lets a selector choose patterns from them,
 measures the attention that these keep, hands the layer to the trace, and returns real attention (dense, or sparse by
 the chosen pattern), so that the next layer sees the hidden states it should.
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...kernels.select.registry import Selector
 from ...planner.backends import computed_head_dim
 from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.dataset.rows import HeadChoice
-from ...traces.dataset.store import StepWriter, TraceWriter
+from ...traces.dataset.writer import StepWriter, TraceWriter
 from ...traces.errors import InputError, UnsupportedError
 from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
 from ...traces.progress import Progress, no_progress
-from ..attention.selectors import Selector
-from ..audit.audit import Audit, require_model
-from ..model.attention_call import check_attention_call, refuse_masks
+from ..attention.selectors import chosen_mask
+from ..audit.audit import require_model
+from ..audit.result import Audit
+from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
 
-# transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
-ATTENTION_NAME = "sparsering_capture"
 SAMPLED_ROWS = 64
 
 
@@ -117,11 +115,15 @@ def capture_model(
     if settings.sparse:
         _check_kernels(model, settings, header)
     step_number = writer.next_step if training_step is None else training_step
-    with writer.step(step_number) as step, _attention_replaced(model):
+    positions = torch.arange(header.seq_len_tokens, device=model.device)
+    with writer.step(step_number) as step, _in_eval_mode(model), torch.no_grad():
         recorder = _Recorder(step, settings, progress)
-        with _active(recorder), torch.no_grad():
+        attached = Attached(model, recorder, positions=positions, seq_len_tokens=header.seq_len_tokens)
+        try:
             # The body without the head: logits of long sequences are large and nobody looks at them.
-            model_body(model)(input_ids=ids.to(model.device), use_cache=False)
+            model_body(model)(input_ids=ids.to(model.device), position_ids=positions[None], use_cache=False)
+        finally:
+            attached.detach()
     return step_number
 
 
@@ -156,31 +158,26 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
 
 
 class _Recorder:
-    """Receives the layers of one forward pass in order."""
+    """In the place of attention (`model.attached.Attention`): receives the layers of one forward pass in order."""
 
     def __init__(self, step: StepWriter, settings: CaptureSettings, progress: Progress) -> None:
         self.step, self.settings, self.progress = step, settings, progress
         self.seen = 0
 
-    def layer(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
+    ) -> Tensor:
         """Record one layer and return its attention [1, S, H, D]."""
-        if q.shape[0] != 1:
+        if layer is None or q.shape[0] != 1:
             raise UnsupportedError(f"is {q.shape[0]}; one sequence at a time is captured", field="batch size")
+        scale = q.shape[3] ** -0.5 if scale is None else scale
         header = self.step.header
-        wanted = number in header.recorded_layers
-        mask = None
+        wanted = layer in header.recorded_layers
         if wanted or self.settings.sparse:
-            shard = ShardTensors(
-                q=q,
-                k=k,
-                positions=torch.arange(q.shape[1], device=q.device),
-                seq_len_tokens=header.seq_len_tokens,
-                block_size=header.block_size,
-                granularity_tokens=q.shape[1],
-            )
-            mask = self.settings.selector.choose(shard, layer=number, scale=scale)
+            shard = ShardTensors.whole(q, k, block_size=header.block_size)
+            mask = chosen_mask(self.settings.selector, shard, layer=layer, scale=scale)
             if wanted:
-                self.step.append(number, pattern_of(mask), self._choices(number, shard, mask, scale))
+                self.step.append(layer, pattern_of(mask), self._choices(layer, shard, mask, scale))
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
         if self.settings.sparse and mask is not None:
@@ -188,13 +185,16 @@ class _Recorder:
             return full_attention(q, k, v, mask, scale=scale, backend=backend)[0]
         return dense_causal(q, k, v, scale=scale)
 
+    def close(self) -> None:
+        """Nothing is held: the step is its writer's."""
+
     def _choices(self, layer: int, shard: ShardTensors, mask: AttentionMask, scale: float) -> list[HeadChoice]:
         probe = kept_mass_probe(shard, mask, scale=scale).clamp(max=1).tolist()
         sampled = kept_mass_sampled(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
-        recorded = self.settings.selector.recorded(layer, shard.heads)
+        heads = [self.settings.selector.of_head(layer, head) for head in range(shard.heads)]
         return [
-            HeadChoice(selector=name, settings=values, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
-            for (name, values), kept, kept_sampled in zip(recorded, probe, sampled.clamp(max=1).tolist(), strict=True)
+            HeadChoice(selector=one.name, settings=one.settings, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
+            for one, kept, kept_sampled in zip(heads, probe, sampled.clamp(max=1).tolist(), strict=True)
         ]
 
 
@@ -213,56 +213,12 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return out
 
 
-_RECORDER: ContextVar[_Recorder | None] = ContextVar("sparsering_recorder", default=None)
-
-
 @contextmanager
-def _active(recorder: _Recorder) -> Iterator[None]:
-    token = _RECORDER.set(recorder)
-    try:
-        yield
-    finally:
-        _RECORDER.reset(token)
-
-
-@contextmanager
-def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
-    """Put our hook in the place of the model's attention, in eval mode, and put everything back."""
-    previous = model.config._attn_implementation or "eager"
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
-    model.set_attn_implementation(ATTENTION_NAME)
+    model.eval()
     try:
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
-        model.eval()
         yield
     finally:
         for module, was_training in training:
             module.training = was_training
-        model.set_attn_implementation(previous)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **keywords: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: [B, H, S, D] in, [B, S, H, D] out."""
-    check_attention_call(
-        module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=query.shape[2]
-    )
-    recorder = _RECORDER.get()
-    if recorder is None:
-        raise RuntimeError("sparsering's capture hook was called outside capture_model")
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return recorder.layer(int(getattr(module, "layer_idx")), q, k, v, scale), None  # noqa: B009 (not in Module's type)
-
-
-AttentionInterface.register(ATTENTION_NAME, _attend)
-AttentionMaskInterface.register(ATTENTION_NAME, refuse_masks)

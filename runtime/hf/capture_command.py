@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...traces.dataset.manifest import MANIFEST_NAME
-from ...traces.dataset.store import Trace, TraceWriter
+from ...traces.dataset.store import Trace
+from ...traces.dataset.writer import TraceWriter
 from ...traces.errors import InputError
 from ...traces.progress import shown_progress
-
-if TYPE_CHECKING:
-    from ..attention.selectors import Selector
-
-
-class SelectorName(StrEnum):
-    """Selectors that capture offers, as the command line spells them."""
-
-    vertical_slash = "vertical-slash"
-    flex = "flex"
-    xattention = "xattention"
-    moba_block = "moba-block"
-    sink_window = "sink-window"
+from ...traces.published import read_published
+from ..attention.selectors import PublishedSettings, published_selector
+from .selector_options import SelectorOptions, with_selector_options
 
 
 class TokenizerName(StrEnum):
@@ -46,23 +38,14 @@ class DtypeName(StrEnum):
 
 
 def capture(
+    chosen: SelectorOptions,
     model: Annotated[Path, typer.Option(help="Model folder (config.json, safetensors), or a config.json.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Trace folder; one that exists is continued.")],
     text: Annotated[list[Path] | None, typer.Option(help="Text file; may be repeated.")] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(help="More text files.", show_default=False)] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="Text windows; window i is training step i.")] = 1,
-    selector: Annotated[SelectorName, typer.Option(help="How patterns are chosen.")] = SelectorName.vertical_slash,
     settings: Annotated[Path | None, typer.Option(help="Published per-head settings (JSON), not --selector.")] = None,
-    columns: Annotated[int | None, typer.Option(help="vertical-slash: token columns per head.")] = None,
-    slashes: Annotated[int | None, typer.Option(help="vertical-slash: token distances per head.")] = None,
-    p: Annotated[float | None, typer.Option(help="flex, xattention: share of attention to keep.")] = None,
-    cap: Annotated[int | None, typer.Option(help="flex: at most so many columns, and slashes.")] = None,
-    stride: Annotated[int | None, typer.Option(help="xattention: stride of the antidiagonals.")] = None,
-    chunk: Annotated[int | None, typer.Option(help="moba-block: tokens of a key chunk.")] = None,
-    top_chunks: Annotated[int | None, typer.Option(help="moba-block: chunks per query block.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="sink-window, vertical-slash: first tokens kept.")] = None,
-    window: Annotated[int | None, typer.Option(help="sink-window, vertical-slash: nearest tokens kept.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a mask block: 64 or 128.")] = 128,
     layers: Annotated[str, typer.Option(help="Layers to record: all, or a list such as 0,5,30-35.")] = "all",
     sparse: Annotated[bool, typer.Option("--sparse", help="Continue with sparse attention by the pattern.")] = False,
@@ -82,18 +65,6 @@ def capture(
     texts = [*(text or []), *(more_text or [])]
     if not texts:
         raise InputError("at least one text file is needed", field="--text")
-    options = {
-        "columns": columns,
-        "slashes": slashes,
-        "p": p,
-        "cap": cap,
-        "stride": stride,
-        "chunk_tokens": chunk,
-        "top_chunks": top_chunks,
-        "sink_tokens": sinks,
-        "window_tokens": window,
-    }
-
     if (output / MANIFEST_NAME).exists():
         Trace.open(output)  # a trace that cannot be continued is refused before a model is loaded
 
@@ -101,7 +72,7 @@ def capture(
     from ..model.load import check_vocabulary, load_model, pick_device, read_config, read_windows
     from .capture import CaptureSettings, capture_model, trace_header
 
-    chosen_selector = None if settings else _selector(selector.value, options)
+    selector = chosen.selector() if settings is None else None
     audit(read_config(model)[1], seq_len_tokens=seq_len).require(source=model)
     windows = read_windows(texts, model_path=model, tokenizer=tokenizer.value, seq_len_tokens=seq_len, count=steps)
     loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype.value, seed=seed)
@@ -115,14 +86,19 @@ def capture(
         seed=seed,
         layers=parse_layers(layers),
     )
-    if chosen_selector is None:
-        assert settings is not None
-        chosen_selector = _published(settings, options, header.model.layers, header.model.heads)
-    capture_settings = CaptureSettings(selector=chosen_selector, seed=seed, sparse=sparse)
+    if settings is not None:
+        selector = _published(settings, chosen, layers=header.model.layers, heads=header.model.heads)
+    assert selector is not None
+    capture_settings = CaptureSettings(selector=selector, seed=seed, sparse=sparse)
     with TraceWriter(output, header) as writer, shown_progress() as progress:
         for step in range(writer.next_step, steps):
             capture_model(loaded, windows[step], writer, capture_settings, training_step=step, progress=progress)
     _print_summary(Trace.open(output), as_json)
+
+
+def capture_verb() -> Callable[..., None]:
+    """Return `capture` with the options of all selectors that are registered now."""
+    return with_selector_options(capture)
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:
@@ -141,29 +117,9 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(chosen))
 
 
-def _selector(name: str, options: dict[str, Any]) -> Selector:
-    from ..attention.selectors import make_selector
-
-    given = {key: value for key, value in options.items() if value is not None}
-    share, cap = given.pop("p", None), given.pop("cap", None)
-    if name == "flex":
-        given |= {"column_mass": share, "slash_mass": share, "column_cap": cap, "slash_cap": cap}
-    elif name == "xattention":
-        given["mass"] = share
-        share = None
-    for option, value in (("--p", share), ("--cap", cap)):
-        if value is not None and name != "flex":
-            raise InputError(f"{name} has no such setting", field=option)
-    return make_selector(name, given)
-
-
-def _published(path: Path, options: dict[str, Any], layers: int, heads: int) -> Selector:
-    from ...traces.published import read_published
-    from ..attention.selectors import published_selector
-
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise InputError(f"comes from {path}, it cannot be given beside --settings", field=given[0])
+def _published(path: Path, chosen: SelectorOptions, *, layers: int, heads: int) -> PublishedSettings:
+    for option in chosen.given:
+        raise InputError(f"comes from {path}, it cannot be given beside --settings", field=option)
     return published_selector(read_published(path, layers=layers, heads=heads))
 
 

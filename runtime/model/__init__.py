@@ -1,1 +1,1 @@
-"""What the runtime knows and needs of a Hugging Face model."""
+"""What the runtime needs of a Hugging Face model: shape, loading, sharded batches, losses, guards."""

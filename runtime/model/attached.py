@@ -17,9 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.planned import Chooser
+from ..attention.heads import Chooser
 from .attention_call import check_attention_call, refuse_masks
-from .first_loss import FirstLoss
 from .positions import PositionGuard
 from .shape import attention_modules, model_body
 
@@ -32,6 +31,7 @@ LOSS_ARGUMENTS = {
     "returns)",
 }
 LayerMask = Callable[[int], AttentionMask | Chooser]
+FirstLoss = Callable[[Module, dict[str, Any]], None]  # of the model and its arguments, see `first_loss.py`
 
 
 class Attention(Protocol):
@@ -51,13 +51,14 @@ class Attention(Protocol):
 class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
 
-    positions: int64 [S_own], this rank's tokens of the seq_len_tokens of a sequence: every call is held to them.
-    one_sequence: whether patterns are chosen by data, which takes one sequence at a time. first_loss: compares ranks
-    when the model first computes a loss. A deep copy of the model shares this object.
+    masks: of every layer; without them attention is called with None. positions: int64 [S_own], this rank's tokens of
+    the seq_len_tokens of a sequence: every call is held to them. one_sequence: whether patterns are chosen by data,
+    which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks. A
+    deep copy of the model shares this object.
     """
 
     def __init__(
-        self, model: PreTrainedModel, planned: Attention, masks: LayerMask, *, positions: Tensor,
+        self, model: PreTrainedModel, planned: Attention, masks: LayerMask | None = None, *, positions: Tensor,
         seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
@@ -90,7 +91,8 @@ class Attached:
         """Return the attention output [B, S_own, H, D] of one layer."""
         if self._detached:
             raise InputError("was detached from its plan; attach it again", field="model")
-        return self.planned(q, k, v, self._masks(layer), scale=scale, layer=layer)
+        mask = None if self._masks is None else self._masks(layer)
+        return self.planned(q, k, v, mask, scale=scale, layer=layer)
 
     def detach(self) -> None:
         """Give the model its own attention back and free the channels."""
@@ -115,7 +117,7 @@ class Attached:
             if given.get(name) is None:
                 raise UnsupportedError(LOSS_ARGUMENTS[name], field=name)
         if self._first_loss is not None:
-            self._first_loss.check(module, given)
+            self._first_loss(module, given)
             self._first_loss = None
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
@@ -125,7 +127,8 @@ class Attached:
                 raise InputError("was detached from its plan; attach it again", field="model")
             raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
                              "their shards", field="attn_implementation")  # fmt: skip
-        if getattr(_embeddings(own), "neftune_noise_alpha", None):
+        embeddings = _embeddings(own)
+        if getattr(embeddings, "neftune_noise_alpha", None) and getattr(embeddings, "training", False):
             raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
         given = _arguments(module, args, keywords)
         self.positions.check(given.get("position_ids"))
@@ -185,11 +188,5 @@ def _planned_attention(
     return attached.attend(module.layer_idx, q, k, v, scaling), None
 
 
-def _refuse_padding(*args: Any, **keywords: Any) -> None:
-    # Positions of a shard are not contiguous, which transformers takes for packed documents; that guess is dropped.
-    keywords.pop("mask_function", None)
-    refuse_masks(*args, **keywords)
-
-
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _refuse_padding)
+AttentionMaskInterface.register(ATTENTION_NAME, refuse_masks)

@@ -21,34 +21,24 @@ _LOSSES = itertools.count()  # ranks compute their first losses in the same orde
 SAMPLED = 64  # elements of every parameter
 
 
-class FirstLoss:
-    """What ranks tell each other before the first loss of an attached model."""
+def check_first_loss(mesh: Mesh, model: torch.nn.Module, given: dict[str, Any]) -> None:
+    """Compare with all ranks, before the first loss of an attached model: collective, and waits for the device.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def check(self, model: torch.nn.Module, given: dict[str, Any]) -> None:
-        """Compare with all ranks: collective, and waits for the device.
-
-        given: the arguments of the model's call. Raises InputError when labels are not shifted, when
-        num_items_in_batch is less than the valid labels of all ranks, or when ranks hold different weights.
-        """
-        labels = given["shift_labels"]
-        valid = labels != IGNORED_LABEL
-        if _are_the_tokens(labels, given.get("input_ids"), valid):
-            raise InputError("are the tokens themselves, not shifted: pass what shard() returns", field="shift_labels")
-        topic = f"first loss {next(_LOSSES)}"
-        counts = self._everyones(topic, int(valid.sum()))
-        stated = int(given["num_items_in_batch"])
-        if stated < sum(counts):
-            raise InputError(f"is {stated}, ranks have {sum(counts)} valid labels: pass what shard() returns",
-                             field="num_items_in_batch")  # fmt: skip
-        agree(self._mesh, f"{topic} weights", _digest(model))
-
-    def _everyones(self, topic: str, value: int) -> list[int]:
-        mesh = self._mesh
-        mesh.store.set(f"sparsering/{topic}/{mesh.rank}", str(value))
-        return [int(mesh.store.get(f"sparsering/{topic}/{rank}").decode()) for rank in range(mesh.world_size)]
+    given: the arguments of the model's call. Raises InputError when labels are not shifted, when num_items_in_batch is
+    less than the valid labels of all ranks, or when ranks hold different weights.
+    """
+    labels = given["shift_labels"]
+    valid = labels != IGNORED_LABEL
+    if _are_the_tokens(labels, given.get("input_ids"), valid):
+        raise InputError("are the tokens themselves, not shifted: pass what shard() returns", field="shift_labels")
+    topic = f"first loss {next(_LOSSES)}"
+    mesh.store.set(f"sparsering/{topic}/{mesh.rank}", str(int(valid.sum())))
+    total = sum(int(mesh.store.get(f"sparsering/{topic}/{rank}").decode()) for rank in range(mesh.world_size))
+    stated = int(given["num_items_in_batch"])
+    if stated < total:
+        raise InputError(f"is {stated}, ranks have {total} valid labels: pass what shard() returns",
+                         field="num_items_in_batch")  # fmt: skip
+    agree(mesh, f"{topic} weights", _digest(model))
 
 
 def _are_the_tokens(labels: Tensor, ids: Tensor | None, valid: Tensor) -> bool:

@@ -1,1 +1,1 @@
-"""`sparsering run`: a plan executed, verified and measured."""
+"""`sparsering run`: one layer of a plan executed, verified in float64 and measured."""

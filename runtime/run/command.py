@@ -19,9 +19,9 @@ from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern
 from ...traces.timeline import Timeline
 from ..comm.failures import naming_lost_ranks
-from ..comm.launch import launch_ranks
 from ..comm.lost import RankLost
 from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave
+from ..comm.start import start_ranks
 from .execute import RunOptions, RunResult, execute
 
 
@@ -63,7 +63,7 @@ def run(
     if not is_rank():
         _require_devices(device, loaded.world_size)
         environment = inherited_environment(world_size=loaded.world_size)
-        raise typer.Exit(launch_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
+        raise typer.Exit(start_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
     mesh = join(device=device, timeout_s=timeout_s, patience_s=patience_s)
     try:
         passed = _run_rank(mesh, loaded, pattern, options, lambda result: _report(loaded, result, output, as_json))

@@ -11,17 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...kernels.mask import AttentionMask
 from ...planner.plan import Plan
 from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern
-from ...traces.timeline import COMPUTE_STREAM, Span, Timeline
-from ..attention.patterns import PlannedChoice, mask_of
-from ..attention.planned import Chooser, PlannedAttention
+from ...traces.timeline import Span, Timeline
+from ..attention.bound import BoundPlan, bind
+from ..attention.heads import Chooser
+from ..attention.masks import mask_of
+from ..attention.patterns import PlannedChoice
+from ..attention.planned import PlannedAttention
 from ..comm.measure import Recorder, collect_timeline
 from ..comm.mesh import Mesh
 from .verify import Verdict, verify
 
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class RunResult:
 
 
 def execute(
-    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, progress: Progress = lambda text: None
+    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, tell: Tell = lambda text: None
 ) -> RunResult | None:
     """Run one layer forward and backward `repeats` times; the result on rank 0, None elsewhere. Collective.
 
@@ -71,63 +75,62 @@ def execute(
         plan.require_covered(pattern)
     scale = plan.model.head_dim**-0.5  # random tensors have no model to say another
     recorder = Recorder(device=mesh.device)
-    planned = PlannedAttention(plan, mesh, recorder=recorder)
-    mask = _mask(planned, pattern, options.layer)
-    inputs = _inputs(planned, options.seed)
-    own = {name: tensor[:, planned.positions[mesh.rank]].contiguous() for name, tensor in inputs.items()}
+    bound = bind(plan, mesh)
+    planned = PlannedAttention(bound, recorder=recorder)
+    mask = _mask(bound, pattern, options.layer)
+    inputs = _inputs(bound, options.seed)
+    own = {name: tensor[:, bound.own_positions].contiguous() for name, tensor in inputs.items()}
     if not options.verify:
         inputs.clear()
     spans: list[list[Span]] = []
     peak = 0
     verdicts: list[Verdict] = []
     for repeat in range(options.warmups + options.repeats):
-        progress(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
+        tell(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
         results = _step(planned, own, mask, recorder, options.layer)
         if mesh.device.type == "cuda":
             peak = max(peak, torch.cuda.max_memory_allocated(mesh.device) + planned.pool.uncounted_bytes)
         if repeat >= options.warmups:
             spans.append(recorder.spans(mesh.rank))
         if repeat == 0 and options.verify:
-            progress("verifying in float64")
-            verdicts = verify(planned, _chosen(mask, own, scale), inputs, results, scale)
+            tell("verifying in float64")
+            verdicts = verify(bound, _chosen(mask, own, scale), inputs, results, scale)
             inputs.clear()
     planned.agree_on_patterns()
-    return _gathered(planned, spans, verdicts, peak)
+    return _gathered(bound, spans, verdicts, peak)
 
 
-def _mask(planned: PlannedAttention, pattern: LayerPattern | None, layer: int) -> Any:
+def _mask(bound: BoundPlan, pattern: LayerPattern | None, layer: int) -> AttentionMask | Chooser:
     if pattern is not None:
-        capacity = planned.plan.columns_capacity
-        return mask_of(pattern, columns_capacity=capacity, device=planned.mesh.device)
-    return PlannedChoice(planned.plan, planned.mesh, planned.positions[planned.mesh.rank]).of_layer(layer)
+        return mask_of(pattern, columns_capacity=bound.plan.columns_capacity, device=bound.mesh.device)
+    return PlannedChoice(bound).of_layer(layer)
 
 
-def _chosen(mask: Any, own: dict[str, Tensor], scale: float) -> Any:
-    return mask(own["q"], own["k"], scale) if callable(mask) else mask
+def _chosen(mask: AttentionMask | Chooser, own: dict[str, Tensor], scale: float) -> AttentionMask:
+    return mask if isinstance(mask, AttentionMask) else mask(own["q"], own["k"], scale)
 
 
-def _inputs(planned: PlannedAttention, seed: int) -> dict[str, Tensor]:
+def _inputs(bound: BoundPlan, seed: int) -> dict[str, Tensor]:
     """Return q, k, v, grad_out of the whole padded sequence, equal on every rank."""
-    model, device = planned.plan.model, planned.mesh.device
-    tokens = sum(positions.numel() for positions in planned.positions)
+    model, device, tokens = bound.plan.model, bound.mesh.device, bound.placement.padded_tokens
     generator = torch.Generator(device).manual_seed(seed)
     heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads, "grad_out": model.heads}
-    kind = torch.float64 if planned.dtype == torch.float64 else torch.float32
+    kind = torch.float64 if bound.dtype == torch.float64 else torch.float32
     return {
         name: torch.randn(1, tokens, count, model.head_dim, generator=generator, device=device, dtype=kind).to(
-            planned.dtype
+            bound.dtype
         )
         for name, count in heads.items()
     }
 
 
 def _step(
-    planned: PlannedAttention, own: dict[str, Tensor], mask: Any | Chooser, recorder: Recorder, layer: int
+    planned: PlannedAttention, own: dict[str, Tensor], mask: AttentionMask | Chooser, recorder: Recorder, layer: int
 ) -> dict[str, Tensor]:
     q, k, v = (own[name].detach().requires_grad_() for name in "qkv")
     dist.barrier()
-    if planned.mesh.device.type == "cuda":
-        torch.cuda.synchronize(planned.mesh.device)
+    if own["q"].is_cuda:
+        torch.cuda.synchronize(own["q"].device)
     recorder.begin()
     out, lse = planned.with_lse(q, k, v, mask, layer=layer)
     out.backward(own["grad_out"])
@@ -135,16 +138,14 @@ def _step(
     return {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
-def _gathered(
-    planned: PlannedAttention, repeats: list[list[Span]], verdicts: list[Verdict], peak: int
-) -> RunResult | None:
-    mesh, plan = planned.mesh, planned.plan
-    metadata = {"plan_digest": plan.digest, "backend": planned.backend, "device": _device_name(mesh)}
+def _gathered(bound: BoundPlan, repeats: list[list[Span]], verdicts: list[Verdict], peak: int) -> RunResult | None:
+    mesh = bound.mesh
+    metadata = {"plan_digest": bound.plan.digest, "backend": bound.backend, "device": _device_name(mesh)}
     timelines = [
-        collect_timeline(mesh, spans, topic=f"{planned.topic}/{number}", metadata=metadata)
+        collect_timeline(mesh, spans, topic=f"{bound.topic}/{number}", metadata=metadata)
         for number, spans in enumerate(repeats)
     ]
-    everyone = mesh.collect(f"{planned.topic}/verdicts", [[asdict(v) for v in verdicts], peak])
+    everyone = mesh.collect(f"{bound.topic}/verdicts", [[asdict(v) for v in verdicts], peak])
     if mesh.rank or everyone is None:
         return None
     measured = [timeline for timeline in timelines if timeline is not None]
@@ -160,12 +161,3 @@ def _gathered(
 
 def _device_name(mesh: Mesh) -> str:
     return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-
-
-def compute_us(timeline: Timeline) -> list[float]:
-    """Return each rank's total compute time in the timeline."""
-    totals = [0.0] * timeline.world_size
-    for span in timeline.spans:
-        if span.stream == COMPUTE_STREAM:
-            totals[span.rank] += span.duration_us
-    return totals

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.mask import AttentionMask, whole
-from ..attention.planned import PlannedAttention
+from ..attention.bound import BoundPlan
 
 FLOAT64_TOLERANCE = 1e-8
 ERROR_BUDGET = 2.0
@@ -45,21 +45,21 @@ class Verdict:
 
 
 def verify(
-    planned: PlannedAttention, mask: AttentionMask, inputs: dict[str, Tensor], results: dict[str, Tensor], scale: float
+    bound: BoundPlan, mask: AttentionMask, inputs: dict[str, Tensor], results: dict[str, Tensor], scale: float
 ) -> list[Verdict]:
     """Check this rank's results of one layer; collective.
 
     inputs: "q", "k", "v", "grad_out" of the whole sequence [1, S, heads, D] in natural order, in the plan's type;
     results: this rank's "out", "lse", "dq", "dk", "dv" as `PlannedAttention` returned them.
     """
-    oracle = _Oracle(planned, mask, inputs, scale)
+    oracle = _Oracle(bound, mask, inputs, scale)
     exact = oracle.run(plain=False)
-    plain = None if planned.dtype == torch.float64 else oracle.run(plain=True)
+    plain = None if bound.dtype == torch.float64 else oracle.run(plain=True)
     verdicts = []
     for name, value in results.items():
         error = _largest_difference(value, exact[name])
         plain_error = None if plain is None else _largest_difference(plain[name], exact[name])
-        verdicts.append(Verdict(name=name, rank=planned.mesh.rank, error=error, plain_error=plain_error))
+        verdicts.append(Verdict(name=name, rank=bound.mesh.rank, error=error, plain_error=plain_error))
     return verdicts
 
 
@@ -72,9 +72,9 @@ def _largest_difference(value: Tensor, wanted: Tensor) -> float:
 class _Oracle:
     """Eager attention of one rank's rows and keys, in float64 or ("plain") in the inputs' own type."""
 
-    def __init__(self, planned: PlannedAttention, mask: AttentionMask, inputs: dict[str, Tensor], scale: float) -> None:
-        self.planned, self.mask, self.inputs, self.scale = planned, mask, inputs, scale
-        self.own = planned.positions[planned.mesh.rank]
+    def __init__(self, bound: BoundPlan, mask: AttentionMask, inputs: dict[str, Tensor], scale: float) -> None:
+        self.bound, self.mask, self.inputs, self.scale = bound, mask, inputs, scale
+        self.own = bound.own_positions
         self.everywhere = torch.arange(inputs["q"].shape[1], device=self.own.device)
         self.heads, self.group = inputs["q"].shape[2], inputs["q"].shape[2] // inputs["k"].shape[2]
 
@@ -142,9 +142,9 @@ class _Oracle:
 
     def _gather(self, own: Tensor) -> Tensor:
         """Return [1, H, S] in natural order from every rank's [1, H, S_own]."""
-        parts = [torch.empty_like(own) for _ in self.planned.positions]
+        parts = [torch.empty_like(own) for _ in self.bound.positions]
         dist.all_gather(parts, own.contiguous())
         whole_sequence = torch.empty(*own.shape[:2], self.everywhere.numel(), dtype=own.dtype, device=own.device)
-        for positions, part in zip(self.planned.positions, parts, strict=True):
+        for positions, part in zip(self.bound.positions, parts, strict=True):
             whole_sequence[:, :, positions] = part
         return whole_sequence

@@ -1,1 +1,1 @@
-"""Where the time of a training step goes."""
+"""Where the time of a training step goes: attention, choosing, exposed communication."""

@@ -1,1 +1,1 @@
-"""The trainer."""
+"""`sparsering train`: configuration, FSDP2 model, optimizer, checkpoints, metrics, export."""

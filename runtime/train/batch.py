@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...planner.plan import Plan
-from ..data.shards import Sequence, TokenData
+from ..data.shards import Sequence
 from ..model.shard import IGNORED_LABEL, shard
 from .config import TrainConfig
 
@@ -23,18 +23,6 @@ class Microbatch:
     labels: Tensor
     valid: int
     documents: Tensor | None
-
-
-def microbatch(
-    config: TrainConfig, data: TokenData, plan: Plan, *, step: int, number: int, replica: int, rank: int,
-    device: torch.device,
-) -> Microbatch:  # fmt: skip
-    """Return microbatch `number` of an optimizer step for one rank: a pure function of its arguments."""
-    sequence = data.at_step(
-        step, number * config.parallel.data + replica, slots=config.sequences_per_step,
-        seq_len_tokens=config.seq_len_tokens, seed=config.seed,
-    )  # fmt: skip
-    return cut(config, sequence, plan, rank=rank, device=device)
 
 
 def cut(config: TrainConfig, sequence: Sequence, plan: Plan, *, rank: int, device: torch.device) -> Microbatch:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn import Module
 
 from ...traces.errors import InputError
-from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
+from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, write_json
 from ..comm.mesh import Mesh
 
 CHECKPOINT_SCHEMA_VERSION = 1
@@ -134,7 +134,7 @@ class Checkpointer:
             "schema_version": CHECKPOINT_SCHEMA_VERSION, "kind": "sparsering-checkpoint", "step": step,
             "facts": self.facts, "files": files,
         }  # fmt: skip
-        write_json(partial / MANIFEST_NAME, raw | {"digest": sha256_of_bytes(canonical_json(raw))})
+        write_json(partial / MANIFEST_NAME, sealed(raw))
         for rank in range(self.mesh.world_size):
             (partial / f"digests-{rank}.json").unlink()
         final = partial.with_suffix("")
@@ -175,17 +175,9 @@ def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
     source = path / MANIFEST_NAME
     if not source.is_file():
         raise InputError("is no complete checkpoint: it holds no manifest.json", source=path)
-    raw = read_json(source, max_bytes=MAX_MANIFEST_BYTES)
-    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict):
+    raw = read_sealed(source, newest_schema=CHECKPOINT_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(raw.get("files"), dict):
         raise InputError("is no checkpoint's manifest", source=source)
-    if raw.get("schema_version") != CHECKPOINT_SCHEMA_VERSION:
-        raise InputError(
-            f"is {raw.get('schema_version')!r}; this version reads {CHECKPOINT_SCHEMA_VERSION}", source=source,
-            field="schema_version",
-        )  # fmt: skip
-    stated = raw.get("digest")
-    if stated != (actual := sha256_of_bytes(canonical_json({k: v for k, v in raw.items() if k != "digest"}))):
-        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=source, field="digest")
     for name in raw["files"]:
         if not _FILE.match(name):
             raise InputError(f"{name!r} is no file of a checkpoint", source=source, field="files")

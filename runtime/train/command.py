@@ -1,24 +1,20 @@
-"""The verb `sparsering train`, and what every rank does that it (or torchrun) starts."""
+"""The verb `sparsering train`: checks a run, shows or exports it, or starts its ranks."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...traces.errors import InputError
-from ..comm.failures import naming_lost_ranks
-from ..comm.launch import run_to_its_end
-from ..comm.lost import RankLost
-from ..comm.mesh import inherited_environment, is_rank, join, leave
+from ..comm.mesh import inherited_environment, is_rank
+from ..comm.start import run_to_its_end
+from .__main__ import run_rank
 from .config import TrainConfig, load_config
 from .export import export_checkpoint
-from .loop import StepResult, Trainer, TrainingError
 from .setup import Setup, set_up
 
 
@@ -39,7 +35,7 @@ def train(
     """
     loaded = load_config(config)
     if is_rank():
-        raise typer.Exit(_run_rank(loaded))
+        raise typer.Exit(run_rank(loaded))
     if export is not None:
         written = export_checkpoint(loaded, export)
         typer.echo(json.dumps(written) if as_json else f"step {written['step']} written to {export}")
@@ -61,62 +57,6 @@ def start(path: Path, config: TrainConfig) -> int:
     ]  # fmt: skip
     environment = inherited_environment(world_size=world) | {"PYTHONSAFEPATH": "1"}
     return run_to_its_end(command, environment=environment)
-
-
-def run_rank(config: TrainConfig) -> int:
-    """Train as one rank; 0 when all steps are done. Rank 0 alone reads all data once to verify it."""
-    world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
-    try:
-        setup = set_up(config, verify_data=world.rank == 0)
-        if world.world_size != config.parallel.world_size:
-            raise InputError(f"{config.parallel.world_size} ranks are configured, {world.world_size} were started",
-                             field="parallel")  # fmt: skip
-        with naming_lost_ranks(world):
-            trainer = Trainer(setup, world)
-            first = trainer.resume()
-        console = Console(stderr=True, quiet=bool(world.rank))
-        if setup.resolved.made_here and config.attention == "planned":
-            console.print(f"no plan given: default plan {setup.plan.digest[:12]} ({setup.resolved.made_here})")
-        if first:
-            console.print(f"resumed at step {first}")
-        with _progress(console, config, first) as (bar, task):
-            trainer.run(lambda result: _advance(bar, task, result))
-        with naming_lost_ranks(world):
-            trainer.close()
-    finally:
-        leave()
-    return 0
-
-
-def _run_rank(config: TrainConfig) -> int:
-    """Train as one rank; 1, and one line, when the run broke or ranks were lost."""
-    try:
-        return run_rank(config)
-    except (TrainingError, RankLost) as error:
-        typer.echo(f"sparsering: {error}", err=True)
-        return 1
-
-
-class _progress:
-    """A rich progress line on rank 0: step, loss, tokens per second, gradient norm."""
-
-    def __init__(self, console: Console, config: TrainConfig, first: int) -> None:
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=console)
-        self._task = self._bar.add_task("training", total=config.steps, completed=first, figures="")
-
-    def __enter__(self) -> tuple[Progress, Any]:
-        self._bar.start()
-        return self._bar, self._task
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.stop()
-
-
-def _advance(bar: Progress, task: Any, result: StepResult) -> None:
-    loss = "-" if result.loss is None else f"{result.loss:.4f}"
-    figures = f"loss {loss}  {result.tokens / result.seconds:,.0f} tokens/s  |g| {result.grad_norm:.3g}"
-    bar.update(task, completed=result.step + 1, figures=figures)
 
 
 def _show(setup: Setup, as_json: bool) -> None:

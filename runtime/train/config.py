@@ -9,8 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 
+from ...kernels.select import DEFAULT_SELECTOR
+from ...planner.layouts.layout import Layout
+from ...planner.layouts.registry import make_layout
 from ...planner.plan import DType
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
@@ -67,23 +70,33 @@ class ParallelSection(_Section):
 class PatternSection(_Section):
     """How patterns are chosen when the plan is made here. settings: the selector's, see `sparsering capture`."""
 
-    selector: str = "vertical-slash"
+    selector: str = DEFAULT_SELECTOR
     settings: dict[str, int | float] = Field(default_factory=dict)
 
 
 class PlanSection(_Section):
     """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
 
-    layout_parameters: of the layout, as {pull: 1}; what is not given is the layout's own, and one chunk for a gather.
+    layout: by name, as in plan files and `sparsering plan --layout`. layout_parameters: its own, as
+    {chunks: 2, pull: true}; what is not given has the layout's default.
     """
 
     file: Path | None = None
     trace: Path | None = None
     pattern: PatternSection = PatternSection()
-    layout: Literal["gather", "ring", "hierarchical", "two_level", "collective", "ulysses"] = "gather"
-    layout_parameters: dict[str, int] = Field(default_factory=dict)
+    layout: str = "gather"
+    layout_parameters: dict[str, StrictBool | StrictInt] = Field(default_factory=dict)
     block_size: Literal[64, 128] = 128
     backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None
+
+    def make_layout(self) -> Layout:
+        """Return the default plan's layout; InputError, naming field and value, where there is none that fits."""
+        return make_layout(self.layout, self.layout_parameters)
+
+    @model_validator(mode="after")
+    def _known_layout(self) -> Self:
+        self.make_layout()
+        return self
 
 
 class OptimizerSection(_Section):

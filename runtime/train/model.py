@@ -7,45 +7,19 @@ Whether it may be trained at all is the audit's to say (`hf/audit.py`).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn import Module
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ...planner.plan import ModelShape
 from ...traces.errors import InputError
 from ..attention.recompute import checkpoint_layer
 from ..model.head_loss import ModelWithLoss
 from ..model.losses import pick_implementation
-from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
+from ..model.shape import check_angles, decoder_layers
 from .config import ModelSection, TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What is known of a model from its configuration alone.
-
-    parameters: counted without memory; active_parameters: those that a token meets, of experts the ones it visits (None
-    where the model does not say how many); embedding_parameters: those of the input embedding, which take part in no
-    matrix product of their own.
-    """
-
-    model_type: str
-    shape: ModelShape
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-    parameters: int
-    active_parameters: int | None
-    embedding_parameters: int
-    layer_parameters: int
 
 
 def read_model_config(section: ModelSection) -> Any:
@@ -66,30 +40,6 @@ def read_model_config(section: ModelSection) -> Any:
         raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
                          field="model.path")  # fmt: skip
     return config
-
-
-def model_facts(config: Any) -> ModelFacts:
-    """Return what the configuration says of the model; parameters are counted on the meta device."""
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:  # whatever its class says about the values, one line says it
-            told = f"makes no causal language model ({type(error).__name__}: {error})"
-            raise InputError(told, field="model.path") from error
-    embedding = model.get_input_embeddings().weight.numel()
-    layers = decoder_layers(model)
-    return ModelFacts(
-        model_type=config.model_type,
-        shape=model_shape(config),
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        active_parameters=active_parameters(model),
-        embedding_parameters=embedding,
-        layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()),
-    )
 
 
 def build_model(section: ModelSection, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -138,33 +88,3 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
 def master_dtype(config: TrainConfig) -> torch.dtype:
     """The type of parameters and optimizer states."""
     return torch.float64 if config.dtype == "float64" else torch.float32
-
-
-class FiniteWatch:
-    """Notes, on the device, whether each layer's output and its gradient are finite on this rank."""
-
-    def __init__(self, layers: list[Module], device: torch.device) -> None:
-        self._values = torch.zeros(2, len(layers), device=device)
-        for number, layer in enumerate(layers):
-            layer.register_forward_hook(self._hook(number))
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        self._values = torch.zeros_like(self._values)
-
-    def broken(self) -> list[list[bool]]:
-        """Return [outputs of layers, gradients of these outputs], True where one was not finite."""
-        return [[not math.isfinite(value) for value in row] for row in self._values.tolist()]
-
-    def _hook(self, number: int) -> Any:
-        def note(direction: int, tensor: Tensor) -> None:
-            # A sum is not finite when an element is not; it costs one pass and no memory.
-            self._values[direction, number] += tensor.detach().sum(dtype=torch.float32)
-
-        def hook(module: Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            note(0, tensor)
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: note(1, gradient))
-
-        return hook

@@ -1,10 +1,11 @@
-"""AdamW on sharded float32 parameters, its learning rate, and a gradient norm that tells which parameter broke it."""
+"""AdamW on sharded float32 parameters, its learning rate, and which layer or parameter broke a gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,12 +39,6 @@ def learning_rate(step: int, section: OptimizerSection, steps: int) -> float:
     done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     return section.learning_rate * (section.minimum_share + (1.0 - section.minimum_share) * cosine)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +80,50 @@ def clip_gradients(parameters: Iterable[Parameter], norm: Tensor, limit: float |
     for parameter in parameters:
         if parameter.grad is not None:
             _local(parameter.grad).mul_(factor)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: says at which step, and for a broken gradient, on which rank and in which layer."""
+
+
+class FiniteWatch:
+    """Notes, on the device, whether each layer's output and its gradient are finite on this rank."""
+
+    def __init__(self, layers: list[Module], device: torch.device) -> None:
+        self._values = torch.zeros(2, len(layers), device=device)
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(number))
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._values = torch.zeros_like(self._values)
+
+    def diagnosis(self, norms: GradientNorms) -> str:
+        """Say which rank and layer broke first. Collective over all processes; every rank says the same."""
+        flags = (~self._values.isfinite()).int()
+        everyone = [torch.zeros_like(flags) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, flags)
+        broken = torch.stack(everyone).cpu().bool()  # [rank, output or gradient, layer]
+        for direction, (name, first) in enumerate((("the output", min), ("the gradient of the output", max))):
+            layers = broken[:, direction].any(0).nonzero()[:, 0].tolist()
+            if layers:
+                layer = first(layers)
+                ranks = broken[:, direction, layer].nonzero()[:, 0].tolist()
+                return f"{name} of layer {layer} is not finite on rank {', '.join(map(str, ranks))}"
+        return f"the gradient of {', '.join(norms.broken()[:4]) or 'the loss'} is not finite (on some rank)"
+
+    def _hook(self, number: int) -> Any:
+        def note(direction: int, tensor: Tensor) -> None:
+            # A sum is not finite when an element is not; it costs one pass and no memory.
+            self._values[direction, number] += tensor.detach().sum(dtype=torch.float32)
+
+        def hook(module: Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            note(0, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: note(1, gradient))
+
+        return hook
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -7,27 +7,48 @@ Shape legend: H query heads, N mask blocks, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.mask import AttentionMask
-from ...kernels.select.choose import Collectives, ShardTensors
-from ...kernels.select.probe import kept_mass_probe, kept_mass_sampled
-from ...planner.plan import Plan
+from ...kernels.select.probe import Collectives, kept_mass_probe, kept_mass_sampled
 from ...traces.dataset.rows import HeadChoice
-from ...traces.dataset.store import LayerRecord, Trace
-from ..attention.patterns import PlannedChoice, RunningHash, replayed_mask
-from ..attention.planned import Chooser
+from ...traces.dataset.store import Trace
+from ...traces.dataset.writer import LayerRecord
+from ..attention.bound import BoundPlan
+from ..attention.heads import Chooser
+from ..attention.masks import RunningHash
+from ..attention.patterns import PlannedChoice
 from ..comm.channels import reducers
-from ..comm.mesh import Mesh
 from ..hf.capture import pattern_of
 from ..timing.exposure import Exposure
 from ..timing.spans import Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What a training step looks at beyond its loss; of patterns, those of its first microbatch.
+
+    measured: density, imbalance and exposed communication. weighed: of a measured step also the kept mass. recorded:
+    whole patterns and their kept mass, for the trace.
+    """
+
+    measured: bool = False
+    weighed: bool = False
+    recorded: bool = False
+
+    @property
+    def masses(self) -> bool:
+        """Whether the mass that patterns keep is worked out."""
+        return self.recorded or (self.measured and self.weighed)
+
+
+NOTHING = Observed()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +75,33 @@ class _Watched:
 class LayerMasks:
     """Gives every layer its mask (`of_layer`), and watches what is given.
 
-    source: layer -> mask or chooser; owners int64 [N]: which rank owns each query block.
-    documents int32 [S]: laid over the masks of this microbatch. watch, weigh, record: whether this microbatch's density
-    and imbalance, kept mass, and whole patterns are kept.
+    source: layer -> mask or chooser; seed: of the sampled queries.
+    replayed: one mask a layer, used in place of what the source chooses. documents int32 [S]: laid over the masks of
+    this microbatch. observed: what is kept of them.
     """
 
-    plan: Plan
-    mesh: Mesh
+    bound: BoundPlan
     source: Callable[[int], AttentionMask | Chooser]
-    positions: Tensor
-    clock: Clock | None = None
-    documents: Tensor | None = None
-    watch: bool = False
-    weigh: bool = False
-    record: bool = False
+    clock: Clock
     seed: int = 0
+    replayed: Sequence[AttentionMask] | None = None
+    documents: Tensor | None = None
+    observed: Observed = NOTHING
     _watched: dict[int, _Watched] = field(default_factory=dict)
     _collectives: Collectives | None = None
 
     def __post_init__(self) -> None:
-        self._hash = RunningHash(self.mesh.device)
+        self._hash = RunningHash(self.bound.mesh.device)
 
     def of_layer(self, layer: int) -> Chooser:
         """Return a function of this rank's (q, k, scale) that gives the layer's mask. Collective when it chooses."""
 
         def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
             given = self.source(layer)
-            with nullcontext() if self.clock is None else self.clock.span("choosing"):
+            with self.clock.span("choosing"):
                 mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
+            if self.replayed is not None:
+                mask = self.replayed[layer]
             if self.documents is not None:
                 mask = replace(mask, documents=self.documents)
             self._observe(layer, mask, q, k, scale)
@@ -100,7 +120,7 @@ class LayerMasks:
         for layer, watched in sorted(self._watched.items()):
             blocks = watched.rows.shape[1]
             density = watched.rows.sum(1).double() / (blocks * (blocks + 1) / 2)
-            work = torch.zeros(self.mesh.world_size, dtype=torch.float64, device=owners.device)
+            work = torch.zeros(self.bound.mesh.world_size, dtype=torch.float64, device=owners.device)
             work.index_add_(0, owners, watched.rows.sum(0).double())
             loads[layer] = LayerLoad(
                 density=density.tolist(),
@@ -112,7 +132,7 @@ class LayerMasks:
 
     def take_records(self) -> dict[int, LayerRecord]:
         """Return the recorded layers on the host, as a trace takes them, and forget them."""
-        spec = self.plan.pattern
+        spec = self.bound.plan.pattern
         records: dict[int, LayerRecord] = {}
         for layer, watched in sorted(self._watched.items()):
             assert watched.record is not None and watched.masses is not None
@@ -131,68 +151,36 @@ class LayerMasks:
     def _observe(self, layer: int, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> None:
         with torch.no_grad():
             self._hash.note(mask)
-            if self.watch or self.record:
-                masses = self._masses(mask, q, k, scale) if self.weigh or self.record else None
-                self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.record else None)
+            if self.observed.measured or self.observed.recorded:
+                masses = self._masses(mask, q, k, scale) if self.observed.masses else None
+                self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.observed.recorded else None)
 
     def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if self._collectives is None:
-            total, largest = reducers(self.mesh)
+            total, largest = reducers(self.bound.mesh)
             self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
-        shard = ShardTensors(
-            q=q.detach(), k=k.detach(), positions=self.positions, seq_len_tokens=self.plan.seq_len_tokens,
-            block_size=self.plan.block_size, granularity_tokens=self.plan.placement.granularity_tokens,
-            documents=self.documents,
-        )  # fmt: skip
+        shard = self.bound.shard_tensors(q, k, self.documents)
         common: dict[str, Any] = {"scale": scale, "collectives": self._collectives}
         return kept_mass_probe(shard, mask, **common), kept_mass_sampled(shard, mask, seed=self.seed, **common)
 
     def _owners(self) -> Tensor:
         """Return int64 [N], the rank that owns the first token of each block."""
-        placement, size = self.plan.make_placement(), self.plan.block_size
-        blocks = -(-self.plan.seq_len_tokens // size)
-        owners = torch.zeros(blocks, dtype=torch.int64)
-        for rank in range(self.mesh.world_size):
-            first = torch.from_numpy(placement.positions(rank))
-            first = first[(first % size == 0) & (first < self.plan.seq_len_tokens)]
-            owners[first // size] = rank
-        return owners.to(self.mesh.device)
+        first = np.arange(0, self.bound.plan.seq_len_tokens, self.bound.plan.block_size)
+        return torch.from_numpy(self.bound.placement.owner_of_tokens()[first]).to(self.bound.mesh.device)
 
 
-def planned_masks(
-    plan: Plan, mesh: Mesh, positions: Tensor, *, trace: Trace | None, clock: Clock | None, seed: int,
-    exposure: Exposure | None = None,
-) -> LayerMasks:  # fmt: skip
+def planned_masks(bound: BoundPlan, *, trace: Trace | None, clock: Clock, exposure: Exposure, seed: int) -> LayerMasks:
     """Return the masks of a plan: replayed from the trace's last step, or chosen. Collective.
 
     exposure: counts the reductions of choosing.
     """
     if trace is not None:
-        step = trace.steps[-1]
-        masks = [
-            replayed_mask(plan, trace.layer_pattern(step, layer), layer=layer, device=mesh.device)
-            for layer in range(plan.model.layers)
-        ]
-        source: Callable[[int], AttentionMask | Chooser] = masks.__getitem__
+        source: Callable[[int], AttentionMask | Chooser] = bound.replayed(trace, trace.steps[-1]).__getitem__
     else:
-        choice = PlannedChoice(plan, mesh, positions)
-        if exposure is not None:
-            choice.wrap_reductions(exposure.reduction)
+        choice = PlannedChoice(bound)
+        choice.wrap_reductions(exposure.reduction)
         source = choice.of_layer
-    return LayerMasks(plan=plan, mesh=mesh, source=source, positions=positions, clock=clock, seed=seed)
-
-
-def replay_and_pay(masks: list[AttentionMask], choosers: Callable[[int], Chooser]) -> Callable[[int], Chooser]:
-    """Return a source that chooses, discards the choice and replays `masks`: benchmarks at a stated density."""
-
-    def of_layer(layer: int) -> Chooser:
-        def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
-            choosers(layer)(q, k, scale)
-            return masks[layer]
-
-        return choose
-
-    return of_layer
+    return LayerMasks(bound=bound, source=source, clock=clock, seed=seed)
 
 
 def block_rows(mask: AttentionMask) -> Tensor:

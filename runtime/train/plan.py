@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
+from ...kernels.select.registry import Selector, selectors
+from ...kernels.select.sink_window import dense
 from ...planner.backends import computed_head_dim
-from ...planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from ...planner.layouts.layout import Layout
+from ...planner.layouts.ring import Ring
+from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.selectors import make_selector
+from ..attention.selectors import dense_pattern, make_selector
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
 from .config import TrainConfig
-
-COLUMNS_OF = {"vertical-slash": "columns", "flex": "column_cap", "sink-window": "sink_tokens"}
-KNOWS_DOCUMENTS = ("sink-window",)  # selectors that look at no data, so that documents can be laid over their pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,7 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> Reso
     _check_documents(config, plan)
     selector = plan.pattern.selector
     words = "dense, every diagonal" if config.attention == "dense" else f"{selector} {plan.pattern.settings}"
-    given = "".join(f", {name} {value}" for name, value in plan.forward.parameters.items())
-    made_here = f"striped placement, {plan.forward.layout} layout{given}, {backend} kernels, pattern: {words}"
+    made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
     return ResolvedPlan(plan=plan, made_here=made_here)
 
 
@@ -100,23 +100,18 @@ def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
 
 
 def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
-    selector, settings = config.plan.pattern.selector, dict(config.plan.pattern.settings)
     if config.attention == "dense":
-        selector, settings = "sink-window", {"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
-    full: dict[str, Any] = dict(_selector(selector, settings).settings)
-    columns = full[COLUMNS_OF[selector]] if selector in COLUMNS_OF else 0
+        selector: Selector = dense(config.seq_len_tokens)
+    else:
+        selector = _selector(config.plan.pattern.selector, config.plan.pattern.settings)
     placement = striped(
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.plan.block_size,
     )  # fmt: skip
-    # More chunks are more launches, and what others send has time enough while the own shard is computed.
-    parameters = ({"chunks": 1} if config.plan.layout == "gather" else {}) | config.plan.layout_parameters
+    pattern = PatternSpec(source="choose", selector=selector.name, settings=selector.settings)
+    attention = _attention(config, shape, columns_capacity=min(selector.most_columns, config.seq_len_tokens))
     try:
-        return _plan(
-            config, shape, backend, placement, config.plan.layout, parameters,
-            pattern=PatternSpec(source="choose", selector=selector, settings=full),
-            columns_capacity=min(int(columns), config.seq_len_tokens),
-        )  # fmt: skip
+        return _plan(attention, backend, placement, config.plan.make_layout(), pattern)
     except InputError as error:
         raise type(error)(str(error), field="plan.layout_parameters") from error
 
@@ -134,32 +129,32 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.seq_len_tokens // chunks,
     )  # fmt: skip
-    pattern = PatternSpec(
-        source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": config.seq_len_tokens}
-    )
-    return _plan(config, shape, backend, placement, "ring", {}, pattern=pattern, columns_capacity=0)
+    pattern = dense_pattern(config.seq_len_tokens)
+    return _plan(_attention(config, shape, columns_capacity=0), backend, placement, Ring(), pattern)
 
 
-def _plan(
-    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: str,
-    parameters: dict[str, int], *, pattern: PatternSpec, columns_capacity: int,
-) -> Plan:  # fmt: skip
-    return make_plan(
+def _attention(config: TrainConfig, shape: ModelShape, *, columns_capacity: int) -> AttentionSpec:
+    return AttentionSpec(
         model=shape,
         seq_len_tokens=config.seq_len_tokens,
         block_size=config.plan.block_size,
         dtype=config.dtype,
         columns_capacity=columns_capacity,
-        placement=placement,
-        forward=(layout, parameters),
-        backward=(layout, parameters),
-        pattern=pattern,
-        kernels=KernelSpec.model_validate({"backend": backend}),
-        provenance={"made_by": "sparsering train"},
     )
 
 
-def _selector(name: str, settings: dict[str, Any]) -> Any:
+def _plan(attention: AttentionSpec, backend: str, placement: Placement, layout: Layout, pattern: PatternSpec) -> Plan:
+    plan = make_plan(
+        attention=attention,
+        placement=placement,
+        forward=layout,
+        pattern=pattern,
+        kernels=KernelSpec.model_validate({"backend": backend}),
+    )
+    return plan.with_record(provenance={"made_by": "sparsering train"})
+
+
+def _selector(name: str, settings: dict[str, Any]) -> Selector:
     try:
         return make_selector(name, settings)
     except InputError as error:
@@ -170,6 +165,7 @@ def _check_documents(config: TrainConfig, plan: Plan) -> None:
     if not config.data.documents.attention:
         return
     selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
-    if selector not in KNOWS_DOCUMENTS:
-        raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(KNOWS_DOCUMENTS)} and dense "
+    keeping = [name for name, kind in selectors().items() if kind.keeps_documents]
+    if selector not in keeping:
+        raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(keeping)} and dense "
                                "attention can keep documents apart", field="data.documents.attention")  # fmt: skip

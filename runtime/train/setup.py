@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 
-from ...planner.plan import Plan
+from ...planner.cost.memory import layer_memory
+from ...planner.plan import ELEMENT_BYTES, Plan
+from ...planner.schedule.schedule import DIRECTIONS
 from ...traces.errors import InputError
-from ..audit.audit import Audit, audit
+from ..audit.audit import audit
+from ..audit.result import Audit
 from ..data.shards import TokenData
 from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
-from .estimate import memory_estimate
+from .facts import ModelFacts, model_facts
 from .metrics import TensorBoard
-from .model import ModelFacts, model_facts, read_model_config
+from .model import read_model_config
 from .plan import ResolvedPlan, resolve_plan
+
+MASTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +126,37 @@ def check_facts(saved: dict[str, Any], run: dict[str, Any], *, source: str) -> N
         if saved.get(name) != value:
             raise InputError(f"the checkpoint has {saved.get(name)!r}, the run {value!r}: train into another folder, "
                              "or export the checkpoint and start from it", source=source, field=name)  # fmt: skip
+
+
+def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[str, int]:
+    """Return bytes by purpose on one rank at the peak of a step, and their "total". An estimate: allocators differ."""
+    shape, world = plan.attention_shape(), config.parallel.world_size
+    element, tokens = ELEMENT_BYTES[config.dtype], shape.tokens_per_rank
+    master = 8 if config.dtype == "float64" else MASTER_BYTES
+    root = facts.parameters - facts.shape.layers * facts.layer_parameters
+    row = tokens * facts.hidden * element
+    queries = tokens * shape.heads * shape.head_dim * element
+    keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
+    kept = row + queries + tokens * shape.heads * shape.accumulator_bytes
+    kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
+    kept_kv = plan.schedule("forward").kept_bytes
+    kept += kept_kv
+    layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
+    layers = facts.shape.layers
+    whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
+    backend = plan.kernels.backend
+    reordered = plan.head_orders is not None
+    memories = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
+    attention = max(memory.total_bytes for memory in memories)
+    chunk = min(config.memory.loss_chunk_tokens, tokens) * facts.vocabulary * (2 * master + 2 * element)
+    parts = {
+        "parameters": master * facts.parameters // world,
+        "gradients": master * facts.parameters // world,
+        "optimizer": 2 * master * facts.parameters // world,
+        "gathered_parameters": element * (2 * facts.layer_parameters + 2 * root) + master * facts.layer_parameters,
+        "kept_for_backward": 0 if config.memory.offload else (layers - whole) * kept,
+        "whole_layers": max(whole, 1) * layer,
+        "attention": attention,
+        "loss": chunk + master * facts.vocabulary * facts.hidden + row,
+    }
+    return parts | {"total": sum(parts.values())}

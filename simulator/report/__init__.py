@@ -1,1 +1,1 @@
-"""The demo's report: one self-contained page."""
+"""The demo's report: figures and one self-contained HTML page."""

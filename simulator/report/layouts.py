@@ -66,7 +66,6 @@ def shown_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any], evaluator: str) -> dict[str, Any]:
-    parameters = " ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["parameters"].items())
     remarks = [
         "plain" if row["baseline"] else "",
         row["why_not"] or "",
@@ -74,7 +73,7 @@ def _row(row: Mapping[str, Any], evaluator: str) -> dict[str, Any]:
         "" if row["evaluator"] == evaluator else "estimate",
     ]
     return {
-        "name": f"{row['placement']} {row['granularity_tokens']} · {row['layout']} {parameters}".strip(),
+        "name": f"{row['placement']} {row['granularity_tokens']} · {row['in_words']}",
         "note": ", ".join(filter(None, remarks)),
         "colour": BLUE if row["baseline"] else GREY,
         **{key: row[key] for key in ("forward_us", "backward_us", "step_time_us")},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from plotly.subplots import make_subplots
 from ...planner.cost.cluster import Cluster
 from ...planner.cost.evaluation import imbalance
 from ...planner.cost.kernels import plan_cost, task_work
-from ...planner.layouts.registry import build
+from ...planner.layouts.ring import Ring
 from ...planner.plan import Plan
 from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement
 from ...planner.schedule.schedule import DIRECTIONS, Schedule
@@ -22,7 +21,7 @@ from ...traces.pattern import LayerPattern
 from ..engine import simulate
 from .figures import LOAD_SCALE, styled
 
-PLAIN_RING: Mapping[str, int] = {"prefetch": 1}
+PLAIN_RING = Ring(prefetch=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +29,6 @@ class Loads:
     """One way to spread a layer's forward pass. pairs: int64 [W, phases], tile pairs; step_time_us: if simulated."""
 
     title: str
-    planned: bool
     pairs: NDArray[np.int64]
     step_time_us: float | None = None
 
@@ -46,45 +44,26 @@ class Loads:
         return float(self.pairs.max(axis=0).sum() / mean) if mean else 1.0
 
 
-def cluster_loads(plan: Plan, pattern: LayerPattern, cluster: Cluster) -> list[Loads]:
-    """Return contiguous ring, zigzag ring and plan, each with its simulated step time on the cluster's data sheet."""
-    return _loads(plan, pattern, cluster)
+def spread_loads(plan: Plan, pattern: LayerPattern, cluster: Cluster | None = None) -> list[Loads]:
+    """Return contiguous ring, zigzag ring and plan, each with its step time where there is a cluster to simulate."""
 
+    def loads(title: str, schedules: list[Schedule], placement: Placement) -> Loads:
+        counts, step_time_us = workload(pattern, placement), None
+        if cluster is not None:
+            cost = plan_cost(plan, cluster)
+            step_time_us = sum(simulate(schedule, counts, cluster, cost).makespan_us for schedule in schedules)
+        return Loads(title=title, pairs=_pairs(schedules[0], counts), step_time_us=step_time_us)
 
-def local_loads(plan: Plan, pattern: LayerPattern) -> list[Loads]:
-    """Return contiguous ring, zigzag ring and plan, as work alone."""
-    return _loads(plan, pattern, None)
-
-
-def _loads(plan: Plan, pattern: LayerPattern, cluster: Cluster | None) -> list[Loads]:
     found = []
     for name in ("contiguous", "zigzag"):
         placement = REGULAR_PLACEMENTS[name](
             seq_len_tokens=plan.seq_len_tokens, world_size=plan.world_size, granularity_tokens=plan.block_size
         )
         shape = replace(plan.attention_shape(), tokens_per_rank=placement.tokens_per_rank)
-        schedules = [build("ring", dict(PLAIN_RING), shape=shape, direction=direction) for direction in DIRECTIONS]
-        found.append(_load(f"before: {name} ring", False, schedules, placement, pattern, plan, cluster))
+        schedules = [Ring().build(shape=shape, direction=direction) for direction in DIRECTIONS]
+        found.append(loads(f"before: {name} ring", schedules, placement))
     schedules = [plan.schedule(direction) for direction in DIRECTIONS]
-    title = f"planned: {plan.placement.name} {plan.forward.layout}"
-    return [*found, _load(title, True, schedules, plan.make_placement(), pattern, plan, cluster)]
-
-
-def _load(
-    title: str,
-    planned: bool,
-    schedules: list[Schedule],
-    placement: Placement,
-    pattern: LayerPattern,
-    plan: Plan,
-    cluster: Cluster | None,
-) -> Loads:
-    counts = workload(pattern, placement)
-    step_time_us = None
-    if cluster is not None:
-        cost = plan_cost(plan, cluster)
-        step_time_us = sum(simulate(schedule, counts, cluster, cost).makespan_us for schedule in schedules)
-    return Loads(title=title, planned=planned, pairs=_pairs(schedules[0], counts), step_time_us=step_time_us)
+    return [*found, loads(f"planned: {plan.placement.name} {plan.forward.layout}", schedules, plan.make_placement())]
 
 
 def _pairs(schedule: Schedule, counts: Workload) -> NDArray[np.int64]:

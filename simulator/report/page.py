@@ -20,7 +20,7 @@ from ...traces.files import read_json, write_atomically
 from ...traces.timeline import Timeline
 from .figures import Figure, html_of, plotly_script
 from .layouts import layouts_figure
-from .load import Loads, cluster_loads, load_figure, local_loads
+from .load import Loads, load_figure, spread_loads
 from .masks import masks_figure
 from .timelines import timelines_figure
 
@@ -37,10 +37,9 @@ def write_report(folder: Path) -> None:
     cluster_plan, local_plan = load_plan(folder / PLAN_CLUSTER), load_plan(folder / PLAN_LOCAL)
     simulated, measured = (Timeline.load(folder / f"timeline-{name}.json.gz") for name in ("simulated", "measured"))
     layer = trace.layer_pattern(trace.steps[-1], metrics["layer"])
-    preset = load_cluster(CLUSTER_PRESET)
     loads = {
-        "cluster": cluster_loads(cluster_plan, layer, preset),
-        "local": local_loads(local_plan, layer),
+        "cluster": spread_loads(cluster_plan, layer, load_cluster(CLUSTER_PRESET)),
+        "local": spread_loads(local_plan, layer),
     }
     figures = {
         "masks": masks_figure(trace),
@@ -112,16 +111,11 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def in_words(plan: Plan) -> str:
     """Return what a plan does, in a few words."""
-    forward, backward = (layout_in_words(spec.layout, spec.parameters) for spec in (plan.forward, plan.backward))
+    forward, backward = str(plan.forward.value), str(plan.backward.value)
     placed = f"{plan.placement.name} placement in units of {plan.placement.granularity_tokens} tokens"
     if forward == backward:
         return f"{placed}; {forward}"
     return f"{placed}; forward {forward}, backward {backward}"
-
-
-def layout_in_words(layout: str, parameters: Mapping[str, int]) -> str:
-    """Return a layout with its parameters, as in "ring, prefetch 2"."""
-    return ", ".join([layout, *(f"{name.replace('_', ' ')} {value}" for name, value in parameters.items())])
 
 
 def worst_errors(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

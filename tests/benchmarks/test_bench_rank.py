@@ -14,7 +14,11 @@ import torch
 
 import tiny
 from sparsering.benchmarks.lib.rank_channels import PairChannels, require_pair
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import DIRECTIONS, Schedule
 from sparsering.runtime.comm.channels import Channel, Channels, Message, Pending
@@ -62,16 +66,16 @@ def test_what_two_processes_cannot_play_is_one_line(tmp_path: Path, arguments: l
     assert problem in line and not list(tmp_path.iterdir())
 
 
-def _schedules(layout: str, **parameters: int) -> list[Schedule]:
-    return [build(layout, parameters, shape=tiny.shape(4), direction=direction) for direction in DIRECTIONS]
+def _schedules(layout: Layout) -> list[Schedule]:
+    return [layout.build(shape=tiny.shape(4), direction=direction) for direction in DIRECTIONS]
 
 
 @pytest.mark.parametrize(
-    ("layout", "parameters"),
-    [("gather", {"chunks": 2}), ("ring", {"prefetch": 2}), ("hierarchical", {"inner_size": 2})],
+    "layout",
+    [Gather(chunks=2), Ring(prefetch=2), Hierarchical(inner_size=2)],
 )
-def test_any_two_ranks_of_a_regular_layout_are_a_pair(layout: str, parameters: dict[str, int]) -> None:
-    schedules = _schedules(layout, **parameters)
+def test_any_two_ranks_of_a_regular_layout_are_a_pair(layout: Layout) -> None:
+    schedules = _schedules(layout)
     pairs = [(schedule, ranks) for schedule in schedules for ranks in ((0, 1), (3, 1), (2, 3))]
     assert [ranks for schedule, ranks in pairs if not _is_pair(schedule, ranks)] == []
 
@@ -87,12 +91,12 @@ def _is_pair(schedule: Schedule, ranks: tuple[int, int]) -> bool:
 def test_ranks_that_send_different_amounts_are_no_pair() -> None:
     needs = Pairs.all_of(4).matrix.copy()
     needs[0, 3] = False
-    schedule = build("gather", {"chunks": 1}, shape=tiny.shape(4), direction="forward", pairs=Pairs.of(needs))
+    schedule = Gather(chunks=1).build(shape=tiny.shape(4), direction="forward", pairs=Pairs.of(needs))
     assert _is_pair(schedule, (1, 2))
     with pytest.raises(InputError, match="ranks 0 and 1 of gather do not send"):
         require_pair(schedule, (0, 1))
     with pytest.raises(UnsupportedError, match="all_gather holds a part for every rank"):
-        require_pair(_schedules("collective")[0], (0, 1))
+        require_pair(_schedules(Collective())[0], (0, 1))
 
 
 class _Listening:
@@ -119,7 +123,7 @@ def test_whatever_rank_is_meant_the_other_process_gets_it(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Channels, "bind", bind)
     mesh = Mesh(rank=1, world_size=2, device=torch.device("cpu"), store=None, timeout=None)  # pyright: ignore[reportArgumentType]
-    channels = PairChannels(mesh).bind(_schedules("hierarchical", inner_size=2))
+    channels = PairChannels(mesh).bind(_schedules(Hierarchical(inner_size=2)))
     assert set(groups) == {((0, 1),)}
     tensor = torch.zeros(1)
     for channel in channels.values():

@@ -1,4 +1,4 @@
-"""The documents say what is there: the map names every file, links lead somewhere, commands exist, settings work."""
+"""The documents say what is there: links lead somewhere, commands exist, settings work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from doc_scripts import DOCUMENTS, ROOT, document_id
 from sparsering import cli
 from sparsering.planner.cost.cluster import PRESETS, load_cluster
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.runtime.data.writer import byte_tokenizer, write_data
 from sparsering.runtime.train.config import TrainConfig, load_config
@@ -23,25 +24,28 @@ from sparsering.traces.synthetic import SyntheticSettings, write_synthetic_trace
 from sparsering.traces.yaml_files import read_yaml
 from train_runs import write_model, write_text
 
-ROOT = Path(__file__).resolve().parents[2]
-HOUSES = ("traces", "planner", "simulator", "kernels", "runtime")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-
-def test_the_map_names_every_file_and_no_other():
-    on_disk = {path.relative_to(ROOT).as_posix() for house in HOUSES for path in (ROOT / house).rglob("*.py")}
-    on_disk = {path for path in on_disk if not path.endswith("__init__.py")}
-    listed = re.findall(r"^- `([\w/]+\.py)`: \S", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(on_disk), "`make map` rewrites it"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_links_between_files_lead_somewhere(document: Path):
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text())
     assert [target for target in targets if not (document.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
+def test_links_to_headings_lead_to_one(document: Path):
+    links = re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", document.read_text())
+    missing = [(name, anchor) for name, anchor in links if anchor not in anchors(document.parent / name, document)]
+    assert missing == []
+
+
+def anchors(target: Path, document: Path) -> set[str]:
+    """Return the names of a document's headings as links know them; of the linking document where none is named."""
+    text = (target if target.is_file() else document).read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_commands_shown_exist(document: Path):
     shown = re.findall(r"^\$ (?:torchrun .* sparsering\.cli|sparsering) (\w+)", document.read_text(), re.MULTILINE)
     assert set(shown) <= set(cli.VERBS)
@@ -122,7 +126,7 @@ def dry_run(path: Path, document: dict[str, Any]) -> None:
     if config.plan.file is not None:
         assert summary["plan"] == str(config.plan.file)
     elif config.attention == "planned":
-        assert f"{config.plan.layout} layout" in summary["plan"]
+        assert f"layout {config.plan.make_layout()}" in summary["plan"]
         for name, value in config.plan.pattern.settings.items():
             assert f"{name!r}: {value}" in summary["plan"]
 
@@ -143,11 +147,10 @@ def write_what_is_named(config: TrainConfig) -> None:
         trace = write_synthetic_trace(config.plan.trace, "vertical-slash", drawn, layers=2, kv_heads=2, head_dim=8)
         pattern = PatternSpec(source="trace", trace_sha256=trace.digest())
     if config.plan.file is not None:
-        layout = (config.plan.layout, config.plan.layout_parameters)
         make_plan(
-            model=shape, seq_len_tokens=tokens, block_size=config.plan.block_size, dtype=config.dtype,
-            columns_capacity=128, forward=layout, backward=layout, pattern=pattern,
-            kernels=KernelSpec(backend="blockwise"),
+            attention=AttentionSpec(model=shape, seq_len_tokens=tokens, block_size=config.plan.block_size,
+                                    dtype=config.dtype, columns_capacity=128),
             placement=striped(seq_len_tokens=tokens, world_size=config.parallel.context,
                               granularity_tokens=config.plan.block_size),
+            forward=config.plan.make_layout(), pattern=pattern, kernels=KernelSpec(backend="blockwise"),
         ).save(config.plan.file)  # fmt: skip

@@ -19,7 +19,8 @@ from sparsering.planner.plan import PatternSpec
 from sparsering.runtime.model.shape import model_shape
 from sparsering.traces.dataset.manifest import TraceHeader, library_versions
 from sparsering.traces.dataset.rows import HeadChoice
-from sparsering.traces.dataset.store import Trace, TraceWriter
+from sparsering.traces.dataset.store import Trace
+from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.pattern import LayerPattern, VerticalSlash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,17 +73,11 @@ def test_the_readmes_script_gives_what_the_model_alone_gives(tmp_path: Path) -> 
     ids = np.random.default_rng(0).integers(3, 256, SEQ_LEN_TOKENS)
     np.save(tmp_path / "tokens.npy", ids)
 
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(RANKS),
-        "driver.py",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*launcher, "driver.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     alone = AutoModelForCausalLM.from_pretrained(

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsering.planner.layouts.registry import build
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
 from sparsering.planner.schedule.placement import balanced, contiguous, striped, zigzag
 from sparsering.traces.errors import InputError
 from sparsering.traces.files import canonical_json, sha256_of_bytes
@@ -22,21 +24,22 @@ MODEL = ModelShape(layers=2, heads=4, kv_heads=2, head_dim=64)
 
 
 def small_plan(**changes: Any) -> Plan:
-    arguments: dict[str, Any] = {
-        "model": MODEL,
-        "seq_len_tokens": 500,
-        "block_size": 64,
-        "dtype": "bfloat16",
-        "columns_capacity": 64,
-        "placement": striped(seq_len_tokens=500, world_size=2, granularity_tokens=64),
-        "forward": ("gather", {"chunks": 1}),
-        "backward": ("ring", {"prefetch": 1}),
-        "pattern": PatternSpec(source="trace", trace_sha256="a" * 64),
-        "kernels": KernelSpec(backend="triton"),
+    spec = {"model": MODEL, "seq_len_tokens": 500, "block_size": 64, "dtype": "bfloat16", "columns_capacity": 64}
+    attention = spec | {name: changes.pop(name) for name in spec if name in changes}
+    record = {
         "predictions": {"step_time_us": 12.345, "candidates": [{"layout": "ring", "fits_memory": True}], "note": "a×b"},
         "provenance": {"date": "2026-01-02T03:04:05+00:00", "seed": 0},
     }
-    return make_plan(**arguments | changes)
+    record |= {name: changes.pop(name) for name in record if name in changes}
+    arguments: dict[str, Any] = {
+        "attention": AttentionSpec.model_validate(attention),
+        "placement": striped(seq_len_tokens=500, world_size=2, granularity_tokens=64),
+        "forward": Gather(chunks=1),
+        "backward": Ring(prefetch=1),
+        "pattern": PatternSpec(source="trace", trace_sha256="a" * 64),
+        "kernels": KernelSpec(backend="triton"),
+    }
+    return make_plan(**arguments | changes).with_record(**record)
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_a_plan_comes_back_as_it_was(data, tmp_path_factory: pytest.TempPathFact
     load = [data.draw(st.integers(0, 9)) for _ in range(blocks)]
     made = [contiguous(**sizes), zigzag(**sizes), striped(**sizes)]
     made.append(balanced(**sizes, unit_load=np.array(load)))
-    layouts = [("ring", {"prefetch": 2}), ("gather", {"chunks": 2}), ("hierarchical", {"inner_size": world})]
+    layouts = [Ring(prefetch=2), Gather(chunks=2), Hierarchical(inner_size=world)]
     plan = small_plan(
         seq_len_tokens=seq_len_tokens,
         placement=data.draw(st.sampled_from(made)),
@@ -94,7 +97,7 @@ def test_a_plan_comes_back_as_it_was(data, tmp_path_factory: pytest.TempPathFact
     assert again.compute_digest() == plan.digest
     for direction in ("forward", "backward"):
         spec = plan.forward if direction == "forward" else plan.backward
-        expected = build(spec.layout, spec.parameters, shape=plan.attention_shape(), direction=direction)
+        expected = spec.value.build(shape=plan.attention_shape(), direction=direction)
         assert again.schedule(direction).sha256() == expected.sha256() == spec.schedule_sha256
 
 
@@ -128,7 +131,7 @@ def test_digest_covers_what_ranks_do_and_nothing_else():
     others = [
         small_plan(dtype="float16"),
         small_plan(columns_capacity=0),
-        small_plan(forward=("ring", {"prefetch": 1})),
+        small_plan(forward=Ring(prefetch=1)),
         small_plan(placement=contiguous(seq_len_tokens=500, world_size=2, granularity_tokens=64)),
         small_plan(kernels=KernelSpec(backend="blockwise")),
         small_plan(pattern=PatternSpec(source="trace", trace_sha256="b" * 64)),
@@ -155,7 +158,7 @@ def test_newer_schema_is_refused(saved: Path):
         ({"placement__world_size": 3}, "8 units over 3 ranks"),
         ({"forward__layout": "spiral"}, "'spiral'"),
         ({"forward__parameters": {"chunks": 0}}, "chunks"),
-        ({"backward__parameters": {"depth": 1}}, "parameters"),
+        ({"backward__parameters": {"depth": 1}}, "backward: depth: is no parameter of 'ring'"),
         ({"backward__schedule_sha256": "xyz"}, "backward.schedule_sha256"),
         ({"kernels__backend": "abacus"}, "kernels.backend"),
         ({"kernels__tile": 64}, "kernels.tile"),

@@ -12,7 +12,10 @@ import pytest
 import tiny
 from sparsering.planner.cost.recurrence import recurrence
 from sparsering.planner.cost.timing import legs_of
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.registry import LAYOUTS
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import Direction, Phase, Schedule, with_programs
 from sparsering.simulator.engine import simulate, simulate_layer
 from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
@@ -184,17 +187,17 @@ def test_layer_is_forward_then_backward() -> None:
 
 
 CASES = [
-    ("ring", {}),
-    ("ring", {"prefetch": 3}),
-    ("gather", {"chunks": 2}),
-    ("hierarchical", {"inner_size": 2}),
-    ("hierarchical", {"inner_size": 4}),
+    Ring(),
+    Ring(prefetch=3),
+    Gather(chunks=2),
+    Hierarchical(inner_size=2),
+    Hierarchical(inner_size=4),
 ]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("layout", "parameters"), CASES)
-def test_every_byte_is_sent_and_received_once(layout: str, parameters: dict[str, int], direction: Direction) -> None:
+def test_every_byte_is_sent_and_received_once(layout: Layout, direction: Direction) -> None:
     schedule = tiny.schedule(layout, 4, direction, columns=3, **parameters)
     result = simulate(
         schedule, tiny.dense_workload(4), tiny.cluster(nodes=2, gpus=2, slowdown=0.1), COST, timeline=True
@@ -215,9 +218,7 @@ def test_every_byte_is_sent_and_received_once(layout: str, parameters: dict[str,
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("layout", "parameters"), CASES)
-def test_streams_never_overlap_and_arrows_lie_in_their_spans(
-    layout: str, parameters: dict[str, int], direction: Direction
-) -> None:
+def test_streams_never_overlap_and_arrows_lie_in_their_spans(layout: Layout, direction: Direction) -> None:
     schedule = tiny.schedule(layout, 4, direction, columns=3, **parameters)
     workload = tiny.dense_workload(4)
     timeline = simulate(
@@ -230,11 +231,8 @@ def test_streams_never_overlap_and_arrows_lie_in_their_spans(
     for spans in streams.values():
         assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(sorted(spans)))
     for flow in timeline.flows:
-        for rank, stream, time in (
-            (flow.source_rank, flow.source_stream, flow.source_us),
-            (flow.destination_rank, flow.destination_stream, flow.destination_us),
-        ):
-            assert any(start <= time <= end for start, end in streams[rank, stream])
+        for end in (flow.source, flow.destination):
+            assert any(start <= end.time_us <= stop for start, stop in streams[end.rank, end.stream])
     assert all((rank, COMPUTE_STREAM) in streams for rank in range(4))
 
 

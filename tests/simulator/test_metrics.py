@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import tiny
 from sparsering.cli import app
 from sparsering.planner.cost.cluster import load_cluster
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.simulator.engine import simulate_layer
 from sparsering.simulator.metrics import timeline_metrics
@@ -86,14 +88,16 @@ def trace(tmp_path: Path) -> Trace:
 
 def planned(trace: Trace, seq_len_tokens: int = 4096) -> Plan:
     return make_plan(
-        model=ModelShape(layers=3, heads=4, kv_heads=2, head_dim=64),
-        seq_len_tokens=seq_len_tokens,
-        block_size=128,
-        dtype="float32",
-        columns_capacity=64,
+        attention=AttentionSpec(
+            model=ModelShape(layers=3, heads=4, kv_heads=2, head_dim=64),
+            seq_len_tokens=seq_len_tokens,
+            block_size=128,
+            dtype="float32",
+            columns_capacity=64,
+        ),
         placement=striped(seq_len_tokens=seq_len_tokens, world_size=4, granularity_tokens=128),
-        forward=("ring", {"prefetch": 1}),
-        backward=("hierarchical", {"inner_size": 2}),
+        forward=Ring(prefetch=1),
+        backward=Hierarchical(inner_size=2),
         pattern=PatternSpec(source="trace", trace_sha256=trace.digest()),
         kernels=KernelSpec(backend="blockwise"),
         provenance={"trace": trace.folder.name},

@@ -65,7 +65,6 @@ def contents(folder: Path) -> dict[str, str]:
         ((*SIMULATE, "-o", "notes.txt/t.json"), "notes.txt/t.json: cannot be written: notes.txt is no folder"),
         ((*RUN, "-o", "plan.json"), "plan.json: exists and is no timeline: it is not overwritten"),
         ((*RUN, "-o", "trace"), "trace: cannot be written: is a folder"),
-        (("ladder", "--page", "notes.txt"), "notes.txt: exists and is no page of the ladder: it is not overwritten"),
         (("data", "notes.txt", "-o", "plan.json"), "plan.json: is no folder"),
         (("data", "notes.txt", "-o", "trace"), "trace: is not empty"),
     ],

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from sparsering.planner.cost.cluster import load_cluster
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.planner.schedule.workload import workload
 from sparsering.simulator.report.figures import Figure
 from sparsering.simulator.report.layouts import MOST_ROWS, layouts_figure, shown_rows
-from sparsering.simulator.report.load import cluster_loads, load_figure, local_loads
+from sparsering.simulator.report.load import load_figure, spread_loads
 from sparsering.simulator.report.masks import block_map, chosen_heads, masks_figure
 from sparsering.simulator.report.page import duration, layout_in_words, sentence, worst_errors
 from sparsering.simulator.report.timelines import timelines_figure
@@ -39,14 +41,16 @@ def pattern() -> LayerPattern:
 
 def plan(predictions: dict | None = None) -> Plan:
     return make_plan(
-        model=ModelShape(layers=1, heads=2, kv_heads=1, head_dim=64),
-        seq_len_tokens=TOKENS,
-        block_size=BLOCK,
-        dtype="float64",
-        columns_capacity=64,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=2, kv_heads=1, head_dim=64),
+            seq_len_tokens=TOKENS,
+            block_size=BLOCK,
+            dtype="float64",
+            columns_capacity=64,
+        ),
         placement=striped(seq_len_tokens=TOKENS, world_size=WORLD, granularity_tokens=BLOCK),
-        forward=("gather", {"chunks": 1}),
-        backward=("ring", {"prefetch": 1}),
+        forward=Gather(chunks=1),
+        backward=Ring(prefetch=1),
         pattern=PatternSpec(source="trace", trace_sha256="0" * 64),
         kernels=KernelSpec(backend="blockwise"),
         predictions=predictions,
@@ -79,8 +83,8 @@ def test_shown_heads_run_from_the_sparsest_to_the_densest(tmp_path):
 
 
 def test_loads_hold_all_the_work_once():
-    loads = local_loads(plan(), pattern())
-    assert [one.planned for one in loads] == [False, False, True]
+    loads = spread_loads(plan(), pattern())
+    assert [one.title.partition(":")[0] for one in loads] == ["before", "before", "planned"]
     counted = workload(pattern(), plan().make_placement())
     assert loads[-1].pairs.sum() == counted.pairs_per_rank().sum()
     assert loads[-1].pairs.sum(axis=1).tolist() == counted.pairs_per_rank().tolist()
@@ -92,7 +96,7 @@ def test_loads_hold_all_the_work_once():
 
 def test_cluster_loads_are_simulated():
     made, cluster = plan(), load_cluster("a100-nvlink-8")
-    loads = cluster_loads(made, pattern(), cluster)
+    loads = spread_loads(made, pattern(), cluster)
     simulated = simulate_plan(made, pattern(), cluster).makespan_us
     assert loads[-1].step_time_us == pytest.approx(simulated)
     assert all(one.step_time_us and one.step_time_us > 0 for one in loads)

@@ -1,7 +1,8 @@
 """Real processes in a real process group, started once per world size and reused by all tests.
 
-A job is a function of rank_jobs.py called on every rank as `function(mesh, **arguments)`; the pool returns what
-each rank returned, or raises what the first failing rank raised, with its traceback as text.
+A job is a function of rank_jobs.py, channel_jobs.py or model_jobs.py, or of another module as "train_jobs.run", called
+on every rank as `function(mesh, **arguments)`; the pool returns what each rank returned, or raises what the first
+failing rank raised, with its traceback as text.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 START_TIMEOUT_S = 120.0
@@ -114,9 +118,15 @@ class RankPool:
         self._folder.cleanup()
 
 
-def connect(address: str) -> Connection:
-    """Connect a worker to its pool."""
-    return Client(address, family="AF_UNIX")
+@contextlib.contextmanager
+def gpu_ranks(world_size: int) -> Iterator[RankPool]:
+    """Yield a pool of one rank a GPU; skips the test where there are too few."""
+    import torch
+
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    with contextlib.closing(RankPool(world_size, device="cuda")) as pool:
+        yield pool
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Client
 from pathlib import Path
+from typing import Any
+
+JOBS = ("rank_jobs", "channel_jobs", "model_jobs")
 
 
-def _jobs():
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    return importlib.import_module("rank_jobs")
+def _job(name: str) -> Callable[..., Any]:
+    """Return the job called "module.function", or "function" in one of JOBS."""
+    module, _, function = name.rpartition(".")
+    houses = [importlib.import_module(house) for house in ([module] if module else JOBS)]
+    return next(getattr(house, function) for house in houses if hasattr(house, function))
 
 
 def main() -> None:
@@ -23,15 +29,14 @@ def main() -> None:
 
     patience_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     mesh = join(device=sys.argv[2], timeout_s=120, patience_s=patience_s)
-    jobs = _jobs()
+    support = Path(__file__).resolve().parent
+    sys.path[:0] = [str(folder) for folder in (support, *support.iterdir()) if folder.is_dir()]
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send(mesh.rank)
     while (job := connection.recv()) is not None:
         name, arguments = job
         try:
-            module, _, function = name.rpartition(".")  # "train_jobs.run", or a job of rank_jobs.py
-            house = importlib.import_module(module) if module else jobs
-            connection.send((True, getattr(house, function)(mesh, **arguments)))
+            connection.send((True, _job(name)(mesh, **arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
     leave()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -12,11 +12,18 @@ import torch
 
 from rank_jobs import global_tensors
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.pairs import pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 from sparsering.planner.schedule.workload import unit_load
-from sparsering.runtime.attention.patterns import mask_of
+from sparsering.runtime.attention.masks import mask_of
 from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
 
 
@@ -40,13 +47,12 @@ class Case:
     world_size: int
     placement: str
     granularity_tokens: int
-    layout: str
-    parameters: dict[str, int] = field(hash=False)
+    layout: Layout
     pattern: str
 
     def __str__(self) -> str:
-        parameters = "".join(f"-{name}{value}" for name, value in self.parameters.items())
-        return f"{self.pattern}-W{self.world_size}-{self.placement}{self.granularity_tokens}-{self.layout}{parameters}"
+        placed = f"{self.placement}{self.granularity_tokens}"
+        return f"{self.pattern}-W{self.world_size}-{placed}-{self.layout.text}"
 
 
 def _slash(columns: list[int], diagonals: list[int]) -> VerticalSlash:
@@ -121,47 +127,43 @@ def _patterns() -> dict[str, PatternCase]:
 PATTERNS = _patterns()
 
 
-def _layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
-    yield "ring", {"prefetch": 1}
+def _layouts(world_size: int) -> Iterator[Layout]:
+    yield Ring(prefetch=1)
     if world_size > 2:
-        yield "ring", {"prefetch": 2}
-        yield "gather", {"chunks": 2}
-        yield "gather", {"chunks": 2, "keep_kv": 1}
-    yield "gather", {"chunks": 1}
+        yield Ring(prefetch=2)
+        yield Gather(chunks=2)
+        yield Gather(chunks=2, keep_kv=True)
+    yield Gather(chunks=1)
     if world_size in (2, 4):
-        yield "gather", {"chunks": world_size // 2, "pull": 1}
+        yield Gather(chunks=world_size // 2, pull=True)
     if world_size == 4:
-        yield "gather", {"chunks": 2, "keep_kv": 1, "pull": 1}
-    yield "collective", {}
+        yield Gather(chunks=2, keep_kv=True, pull=True)
+    yield Collective()
     if world_size == 4:
-        yield "hierarchical", {"inner_size": 2}
-        yield "two_level", {"inner_size": 2}
-        yield "two_level", {"inner_size": 2, "chunks": 2}
-        yield "two_level", {"inner_size": 2, "halves": 1}
+        yield Hierarchical(inner_size=2)
+        yield TwoLevel(inner_size=2)
+        yield TwoLevel(inner_size=2, halves=True)
 
 
-def _degrees(world_size: int, pattern: PatternCase) -> Iterator[tuple[str, dict[str, int]]]:
+def _degrees(world_size: int, pattern: PatternCase) -> Iterator[Layout]:
     """Head parallelism by groups of ranks that the pattern's heads can be split over."""
     heads, kv_heads = pattern.pattern.num_heads, pattern.kv_heads
-    if kv_heads > 1:
-        yield "collective", {"chunks": kv_heads}
     for degree in range(2, world_size + 1):
         evenly = not max(degree, kv_heads) % min(degree, kv_heads)
         if not world_size % degree and not heads % degree and evenly:
-            yield "ulysses", {"degree": degree, "chunks": 1 + world_size // degree}
+            yield Ulysses(degree=degree, chunks=1 + world_size // degree)
 
 
 def _cases() -> Iterator[Case]:
     placements = (("contiguous", 64), ("zigzag", 64), ("striped", 1), ("striped", 64), ("balanced", 64))
     patterns = ("gqa", "documents", "empty-rows")
     for world_size, pattern, (placement, granularity) in product((1, 2, 3, 4), patterns, placements):
-        for layout, parameters in [*_layouts(world_size), *_degrees(world_size, PATTERNS[pattern])]:
+        for layout in [*_layouts(world_size), *_degrees(world_size, PATTERNS[pattern])]:
             yield Case(
                 world_size=world_size,
                 placement=placement,
                 granularity_tokens=granularity,
                 layout=layout,
-                parameters=parameters,
                 pattern=pattern,
             )
 
@@ -185,24 +187,26 @@ def make_placement(case: Case, pattern: LayerPattern) -> Placement:
 
 def make_case_plan(
     case: Case, *, dtype: str = "float64", backend: str = "blockwise", head_dim: int = 16, leave_out: bool = False,
-    head_orders: tuple[tuple[int, ...], ...] | None = None, backward: tuple[str, dict[str, int]] | None = None,
+    head_orders: tuple[tuple[int, ...], ...] | None = None, backward: Layout | None = None,
 ) -> Plan:  # fmt: skip
     """Return the case's plan; leave_out: without the pairs of shards that its pattern does not need."""
     chosen = PATTERNS[case.pattern]
     pattern, placement = chosen.pattern, make_placement(case, PATTERNS[case.pattern].pattern)
     return make_plan(
-        model=ModelShape(
-            layers=len(head_orders or (0,)), heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim
+        attention=AttentionSpec(
+            model=ModelShape(
+                layers=len(head_orders or (0,)), heads=pattern.num_heads, kv_heads=chosen.kv_heads, head_dim=head_dim
+            ),
+            seq_len_tokens=pattern.seq_len_tokens,
+            block_size=pattern.block_size,
+            dtype=dtype,
+            columns_capacity=-(-pattern.max_columns // 64) * 64,
         ),
-        seq_len_tokens=pattern.seq_len_tokens,
-        block_size=pattern.block_size,
-        dtype=dtype,  # pyright: ignore[reportArgumentType]
-        columns_capacity=-(-pattern.max_columns // 64) * 64,
         placement=placement,
-        forward=(case.layout, case.parameters),
-        backward=backward or (case.layout, case.parameters),
+        forward=case.layout,
+        backward=backward,
         pattern=PatternSpec(source="trace"),
-        kernels=KernelSpec(backend=backend),  # pyright: ignore[reportArgumentType]
+        kernels=KernelSpec(backend=backend),
         pairs=pattern_pairs(pattern, placement) if leave_out else None,
         head_orders=head_orders,
     )

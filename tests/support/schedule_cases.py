@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import (
     DKV_HOME,
     Buffer,
@@ -102,7 +102,7 @@ def ring(world_size: int, direction: Direction, columns: int = 0) -> Schedule:
     shape = AttentionShape(
         world_size=world_size, tokens_per_rank=64, heads=4, kv_heads=2, head_dim=16, columns_capacity=columns
     )
-    return build("ring", {"prefetch": 1}, shape=shape, direction=direction)
+    return Ring(prefetch=1).build(shape=shape, direction=direction)
 
 
 def with_tasks(schedule: Schedule, rank: int, phase: Phase, tasks: tuple[Task, ...]) -> Schedule:

@@ -1,21 +1,29 @@
-"""Small clusters, patterns and costs with round numbers, so that expected times can be worked out by hand."""
+"""Small clusters, patterns, traces and costs with round numbers, so that expected times can be worked out by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.registry import make_layout
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS
 from sparsering.planner.schedule.schedule import Direction, Schedule
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import TaskWork, Workload, workload
-from sparsering.traces.pattern import LayerPattern, dense
+from sparsering.traces.dataset.manifest import ModelShape, TraceHeader
+from sparsering.traces.dataset.rows import HeadChoice
+from sparsering.traces.dataset.writer import LayerRecord
+from sparsering.traces.pattern import BlockMask, LayerPattern, VerticalSlash, dense, element_mask
 
 BLOCK = 4
 KV_BYTES = 4000  # of one shard of one block under `shape`
+TRACE_TOKENS, TRACE_BLOCK, TRACE_BLOCKS, TRACE_HEADS, TRACE_LAYERS = 200, 16, 13, 3, 2
+CHOICE = HeadChoice(selector="flex", settings={"column_cap": 9, "column_mass": 0.9}, kept_mass_probe=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +111,10 @@ def schedule(
     *,
     columns: int = 0,
     blocks_per_rank: int = 1,
-    **parameters: int,
+    **parameters: bool | int,
 ) -> Schedule:
-    return build(
-        layout, parameters, shape=shape(world, columns=columns, blocks_per_rank=blocks_per_rank), direction=direction
-    )
+    given = shape(world, columns=columns, blocks_per_rank=blocks_per_rank)
+    return make_layout(layout, parameters).build(shape=given, direction=direction)
 
 
 def dense_workload(world: int, placement: str = "contiguous", *, blocks_per_rank: int = 1) -> Workload:
@@ -122,3 +129,49 @@ def counted(pattern: LayerPattern, world: int, placement: str = "striped") -> Wo
     return workload(
         pattern, place(seq_len_tokens=pattern.seq_len_tokens, world_size=world, granularity_tokens=granularity)
     )
+
+
+def trace_header(**changes: Any) -> TraceHeader:
+    """The first two of four layers of three heads over 200 tokens."""
+    values: dict[str, Any] = {
+        "model": ModelShape(model_id="tiny", layers=4, heads=TRACE_HEADS, kv_heads=1, head_dim=8),
+        "recorded_layers": tuple(range(TRACE_LAYERS)),
+        "seq_len_tokens": TRACE_TOKENS,
+        "block_size": TRACE_BLOCK,
+        "origin": "synthetic",
+        "seed": 3,
+        "versions": {"sparsering": "0"},
+    }
+    return TraceHeader(**{**values, **changes})
+
+
+def slash(columns: Any, diagonals: Any) -> VerticalSlash:
+    return VerticalSlash(columns=np.asarray(columns, dtype=np.int32), diagonals=np.asarray(diagonals, dtype=np.int32))
+
+
+def layer_pattern(seed: int, *, documents: bool = False) -> LayerPattern:
+    """Two vertical-slash heads (one of them without columns) and a block mask."""
+    rng = np.random.default_rng(seed)
+    heads = (
+        slash(rng.choice(TRACE_TOKENS, 40, replace=False), rng.choice(TRACE_BLOCKS, 4, replace=False)),
+        slash([], [0]),
+        BlockMask(bits=np.tril(rng.random((TRACE_BLOCKS, TRACE_BLOCKS)) < 0.4)),
+    )
+    ids = np.sort(rng.integers(0, 5, TRACE_TOKENS)).astype(np.int32) if documents else None
+    return LayerPattern(seq_len_tokens=TRACE_TOKENS, block_size=TRACE_BLOCK, heads=heads, documents=ids)
+
+
+def layer_records(seed: int, *, documents: bool = False) -> dict[int, LayerRecord]:
+    """One training step of a trace with `trace_header`."""
+    seeds = {layer: seed + (0 if documents else layer) for layer in range(TRACE_LAYERS)}
+    return {layer: (layer_pattern(own, documents=documents), [CHOICE] * TRACE_HEADS) for layer, own in seeds.items()}
+
+
+def assert_same_layer(first: LayerPattern, second: LayerPattern) -> None:
+    for name in ("seq_len_tokens", "block_size", "num_heads"):
+        assert getattr(first, name) == getattr(second, name)
+    for head, (a, b) in enumerate(zip(first.heads, second.heads, strict=True)):
+        assert type(a) is type(b)
+        np.testing.assert_array_equal(a.columns, b.columns)
+        np.testing.assert_array_equal(a.block_bits(first.num_blocks), b.block_bits(first.num_blocks))
+        np.testing.assert_array_equal(element_mask(first, head), element_mask(second, head))

@@ -17,7 +17,9 @@ from sparsering.runtime.baselines.torch_ring import TorchContextParallel
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.runtime.model.shape import decoder_layers
 from sparsering.runtime.train.config import parse_config
-from sparsering.runtime.train.loop import Trainer, TrainingError
+from sparsering.runtime.train.loop import Trainer
+from sparsering.runtime.train.optimizer import TrainingError
+from sparsering.runtime.train.patterns import Observed
 from sparsering.runtime.train.setup import set_up
 
 
@@ -58,9 +60,9 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
         counts["chosen"] += 1
         return source(layer)
 
-    def played(schedule: Any, *arguments: Any) -> None:
-        counts[schedule.direction] += 1
-        play(schedule, *arguments)
+    def played(program: Any, *arguments: Any, **keywords: Any) -> None:
+        counts[program.direction] += 1
+        play(program, *arguments, **keywords)
 
     take_ms = trainer.exposure.take_ms
 
@@ -70,7 +72,7 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
 
     trainer.masks.source, ring_attention.play, trainer.exposure.take_ms = chosen, played, taken
     try:
-        trainer.step(measured=True)
+        trainer.step(Observed(measured=True))
     finally:
         ring_attention.play = play
         trainer.close()
@@ -85,7 +87,7 @@ def late_attention(mesh: Mesh, *, config: dict[str, Any], late_rank: int, late_s
     for layer in layers if mesh.rank == late_rank else ():
         block: Any = layer.self_attn
         block.register_forward_pre_hook(lambda *_: time.sleep(late_s))
-    values = trainer.step(measured=True).values()
+    values = trainer.step(Observed(measured=True)).values()
     trainer.close()
     return values, len(layers)
 

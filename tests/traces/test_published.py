@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsering.traces.errors import InputError
-from sparsering.traces.published import FixedBudget, FlexBudget, read_published, summarize
+from sparsering.traces.published import FixedBudget, FlexBudget, read_published
 
 FIXED = ["vertical_and_slash", 1000, 6096, 0.98]
 FLEX = ["flex_vertical_and_slash", [0.9, 4096], [0.95, 2048], 0.0]
@@ -32,7 +32,6 @@ def test_both_kinds_are_read(tmp_path: Path) -> None:
         columns_mass=0.9, columns_cap=4096, slashes_mass=0.95, slashes_cap=2048, score=0.0
     )
     assert settings[0][1] == settings[1][0] == settings[1][1]
-    assert list(summarize(settings).values()) == [3, 1]
 
 
 def test_more_than_ten_heads_keep_their_numbers(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sparsering import cli
+from sparsering.traces.dataset.rows import head_density
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 from sparsering.traces.pattern import BlockMask, LayerPattern, VerticalSlash, element_mask
-from sparsering.traces.stats import density_per_head
 from sparsering.traces.synthetic import GENERATORS, SyntheticSettings, synthesize, write_synthetic_trace
 
 
@@ -99,7 +99,7 @@ def test_vertical_slash_has_columns_and_a_local_band() -> None:
 
 def test_skewed_heads() -> None:
     layer = drawn("skewed", heads=16, density=0.04, skew=8.0, dense_heads=0.125, seq_len_tokens=65536)
-    density = np.sort(density_per_head(layer))
+    density = np.sort([head_density(head, layer.num_blocks) for head in layer.heads])
     assert density[-2:].mean() / density[:-2].mean() == pytest.approx(8, rel=0.15)
 
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
-from ..files import canonical_json, read_json, sha256_of_bytes, write_json
+from ..files import read_sealed, sealed, write_json
+from ..validation import validation_error
 
 TRACE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -137,7 +138,7 @@ def make_manifest(header: TraceHeader, parts: tuple[TracePart, ...]) -> TraceMan
         "header": header.model_dump(mode="json"),
         "parts": [part.model_dump(mode="json") for part in parts],
     }
-    return parse_model(TraceManifest, {**raw, "digest": _digest(raw)}, source=MANIFEST_NAME)
+    return parse_model(TraceManifest, sealed(raw), source=MANIFEST_NAME)
 
 
 def write_manifest(folder: Path, manifest: TraceManifest) -> None:
@@ -150,34 +151,8 @@ def read_manifest(folder: Path) -> TraceManifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InputError("is not a trace: it holds no manifest.json", source=folder)
-    raw = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
-    if not isinstance(raw, dict):
-        raise InputError("must be a JSON object", source=path)
-    _check_version(raw, path)
-    stated = raw.get("digest")
-    try:
-        actual = _digest(raw)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"holds a value that JSON cannot carry ({error})", source=path) from error
-    if stated != actual:
-        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=path, field="digest")
+    raw = read_sealed(path, newest_schema=TRACE_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
     return parse_model(TraceManifest, raw, source=path)
-
-
-def _check_version(raw: dict[str, Any], path: Path) -> None:
-    version = raw.get("schema_version")
-    if type(version) is not int or version < 1:
-        raise InputError(f"must be a whole number from 1, not {version!r}", source=path, field="schema_version")
-    if version > TRACE_SCHEMA_VERSION:
-        raise InputError(
-            f"is {version}, newer than the {TRACE_SCHEMA_VERSION} that this version reads",
-            source=path,
-            field="schema_version",
-        )
-
-
-def _digest(raw: dict[str, Any]) -> str:
-    return sha256_of_bytes(canonical_json({key: value for key, value in raw.items() if key != "digest"}))
 
 
 def parse_model(model: type[Model], value: Any, *, source: str | Path | None = None) -> Model:
@@ -185,12 +160,7 @@ def parse_model(model: type[Model], value: Any, *, source: str | Path | None = N
     try:
         return model.model_validate_json(json.dumps(value, allow_nan=False))
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"]) or None
-        shown = problem["input"] if isinstance(problem["input"], str | int | float | None) else None
-        suffix = "" if shown is None else f", not {str(shown)[:80]!r}"
-        told = problem["msg"].removeprefix("Value error, ")  # pydantic's, before the text of our own checks
-        raise InputError(f"{told}{suffix}", source=source, field=field) from error
+        raise validation_error(error, source) from error
 
 
 def library_versions(*packages: str) -> dict[str, str]:

@@ -42,7 +42,9 @@ SCHEMA = pa.schema(
         pa.field("kept_mass_sampled", pa.float64()),
     ]
 )
-LIST_LEAVES = ("columns.list.element", "diagonals.list.element")
+LISTS = ("columns", "diagonals")
+LIST_LEAVES = tuple(f"{name}.list.element" for name in LISTS)
+MASSES = ("kept_mass_probe", "kept_mass_sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,10 @@ class HeadChoice:
     def __post_init__(self) -> None:
         if not self.selector:
             raise InputError("must not be empty", field="selector")
-        for name in ("kept_mass_probe", "kept_mass_sampled"):
-            _check_mass(getattr(self, name), name)
+        for name in MASSES:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0 + MASS_SLACK:
+                raise InputError(f"must be from 0 to 1, not {value}", field=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +97,11 @@ def unpack_bits(data: bytes, blocks: int) -> NDArray[np.bool_]:
     """Return bool [N, N] from `pack_bits`; InputError when the length or the unused last bits are wrong."""
     pairs = blocks * (blocks + 1) // 2
     if len(data) != packed_bytes(blocks):
-        raise InputError(f"is {len(data)} bytes, {packed_bytes(blocks)} are needed for {blocks} blocks")
+        problem = f"is {len(data)} bytes, {packed_bytes(blocks)} are needed for {blocks} blocks"
+        raise InputError(problem, field="block_bits")
     flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(bool)
     if flat[pairs:].any():
-        raise InputError(f"has bits beyond the {pairs} block pairs")
+        raise InputError(f"has bits beyond the {pairs} block pairs", field="block_bits")
     bits = np.zeros((blocks, blocks), dtype=bool)
     bits[np.tri(blocks, dtype=bool)] = flat[:pairs]
     return bits
@@ -131,8 +136,7 @@ def encode_layer(training_step: int, layer: int, pattern: LayerPattern, choices:
         "diagonals": _list_array([h.diagonals if isinstance(h, VerticalSlash) else h.columns for h in heads]),
         "block_bits": [None if mask is None else pack_bits(mask.bits) for mask in masks],
         "density": [head_density(head, blocks) for head in heads],
-        "kept_mass_probe": [choice.kept_mass_probe for choice in choices],
-        "kept_mass_sampled": [choice.kept_mass_sampled for choice in choices],
+        **{name: [getattr(choice, name) for choice in choices] for name in MASSES},
     }
     return pa.table(values, schema=SCHEMA)
 
@@ -161,99 +165,71 @@ def decode_layer(
         raise InputError(
             f"has {table.num_rows} rows for {header.model.heads} heads", source=source, field=f"layer {layer}"
         )
-    decoder = _LayerDecoder(table, header, training_step, layer, source)
-    return tuple(decoder.row(head) for head in range(table.num_rows))
-
-
-class _LayerDecoder:
-    def __init__(self, table: pa.Table, header: TraceHeader, training_step: int, layer: int, source: Path) -> None:
-        self.header, self.training_step, self.layer, self.source = header, training_step, layer, source
-        self.blocks = num_blocks(header.seq_len_tokens, header.block_size)
-        lists = ("columns", "diagonals")
-        self.plain = table.drop_columns(list(lists)).to_pylist()
-        self.lists = {name: _split_lists(table.column(name).combine_chunks()) for name in lists}
-
-    def row(self, head: int) -> HeadRow:
-        values = self.plain[head]
-        self._check_place(head, values)
-        pattern = self._pattern(head, values)
-        self._check_density(head, values["density"], head_density(pattern, self.blocks))
-        return HeadRow(
-            training_step=self.training_step,
-            layer=self.layer,
-            head=head,
-            pattern=pattern,
-            choice=self._choice(head, values),
-            density=values["density"],
-        )
-
-    def _fail(self, head: int, name: str, problem: str) -> InputError:
-        return InputError(problem, source=self.source, field=f"layer {self.layer}, head {head}, {name}")
-
-    def _check_place(self, head: int, values: dict[str, Any]) -> None:
-        for name, expected in (("training_step", self.training_step), ("layer", self.layer), ("head", head)):
-            if values[name] != expected:
-                raise self._fail(head, name, f"is {values[name]} where {expected} is expected (missing or repeated?)")
-
-    def _pattern(self, head: int, values: dict[str, Any]) -> HeadPattern:
-        columns, diagonals = self.lists["columns"][head], self.lists["diagonals"][head]
-        if values["kind"] == BLOCK_MASK:
-            return self._block_mask(head, values["block_bits"], columns, diagonals)
-        if values["kind"] != VERTICAL_SLASH:
-            raise self._fail(head, "kind", f"is {values['kind']!r}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}")
-        if values["block_bits"] is not None:
-            raise self._fail(head, "block_bits", "must be empty for a vertical-slash pattern")
-        self._check_list(head, "columns", columns, self.header.seq_len_tokens)
-        self._check_list(head, "diagonals", diagonals, self.blocks)
-        return VerticalSlash(columns=columns, diagonals=diagonals)
-
-    def _block_mask(
-        self, head: int, data: bytes | None, columns: NDArray[np.int32], diagonals: NDArray[np.int32]
-    ) -> BlockMask:
-        if data is None:
-            raise self._fail(head, "block_bits", "is missing for a block mask")
-        for name, values in (("columns", columns), ("diagonals", diagonals)):
-            if values.size:
-                raise self._fail(head, name, f"must be empty for a block mask, has {values.size} entries")
+    lists = {name: _split_lists(table.column(name).combine_chunks()) for name in LISTS}
+    rows = []
+    for head, values in enumerate(table.drop_columns(list(LISTS)).to_pylist()):
+        values |= {name: lists[name][head] for name in LISTS}
+        place = {"training_step": training_step, "layer": layer, "head": head}
         try:
-            return BlockMask(bits=unpack_bits(data, self.blocks))
+            rows.append(_head_row(values, header, place))
         except InputError as error:
-            raise self._fail(head, "block_bits", str(error)) from error
+            raise InputError(f"layer {layer}, head {head}, {error}", source=source) from error
+    return tuple(rows)
 
-    def _check_list(self, head: int, name: str, values: NDArray[np.int32], limit: int) -> None:
-        if not values.size:
-            return
-        for value in (values.min(), values.max()):
-            if not 0 <= value < limit:
-                raise self._fail(head, name, f"has {value}, which is not in 0 to {limit - 1}")
-        falls = np.flatnonzero(np.diff(values) <= 0)
-        if falls.size:
-            raise self._fail(head, name, f"must ascend, has {values[falls[0] + 1]} after {values[falls[0]]}")
 
-    def _check_density(self, head: int, stated: float, actual: float) -> None:
-        if not abs(stated - actual) <= 1e-9:
-            raise self._fail(head, "density", f"is {stated}, the pattern's is {actual}")
+def _head_row(values: Mapping[str, Any], header: TraceHeader, place: Mapping[str, int]) -> HeadRow:
+    for name, expected in place.items():
+        if values[name] != expected:
+            raise InputError(f"is {values[name]} where {expected} is expected (missing or repeated?)", field=name)
+    blocks = num_blocks(header.seq_len_tokens, header.block_size)
+    pattern = _pattern(values, header.seq_len_tokens, blocks)
+    stated, actual = values["density"], head_density(pattern, blocks)
+    if not abs(stated - actual) <= 1e-9:
+        raise InputError(f"is {stated}, the pattern's is {actual}", field="density")
+    return HeadRow(**place, pattern=pattern, choice=_choice(values), density=stated)
 
-    def _choice(self, head: int, values: dict[str, Any]) -> HeadChoice:
-        try:
-            settings = json.loads(values["settings"])
-        except (ValueError, RecursionError) as error:
-            raise self._fail(head, "settings", f"is not valid JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise self._fail(head, "settings", "must be a JSON object")
-        masses = {name: values[name] for name in ("kept_mass_probe", "kept_mass_sampled")}
-        try:
-            return HeadChoice(selector=values["selector"], settings=settings, **masses)
-        except InputError as error:
-            raise self._fail(head, "choice", str(error)) from error
+
+def _pattern(values: Mapping[str, Any], seq_len_tokens: int, blocks: int) -> HeadPattern:
+    kind, bits = values["kind"], values["block_bits"]
+    if kind == BLOCK_MASK:
+        if bits is None:
+            raise InputError("is missing for a block mask", field="block_bits")
+        for name in LISTS:
+            if values[name].size:
+                raise InputError(f"must be empty for a block mask, has {values[name].size} entries", field=name)
+        return BlockMask(bits=unpack_bits(bits, blocks))
+    if kind != VERTICAL_SLASH:
+        raise InputError(f"is {kind!r}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}", field="kind")
+    if bits is not None:
+        raise InputError("must be empty for a vertical-slash pattern", field="block_bits")
+    _check_list("columns", values["columns"], seq_len_tokens)
+    _check_list("diagonals", values["diagonals"], blocks)
+    return VerticalSlash(columns=values["columns"], diagonals=values["diagonals"])
+
+
+def _check_list(name: str, values: NDArray[np.int32], limit: int) -> None:
+    if not values.size:
+        return
+    for value in (values.min(), values.max()):
+        if not 0 <= value < limit:
+            raise InputError(f"has {value}, which is not in 0 to {limit - 1}", field=name)
+    falls = np.flatnonzero(np.diff(values) <= 0)
+    if falls.size:
+        raise InputError(f"must ascend, has {values[falls[0] + 1]} after {values[falls[0]]}", field=name)
+
+
+def _choice(values: Mapping[str, Any]) -> HeadChoice:
+    try:
+        settings = json.loads(values["settings"])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not valid JSON ({error})", field="settings") from error
+    if not isinstance(settings, dict):
+        raise InputError("must be a JSON object", field="settings")
+    masses = {name: values[name] for name in MASSES}
+    return HeadChoice(selector=values["selector"], settings=settings, **masses)
 
 
 def _split_lists(array: pa.ListArray) -> list[NDArray[np.int32]]:
     offsets = array.offsets.to_numpy()
     values = array.values.to_numpy()
     return [values[start:stop] for start, stop in pairwise(offsets)]
-
-
-def _check_mass(value: float | None, name: str) -> None:
-    if value is not None and not 0.0 <= value <= 1.0 + MASS_SLACK:
-        raise InputError(f"must be from 0 to 1, not {value}", field=name)

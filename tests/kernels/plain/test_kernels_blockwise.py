@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernel_calls as calls
 from kernel_cases import CASES, assert_exact, load_case
-from sparsering.kernels import api
+from sparsering.kernels import api, gathered
 from sparsering.kernels.mask import AttentionMask, whole
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
 
@@ -131,16 +132,16 @@ def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
     dk, dv = torch.zeros(p.k.shape, dtype=acc), torch.zeros(p.k.shape, dtype=acc)
     grad_column_k, grad_column_v = (torch.zeros(column_k.shape, dtype=acc) for _ in range(2))
     for mine in p.shards:
-        call = {"scale": p.scale, "backend": backend}
+        call = {"scale": p.scale}
         q, grad_out = p.q[:, mine], p.grad_out[:, mine]
         indices = [api.block_index(p.mask, mine, theirs, backend=backend) for theirs in p.shards]
         columns = api.column_index(p.mask, mine, backend=backend)
-        partial = api.column_forward(q, column_k, column_v, columns, **call)
+        partial = calls.column_forward(q, column_k, column_v, columns, **call)
         for theirs, index in zip(p.shards, indices, strict=True):
-            partial = api.block_forward(q, p.k[:, theirs], p.v[:, theirs], index, into=partial, **call)
+            partial = calls.block_forward(q, p.k[:, theirs], p.v[:, theirs], index, into=partial, **call)
         delta = (grad_out.to(acc) * partial[0]).sum(-1).transpose(1, 2)
         grad_q = torch.zeros(q.shape, dtype=acc)
-        api.column_backward(
+        calls.column_backward(
             grad_out,
             q,
             column_k,
@@ -155,7 +156,7 @@ def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
         )
         for theirs, index in zip(p.shards, indices, strict=True):
             grad_k, grad_v = dk[:, theirs], dv[:, theirs]
-            api.block_backward(
+            calls.block_backward(
                 grad_out,
                 q,
                 p.k[:, theirs],
@@ -173,14 +174,14 @@ def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
     for grad, grad_columns in ((dk, grad_column_k), (dv, grad_column_v)):
         for mine in p.shards:
             rows = grad[:, mine]
-            api.scatter_columns(grad_columns, p.mask, mine, grad=rows)
+            gathered.scatter_columns(grad_columns, p.mask, mine, grad=rows)
             grad[:, mine] = rows
     return out, lse, dq, dk, dv
 
 
 def sum_over_shards(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     """What an all-reduce of every rank's gathered columns gives."""
-    return torch.stack([api.gather_columns(x[:, own], problem.mask, own) for own in problem.shards]).sum(0).to(x.dtype)
+    return torch.stack([gathered.gather_columns(x[:, own], problem.mask, own) for own in problem.shards]).sum(0).to(x.dtype)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
@@ -252,7 +253,7 @@ def test_an_index_of_another_key_shard_fails():
     wanted, _ = reference_attention(*tensors, problem.mask, scale=1.0, q_positions=mine, k_positions=theirs)
     for positions, same in ((theirs, True), (mine, False)):
         index = api.block_index(problem.mask, mine, positions, backend="blockwise")
-        out, _ = api.block_forward(*tensors, index, scale=1.0, backend="blockwise")
+        out, _ = calls.block_forward(*tensors, index, scale=1.0)
         assert torch.allclose(out, wanted, rtol=0, atol=1e-10) is same
 
 
@@ -312,7 +313,7 @@ def test_inactive_tiles_are_never_read():
     k, v = problem.k.clone(), problem.v.clone()
     unread = torch.arange(256) // 16 < 7
     k[:, unread], v[:, unread] = torch.nan, torch.nan
-    out, _ = api.block_forward(problem.q[:, 128:192], k, v, index, scale=0.25, backend="blockwise")
+    out, _ = calls.block_forward(problem.q[:, 128:192], k, v, index, scale=0.25)
     wanted, _ = reference_attention(
         problem.q[:, 128:192], problem.k, problem.v, mask, scale=0.25, q_positions=torch.arange(128, 192)
     )
@@ -323,23 +324,23 @@ def test_scatter_is_the_transpose_of_gather():
     problem = _plain_problem()
     generator = torch.Generator().manual_seed(5)
     for own in problem.shards:
-        gathered = api.gather_columns(problem.k[:, own], problem.mask, own)
-        weights = torch.randn(gathered.shape, generator=generator, dtype=torch.float64)
+        columns = gathered.gather_columns(problem.k[:, own], problem.mask, own)
+        weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64)
         grad = torch.zeros_like(problem.k[:, own])
-        api.scatter_columns(weights, problem.mask, own, grad=grad)
-        assert_exact((gathered * weights).sum(), (problem.k[:, own] * grad).sum())
+        gathered.scatter_columns(weights, problem.mask, own, grad=grad)
+        assert_exact((columns * weights).sum(), (problem.k[:, own] * grad).sum())
         assert grad.any()
 
 
 def test_gathered_columns_of_all_ranks_are_the_rows_themselves():
     problem = _plain_problem()
     assert problem.mask.columns is not None
-    gathered = sum_over_shards(problem.k, problem)
+    columns = sum_over_shards(problem.k, problem)
     for head in range(4):
         positions = problem.mask.columns[head]
         filled = positions < problem.mask.seq_len_tokens
-        assert torch.equal(gathered[0, head, filled], problem.k[0, positions[filled].long(), head // 2])
-        assert not gathered[0, head, ~filled].any()
+        assert torch.equal(columns[0, head, filled], problem.k[0, positions[filled].long(), head // 2])
+        assert not columns[0, head, ~filled].any()
 
 
 def test_backward_adds_to_what_is_there():
@@ -349,7 +350,7 @@ def test_backward_adds_to_what_is_there():
     out, lse, dq, dk, dv = expected(problem)
     delta = (problem.grad_out * out).sum(-1).transpose(1, 2)
     grads = [torch.full_like(x, 2.0) for x in (dq, dk, dv)]
-    api.block_backward(
+    calls.block_backward(
         problem.grad_out,
         problem.q,
         problem.k,
@@ -358,7 +359,6 @@ def test_backward_adds_to_what_is_there():
         delta,
         index,
         scale=problem.scale,
-        backend="blockwise",
         grad_q=grads[0],
         grad_k=grads[1],
         grad_v=grads[2],
@@ -377,9 +377,9 @@ def test_an_empty_shard_is_fine():
     problem = _plain_problem()
     none = torch.arange(0)
     index = api.block_index(problem.mask, torch.arange(256), none, backend="blockwise")
-    out, lse = api.block_forward(problem.q, problem.k[:, :0], problem.v[:, :0], index, scale=1.0, backend="blockwise")
+    out, lse = calls.block_forward(problem.q, problem.k[:, :0], problem.v[:, :0], index, scale=1.0)
     assert not out.any() and torch.all(lse == -torch.inf)
-    assert not api.gather_columns(problem.k[:, :0], problem.mask, none).any()
+    assert not gathered.gather_columns(problem.k[:, :0], problem.mask, none).any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+import kernel_calls as calls
 from kernel_cases import CASES, assert_exact, load_case
 from sparsering.kernels import api
 from sparsering.kernels.mask import AttentionMask, block_part, column_part, whole
@@ -126,9 +127,12 @@ def test_api_refuses_unknown_backends_and_foreign_indices():
         api.block_index(mask, at, at, backend="cuda")
     index = api.block_index(mask, at, at, backend="reference")
     q = torch.zeros(1, 4, 1, 2)
-    with pytest.raises(ValueError, match="built for backend 'reference'"):
-        api.block_forward(q, q, q, index, scale=1.0, backend="blockwise")
+    other = api.column_index(mask, at, backend="blockwise")
+    with pytest.raises(ValueError, match="index: made for one backend each, not for blockwise and reference"):
+        calls.block_forward(q, q, q, index, scale=1.0, columns=(q, q, other))
+    with pytest.raises(ValueError, match="neither keys nor columns"):
+        api.forward(api.Queries(q=q, scale=1.0))
     with pytest.raises(ValueError, match="q_positions"):
         api.column_index(mask, at.double(), backend="reference")
     with pytest.raises(ValueError, match="dtypes"):
-        api.block_forward(q, q.double(), q.double(), index, scale=1.0, backend="reference")
+        calls.block_forward(q, q.double(), q.double(), index, scale=1.0)

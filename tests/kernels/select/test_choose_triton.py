@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparsering.kernels.select.choose import ALONE, ShardTensors, choose_xattention
 from sparsering.kernels.select.probe import (
+    ALONE,
+    ShardTensors,
     column_sums,
     last_positions,
     probabilities,
@@ -19,6 +20,7 @@ from sparsering.kernels.select.probe import (
 from sparsering.kernels.select.probe_triton import column_and_slash_sums, tile_keys
 from sparsering.kernels.select.select_triton import take
 from sparsering.kernels.select.top import diagonals_of, highest, positions_of, take_highest
+from sparsering.kernels.select.xattention import XAttention
 from sparsering.kernels.select.xattention_triton import active_rows, applies
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled on GPUs: see test_gpu_choose.py")
@@ -95,13 +97,11 @@ def test_taking_agrees_with_the_definition(length, kinds):
 @pytest.mark.parametrize(
     ("tokens", "seq_len", "ranks", "granularity"), [(512, 512, 1, 512), (512, 470, 2, 64), (470, 470, 1, 470)]
 )
-@pytest.mark.parametrize("first_block", [True, False])
 @pytest.mark.parametrize("mass", [0.4, 0.75])
-def test_xattention_agrees_with_the_definition(tokens, seq_len, ranks, granularity, first_block, mass):
+def test_xattention_agrees_with_the_definition(tokens, seq_len, ranks, granularity, mass):
     shapes = {"seq_len": seq_len, "ranks": ranks, "granularity": granularity, "dtype": torch.float32}
     whole = shard_of(tokens, **{**shapes, "ranks": 1, "granularity": tokens}, rank=0)
-    budget = {"scale": 0.6, "stride": 16, "mass": mass, "first_block": first_block}
-    wanted = choose_xattention(whole, **budget).active
+    wanted = XAttention(stride=16, mass=mass).choose(whole, scale=0.6).active
     assert 0.2 < wanted.tril().sum() / (4 * 36) < 0.9
     keys = torch.zeros(2, 512, 32)
     keys[:, :seq_len] = whole.k[0, :seq_len].transpose(0, 1)
@@ -109,5 +109,5 @@ def test_xattention_agrees_with_the_definition(tokens, seq_len, ranks, granulari
         shard = shard_of(tokens, rank=rank, **shapes)
         blocks = shard.positions[::64] // 64
         assert applies(shard, 16)
-        active = torch.cat(list(active_rows(shard, blocks, keys, **budget)), dim=1).bool()
+        active = torch.cat(list(active_rows(shard, blocks, keys, scale=0.6, stride=16, mass=mass)), dim=1).bool()
         assert torch.equal(active, wanted[:, blocks])

@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsering.kernels.select.choose import (
-    ALONE,
-    FixedBudget,
-    FlexBudget,
-    ShardTensors,
-    choose_vertical_slash,
-    choose_xattention,
-    vertical_slash_budgets,
-)
+from select_cases import load
+from sparsering.kernels.mask import AttentionMask
+from sparsering.kernels.select.moba_block import MobaBlock
 from sparsering.kernels.select.probe import (
+    ALONE,
+    ShardTensors,
     column_sums,
+    kept_mass_probe,
     last_positions,
     probabilities,
     query_rows,
@@ -23,6 +20,8 @@ from sparsering.kernels.select.probe import (
     slash_sums,
 )
 from sparsering.kernels.select.probe_triton import column_and_slash_sums
+from sparsering.kernels.select.vertical_slash import FixedVerticalSlash, FlexVerticalSlash, choose_by_head
+from sparsering.kernels.select.xattention import XAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,30 +67,60 @@ def test_sums_are_those_of_float32(tokens, seq_len, granularity, dtype):
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("budget", [
-    FixedBudget(columns=50, slashes=140),
-    FlexBudget(column_mass=0.6, column_cap=700, slash_mass=0.5, slash_cap=300),
+@pytest.mark.parametrize("selector", [
+    FixedVerticalSlash(columns=50, slashes=140),
+    FlexVerticalSlash(column_mass=0.6, column_cap=700, slash_mass=0.5, slash_cap=300),
 ])  # fmt: skip
 @pytest.mark.parametrize("granularity", [128, 64])
-def test_vertical_slash_is_the_choice_of_the_cpu(budget, granularity):
+def test_vertical_slash_is_the_choice_of_the_cpu(selector, granularity):
     seq_len = 8192
     q, k = tensors(seq_len, torch.bfloat16)
     choices, sums = {}, {}
     for device, (queries, keys) in {"cuda": (q, k), "cpu": (q.float(), k.float())}.items():
         shard = shard_of(queries, keys, device, seq_len=seq_len, granularity=granularity)
-        budgets = vertical_slash_budgets([budget] * 4, seq_len_tokens=seq_len, device=device)
-        choices[device] = choose_vertical_slash(shard, budgets, scale=0.2)
+        choices[device] = selector.choose(shard, scale=0.2)
         at = last_positions(shard)
         sums[device] = column_sums(shard, probabilities(row_logits(shard, query_rows(shard, at, ALONE), at, scale=0.2),
                                                         ALONE))  # fmt: skip
     for head in range(4):
-        gpu, cpu = (set(c.mask.columns[head][: c.column_counts[head]].tolist()) for c in choices.values())
+        gpu, cpu = ({c for c in mask.columns[head].tolist() if c < seq_len} for mask in choices.values())
         assert len(gpu) > 20
         cut = min(float(sums["cpu"][head][column]) for column in cpu)
         for column in gpu ^ cpu:
             assert abs(float(sums["cpu"][head][column]) - cut) <= NEAR, f"head {head}, column {column}"
-        differ = choices["cuda"].mask.active[head].cpu() ^ choices["cpu"].mask.active[head]
+        differ = choices["cuda"].active[head].cpu() ^ choices["cpu"].active[head]
         assert differ.sum() <= 2, f"head {head}: diagonals {differ.nonzero().flatten().tolist()}"
+
+
+def test_choosing_agrees_with_the_cpu_and_never_waits():
+    data = load("structured")
+    q, k = (torch.from_numpy(data[name]) for name in ("q", "k"))
+    fixed = FixedVerticalSlash(columns=int(data["fixed"][0]), slashes=int(data["fixed"][1]))
+    flex = FlexVerticalSlash(column_mass=0.6, column_cap=300, slash_mass=0.6, slash_cap=300)
+    budgets = [fixed.budget, flex.budget] * 2
+
+    def choose_all(device: str) -> list[AttentionMask]:
+        shard = ShardTensors(
+            q=q[None].to(device), k=k[None].to(device), positions=torch.arange(1024, device=device),
+            seq_len_tokens=1024, block_size=64, granularity_tokens=1024,
+        )  # fmt: skip
+        choose_by_head(shard, budgets, scale=0.2, collectives=ALONE)  # the first one copies budgets to the device
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            chosen = [
+                choose_by_head(shard, budgets, scale=float(data["scale"]), collectives=ALONE),
+                XAttention().choose(shard, scale=0.2),
+                MobaBlock(chunk_tokens=128, top_chunks=3).choose(shard, scale=0.2),
+            ]
+            kept_mass_probe(shard, chosen[0], scale=0.2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [mask.to("cpu") for mask in chosen]
+
+    for ours, wanted in zip(choose_all("cuda"), choose_all("cpu"), strict=True):
+        assert torch.equal(ours.active, wanted.active)
+        assert wanted.columns is None or (ours.columns is not None and torch.equal(ours.columns, wanted.columns))
 
 
 @pytest.mark.parametrize(("tokens", "seq_len"), [(8192, 8192), (5000, 5000)])
@@ -99,7 +128,7 @@ def test_xattention_is_the_choice_of_the_cpu(tokens, seq_len):
     q, k = tensors(tokens, torch.bfloat16)
     on_gpu = shard_of(q, k, "cuda", seq_len=seq_len, granularity=tokens)
     on_cpu = shard_of(q.float(), k.float(), "cpu", seq_len=seq_len, granularity=tokens)
-    gpu = choose_xattention(on_gpu, scale=0.5, mass=0.6).active.cpu()
-    cpu = choose_xattention(on_cpu, scale=0.5, mass=0.6).active
+    gpu = XAttention(mass=0.6).choose(on_gpu, scale=0.5).active.cpu()
+    cpu = XAttention(mass=0.6).choose(on_cpu, scale=0.5).active
     assert 0.2 < cpu.tril().sum() / (cpu.shape[0] * cpu.shape[1] ** 2 / 2) < 0.9
     assert (gpu ^ cpu).sum() <= 1e-3 * cpu.sum()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sparsering.kernels import api
+import kernel_calls as calls
+from sparsering.kernels import api, gathered
 from sparsering.kernels.mask import AttentionMask, whole
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
 
@@ -177,14 +178,14 @@ def test_query_heads_end_to_end(case: Case, backend: str) -> None:
     (grad_out, q, k, v), mask = build(case)
     tokens = torch.arange(q.shape[1], device="cuda")
     index = api.block_index(mask, tokens, tokens, backend=backend)
-    out, lse = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
-    delta = api.row_products(grad_out, out, backend=backend)
+    out, lse = calls.block_forward(q, k, v, index, scale=0.1)
+    delta = api.backend_of(backend).row_products(grad_out, out)
 
     def gradients(scratch: dict[str, object] | None, dtype: torch.dtype) -> list[torch.Tensor]:
         grads = [torch.full_like(x, torch.nan, dtype=kind) for x, kind in ((q, torch.float32), (k, dtype), (v, dtype))]
         into = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
         given = {"scale": 0.1, "backend": backend, "add_q": False, "add_kv": False, "scratch": scratch}
-        api.block_backward(grad_out, q, k, v, lse, delta, index, **into, **given)
+        calls.block_backward(grad_out, q, k, v, lse, delta, index, **into, **given)
         return grads
 
     apart = gradients(None, torch.float32)
@@ -215,12 +216,12 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
         partial = None
         for keys in shards:
             index = api.block_index(mask, at, keys, backend=backend)
-            partial = api.block_forward(
-                q[:, at], k[:, keys], v[:, keys], index, scale=scale, backend=backend, into=partial
+            partial = calls.block_forward(
+                q[:, at], k[:, keys], v[:, keys], index, scale=scale, into=partial
             )
         columns = api.column_index(mask, at, backend=backend)
-        column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
-        partial = api.column_forward(q[:, at], column_k, column_v, columns, scale=scale, backend=backend, into=partial)
+        column_k, column_v = (gathered.gather_columns(x, mask, everything) for x in (k, v))
+        partial = calls.column_forward(q[:, at], column_k, column_v, columns, scale=scale, into=partial)
         out[:, at], lse[:, :, at] = partial
     expected, expected_lse = reference_attention(q, k, v, mask, scale=scale)
     alive = expected_lse > -torch.inf
@@ -237,7 +238,7 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
                 for n, x in ((at, q), (keys, k), (keys, v))
             ]
             for _ in range(2):  # twice, halved: it adds
-                api.block_backward(
+                calls.block_backward(
                     grad_out[:, at],
                     q[:, at],
                     k[:, keys],
@@ -246,7 +247,6 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
                     delta[:, :, at],
                     index,
                     scale=scale,
-                    backend=backend,
                     grad_q=parts[0],
                     grad_k=parts[1],
                     grad_v=parts[2],
@@ -259,7 +259,7 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
     blockwise = [torch.zeros_like(g) for g in grads]
     whole_index = api.block_index(mask, everything, everything, backend="blockwise")
     grad_out, q, k, v = (x.nan_to_num().float() for x in (grad_out, q, k, v))
-    api.block_backward(
+    calls.block_backward(
         grad_out,
         q,
         k,
@@ -268,7 +268,6 @@ def test_striped_shards_add_up(world: int, backend: str) -> None:
         delta,
         whole_index,
         scale=scale,
-        backend="blockwise",
         grad_q=blockwise[0],
         grad_k=blockwise[1],
         grad_v=blockwise[2],
@@ -291,9 +290,9 @@ def test_flash4_with_query_tiles_as_a_batch(
     positions = torch.arange(q.shape[1], device="cuda")
     index = api.block_index(mask, positions, positions, backend=backend)
     monkeypatch.setattr(flash4_launch, "_by_tiles", lambda device: False)
-    out, lse = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
+    out, lse = calls.block_forward(q, k, v, index, scale=0.1)
     monkeypatch.setattr(flash4_launch, "_by_tiles", lambda device: True)
-    by_tiles = api.block_forward(q, k, v, index, scale=0.1, backend=backend)
+    by_tiles = calls.block_forward(q, k, v, index, scale=0.1)
     assert torch.equal(by_tiles[0], out) and torch.equal(by_tiles[1], lse)
 
 
@@ -348,7 +347,7 @@ def test_gathered_and_odd_layouts(documents: bool, backend: str) -> None:
     partial = None
     for where in (keys, at):
         index = api.block_index(mask, at, where, backend=backend)
-        partial = api.block_forward(odd(q[:, at]), odd(k[:, where]), v[:, where], index, **common, into=partial)
+        partial = calls.block_forward(odd(q[:, at]), odd(k[:, where]), v[:, where], index, **common, into=partial)
     assert partial is not None
     out, lse = partial
     expected, expected_lse = reference_attention(q, k, v, mask, scale=0.1)
@@ -360,7 +359,7 @@ def test_gathered_and_odd_layouts(documents: bool, backend: str) -> None:
     for where in (keys, at):
         grad_k, grad_v = torch.zeros(2, 1, len(where), 2, 128, device="cuda")
         index = api.block_index(mask, at, where, backend=backend)
-        api.block_backward(
+        calls.block_backward(
             odd(grad_out[:, at]),
             q[:, at],
             k[:, where],

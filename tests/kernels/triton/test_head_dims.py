@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner, Result
 
+import kernel_calls as calls
 import tiny
 from rank_pool import RankPool
 from ring_cases import PATTERNS, Case, expected, make_case_plan
@@ -21,12 +22,17 @@ from sparsering import cli
 from sparsering.kernels import api, head_dims
 from sparsering.kernels.mask import AttentionMask, whole
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
-from sparsering.kernels.select.choose import FixedBudget, ShardTensors, choose_vertical_slash, vertical_slash_budgets
+from sparsering.kernels.select.probe import ShardTensors
+from sparsering.kernels.select.vertical_slash import FixedVerticalSlash
 from sparsering.kernels.tools import accuracy
 from sparsering.planner.backends import FASTEST, TAKEN, computed_head_dim, kernel_head_dim
 from sparsering.planner.cost.kernels import DatasheetCost, datasheet_cost
 from sparsering.planner.cost.memory import layer_memory
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.ulysses import Ulysses
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import striped
 from sparsering.planner.schedule.schedule import DIRECTIONS, KV_HOME, Direction, ShardId, Task
@@ -125,14 +131,15 @@ def test_fastest_takes_what_one_of_them_takes() -> None:
 
 def plan_of(head_dim: int, backend: str, *, columns: int = 16, dtype: str = "float16", world_size: int = 2) -> Plan:
     return make_plan(
-        model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=head_dim),
-        seq_len_tokens=512,
-        block_size=64,
-        dtype=dtype,  # pyright: ignore[reportArgumentType]
-        columns_capacity=columns,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=head_dim),
+            seq_len_tokens=512,
+            block_size=64,
+            dtype=dtype,
+            columns_capacity=columns,
+        ),
         placement=striped(seq_len_tokens=512, world_size=world_size, granularity_tokens=64),
-        forward=("gather", {"chunks": 1}),
-        backward=("gather", {"chunks": 1}),
+        forward=Gather(chunks=1),
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )
@@ -276,7 +283,7 @@ def launch_peak_bytes(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) ->
     common: dict[str, Any] = {"backend": "triton"}
     grad_out, q, k, v = (torch.zeros(1, tokens, n, shape.head_dim, dtype=torch.float16) for n in heads)
     index, of_columns = api.block_index(mask, at, at, **common), api.column_index(mask, at, **common)
-    gathered = api.gather_column_pair(k, v, mask, at, of_columns)
+    gathered = api.gather_columns(k, v, of_columns)
     grads = {
         name: torch.empty_like(x, dtype=torch.float32) for name, x in (("grad_q", q), ("grad_k", k), ("grad_v", v))
     }
@@ -286,7 +293,7 @@ def launch_peak_bytes(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) ->
     given |= {"final_q": torch.empty_like(q), "add_q": False, "add_kv": False, "scale": SCALE}
     assert of_columns.data.usable.numel() and of_columns.data.first_tile.numel()  # made at the first use, and kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        api.block_backward(grad_out, q, k, v, rows[0], rows[1], index, **grads, **given, **common)
+        calls.block_backward(grad_out, q, k, v, rows[0], rows[1], index, **grads, **given, **common)
         gc.collect()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -407,9 +414,7 @@ def by_tasks(tensors: Tensors, mask: AttentionMask, *, apart: bool = False, narr
     shards = [torch.cat(blocks[0::2]), torch.cat(blocks[1::2])]
     common: dict[str, Any] = {"scale": SCALE, "backend": "triton"}
     indexes = [api.column_index(mask, at, backend="triton") for at in shards]
-    gathered = sum(
-        api.gather_column_pair(k[:, at], v[:, at], mask, at, index) for at, index in zip(shards, indexes, strict=True)
-    )
+    gathered = sum(api.gather_columns(k[:, at], v[:, at], index) for at, index in zip(shards, indexes, strict=True))
     assert isinstance(gathered, torch.Tensor) and gathered.shape[-1] == q.shape[3]
     grad_columns = torch.zeros_like(gathered, dtype=accumulator)
     whole_grads = [torch.full_like(x, torch.nan, dtype=accumulator) for x in (q, k, v)]
@@ -420,20 +425,20 @@ def by_tasks(tensors: Tensors, mask: AttentionMask, *, apart: bool = False, narr
         columns, partial = (gathered[0], gathered[1], indexes[own]), None
         order = [1 - own, own]
         if apart:
-            partial = api.column_forward(q[:, at], *columns, **common)
+            partial = calls.column_forward(q[:, at], *columns, **common)
         for number, other in enumerate(order):
             keys = shards[other]
             index = api.block_index(mask, at, keys, backend="triton")
             given = {"columns": None if apart or number else columns, "into": partial, "final": number == 1}
-            partial = api.block_forward(q[:, at], k[:, keys], v[:, keys], index, **common, **given)
+            partial = calls.block_forward(q[:, at], k[:, keys], v[:, keys], index, **common, **given)
         assert partial is not None and partial[0].dtype == q.dtype and partial[0].shape == q[:, at].shape
         out[:, at], lse[:, :, at] = partial
-        rows = lse[:, :, at], api.row_products(grad_out[:, at], partial[0], backend="triton")
+        rows = lse[:, :, at], api.backend_of("triton").row_products(grad_out[:, at], partial[0])
         total = torch.full_like(q[:, at], torch.nan, dtype=accumulator)
         final = torch.full_like(q[:, at], torch.nan) if accumulator != q.dtype else None
         if apart:
             into = dict(zip(("grad_column_k", "grad_column_v"), grad_columns, strict=True))
-            api.column_backward(
+            calls.column_backward(
                 grad_out[:, at], q[:, at], *columns[:2], *rows, columns[2], grad_q=total, add_q=False, **into, **common
             )
         for number, other in enumerate(order):
@@ -443,14 +448,14 @@ def by_tasks(tensors: Tensors, mask: AttentionMask, *, apart: bool = False, narr
             if narrow:
                 grads, add = [torch.full_like(x[:, keys], torch.nan) for x in (k, v)], False
             given = {} if apart or number else {"columns": columns, "grad_columns": (grad_columns[0], grad_columns[1])}
-            api.block_backward(
+            calls.block_backward(
                 grad_out[:, at], q[:, at], k[:, keys], v[:, keys], *rows, index, grad_q=total, grad_k=grads[0],
                 grad_v=grads[1], add_q=apart or number > 0, add_kv=add, final_q=final if number else None, **given,
                 **common,
             )  # fmt: skip
             for ours, part in zip(key_grads[other], grads, strict=True):
                 if narrow:
-                    api.add_up(ours, part[None], add=other in begun, backend="triton")
+                    api.backend_of("triton").add_up(ours, part[None], add=other in begun)
             begun.add(other)
         whole_grads[0][:, at] = (total if final is None else final).to(accumulator)
     for at, index, (grad_k, grad_v) in zip(shards, indexes, key_grads, strict=True):
@@ -569,11 +574,11 @@ def test_earlier_partials_are_merged_where_they_lie() -> None:
     (_, q, k, v), mask = Drawn(head_dim=80, tokens=64, padding=0, columns=0).make()
     index = api.block_index(mask, torch.arange(64), torch.arange(64), backend="triton")
     earlier = torch.zeros_like(q), torch.full((1, 4, 64), -torch.inf, dtype=q.dtype)
-    out, lse = api.block_forward(q, k, v, index, scale=SCALE, backend="triton", into=earlier)
+    out, lse = calls.block_forward(q, k, v, index, scale=SCALE, into=earlier)
     assert out is earlier[0] and lse is earlier[1]
     torch.testing.assert_close(out, reference_attention(q, k, v, mask, scale=SCALE)[0], atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="into: shapes"):
-        api.block_forward(q, k, v, index, scale=SCALE, backend="triton", into=(earlier[0][..., :64], earlier[1]))
+        calls.block_forward(q, k, v, index, scale=SCALE, into=(earlier[0][..., :64], earlier[1]))
 
 
 @interpreted
@@ -584,17 +589,13 @@ def test_larger_heads_are_refused_by_the_kernels_too(head_dim: int) -> None:
     with pytest.raises(
         ValueError, match=f"^q: head dim {head_dim} is not one of .*, nor another multiple of 8 below 128"
     ):
-        api.block_forward(q, k, v, index, scale=SCALE, backend="triton")
+        calls.block_forward(q, k, v, index, scale=SCALE)
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("layout", "parameters"), [("gather", {"chunks": 1}), ("ring", {}), ("ulysses", {"degree": 2})]
-)
-def test_ranks_with_padded_heads(
-    layout: str, parameters: dict[str, int], rank_pools: Callable[[int], RankPool]
-) -> None:
-    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout, parameters=parameters,
+@pytest.mark.parametrize("layout", [Gather(chunks=1), Ring(), Ulysses(degree=2)])
+def test_ranks_with_padded_heads(layout: Layout, rank_pools: Callable[[int], RankPool]) -> None:
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout,
                 pattern="gqa")  # fmt: skip
     plan = make_case_plan(case, backend="triton", dtype="float32", head_dim=80)
     results = rank_pools(2).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
@@ -651,8 +652,7 @@ def test_errors_task_by_task_on_a_gpu(head_dim: int, dtype: torch.dtype, narrow:
 
 @pytest.mark.gpu
 def test_choosing_on_a_gpu_chooses_alike() -> None:
-    heads, masks = [FixedBudget(columns=40, slashes=80)] * 4, []
+    selector, masks = FixedVerticalSlash(columns=40, slashes=80), []
     for device in ("cpu", "cuda"):
-        budgets = vertical_slash_budgets(heads, seq_len_tokens=512, device=device)
-        masks.append(choose_vertical_slash(shard_of(96, device), budgets, scale=SCALE).mask.active.cpu())
+        masks.append(selector.choose(shard_of(96, device), scale=SCALE).active.cpu())
     assert (masks[0] != masks[1]).sum() <= 2  # scores within rounding of the cut

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsering.kernels import api
+import kernel_calls as calls
+from sparsering.kernels import api, gathered
 from sparsering.kernels.mask import AttentionMask
 
 pytest.importorskip("triton")
@@ -49,19 +50,19 @@ class Chain:
         keys = [own, *others]
         self.kv = [(k[:, at], v[:, at]) for at in keys]
         self.indexes = [api.block_index(mask, own, at, backend=backend) for at in keys]
-        column_k, column_v = (api.gather_columns(x, mask, torch.arange(q.shape[1])) for x in (k, v))
+        column_k, column_v = (gathered.gather_columns(x, mask, torch.arange(q.shape[1])) for x in (k, v))
         self.columns = column_k, column_v, api.column_index(mask, own, backend=backend)
-        self.call: dict[str, Any] = {"scale": SCALE, "backend": backend}
+        self.call: dict[str, Any] = {"scale": SCALE}
 
     def forward(self, *, columns_last: bool) -> tuple[Tensor, Tensor]:
         final: dict[str, Any] = {"final": not self.plain}
-        partial = api.block_forward(self.q, *self.kv[0], self.indexes[0], **self.call)
+        partial = calls.block_forward(self.q, *self.kv[0], self.indexes[0], **self.call)
         if columns_last:
-            partial = api.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, into=partial)
-            out, lse = api.column_forward(self.q, *self.columns, **self.call, into=partial, **final)
+            partial = calls.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, into=partial)
+            out, lse = calls.column_forward(self.q, *self.columns, **self.call, into=partial, **final)
         else:
             given = {"into": partial, "columns": self.columns, **final}
-            out, lse = api.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, **given)
+            out, lse = calls.block_forward(self.q, *self.kv[1], self.indexes[1], **self.call, **given)
         assert plain_or(self.plain, out.dtype, torch.float32, torch.float16)
         return out.half(), lse
 
@@ -70,7 +71,7 @@ class Chain:
 
     def backward(self, out: Tensor, lse: Tensor, *, columns_last: bool) -> list[Tensor]:
         """[dq in float16, dk, dv of every shard, dk, dv of the columns]."""
-        delta = api.row_products(self.grad_out, out, backend=self.backend)
+        delta = api.backend_of(self.backend).row_products(self.grad_out, out)
         inputs = lse, delta
         grad_q, final_q = self.accumulator(self.q), None if self.plain else torch.full_like(self.q, torch.nan)
         grads = [[self.accumulator(x) for x in pair] for pair in self.kv]
@@ -82,11 +83,11 @@ class Chain:
                 given |= {"add_q": number > 0, "add_kv": False}
             if number and not columns_last:
                 given |= {"columns": self.columns, "grad_columns": grad_columns, **last}
-            api.block_backward(self.grad_out, self.q, *pair, *inputs, index, **self.call, **given)
+            calls.block_backward(self.grad_out, self.q, *pair, *inputs, index, **self.call, **given)
         if columns_last:
             into = {"grad_q": grad_q, "grad_column_k": grad_columns[0], "grad_column_v": grad_columns[1], **last}
             column_k, column_v, of_columns = self.columns
-            api.column_backward(self.grad_out, self.q, column_k, column_v, *inputs, of_columns, **self.call, **into)
+            calls.column_backward(self.grad_out, self.q, column_k, column_v, *inputs, of_columns, **self.call, **into)
         dq = grad_q.half() if final_q is None else final_q
         return [dq, *(x for pair in grads for x in pair), *grad_columns]
 
@@ -113,12 +114,12 @@ def test_first_and_last_launch(backend: str, toeplitz: bool, shards: str, column
 def test_a_final_gradient_must_lie_like_its_accumulator() -> None:
     chain = Chain(toeplitz=True, shards=SHARDS["whole"], backend="triton", plain=False)
     out, lse = chain.forward(columns_last=False)
-    delta = api.row_products(chain.grad_out, out, backend="triton")
+    delta = api.backend_of("triton").row_products(chain.grad_out, out)
     accumulators = [torch.zeros(x.shape) for x in (chain.q, *chain.kv[0])]
     given = dict(zip(("grad_q", "grad_k", "grad_v"), accumulators, strict=True))
     across = torch.empty(chain.q.transpose(1, 2).shape, dtype=torch.float16).transpose(1, 2)
     with pytest.raises(ValueError, match=r"final_q: .* are not those of grad_q"):
-        api.block_backward(
+        calls.block_backward(
             chain.grad_out, chain.q, *chain.kv[0], lse, delta, chain.indexes[0], **chain.call, **given, final_q=across
         )
 
@@ -128,19 +129,19 @@ def test_a_final_gradient_must_lie_like_its_accumulator() -> None:
 def test_key_gradients_of_one_launch_may_be_rounded(backend: str, toeplitz: bool, shards: str) -> None:
     chain = Chain(toeplitz=toeplitz, shards=SHARDS[shards], backend=backend, plain=False)
     out, lse = chain.forward(columns_last=False)
-    delta = api.row_products(chain.grad_out, out, backend=backend)
+    delta = api.backend_of(backend).row_products(chain.grad_out, out)
     inputs = chain.grad_out, chain.q, *chain.kv[1], lse, delta, chain.indexes[1]
     found: dict[torch.dtype, list[Tensor]] = {}
     into: dict[str, Any] = {}
     for dtype in (torch.float32, torch.float16):
         grads = [torch.full(x.shape, torch.nan, dtype=dtype) for x in chain.kv[1]]
         into = {"grad_q": torch.zeros(chain.q.shape), "grad_k": grads[0], "grad_v": grads[1]}
-        api.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=False)
+        calls.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=False)
         found[dtype] = [into["grad_q"], *grads]
     for wide, rounded in zip(found[torch.float32], found[torch.float16], strict=True):
         assert torch.equal(wide.to(rounded.dtype), rounded)
     with pytest.raises(ValueError, match=r"grad_k: sums go on in torch\.float32, not torch\.float16"):
-        api.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=True)
+        calls.block_backward(*inputs, **chain.call, **into, add_q=True, add_kv=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -153,7 +154,7 @@ def test_parts_are_added_up_in_order(backend: str, add: bool, count: int) -> Non
     right = target.clone() if add else torch.zeros_like(target)
     for part in parts:
         right += part
-    api.add_up(target, parts, add=add, backend=backend)
+    api.backend_of(backend).add_up(target, parts, add=add)
     assert torch.equal(target, right)
 
 
@@ -168,7 +169,7 @@ def test_parts_are_added_to_some_heads(backend: str, add: bool) -> None:
         right[:, :, 1:3] = 0
     for part in parts:
         right[:, :, 1:3] += part
-    api.add_up(whole[:, :, 1:3], parts, add=add, backend=backend)
+    api.backend_of(backend).add_up(whole[:, :, 1:3], parts, add=add)
     assert torch.equal(whole, right)
 
 
@@ -235,7 +236,7 @@ def test_row_products(backend: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(2, 45, 16, 3, generator=generator).to(dtype).transpose(2, 3)  # rows of D are not in one piece
     right = torch.randn(2, 45, 3, 16, generator=generator).to(dtype)
-    found = api.row_products(left, right, backend=backend)
+    found = api.backend_of(backend).row_products(left, right)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(
         found.double(), (left.double() * right.double()).sum(-1).transpose(1, 2), atol=1e-5, rtol=1e-5

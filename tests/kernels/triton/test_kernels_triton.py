@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from sparsering.kernels import api
+import kernel_calls as calls
+from sparsering.kernels import api, gathered
 from sparsering.kernels.mask import AttentionMask
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
 
 pytest.importorskip("triton")
-from sparsering.kernels.triton import backend, gradients
+from sparsering.kernels.triton import gradients
 
 if torch.cuda.is_available():
     pytest.skip(
@@ -130,8 +131,8 @@ def test_key_tiles_that_all_attend_are_split_over_heads(padding: int, monkeypatc
     monkeypatch.setattr(gradients, "SPLIT_ROWS", 2)
     tensors, mask = problem(tokens=150, padding=padding, block=32, toeplitz=False, heads=(4, 2))
     mask.active[:, :, 1] = True  # a sink that is not the first block
-    index = backend.block_index(mask, *[torch.arange(150 + padding)] * 2)
-    assert int(index.keys.order[0]) == 1
+    index = api.block_index(mask, *[torch.arange(150 + padding)] * 2, backend="triton")
+    assert int(index.data.keys.order[0]) == 1
     assert_same(run(tensors, mask), expected(tensors, mask), 150)
 
 
@@ -177,18 +178,18 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
     (grad_out, q, k, v), mask = problem(tokens=6 * block - 20, padding=20, block=block, toeplitz=toeplitz, columns=20)
     at = [torch.cat([torch.arange(b * block, (b + 1) * block) for b in shard]) for shard in shards]
     everything = torch.arange(q.shape[1])
-    column_k, column_v = (api.gather_columns(x, mask, everything) for x in (k, v))
+    column_k, column_v = (gathered.gather_columns(x, mask, everything) for x in (k, v))
     partials = []
     for queries in at:
         partial = None
         for keys in at:
             index = api.block_index(mask, queries, keys, backend="triton")
-            partial = api.block_forward(
-                q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, backend="triton", into=partial
+            partial = calls.block_forward(
+                q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, into=partial
             )
         index = api.column_index(mask, queries, backend="triton")
         partials.append(
-            api.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, backend="triton", into=partial)
+            calls.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, into=partial)
         )
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     grad_columns = [torch.zeros_like(x) for x in (column_k, column_v)]
@@ -198,7 +199,7 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
         for keys in at:
             index = api.block_index(mask, queries, keys, backend="triton")
             parts = [torch.zeros_like(x[:, keys]) for x in (k, v)]
-            api.block_backward(
+            calls.block_backward(
                 grad_out[:, queries],
                 q[:, queries],
                 k[:, keys],
@@ -207,7 +208,6 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
                 delta,
                 index,
                 scale=SCALE,
-                backend="triton",
                 grad_q=grad_q,
                 grad_k=parts[0],
                 grad_v=parts[1],
@@ -215,7 +215,7 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
             grads[1][:, keys] += parts[0]
             grads[2][:, keys] += parts[1]
         index = api.column_index(mask, queries, backend="triton")
-        api.column_backward(
+        calls.column_backward(
             grad_out[:, queries],
             q[:, queries],
             column_k,
@@ -224,14 +224,13 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
             delta,
             index,
             scale=SCALE,
-            backend="triton",
             grad_q=grad_q,
             grad_column_k=grad_columns[0],
             grad_column_v=grad_columns[1],
         )
         grads[0][:, queries] = grad_q
     for columns, grad in zip(grad_columns, grads[1:], strict=True):
-        api.scatter_columns(columns, mask, everything, grad=grad)
+        gathered.scatter_columns(columns, mask, everything, grad=grad)
     whole = [torch.empty_like(q), torch.empty(1, 4, q.shape[1], dtype=q.dtype)]
     for queries, (out, lse) in zip(at, partials, strict=True):
         whole[0][:, queries], whole[1][:, :, queries] = out, lse
@@ -262,15 +261,13 @@ def test_parts_fused_in_one_launch_agree() -> None:
     """Block part and columns in one launch, gradients written without accumulators: what one device alone runs."""
     (grad_out, q, k, v), mask = problem(tokens=100, padding=28, block=32, toeplitz=True, columns=70, documents=True)
     everything = torch.arange(128)
-    index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
-    column_k, column_v = backend.gather_columns(k, v, column_index)
-    for ours, x in ((column_k, k), (column_v, v)):
-        torch.testing.assert_close(ours, api.gather_columns(x, mask, everything), atol=0, rtol=0)
-    columns = column_k, column_v, column_index
-    out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)
-    *grads, of_columns = backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=SCALE, columns=columns)
-    assert of_columns is not None
-    backend.scatter_columns(*of_columns, column_index, grad_k=grads[1], grad_v=grads[2])
+    whole = api.WholeAttention.of(mask, 128, device=q.device, backend="triton")
+    assert whole.column is not None
+    for ours, x in zip(api.gather_columns(k, v, whole.column), (k, v), strict=True):
+        torch.testing.assert_close(ours, gathered.gather_columns(x, mask, everything), atol=0, rtol=0)
+    queries = api.Queries(q=q, scale=SCALE)
+    out, lse = whole.forward(queries, k, v)
+    grads = whole.backward(queries, k, v, (out, lse), grad_out)
     assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 100)
 
 
@@ -279,28 +276,34 @@ def test_no_column_slots_are_no_columns() -> None:
     (grad_out, q, k, v), mask = problem(tokens=64, padding=0, block=32, toeplitz=True, heads=(2, 1))
     mask = dataclasses.replace(mask, columns=torch.empty(2, 0, dtype=torch.int32))
     everything = torch.arange(64)
-    index, column_index = backend.block_index(mask, everything, everything), backend.column_index(mask, everything)
-    column_k, column_v = backend.gather_columns(k, v, column_index)
-    columns = column_k, column_v, column_index
-    out, lse = backend.column_forward(q, *columns, scale=SCALE)
+    index, of_columns = (api.block_index(mask, everything, everything, backend="triton"),
+                         api.column_index(mask, everything, backend="triton"))  # fmt: skip
+    column_k, column_v = api.gather_columns(k, v, of_columns)
+    columns = column_k, column_v, of_columns
+    out, lse = calls.column_forward(q, *columns, scale=SCALE)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    out, lse = backend.block_forward(q, k, v, index, scale=SCALE, columns=columns)
-    *grads, of_columns = backend.full_gradients(grad_out, q, k, v, out, lse, index, scale=SCALE, columns=columns)
-    assert of_columns is not None and of_columns[0].shape == columns[0].shape
+    out, lse = calls.block_forward(q, k, v, index, scale=SCALE, columns=columns)
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    into = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
+    delta = api.backend_of("triton").row_products(grad_out, out)
+    calls.block_backward(
+        grad_out, q, k, v, lse, delta, index, scale=SCALE, columns=columns, grad_columns=(column_k, column_v),
+        add_q=False, add_kv=False, **into,
+    )  # fmt: skip
     assert_same([out, lse, *grads], expected([grad_out, q, k, v], mask), 64)
 
 
 def test_columns_of_a_shard_are_gathered_and_added_back() -> None:
     (_, _, k, v), mask = problem(tokens=150, padding=10, block=32, toeplitz=True, columns=50)
     at = torch.cat([torch.arange(b * 32, (b + 1) * 32) for b in (1, 3, 4)])
-    index = backend.column_index(mask, at)
-    for ours, x in zip(backend.gather_columns(k[:, at], v[:, at], index), (k, v), strict=True):
-        torch.testing.assert_close(ours, api.gather_columns(x[:, at], mask, at), atol=0, rtol=0)
+    index = api.column_index(mask, at, backend="triton")
+    for ours, x in zip(api.gather_columns(k[:, at], v[:, at], index), (k, v), strict=True):
+        torch.testing.assert_close(ours, gathered.gather_columns(x[:, at], mask, at), atol=0, rtol=0)
     parts = [torch.randn(1, 4, 50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
     grads, right = ([torch.ones(1, 96, 2, 16, dtype=torch.float64) for _ in range(2)] for _ in range(2))
-    backend.scatter_columns(parts[0], parts[1], index, grad_k=grads[0], grad_v=grads[1])
+    api.scatter_columns((parts[0], parts[1]), index, api.KeyGradients(k=grads[0], v=grads[1], add=True))
     for part, grad, ours in zip(parts, right, grads, strict=True):
-        api.scatter_columns(part, mask, at, grad=grad)
+        gathered.scatter_columns(part, mask, at, grad=grad)
         torch.testing.assert_close(ours, grad, atol=1e-12, rtol=0)
 
 
@@ -310,10 +313,10 @@ def test_a_lost_entry_is_seen() -> None:
     mask = AttentionMask(seq_len_tokens=96, block_size=32, active=torch.ones_like(mask.active))
     index = api.block_index(mask, torch.arange(96), torch.arange(96), backend="triton")
     right, _ = reference_attention(q, k, v, mask, scale=SCALE)
-    out, _ = api.block_forward(q, k, v, index, scale=SCALE, backend="triton")
+    out, _ = calls.block_forward(q, k, v, index, scale=SCALE)
     torch.testing.assert_close(out, right, atol=TOLERANCE, rtol=0)
     index.data.queries.rows[0, 2, 1] -= 1
-    out, _ = api.block_forward(q, k, v, index, scale=SCALE, backend="triton")
+    out, _ = calls.block_forward(q, k, v, index, scale=SCALE)
     assert (out - right).abs().max() > 1e-3
 
 
@@ -336,6 +339,6 @@ def test_what_it_cannot_do_is_refused() -> None:
     index = api.block_index(mask, torch.arange(64), torch.arange(64), backend="triton")
     _, q, k, v = tensors
     with pytest.raises(ValueError, match="q: head dim 12"):
-        api.block_forward(q[..., :12], k[..., :12], v[..., :12], index, scale=SCALE, backend="triton")
+        calls.block_forward(q[..., :12], k[..., :12], v[..., :12], index, scale=SCALE)
     with pytest.raises(ValueError, match="k: 32 tokens; the index was built for 64"):
-        api.block_forward(q, k[:, :32], v[:, :32], index, scale=SCALE, backend="triton")
+        calls.block_forward(q, k[:, :32], v[:, :32], index, scale=SCALE)

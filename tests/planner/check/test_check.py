@@ -25,7 +25,7 @@ from schedule_cases import (
     with_tasks,
 )
 from sparsering.planner.check.check import check
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.collective import Collective
 from sparsering.planner.schedule.schedule import Buffer, Phase, Schedule, Transfer, Transport
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.traces.errors import ScheduleError
@@ -141,7 +141,7 @@ def test_slots_of_one_pool_hold_one_kind() -> None:
 
 def test_a_collective_needs_numbered_slots() -> None:
     shape = AttentionShape(world_size=2, tokens_per_rank=64, heads=4, kv_heads=2, head_dim=16, columns_capacity=0)
-    schedule = build("collective", {}, shape=shape, direction="forward")
+    schedule = Collective().build(shape=shape, direction="forward")
     renamed = replace(schedule, buffers=(*schedule.buffers, replace(schedule.buffers[-1], name="kv:landing")))
     with pytest.raises(ScheduleError, match="has no slot per rank in kv:landing"):
         check(with_slot(renamed, "kv:0", "kv:landing"))

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from sparsering.planner.check.check import check
 from sparsering.planner.check.rules import every_phase
 from sparsering.planner.layouts.registry import build
-from sparsering.planner.layouts.ulysses import can_split_heads
 from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import (
     ALL_RANKS,
@@ -62,7 +61,7 @@ def schedules_of(draw: st.DrawFn, world_size: int, pairs: Pairs | None = None) -
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     cut = [{"inner_size": size, "chunks": size} for size in divisors if size > 1]
     cut += [{"inner_size": size, "halves": 1} for size in divisors]
-    degrees = [size for size in divisors if can_split_heads(shape(world_size), size)]
+    degrees = [size for size in divisors if shape(world_size).splits_heads(size)]
     parameters = {
         "ring": {"prefetch": draw(st.integers(1, 4))},
         "gather": {name: draw(st.integers(0, 1)) for name in ("keep_kv", "pull")} | {"chunks": draw(st.integers(1, 4))},

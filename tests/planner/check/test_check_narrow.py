@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sparsering.planner.check.check import check
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.schedule.schedule import Buffer, Phase, Schedule, Task, with_programs
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.traces.errors import ScheduleError
@@ -17,7 +17,7 @@ from sparsering.traces.errors import ScheduleError
 def narrow_gather() -> Schedule:
     """Backward of two ranks that round what they add to the other's dK/dV where they compute it."""
     shape = AttentionShape(world_size=2, tokens_per_rank=64, heads=4, kv_heads=2, head_dim=16)
-    return build("gather", {"chunks": 1, "narrow_grads": 1}, shape=shape, direction="backward")
+    return Gather(chunks=1, narrow_gradients=True).build(shape=shape, direction="backward")
 
 
 def with_each_task(schedule: Schedule, change: Callable[[Task], tuple[Task, ...]]) -> Schedule:
@@ -71,7 +71,6 @@ def test_what_lies_rounded_travels_rounded() -> None:
 
 def test_nobody_pulls_rounded_what_lies_wide() -> None:
     shape = AttentionShape(world_size=2, tokens_per_rank=64, heads=4, kv_heads=2, head_dim=16)
-    parameters = {"chunks": 1, "narrow_grads": 1, "pull": 1}
-    schedule = build("gather", parameters, shape=shape, direction="backward")
+    schedule = Gather(chunks=1, narrow_gradients=True, pull=True).build(shape=shape, direction="backward")
     with pytest.raises(ScheduleError, match="pulls rounded what dkv:0 holds wide"):
         check(with_buffers(schedule, lambda buffer: replace(buffer, narrow=False)))

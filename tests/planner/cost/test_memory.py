@@ -12,15 +12,20 @@ import pytest
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
 from sparsering.planner.cost.memory import layer_memory
-from sparsering.planner.layouts.registry import build
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.registry import parse_layout
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.placement import striped
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 
 TOKENS, BLOCK = 512, 64
-Layout = tuple[str, dict[str, int]]
 
 
 def memory_plan(
@@ -28,11 +33,13 @@ def memory_plan(
 ) -> Plan:
     """Long rows (head dim 128): what is not predicted, indexes and row values, stays small beside them."""
     return make_plan(
-        model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=128),
-        seq_len_tokens=TOKENS,
-        block_size=BLOCK,
-        dtype="float16",
-        columns_capacity=columns,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=128),
+            seq_len_tokens=TOKENS,
+            block_size=BLOCK,
+            dtype="float16",
+            columns_capacity=columns,
+        ),
         placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=BLOCK),
         forward=forward,
         backward=backward,
@@ -45,13 +52,13 @@ def memory_plan(
 @pytest.mark.parametrize(
     ("forward", "backward", "columns"),
     [
-        (("ring", {"prefetch": 1}), ("ring", {"prefetch": 1}), 0),
-        (("gather", {"chunks": 1}), ("ring", {"prefetch": 1}), 16),
-        (("gather", {"chunks": 2, "keep_kv": 1}), ("gather", {"chunks": 1, "keep_kv": 1}), 16),
-        (("gather", {"chunks": 1, "pull": 1}), ("gather", {"chunks": 1, "pull": 1}), 16),
-        (("ulysses", {"degree": 2}), ("ulysses", {"degree": 2}), 16),
-        (("gather", {"chunks": 1}), ("ulysses", {"degree": 4, "chunks": 2}), 0),
-        (("collective", {"chunks": 2}), ("collective", {"chunks": 2}), 16),
+        (Ring(prefetch=1), Ring(prefetch=1), 0),
+        (Gather(chunks=1), Ring(prefetch=1), 16),
+        (Gather(chunks=2, keep_kv=True), Gather(chunks=1, keep_kv=True), 16),
+        (Gather(chunks=1, pull=True), Gather(chunks=1, pull=True), 16),
+        (Ulysses(degree=2), Ulysses(degree=2), 16),
+        (Gather(chunks=1), Ulysses(degree=4, chunks=2), 0),
+        (Collective(), Collective(), 16),
     ],
     ids=["ring", "gather-ring", "kept", "pulled", "heads-by-two", "gather-heads", "collectives"],
 )
@@ -66,7 +73,7 @@ def test_a_layer_needs_what_the_plan_says(
 
 
 def test_another_order_of_heads_takes_second_copies(rank_pools: Callable[[int], RankPool]) -> None:
-    layout: Layout = ("ulysses", {"degree": 2})
+    layout: Layout = Ulysses(degree=2)
     plan = memory_plan(4, layout, layout, 16, reversed_heads=True)
     shape = plan.attention_shape()
     as_they_are, predicted = (
@@ -95,17 +102,16 @@ def test_what_gpus_needed_is_what_the_plan_says(backend: str, layout: str) -> No
     """256K tokens: the recorded peaks, within 10 %; flash-attn-4 holds half as much again in passing."""
     world_size, recorded = RECORDED[backend]
     rows = json.loads((RESULTS / recorded).read_text())["rows"]
-    name, _, text = layout.partition(":")
-    spec = (name, {key: int(value) for key, _, value in [part.partition("=") for part in text.split(",")] if key})
     plan = make_plan(
-        model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
-        seq_len_tokens=262144,
-        block_size=128,
-        dtype="bfloat16",
-        columns_capacity=1024,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
+            seq_len_tokens=262144,
+            block_size=128,
+            dtype="bfloat16",
+            columns_capacity=1024,
+        ),
         placement=striped(seq_len_tokens=262144, world_size=world_size, granularity_tokens=128),
-        forward=spec,
-        backward=spec,
+        forward=parse_layout(layout.replace("=1,keep_kv=1", "=1,keep_kv")),
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )
@@ -127,7 +133,7 @@ def test_the_rank_that_launches_most_is_counted() -> None:
     shape = AttentionShape(world_size=8, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
     causal = Pairs.of(np.tril(np.ones((8, 8), dtype=bool)))
     every, reduced = (
-        layer_memory(build("gather", {"chunks": 1}, shape=shape, direction="backward", pairs=pairs), shape,
+        layer_memory(Gather(chunks=1).build(shape=shape, direction="backward", pairs=pairs), shape,
                      backend="flash4").workspace_bytes
         for pairs in (None, causal)
     )  # fmt: skip
@@ -137,9 +143,7 @@ def test_the_rank_that_launches_most_is_counted() -> None:
 def test_rounded_gradients_are_counted() -> None:
     shape = AttentionShape(world_size=4, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
     wide, narrow = (
-        layer_memory(
-            build("two_level", {"inner_size": 2, "narrow_grads": value}, shape=shape, direction="backward"), shape
-        )
+        layer_memory(TwoLevel(inner_size=2, narrow_gradients=value).build(shape=shape, direction="backward"), shape)
         for value in (0, 1)
     )
     assert narrow.total_bytes - wide.total_bytes == shape.kv_bytes
@@ -151,7 +155,7 @@ def test_slots_that_hold_rounded_gradients_are_half_as_large(backend: str) -> No
     shape = AttentionShape(world_size=8, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
     wide, narrow = (
         layer_memory(
-            build("gather", {"chunks": 1, "narrow_grads": value}, shape=shape, direction="backward"),
+            Gather(chunks=1, narrow_gradients=value).build(shape=shape, direction="backward"),
             shape,
             backend=backend,
         )
@@ -168,7 +172,7 @@ def test_heads_end_to_end_are_counted() -> None:
         shape = AttentionShape(
             world_size=world_size, tokens_per_rank=tokens, heads=heads, kv_heads=kv_heads, head_dim=128
         )  # fmt: skip
-        schedule = build("gather", {"chunks": 1}, shape=shape, direction="backward")
+        schedule = Gather(chunks=1).build(shape=shape, direction="backward")
         returned = tokens * 128 * 2 * (heads + 2 * kv_heads)
         tiles = tokens // 128
         tables = [4 * heads * tiles * tiles * shards for shards in (*[world_size - 1] * (world_size > 1), 1)]

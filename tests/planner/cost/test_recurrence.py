@@ -14,6 +14,9 @@ import tiny
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.recurrence import longest_paths, recurrence
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import Direction, Phase, Schedule, with_programs
 from sparsering.planner.schedule.workload import Workload
 from sparsering.simulator.engine import simulate
@@ -102,9 +105,7 @@ def test_equal_on_backward_rings_whose_transfers_hide(world: int, us: float, lay
     assert quick.makespan_us == engine.makespan_us
 
 
-LAYOUTS = st.sampled_from(
-    [("ring", {}), ("ring", {"prefetch": 2}), ("gather", {"chunks": 2}), ("hierarchical", {"inner_size": 2})]
-)
+LAYOUTS = st.sampled_from([Ring(), Ring(prefetch=2), Gather(chunks=2), Hierarchical(inner_size=2)])
 
 
 @given(st.data(), LAYOUTS, clusters, costs, st.sampled_from(["forward", "backward"]), st.integers(0, 40))

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsering.planner.check.check import check, check_step
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
 from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import (
     ALL_RANKS,
@@ -41,28 +47,28 @@ def shape(world_size: int, columns: int = 0) -> AttentionShape:
 
 
 def layouts(world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
-    yield from (("ring", {"prefetch": depth}) for depth in (1, 2, 3, 9))
-    yield from (("gather", {"chunks": chunks}) for chunks in (1, 2, 3, 9))
-    yield "gather", {"chunks": 2, "keep_kv": 1}
-    yield from (("gather", {"chunks": chunks, "keep_kv": chunks - 1, "pull": 1}) for chunks in (1, 2))
-    yield "gather", {"chunks": 1, "narrow_grads": 1}
-    yield "gather", {"chunks": 3, "keep_kv": 1, "narrow_grads": 1, "pull": 1}
+    yield from (Ring(prefetch=depth) for depth in (1, 2, 3, 9))
+    yield from (Gather(chunks=chunks) for chunks in (1, 2, 3, 9))
+    yield Gather(chunks=2, keep_kv=True)
+    yield from (Gather(chunks=chunks, keep_kv=chunks - 1, pull=True) for chunks in (1, 2))
+    yield Gather(chunks=1, narrow_gradients=True)
+    yield Gather(chunks=3, keep_kv=True, narrow_gradients=True, pull=True)
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    yield from (("hierarchical", {"inner_size": size}) for size in divisors)
-    yield from (("two_level", {"inner_size": size}) for size in divisors)
-    yield "two_level", {"inner_size": divisors[len(divisors) // 2], "narrow_grads": 1}
+    yield from (Hierarchical(inner_size=size) for size in divisors)
+    yield from (TwoLevel(inner_size=size) for size in divisors)
+    yield TwoLevel(inner_size=divisors[len(divisors) // 2], narrow_gradients=True)
     for size in divisors:
-        yield "two_level", {"inner_size": size, "halves": 1}
+        yield TwoLevel(inner_size=size, halves=True)
         cuts = [chunks for chunks in range(2, size + 1) if size % chunks == 0]
-        yield from (("two_level", {"inner_size": size, "chunks": chunks}) for chunks in cuts)
-    yield "collective", {}
-    yield "collective", {"chunks": 2}
+        yield from (TwoLevel(inner_size=size, chunks=chunks) for chunks in cuts)
+    yield Collective()
+    yield Collective(chunks=2)
     heads, kv_heads = 2 * world_size, 2
     even = [size for size in divisors if not heads % size and not max(size, kv_heads) % min(size, kv_heads)]
-    yield from (("ulysses", {"degree": size, "chunks": chunks}) for size in even for chunks in (1, 2, 9))
+    yield from (Ulysses(degree=size, chunks=chunks) for size in even for chunks in (1, 2, 9))
 
 
-def groups_of(layout: str, parameters: dict[str, int]) -> int:
+def groups_of(layout: Layout) -> int:
     """Return in how many groups a layout splits the heads."""
     return {"ulysses": parameters.get("degree", 1), "collective": parameters.get("chunks", 1)}.get(layout, 1)
 
@@ -75,8 +81,8 @@ TABLE = [
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("world_size", "layout", "parameters"), TABLE)
-def test_every_layout_is_proved(world_size: int, layout: str, parameters: dict[str, int], direction: Direction) -> None:
+@pytest.mark.parametrize(("world_size", "layout"), TABLE)
+def test_every_layout_is_proved(world_size: int, layout: Layout, direction: Direction) -> None:
     for columns in (0, 64):
         schedule = build(layout, parameters, shape=shape(world_size, columns), direction=direction)
         report = check(schedule)
@@ -85,8 +91,8 @@ def test_every_layout_is_proved(world_size: int, layout: str, parameters: dict[s
         assert report.tasks == groups * (world_size**2 + world_size * bool(columns))
 
 
-@pytest.mark.parametrize(("layout", "parameters"), [("hierarchical", {"inner_size": 8}), ("gather", {"chunks": 4})])
-def test_32_ranks_are_proved_in_seconds(layout: str, parameters: dict[str, int]) -> None:
+@pytest.mark.parametrize(("layout", "parameters"), [Hierarchical(inner_size=8), Gather(chunks=4)])
+def test_32_ranks_are_proved_in_seconds(layout: Layout) -> None:
     schedule = build(layout, parameters, shape=shape(32, 64), direction="backward")
     start = time.process_time()
     report = check(schedule)
@@ -99,7 +105,7 @@ def test_kept_kv_are_gathered_once() -> None:
     made = shape(4)
     for pairs in (None, Pairs(rows=("1000", "1100", "0110", "1011"))):
         forward, backward = (
-            build("gather", {"chunks": 2, "keep_kv": 1}, shape=made, direction=direction, pairs=pairs)
+            Gather(chunks=2, keep_kv=True).build(shape=made, direction=direction, pairs=pairs)
             for direction in DIRECTIONS
         )
         check_step(forward, backward)
@@ -108,8 +114,8 @@ def test_kept_kv_are_gathered_once() -> None:
         fetched = 3 if pairs is None else 2
         assert forward.kept_bytes == backward.kept_bytes == forward.buffer_bytes == fetched * made.kv_bytes
         # Another number of chunks keeps the same in the same slots; gathering again does not begin with it.
-        check_step(forward, build("gather", {"chunks": 1, "keep_kv": 1}, shape=made, direction="backward", pairs=pairs))
-        again = build("gather", {"chunks": 2}, shape=made, direction="backward", pairs=pairs)
+        check_step(forward, Gather(chunks=1, keep_kv=True).build(shape=made, direction="backward", pairs=pairs))
+        again = Gather(chunks=2).build(shape=made, direction="backward", pairs=pairs)
         with pytest.raises(ScheduleError, match=r"forward keeps .* in kept:0.*backward begins with nothing"):
             check_step(forward, again)
 
@@ -117,7 +123,7 @@ def test_kept_kv_are_gathered_once() -> None:
 def test_what_is_kept_is_proved() -> None:
     """Forward must leave, and backward may use, just what is said to be kept."""
     forward, backward = (
-        build("gather", {"chunks": 1, "keep_kv": 1}, shape=shape(3), direction=direction) for direction in DIRECTIONS
+        Gather(chunks=1, keep_kv=True).build(shape=shape(3), direction=direction) for direction in DIRECTIONS
     )
     swapped = {"kept:0": ShardId(sequence_part=1), "kept:1": ShardId(sequence_part=2)}
 
@@ -135,7 +141,7 @@ def test_what_is_kept_is_proved() -> None:
 
 def test_report_of_a_ring() -> None:
     made = shape(4, 64)
-    report = check(build("ring", {"prefetch": 2}, shape=made, direction="backward"))
+    report = check(Ring(prefetch=2).build(shape=made, direction="backward"))
     assert report.sent_bytes == {
         "ring": (3 * made.kv_bytes,) * 4,
         "ring_grad": (3 * made.dkv_bytes,) * 4,
@@ -151,8 +157,7 @@ def test_pulls_differ_from_sends_in_transport_and_shared_buffers_alone() -> None
     for direction in DIRECTIONS:
         for keep_kv in (0, 1):
             sent, pulled = (
-                build("gather", {"chunks": 2, "keep_kv": keep_kv, "pull": pull}, shape=made, direction=direction)
-                for pull in (0, 1)
+                Gather(chunks=2, keep_kv=keep_kv, pull=pull).build(shape=made, direction=direction) for pull in (0, 1)
             )
             fetches = direction == "forward" or not keep_kv
             shared = {buffer.name for buffer in pulled.buffers if buffer.shared}
@@ -225,7 +230,7 @@ def events(schedule: Schedule, rank: int) -> list[tuple[int, str]]:
 
 
 def test_a_ring_of_two_forward_with_columns() -> None:
-    schedule = build("ring", {"prefetch": 1}, shape=shape(2, 64), direction="forward")
+    schedule = Ring(prefetch=1).build(shape=shape(2, 64), direction="forward")
     assert events(schedule, 0) == [
         (0, "ring: kv/0.0/0>1/1 kv:home->kv:0+None, kv/1.0/1>0/1 kv:home->kv:0+None"),
         (0, "columns: columns/-/all/0 columns:home->columns:home+None"),
@@ -239,7 +244,7 @@ def test_a_ring_of_two_forward_with_columns() -> None:
 
 
 def test_a_ring_of_three_backward() -> None:
-    schedule = build("ring", {"prefetch": 1}, shape=shape(3), direction="backward")
+    schedule = Ring(prefetch=1).build(shape=shape(3), direction="backward")
     assert events(schedule, 0) == [
         (0, "ring: kv/0.0/0>1/1 kv:home->kv:0+None, kv/2.0/2>0/1 kv:home->kv:0+None"),
         (0, "block 0.0x0.0 kv:home dkv:home"),
@@ -392,36 +397,36 @@ def test_layouts_played_in_random_orders_bring_everything_home(data: st.DataObje
 
 def test_what_builders_refuse() -> None:
     with pytest.raises(InputError, match="prefetch: must be at least 1, not 0"):
-        build("ring", {"prefetch": 0}, shape=shape(4), direction="forward")
+        Ring(prefetch=0).build(shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
-        build("gather", {"chunks": 0}, shape=shape(4), direction="forward")
+        Gather(chunks=0).build(shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="pull: is 0 or 1, not 2"):
-        build("gather", {"pull": 2}, shape=shape(4), direction="forward")
+        Gather(pull=True).build(shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="inner_size: 3 does not divide 4 ranks"):
-        build("hierarchical", {"inner_size": 3}, shape=shape(4), direction="forward")
+        Hierarchical(inner_size=3).build(shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="layout: 'star' is not one of"):
         build("star", {}, shape=shape(4), direction="forward")
     with pytest.raises(InputError, match="parameters"):
-        build("ring", {"chunks": 2}, shape=shape(4), direction="forward")
+        Ring(chunks=2).build(shape=shape(4), direction="forward")
     for degree, problem in (
         (3, r"degree: 4 ranks are no groups of 3"),
         (0, r"degree: must be at least 1, not 0"),
     ):
         with pytest.raises((InputError, UnsupportedError), match=problem):
-            build("ulysses", {"degree": degree}, shape=shape(4), direction="forward")
+            Ulysses(degree=degree).build(shape=shape(4), direction="forward")
     for layout in ("ulysses", "collective"):
         with pytest.raises(InputError, match="chunks: must be at least 1, not 0"):
             build(layout, {"chunks": 0}, shape=shape(4), direction="forward")
     with pytest.raises(UnsupportedError, match="chunks: 2 K/V heads cannot be cut into 3 chunks"):
-        build("collective", {"chunks": 3}, shape=shape(4), direction="forward")
+        Collective(chunks=3).build(shape=shape(4), direction="forward")
     with pytest.raises(UnsupportedError, match=r"degree: 6 heads \(2 K/V heads\) cannot be split evenly over 3 ranks"):
-        build("ulysses", {}, shape=shape(3), direction="forward")
+        Ulysses().build(shape=shape(3), direction="forward")
     with pytest.raises(InputError, match="kv_heads: 4 heads are not a multiple of 3 KV heads"):
         AttentionShape(world_size=1, tokens_per_rank=1, heads=4, kv_heads=3, head_dim=1)
 
 
 def test_the_hash_names_the_expanded_schedule() -> None:
-    one = build("ring", {"prefetch": 1}, shape=shape(4), direction="forward")
-    same = build("ring", {"prefetch": 1}, shape=shape(4), direction="forward")
-    other = build("ring", {"prefetch": 2}, shape=shape(4), direction="forward")
+    one = Ring(prefetch=1).build(shape=shape(4), direction="forward")
+    same = Ring(prefetch=1).build(shape=shape(4), direction="forward")
+    other = Ring(prefetch=2).build(shape=shape(4), direction="forward")
     assert one.sha256() == same.sha256() != other.sha256()

@@ -14,6 +14,7 @@ import tiny
 from ring_cases import PATTERNS, Case, make_case_plan, make_placement
 from search_cases import problem
 from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.layouts.ulysses import Ulysses
 from sparsering.planner.plan import load_plan
 from sparsering.planner.schedule.heads import balanced_order, head_load, heaviest, is_order, key_order
 from sparsering.planner.schedule.workload import workload
@@ -21,7 +22,7 @@ from sparsering.planner.search.scores import ScoreBoard
 from sparsering.planner.search.selection import select
 from sparsering.traces.errors import InputError
 
-CASE = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses", parameters={"degree": 4},
+CASE = Case(world_size=4, placement="striped", granularity_tokens=64, layout=Ulysses(degree=4),
             pattern="gqa")  # fmt: skip
 
 

@@ -7,11 +7,8 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from sparsering.kernels import api
 from sparsering.planner.layouts.registry import LAYOUTS, build
 from sparsering.planner.schedule.launches import (
-    FUSING_BACKENDS,
-    JOINING_BACKENDS,
     launch_name,
     launches_of,
     neighbours,
@@ -38,11 +35,6 @@ def keys(part: int, buffer: str, grad: str | None = None, *, query: int = 0, hea
 
 def names(tasks: list[Task], backend: str = "triton", batch: int = 1) -> list[str]:
     return [launch_name(together) for together in launches_of(tasks, backend=backend, batch=batch)]
-
-
-def test_the_kernels_fuse_columns_for_the_same_backends() -> None:
-    assert FUSING_BACKENDS == api.FUSING_BACKENDS
-    assert set(api.BACKENDS) >= JOINING_BACKENDS | FUSING_BACKENDS
 
 
 def test_neighbouring_slots_and_columns_before_them_are_one_launch() -> None:

@@ -15,7 +15,10 @@ import tiny
 from ring_cases import PATTERNS, Case, make_case_plan
 from sparsering.planner.check.check import check
 from sparsering.planner.cost.recurrence import recurrence
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.plan import ModelShape, load_plan
 from sparsering.planner.replay import find_trace, recorded_layer
 from sparsering.planner.schedule.pairs import Pairs, active_blocks, causal_pairs, pattern_pairs
@@ -24,7 +27,7 @@ from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
 from sparsering.planner.search.sampling import summarize
 from sparsering.planner.search.scores import Problem
 from sparsering.planner.search.search import plan_trace
-from sparsering.runtime.attention.patterns import PairGuard, mask_of, mask_pairs, replayed_mask
+from sparsering.runtime.attention.masks import PairGuard, mask_of, mask_pairs, replayed_mask
 from sparsering.simulator.engine import simulate
 from sparsering.simulator.simulate_plan import simulate_plan
 from sparsering.traces.errors import InputError
@@ -79,22 +82,22 @@ def test_a_window_over_stretches_needs_the_neighbour_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "parameters", "hops"),
+    ("layout", "hops"),
     [
-        ("ring", {"prefetch": 1}, 3),
-        ("gather", {"chunks": 2}, 3),
-        ("hierarchical", {"inner_size": 2}, 4),  # from one node to the other over the rail, then to the next place
+        (Ring(prefetch=1), 3),
+        (Gather(chunks=2), 3),
+        (Hierarchical(inner_size=2), 4),  # from one node to the other over the rail, then to the next place
     ],
 )
-def test_a_window_moves_one_shard_a_rank(layout: str, parameters: dict[str, int], hops: int) -> None:
+def test_a_window_moves_one_shard_a_rank(layout: Layout, hops: int) -> None:
     shape, pairs = tiny.shape(4), window_pairs(4)
     forward, backward = (
-        check(build(layout, parameters, shape=shape, direction=direction, pairs=pairs), inactive=pairs.left_out())
+        check(layout.build(shape=shape, direction=direction, pairs=pairs), inactive=pairs.left_out())
         for direction in DIRECTIONS
     )
     assert (forward.tasks, forward.transfers) == (7, hops)
     assert (backward.tasks, backward.transfers) == (7, 2 * hops)  # gradients go straight home
-    everything = check(build(layout, parameters, shape=shape, direction="backward"))
+    everything = check(layout.build(shape=shape, direction="backward"))
     assert (everything.tasks, everything.transfers) == (16, 24)
     assert backward.peak_bytes < everything.peak_bytes
 
@@ -102,16 +105,14 @@ def test_a_window_moves_one_shard_a_rank(layout: str, parameters: dict[str, int]
 @given(data=st.data(), direction=st.sampled_from(DIRECTIONS))
 def test_engine_and_recurrence_play_reduced_schedules_alike(data: st.DataObject, direction: Direction) -> None:
     """On one node with ports that only one transfer of a call uses; on gathers the recurrence may be below."""
-    layout, parameters = data.draw(
-        st.sampled_from([("ring", {"prefetch": 2}), ("gather", {"chunks": 2}), ("hierarchical", {"inner_size": 2})])
-    )
+    layout = data.draw(st.sampled_from([Ring(prefetch=2), Gather(chunks=2), Hierarchical(inner_size=2)]))
     rows = data.draw(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4))
-    schedule = build(layout, parameters, shape=tiny.shape(4), direction=direction, pairs=Pairs.of(np.array(rows)))
+    schedule = layout.build(shape=tiny.shape(4), direction=direction, pairs=Pairs.of(np.array(rows)))
     work, cluster, cost = tiny.dense_workload(4), tiny.cluster(gpus=4), tiny.PairCost()
     quick, played = recurrence(schedule, work, cluster, cost), simulate(schedule, work, cluster, cost)
     assert quick.compute_us.tolist() == played.compute_us.tolist()
     assert quick.makespan_us <= played.makespan_us + 0.1
-    if layout == "ring" and direction == "forward":
+    if isinstance(layout, Ring) and direction == "forward":
         assert quick.makespan_us == played.makespan_us
 
 
@@ -119,7 +120,7 @@ def test_engine_and_recurrence_play_reduced_schedules_alike(data: st.DataObject,
 
 
 def test_a_plan_keeps_its_pairs(tmp_path: Path) -> None:
-    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout="ring", parameters={},
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=Ring(),
                 pattern="documents")  # fmt: skip
     plan = make_case_plan(case, leave_out=True)
     assert plan.pairs is not None and plan.digest != make_case_plan(case).digest
@@ -140,7 +141,7 @@ def test_impossible_pairs_are_refused(rows: tuple[str, ...]) -> None:
 
 def test_another_pattern_is_refused_by_name() -> None:
     """On replay before any work, with the layer; by the simulator; and any mask before it is computed with."""
-    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout="ring", parameters={},
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=Ring(),
                 pattern="documents")  # fmt: skip
     plan, pattern = make_case_plan(case, leave_out=True), PATTERNS["documents"].pattern
     device, other = torch.device("cpu"), replace(pattern, documents=None)
@@ -169,7 +170,7 @@ def test_the_search_plans_for_what_the_whole_trace_needs(tmp_path: Path) -> None
     """A window of three blocks over stretches of four: only neighbours exchange."""
     trace = write_synthetic_trace(tmp_path / "trace", "sink-window", WINDOW, layers=3, steps=2, kv_heads=2, head_dim=64)
     cluster = tiny.cluster(gpus=4, bandwidth=1.0)
-    plan = plan_trace(trace, cluster, evaluator=simulate, placements=["contiguous"], layouts=["ring"])
+    plan = plan_trace(trace, cluster, evaluator=simulate, placements=("contiguous",), layouts=("ring",))
     assert plan.active_pairs() == window_pairs(4)
     sent = check(plan.schedule("backward"), inactive=plan.active_pairs().left_out()).sent_bytes
     shape = plan.attention_shape()

@@ -22,7 +22,8 @@ from sparsering.planner.search.search import plan_trace
 from sparsering.simulator.engine import simulate
 from sparsering.traces.dataset.manifest import ModelShape, TraceHeader
 from sparsering.traces.dataset.rows import HeadChoice
-from sparsering.traces.dataset.store import Trace, TraceWriter
+from sparsering.traces.dataset.store import Trace
+from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.errors import InputError, UnsupportedError
 from sparsering.traces.files import canonical_json, sha256_of_bytes
 from sparsering.traces.synthetic import SyntheticSettings, synthesize, write_synthetic_trace

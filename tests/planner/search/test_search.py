@@ -19,8 +19,9 @@ from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.memory import layer_memory
 from sparsering.planner.cost.recurrence import recurrence
+from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.registry import LAYOUTS, build
-from sparsering.planner.layouts.ulysses import can_split_heads
+from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
@@ -115,7 +116,7 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
     )
     layout = data.draw(st.sampled_from(layout_choices(cluster=cluster)))
     shape = given_problem.shape(placement)
-    assume(layout.layout != "ulysses" or can_split_heads(shape, dict(layout.parameters)["degree"]))
+    assume(layout.layout != "ulysses" or shape.splits_heads(dict(layout.parameters)["degree"]))
     for direction in DIRECTIONS:
         shape = given_problem.shape(placement)
         schedule = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
@@ -143,9 +144,9 @@ def test_memory_by_hand():
     kv, dkv = 2 * 100 * 2 * 16 * 2, 2 * 100 * 2 * 16 * 4
     q, accumulator, rows = 100 * 8 * 16 * 2, 100 * 8 * 16 * 4, 100 * 8 * 4
     columns = 2 * 64 * 8 * 16 * 2
-    forward = layer_memory(build("ring", {"prefetch": 1}, shape=shape, direction="forward"), shape)
+    forward = layer_memory(Ring(prefetch=1).build(shape=shape, direction="forward"), shape)
     assert forward.buffer_bytes == 2 * kv
-    backward = layer_memory(build("gather", {"chunks": 3}, shape=shape, direction="backward"), shape)
+    backward = layer_memory(Gather(chunks=3).build(shape=shape, direction="backward"), shape)
     # q, k, v, out, dout; lse and delta; dq, dk, dv as they are summed, and as they are returned
     assert backward.home_bytes == 3 * q + kv + 2 * rows + accumulator + dkv + q + kv
     assert forward.home_bytes == backward.home_bytes
@@ -164,7 +165,7 @@ def test_kv_are_kept_where_memory_allows():
     shape = rich.shape(ScoreBoard(problem=rich).placement(found.pick.placement))
     deep = replace(rich, model=rich.model.model_copy(update={"layers": 50}))
     kept = 3 * shape.kv_bytes
-    schedule = build("gather", {"chunks": 1, "keep_kv": 1}, shape=shape, direction="backward")
+    schedule = Gather(chunks=1, keep_kv=True).build(shape=shape, direction="backward")
     one, all_of_them = (layer_memory(schedule, shape, layers=layers) for layers in (1, 50))
     assert (one.kept_bytes, all_of_them.kept_bytes) == (0, 49 * kept)
     poor = replace(deep, memory_limit_bytes=49 * kept)

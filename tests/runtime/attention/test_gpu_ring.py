@@ -1,6 +1,6 @@
 """Plans over NCCL on the GPUs of one host, in bf16, against float64: within twice plain torch's own bf16 error.
 
-The log of the last run is docs/gpu-run.md. Run with: pytest -m gpu tests/runtime/attention/test_gpu_ring.py -v
+Run with: pytest -m gpu tests/runtime/attention/test_gpu_ring.py -v
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ import pytest
 
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.pairs import pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, balanced
 from sparsering.planner.schedule.workload import unit_load
@@ -21,27 +27,27 @@ from sparsering.traces.pattern import LayerPattern
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(570)]
 
 LAYOUTS = {
-    2: [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), ("ulysses", {"degree": 2})],
+    2: [Ring(prefetch=1), Gather(chunks=1), Ulysses(degree=2)],
     4: [
-        ("ring", {"prefetch": 2}),
-        ("gather", {"chunks": 2}),
-        ("hierarchical", {"inner_size": 2}),
-        ("two_level", {"inner_size": 2}),
-        ("two_level", {"inner_size": 2, "chunks": 2}),
-        ("two_level", {"inner_size": 2, "halves": 1}),
-        ("ulysses", {"degree": 2}),
-        ("ulysses", {"degree": 4}),
+        Ring(prefetch=2),
+        Gather(chunks=2),
+        Hierarchical(inner_size=2),
+        TwoLevel(inner_size=2),
+        TwoLevel(inner_size=2, chunks=2),
+        TwoLevel(inner_size=2, halves=True),
+        Ulysses(degree=2),
+        Ulysses(degree=4),
     ],
     8: [
-        ("ring", {"prefetch": 1}),
-        ("ring", {"prefetch": 3}),
-        ("gather", {"chunks": 3}),
-        ("hierarchical", {"inner_size": 4}),
-        ("two_level", {"inner_size": 4}),
-        ("two_level", {"inner_size": 4, "chunks": 2}),
-        ("two_level", {"inner_size": 4, "halves": 1}),
-        ("ulysses", {"degree": 2}),
-        ("ulysses", {"degree": 8}),
+        Ring(prefetch=1),
+        Ring(prefetch=3),
+        Gather(chunks=3),
+        Hierarchical(inner_size=4),
+        TwoLevel(inner_size=4),
+        TwoLevel(inner_size=4, chunks=2),
+        TwoLevel(inner_size=4, halves=True),
+        Ulysses(degree=2),
+        Ulysses(degree=8),
     ],
 }
 
@@ -92,14 +98,15 @@ def _plan(
     else:
         chosen = REGULAR_PLACEMENTS[placement](**common)
     return make_plan(
-        model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
-        seq_len_tokens=pattern.seq_len_tokens,
-        block_size=128,
-        dtype="bfloat16",
-        columns_capacity=-(-pattern.max_columns // 64) * 64,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128),
+            seq_len_tokens=pattern.seq_len_tokens,
+            block_size=128,
+            dtype="bfloat16",
+            columns_capacity=-(-pattern.max_columns // 64) * 64,
+        ),
         placement=chosen,
         forward=layout,
-        backward=layout,
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec.model_validate({"backend": backend}),
         pairs=pattern_pairs(pattern, chosen) if leave_out else None,
@@ -130,7 +137,7 @@ def test_bf16_over_nccl(
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_wider_stripes(world_size: int, granularity_tokens: int, gpu_pools: Callable[[int, bool], RankPool]) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
-    plan = _plan(pattern, world_size, "striped", ("gather", {"chunks": 1}), granularity_tokens=granularity_tokens)
+    plan = _plan(pattern, world_size, "striped", Gather(chunks=1), granularity_tokens=granularity_tokens)
     _check(gpu_pools(world_size, False), plan, pattern)
 
 
@@ -142,13 +149,13 @@ def test_gradients_written_rounded(
 ) -> None:
     if backend == "flash4":
         pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
-    layout = "gather", {"chunks": 1, "narrow_grads": 1, "pull": pull}
+    layout = Gather(chunks=1, narrow_gradients=True, pull=pull)
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
     plan = _plan(pattern, world_size, "striped", layout, backend=backend)
     _check(gpu_pools(world_size, False), plan, pattern)
 
 
-@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 2})], ids=str)
+@pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=2)], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_block_masks_and_documents(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
@@ -160,10 +167,10 @@ def test_block_masks_and_documents(
 @pytest.mark.parametrize(
     "layout",
     [
-        ("collective", {}),
-        ("collective", {"chunks": 2}),
-        ("gather", {"chunks": 2, "keep_kv": 1}),
-        ("two_level", {"inner_size": 2, "narrow_grads": 1}),
+        Collective(),
+        Collective(chunks=2),
+        Gather(chunks=2, keep_kv=True),
+        TwoLevel(inner_size=2, narrow_gradients=True),
     ],
     ids=str,
 )
@@ -175,7 +182,7 @@ def test_other_transports_and_kept_keys(
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
 
 
-PULLING = [("gather", {"chunks": 1, "pull": 1}), ("gather", {"chunks": 2, "keep_kv": 1, "pull": 1})]
+PULLING = [Gather(chunks=1, pull=True), Gather(chunks=2, keep_kv=True, pull=True)]
 
 
 @pytest.mark.parametrize("layout", PULLING, ids=str)
@@ -189,7 +196,7 @@ def test_pulls_by_copy_engines(
         _check(gpu_pools(world_size, False), _plan(pattern, world_size, placement, layout), pattern)
 
 
-@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), *PULLING], ids=str)
+@pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=1), *PULLING], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_pairs_that_documents_never_need_are_left_out(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
@@ -201,7 +208,7 @@ def test_pairs_that_documents_never_need_are_left_out(
     _check(gpu_pools(world_size, False), plan, pattern)
 
 
-@pytest.mark.parametrize("layout", [("ring", {"prefetch": 1}), ("gather", {"chunks": 1})], ids=str)
+@pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=1)], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_flash4_plays_the_same_schedules(
     world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]

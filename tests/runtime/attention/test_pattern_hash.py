@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsering.kernels.mask import AttentionMask
-from sparsering.runtime.attention.patterns import RunningHash, pattern_hash
+from sparsering.runtime.attention.masks import RunningHash, pattern_hash
 
 BLOCKS = 128
 
@@ -51,5 +51,5 @@ def test_masks_noted_at_once_or_in_turn_hash_alike_on_every_rank(monkeypatch: py
         return int(running.take())
 
     assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])
-    monkeypatch.setattr("sparsering.runtime.attention.patterns.NOTED_BYTES", 0)  # every mask by itself
+    monkeypatch.setattr("sparsering.runtime.attention.masks.NOTED_BYTES", 0)  # every mask by itself
     assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])

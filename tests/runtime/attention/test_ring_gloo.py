@@ -12,7 +12,16 @@ import pytest
 
 from rank_pool import RankFailure, RankPool
 from ring_cases import CASES, PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
+from schedule_rewrites import Rewrite, columns_summed_last, heads_one_by_one, keys_pulled
 from sparsering.planner.check.check import check
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.registry import make_layout
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
 from sparsering.planner.plan import Plan
 from sparsering.planner.schedule.schedule import DIRECTIONS
 
@@ -40,30 +49,26 @@ def _check_all(case: Case, plan: Plan, results: list[dict[str, Any]]) -> None:
 
 
 LEAVING_OUT = [
-    ("ring", {"prefetch": 1}),
-    ("ring", {"prefetch": 2}),
-    ("gather", {"chunks": 2}),
-    ("gather", {"chunks": 2, "pull": 1}),
-    ("hierarchical", {"inner_size": 2}),
+    Ring(prefetch=1),
+    Ring(prefetch=2),
+    Gather(chunks=2),
+    Gather(chunks=2, pull=True),
+    Hierarchical(inner_size=2),
 ]
 
 
 @pytest.mark.parametrize(
-    ("layout", "parameters", "pattern_name", "most"),
+    ("layout", "pattern_name", "most"),
     [
-        *((*layout, pattern, 0.6) for layout in LEAVING_OUT for pattern in ("documents", "gqa")),
-        ("ulysses", {"degree": 2, "chunks": 2}, "gqa", 0.9),  # queries and results travel in any case
+        *((layout, pattern, 0.6) for layout in LEAVING_OUT for pattern in ("documents", "gqa")),
+        (Ulysses(degree=2, chunks=2), "gqa", 0.9),  # queries and results travel in any case
     ],
 )
 def test_what_is_never_needed_is_never_sent(
-    layout: str,
-    parameters: dict[str, int],
-    pattern_name: str,
-    most: float,
-    rank_pools: Callable[[int], RankPool],
+    layout: Layout, pattern_name: str, most: float, rank_pools: Callable[[int], RankPool]
 ) -> None:
     """Contiguous stretches: right to 1e-8, with fewer messages and bytes, and as many as the proof counts."""
-    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=layout, parameters=parameters,
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=layout,
                 pattern=pattern_name)  # fmt: skip
     pattern, sent = PATTERNS[pattern_name].pattern, {}
     for leave_out in (False, True):
@@ -86,23 +91,22 @@ def test_what_is_never_needed_is_never_sent(
 
 
 @pytest.mark.parametrize(
-    ("layout", "parameters", "crossing"),
+    ("layout", "crossing"),
     [
-        ("two_level", {"inner_size": 2}, 1),
-        ("two_level", {"inner_size": 2, "chunks": 2}, 1),
-        ("two_level", {"inner_size": 2, "halves": 1}, 1),
-        ("gather", {"chunks": 1}, 3),
-        ("gather", {"chunks": 2, "keep_kv": 1, "pull": 1}, 3),
+        (TwoLevel(inner_size=2), 1),
+        (TwoLevel(inner_size=2, halves=True), 1),
+        (Gather(chunks=1), 3),
+        (Gather(chunks=2, keep_kv=True, pull=True), 3),
     ],
 )
 def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(
-    rank_pools: Callable[[int], RankPool], layout: str, parameters: dict[str, int], crossing: int
+    rank_pools: Callable[[int], RankPool], layout: Layout, crossing: int
 ) -> None:
     """bfloat16, two "nodes" of two or four ranks: dK/dV of `crossing` shards are rounded once, all else is the same."""
     pattern, answers, plans = PATTERNS["gqa"].pattern, {}, {}
-    for narrow in (0, 1):
-        case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout,
-                    parameters=parameters | {"narrow_grads": narrow}, pattern="gqa")  # fmt: skip
+    for narrow in (False, True):
+        chosen = make_layout(layout.name, layout.parameters | {"narrow_gradients": narrow})
+        case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=chosen, pattern="gqa")
         plans[narrow] = make_case_plan(case, dtype="bfloat16")
         answers[narrow] = rank_pools(4).run("counted_attention", plan=plans[narrow], pattern=pattern, seed=7)
     shape, differences = plans[0].attention_shape(), 0
@@ -118,19 +122,19 @@ def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(
 
 
 def test_a_mask_that_needs_what_is_left_out_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
-    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout="ring", parameters={},
+    case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=Ring(),
                 pattern="documents")  # fmt: skip
     other = replace(PATTERNS["documents"].pattern, documents=None)
     with pytest.raises(RankFailure, match="pairs: the mask activates the queries of rank 2 against the keys of rank 0"):
         rank_pools(4).run("attention", plan=make_case_plan(case, leave_out=True), pattern=other, seed=7)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"keep_kv": 1}], ids=str)
+@pytest.mark.parametrize("keep_kv", [False, True])
 def test_a_graph_of_the_gradients_is_refused_and_gradients_may_be_asked_for_again(
-    parameters: dict[str, int], rank_pools: Callable[[int], RankPool]
+    keep_kv: bool, rank_pools: Callable[[int], RankPool]
 ) -> None:
-    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="gather", parameters=parameters,
-                pattern="gqa")  # fmt: skip
+    layout = Gather(keep_kv=keep_kv)
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout, pattern="gqa")
     results = rank_pools(2).run("second_gradients", plan=make_case_plan(case), pattern=PATTERNS["gqa"].pattern)
     refusal = "create_graph: gradients of gradients of planned attention are not supported"
     assert results == [(refusal, 0.0)] * 2
@@ -138,14 +142,14 @@ def test_a_graph_of_the_gradients_is_refused_and_gradients_may_be_asked_for_agai
 
 @pytest.mark.parametrize("every", [1, 2], ids=["every rank", "every second rank"])
 @pytest.mark.parametrize(
-    ("layout", "parameters"),
-    [("ring", {"prefetch": 1}), ("gather", {"chunks": 1}), ("hierarchical", {"inner_size": 2})],
+    "layout",
+    [Ring(prefetch=1), Gather(chunks=1), Hierarchical(inner_size=2)],
 )
 def test_first_tasks_may_be_issued_before_first_transfers(
-    layout: str, parameters: dict[str, int], every: int, rank_pools: Callable[[int], RankPool]
+    layout: Layout, every: int, rank_pools: Callable[[int], RankPool]
 ) -> None:
     """What GPUs do, with the same results; and launches of one backward share their scratch."""
-    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout, parameters=parameters,
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout,
                 pattern="gqa")  # fmt: skip
     plan = make_case_plan(case)
     pattern = PATTERNS[case.pattern].pattern
@@ -158,7 +162,7 @@ def test_first_tasks_may_be_issued_before_first_transfers(
 
 
 def test_launches_of_a_single_shard_get_no_scratch(rank_pools: Callable[[int], RankPool]) -> None:
-    case = Case(world_size=1, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    case = Case(world_size=1, placement="striped", granularity_tokens=64, layout=Ring(), pattern="gqa")
     job = {"plan": make_case_plan(case), "pattern": PATTERNS["gqa"].pattern, "seed": 7, "every": 1}
     (result,) = rank_pools(1).run("attention_computing_first", **job)
     assert (result["launches"], result["scratches"]) == (1, 0)
@@ -166,7 +170,7 @@ def test_launches_of_a_single_shard_get_no_scratch(rank_pools: Callable[[int], R
 
 def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:
     """The oracle can fail: another pattern gives results far from the reference's."""
-    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=Ring(), pattern="gqa")
     plan = make_case_plan(case)
     results = rank_pools(2).run("attention", plan=plan, pattern=PATTERNS["gqa"].mutated(), seed=7)
     placement = plan.make_placement()
@@ -176,7 +180,7 @@ def test_a_wrong_pattern_is_seen(rank_pools: Callable[[int], RankPool]) -> None:
 
 
 def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> None:
-    case = Case(world_size=3, placement="zigzag", granularity_tokens=64, layout="gather", parameters={"chunks": 2},
+    case = Case(world_size=3, placement="zigzag", granularity_tokens=64, layout=Gather(chunks=2),
                 pattern="gqa")  # fmt: skip
     plan = make_case_plan(case)
     placement = plan.make_placement()
@@ -189,14 +193,14 @@ def test_batches_share_the_pattern(rank_pools: Callable[[int], RankPool]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("placement", "layout", "parameters"),
-    [("striped", "gather", {"chunks": 1}), ("zigzag", "gather", {"chunks": 1}), ("striped", "ring", {})],
+    ("placement", "layout"),
+    [("striped", Gather(chunks=1)), ("zigzag", Gather(chunks=1)), ("striped", Ring())],
 )
 def test_triton_kernels_play_the_same_schedules(
-    placement: str, layout: str, parameters: dict[str, int], rank_pools: Callable[[int], RankPool]
+    placement: str, layout: Layout, rank_pools: Callable[[int], RankPool]
 ) -> None:
     """The Triton backend in its interpreter, over gloo: what GPUs will run, checked without one."""
-    case = Case(world_size=3, placement=placement, granularity_tokens=64, layout=layout, parameters=parameters,
+    case = Case(world_size=3, placement=placement, granularity_tokens=64, layout=layout,
                 pattern="gqa")  # fmt: skip
     plan = make_case_plan(case, backend="triton", dtype="float32")
     results = rank_pools(3).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
@@ -211,7 +215,7 @@ def test_triton_kernels_play_the_same_schedules(
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_ranks_verify_themselves(dtype: str, rank_pools: Callable[[int], RankPool]) -> None:
     """The verification that `sparsering run --verify` offers passes on every rank, in every type."""
-    case = Case(world_size=2, placement="zigzag", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    case = Case(world_size=2, placement="zigzag", granularity_tokens=64, layout=Ring(), pattern="gqa")
     for verdicts in rank_pools(2).run(
         "verified", plan=make_case_plan(case, dtype=dtype), pattern=PATTERNS["gqa"].pattern, seed=5
     ):
@@ -220,14 +224,14 @@ def test_ranks_verify_themselves(dtype: str, rank_pools: Callable[[int], RankPoo
 
 
 def test_a_plan_for_another_world_size_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
-    case = Case(world_size=3, placement="striped", granularity_tokens=64, layout="ring", parameters={}, pattern="gqa")
+    case = Case(world_size=3, placement="striped", granularity_tokens=64, layout=Ring(), pattern="gqa")
     with pytest.raises(RankFailure, match="world_size: the plan is for 3, not for 2"):
         rank_pools(2).run("attention", plan=make_case_plan(case), pattern=PATTERNS["gqa"].pattern, seed=0)
 
 
 def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[int], RankPool]) -> None:
     common = {"world_size": 2, "placement": "striped", "granularity_tokens": 64, "pattern": "gqa"}
-    plans = [make_case_plan(Case(layout=layout, parameters={}, **common)) for layout in ("ring", "gather")]
+    plans = [make_case_plan(Case(layout=layout, **common)) for layout in (Ring(), Gather())]
     arguments = [{"plan": plan, "pattern": PATTERNS["gqa"].pattern, "seed": 0} for plan in plans]
     with pytest.raises(RankFailure, match=r"plan \d+ digest: rank 1 has"):
         rank_pools(2).run_each("attention", arguments)
@@ -236,8 +240,7 @@ def test_different_plans_on_two_ranks_are_refused_by_all(rank_pools: Callable[[i
 @pytest.mark.parametrize("degree", [2, 4])
 def test_head_groups_with_the_kernels_of_gpus(degree: int, rank_pools: Callable[[int], RankPool]) -> None:
     """Triton's kernels, interpreted: what they are given of heads and slots is laid out as they want it."""
-    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses",
-                parameters={"degree": degree}, pattern="gqa")  # fmt: skip
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=Ulysses(degree=degree), pattern="gqa")
     plan = make_case_plan(case, backend="triton")
     _check_all(case, plan, rank_pools(4).run("attention", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7))
 
@@ -245,7 +248,7 @@ def test_head_groups_with_the_kernels_of_gpus(degree: int, rank_pools: Callable[
 @pytest.mark.parametrize("order", [(3, 2, 0, 1), (1, 0, 2, 3)])
 def test_heads_in_another_order(order: tuple[int, ...], rank_pools: Callable[[int], RankPool]) -> None:
     """Results are those of the model's heads, whichever group computed them; other layers have their own order."""
-    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses", parameters={"degree": 4},
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=Ulysses(degree=4),
                 pattern="gqa")  # fmt: skip
     plan, pattern = make_case_plan(case, head_orders=((0, 1, 2, 3), order)), PATTERNS["gqa"].pattern
     for layer in (0, 1):
@@ -258,18 +261,15 @@ def test_heads_in_another_order(order: tuple[int, ...], rank_pools: Callable[[in
 @pytest.mark.parametrize(
     ("forward", "backward"),
     [
-        (("ulysses", {"degree": 2}), ("gather", {"chunks": 2})),
-        (("ring", {"prefetch": 1}), ("ulysses", {"degree": 4, "chunks": 2})),
-        (("collective", {"chunks": 2}), ("ulysses", {"degree": 2})),
-        (("ulysses", {"degree": 4}), ("ulysses", {"degree": 2})),
+        (Ulysses(degree=2), Gather(chunks=2)),
+        (Ring(prefetch=1), Ulysses(degree=4, chunks=2)),
+        (Collective(), Ulysses(degree=2)),
+        (Ulysses(degree=4), Ulysses(degree=2)),
     ],
 )
-def test_heads_split_in_one_direction(
-    forward: tuple[str, dict[str, int]], backward: tuple[str, dict[str, int]], rank_pools: Callable[[int], RankPool]
-) -> None:
+def test_heads_split_in_one_direction(forward: Layout, backward: Layout, rank_pools: Callable[[int], RankPool]) -> None:
     """Two sequences at a time, the first tasks before the first transfers as on GPUs."""
-    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=forward[0], parameters=forward[1],
-                pattern="gqa")  # fmt: skip
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=forward, pattern="gqa")
     plan, pattern = make_case_plan(case, backward=backward), PATTERNS["gqa"].pattern
     _check_all(case, plan, rank_pools(4).run("attention_computing_first", plan=plan, pattern=pattern, seed=7, every=2))
     results = rank_pools(4).run("attention", plan=plan, pattern=pattern, seed=7, batch=2)
@@ -281,10 +281,23 @@ def test_heads_split_in_one_direction(
             assert largest_difference(result[name], mine) <= TOLERANCE, (rank, name)
 
 
-def test_columns_gradients_may_be_summed_last(rank_pools: Callable[[int], RankPool]) -> None:
-    """After results have gone home: those of the parts that were sent are part of the sum."""
-    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout="ulysses", parameters={"degree": 2},
+@pytest.mark.parametrize(
+    ("layout", "rewrites"),
+    [
+        (Ulysses(degree=2), {"backward": columns_summed_last}),
+        (Ulysses(degree=2), {"forward": keys_pulled, "backward": keys_pulled}),
+        (Ulysses(degree=2), {"forward": heads_one_by_one, "backward": heads_one_by_one}),
+        (Gather(chunks=2), {"forward": heads_one_by_one, "backward": heads_one_by_one}),
+        (Ring(prefetch=1), {"backward": heads_one_by_one}),
+    ],
+    ids=["columns last", "pulled by groups", "group by heads", "gather by heads", "ring by heads"],
+)
+def test_what_no_layout_says_is_played(
+    layout: Layout, rewrites: dict[str, Rewrite], rank_pools: Callable[[int], RankPool]
+) -> None:
+    """Columns' gradients may be summed last: those of parts that were sent are part of the sum."""
+    case = Case(world_size=4, placement="striped", granularity_tokens=64, layout=layout,
                 pattern="gqa")  # fmt: skip
-    plan = make_case_plan(case)
-    results = rank_pools(4).run("attention_summing_columns_last", plan=plan, pattern=PATTERNS["gqa"].pattern, seed=7)
+    plan, pattern = make_case_plan(case), PATTERNS["gqa"].pattern
+    results = rank_pools(4).run("attention_rewritten", plan=plan, pattern=pattern, seed=7, rewrites=rewrites)
     _check_all(case, plan, results)

@@ -6,6 +6,7 @@ import pytest
 
 from rank_pool import RankPool
 from ring_cases import PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
+from sparsering.planner.layouts.hierarchical import Hierarchical
 
 WORLD_SIZE = 32
 
@@ -17,8 +18,7 @@ def test_thirty_two_ranks_agree_with_the_reference() -> None:
         world_size=WORLD_SIZE,
         placement="striped",
         granularity_tokens=16,
-        layout="hierarchical",
-        parameters={"inner_size": 8},
+        layout=Hierarchical(inner_size=8),
         pattern="many",
     )
     plan = make_case_plan(case)

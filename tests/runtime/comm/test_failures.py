@@ -10,22 +10,15 @@ import pytest
 
 from rank_pool import RankFailure, RankPool
 from ring_cases import PATTERNS, Case, make_case_plan
+from sparsering.planner.layouts.registry import make_layout
 
 WORLD_SIZE = 3
 TIMEOUT_S = 60.0
 
 
 def _plan(layout: str = "ring"):
-    return make_case_plan(
-        Case(
-            world_size=WORLD_SIZE,
-            placement="striped",
-            granularity_tokens=64,
-            layout=layout,
-            parameters={},
-            pattern="gqa",
-        )
-    )
+    sizes = {"world_size": WORLD_SIZE, "placement": "striped", "granularity_tokens": 64}
+    return make_case_plan(Case(layout=make_layout(layout), pattern="gqa", **sizes))
 
 
 @pytest.mark.parametrize(

@@ -11,28 +11,31 @@ import pytest
 
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 WORLD_SIZE = 2
 PATIENCE_S = 5.0
-LAYOUTS = {"ring": ("ring", {"prefetch": 1}), "gather": ("gather", {"chunks": 1})}
+LAYOUTS = {"ring": Ring(prefetch=1), "gather": Gather(chunks=1)}
 PATTERN = anchor_pattern(seq_len_tokens=4096, density=0.2, columns=64, heads=4)
 
 
 def _plan(layout: str) -> Plan:
     return make_plan(
-        model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=64),
-        seq_len_tokens=PATTERN.seq_len_tokens,
-        block_size=PATTERN.block_size,
-        dtype="bfloat16",
-        columns_capacity=64,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=64),
+            seq_len_tokens=PATTERN.seq_len_tokens,
+            block_size=PATTERN.block_size,
+            dtype="bfloat16",
+            columns_capacity=64,
+        ),
         placement=REGULAR_PLACEMENTS["striped"](
             seq_len_tokens=PATTERN.seq_len_tokens, world_size=WORLD_SIZE, granularity_tokens=128
         ),
         forward=LAYOUTS[layout],
-        backward=LAYOUTS[layout],
         pattern=PatternSpec(source="trace"),
         kernels=KernelSpec(backend="triton"),
     )

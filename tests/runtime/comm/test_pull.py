@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsering.planner.layouts.registry import build
+from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import DIRECTIONS, GroupCall, Schedule, Transfer
 from sparsering.planner.schedule.shape import AttentionShape
@@ -113,9 +113,9 @@ def token(transfer: Transfer) -> int:
     return transfer.shard.sequence_part + (1000 * (transfer.sequence + 1) if transfer.kind == "dkv" else 0)
 
 
-def made(world_size: int, direction: str, pairs: Pairs | None, **parameters: int) -> Schedule:
+def made(world_size: int, direction: Direction, pairs: Pairs | None, *, chunks: int, keep_kv: bool) -> Schedule:
     shape = AttentionShape(world_size=world_size, tokens_per_rank=64, heads=2, kv_heads=1, head_dim=8)
-    return build("gather", {"pull": 1} | parameters, shape=shape, direction=direction, pairs=pairs)  # pyright: ignore[reportArgumentType]
+    return Gather(chunks=chunks, keep_kv=keep_kv, pull=True).build(shape=shape, direction=direction, pairs=pairs)
 
 
 @st.composite
@@ -124,8 +124,8 @@ def pulling(draw: st.DrawFn) -> Schedule:
     rows = draw(st.lists(st.lists(st.booleans(), min_size=world_size, max_size=world_size), min_size=world_size,
                          max_size=world_size))  # fmt: skip
     pairs = draw(st.sampled_from([None, Pairs.of(np.array(rows))]))
-    parameters = {"chunks": draw(st.integers(1, 3)), "keep_kv": draw(st.integers(0, 1))}
-    return made(world_size, draw(st.sampled_from(DIRECTIONS)), pairs, **parameters)
+    direction = draw(st.sampled_from(DIRECTIONS))
+    return made(world_size, direction, pairs, chunks=draw(st.integers(1, 3)), keep_kv=draw(st.booleans()))
 
 
 @settings(max_examples=40, deadline=None)

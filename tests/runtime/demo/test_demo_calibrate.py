@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sparsering.planner.cost.cluster import load_cluster
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import zigzag
 from sparsering.planner.schedule.schedule import Direction
@@ -51,14 +52,15 @@ def pattern() -> LayerPattern:
 
 def ring_plan() -> Plan:
     return make_plan(
-        model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32),
-        seq_len_tokens=TOKENS,
-        block_size=BLOCK,
-        dtype="float64",
-        columns_capacity=64,
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32),
+            seq_len_tokens=TOKENS,
+            block_size=BLOCK,
+            dtype="float64",
+            columns_capacity=64,
+        ),
         placement=zigzag(seq_len_tokens=TOKENS, world_size=4, granularity_tokens=BLOCK),
-        forward=("ring", {"prefetch": 1}),
-        backward=("ring", {"prefetch": 1}),
+        forward=Ring(prefetch=1),
         pattern=PatternSpec(source="trace", trace_sha256="0" * 64),
         kernels=KernelSpec(backend="blockwise"),
     )

@@ -16,7 +16,8 @@ from sparsering.runtime.attention.selectors import make_selector
 from sparsering.runtime.hf.capture import CaptureSettings, capture_model, trace_header
 from sparsering.runtime.model.shard import IGNORED_LABEL
 from sparsering.runtime.train.model import build_model
-from sparsering.traces.dataset.store import Trace, TraceWriter
+from sparsering.traces.dataset.store import Trace
+from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.files import write_json
 from train_runs import write_run
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_cases import case_config
-from rank_pool import RankPool
+from rank_pool import RankPool, gpu_ranks
 from sparsering.runtime.model.losses import liger_is_here, linear_cross_entropy_sum
 from train_runs import write_run
 
@@ -25,11 +25,8 @@ FULL = {"selector": "sink-window", "settings": {"sink_tokens": 0, "window_tokens
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    if torch.cuda.device_count() < WORLD_SIZE:
-        pytest.skip(f"needs {WORLD_SIZE} GPUs")
-    opened = RankPool(WORLD_SIZE, device="cuda")
-    yield opened
-    opened.close()
+    with gpu_ranks(WORLD_SIZE) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", ["llama", "head-dim-96", "head-dim-80", "granite", "gemma3-capped"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rank_pool import RankFailure, RankPool
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.layouts.registry import make_layout
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import striped, zigzag
 from sparsering.runtime.model.shard import shard
 from sparsering.traces.errors import InputError, UnsupportedError
@@ -24,14 +25,15 @@ def _plan(
 ) -> Plan:
     make = zigzag if layout == "ring" else striped
     return make_plan(
-        model=model,
-        seq_len_tokens=SEQ_LEN_TOKENS,
-        block_size=64,
-        dtype="float64",
-        columns_capacity=64,
+        attention=AttentionSpec(
+            model=model,
+            seq_len_tokens=SEQ_LEN_TOKENS,
+            block_size=64,
+            dtype="float64",
+            columns_capacity=64,
+        ),
         placement=make(seq_len_tokens=SEQ_LEN_TOKENS, world_size=world_size, granularity_tokens=64),
-        forward=(layout, {}),
-        backward=(layout, {}),
+        forward=make_layout(layout),
         pattern=PatternSpec(
             source="choose",
             selector="sink-window",

@@ -11,6 +11,10 @@ import torch
 
 from rank_pool import RankPool
 from ring_cases import PATTERNS, Case, make_case_plan
+from sparsering.planner.layouts.collective import Collective
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.ring import Ring
 from sparsering.runtime.timing.exposure import Exposure
 from train_runs import write_run
 
@@ -19,9 +23,9 @@ LATE_S = 0.25
 LATE_RANK = 1
 
 
-@pytest.mark.parametrize("layout", ["ring", "gather", "collective"])
-def test_a_late_rank_shows_on_the_one_that_waits(layout: str, rank_pools: Pools) -> None:
-    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout, parameters={}, pattern="gqa")
+@pytest.mark.parametrize("layout", [Ring(), Gather(), Collective()], ids=str)
+def test_a_late_rank_shows_on_the_one_that_waits(layout: Layout, rank_pools: Pools) -> None:
+    case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout, pattern="gqa")
     job = {"plan": make_case_plan(case), "pattern": PATTERNS["gqa"].pattern, "late_rank": LATE_RANK}
     on_time, late = rank_pools(2).run("exposed_communication", **job, late_s=LATE_S, on=True)
     # Every post of the late rank comes so much later; that rank finds what it needs already there.

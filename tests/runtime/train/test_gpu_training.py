@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rank_pool import RankPool
+from rank_pool import RankPool, gpu_ranks
 from sparsering.traces.errors import UnsupportedError
 from train_runs import write_run
 
@@ -25,13 +25,8 @@ SPARSE = {"selector": "vertical-slash", "settings": {"columns": 128, "slashes": 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    import torch
-
-    if torch.cuda.device_count() < WORLD_SIZE:
-        pytest.skip(f"needs {WORLD_SIZE} GPUs")
-    opened = RankPool(WORLD_SIZE, device="cuda")
-    yield opened
-    opened.close()
+    with gpu_ranks(WORLD_SIZE) as ranks:
+        yield ranks
 
 
 def _config(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model_cases import case_config
 from sparsering.kernels.flash4 import launch as flash4_launch
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from sparsering.planner.layouts.gather import Gather
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.runtime.model import shape
 from sparsering.runtime.model.losses import linear_cross_entropy_sum
 from sparsering.runtime.train.config import OptimizerSection, load_config, parse_config
-from sparsering.runtime.train.model import model_facts, read_model_config
+from sparsering.runtime.train.facts import model_facts
+from sparsering.runtime.train.model import read_model_config
 from sparsering.runtime.train.optimizer import learning_rate
 from sparsering.runtime.train.setup import set_up
 from sparsering.traces.errors import InputError
@@ -112,20 +115,17 @@ def test_a_token_meets_the_experts_that_it_visits_only(monkeypatch: pytest.Monke
 
 
 def _plan(folder: Path, **changes: Any) -> str:
+    spec = {"model": ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8), "seq_len_tokens": SEQ_LEN_TOKENS,
+            "block_size": 64, "dtype": "float32", "columns_capacity": 0}  # fmt: skip
+    attention = spec | {name: changes.pop(name) for name in spec if name in changes}
+    window = {"sink_tokens": 0, "window_tokens": 64}
     arguments: dict[str, Any] = {
-        "model": ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8),
-        "seq_len_tokens": SEQ_LEN_TOKENS,
-        "block_size": 64,
-        "dtype": "float32",
-        "columns_capacity": 0,
+        "attention": AttentionSpec.model_validate(attention),
         "placement": striped(seq_len_tokens=SEQ_LEN_TOKENS, world_size=2, granularity_tokens=64),
-        "forward": ("gather", {}),
-        "backward": ("gather", {}),
-        "pattern": PatternSpec(
-            source="choose", selector="sink-window", settings={"sink_tokens": 0, "window_tokens": 64}
-        ),
+        "forward": Gather(),
+        "pattern": PatternSpec(source="choose", selector="sink-window", settings=window),
         "kernels": KernelSpec(backend="blockwise"),
-    }  # fmt: skip
+    }
     make_plan(**(arguments | changes)).save(folder / "plan.json")
     return str(folder / "plan.json")
 
@@ -141,15 +141,15 @@ def test_a_plan_file_is_followed(tmp_path: Path) -> None:
 
 def test_the_default_plan_is_of_the_layout_and_parameters_given(tmp_path: Path) -> None:
     plain = set_up(parse_config(write_run(tmp_path / "plain")))
-    assert (plain.plan.forward.layout, plain.plan.forward.parameters) == ("gather", {"chunks": 1})
-    assert "gather layout, chunks 1" in (plain.resolved.made_here or "")
-    kept = {"layout_parameters": {"keep_kv": 1, "pull": 1}}
+    assert plain.plan.forward.value == Gather(chunks=1)
+    assert "layout gather (chunks 1)" in (plain.resolved.made_here or "")
+    kept = {"layout_parameters": {"keep_kv": True, "pull": True}}
     pulls = set_up(parse_config(write_run(tmp_path / "pulls", plan=kept)))
     for way in (pulls.plan.forward, pulls.plan.backward):
-        assert way.parameters == {"chunks": 1, "keep_kv": 1, "pull": 1}
-    assert "gather layout, chunks 1, keep_kv 1, pull 1" in (pulls.resolved.made_here or "")
+        assert way.value == Gather(chunks=1, keep_kv=True, pull=True)
+    assert "layout gather (chunks 1, keep_kv, pull)" in (pulls.resolved.made_here or "")
     ring = set_up(parse_config(write_run(tmp_path / "ring", plan={"layout": "ring"})))
-    assert (ring.plan.forward.layout, ring.plan.forward.parameters) == ("ring", {})
+    assert ring.plan.forward.value == Ring()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -165,13 +165,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "setting": ({"plan": {"pattern": {"selector": "flex", "settings": {"columns": 3}}}}, "flex has no such setting"),
     "layout's parameter": (
         {"plan": {"layout_parameters": {"prefetch": 2}}},
-        "plan.layout_parameters: parameters: {'chunks': 1, 'prefetch': 2} do not fit layout 'gather'",
+        "plan: prefetch: is no parameter of 'gather': it has chunks, keep_kv, pull, narrow_gradients",
     ),
-    "layout's value": ({"plan": {"layout_parameters": {"pull": 2}}}, "plan.layout_parameters: .* is 0 or 1, not 2"),
-    "parameter missing": ({"plan": {"layout": "two_level"}}, "plan.layout_parameters: .*do not fit layout 'two_level'"),
+    "layout's value": ({"plan": {"layout_parameters": {"pull": 2}}}, "plan: pull: is 2, not true or false"),
+    "layout": ({"plan": {"layout": "spiral"}}, "plan: layout: 'spiral' is not one of gather, ring"),
+    "parameter missing": ({"plan": {"layout": "two_level"}}, "plan: inner_size: is missing for 'two_level'"),
     "heads": (
         {"plan": {"layout": "ulysses", "layout_parameters": {"degree": 3}}},
-        "plan.layout_parameters: degree: 2 ranks are no groups of 3",
+        "plan.layout_parameters: forward: ulysses: 2 ranks are no groups of 3",
     ),
     "documents": (
         {"plan": {"pattern": {"selector": "vertical-slash"}}, "data": {"documents": {"attention": True}}},

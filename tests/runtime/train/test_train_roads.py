@@ -18,7 +18,11 @@ from typer.testing import CliRunner
 
 from rank_pool import RankPool
 from sparsering.cli import app
-from sparsering.planner.plan import KernelSpec, ModelShape, PatternSpec, make_plan
+from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import Ulysses
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.runtime.data.shards import TokenData
 from sparsering.runtime.train.config import parse_config
@@ -81,18 +85,24 @@ def test_other_selectors_train(selector: str, settings: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize(
     "layout",
-    [("hierarchical", {"inner_size": 2}), ("two_level", {"inner_size": 2}), ("ulysses", {"degree": 2, "chunks": 2})],
+    [Hierarchical(inner_size=2), TwoLevel(inner_size=2), Ulysses(degree=2, chunks=2)],
 )
-def test_any_layout_of_a_plan_file_trains_alike(
-    layout: tuple[str, dict[str, int]], tmp_path: Path, rank_pools: Pools
-) -> None:
+def test_any_layout_of_a_plan_file_trains_alike(layout: Layout, tmp_path: Path, rank_pools: Pools) -> None:
     window = {"sink_tokens": 0, "window_tokens": SEQ_LEN_TOKENS}
     make_plan(
-        model=SHAPE, seq_len_tokens=SEQ_LEN_TOKENS, block_size=64, dtype="float32", columns_capacity=0,
-        placement=striped(seq_len_tokens=SEQ_LEN_TOKENS, world_size=4, granularity_tokens=64), forward=layout,
-        backward=layout, pattern=PatternSpec(source="choose", selector="sink-window", settings=window),
-        kernels=KernelSpec(backend="blockwise"), head_orders=_reversed_orders() if layout[0] == "ulysses" else None,
-    ).save(tmp_path / "plan.json")  # fmt: skip
+        attention=AttentionSpec(
+            model=SHAPE,
+            seq_len_tokens=SEQ_LEN_TOKENS,
+            block_size=64,
+            dtype="float32",
+            columns_capacity=0,
+        ),
+        placement=striped(seq_len_tokens=SEQ_LEN_TOKENS, world_size=4, granularity_tokens=64),
+        forward=layout,
+        pattern=PatternSpec(source="choose", selector="sink-window", settings=window),
+        kernels=KernelSpec(backend="blockwise"),
+        head_orders=_reversed_orders() if layout.head_groups > 1 else None,
+    ).save(tmp_path / "plan.json")
     common: dict[str, Any] = {"parallel": {"data": 1, "context": 4}, "steps": 3}
     by_file = write_run(tmp_path, plan={"file": str(tmp_path / "plan.json")}, **common)
     planned = rank_pools(4).run("train_jobs.run", config=by_file)[0]
@@ -115,9 +125,12 @@ def test_the_next_plan_is_made_of_a_live_trace_and_replayed(tmp_path: Path, rank
     assert made.exit_code == 0, made.output
     plan = {"file": str(tmp_path / "plan.json"), "trace": live["folder"]}
     config = write_run(
-        tmp_path / "next", plan=plan, parallel={"data": 1, "context": 4}, steps=2,
+        tmp_path / "next",
+        plan=plan,
+        parallel={"data": 1, "context": 4},
+        steps=2,
         metrics={"folder": str(tmp_path / "metrics")},
-    )  # fmt: skip
+    )
     rank_pools(4).run("train_jobs.run", config=config)
     trace = Trace.open(tmp_path / "live")
     densities = [trace.layer_pattern(trace.steps[-1], layer).density for layer in trace.layers]

@@ -1,0 +1,324 @@
+"""Writes the tables of docs/measured/*.md and of the README from benchmarks/results/. `make measured` runs it.
+
+What stands before the mark of a page is written by hand; below it each result file has a section, the newest first:
+hardware, versions, command, and a table in which ratios compare rows of that file only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+LAST_STEPS = 20  # a learning curve's end is the mean over so many steps
+
+Row = Mapping[str, Any]
+Cell = Callable[[Row], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One result file of one benchmark."""
+
+    name: str
+    benchmark: str
+    command: str
+    date: str
+    hardware: str
+    versions: Mapping[str, str]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table: its heading, and what a row says there; "" where the row says nothing."""
+
+    heading: str
+    cell: Cell
+
+
+def read_result(path: Path) -> Result:
+    """Read one result file; KeyError names a field that is missing."""
+    found = json.loads(path.read_text())
+    where = found["hardware"]
+    hardware = where if isinstance(where, str) else f"{where['count']} × {where['device']}"
+    if isinstance(where, dict) and "validity" in where:
+        hardware += f" ({where['validity']})"
+    return Result(
+        name=path.name, benchmark=found["benchmark"], command=shown_command(found["benchmark"], found["command"]),
+        date=found["date"][:10], hardware=hardware, versions=found["versions"], rows=found["rows"],
+    )  # fmt: skip
+
+
+def shown_command(benchmark: str, command: str) -> str:
+    """Return a command as one would type it today, without the folders of the machine that it ran on."""
+    command = re.sub(r" --(results|work|profile|page|mtraining) \S+", "", command)
+    command = re.sub(
+        rf"^(sparsering {benchmark}|{benchmark}\.py)", f"python -m sparsering.benchmarks.{benchmark}", command
+    )
+    return as_written_today(command)
+
+
+def as_written_today(text: str) -> str:
+    """Return text with layouts as the command line takes them; older result files give flags as numbers."""
+    return re.sub(
+        r"\b(keep_kv|pull|halves|narrow_gradients)=1", r"\1", text.replace("narrow_grads", "narrow_gradients")
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many significant digits, whole above that; "" for none."""
+    if value is None:
+        return ""
+    places = digits - 1 if value == 0 else digits - 1 - int(f"{abs(value):e}".partition("e")[2])
+    return f"{value:,.{max(places, 0)}f}"
+
+
+def plain(name: str) -> Cell:
+    """Return a cell that shows a field as it is."""
+    return lambda row: "" if row.get(name) is None else str(row[name])
+
+
+def measured(name: str, *, scale: float = 1.0) -> Cell:
+    """Return a cell that shows a number, times `scale`."""
+    return lambda row: number(None if row.get(name) is None else row[name] * scale)
+
+
+def percent(name: str) -> Cell:
+    """Return a cell that shows a share as per cent."""
+    return lambda row: "" if row.get(name) is None else f"{number(100 * row[name], 2)} %"
+
+
+def ratio(top: Callable[[Row], float | None], bottom: Callable[[Row], float | None]) -> Cell:
+    """Return a cell that shows one number of a row over another, where it has both."""
+
+    def cell(row: Row) -> str:
+        above, below = top(row), bottom(row)
+        return f"{above / below:.2f}" if above and below else ""
+
+    return cell
+
+
+def tokens(row: Row) -> str:
+    """Return the sequence length, in units of 1,024 tokens."""
+    return f"{row['seq_len'] // 1024}K"
+
+
+def layer_ms(row: Row) -> float:
+    """Return forward and backward of one layer: in one go where that was measured, else their sum."""
+    return row.get("step_ms") or row["forward_ms"] + row["backward_ms"]
+
+
+def kernels_alone_ms(row: Row) -> float | None:
+    """Return what the slowest rank's launches take with nothing sent."""
+    return row.get("compute_step_ms" if "step_ms" in row else "compute_ms") or row.get("compute_step_ms")
+
+
+def predicted_ms(row: Row) -> float | None:
+    """Return what the simulator says of the layer."""
+    return row["predicted_forward_ms"] + row["predicted_backward_ms"] if "predicted_forward_ms" in row else None
+
+
+def quickest(rows: Sequence[Row], same: Sequence[str], time: Callable[[Row], float]) -> Cell:
+    """Return a cell that shows a row's time over that of the quickest row that is the same in the fields `same`."""
+    best: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in same)
+        best[key] = min(time(row), best.get(key, time(row)))
+    return lambda row: f"{time(row) / best[tuple(row.get(name) for name in same)]:.2f}"
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """Return a Markdown table, without the columns in which no row says anything."""
+    kept = [column for column in columns if any(column.cell(row) for row in rows)]
+    head = "| " + " | ".join(column.heading for column in kept) + " |"
+    lines = ("| " + " | ".join(column.cell(row) for column in kept) + " |" for row in rows)
+    return [head, "|" + "---|" * len(kept), *lines]
+
+
+# One function a benchmark ---------------------------------------------------------------------------------------------
+
+
+def kernels_table(result: Result) -> list[str]:
+    """Return rates of one device's kernels, one line a problem: TFLOP/s of every implementation, and their ratios."""
+    dense = {(row["seq_len"], row["direction"]): row["tflops"] for row in result.rows if row["impl"] == "cudnn-dense"}
+    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result.rows:
+        if row["mask"] != "dense" and row["direction"] != "index":
+            same = ("mask", "seq_len", "head_dim", "density", "columns", "direction")
+            problem = problems.setdefault(tuple(row[name] for name in same), {name: row[name] for name in same})
+            problem[row["impl"]] = row["tflops"]
+    for problem in problems.values():
+        problem["cudnn-dense"] = dense.get((problem["seq_len"], problem["direction"]))
+        problem["flex"] = max((problem.get(name, 0.0) for name in ("flex", "flex-tma")), default=0.0) or None
+    return table(kernels_columns(), list(problems.values()))
+
+
+def kernels_columns() -> list[Column]:
+    """Return the columns of `kernels_table`."""
+    rates = [("triton", "ours-triton"), ("flash4", "ours-flash4"), ("FlexAttention, best option", "flex"),
+             ("FA4 called directly", "fa4"), ("cuDNN, dense", "cudnn-dense")]  # fmt: skip
+    ratios = [("triton ÷ cuDNN", "ours-triton", "cudnn-dense"), ("flash4 ÷ cuDNN", "ours-flash4", "cudnn-dense"),
+              ("triton ÷ FlexAttention", "ours-triton", "flex"), ("flash4 ÷ FA4", "ours-flash4", "fa4")]  # fmt: skip
+    problem = [Column(heading="tokens", cell=tokens), Column(heading="mask", cell=plain("mask")),
+               Column(heading="density", cell=percent("density")), Column(heading="columns", cell=plain("columns")),
+               Column(heading="head dim", cell=plain("head_dim")),
+               Column(heading="direction", cell=plain("direction"))]  # fmt: skip
+    return [
+        *problem,
+        *(Column(heading=heading, cell=measured(name)) for heading, name in rates),
+        *(Column(heading=heading, cell=ratio(field(top), field(bottom))) for heading, top, bottom in ratios),
+    ]
+
+
+def field(name: str) -> Callable[[Row], float | None]:
+    """Return a function that gives a field of a row, None where it has none."""
+    return lambda row: row.get(name)
+
+
+def choosing_table(result: Result) -> list[str]:
+    """Return what it costs to choose patterns and to build their index, as a share of the attention that follows."""
+    columns = [
+        Column(heading="selector", cell=plain("selector")), Column(heading="tokens", cell=tokens),
+        Column(heading="columns", cell=plain("columns")), Column(heading="choice, ms", cell=measured("time_ms")),
+        Column(heading="index, ms", cell=measured("index_ms")),
+        Column(heading="index, MB", cell=measured("index_bytes", scale=1e-6)),
+        Column(heading="share of forward + backward", cell=percent("share_of_attention")),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
+def layer_table(result: Result) -> list[str]:
+    """Return one layer over ranks: whole, beside its kernels alone, its memory and what the simulator says."""
+    same = ("mask", "density", "columns", "seq_len", "kv_heads", "rank")
+    columns = [
+        Column(heading="tokens", cell=tokens), Column(heading="mask", cell=plain("mask")),
+        Column(heading="density", cell=percent("density")), Column(heading="columns", cell=plain("columns")),
+        Column(heading="heads", cell=lambda row: f"{row['heads']}:{row['kv_heads']}"),
+        Column(heading="rank", cell=plain("rank")), Column(heading="ranks", cell=plain("ranks")),
+        Column(heading="implementation", cell=plain("impl")), Column(heading="layout", cell=shown_layout),
+        Column(heading="forward, ms", cell=measured("forward_ms")),
+        Column(heading="backward, ms", cell=measured("backward_ms")),
+        Column(heading="both, ms", cell=lambda row: number(layer_ms(row))),
+        Column(heading="÷ quickest", cell=quickest(result.rows, same, layer_ms)),
+        Column(heading="÷ kernels alone", cell=ratio(layer_ms, kernels_alone_ms)),
+        Column(heading="÷ simulated", cell=ratio(layer_ms, predicted_ms)),
+        Column(heading="worker imbalance", cell=measured("imbalance")),
+        Column(heading="memory ÷ predicted", cell=measured("peak_ratio")),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
+def shown_layout(row: Row) -> str:
+    """Return placement and layout; of the peers' rings also whether their exchange of tokens is in the time."""
+    if row["impl"].startswith("mtraining"):
+        inside = "with" if row["placement"] == "contiguous" else "without"
+        return f"{row['layout']}, {inside} its exchange of tokens"
+    picked = " (the planner's pick)" if row.get("placement") == "planned" else ""
+    return f"{as_written_today(row['layout']).rstrip(':')}{picked}"
+
+
+def training_table(result: Result) -> list[str]:
+    """Return whole training steps: where their time goes, and how they compare."""
+    columns = [
+        Column(heading="tokens", cell=tokens), Column(heading="attention", cell=plain("impl")),
+        Column(heading="layout", cell=shown_layout), Column(heading="density", cell=percent("density")),
+        Column(heading="layers kept whole", cell=plain("whole_layers")),
+        Column(heading="steps", cell=plain("steps")), Column(heading="warm-ups", cell=plain("warmups")),
+        Column(heading="step, s", cell=measured("step_ms", scale=1e-3)),
+        Column(heading="÷ quickest", cell=quickest(result.rows, ("seq_len",), lambda row: row["step_ms"])),
+        Column(heading="attention, s", cell=measured("attention_ms", scale=1e-3)),
+        Column(heading="of it choosing, ms", cell=measured("choosing_ms")),
+        Column(heading="of it exposed communication, ms", cell=measured("exposed_communication_ms")),
+        Column(heading="else, s", cell=measured("other_ms", scale=1e-3)),
+        Column(heading="memory, GiB", cell=measured("memory_bytes", scale=2**-30)),
+        Column(heading="MFU", cell=measured("mfu_actual", scale=1)),
+        Column(heading="dense-equivalent", cell=measured("mfu_dense_equivalent")),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
+def learning_rows(result: Result) -> Iterator[Row]:
+    """Yield one row a curve: the mean loss of its last steps, and the highest density that it had."""
+    for kind in dict.fromkeys(row["kind"] for row in result.rows):
+        rows = [row for row in result.rows if row["kind"] == kind]
+        last = [row["loss"] for row in rows[-LAST_STEPS:]]
+        yield {**rows[-1], "steps": len(rows), "loss": sum(last) / len(last), "first": rows[0]["loss"],
+                          "densest": max(row["density"] for row in rows)}  # fmt: skip
+
+
+def learning_table(result: Result) -> list[str]:
+    """Return the ends of learning curves."""
+    columns = [
+        Column(heading="attention", cell=plain("kind")), Column(heading="tokens", cell=tokens),
+        Column(heading="seed", cell=plain("seed")), Column(heading="steps", cell=plain("steps")),
+        Column(heading="density, at most", cell=percent("densest")),
+        Column(heading="loss at first", cell=measured("first")),
+        Column(heading=f"loss, mean of the last {LAST_STEPS} steps", cell=measured("loss", scale=1)),
+    ]  # fmt: skip
+    return table(columns, list(learning_rows(result)))
+
+
+def ladder_table(result: Result) -> list[str]:
+    """Return the simulated ladder: what each idea gains, in every variant of what is assumed."""
+    columns = [
+        Column(heading="assumed", cell=plain("variant")), Column(heading="rung", cell=plain("rung")),
+        Column(heading="forward, ms a layer", cell=measured("forward_ms")),
+        Column(heading="backward, ms a layer", cell=measured("backward_ms")),
+        Column(heading="step, s", cell=measured("step_s")), Column(heading="speed-up", cell=measured("speed_up")),
+        Column(heading="published", cell=plain("published_speed_up")),
+        Column(heading="worker imbalance", cell=measured("worker_imbalance")),
+        Column(heading="step imbalance", cell=measured("step_imbalance")),
+        Column(heading="exposed", cell=percent("exposed")),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
+    "training": training_table, "learning": learning_table, "ladder": ladder_table,
+}  # fmt: skip
+ELSEWHERE = frozenset({"models"})  # benchmarks/models.py writes docs/models.md itself
+
+
+def page_of(benchmark: str) -> Path:
+    """Return the page of a benchmark."""
+    return ROOT / f"docs/measured/{benchmark}.md"
+
+
+def section(result: Result) -> str:
+    """Return one result file as a section of its page."""
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    lines = [f"## {result.hardware}, {result.date}", "", f"`{result.name}`; {versions}.", "", f"`{result.command}`", ""]
+    return "\n".join([*lines, *TABLES[result.benchmark](result), ""])
+
+
+def all_results() -> list[Result]:
+    """Read all result files, the newest first."""
+    found = [read_result(path) for path in RESULTS.glob("*.json")]
+    return sorted(found, key=lambda result: (result.date, result.name), reverse=True)
+
+
+def rendered(benchmark: str, results: Sequence[Result]) -> str:
+    """Return what belongs between the marks of a benchmark's page."""
+    return "\n" + "\n".join(section(result) for result in results if result.benchmark == benchmark) + "\n"
+
+
+def main() -> None:
+    """Rewrite every page of a benchmark that has results."""
+    results = all_results()
+    for benchmark in sorted({result.benchmark for result in results} - ELSEWHERE):
+        page = page_of(benchmark)
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(f"{before}{BEGIN}{rendered(benchmark, results)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Selectors as values: what every one is made of, and all of them by name.
+
+A selector is a frozen dataclass whose fields are its settings, in a file of its own that registers it:
+
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class Strided(Selector):
+        name, causal, help = "strided", True, "every so many blocks"
+        stride: int = count(4, "distance of the blocks, in blocks")
+
+        def _choose(self, shard, *, scale, layer, collectives): ...
+
+Capture, plans, training configurations and traces know a selector by `name` and `settings`, which are plain numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+
+from ..mask import AttentionMask
+from .probe import ALONE, Collectives, ShardTensors
+
+HOMES = (".vertical_slash", ".xattention", ".moba_block", ".sink_window")
+_KNOWN: dict[str, type[Selector]] = {}
+S = TypeVar("S", bound="Selector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(ABC):
+    """How a layer's patterns are chosen. Making one raises ValueError, which names the setting and its value.
+
+    name, help:      as plans, traces and the command line call it; what it keeps, in a few words
+    causal:          no row's mask depends on tokens after the row's own block: what a model learns, it can use when it
+                     generates
+    keeps_documents: packed documents may be laid over its masks
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    causal: ClassVar[bool]
+    keeps_documents: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if "least" in one.metadata:
+                _check(one, getattr(self, one.name))
+
+    @property
+    def settings(self) -> dict[str, int | float]:
+        """All settings by name, as traces and plans record them."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if "least" in one.metadata}
+
+    @property
+    def most_columns(self) -> int:
+        """How many token columns a head may get at most: the capacity that a plan needs."""
+        return 0
+
+    def of_head(self, layer: int, head: int) -> Selector:
+        """Return the selector that one head's row of a trace names: this one, unless heads differ."""
+        return self
+
+    def choose(
+        self, shard: ShardTensors, *, scale: float, layer: int = 0, collectives: Collectives = ALONE
+    ) -> AttentionMask:
+        """Return one layer's mask from this rank's queries and keys; collective, and the same on every rank.
+
+        scale: the one that attention is called with. No gradient flows through a choice, and nothing waits for the
+        device. Raises ValueError where settings and shard do not fit, and with packed documents unless it keeps them.
+        """
+        if shard.documents is not None and not self.keeps_documents:
+            raise ValueError(f"documents: {self.name} is not chosen per document yet")
+        with torch.no_grad():
+            return self._choose(shard, scale=scale, layer=layer, collectives=collectives)
+
+    @abstractmethod
+    def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
+        """Choose; every block of a query's own must be active (`ShardTensors.chosen`)."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return a selector with these settings, the others at their defaults. ValueError for unknown ones."""
+        known = [one.name for one in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"{name}: {cls.name} has no such setting; it has {', '.join(known)}")
+        return cls(**settings)
+
+
+def count(default: int, about: str, *, option: str | None = None, least: int = 1) -> Any:
+    """Return a setting that is a whole number; option: how the command line spells it, by default as it is named."""
+    return field(default=default, metadata={"about": about, "option": option, "least": least})
+
+
+def share(default: float, about: str, *, option: str | None = None) -> Any:
+    """Return a setting above 0 and at most 1."""
+    return field(default=default, metadata={"about": about, "option": option, "least": None})
+
+
+def option_of(setting: Field[Any]) -> str:
+    """Return how the command line spells a setting."""
+    return setting.metadata["option"] or "--" + setting.name.replace("_", "-")
+
+
+def register(kind: type[S]) -> type[S]:
+    """Make a class of selectors known by its name. ValueError when another has that name."""
+    if _KNOWN.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"selector {kind.name!r}: is {_KNOWN[kind.name].__qualname__} already")
+    return kind
+
+
+def selectors() -> dict[str, type[Selector]]:
+    """Return all registered selectors by name, sorted."""
+    for home in HOMES:
+        importlib.import_module(home, __package__)
+    return dict(sorted(_KNOWN.items()))
+
+
+def selector_of(name: str, settings: Mapping[str, Any]) -> Selector:
+    """Return the selector that a plan or a trace names. ValueError for a name, setting or value that it cannot have."""
+    known = selectors()
+    if name not in known:
+        raise ValueError(f"selector: {name!r} is not one of {', '.join(known)}")
+    return known[name].of(settings)
+
+
+def _check(setting: Field[Any], value: Any) -> None:
+    least = setting.metadata["least"]
+    if least is None and (type(value) not in (int, float) or not 0 < value <= 1):
+        raise ValueError(f"{setting.name}: must be above 0 and at most 1, not {value!r}")
+    if least is not None and (type(value) is not int or value < least):
+        raise ValueError(f"{setting.name}: must be a whole number from {least}, not {value!r}")

@@ -1,0 +1,168 @@
+"""Vertical-slash after MInference (arXiv 2407.02490): the last 64 queries vote for token columns and token distances.
+
+A distance is a *slash*. Heads of one layer may differ in budget and in kind: fixed numbers, or the smallest sets that
+hold a share of the attention. Each rank passes its own shard and the collectives; shapes depend on budgets alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..mask import AttentionMask
+from .probe import (
+    Collectives,
+    ShardTensors,
+    column_sums,
+    last_positions,
+    probabilities,
+    query_rows,
+    row_logits,
+    slash_sums,
+)
+from .registry import Selector, count, register, share
+from .top import counts_for_mass, diagonals_of, highest, positions_of, take_highest
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadBudget:
+    """What one head keeps: of columns, and of slashes.
+
+    caps: at most so many, and never more than tokens; masses: as few as have this share of the probe's attention, and
+    at least one; None: as many as the caps; forced: the first tokens, the nearest distances, which come first.
+    """
+
+    caps: tuple[int, int]
+    masses: tuple[float, float] | None = None
+    forced: tuple[int, int] = (0, 0)
+
+
+class VerticalSlashSelector(Selector):
+    """One budget for all heads. Not causal: queries at the end choose for all rows."""
+
+    causal = False
+
+    @property
+    @abstractmethod
+    def budget(self) -> HeadBudget:
+        """What every head keeps."""
+
+    @property
+    def most_columns(self) -> int:
+        """The cap of the columns."""
+        return self.budget.caps[0]
+
+    def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
+        return choose_by_head(shard, (self.budget,) * shard.heads, scale=scale, collectives=collectives)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FixedVerticalSlash(VerticalSlashSelector):
+    """The highest column and distance sums, so many of each; the sinks and the nearest distances are among them."""
+
+    name, help = "vertical-slash", "columns and distances, so many of each"
+    columns: int = count(1024, "token columns per head", least=0)
+    slashes: int = count(1024, "token distances per head", least=0)
+    sink_tokens: int = count(30, "first tokens kept", option="--sinks", least=0)
+    window_tokens: int = count(100, "nearest tokens kept", option="--window", least=0)
+
+    @property
+    def budget(self) -> HeadBudget:
+        """Numbers, and what is forced."""
+        return HeadBudget(caps=(self.columns, self.slashes), forced=(self.sink_tokens, self.window_tokens))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FlexVerticalSlash(VerticalSlashSelector):
+    """The smallest sets of columns and distances with these shares of the probe's attention, each with a cap."""
+
+    name, help = "flex", "columns and distances, as few as hold a share of the attention"
+    column_mass: float = share(0.9, "share of attention to keep", option="--p")
+    column_cap: int = count(4096, "at most so many columns, and slashes", option="--cap")
+    slash_mass: float = share(0.9, "share of attention to keep", option="--p")
+    slash_cap: int = count(4096, "at most so many columns, and slashes", option="--cap")
+
+    @property
+    def budget(self) -> HeadBudget:
+        """Shares with caps."""
+        return HeadBudget(caps=(self.column_cap, self.slash_cap), masses=(self.column_mass, self.slash_mass))
+
+
+@torch.no_grad()
+def choose_by_head(
+    shard: ShardTensors, heads: Sequence[HeadBudget], *, scale: float, collectives: Collectives
+) -> AttentionMask:
+    """Return a mask of columns and block diagonals, by the attention of the last valid queries over all keys.
+
+    heads: a budget each. Diagonal 0 is always active. Raises ValueError when there are not as many budgets as heads.
+    """
+    if len(heads) != shard.heads:
+        raise ValueError(f"budgets: for {len(heads)} heads, the shard has {shard.heads}")
+    budgets = _budgets(tuple(heads), shard.seq_len_tokens, shard.q.device)
+    scores = _scores(shard, scale=scale, collectives=collectives)
+    for kind, forced in enumerate(budgets.forced):
+        scores[kind, :, : forced.shape[1]].masked_fill_(forced, torch.inf)
+    best = highest(scores, max(*budgets.capacities, 1))
+    by_mass = counts_for_mass(best, scores.sum(-1), budgets.mass)
+    counts = torch.where(budgets.flex, torch.minimum(by_mass, budgets.cap), budgets.cap)
+    if scores.is_cuda:
+        from .select_triton import take
+
+        columns, active = take(scores, counts, best, column_capacity=budgets.capacities[0], block_size=shard.block_size)
+    else:
+        kept = take_highest(scores, counts, best)
+        columns, active = positions_of(kept[0], budgets.capacities[0]), diagonals_of(kept[1], shard.block_size)
+    return shard.chosen(active, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Budgets:
+    """One layer's budgets on the device; rows are columns, slashes.
+
+    flex bool [H]; mass float64 [2, H] (1 where unused); cap int64 [2, H]; capacities: the highest cap of each; forced:
+    bool [H, n] of the first tokens, and of the nearest distances.
+    """
+
+    flex: Tensor
+    mass: Tensor
+    cap: Tensor
+    capacities: tuple[int, int]
+    forced: tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=256)
+def _budgets(heads: tuple[HeadBudget, ...], seq_len_tokens: int, device: torch.device) -> _Budgets:
+    # Kept: copying them to the device again in every layer would make it wait.
+    caps = [[min(head.caps[kind], seq_len_tokens) for head in heads] for kind in (0, 1)]
+    forced = [torch.tensor([min(head.forced[kind], seq_len_tokens) for head in heads]) for kind in (0, 1)]
+    first = [(torch.arange(int(n.max())) < n[:, None]).to(device) for n in forced]
+    return _Budgets(
+        flex=torch.tensor([head.masses is not None for head in heads], device=device),
+        mass=torch.tensor([[(head.masses or (1.0, 1.0))[kind] for head in heads] for kind in (0, 1)],
+                          dtype=torch.float64, device=device),
+        cap=torch.tensor(caps, device=device),
+        capacities=(max(caps[0]), max(caps[1])),
+        forced=(first[0], first[1]),
+    )  # fmt: skip
+
+
+def _scores(shard: ShardTensors, *, scale: float, collectives: Collectives) -> Tensor:
+    """[2, H, seq_len]: column sums and slash sums over all ranks."""
+    at = last_positions(shard)
+    rows = query_rows(shard, at, collectives)
+    if shard.q.is_cuda:
+        from .probe_triton import column_and_slash_sums, tile_keys
+
+        if tile_keys(shard, at.shape[0]):  # the same on every rank, as all shards have one shape
+            first = shard.seq_len_tokens - at.shape[0]
+            sums = column_and_slash_sums(shard, rows, first_row=first, scale=scale, collectives=collectives)
+            return collectives.all_reduce_sum(sums)
+    p = probabilities(row_logits(shard, rows, at, scale=scale), collectives)
+    return collectives.all_reduce_sum(torch.stack([column_sums(shard, p), slash_sums(shard, p, at)]))

@@ -1,0 +1,124 @@
+"""XAttention (arXiv 2503.16428): key blocks by their antidiagonal scores; xattention_triton.py has the GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..mask import AttentionMask
+from .probe import Collectives, ShardTensors, float_matmul
+from .registry import Selector, count, register, share
+from .top import highest, take_highest
+
+# Strided logits computed at once (float32): bounds the memory of long sequences.
+LOGITS_AT_ONCE = 1 << 26
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class XAttention(Selector):
+    """Per query block, the fewest key blocks whose antidiagonal mass reaches `mass`.
+
+    The antidiagonal of a stride x stride cell is summed (query stride-1-s with key s), divided by the stride, softmaxed
+    over the row's cells, and summed to blocks. The own block and, as in the authors' code, the first one are always
+    taken and count first; ties go to the lower block. Every rank gathers all keys (one sum in their own dtype).
+    Choosing raises ValueError when the stride does not divide the block, and when local tokens are not whole blocks.
+    """
+
+    name, causal = "xattention", True
+    help = "key blocks by their antidiagonals"
+    stride: int = count(16, "stride of the antidiagonals")
+    mass: float = share(0.9, "share of attention to keep", option="--p")
+
+    def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
+        self._check(shard)
+        blocks = shard.positions.long()[:: shard.block_size] // shard.block_size
+        parts = self._rows(shard, blocks, _all_keys(shard, collectives), scale=scale)
+        active = torch.cat(list(parts), dim=1)
+        # Padding blocks land in one more row, which is dropped. Each row has one owner, so the sum assembles them.
+        rows = torch.zeros(shard.heads, shard.blocks + 1, shard.blocks, dtype=torch.uint8, device=active.device)
+        rows[:, blocks.clamp(max=shard.blocks)] = active.to(torch.uint8)
+        return shard.chosen(collectives.all_reduce_sum(rows[:, :-1].contiguous()).bool())
+
+    def _check(self, shard: ShardTensors) -> None:
+        if shard.block_size % self.stride:
+            raise ValueError(f"stride: {self.stride} does not divide the block of {shard.block_size} tokens")
+        whole_sequence = shard.positions.shape[0] >= shard.seq_len_tokens
+        if shard.granularity_tokens % shard.block_size and not whole_sequence:
+            raise ValueError(
+                f"granularity_tokens: {shard.granularity_tokens} is no multiple of the block of "
+                f"{shard.block_size} tokens, which xattention scores whole"
+            )
+
+    def _rows(self, shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float) -> Iterator[Tensor]:
+        """Some local query tiles after the other, which are these blocks [T]: their active key blocks [H, t, N]."""
+        if shard.q.is_cuda:
+            from .xattention_triton import active_rows, applies
+
+            if applies(shard, self.stride):  # the same on every rank, as all shards have one shape
+                yield from active_rows(shard, blocks, keys, scale=scale, stride=self.stride, mass=self.mass)
+                return
+        for scores, part in _antidiagonal_scores(shard, blocks, keys, scale=scale, stride=self.stride):
+            yield _fewest_blocks(scores, part, mass=self.mass)
+
+
+def _antidiagonal_scores(
+    shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some local query blocks after the other: their strided mass on every key block [H, t, N], and which [t]."""
+    heads, dim = shard.q.shape[2:]
+    cells = shard.block_size // stride
+    keys = keys.view(keys.shape[0], -1, stride * dim)
+    queries = _tiles(shard).unflatten(2, (cells, stride)).flip(3).flatten(3)
+    at_once = max(1, LOGITS_AT_ONCE // (heads * cells * keys.shape[1]))
+    for part, part_blocks in zip(queries.split(at_once, dim=1), blocks.split(at_once), strict=True):
+        yield _strided_mass(shard, part, part_blocks, keys, scale=scale / stride, stride=stride), part_blocks
+
+
+def _strided_mass(
+    shard: ShardTensors, queries: Tensor, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
+) -> Tensor:
+    """[H, t, N] of queries [H, t, cells, stride * D] at these blocks [t] and keys [H_kv, N * cells, stride * D]."""
+    heads, tiles, cells, width = queries.shape
+    logits = float_matmul(queries.reshape(keys.shape[0], -1, width), keys.transpose(1, 2)).mul_(scale)
+    logits = logits.view(heads, tiles, cells, -1)
+    q_cells = blocks[:, None] * cells + torch.arange(cells, device=blocks.device)
+    k_cells = torch.arange(keys.shape[1], device=blocks.device)
+    valid_cells = -(-shard.seq_len_tokens // stride)
+    p = torch.softmax(logits.masked_fill_(k_cells > q_cells[..., None], -torch.inf), dim=-1)
+    p = p.masked_fill_((q_cells >= valid_cells)[..., None], 0.0)
+    return p.sum(2).unflatten(-1, (-1, cells)).sum(-1)
+
+
+def _all_keys(shard: ShardTensors, collectives: Collectives) -> Tensor:
+    """[H_kv, N * block_size, D]: the keys of the whole sequence, zero past its end, in their own dtype."""
+    length = shard.blocks * shard.block_size
+    rows = shard.k.new_zeros(shard.k.shape[2], length + 1, shard.k.shape[3])
+    positions = shard.positions.long()
+    target = torch.where(positions < shard.seq_len_tokens, positions, length)
+    rows[:, target] = shard.k[0].transpose(0, 1)
+    return collectives.all_reduce_sum(rows[:, :-1].contiguous())
+
+
+def _tiles(shard: ShardTensors) -> Tensor:
+    """[H, T, block_size, D]: local queries by tile, padding zeroed."""
+    valid = (shard.positions < shard.seq_len_tokens)[:, None, None]
+    rows = torch.where(valid, shard.q[0], shard.q.new_zeros(())).transpose(0, 1)
+    return pad(rows, (0, 0, 0, -rows.shape[1] % shard.block_size)).unflatten(1, (-1, shard.block_size))
+
+
+def _fewest_blocks(scores: Tensor, blocks: Tensor, *, mass: float) -> Tensor:
+    """bool [H, T, N]: own and first block, then the fewest others that bring the row to mass * its total."""
+    key_blocks = torch.arange(scores.shape[2], device=scores.device)
+    forced = (key_blocks == blocks[:, None]) | (key_blocks == 0)
+    candidates = scores.masked_fill(forced | (key_blocks > blocks[:, None]), -1.0)
+    best = highest(candidates, scores.shape[2])
+    reached = (scores.double() * forced).sum(-1, keepdim=True)
+    before = reached + best.double().clamp(min=0).cumsum(-1) - best.double().clamp(min=0)
+    wanted = mass * scores.double().sum(-1, keepdim=True)
+    counts = ((before < wanted) & (best > 0)).sum(-1)
+    return take_highest(candidates, counts, best) | forced

@@ -1,0 +1,144 @@
+"""What kernels are given beside the tensors that they load tiles of: tensors and numbers that belong together.
+
+Fields hold torch tensors and ints where kernels are launched, pointers and values in a kernel; None is known when a
+kernel is compiled, and leaves out what it belongs to. Sources of tiles are arguments of their own, since Triton 3.6
+takes tensor descriptors nowhere else; their strides are here. (Whole views are never compared with None in a kernel:
+Triton 3.6 cannot.) Shape legend: T tiles of a shard, otherwise that of tiles.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Strides(NamedTuple):
+    """Elements from one batch entry, token and head of [B, S, H, D] to the next."""
+
+    b: Any
+    s: Any
+    h: Any
+
+    @classmethod
+    def of(cls, x: Tensor) -> Strides:
+        """Those of a tensor."""
+        return cls(*x.stride()[:3])
+
+
+NO_STRIDES = Strides(None, None, None)
+
+
+class Tiles(NamedTuple):
+    """A tensor [B, S, H, D] whose tiles are loaded by pointers."""
+
+    data: Any
+    at: Strides
+
+    @classmethod
+    def of(cls, x: Tensor) -> Tiles:
+        """A tensor with its strides."""
+        return cls(x, Strides.of(x))
+
+
+class Rows(NamedTuple):
+    """One value a query [B, H, S], side by side along S: lse."""
+
+    data: Any
+    b: Any
+    h: Any
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """A tensor with its strides."""
+        return cls(x, *x.stride()[:2])
+
+
+class RowValues(NamedTuple):
+    """lse and delta as gradients.row_values_of prepares them [B * H * 2, padded]."""
+
+    data: Any
+    padded: Any
+
+
+class Scale(NamedTuple):
+    """The factor of scores, and the same times log2 e for powers of two."""
+
+    natural: Any
+    log2: Any
+
+
+class PartStrides(NamedTuple):
+    """Strides of what a launch with one program per query tile loads and writes. `out` is out or dQ."""
+
+    q: Strides
+    out: Strides
+    grad_out: Strides = NO_STRIDES
+    k: Strides = NO_STRIDES
+    v: Strides = NO_STRIDES
+    column_k: Strides = NO_STRIDES
+    column_v: Strides = NO_STRIDES
+
+
+class KeyStrides(NamedTuple):
+    """Strides of what a launch with one program per key tile loads and writes."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    grad_out: Strides
+    grad_k: Strides
+    grad_v: Strides
+
+
+class QueryTiles(NamedTuple):
+    """The query side: order int32 [T] of its tiles, documents int32 [S_q], H, T, and how many tokens are valid."""
+
+    order: Any
+    documents: Any
+    heads: Any
+    tiles: Any
+    valid: Any
+
+
+class BlockLists(NamedTuple):
+    """Lists of the block part's tiles, see index/block.py, and the key side: documents int32 [S_k], valid tokens."""
+
+    fields: Any = None
+    entries: Any = None
+    documents: Any = None
+    valid: Any = None
+
+
+class KeyRows(NamedTuple):
+    """Which key tiles a launch computes: order[first : first + number] of T; H_kv."""
+
+    order: Any
+    first: Any
+    number: Any
+    tiles: Any
+    kv_heads: Any
+
+
+class ColumnLists(NamedTuple):
+    """The columns [H, C] and which of them a query tile may attend, see index/columns.py.
+
+    q_blocks int32 [T], mask blocks of the query tiles: None where no column lies in a query's own block, inactive.
+    """
+
+    positions: Any = None
+    usable: Any = None
+    limits: Any = None
+    documents: Any = None
+    q_blocks: Any = None
+    capacity: Any = None
+    words: Any = None
+
+
+class ColumnChunks(NamedTuple):
+    """How dK/dV of columns are cut: int32 [H, column_tiles] and [H], see index/columns.py; query tiles of a chunk."""
+
+    first_tile: Any
+    has_own: Any
+    column_tiles: Any
+    chunk_tiles: Any

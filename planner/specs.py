@@ -1,0 +1,132 @@
+"""The parts of a plan file: strict values that JSON holds, each checked when it is made."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from .layouts.layout import Layout
+from .layouts.registry import make_layout
+from .schedule.placement import Placement
+from .schedule.shape import AttentionShape
+
+DType = Literal["bfloat16", "float16", "float32", "float64"]
+ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+SHA256 = "^[0-9a-f]{64}$"
+
+
+class Strict(BaseModel):
+    """A frozen value that refuses unknown fields, infinities and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelShape(Strict):
+    """What a plan needs to know of the model."""
+
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+
+class AttentionSpec(Strict):
+    """What is to be attended: a model, the length of its sequences, mask blocks, types, columns gathered at most."""
+
+    model: ModelShape
+    seq_len_tokens: int = Field(gt=0)
+    block_size: int = Field(gt=0)
+    dtype: DType
+    columns_capacity: int = Field(ge=0)
+
+    def shape_of(self, *, world_size: int, tokens_per_rank: int) -> AttentionShape:
+        """Return the sizes that schedules are built from, on so many ranks with so many tokens each."""
+        element_bytes = ELEMENT_BYTES[self.dtype]
+        return AttentionShape(
+            world_size=world_size,
+            tokens_per_rank=tokens_per_rank,
+            heads=self.model.heads,
+            kv_heads=self.model.kv_heads,
+            head_dim=self.model.head_dim,
+            element_bytes=element_bytes,
+            accumulator_bytes=max(4, element_bytes),
+            columns_capacity=self.columns_capacity,
+        )
+
+
+class PlacementSpec(Strict):
+    """A placement in the file. units: unit numbers in rank-major order, ranks * units per rank of them."""
+
+    name: str
+    world_size: int = Field(gt=0, le=65536)
+    granularity_tokens: int = Field(gt=0)
+    units: tuple[int, ...]
+
+    @classmethod
+    def of(cls, placement: Placement) -> Self:
+        """Return a placement as the file states it."""
+        return cls(
+            name=placement.name,
+            world_size=placement.world_size,
+            granularity_tokens=placement.granularity_tokens,
+            units=tuple(int(unit) for unit in placement.units.reshape(-1)),
+        )
+
+
+class LayoutSpec(Strict):
+    """A layout by name and all its parameters, and the SHA-256 of the schedule that it expands to."""
+
+    layout: str
+    parameters: dict[str, StrictBool | StrictInt]
+    schedule_sha256: str = Field(pattern=SHA256)
+
+    @classmethod
+    def of(cls, layout: Layout, schedule_sha256: str = "0" * 64) -> Self:
+        """Return a layout as the file states it."""
+        return cls(layout=layout.name, parameters=layout.parameters, schedule_sha256=schedule_sha256)
+
+    @property
+    def value(self) -> Layout:
+        """The layout; InputError, naming the field and its value, where no layout is registered that fits."""
+        return make_layout(self.layout, self.parameters)
+
+
+class PatternSpec(Strict):
+    """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector."""
+
+    source: Literal["trace", "choose"]
+    selector: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    trace_sha256: str | None = Field(default=None, pattern=SHA256)
+
+
+class LaunchSpec(Strict):
+    """M query rows, N keys, warps and stages of one kernel; tma: loads by descriptors; registers: a cap, or 0."""
+
+    m: int = Field(gt=0)
+    n: int = Field(gt=0)
+    warps: int = Field(gt=0)
+    stages: int = Field(gt=0)
+    tma: bool
+    registers: int = Field(default=0, ge=0)
+
+
+class TunedLaunches(Strict):
+    """What `sparsering doctor --kernels --tune` found on GPUs of one compute capability, for one shape."""
+
+    capability: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    block_size: int = Field(gt=0)
+    launches: dict[str, LaunchSpec]
+
+
+class KernelSpec(Strict):
+    """Kernel settings that every rank must share. tuned: launches to prefer where they were tuned for.
+
+    backend "fastest" is settled where the plan runs, by all ranks alike: flash4 where it is installed and supported,
+    else triton; blockwise without a GPU.
+    """
+
+    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] = "triton"
+    tuned: TunedLaunches | None = None

@@ -1,0 +1,162 @@
+"""A plan bound to one rank: all that follows from a plan and a mesh, worked out once and in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ...kernels.api import AttentionMask, fastest_backend
+from ...kernels.select.probe import ShardTensors
+from ...kernels.triton import tuning
+from ...planner.check.check import check_step
+from ...planner.check.playable import check_playable
+from ...planner.check.rules import Rules
+from ...planner.plan import Plan
+from ...planner.schedule.heads import HeadOrder
+from ...planner.schedule.placement import Placement
+from ...planner.schedule.schedule import DIRECTIONS, Direction, Schedule
+from ...traces.dataset.store import Trace
+from ...traces.errors import InputError, UnsupportedError
+from ..comm.mesh import Mesh, agree
+from .heads import HeadGroups, HeadPermutation
+from .masks import PairGuard, replayed_mask
+from .program import Program
+
+_bound = count(1)  # ranks bind plans in the same order
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoundPlan:
+    """What one rank of a mesh needs to know of a plan.
+
+    topic: a name for what ranks agree on about it. backend: the kernels', settled. positions: int64 [S] of every rank's
+    tokens, on this rank's device. guard: refuses masks that need pairs of shards which the plan leaves out.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    topic: str
+    backend: str
+    programs: dict[Direction, Program]
+    placement: Placement
+    positions: list[Tensor]
+    guard: PairGuard
+    _orders: dict[HeadOrder, HeadPermutation] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of q, k and v."""
+        return getattr(torch, self.plan.dtype)
+
+    @property
+    def own_positions(self) -> Tensor:
+        """The positions of this rank's tokens, int64 [S]."""
+        return self.positions[self.mesh.rank]
+
+    def head_order(self, layer: int | None) -> HeadPermutation | None:
+        """Return the order of a layer's heads, None where they stay as they are. InputError names the layer."""
+        order = self.plan.head_order(layer)
+        if order is None:
+            return None
+        if order not in self._orders:
+            kv_heads, device = self.plan.model.kv_heads, self.mesh.device
+            self._orders[order] = HeadPermutation.of(order, kv_heads=kv_heads, device=device)
+        return self._orders[order]
+
+    def replayed(self, trace: Trace, training_step: int) -> list[AttentionMask]:
+        """Return the masks of all layers of the model, as a trace recorded them.
+
+        Raises InputError, before any GPU work, when one has more columns than planned or needs a pair that is left out.
+        """
+        return [
+            replayed_mask(self.plan, trace.layer_pattern(training_step, layer), layer=layer, device=self.mesh.device)
+            for layer in range(self.plan.model.layers)
+        ]
+
+    def shard_tensors(self, q: Tensor, k: Tensor, documents: Tensor | None = None) -> ShardTensors:
+        """Return this rank's q [B, S, H, D] and k [B, S, H_kv, D] as what choosing patterns looks at, without history.
+
+        documents: int32, of all tokens of the sequence.
+        """
+        return ShardTensors(
+            q=q.detach(),
+            k=k.detach(),
+            positions=self.own_positions,
+            seq_len_tokens=self.plan.seq_len_tokens,
+            block_size=self.plan.block_size,
+            granularity_tokens=self.plan.placement.granularity_tokens,
+            documents=documents,
+        )
+
+
+def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
+    """Bind a plan to this rank. Collective: all ranks must hold the same plan, whose digests are compared first.
+
+    Raises InputError when the plan is for another world size or ranks differ, and UnsupportedError when it says what
+    the runtime does not play.
+    """
+    plan.require(world_size=mesh.world_size)
+    _use_tuned_launches(plan)
+    topic = f"plan {next(_bound)}"
+    agree(mesh, f"{topic} digest", plan.digest)
+    backend = _settled_backend(plan, mesh, topic)
+    placement = plan.make_placement()
+    positions = [torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)]
+    return BoundPlan(
+        plan=plan,
+        mesh=mesh,
+        topic=topic,
+        backend=backend,
+        programs=_programs(plan, mesh.rank, backend),
+        placement=placement,
+        positions=positions,
+        guard=PairGuard(plan.active_pairs(), placement),
+    )
+
+
+def _programs(plan: Plan, rank: int, backend: str) -> dict[Direction, Program]:
+    schedules: dict[Direction, Schedule] = {direction: plan.schedule(direction) for direction in DIRECTIONS}
+    for schedule in schedules.values():
+        check_playable(schedule)
+    check_step(schedules["forward"], schedules["backward"])
+    programs: dict[Direction, Program] = {
+        direction: Program(schedule=schedule, rank=rank, groups=_head_groups(plan, schedule), backend=backend)
+        for direction, schedule in schedules.items()
+    }
+    forward, backward = programs["forward"], programs["backward"]
+    if forward.kept_slots and forward.groups != backward.groups:
+        raise UnsupportedError("are of other head groups in backward", field="kept K/V")
+    return programs
+
+
+def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:
+    count = Rules(schedule).head_groups
+    if not plan.attention_shape().splits_heads(count):
+        raise UnsupportedError(f"{count} groups do not have whole K/V heads each", field="heads")
+    return HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
+
+
+def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
+    """Return the kernels' backend: "fastest" becomes one by name, and InputError names a rank that has another."""
+    if plan.kernels.backend != "fastest":
+        return plan.kernels.backend
+    backend = fastest_backend(
+        mesh.device,
+        dtype=getattr(torch, plan.dtype),
+        head_dim=plan.model.head_dim,
+        block_size=plan.block_size,
+    )
+    agree(mesh, f"{topic} backend", backend)
+    return backend
+
+
+def _use_tuned_launches(plan: Plan) -> None:
+    if plan.kernels.tuned is None:
+        return
+    try:
+        tuning.use(**plan.kernels.tuned.model_dump())
+    except ValueError as error:
+        raise InputError(str(error), field="kernels.tuned") from error

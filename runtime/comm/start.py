@@ -1,0 +1,128 @@
+"""Starting ranks on this host: the same command again, once per rank, with the rank's environment."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+from ...traces.errors import InputError
+from .lost import ranks_lost
+
+PACKAGE = (__package__ or "sparsering").partition(".")[0]
+POLL_S = 0.05
+GRACE_S = 15.0
+
+
+def start_ranks(
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    environment: Mapping[str, str],
+    module: str = f"{PACKAGE}.cli",
+    own: Sequence[Mapping[str, str]] = (),
+    stdout: IO[bytes] | None = None,
+    stderr: IO[bytes] | None = None,
+) -> int:
+    """Run `python -m <module> <arguments>` as ranks 0 … world_size - 1 and return the first failure's exit code.
+
+    Rank 0 keeps this process's stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by
+    themselves, then are stopped. environment, own: what every rank starts with, and what each has beside it. stdout,
+    stderr: files to write to instead. InputError when there is no rank to start.
+    """
+    if world_size < 1:
+        raise InputError(f"must be at least 1, not {world_size}", field="world_size")
+    port = free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    with exit_on_signals():
+        try:
+            for rank in range(world_size):
+                place = {**rank_environment(rank, world_size, port), **(own[rank] if own else {})}
+                output = stdout if rank == 0 else stderr or sys.stderr
+                command = [sys.executable, "-m", module, *arguments]
+                processes.append(subprocess.Popen(command, env={**environment, **place}, stdout=output, stderr=stderr))
+            return _join(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM (Slurm, docker, `timeout`) and SIGHUP into SystemExit, so that what a process started ends with it.
+
+    Exit code 128 + the signal's number, as a shell says it. Signals that are ignored stay so.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_to_its_end(command: Sequence[str], *, environment: dict[str, str]) -> int:
+    """Run a launcher of ranks and return its exit code; a signal that ends this process ends it, and so its ranks."""
+    with exit_on_signals():
+        process = subprocess.Popen(command, env=environment)
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its workers on SIGTERM
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _join(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    failed_at, code = None, 0
+    while any(process.poll() is None for process in processes):
+        codes = [process.poll() for process in processes]
+        if failed_at is None and any(codes):
+            failed_at = time.monotonic()
+            code = next(value for value in codes if value)
+            _name_killed(codes)
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            return code
+        time.sleep(POLL_S)
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _name_killed(codes: Sequence[int | None]) -> None:
+    """Say which ranks a signal ended: they could not say so themselves, and the others may not live to see it."""
+    killed = {rank: signal.Signals(-code).name for rank, code in enumerate(codes) if code is not None and code < 0}
+    if killed:
+        because = f"ended by {', '.join(sorted(set(killed.values())))}"
+        error = ranks_lost(list(killed), len(codes), seen_by="the launcher", because=because)
+        print(f"sparsering: {error}", file=sys.stderr, flush=True)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return what `join` reads on one of `world_size` ranks of this host that meet at a port."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "PYTHONSAFEPATH": "1"}
+
+
+def free_port() -> int:
+    """Return a TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,87 @@
+"""Options of a command that say how patterns are chosen: --selector, and one for every setting of every selector."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from enum import StrEnum
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+
+from ...kernels.select import DEFAULT_SELECTOR
+from ...kernels.select.registry import Selector, option_of, selectors
+from ...traces.errors import InputError
+from ..attention.selectors import make_selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorOptions:
+    """What the command line said. given: values of the settings' options, by option, where they were given."""
+
+    name: str
+    given: Mapping[str, Any]
+
+    def selector(self) -> Selector:
+        """Return what was asked for. InputError for a setting that the selector has not, or cannot have."""
+        settings = fields(selectors()[self.name])
+        for option in self.given:
+            if option not in map(option_of, settings):
+                raise InputError(f"{self.name} has no such setting", field=option)
+        given = {one.name: self.given[option_of(one)] for one in settings if option_of(one) in self.given}
+        return make_selector(self.name, given)
+
+
+def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return a function for typer like `verb`, whose `chosen: SelectorOptions` has become options of the command line.
+
+    Raises ValueError when a setting is spelt as another option of the verb.
+    """
+    options = {option.strip("-").replace("-", "_"): option for option in _settings()}
+
+    def with_options(**arguments: Any) -> None:
+        given = {option: arguments.pop(name) for name, option in options.items()}
+        chosen = SelectorOptions(
+            name=arguments.pop("selector").value, given={key: v for key, v in given.items() if v is not None}
+        )
+        verb(**arguments, chosen=chosen)
+
+    own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "chosen"]
+    added = [_selector_parameter(), *(_parameter(name, option) for name, option in options.items())]
+    names = {one.name: one.annotation for one in (*own, *added)}
+    if len(names) < len(own) + len(added):
+        raise ValueError(f"settings of selectors are spelt as other options of {verb.__name__}: {options}")
+    with_options.__name__, with_options.__doc__, with_options.__annotations__ = verb.__name__, verb.__doc__, names
+    signature = inspect.Signature([one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*own, *added)])
+    setattr(with_options, "__signature__", signature)  # noqa: B010 (not in a function's type)
+    return with_options
+
+
+def _settings() -> dict[str, dict[str, Field[Any]]]:
+    """Return option -> selector -> a setting of it that the option sets."""
+    found: dict[str, dict[str, Field[Any]]] = {}
+    for name, kind in selectors().items():
+        for setting in fields(kind):
+            found.setdefault(option_of(setting), {})[name] = setting
+    return found
+
+
+def _selector_parameter() -> Parameter:
+    known = selectors()
+    told = "; ".join(f"{name}: {kind.help}{'' if kind.causal else ' (looks ahead)'}" for name, kind in known.items())
+    names: Any = StrEnum("SelectorName", {name.replace("-", "_"): name for name in known})
+    kind = Annotated[names, typer.Option("--selector", help=f"How patterns are chosen. {told}.")]
+    return Parameter("selector", Parameter.KEYWORD_ONLY, default=names(DEFAULT_SELECTOR), annotation=kind)
+
+
+def _parameter(name: str, option: str) -> Parameter:
+    settings = _settings()[option]
+    selectors_by_text: dict[str, list[str]] = {}
+    for selector, setting in settings.items():
+        selectors_by_text.setdefault(setting.metadata["about"], []).append(selector)
+    told = "; ".join(f"{', '.join(names)}: {text}" for text, names in selectors_by_text.items())
+    number: Any = type(next(iter(settings.values())).default)
+    kind = Annotated[number | None, typer.Option(option, help=f"{told}.")]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind)

@@ -1,0 +1,106 @@
+"""Selectors of blocks against plain counts, alone and by shards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from select_cases import on_ranks, shard_of
+from sparsering.kernels.select.moba_block import MobaBlock
+from sparsering.kernels.select.xattention import XAttention
+
+
+def brute_xattention(q: np.ndarray, k: np.ndarray, *, scale: float, block: int, stride: int, mass: float) -> np.ndarray:
+    """bool [N, N] of one head, token by token."""
+    length = q.shape[0]
+    cells, blocks = -(-length // stride), -(-length // block)
+    logits = np.full((cells, cells), -np.inf)
+    for a in range(cells):
+        for c in range(a + 1):
+            pairs = [(a * stride + stride - 1 - s, c * stride + s) for s in range(stride)]
+            logits[a, c] = sum(q[i] @ k[j] for i, j in pairs if i < length and j < length) * scale / stride
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    active = np.zeros((blocks, blocks), dtype=bool)
+    per = block // stride
+    for row in range(blocks):
+        scores = [p[row * per : (row + 1) * per, b * per : (b + 1) * per].sum() for b in range(blocks)]
+        chosen = {0, row}
+        for b in sorted((b for b in range(row) if b not in chosen), key=lambda b: (-scores[b], b)):
+            if sum(scores[c] for c in chosen) >= mass * sum(scores):
+                break
+            chosen.add(b)
+        active[row, sorted(chosen)] = True
+    return active
+
+
+@pytest.mark.parametrize("ranks, granularity", [(1, 128), (2, 16), (4, 32)])
+@pytest.mark.parametrize("mass", [0.3, 0.8])
+def test_xattention_agrees_with_a_token_by_token_count(ranks, granularity, mass):
+    rng = np.random.default_rng(1)
+    q, k = 3 * rng.normal(size=(128, 4, 8)), rng.normal(size=(128, 2, 8))
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: XAttention(stride=4, mass=mass).choose(
+            shard_of(
+                torch.from_numpy(q),
+                torch.from_numpy(k),
+                block_size=16,
+                ranks=ranks,
+                rank=rank,
+                granularity=granularity,
+                seq_len=117,
+            ),
+            scale=0.5,
+            collectives=collectives,
+        ),
+    )
+    for head in range(4):
+        wanted = brute_xattention(q[:117, head], k[:117, head // 2], scale=0.5, block=16, stride=4, mass=mass)
+        assert 15 < wanted.sum() < 36
+        for mask in choices:
+            assert np.array_equal(mask.active[head].numpy(), wanted)
+
+
+def test_xattention_of_a_ragged_single_shard():
+    rng = np.random.default_rng(2)
+    q, k = rng.normal(size=(53, 1, 8)), rng.normal(size=(53, 1, 8))
+    shard = shard_of(torch.from_numpy(q), torch.from_numpy(k), block_size=8)
+    mask = XAttention(stride=4, mass=0.7).choose(shard, scale=0.4)
+    wanted = brute_xattention(q[:, 0], k[:, 0], scale=0.4, block=8, stride=4, mass=0.7)
+    assert np.array_equal(mask.active[0].numpy(), wanted)
+
+
+@pytest.mark.parametrize("ranks, granularity", [(1, 96), (2, 1), (3, 16)])
+def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
+    rng = np.random.default_rng(3)
+    q, k = rng.normal(size=(96, 4, 8)), rng.normal(size=(96, 2, 8))
+    length, block, chunk, top = 90, 8, 16, 3
+    choices = on_ranks(
+        ranks,
+        lambda rank, collectives: MobaBlock(chunk_tokens=chunk, top_chunks=top).choose(
+            shard_of(
+                torch.from_numpy(q),
+                torch.from_numpy(k),
+                block_size=block,
+                ranks=ranks,
+                rank=rank,
+                granularity=granularity,
+                seq_len=length,
+            ),
+            scale=1.0,
+            collectives=collectives,
+        ),
+    )
+    blocks = -(-length // block)
+    for head in range(4):
+        wanted = np.zeros((blocks, blocks), dtype=bool)
+        for row in range(blocks):
+            mean_q = q[row * block : min((row + 1) * block, length), head].mean(0)
+            own = row * block // chunk
+            gate = [k[c * chunk : min((c + 1) * chunk, length), head // 2].mean(0) @ mean_q for c in range(own)]
+            chosen = [own, *sorted(range(own), key=lambda c, gate=gate: (-gate[c], c))[: top - 1]]
+            wanted[row] = [col * block // chunk in chosen and col <= row for col in range(blocks)]
+        for mask in choices:
+            assert np.array_equal(mask.active[head].numpy(), wanted)

@@ -1,0 +1,220 @@
+"""Writing traces: parts are compressed layer by layer, renamed into place, and then listed in the manifest.
+
+A part is renamed into place before the manifest that lists it, so a writer that is killed at any moment leaves a
+readable trace. Within a part each layer is a row group of its own, so that one layer can be read alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..files import sha256_of_bytes, write_atomically
+from ..pattern import LayerPattern
+from .manifest import (
+    MANIFEST_NAME,
+    TraceHeader,
+    TraceManifest,
+    TracePart,
+    make_manifest,
+    read_manifest,
+    write_manifest,
+)
+from .rows import LIST_LEAVES, SCHEMA, HeadChoice, encode_layer
+
+ZSTD_LEVEL = 9
+
+LayerRecord: TypeAlias = tuple[LayerPattern, Sequence[HeadChoice]]
+
+
+class TraceWriter:
+    """Appends training steps to a trace, new or existing. One writer at a time; use as a context manager.
+
+    Raises InputError when the folder holds something else, when another writer has it open, or when an existing
+    trace's header differs from `header`.
+    """
+
+    def __init__(self, folder: Path | str, header: TraceHeader) -> None:
+        self.folder = Path(folder)
+        self.header = header
+        self._release = weakref.finalize(self, _unlock, _lock(self.folder))
+        try:
+            self._manifest = self._open_or_start()
+        except BaseException:
+            self._release()
+            raise
+
+    def _open_or_start(self) -> TraceManifest:
+        _remove_leftovers(self.folder)
+        if (self.folder / MANIFEST_NAME).exists():
+            manifest = read_manifest(self.folder)
+            _check_same_header(manifest.header, self.header, self.folder)
+            return manifest
+        foreign = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
+        if foreign:
+            raise InputError(f"is not empty and is no trace: it holds {foreign[0]!r}", source=self.folder)
+        manifest = make_manifest(self.header, ())
+        write_manifest(self.folder, manifest)
+        return manifest
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Training steps recorded so far, ascending."""
+        return tuple(part.training_step for part in self._manifest.parts)
+
+    @property
+    def next_step(self) -> int:
+        """The training step after the last recorded one; 0 for an empty trace."""
+        return self.steps[-1] + 1 if self.steps else 0
+
+    def append(self, training_step: int, layers: Mapping[int, LayerRecord]) -> None:
+        """Write one training step: layer -> (pattern, one HeadChoice per head), for all recorded layers."""
+        with self.step(training_step) as step:
+            for layer in sorted(layers):
+                step.append(layer, *layers[layer])
+
+    @contextmanager
+    def step(self, training_step: int) -> Iterator[StepWriter]:
+        """Open one training step; its layers are appended in ascending order and compressed as they come.
+
+        Nothing reaches the trace when the body raises, or unless all recorded layers were appended.
+        """
+        if self.steps and training_step <= self.steps[-1]:
+            raise InputError(
+                f"{training_step} does not follow {self.steps[-1]}, the last one recorded",
+                source=self.folder,
+                field="training_step",
+            )
+        step = StepWriter(self.header, training_step)
+        yield step
+        self._commit(step)
+
+    def _commit(self, step: StepWriter) -> None:
+        data = step.finish()
+        part = TracePart(
+            file=f"part-{step.training_step:08d}.parquet",
+            sha256=sha256_of_bytes(data),
+            training_step=step.training_step,
+            rows=self.header.rows_per_part,
+            bytes=len(data),
+            document_starts_tokens=step.document_starts_tokens,
+        )
+        manifest = make_manifest(self.header, (*self._manifest.parts, part))
+        write_atomically(self.folder / part.file, data)
+        write_manifest(self.folder, manifest)
+        self._manifest = manifest
+
+    def close(self) -> None:
+        """Let other writers have the trace. Everything appended is already on disk."""
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class StepWriter:
+    """Gathers one training step's layers, compressed in memory as they come. Made by `TraceWriter.step`."""
+
+    def __init__(self, header: TraceHeader, training_step: int) -> None:
+        self.header = header
+        self.training_step = training_step
+        self.document_starts_tokens: tuple[int, ...] | None = None
+        self._written = 0
+        self._buffer = io.BytesIO()
+        self._parquet = pq.ParquetWriter(
+            self._buffer,
+            SCHEMA,
+            compression="zstd",
+            compression_level=ZSTD_LEVEL,
+            use_dictionary=False,  # would take the place of the delta encoding
+            column_encoding=dict.fromkeys(LIST_LEAVES, "DELTA_BINARY_PACKED"),
+            write_statistics=False,
+        )
+
+    def append(self, layer: int, pattern: LayerPattern, choices: Sequence[HeadChoice]) -> None:
+        """Add the next recorded layer. choices: one per head. InputError when it does not fit the header."""
+        if self._written == len(self.header.recorded_layers) or layer != self.header.recorded_layers[self._written]:
+            expected = (*self.header.recorded_layers, "nothing")[self._written]
+            raise InputError(f"layer {layer} was appended where {expected} is expected", field="layer")
+        for name, actual, expected in (
+            ("heads", pattern.num_heads, self.header.model.heads),
+            ("seq_len_tokens", pattern.seq_len_tokens, self.header.seq_len_tokens),
+            ("block_size", pattern.block_size, self.header.block_size),
+        ):
+            if actual != expected:
+                raise InputError(f"the pattern has {actual}, the trace {expected}", field=f"layer {layer}, {name}")
+        self._check_documents(layer, _document_starts(pattern.documents))
+        table = encode_layer(self.training_step, layer, pattern, choices)
+        self._parquet.write_table(table, row_group_size=table.num_rows)
+        self._written += 1
+
+    def _check_documents(self, layer: int, starts: tuple[int, ...] | None) -> None:
+        if self._written == 0:
+            self.document_starts_tokens = starts
+        elif starts != self.document_starts_tokens:
+            raise InputError("all layers of a step must share their documents", field=f"layer {layer}, documents")
+
+    def finish(self) -> bytes:
+        """Return the part's bytes; InputError when a recorded layer is missing."""
+        if self._written < len(self.header.recorded_layers):
+            missing = self.header.recorded_layers[self._written]
+            raise InputError(f"layer {missing} is missing from training step {self.training_step}", field="layer")
+        self._parquet.close()
+        return self._buffer.getvalue()
+
+
+def _document_starts(documents: NDArray[np.int32] | None) -> tuple[int, ...] | None:
+    if documents is None:
+        return None
+    return (0, *(int(place) + 1 for place in np.flatnonzero(np.diff(documents))))
+
+
+def _check_same_header(found: TraceHeader, given: TraceHeader, folder: Path) -> None:
+    for name in TraceHeader.model_fields:
+        there, here = getattr(found, name), getattr(given, name)
+        if there != here:
+            raise InputError(
+                f"the trace has {there!r}, not {here!r}: start another trace", source=folder / MANIFEST_NAME, field=name
+            )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of a writer that was killed. The lock is held, so none of them is in use."""
+    for pattern in (".part-*.parquet.*.partial", f".{MANIFEST_NAME}.*.partial"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> int:
+    """Make the folder, take its advisory lock and return the handle that holds it. A killed process lets go of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise InputError("is being written by another process", source=folder) from error
+    return handle
+
+
+def _unlock(handle: int) -> None:
+    # Said explicitly: a forked child may hold a copy of the handle, and closing ours alone would not let go.
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
