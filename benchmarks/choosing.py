@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels.api import WholeAttention
 from ..kernels.mask import AttentionMask
 from ..kernels.select.probe import ShardTensors
 from ..kernels.select.registry import Selector, selectors
 from ..kernels.select.vertical_slash import FixedVerticalSlash
 from ..kernels.select.xattention import XAttention
-from ..kernels.triton import backend as ours
-from .kernels import time_ms
+from .kernels import measure, shared_arguments, time_ms
 from .lib import common
-from .lib.kernel_impls import DENSE, SPARSE, Problem
+from .lib.kernel_impls import DENSE, SPARSE, Problem, index_bytes
 from .lib.masks import density_of, slash_mask
 
 WINDOW_SLASHES = 100  # forced by vertical-slash with fixed budgets
@@ -37,20 +36,15 @@ def selectors_of(shard: ShardTensors, *, columns: int, density: float) -> list[S
     return [fixed, *others]
 
 
-def index_of(mask: AttentionMask, positions: torch.Tensor) -> int:
+def index_of(mask: AttentionMask, tokens: int) -> int:
     """Build what the kernels need for this mask, both directions, and return its bytes."""
-    found = ours.block_index(mask, positions, positions).nbytes
-    return found + (ours.column_index(mask, positions).nbytes if mask.column_capacity else 0)
+    return index_bytes(WholeAttention.of(mask, tokens, device=mask.active.device, backend="triton"))
 
 
 def attention_ms(problem: Problem, repeats: int) -> dict[str, float]:
     """Milliseconds of our forward and backward with the problem's mask."""
-    ours_triton = SPARSE["ours-triton"]
-    assert ours_triton.prepare is not None
-    ours_triton.prepare(problem)
-    forward = time_ms(lambda: ours_triton.forward(problem), repeats)
-    state = ours_triton.forward(problem)
-    return {"forward_ms": forward, "backward_ms": time_ms(lambda: ours_triton.backward(problem, state), repeats)}
+    times = measure(SPARSE["ours-triton"], problem, repeats)
+    return {"forward_ms": times["forward"], "backward_ms": times["backward"]}
 
 
 def dense_forward_ms(tensors: tuple[torch.Tensor, ...], repeats: int) -> float:
@@ -82,13 +76,13 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
             continue
         chosen = selector.choose(shard, scale=problem.scale)
         took = time_ms(lambda one=selector: one.choose(shard, scale=problem.scale), arguments.repeats)
-        index = time_ms(lambda chosen=chosen: index_of(chosen, problem.positions), arguments.repeats)
+        index = time_ms(lambda chosen=chosen: index_of(chosen, seq_len), arguments.repeats)
         row = {
             "selector": name,
             "seq_len": seq_len,
             "time_ms": took,
             "index_ms": index,
-            "index_bytes": index_of(chosen, problem.positions),
+            "index_bytes": index_of(chosen, seq_len),
             "share_of_attention": (took + index) / attention,
             "density": density_of(chosen),
             "columns": chosen.column_capacity,
@@ -122,12 +116,7 @@ def main() -> None:
     parser.add_argument("--selectors", nargs="+", choices=names, default=names)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--columns", type=int, default=1024, help="of vertical-slash with fixed budgets")
-    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2], metavar=("QUERY", "KV"))
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baseline runs")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    shared_arguments(parser)
     arguments = parser.parse_args()
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
     print(common.write_result("choosing", rows, folder=arguments.results, gpus=1))

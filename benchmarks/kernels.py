@@ -11,13 +11,14 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels.mask import AttentionMask
+from ..kernels.tools.tune import median_ms
 from ..kernels.triton import tuning
 from .lib import common
 from .lib.kernel_impls import DENSE, SPARSE, Implementation, Problem
@@ -45,13 +46,7 @@ def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = S
     for _ in range(min(200, int(sustained_ms / 2 / once))):
         call()
     repeats = max(repeats, min(200, int(sustained_ms / 2 / once)))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+    return median_ms(call, repeats=repeats, warmups=0)
 
 
 def alternating_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -111,86 +106,83 @@ def problems(arguments: argparse.Namespace, seq_len: int) -> Iterator[tuple[str,
 
 def measure(implementation: Implementation, problem: Problem, repeats: int) -> dict[str, float]:
     """Milliseconds of each direction (and of building the index, where there is one)."""
+    prepare = implementation.prepare
+    if prepare is not None:
+        prepare(problem)
     times = {"forward": time_ms(lambda: implementation.forward(problem), repeats)}
     state = implementation.forward(problem)
     times["backward"] = time_ms(lambda: implementation.backward(problem, state), repeats)
-    if implementation.prepare is not None:
-        times["index"] = time_ms(lambda: implementation.prepare(problem), repeats, sustained_ms=0)  # type: ignore[misc]
+    if prepare is not None:
+        times["index"] = time_ms(lambda: prepare(problem), repeats, sustained_ms=0)
     return times
+
+
+@dataclass
+class Table:
+    """Rows of one sequence length, printed as they come; rates are set beside cuDNN's."""
+
+    arguments: argparse.Namespace
+    seq_len: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+
+    def add(self, impl: str, mask: dict[str, Any], flops: float, times: dict[str, float]) -> list[dict[str, Any]]:
+        """Add a row for each direction; mask: its columns of the result. Returns the rows."""
+        arguments, first = self.arguments, len(self.rows)
+        for direction, took in times.items():
+            rate = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction] * flops / took / 1e9
+            shape = {"heads": arguments.heads[0], "kv_heads": arguments.heads[1], "head_dim": arguments.head_dim}
+            row = {"impl": impl, "seq_len": self.seq_len, **mask, "seed": arguments.seed, "direction": direction}
+            self.rows.append(row | {"time_ms": took, "tflops": rate, **shape, "block": arguments.block})
+            share = f"{100 * rate / self.dense[direction]:5.1f} % of cuDNN" if direction in self.dense else ""
+            print(
+                f"{self.seq_len:7} {mask['mask']:10} {mask['density']:.4f} c{mask['columns']:<5} {impl:12} "
+                f"{direction:8} {took:9.3f} ms {rate:6.1f} TFLOP/s {share}",
+                flush=True,
+            )
+        return self.rows[first:]
 
 
 def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, Any]]:
     """All rows of one sequence length; the dense baselines once."""
-    rows: list[dict[str, Any]] = []
-    heads, kv_heads = arguments.heads
+    table, (heads, kv_heads) = Table(arguments, seq_len), arguments.heads
     tensors = Problem.tensors(seq_len, heads, kv_heads, arguments.head_dim, arguments.seed)
-    dense: dict[str, float] = {}
-
-    def add(impl: str, family: str, columns: int, density: float, flops: float, times: dict[str, float]) -> None:
-        for direction, took in times.items():
-            factor = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction]
-            rows.append(
-                {
-                    "impl": impl,
-                    "mask": family,
-                    "seq_len": seq_len,
-                    "density": round(density, 4),
-                    "columns": columns,
-                    "seed": arguments.seed,
-                    "direction": direction,
-                    "time_ms": took,
-                    "tflops": factor * flops / took / 1e9,
-                    "heads": heads,
-                    "kv_heads": kv_heads,
-                    "head_dim": arguments.head_dim,
-                    "block": arguments.block,
-                }
-            )
-            rate = rows[-1]["tflops"]
-            share = f"{100 * rate / dense[direction]:5.1f} % of cuDNN" if direction in dense else ""
-            print(
-                f"{seq_len:7} {family:10} {density:.4f} c{columns:<5} {impl:12} {direction:8} {took:9.3f} ms "
-                f"{rate:6.1f} TFLOP/s {share}",
-                flush=True,
-            )
-
-    if seq_len <= arguments.dense_limit:
-        flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len
-        for name in ("cudnn-dense", "fa2-dense"):
-            if name in arguments.impls:
-                problem = Problem(*tensors, mask=None)
-                times = measure(DENSE[name], problem, max(3, arguments.repeats // 3))
-                add(name, "dense", 0, 1.0, flops, times)
-                if name == "cudnn-dense":
-                    dense |= {d: rows[i]["tflops"] for i, d in enumerate(("forward", "backward"))}
-                del problem
-                gc.collect()
-    for family, columns, mask in problems(arguments, seq_len):
-        mask = mask.to("cuda")
-        flops, density = forward_flops(mask, arguments.head_dim), density_of(mask)
-        for name in arguments.impls:
-            if name not in SPARSE or not SPARSE[name].supports(mask, seq_len):
-                continue
-            problem = Problem(*tensors, mask=mask)
-            implementation = SPARSE[name]
-            if implementation.prepare is not None:
-                implementation.prepare(problem)
-            worst = check(implementation, problem, seed=arguments.seed)
-            times = measure(implementation, problem, arguments.repeats)
-            add(name, family, columns, density, flops, times)
-            rows[-1] |= {"index_bytes": problem.index_bytes} if "index" in times else {}
-            print(f"        relative errors on sampled rows: {worst}", flush=True)
-            if mask.columns is not None:
-                without = replace(mask, columns=None)
-                growth = flops / forward_flops(without, arguments.head_dim) - 1
-                found = column_growth(implementation, problem, Problem(*tensors, mask=without), growth)
-                for row in rows[-len(times) :]:
-                    row |= found.get(row["direction"], {})
-                print_growth(found)
-            del problem
+    for name in ("cudnn-dense", "fa2-dense") if seq_len <= arguments.dense_limit else ():
+        if name in arguments.impls:
+            times = measure(DENSE[name], Problem(*tensors, mask=None), max(3, arguments.repeats // 3))
+            flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len
+            rows = table.add(name, {"mask": "dense", "density": 1.0, "columns": 0}, flops, times)
+            if name == "cudnn-dense":
+                table.dense |= {row["direction"]: row["tflops"] for row in rows}
             gc.collect()
-            torch.cuda.empty_cache()
-    return rows
+    for family, columns, mask in problems(arguments, seq_len):
+        described = {"mask": family, "density": round(density_of(mask), 4), "columns": columns}
+        for name in arguments.impls:
+            if name in SPARSE and SPARSE[name].supports(mask, seq_len):
+                _measure_sparse(table, name, described, Problem(*tensors, mask=mask.to("cuda")))
+                gc.collect()
+                torch.cuda.empty_cache()
+    return table.rows
+
+
+def _measure_sparse(table: Table, name: str, described: dict[str, Any], problem: Problem) -> None:
+    """Check one implementation on one mask, time it, and say what columns add."""
+    implementation, arguments, mask = SPARSE[name], table.arguments, problem.mask
+    assert implementation.prepare is not None and mask is not None
+    implementation.prepare(problem)
+    worst = check(implementation, problem, seed=arguments.seed)
+    flops = forward_flops(mask, arguments.head_dim)
+    rows = table.add(name, described, flops, measure(implementation, problem, arguments.repeats))
+    rows[-1]["index_bytes"] = problem.index_bytes
+    print(f"        relative errors on sampled rows: {worst}", flush=True)
+    if mask.columns is None:
+        return
+    without = replace(mask, columns=None)
+    growth = flops / forward_flops(without, arguments.head_dim) - 1
+    found = column_growth(implementation, problem, replace(problem, mask=without, built={}), growth)
+    for row in rows:
+        row |= found.get(row["direction"], {})
+    print_growth(found)
 
 
 def print_growth(found: dict[str, dict[str, float]]) -> None:
@@ -201,6 +193,16 @@ def print_growth(found: dict[str, dict[str, float]]) -> None:
               f"{times / flops:.2f}", flush=True)  # fmt: skip
 
 
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark of attention on one GPU."""
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2], metavar=("QUERY", "KV"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+
+
 def main() -> None:
     """Measure, print as it goes, write one result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,15 +210,10 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.10, 0.05, 0.02])
     parser.add_argument("--columns", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=["slash"])
-    parser.add_argument("--heads", type=int, nargs=2, default=[16, 2], metavar=("QUERY", "KV"))
-    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--impls", nargs="+", default=[*DENSE, *SPARSE], choices=[*DENSE, *SPARSE])
-    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launches", type=Path, help="a file of doctor --kernels --tune")
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    shared_arguments(parser)
     arguments = parser.parse_args()
     if arguments.launches:
         tuning.use(**json.loads(arguments.launches.read_text()))

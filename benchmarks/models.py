@@ -26,13 +26,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..planner.layouts.gather import Gather
-from ..planner.layouts.ring import Ring
-from ..planner.plan import AttentionSpec, KernelSpec, Plan, make_plan
-from ..planner.schedule.placement import striped
-from ..runtime.attention.selectors import dense_pattern
 from ..runtime.audit.audit import audit, causal_class, small_model
-from ..runtime.audit.proof import Run, compare
+from ..runtime.audit.proof import AUDITED_TOKENS, RANKS, Run, audited_plan, compare, random_batch, run_alone
 from ..runtime.audit.result import Audit
 from ..runtime.audit.twins import Double
 from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
@@ -44,7 +39,6 @@ from ..traces.errors import InputError
 from .lib.common import ResultFile
 from .lib.models_page import write_page
 
-RANKS, TOKENS, BLOCK_SIZE = 2, 120, 64
 DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
 TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # Where the default configuration makes no model, or hides what the family is.
@@ -134,7 +128,7 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _audited(config: Any, seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
     positions = getattr(config, "max_position_embeddings", None)
-    tokens = min(seq_len, positions) if type(positions) is int and positions >= TOKENS else seq_len
+    tokens = min(seq_len, positions) if type(positions) is int and positions >= AUDITED_TOKENS else seq_len
     if mesh is None or mesh.rank == 0:
         found = audit(config, seq_len_tokens=tokens, cache=None)
         if mesh is not None:
@@ -153,27 +147,18 @@ def _plain(found: Audit) -> dict[str, Any]:
 def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
     """Attach the small copy on both ranks and return how far loss and gradients are from the copy alone."""
     began = time.perf_counter()
-    model = small_model(config, causal_class(config), TOKENS).train()
-    alone = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, model.config.vocab_size, (1, TOKENS), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
-    with Double():
-        wanted = alone(input_ids=ids, labels=labels).loss
-        wanted.backward()
-    plan = _dense_plan(model, mesh.world_size)
+    model = small_model(config, causal_class(config), AUDITED_TOKENS).train()
+    batch = random_batch(model.config, seed=3)
+    alone = run_alone(copy.deepcopy(model), batch)
+    plan = audited_plan(model_shape(model.config))
     attached = attach(model, plan, mesh)
     with Double():
-        loss = model(**shard({"input_ids": ids, "labels": labels}, plan, mesh.rank)).loss
+        loss = model(**shard(batch, plan, mesh.rank)).loss
         loss.backward()
     attached.detach()
     total = loss.detach().clone()
     dist.all_reduce(total)
-    own = {name: parameter.grad for name, parameter in alone.named_parameters()}
-    errors = compare(
-        Run(loss=float(total), logits=None, gradients=_summed_gradients(model)),
-        Run(loss=float(wanted), logits=None, gradients=own),
-    )
+    errors = compare(Run(loss=float(total), logits=None, gradients=_summed_gradients(model)), alone)
     return {
         "gloo_loss_error": errors.loss,
         "gloo_gradient_error": errors.gradient,
@@ -188,23 +173,6 @@ def _summed_gradients(model: PreTrainedModel) -> dict[str, Tensor | None]:
         dist.all_reduce(gradient)
         summed[name] = gradient
     return summed
-
-
-def _dense_plan(model: PreTrainedModel, world_size: int) -> Plan:
-    return make_plan(
-        attention=AttentionSpec(
-            model=model_shape(model.config),
-            seq_len_tokens=TOKENS,
-            block_size=BLOCK_SIZE,
-            dtype="float64",
-            columns_capacity=0,
-        ),
-        placement=striped(seq_len_tokens=TOKENS, world_size=world_size, granularity_tokens=16),
-        forward=Gather(),
-        backward=Ring(),
-        pattern=dense_pattern(TOKENS),
-        kernels=KernelSpec(backend="blockwise"),
-    )
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -64,6 +64,8 @@ TOY = QWEN25_3B | {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
+MEMORY = ("loss", "offload", "fused_layers", "whole_layers")  # options that are the configuration's own
+NOTED = ("layers", "steps", "warmups", "fused_layers", "whole_layers", "seed")  # options that stand in every row
 Masks = list[AttentionMask]
 
 
@@ -109,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmups", type=int, default=1)
-    parser.add_argument(
-        "--dense-steps", type=int, help="measured steps of dense rings, which are slow; default: as all"
-    )
+    parser.add_argument("--dense-steps", type=int, help="measured steps of dense rings (slow); default: as all")
     parser.add_argument("--dense-warmups", type=int, help="warm-ups of dense rings; default: as all")
     parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
     parser.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
@@ -143,7 +143,7 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> None:
     if not (work / "data" / "manifest.json").exists():
         tokens = np.random.default_rng(arguments.seed).integers(0, model["vocab_size"], 4 * arguments.seq_len)
         np.save(work / "tokens.npy", tokens)
-        write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"]), None, None))
+        write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"])))
 
 
 def _measure_all(arguments: argparse.Namespace, world: Mesh) -> Iterator[dict[str, Any]]:
@@ -176,33 +176,23 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
     if everyone is None:
         return {}
     worst = {name: max(values[name] or 0.0 for values in everyone) for name in own}
-    last = results[-1].extra
-    step_ms = worst["step_ms"]
-    tokens = config.sequences_per_step * config.seq_len_tokens
-    seconds = {name: last[name] * results[-1].seconds if last[name] else None for name in
-               ("mfu_actual", "mfu_dense_equivalent")}  # fmt: skip
+    last, step_ms = results[-1], worst["step_ms"]
     return {
         "impl": _name(implementation, setup.plan.kernels.backend, world.device.type),
         "seq_len": config.seq_len_tokens,
         "density": 1.0 if masks is None else round(sum(map(density_of, masks)) / len(masks), 5),
         "columns": 0 if masks is None else arguments.columns,
         "world_size": world.world_size,
-        "layers": arguments.layers,
         "layout": arguments.layout if implementation == "ours" else "",
-        "tokens_per_s": tokens / step_ms * 1e3,
-        "mfu_actual": _rate(seconds["mfu_actual"], step_ms),
-        "mfu_dense_equivalent": _rate(seconds["mfu_dense_equivalent"], step_ms),
+        "tokens_per_s": last.tokens / step_ms * 1e3,
+        **{name: _at(last, name, step_ms) for name in ("mfu_actual", "mfu_dense_equivalent")},
         "memory_bytes": int(worst["memory_bytes"]),
         **{name: value for name, value in worst.items() if name.endswith("_ms")},
         "other_ms": step_ms - worst["attention_ms"],
-        "loss": results[-1].loss,
-        "grad_norm": results[-1].grad_norm,
-        "steps": arguments.steps,
-        "warmups": arguments.warmups,
-        "fused_layers": arguments.fused_layers,
-        "whole_layers": arguments.whole_layers,
+        "loss": last.loss,
+        "grad_norm": last.grad_norm,
+        **{name: getattr(arguments, name) for name in NOTED},
         "prepared_s": prepared_s,
-        "seed": arguments.seed,
         "plan_digest": setup.plan.digest,
     }
 
@@ -217,8 +207,9 @@ def _effort(arguments: argparse.Namespace, implementation: str) -> argparse.Name
     return own
 
 
-def _rate(peak_seconds: float | None, step_ms: float) -> float | None:
-    return None if peak_seconds is None else peak_seconds / step_ms * 1e3
+def _at(result: StepResult, name: str, step_ms: float) -> float | None:
+    """Return a utilisation of a step as it would be if the step had taken `step_ms`."""
+    return result.extra[name] * result.seconds * 1e3 / step_ms if result.extra[name] else None
 
 
 def _medians(results: list[StepResult]) -> dict[str, float]:
@@ -265,12 +256,7 @@ def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, mas
             "device": world.device.type,
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
-            "memory": {
-                "loss": arguments.loss,
-                "offload": arguments.offload,
-                "fused_layers": arguments.fused_layers,
-                "whole_layers": arguments.whole_layers,
-            },
+            "memory": {name: getattr(arguments, name) for name in MEMORY},
         }
     )
 

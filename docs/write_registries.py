@@ -1,4 +1,4 @@
-"""Writes what docs/ says of registered layouts and selectors: names, parameters, docstrings. `make docs` runs it."""
+"""Writes what docs/ says of registered layouts, selectors and backends. `make docs` runs it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 from sparsering.kernels.select.registry import Selector, selectors
 from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.registry import known_layouts
+from sparsering.planner.schedule.backends import BACKENDS, BackendFacts
 
 DOCS = Path(__file__).resolve().parent
 LAYOUTS = ("layouts.md", "<!-- layouts: begin -->\n", "<!-- layouts: end -->\n")
+BACKENDS_TABLE = ("kernels.md", "<!-- backends: begin -->\n", "<!-- backends: end -->\n")
+OURS = ("reference", "blockwise", "triton", "flash4")
 SELECTORS = ("kernels.md", "<!-- selectors: begin -->\n", "<!-- selectors: end -->\n")
 
 
@@ -67,7 +70,28 @@ def selectors_text() -> str:
     return "\n".join([*head, *(selector_row(name, kind) for name, kind in ours.items()), "", ""])
 
 
-PARTS = {LAYOUTS: layouts_text, SELECTORS: selectors_text}
+def backend_row(name: str, facts: BackendFacts) -> str:
+    """Return one backend as a row: what it takes, and how it launches."""
+    padded = "none" if facts.padded_step is None else f"multiples of {facts.padded_step}"
+    taken = [listed(facts.head_dims), "" if facts.head_dims is None else padded, listed(facts.block_sizes)]
+    told = [facts.joins_keys, facts.fuses_columns, facts.rounds_gradients]
+    cells = [*taken, listed(facts.dtypes), *("yes" if flag else "no" for flag in told)]
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def listed(values: tuple[object, ...] | None) -> str:
+    """Return values in a row, "any" for None."""
+    return "any" if values is None else ", ".join(map(str, values))
+
+
+def backends_text() -> str:
+    """Return what belongs between the marks of the backends."""
+    headings = ["backend", "head dims", "padded", "mask blocks, tokens", "types", "joins shards", "fuses columns"]
+    head = ["", f"| {' | '.join([*headings, 'rounds dK/dV'])} |", "|" + "---|" * 8]
+    return "\n".join([*head, *(backend_row(name, BACKENDS[name]) for name in OURS), "", ""])
+
+
+PARTS = {BACKENDS_TABLE: backends_text, LAYOUTS: layouts_text, SELECTORS: selectors_text}
 
 
 def main() -> None:

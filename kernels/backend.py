@@ -3,7 +3,7 @@
 A backend of one's own is one file: a subclass of Backend with the six methods that raise NotImplementedError here, and
 `register(MyBackend())`. All else has a default in plain torch that works on any device; what a backend can do better in
 one launch (attend columns together with keys, begin or round a sum, keep something of the queries) it overrides.
-planner/backends.py holds what plans must know of a backend. Shape legend: see values.py.
+planner/schedule/backends.py holds what plans must know of a backend. Shape legend: see values.py.
 """
 
 from __future__ import annotations

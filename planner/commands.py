@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,12 +13,12 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..traces.dataset.store import Trace
 from ..traces.errors import InputError, ScheduleError
 from ..traces.files import require_output
+from ..traces.progress import shown_progress
 from .check.check import CheckReport, check_step
 from .check.check import check as prove
 from .cost.cluster import load_cluster, preset_names
@@ -27,7 +26,6 @@ from .layouts.registry import layout_names
 from .plan import DType, KernelSpec, Plan, load_launches, load_plan
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
-from .search.sampling import Progress as Report
 from .search.search import plan_trace
 
 SHOWN_CANDIDATES = 12
@@ -102,7 +100,7 @@ def plan(
             {"backend": backend, "tuned": None if launches is None else load_launches(launches)}
         ),
     )
-    with _progress() as report:
+    with shown_progress() as report:
         made = plan_trace(
             Trace.open(trace),
             load_cluster(cluster),
@@ -125,7 +123,7 @@ def check(
     """Prove that a plan computes everything once, in time, within its buffers, and cannot deadlock."""
     made = load_plan(plan)
     reports = {}
-    with _progress() as report:
+    with shown_progress() as report:
         for number, direction in enumerate(DIRECTIONS):
             reports[direction] = _proved(plan, made, direction)
             report("proving", number + 1, len(DIRECTIONS))
@@ -165,22 +163,6 @@ def _numbers(field: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"{text!r} is not a list of whole numbers such as 0,10", field=field) from error
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """Show one bar per stage on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        stages: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done)
-
-        yield report
 
 
 def _summary(made: Plan) -> dict[str, Any]:

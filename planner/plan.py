@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictBool, StrictInt, ValidationError
 
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.validation import validation_error
-from .backends import computed_head_dim
 from .layouts.layout import Layout
+from .layouts.registry import make_layout
+from .schedule.backends import computed_head_dim
 from .schedule.heads import HeadOrder, is_order
 from .schedule.pairs import Pairs, pattern_pairs
 from .schedule.placement import Placement
@@ -28,13 +29,14 @@ from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .schedule.shape import AttentionShape
 from .specs import (
     ELEMENT_BYTES,
+    SHA256,
     AttentionSpec,
     DType,
     KernelSpec,
-    LayoutSpec,
     ModelShape,
     PatternSpec,
     PlacementSpec,
+    Strict,
     TunedLaunches,
 )
 
@@ -57,6 +59,24 @@ PLAN_SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
 UNDIGESTED = {"digest", "predictions", "provenance"}
 RECORD = "record_sha256"  # in the file only: SHA-256 of predictions and provenance
+
+
+class LayoutSpec(Strict):
+    """A layout by name and all its parameters, and the SHA-256 of the schedule that it expands to."""
+
+    layout: str
+    parameters: dict[str, StrictBool | StrictInt]
+    schedule_sha256: str = Field(pattern=SHA256)
+
+    @classmethod
+    def of(cls, layout: Layout, schedule_sha256: str = "0" * 64) -> Self:
+        """Return a layout as the file states it."""
+        return cls(layout=layout.name, parameters=layout.parameters, schedule_sha256=schedule_sha256)
+
+    @property
+    def value(self) -> Layout:
+        """The layout; InputError, naming the field and its value, where no layout is registered that fits."""
+        return make_layout(self.layout, self.parameters)
 
 
 class Plan(AttentionSpec):
@@ -164,9 +184,11 @@ class Plan(AttentionSpec):
         kept = {name: value for name, value in state["__dict__"].items() if name != "built_schedules"}
         return {**state, "__dict__": kept}
 
-    def with_record(self, *, predictions: dict[str, Any] | None = None, provenance: dict[str, Any]) -> Self:
+    def with_record(
+        self, *, predictions: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None
+    ) -> Self:
         """Return the plan, its digest the same, with what was predicted of it and how it came about."""
-        return self.model_copy(update={"predictions": predictions or {}, "provenance": provenance})
+        return self.model_copy(update={"predictions": predictions or {}, "provenance": provenance or {}})
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; `record_sha256` guards what the digest does not cover."""
@@ -281,34 +303,3 @@ def _check_head_orders(plan: Plan) -> None:
     for layer, order in enumerate(plan.head_orders):
         if not is_order(order, heads=plan.model.heads, kv_heads=plan.model.kv_heads):
             raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
-
-
-# --- transitional: callers are being moved to values ---
-_make_plan = make_plan
-
-
-def _as_layout(given, shape_world):  # pyright: ignore
-    from .layouts.registry import make_layout
-
-    if given is None or isinstance(given, Layout):
-        return given
-    name, parameters = given
-    flags = ("keep_kv", "pull", "narrow_gradients", "halves")
-    fixed = {key.replace("narrow_grads", "narrow_gradients"): value for key, value in parameters.items()}
-    fixed = {key: bool(value) if key in flags and value in (0, 1) else value for key, value in fixed.items()}
-    if name == "ulysses":
-        fixed = {"degree": shape_world} | fixed
-    return make_layout(name, fixed)
-
-
-def make_plan(**given):  # pyright: ignore
-    """Transitional: takes old arguments too."""
-    if "attention" not in given:
-        names = ("model", "seq_len_tokens", "block_size", "dtype", "columns_capacity")
-        given["attention"] = AttentionSpec(**{name: given.pop(name) for name in names})
-    world = given["placement"].world_size
-    for way in DIRECTIONS:
-        given[way] = _as_layout(given.get(way), world)
-    record = {name: given.pop(name) for name in ("predictions", "provenance") if given.get(name)}
-    plan = _make_plan(**{name: value for name, value in given.items() if name not in ("predictions", "provenance")})
-    return plan.model_copy(update=record)

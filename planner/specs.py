@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field
 
-from .layouts.layout import Layout
-from .layouts.registry import make_layout
 from .schedule.placement import Placement
 from .schedule.shape import AttentionShape
 
@@ -72,24 +70,6 @@ class PlacementSpec(Strict):
             granularity_tokens=placement.granularity_tokens,
             units=tuple(int(unit) for unit in placement.units.reshape(-1)),
         )
-
-
-class LayoutSpec(Strict):
-    """A layout by name and all its parameters, and the SHA-256 of the schedule that it expands to."""
-
-    layout: str
-    parameters: dict[str, StrictBool | StrictInt]
-    schedule_sha256: str = Field(pattern=SHA256)
-
-    @classmethod
-    def of(cls, layout: Layout, schedule_sha256: str = "0" * 64) -> Self:
-        """Return a layout as the file states it."""
-        return cls(layout=layout.name, parameters=layout.parameters, schedule_sha256=schedule_sha256)
-
-    @property
-    def value(self) -> Layout:
-        """The layout; InputError, naming the field and its value, where no layout is registered that fits."""
-        return make_layout(self.layout, self.parameters)
 
 
 class PatternSpec(Strict):

@@ -16,6 +16,7 @@ from ..planner.plan import load_plan
 from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError
 from ..traces.timeline import Timeline
+from .engine import Jitter
 from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
 from .simulate_plan import UNVALIDATED, simulate_plan
 
@@ -42,7 +43,8 @@ def simulate(
     where = load_cluster(cluster)
     recorded = recorded_layer(find_trace(made, plan, trace), training_step, layer)
     with Console(stderr=True).status("simulating"):
-        result = simulate_plan(made, recorded.pattern, where, layer=recorded.layer, seed=seed, jitter=jitter)
+        noise = Jitter(sigma=jitter, seed=seed)
+        result = simulate_plan(made, recorded.pattern, where, layer=recorded.layer, jitter=noise)
     assert result.timeline is not None
     if output is not None:
         result.timeline.save(output)

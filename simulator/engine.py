@@ -13,7 +13,7 @@ Not modelled: adding landed gradients to a buffer, choosing patterns, the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,29 +35,44 @@ from .recorder import Recorder, TransferTimes, followed_by
 Process = Generator[simpy.Event, Any, None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """A lognormal factor of mean 1 on every launch's time, drawn per rank; InputError for a sigma that cannot be.
+
+    sigma: standard deviation of its logarithm.
+    """
+
+    sigma: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < math.inf:
+            raise InputError(f"must be finite and not negative, not {self.sigma}", field="jitter")
+
+    def of_rank(self, rank: int) -> Callable[[int], int]:
+        """Return what one rank's launches take instead, in nanoseconds: a draw for every call."""
+        random = np.random.default_rng([self.seed, rank])
+        return lambda duration_ns: round(duration_ns * random.lognormal(-(self.sigma**2) / 2, self.sigma))
+
+
+STEADY = Jitter(sigma=0.0, seed=0)
+
+
 def simulate(
     schedule: Schedule,
     workload: Workload,
     cluster: Cluster,
     cost: CostModel,
     *,
-    seed: int | None = None,
-    jitter: float = 0.0,
+    jitter: Jitter = STEADY,
     timeline: bool = False,
 ) -> Evaluation:
     """Play one direction of one layer; an `Evaluator`.
 
-    jitter: standard deviation of the logarithm of a factor (of mean 1) on every launch's time, drawn per rank from
-    `seed`. Raises InputError for sizes that do not fit, ScheduleError when the schedule deadlocks.
+    Raises InputError for sizes that do not fit, ScheduleError when the schedule deadlocks.
     """
     check_sizes(schedule, workload, cluster)
-    if not 0 <= jitter < math.inf:
-        raise InputError(f"must be finite and not negative, not {jitter}", field="jitter")
-    if jitter and seed is None:
-        raise InputError(f"{jitter} needs a seed", field="jitter")
-    engine = _Engine(schedule, workload, cluster, cost)
-    engine.noise = [_Noise(jitter, [seed or 0, rank]) for rank in range(schedule.world_size)]
-    return engine.run(with_timeline=timeline)
+    return _Engine(schedule, workload, cluster, cost, jitter).run(with_timeline=timeline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,37 +90,22 @@ class LayerEvaluation:
 
 
 def simulate_layer(
-    forward: Schedule,
-    backward: Schedule,
+    schedules: tuple[Schedule, Schedule],
     workload: Workload,
     cluster: Cluster,
     cost: CostModel,
     *,
-    seed: int | None = None,
-    jitter: float = 0.0,
+    jitter: Jitter = STEADY,
     timeline: bool = False,
 ) -> LayerEvaluation:
     """Play forward, then backward from the moment at which the last rank ended forward; see `simulate`."""
-    options: dict[str, Any] = {"seed": seed, "jitter": jitter, "timeline": timeline}
-    first = simulate(forward, workload, cluster, cost, **options)
-    second = simulate(backward, workload, cluster, cost, **options)
+    forward, backward = (
+        simulate(schedule, workload, cluster, cost, jitter=jitter, timeline=timeline) for schedule in schedules
+    )
     joined = None
-    if first.timeline and second.timeline:
-        joined = followed_by(first.timeline, second.timeline, start_us=first.makespan_us)
-    return LayerEvaluation(forward=first, backward=second, timeline=joined)
-
-
-class _Noise:
-    """Multiplicative lognormal noise of mean 1."""
-
-    def __init__(self, sigma: float, seed: list[int]) -> None:
-        self._sigma = sigma
-        self._random = np.random.default_rng(seed)
-
-    def of(self, duration_ns: int) -> int:
-        if not self._sigma:
-            return duration_ns
-        return round(duration_ns * self._random.lognormal(-(self._sigma**2) / 2, self._sigma))
+    if forward.timeline and backward.timeline:
+        joined = followed_by(forward.timeline, backward.timeline, start_us=forward.makespan_us)
+    return LayerEvaluation(forward=forward, backward=backward, timeline=joined)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -121,9 +121,11 @@ class _Rendezvous:
 class _Engine:
     """One run of one schedule."""
 
-    def __init__(self, schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel) -> None:
+    def __init__(
+        self, schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel, jitter: Jitter
+    ) -> None:
         self.schedule, self.workload, self.cluster, self.cost = schedule, workload, cluster, cost
-        self.noise: list[_Noise] = []
+        self.jittered = [jitter.of_rank(rank) if jitter.sigma else int for rank in range(schedule.world_size)]
         self.environment = simpy.Environment()
         self.network = Network(self.environment, cluster)
         self.recorder = Recorder(schedule.direction, schedule.world_size)
@@ -206,7 +208,7 @@ class _Engine:
     def _compute(self, rank: int, phase: int, launch: Launch) -> Process:
         """Compute the tasks of one launch, slower while this GPU communicates."""
         work_ns = launch_ns(launch, launch_work(launch, self.workload), self.cost, self.schedule.direction)
-        work_ns = self.noise[rank].of(work_ns)
+        work_ns = self.jittered[rank](work_ns)
         if not work_ns:
             return
         start_ns = self.now

@@ -10,7 +10,7 @@ from ..planner.plan import Plan
 from ..planner.schedule.workload import workload
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
-from .engine import LayerEvaluation, simulate_layer
+from .engine import STEADY, Jitter, LayerEvaluation, simulate_layer
 
 UNVALIDATED = "unvalidated: from data sheets, not from measurements on this cluster"
 
@@ -22,8 +22,7 @@ def simulate_plan(
     *,
     layer: int = 0,
     cost: CostModel | None = None,
-    seed: int | None = None,
-    jitter: float = 0.0,
+    jitter: Jitter = STEADY,
     timeline: bool = True,
 ) -> LayerEvaluation:
     """Play forward and backward of one layer under the plan; its timeline says plan, cluster and validity.
@@ -42,18 +41,16 @@ def simulate_plan(
     cost = cost or plan_cost(plan, cluster)
     work, order = workload(pattern, plan.make_placement()), plan.head_order(layer)
     result = simulate_layer(
-        plan.schedule("forward"),
-        plan.schedule("backward"),
+        (plan.schedule("forward"), plan.schedule("backward")),
         work if order is None else work.with_heads(order),
         cluster,
         cost,
-        seed=seed,
         jitter=jitter,
         timeline=timeline,
     )
     if result.timeline is None:
         return result
-    metadata = {"plan_digest": plan.digest, "cluster": cluster.name, "seed": seed, "jitter": jitter}
+    metadata = {"plan_digest": plan.digest, "cluster": cluster.name, "seed": jitter.seed, "jitter": jitter.sigma}
     if cluster.origin != "measured":
         metadata["validity"] = UNVALIDATED
     return replace(result, timeline=replace(result.timeline, metadata=metadata))

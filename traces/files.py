@@ -60,10 +60,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         raise InputError(f"cannot be written: {error.strerror}", source=path) from error
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the system write down which files a folder holds, so that a rename in it outlives a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,25 +18,26 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def shown_progress(*, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[Progress]:
-    """Yield a callback that draws one bar for each stage, once the work has lasted `patience_seconds`."""
+def shown_progress() -> Iterator[Progress]:
+    """Yield a callback that draws one bar for each stage on a terminal, once the work has lasted two seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    console = Console(stderr=True)
     bars = Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
     began = time.monotonic()
 
     def show(stage: str, done: int, total: int) -> None:
-        if not bars.live.is_started and time.monotonic() - began < patience_seconds:
+        if not console.is_terminal or time.monotonic() - began < PATIENCE_SECONDS:
             return
         if not bars.live.is_started:
             bars.start()

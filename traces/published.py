@@ -84,56 +84,55 @@ def _read_layer(value: Any, layer: int, heads: int, source: Path) -> tuple[HeadB
             source=source,
             field=f"layer {layer}",
         )
-    return tuple(_Reader(source, f"layer {layer}, head {head}").head(value[head]) for head in expected)
+    found = []
+    for head in expected:
+        try:
+            found.append(_read_head(value[head]))
+        except InputError as error:
+            raise InputError(str(error), source=source, field=f"layer {layer}, head {head}") from error
+    return tuple(found)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    source: Path
-    field: str
+def _read_head(value: Any) -> HeadBudget:
+    if not isinstance(value, list) or len(value) != 4:
+        raise InputError(f"must be [name, columns, slashes, score], not {_short(value)}")
+    name, columns, slashes, score = value
+    if name == "vertical_and_slash":
+        return FixedBudget(
+            columns=_budget(columns, "columns"), slashes=_budget(slashes, "slashes"), score=_number(score, "score")
+        )
+    if name != "flex_vertical_and_slash":
+        raise InputError(f"pattern {_short(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
+    columns_mass, columns_cap = _mass_and_cap(columns, "columns")
+    slashes_mass, slashes_cap = _mass_and_cap(slashes, "slashes")
+    return FlexBudget(
+        columns_mass=columns_mass,
+        columns_cap=columns_cap,
+        slashes_mass=slashes_mass,
+        slashes_cap=slashes_cap,
+        score=_number(score, "score"),
+    )
 
-    def head(self, value: Any) -> HeadBudget:
-        if not isinstance(value, list) or len(value) != 4:
-            raise self.fail(f"must be [name, columns, slashes, score], not {_short(value)}")
-        name, columns, slashes, score = value
-        if name == "vertical_and_slash":
-            return FixedBudget(
-                columns=self.budget(columns, "columns"),
-                slashes=self.budget(slashes, "slashes"),
-                score=self.number(score, "score"),
-            )
-        if name == "flex_vertical_and_slash":
-            columns_mass, columns_cap = self.mass_and_cap(columns, "columns")
-            slashes_mass, slashes_cap = self.mass_and_cap(slashes, "slashes")
-            return FlexBudget(
-                columns_mass=columns_mass,
-                columns_cap=columns_cap,
-                slashes_mass=slashes_mass,
-                slashes_cap=slashes_cap,
-                score=self.number(score, "score"),
-            )
-        raise self.fail(f"pattern {_short(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
 
-    def mass_and_cap(self, value: Any, name: str) -> tuple[float, int]:
-        if not isinstance(value, list) or len(value) != 2:
-            raise self.fail(f"{name} must be [p, cap], not {_short(value)}")
-        mass = self.number(value[0], f"{name} p")
-        if not 0.0 < mass <= 1.0:
-            raise self.fail(f"{name} p must be above 0 and at most 1, not {mass}")
-        return mass, self.budget(value[1], f"{name} cap")
+def _mass_and_cap(value: Any, name: str) -> tuple[float, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise InputError(f"{name} must be [p, cap], not {_short(value)}")
+    mass = _number(value[0], f"{name} p")
+    if not 0.0 < mass <= 1.0:
+        raise InputError(f"{name} p must be above 0 and at most 1, not {mass}")
+    return mass, _budget(value[1], f"{name} cap")
 
-    def budget(self, value: Any, name: str) -> int:
-        if type(value) is not int or not 1 <= value <= MAX_BUDGET_TOKENS:
-            raise self.fail(f"{name} must be a whole number from 1, not {_short(value)}")
-        return value
 
-    def number(self, value: Any, name: str) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.fail(f"{name} must be a finite number, not {_short(value)}")
-        return float(value)
+def _budget(value: Any, name: str) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_BUDGET_TOKENS:
+        raise InputError(f"{name} must be a whole number from 1, not {_short(value)}")
+    return value
 
-    def fail(self, problem: str) -> InputError:
-        return InputError(problem, source=self.source, field=self.field)
+
+def _number(value: Any, name: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, not {_short(value)}")
+    return float(value)
 
 
 def _short(value: Any) -> str:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, shown
 from .files import read_json, require_output, write_json
 
 TIMELINE_SCHEMA_VERSION = 1
 COMPUTE_STREAM = "compute"
 SOURCES = ("simulated", "measured")
+MAX_RANKS = MAX_PHASES = 1 << 14
+MAX_BYTES = 1 << 50
+MAX_MICROSECONDS = 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +121,15 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
 
 
 def _span_event(span: Span, tid: int) -> dict[str, Any]:
-    arguments = {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes}
-    times = {"ts": span.start_us, "dur": span.duration_us}
     return {
         "ph": "X",
         "pid": span.rank,
         "tid": tid,
         "name": span.name,
         "cat": span.category,
-        **times,
-        "args": arguments,
+        "ts": span.start_us,
+        "dur": span.duration_us,
+        "args": {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes},
     }
 
 
@@ -141,7 +143,7 @@ def _stream_ids(spans: Sequence[Span]) -> dict[str, int]:
 
 
 def from_chrome(document: Any, *, source: str | Path) -> Timeline:
-    """Build a Timeline from a Chrome trace object written by `to_chrome`."""
+    """Build a Timeline from a Chrome trace object written by `to_chrome`; InputError when it is none or cannot be."""
     try:
         header = document["otherData"]
         version = header["schema_version"]
@@ -153,7 +155,7 @@ def from_chrome(document: Any, *, source: str | Path) -> Timeline:
         streams = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
         return Timeline(
             source=header["source"],
-            world_size=header["world_size"],
+            world_size=_whole(header["world_size"], MAX_RANKS),
             spans=tuple(_span_of(event, streams) for event in events if event["ph"] == "X"),
             flows=tuple(_flows_of(events, streams)),
             metadata=header["metadata"],
@@ -167,21 +169,35 @@ def from_chrome(document: Any, *, source: str | Path) -> Timeline:
 def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:
     arguments = event["args"]
     return Span(
-        rank=event["pid"],
+        rank=_whole(event["pid"], MAX_RANKS),
         stream=streams[event["tid"]],
         name=event["name"],
         category=event["cat"],
         direction=arguments["direction"],
-        phase=arguments["phase"],
-        start_us=float(event["ts"]),
-        duration_us=float(event["dur"]),
-        nbytes=arguments["nbytes"],
+        phase=_whole(arguments["phase"], MAX_PHASES),
+        start_us=_microseconds(event["ts"]),
+        duration_us=_microseconds(event["dur"]),
+        nbytes=_whole(arguments["nbytes"], MAX_BYTES),
     )
+
+
+def _whole(value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise InputError(f"a whole number from 0 to {most} is expected, not {shown(value)}", field="traceEvents")
+    return value
+
+
+def _microseconds(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= MAX_MICROSECONDS:
+        raise InputError(f"microseconds are expected, not {shown(value)}", field="traceEvents")
+    return float(value)
 
 
 def _flows_of(events: list[dict[str, Any]], streams: dict[int, str]) -> list[Flow]:
     ends = {
-        (event["id"], event["ph"]): FlowEnd(rank=event["pid"], stream=streams[event["tid"]], time_us=float(event["ts"]))
+        (event["id"], event["ph"]): FlowEnd(
+            rank=_whole(event["pid"], MAX_RANKS), stream=streams[event["tid"]], time_us=_microseconds(event["ts"])
+        )
         for event in events
         if event["ph"] in ("s", "f")
     }

@@ -12,8 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...kernels.api import Queries, WholeAttention
 from ...kernels.mask import AttentionMask
-from ...kernels.triton import backend as triton_backend
 from . import fa4_direct
 
 FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
@@ -37,11 +37,14 @@ class Problem:
         return self.q.shape[-1] ** -0.5
 
     @property
+    def queries(self) -> Queries:
+        """What our backends take."""
+        return Queries(q=self.q, scale=self.scale)
+
+    @property
     def positions(self) -> Tensor:
-        """Global token positions [S], the same tensor every time."""
-        if "positions" not in self.built:
-            self.built["positions"] = torch.arange(self.q.shape[1], device="cuda")
-        return self.built["positions"]
+        """Global token positions [S]."""
+        return torch.arange(self.q.shape[1], device=self.q.device)
 
     def leaves(self) -> list[Tensor]:
         """q, k, v as contiguous [1, H, S, D] leaves, the layout the libraries like best."""
@@ -77,47 +80,29 @@ class Implementation:
     supports: Callable[[AttentionMask, int], bool] = lambda mask, seq_len: True
 
 
-def _ours(backend: Any, built: str, index_bytes: Callable[[Any], int]) -> Implementation:
-    """One of our backends; index_bytes builds both directions of a block index and says what they hold."""
+def _ours(backend: str) -> Implementation:
+    """One of our backends: what full_attention runs, its index built beforehand."""
 
     def prepare(problem: Problem) -> None:
         assert problem.mask is not None
-        index = backend.block_index(problem.mask, problem.positions, problem.positions)
-        problem.index_bytes = index_bytes(index)
-        columns = backend.column_index(problem.mask, problem.positions) if problem.mask.columns is not None else None
-        problem.index_bytes += columns.nbytes if columns else 0
-        problem.built[built] = index, columns
+        tokens, device = problem.q.shape[1], problem.q.device
+        problem.built[backend] = whole = WholeAttention.of(problem.mask, tokens, device=device, backend=backend)
+        problem.index_bytes = index_bytes(whole)
 
     def forward(problem: Problem) -> State:
-        index, column_index = problem.built[built]
-        columns = None
-        if column_index is not None:
-            columns = *backend.gather_columns(problem.k, problem.v, column_index), column_index
-        out, lse = backend.block_forward(
-            problem.q, problem.k, problem.v, index, scale=problem.scale, out_dtype=problem.q.dtype, columns=columns
-        )
-        return out, lse, columns
+        return problem.built[backend].forward(problem.queries, problem.k, problem.v)
 
     def backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
-        out, lse, columns = state
-        *grads, of_columns = backend.full_gradients(
-            problem.grad_out,
-            problem.q,
-            problem.k,
-            problem.v,
-            out,
-            lse,
-            problem.built[built][0],
-            scale=problem.scale,
-            columns=columns,
-        )
-        if of_columns is not None:
-            backend.scatter_columns(*of_columns, columns[2], grad_k=grads[1], grad_v=grads[2])
-        return tuple(grads)
+        return problem.built[backend].backward(problem.queries, problem.k, problem.v, state, problem.grad_out)
 
-    return Implementation(
-        forward=forward, backward=backward, prepare=prepare, result=lambda state: (state[0], state[1])
-    )
+    return Implementation(forward=forward, backward=backward, prepare=prepare, result=lambda state: state)
+
+
+def index_bytes(whole: WholeAttention) -> int:
+    """Build both directions of the indexes, where they are made at first use, and return what they hold."""
+    block = whole.block.data
+    found = block.build_tables() if whole.block.backend == "flash4" else block.nbytes
+    return found + (whole.column.data.nbytes if whole.column else 0)
 
 
 def _autograd_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
@@ -198,17 +183,14 @@ DENSE = {
     for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))
 }
 SPARSE = {
-    "ours-triton": _ours(triton_backend, "ours", lambda index: index.nbytes),
+    "ours-triton": _ours("triton"),
     "flex": _flex_implementation(False),
     "flex-tma": _flex_implementation(True),
 }
 
 if fa4_direct.runs_here():
-    from ...kernels.flash4 import backend as flash4_backend
-
     SPARSE["ours-flash4"] = replace(
-        _ours(flash4_backend, "ours-flash4", lambda index: index.build_tables()),
-        supports=lambda mask, seq_len: mask.block_size == flash4_backend.BLOCK_SIZE,
+        _ours("flash4"), supports=lambda mask, seq_len: mask.block_size == fa4_direct.BLOCK_SIZE
     )
     SPARSE["fa4"] = Implementation(
         forward=fa4_direct.forward,

@@ -70,7 +70,7 @@ def _row_sums(problem: Problem, out: Tensor) -> tuple[Tensor, Tensor]:
     if "lse" not in problem.built:
         from .kernel_impls import SPARSE
 
-        if "ours" not in problem.built:
+        if "triton" not in problem.built:
             prepare = SPARSE["ours-triton"].prepare
             assert prepare is not None
             prepare(problem)

@@ -16,8 +16,9 @@ import importlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
 from ...planner.plan import ModelShape
-from ...planner.schedule.placement import REGULAR_PLACEMENTS
+from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement
 from ...runtime.comm.mesh import Mesh
 from ...traces.errors import InputError, UnsupportedError
 from .masks import slash_mask
@@ -73,10 +74,7 @@ def peer_indices(mask: AttentionMask, world_size: int) -> PeerIndices:
     slashes = F.pad(slashes, (0, max(width - blocks, 0)))[:, :width]
     columns = torch.full((mask.heads, (mask.column_capacity // CHUNK + 1) * CHUNK), seq_len, device=mask.active.device)
     if mask.columns is not None:
-        placement = REGULAR_PLACEMENTS["striped"](
-            seq_len_tokens=seq_len, world_size=world_size, granularity_tokens=block
-        )
-        places = torch.from_numpy(placement.permutation()).argsort().to(columns.device)
+        places = torch.from_numpy(_placement("striped", seq_len, world_size).permutation()).argsort().to(columns.device)
         places = F.pad(places, (0, 1), value=seq_len)  # an empty slot stays one
         columns[:, : mask.column_capacity] = places[mask.columns.long()].sort(dim=1).values
     return PeerIndices(columns=columns[None].int(), slashes=slashes[None].int())
@@ -118,10 +116,11 @@ class MTraining:
             self.layout = f"hierarchical:inner_size={inner_size}"
 
     @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Within: tokens lie in stripes already, so that nothing is exchanged before and after attention."""
+    def placed(self, placement: str) -> Iterator[None]:
+        """Within: tokens lie so; nothing is exchanged before and after attention where they are "striped" already."""
         before = {name: self._names[name] for name in EXCHANGES}
-        self._names.update(dict.fromkeys(EXCHANGES, _stay))
+        if placement == "striped":
+            self._names.update(dict.fromkeys(EXCHANGES, _stay))
         try:
             yield
         finally:
@@ -129,12 +128,10 @@ class MTraining:
 
     def attend(self, mask: AttentionMask) -> Callable[..., Tensor]:
         """Return out [1, S, H, D] of q [1, S, H, D], k and v [1, S, H_kv, D] over this mask, differentiable."""
-        indices = peer_indices(mask, self.mesh.world_size)
-        columns, slashes = indices.columns.to(self.mesh.device), indices.slashes.to(self.mesh.device)
+        indices = peer_indices(mask.to(self.mesh.device), self.mesh.world_size)
         layer, scale, with_lse = 0, None, False
-        return lambda q, k, v: self._function.apply(
-            q, k, v, columns, slashes, layer, scale, BLOCK, with_lse, self._group
-        )
+        given = (indices.columns, indices.slashes, layer, scale, BLOCK, with_lse, self._group)
+        return lambda q, k, v: self._function.apply(q, k, v, *given)
 
 
 def measure_peer(
@@ -142,9 +139,9 @@ def measure_peer(
 ) -> dict[tuple[str, str], Figures]:
     """Return the figures by placement of the tokens and what moves them and K/V. tensors: q, k, v, grad_out."""
     attend, figures = peer.attend(mask), {}
-    for way, within in ((("contiguous", "all_to_all+p2p"), nullcontext), (("striped", "p2p"), peer.placed)):
-        with within():
-            figures[way] = time_steps(attend, tensors, peer.mesh, repeats, before_bytes)
+    for placement, transport in (("contiguous", "all_to_all+p2p"), ("striped", "p2p")):
+        with peer.placed(placement):
+            figures[placement, transport] = time_steps(attend, tensors, peer.mesh, repeats, before_bytes)
     return figures
 
 
@@ -157,14 +154,11 @@ def check_peer(peer: MTraining, model: ModelShape, *, seed: int) -> dict[str, fl
     seq_len = -(-CHECKED_TOKENS // unit) * unit
     mask = slash_mask(seq_len, 0.2, 64, heads=model.heads, block=BLOCK, seed=seed)
     tensors = _whole_sequence(model, seq_len, mesh, seed)
-    right = _step(_definition(mask.to(mesh.device)), [tensor.float() for tensor in tensors])
+    right = _step(partial(_definition, mask.to(mesh.device)), [tensor.float() for tensor in tensors])
     attend, worst = peer.attend(mask), torch.zeros(len(ERRORS), device=mesh.device)
-    for name, way in (("contiguous", nullcontext), ("striped", peer.placed)):
-        placement = REGULAR_PLACEMENTS[name](
-            seq_len_tokens=seq_len, world_size=mesh.world_size, granularity_tokens=BLOCK
-        )
-        own = torch.from_numpy(placement.positions(mesh.rank)).to(mesh.device)
-        with way():
+    for name in ("contiguous", "striped"):
+        own = torch.from_numpy(_placement(name, seq_len, mesh.world_size).positions(mesh.rank)).to(mesh.device)
+        with peer.placed(name):
             got = _step(attend, [tensor[:, own] for tensor in tensors])
         worst = torch.maximum(worst, torch.stack([_error(x, y[:, own]) for x, y in zip(got, right, strict=True)]))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -199,6 +193,10 @@ def _imported(folder: Path, module: str) -> Any:
         return importlib.import_module(module)
 
 
+def _placement(name: str, seq_len: int, world_size: int) -> Placement:
+    return REGULAR_PLACEMENTS[name](seq_len_tokens=seq_len, world_size=world_size, granularity_tokens=BLOCK)
+
+
 def _stay(to_send: Tensor, **_: Any) -> Tensor:
     return to_send
 
@@ -213,8 +211,8 @@ def _whole_sequence(model: ModelShape, seq_len: int, mesh: Mesh, seed: int) -> l
     ]
 
 
-def _definition(mask: AttentionMask) -> Callable[..., Tensor]:
-    return lambda q, k, v: full_attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, backend="blockwise")[0]
+def _definition(mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return full_attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, backend="blockwise")[0]
 
 
 def _step(attend: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,8 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -26,7 +28,6 @@ import torch
 from ..mask import AttentionMask
 from .probe import ALONE, Collectives, ShardTensors
 
-HOMES = (".vertical_slash", ".xattention", ".moba_block", ".sink_window")
 _KNOWN: dict[str, type[Selector]] = {}
 S = TypeVar("S", bound="Selector")
 
@@ -115,9 +116,10 @@ def register(kind: type[S]) -> type[S]:
 
 
 def selectors() -> dict[str, type[Selector]]:
-    """Return all registered selectors by name, sorted."""
-    for home in HOMES:
-        importlib.import_module(home, __package__)
+    """Return all registered selectors by name, sorted: those of this folder's files, and those imported otherwise."""
+    for found in iter_modules([str(Path(__file__).parent)]):
+        if not found.name.endswith("_triton"):  # kernels, which not every machine can import
+            importlib.import_module(f".{found.name}", __package__)
     return dict(sorted(_KNOWN.items()))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..backends import kernel_head_dim
 from ..plan import ELEMENT_BYTES, DType, ModelShape, Plan
+from ..schedule.backends import kernel_head_dim
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction, Task
 from ..schedule.workload import TaskWork, Workload

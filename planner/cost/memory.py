@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
-from ..backends import kernel_head_dim
+from ..schedule.backends import kernel_head_dim
 from ..schedule.launches import launches_of
 from ..schedule.schedule import COLUMNS_HOME, HOMES, Phase, Schedule, Task
 from ..schedule.shape import AttentionShape

@@ -26,6 +26,7 @@ class Collective(Layout):
     name: ClassVar[str] = "collective"
     words: ClassVar[str] = "one collective"
     plainness: ClassVar[int] = 4
+    leaves_out: ClassVar[bool] = False
 
     def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
         return _Collective(shape=shape, direction=direction, pairs=pairs).schedule(self.name)

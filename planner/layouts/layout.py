@@ -68,12 +68,14 @@ class Layout(ABC):
     """How shards travel and in which phases they are computed. Fields are of type bool, or int and at least 1.
 
     words: the layout as a noun phrase, for sentences. plainness: the search takes the lowest among equally quick ones.
+    leaves_out: whether pairs without work are neither computed nor sent, as `build` is told them.
     Raises InputError, naming field and value, for a value of another type or below 1.
     """
 
     name: ClassVar[str]
     words: ClassVar[str]
     plainness: ClassVar[int] = 100
+    leaves_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -67,18 +67,3 @@ def _parameter(text: str) -> tuple[str, bool | int]:
         return name, int(value)
     except ValueError as error:
         raise InputError(f"{value!r} is not a whole number", field=name) from error
-
-
-def build(layout, parameters, *, shape, direction, pairs=None):  # pyright: ignore
-    """Transitional."""
-    flags = ("keep_kv", "pull", "narrow_gradients", "halves")
-    given = {name.replace("narrow_grads", "narrow_gradients"): value for name, value in parameters.items()}
-    given = {name: bool(value) if name in flags else value for name, value in given.items()}
-    if layout == "gather":
-        given = {"chunks": 4} | given
-    if layout == "ulysses":
-        given = {"degree": shape.world_size} | given
-    return make_layout(layout, given).build(shape=shape, direction=direction, pairs=pairs)
-
-
-LAYOUTS = ("ring", "gather", "hierarchical", "two_level", "collective", "ulysses")

@@ -39,6 +39,7 @@ class TwoLevel(Layout):
     name: ClassVar[str] = "two_level"
     words: ClassVar[str] = "a gather in two levels"
     plainness: ClassVar[int] = 3
+    leaves_out: ClassVar[bool] = False
 
     inner_size: int
     halves: bool = False

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backends import facts_of
+from .backends import facts_of
 from .schedule import HOMES, Phase, Task
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends import facts_of
 from ..layouts.layout import Layout, Offers
 from ..layouts.registry import known_layouts
 from ..plan import AttentionSpec
+from ..schedule.backends import facts_of
 from ..schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 
 GRANULARITY_BLOCKS = (1, 2, 4, 8)

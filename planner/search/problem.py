@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...traces.errors import InputError
-from ..backends import facts_of
 from ..cost.cluster import Cluster
 from ..cost.kernels import ACCUMULATOR_BYTES, CostModel
 from ..layouts.layout import Offers
 from ..layouts.registry import layout_names
 from ..plan import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec
+from ..schedule.backends import facts_of
 from ..schedule.heads import HeadOrder, balanced_order
 from ..schedule.pairs import Pairs, causal_pairs, pairs_of_blocks
 from ..schedule.placement import REGULAR_PLACEMENTS, Placement

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
 from ...traces.pattern import LayerPattern, num_blocks
+from ...traces.progress import Progress, no_progress
 from ..plan import PatternSpec
 from ..schedule.heads import head_load
 from ..schedule.pairs import active_blocks
@@ -20,12 +21,6 @@ DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
 COLUMNS_MULTIPLE = 64
 MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
-
-Progress = Callable[[str, int, int], None]  # (what is being done, how many are done, of how many)
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

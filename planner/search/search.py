@@ -10,16 +10,17 @@ from ...traces.dataset.manifest import library_versions
 from ...traces.dataset.store import Trace
 from ...traces.errors import UnsupportedError
 from ...traces.files import canonical_json, sha256_of_bytes
-from ..backends import computed_head_dim
+from ...traces.progress import Progress, no_progress
 from ..check.check import check, check_step
 from ..cost.cluster import Cluster
 from ..cost.compiled import CompiledRecurrence
 from ..cost.evaluation import Evaluator
 from ..cost.kernels import CostModel, datasheet_cost
 from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
+from ..schedule.backends import computed_head_dim
 from ..schedule.schedule import DIRECTIONS
 from .problem import Problem, SearchSpace
-from .sampling import Progress, no_progress, pattern_spec, summarize, take_samples
+from .sampling import pattern_spec, summarize, take_samples
 from .scores import ScoreBoard, Step
 from .selection import select
 from .verdict import predictions

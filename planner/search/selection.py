@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from ...traces.errors import InputError
+from ...traces.progress import Progress, no_progress
 from ..cost.evaluation import Evaluator
 from ..layouts.layout import Layout
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
 from .problem import Problem
-from .sampling import Progress, evenly_spread, no_progress
+from .sampling import evenly_spread
 from .scores import Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3

@@ -17,37 +17,41 @@ from torch import Tensor
 from ...planner.schedule.launches import neighbours, parse_slot
 from ...planner.schedule.schedule import HOMES, KEPT, KV_HOME, Schedule
 from ..comm.pull import Arena, PeerMemory
-from .heads import HeadGroups
 
 Pair = tuple[Tensor, Tensor]
 KEPT_POOL = KEPT.removesuffix(":")
-STAGED = "staged:"  # copies of the rank's own K/V by head group, where others can read them: the model's lie elsewhere
+STAGED = "staged:"  # copies of the rank's own K/V, where others can read them: the model's tensors lie elsewhere
 ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 
 
 class Slots:
-    """The slots of one schedule: their (K part, V part) by name, and neighbours as one."""
+    """The slots of one schedule: their (K part, V part) by name, and neighbours as one.
 
-    def __init__(self, pools: dict[str, Tensor], names: frozenset[str], arena: Arena) -> None:
-        self._pools, self._names, self._arena = pools, names, arena
+    Views are made once, and serve all layers. shared: the slots that these are, but for a layer's own kept ones.
+    """
+
+    def __init__(
+        self, pools: dict[str, Tensor], names: frozenset[str], arena: Arena, shared: Slots | None = None
+    ) -> None:
+        self._pools, self._names, self._arena, self._shared = pools, names, arena, shared
+        self._views: dict[tuple[str, str, int], Pair] = {}
 
     def __getitem__(self, name: str) -> Pair:
-        prefix, number = parse_slot(name)
-        assert name in self._names, f"no buffer {name!r}"
-        return self._pools[prefix][0, number], self._pools[prefix][1, number]
+        return self._view("slot", name, 1)
 
     def with_kept(self, kept: Tensor) -> Slots:
         """Return these slots and a layer's own kept ones; kept: [2, count, B, S, H_kv, D]."""
         names = frozenset(f"{KEPT_POOL}:{number}" for number in range(kept.shape[1]))
-        return Slots(self._pools | {KEPT_POOL: kept}, self._names | names, self._arena)
+        return Slots({KEPT_POOL: kept}, self._names | names, self._arena, self)
 
-    def stage(self, group: int, kv: Pair) -> None:
-        """Copy the rank's own K/V of a head group to where others pull them from."""
-        for room, part in zip(self[staged(group)], kv, strict=True):
-            room.copy_(part)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
+    def stage(self, kv: Pair) -> None:
+        """Copy the rank's own K/V, all heads, to where others pull them from, if the schedule has such a place."""
+        if staged(0) not in self._names:
+            return
+        count = self[staged(0)][0].shape[2]
+        for part in range(kv[0].shape[2] // count):
+            for room, own in zip(self[staged(part)], kv, strict=True):
+                room.copy_(own.narrow(2, part * count, count))
 
     def of_peer(self, name: str, rank: int) -> tuple[Tensor | None, Tensor | None]:
         """Return another rank's slot of that name, in its memory; None where that cannot be read."""
@@ -59,21 +63,35 @@ class Slots:
 
     def joined(self, names: Sequence[str]) -> Pair:
         """Return neighbouring slots as one pair [1, slots * S, H_kv, D], in order; see `launches.neighbours`."""
-        prefix, first = parse_slot(names[0])
-        parts = self._pools[prefix][:, first : first + len(names)]
-        assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
-        return parts[0].flatten(0, 2)[None], parts[1].flatten(0, 2)[None]
+        return self._view("joined", names[0], len(names))
 
     def block(self, first: str, count: int) -> Pair:
         """Return `count` neighbouring slots as one pair [count, B, S, H_kv, D]: what a collective fills or takes."""
+        return self._view("block", first, count)
+
+    def _view(self, form: str, first: str, count: int) -> Pair:
+        if self._shared is not None and not first.startswith(KEPT):
+            return self._shared._view(form, first, count)
+        key = form, first, count
+        if key not in self._views:
+            self._views[key] = self._made(form, first, count)
+        return self._views[key]
+
+    def _made(self, form: str, first: str, count: int) -> Pair:
+        assert first in self._names, f"no buffer {first!r}"
         prefix, number = parse_slot(first)
         parts = self._pools[prefix][:, number : number + count]
-        return parts[0], parts[1]
+        if form == "slot":
+            return parts[0, 0], parts[1, 0]
+        if form == "block":
+            return parts[0], parts[1]
+        assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
+        return parts[0].flatten(0, 2)[None], parts[1].flatten(0, 2)[None]
 
 
-def staged(group: int) -> str:
-    """Return the slot that others pull this rank's K/V of a head group from."""
-    return f"{STAGED}{group}"
+def staged(part: int) -> str:
+    """Return the slot that others pull a part of this rank's K/V heads from; parts are as large as slots."""
+    return f"{STAGED}{part}"
 
 
 def narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +115,7 @@ class BufferPool:
 
     One arena, as large as the most demanding schedule needs: directions take turns on it. What a slot held is gone once
     another direction has been played, and every transfer is waited for before a direction ends.
-    groups: how each schedule splits heads, where it does; a slot has the K/V heads of one group.
+    kv_heads: how many K/V heads a slot of each schedule has, where that is not all of them.
     peers: where to allocate when ranks pull; it makes growing the arena collective, and torch's allocator, which does
     not give this memory, does not count it.
     """
@@ -108,10 +126,10 @@ class BufferPool:
         schedules: Sequence[Schedule],
         peers: PeerMemory | None = None,
         *,
-        groups: Sequence[HeadGroups] | None = None,
+        kv_heads: Sequence[int] | None = None,
     ) -> None:
         self._device, self._schedules = device, tuple(schedules)
-        self._groups = groups or [None] * len(schedules)
+        self._kv_heads = kv_heads
         self._peers = peers if any(schedule.shares for schedule in schedules) else None
         self._arena = self._nothing()
         self._slots: dict[tuple[int, torch.Size], Slots] = {}
@@ -123,9 +141,8 @@ class BufferPool:
         """
         key = self._schedules.index(schedule), shard
         if key not in self._slots:
-            wanted = [
-                _pools(one, shard, dtypes, groups) for one, groups in zip(self._schedules, self._groups, strict=True)
-            ]
+            kv_heads = self._kv_heads or [shard[2]] * len(self._schedules)
+            wanted = [_pools(one, shard, dtypes, count) for one, count in zip(self._schedules, kv_heads, strict=True)]
             needed = max(sum(pool.room_bytes for pool in pools.values()) for pools in wanted)
             if self.nbytes < needed:
                 self._slots.clear()
@@ -179,9 +196,7 @@ class _Pool:
         return -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _pools(
-    schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype], groups: HeadGroups | None
-) -> dict[str, _Pool]:
+def _pools(schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype], kv_heads: int) -> dict[str, _Pool]:
     """Return the pools of a schedule by name; rounded gradients have the type of K/V.
 
     Queries and results that change ranks are no pairs of one shape: they live with their layer (layer.py).
@@ -192,10 +207,9 @@ def _pools(
         if buffer.name not in HOMES and not buffer.name.startswith(KEPT) and buffer.kind in ("kv", "dkv")
     }
     if any(buffer.shared and buffer.name == KV_HOME for buffer in schedule.buffers):
-        kinds |= {staged(group): "kv" for group in range(1 if groups is None else groups.count)}
+        kinds |= {staged(part): "kv" for part in range(shard[2] // kv_heads)}
     counts = Counter(parse_slot(name)[0] for name in kinds)
-    batch, tokens, kv_heads, head_dim = shard
-    of_slot = torch.Size((batch, tokens, kv_heads if groups is None else groups.kv_heads_of_one, head_dim))
+    of_slot = torch.Size((*shard[:2], kv_heads, shard[3]))
     return {
         prefix: _Pool(count=count, shard=of_slot, dtype=dtypes[kinds[f"{prefix}:0"]])
         for prefix, count in counts.items()

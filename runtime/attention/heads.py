@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.mask import AttentionMask
 from ...planner.schedule.heads import HeadOrder, key_order
+from ...planner.schedule.schedule import Transfer
 from ...traces.errors import UnsupportedError
 
 Heads = tuple[int, int]  # [first, last)
@@ -40,9 +41,15 @@ class HeadGroups:
 
     def keys_within(self, group: int, heads: Heads) -> Heads | None:
         """Return which of a group's K/V heads some of its query heads use, counted from its first; None for all."""
+        if heads[1] - heads[0] == self.heads // self.count:
+            return None
         (first, last), (used_first, used_last) = self.keys(group), self._used(heads)
         within = used_first - first, used_last - first
         return None if within == (0, last - first) else within
+
+    def key_part(self, group: int) -> int:
+        """Return the number of a group's K/V heads among parts of as many; groups may share them."""
+        return self.keys(group)[0] // self.kv_heads_of_one
 
     @property
     def kv_heads_of_one(self) -> int:
@@ -59,6 +66,11 @@ class HeadGroups:
     def _used(self, heads: Heads) -> Heads:
         per_key = self.heads // self.kv_heads
         return heads[0] // per_key, -(-heads[1] // per_key)
+
+
+def group_of(transfer: Transfer) -> int:
+    """Return the head group of what a transfer moves; 0 where there is one group, or for the columns of all heads."""
+    return 0 if transfer.shard is None else transfer.shard.head_group
 
 
 def head_dimension(x: Tensor) -> int:

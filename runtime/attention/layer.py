@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...kernels.api import accumulator_dtype
 from ...planner.schedule.schedule import KV_HOME, Q_HOME, ShardId, Task, Transfer
-from .buffers import Pair, Slots, staged
-from .heads import Heads, head_dimension, some_heads
-from .indexes import Indexes
-from .program import Program, group_of
+from .buffers import Pair, Slots
+from .heads import Heads, group_of, head_dimension, some_heads
+from .masks import Indexes
+from .program import Program
 from .sums import KeySums
 
 Tensors = tuple[Tensor, ...]
@@ -53,9 +53,7 @@ class Layer:
         """Make room for results that come in parts, and put K/V where others pull them from."""
         if not self.program.at_once:
             self.results = self._room_for_results((0, self.program.groups.heads))
-        for group in range(self.program.groups.count):
-            if staged(group) in self.slots:
-                self.slots.stage(group, self.own_keys(group))
+        self.slots.stage(self.kv)
 
     # keys
 
@@ -100,11 +98,11 @@ class Layer:
 
     def add_column_gradients(self, heads: Heads, grad: Tensor) -> None:
         """Add the gradients of the columns for some query heads [2, B, heads, C, D], in the accumulator's dtype."""
-        if self.program.at_once:
-            self.grad_columns = grad
-            return
         if self.grad_columns is None:
             assert self.columns is not None
+            if grad.shape == self.columns.shape:
+                self.grad_columns = grad
+                return
             self.grad_columns = torch.zeros_like(self.columns, dtype=grad.dtype)
         _narrowed(self.grad_columns, heads).add_(grad)
 

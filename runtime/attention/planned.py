@@ -21,14 +21,12 @@ from ..comm.mesh import agree
 from .bound import BoundPlan
 from .buffers import BufferPool, Slots
 from .heads import Chooser
-from .indexes import Indexes
 from .launches import BackwardLaunches, ForwardLaunches
 from .layer import Layer, Tensors
-from .masks import RunningHash
+from .masks import Indexes, RunningHash
 from .recompute import current_kept
-from .ring import Launches, play
+from .ring import play
 from .sums import KeySums
-from .transfers import LayerTransfers
 
 
 class Saved(NamedTuple):
@@ -54,10 +52,10 @@ class PlannedAttention:
     def __init__(self, bound: BoundPlan, *, channels: Channels | None = None, recorder: Recorder | None = None) -> None:
         self.bound, self.recorder = bound, recorder
         programs, mesh = list(bound.programs.values()), bound.mesh
-        schedules, groups = [one.schedule for one in programs], [one.groups for one in programs]
+        schedules, kv_heads = [one.schedule for one in programs], [one.groups.kv_heads_of_one for one in programs]
         self._channels = channels or Channels(mesh, timed=recorder is not None)
         self.channels: Mapping[str, Channel] = self._channels.bind(schedules)
-        self.pool = BufferPool(mesh.device, schedules, self._channels.peers, groups=groups)
+        self.pool = BufferPool(mesh.device, schedules, self._channels.peers, kv_heads=kv_heads)
         self._joined_positions: dict[tuple[int, ...], Tensor] = {}
         self._pattern_hash = RunningHash(mesh.device)
         self._agreements = 0
@@ -176,12 +174,12 @@ class PlannedAttention:
         """Finish all channels."""
         self._channels.close()
 
-    def _play(self, layer: Layer, launches: Launches) -> None:
+    def _play(self, layer: Layer, launches: ForwardLaunches | BackwardLaunches) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""
-        mesh, transfers, batch = self.bound.mesh, LayerTransfers(layer), layer.kv[0].shape[0]
+        mesh = self.bound.mesh
         with naming_lost_ranks(mesh):
             try:
-                play(layer.program, transfers, launches, self.channels, self.recorder, batch=batch)
+                play(layer, launches, self.channels, self.recorder)
             except CommunicationError as error:
                 raise name_lost_ranks(mesh, self.bound.topic, error) from error
 
@@ -240,7 +238,8 @@ class _RingFunction(torch.autograd.Function):
             raise UnsupportedError(
                 "gradients of gradients of planned attention are not supported", field="create_graph"
             )
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, out, lse, columns, kept_kv = ctx.saved_tensors
         planned, indexes, scale = ctx.given
-        grad_q, grad_k, grad_v = planned.backward(grads[0].contiguous(), (q, k, v), Saved(*saved, indexes), scale)
+        saved = Saved(out, lse, columns, kept_kv, indexes)
+        grad_q, grad_k, grad_v = planned.backward(grads[0].contiguous(), (q, k, v), saved, scale)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...planner.schedule.launches import launches_of
-from ...planner.schedule.schedule import KEPT, Direction, Phase, Schedule, ShardId, Task, Transfer
+from ...planner.schedule.schedule import KEPT, Direction, Phase, Schedule, ShardId, Task
 from .heads import HeadGroups, Heads
 
 PartKey = tuple[ShardId, Heads]  # the queries of a shard, for some query heads
@@ -80,8 +80,3 @@ class Program:
 
     def _every_task(self) -> Sequence[Task]:
         return [task for phase in self.schedule.phases(self.rank) for task in phase.tasks]
-
-
-def group_of(transfer: Transfer) -> int:
-    """Return the head group of what a transfer moves; 0 where there is one group, or for the columns of all heads."""
-    return 0 if transfer.shard is None else transfer.shard.head_group

@@ -1,87 +1,50 @@
 """Playing a schedule: the same phases that the simulator plays, on real tensors, streams and processes.
 
-Nothing here knows how the schedule was made. `Transfers` say what a buffer's tensors are and `Launches` how tasks are
-computed, neither knowing of the other; `play` does the rest in the order that planner/schedule/schedule.py defines for
-the device, even where the host issues a first phase's tasks before its calls.
+Nothing here knows how the schedule was made. A layer's transfers say what a buffer's tensors are and its launches how
+tasks are computed, neither knowing of the other; `play` does the rest in the order that planner/schedule/schedule.py
+defines for the device, even where the host issues a first phase's tasks before its calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
-
-from torch import Tensor
 
 from ...planner.schedule.launches import launch_name
 from ...planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Transfer
 from ..comm.channels import Channel, Message, Moment, Pending
-from ..comm.measure import Record, Recorder
-from .program import Launched, Program
-
-
-class Transfers(Protocol):
-    """Where the tensors of one layer's transfers are on this rank, in one direction."""
-
-    def outgoing(self, transfer: Transfer) -> tuple[Tensor, ...]:
-        """Return the tensors that this transfer reads on its source."""
-        ...
-
-    def incoming(self, transfer: Transfer) -> tuple[Tensor, ...]:
-        """Return the tensors that this transfer fills on its destination."""
-        ...
-
-    def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
-        """Return the tensors that this pull reads, in the memory of its source; None where that cannot be read."""
-        ...
-
-    def sent(self, transfer: Transfer) -> None:
-        """Learn that a transfer from here is complete: moved content is gone."""
-        ...
-
-    def received(self, transfers: Sequence[Transfer]) -> None:
-        """Learn that transfers to here have landed, and add them where they belong."""
-        ...
-
-
-class Launches(Protocol):
-    """How one layer is computed on this rank, in one direction."""
-
-    @property
-    def computes_at_once(self) -> bool:
-        """Whether the first tasks are ready, on a device that idles until the host has issued them."""
-        ...
-
-    def compute(self, tasks: Launched) -> None:
-        """Compute the tasks of one kernel launch on the current stream."""
-        ...
+from ..comm.measure import Recorder
+from .launches import BackwardLaunches, ForwardLaunches
+from .layer import Layer
+from .program import Launched
+from .transfers import LayerTransfers
 
 
 def play(
-    program: Program,
-    transfers: Transfers,
-    launches: Launches,
+    layer: Layer,
+    launches: ForwardLaunches | BackwardLaunches,
     channels: Mapping[str, Channel],
     recorder: Recorder | None = None,
-    *,
-    batch: int = 1,
 ) -> None:
-    """Play one direction of a layer on this rank, for `batch` sequences at a time.
+    """Play one direction of a layer on this rank.
 
     On GPUs this only enqueues; the caller's current stream is the compute stream.
     """
-    player = _Player(program, transfers, launches, channels, recorder)
-    for phase, launched in program.phases(batch):
+    player = _Player(LayerTransfers(layer), launches, channels, recorder)
+    for phase, launched in layer.program.phases(layer.kv[0].shape[0]):
         player.play(phase, launched)
-    assert not player.in_flight, f"rank {program.rank} never waited for {sorted(player.in_flight)}"
+    assert not player.in_flight, f"rank {player.rank} never waited for {sorted(player.in_flight)}"
 
 
 class _Player:
     def __init__(
-        self, program: Program, transfers: Transfers, launches: Launches, channels: Mapping[str, Channel],
+        self,
+        transfers: LayerTransfers,
+        launches: ForwardLaunches | BackwardLaunches,
+        channels: Mapping[str, Channel],
         recorder: Recorder | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.transfers, self.launches, self.channels, self.recorder = transfers, launches, channels, recorder
-        self.rank, self.direction = program.rank, program.direction
+        self.rank, self.direction = launches.layer.program.rank, launches.layer.program.direction
         self.in_flight: dict[str, tuple[Transfer, Pending]] = {}
 
     def play(self, phase: Phase, launches: Sequence[Launched]) -> None:
@@ -123,16 +86,14 @@ class _Player:
         for transfer in call.transfers:
             self.in_flight[transfer.id] = (transfer, pending)
         if self.recorder is not None:
-            self.recorder.records.append(
-                Record(
-                    stream=call.communicator,
-                    name=_call_name(call),
-                    category=call.transfers[0].kind,
-                    direction=self.direction,
-                    phase=phase,
-                    nbytes=sum(message.tensor.nbytes for message in messages),
-                    marks=pending,
-                )
+            self.recorder.add(
+                pending,
+                stream=call.communicator,
+                name=" ".join(dict.fromkeys(transfer.kind for transfer in call.transfers)),
+                category=call.transfers[0].kind,
+                direction=self.direction,
+                phase=phase,
+                nbytes=sum(message.tensor.nbytes for message in messages),
             )
 
     def _messages(self, call: GroupCall) -> list[Message]:
@@ -170,9 +131,4 @@ class _Player:
                 continue
             started = self.recorder.mark()
             self.launches.compute(together)
-            self.recorder.add_compute(launch_name(together), "compute", self.direction, phase, started)
-
-
-def _call_name(call: GroupCall) -> str:
-    kinds: Mapping[str, None] = dict.fromkeys(transfer.kind for transfer in call.transfers)
-    return " ".join(kinds)
+            self.recorder.add_compute(started, name=launch_name(together), direction=self.direction, phase=phase)

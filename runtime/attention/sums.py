@@ -15,8 +15,7 @@ import torch
 from ...kernels.api import Backend, KeyGradients
 from ...planner.schedule.schedule import DKV_HOME, Transfer
 from .buffers import Pair, Slots, narrowed, runs_of_neighbours
-from .heads import HeadGroups, Heads
-from .program import group_of
+from .heads import HeadGroups, Heads, group_of
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...planner.schedule.schedule import COLUMNS_HOME, DCOLUMNS_HOME, KV_HOME, Transfer, slots_from
 from .buffers import Pair, staged
+from .heads import group_of
 from .layer import Layer, Tensors
-from .program import group_of
 
 
 class LayerTransfers:
@@ -54,7 +54,7 @@ class LayerTransfers:
     def origins(self, transfer: Transfer) -> tuple[Tensor | None, ...]:
         """Return the tensors that the pull reads, in the memory of its source."""
         at_home = transfer.source_buffer == KV_HOME
-        return self._slots.of_peer(staged(group_of(transfer)) if at_home else transfer.source_buffer, transfer.source)
+        return self._slots.of_peer(self._staged(transfer) if at_home else transfer.source_buffer, transfer.source)
 
     def sent(self, transfer: Transfer) -> None:
         """Learn that a transfer from here is complete: what moved is no longer here."""
@@ -83,5 +83,9 @@ class LayerTransfers:
     def _source(self, transfer: Transfer) -> Pair:
         if transfer.source_buffer != KV_HOME:
             return self._slots[transfer.source_buffer]
-        group = group_of(transfer)
-        return self._slots[staged(group)] if transfer.transport == "pull" else self._layer.own_keys(group)
+        if transfer.transport == "pull":
+            return self._slots[self._staged(transfer)]
+        return self._layer.own_keys(group_of(transfer))
+
+    def _staged(self, transfer: Transfer) -> str:
+        return staged(self._layer.program.groups.key_part(group_of(transfer)))

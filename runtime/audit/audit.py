@@ -126,7 +126,7 @@ def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens:
 
 
 def _scaled(copies: SmallCopies, seq_len_tokens: int) -> PreTrainedModel:
-    return copies.scaled(seq_len_tokens=seq_len_tokens, audited_tokens=AUDITED_TOKENS, padded_tokens=PADDED_TOKENS)
+    return copies.scaled(window=AUDITED_TOKENS / seq_len_tokens, positions=PADDED_TOKENS / seq_len_tokens)
 
 
 def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> Audit:

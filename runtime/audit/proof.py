@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...planner.layouts.gather import Gather
+from ...planner.layouts.ring import Ring
 from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
 from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
@@ -85,9 +86,9 @@ def prove(model: PreTrainedModel) -> Proof:
     What the model's own code raises comes through as it is.
     """
     model.train()
-    batches = [_batch(model.config, seed) for seed in (1, 2)]
+    batches = [random_batch(model.config, seed) for seed in (1, 2)]
     check_calls(_Split(model, _own_loss).calls(batches[0]), model)  # first: it turns many away in a moment
-    alone = [_alone(copies_of(model, 1)[0], batch) for batch in batches]
+    alone = [run_alone(copies_of(model, 1)[0], batch) for batch in batches]
     _check_memory(model, batches, alone)
     _check_participation(model, alone[0])
     errors: dict[str, Errors] = {}
@@ -128,12 +129,11 @@ def _relative(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
     return float((got - expected).abs().max()) / scale
 
 
-@lru_cache(maxsize=1)
-def _plan() -> Plan:
-    """Only its placement matters here: stripes over two ranks, the last one padded."""
+def audited_plan(model: ModelShape) -> Plan:
+    """Return a dense plan in float64, in stripes over two ranks, the last one padded. The proof takes its placement."""
     return make_plan(
         attention=AttentionSpec(
-            model=ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8),
+            model=model,
             seq_len_tokens=AUDITED_TOKENS,
             block_size=64,
             dtype="float64",
@@ -141,19 +141,27 @@ def _plan() -> Plan:
         ),
         placement=striped(seq_len_tokens=AUDITED_TOKENS, world_size=RANKS, granularity_tokens=STRIPE_TOKENS),
         forward=Gather(),
+        backward=Ring(),
         pattern=dense_pattern(AUDITED_TOKENS),
-        kernels=KernelSpec(backend="reference"),
+        kernels=KernelSpec(backend="blockwise"),
     )
 
 
-def _batch(config: Any, seed: int) -> dict[str, Tensor]:
+@lru_cache(maxsize=1)
+def _placed_plan() -> Plan:
+    return audited_plan(ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8))
+
+
+def random_batch(config: Any, seed: int) -> dict[str, Tensor]:
+    """Return "input_ids" and "labels" [1, AUDITED_TOKENS]; some labels do not count."""
     generator = torch.Generator().manual_seed(seed)
     ids = random_ids(config, AUDITED_TOKENS, generator)
     ignored = torch.rand(ids.shape, generator=generator) < GAP_SHARE
     return {"input_ids": ids, "labels": ids.masked_fill(ignored, IGNORED_LABEL)}
 
 
-def _alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
+def run_alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
+    """Return what a model gives by its own attention and loss."""
     with Double():
         output = model(**batch)
         output.loss.backward()
@@ -164,7 +172,7 @@ class _Split:
     """Two copies of a model, a shard each; step: what a copy computes of its shard."""
 
     def __init__(self, model: PreTrainedModel, step: Step) -> None:
-        self.twins, self.step, self.plan = copies_of(model, RANKS), step, _plan()
+        self.twins, self.step, self.plan = copies_of(model, RANKS), step, _placed_plan()
         placement = self.plan.make_placement()
         self.positions = [torch.from_numpy(placement.positions(rank)) for rank in range(RANKS)]
 
@@ -236,9 +244,9 @@ def _gradients(models: list[PreTrainedModel]) -> dict[str, Tensor | None]:
 def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[Run]) -> None:
     """What a model computes must not depend on what it was called with before."""
     used = copies_of(model, 1)[0]
-    _alone(used, batches[0])
+    run_alone(used, batches[0])
     used.zero_grad()
-    compare(_alone(used, batches[1]), alone[1]).require("when it is called a second time, alone")
+    compare(run_alone(used, batches[1]), alone[1]).require("when it is called a second time, alone")
 
 
 def _check_participation(model: PreTrainedModel, alone: Run) -> None:

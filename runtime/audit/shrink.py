@@ -54,28 +54,21 @@ class Shrinking:
     """
 
     width: int
-    window: float
-    positions: float
+    window: float = 1.0
+    positions: float = 1.0
     layers: int | None = None
     few: bool = True
 
 
-def plan_shrinking(config: Any, *, seq_len_tokens: int, audited_tokens: int, padded_tokens: int) -> Shrinking:
-    """Return how a configuration is made small: heads of at least 8, `seq_len_tokens` becoming `audited_tokens`.
-
-    With all three the same, lengths stay as they are.
-    """
+def narrowest(config: Any) -> Shrinking:
+    """Return how narrow a configuration can be made: heads stay at least 8 wide, lengths as they are."""
     settings = config.to_dict()
     dims = [value for name, value in settings.items() if HEAD_DIMS.search(name) and type(value) is int and value > 0]
     dims.append(model_shape(config).head_dim)
     width = 1
     while all(dim % (2 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
         width *= 2
-    return Shrinking(
-        width=width,
-        window=audited_tokens / seq_len_tokens,
-        positions=padded_tokens / seq_len_tokens,
-    )
+    return Shrinking(width=width)
 
 
 def shrunken_config(config: Any, shrinking: Shrinking) -> Any:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from .shrink import Shrinking, enliven, layers_to_keep, plan_shrinking, shrunken_config
+from .shrink import Shrinking, enliven, layers_to_keep, narrowest, shrunken_config
 from .twins import Double
 
 MOST_PARAMETERS = 60_000_000  # float64, three copies and their gradients stay within 4 GB
@@ -25,12 +25,9 @@ class SmallCopies:
     narrow: Shrinking
     keep: int | None
 
-    def scaled(self, *, seq_len_tokens: int, audited_tokens: int, padded_tokens: int) -> PreTrainedModel:
-        """Return a copy with a layer of every kind, lengths in proportion; UnsupportedError when there is none."""
-        lengths = plan_shrinking(
-            self.config, seq_len_tokens=seq_len_tokens, audited_tokens=audited_tokens, padded_tokens=padded_tokens
-        )
-        few = replace(self.narrow, window=lengths.window, positions=lengths.positions)
+    def scaled(self, *, window: float, positions: float) -> PreTrainedModel:
+        """Return a copy with a layer of every kind, lengths multiplied; UnsupportedError when there is none."""
+        few = replace(self.narrow, window=window, positions=positions)
         return self._first([replace(few, layers=self.keep), few])
 
     def at_true_lengths(self) -> Iterator[PreTrainedModel]:
@@ -70,7 +67,7 @@ class SmallCopies:
 
 def small_copies(config: Any, model_class: type[PreTrainedModel]) -> SmallCopies:
     """Find widths that a class can make, the narrowest first. UnsupportedError with the first problem if none."""
-    narrow = plan_shrinking(config, seq_len_tokens=1, audited_tokens=1, padded_tokens=1)
+    narrow = narrowest(config)
     problem = ""
     for candidate in (narrow, replace(narrow, few=False), replace(narrow, few=False, width=1)):
         try:

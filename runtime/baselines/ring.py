@@ -1,4 +1,4 @@
-"""The dense baseline: a zigzag ring over fused attention kernels (PyTorch's cuDNN, FlashAttention 2, CPU flash; FA4).
+"""The dense baseline: a zigzag ring over fused attention kernels (PyTorch's cuDNN, CPU flash; FA4).
 
 Rank r owns chunks r and 2W - 1 - r of 2W, so that all ranks have the same causal work. K and V travel around the ring;
 partial results merge by log-sum-exp; in backward the kernels are handed the merged out and log-sum-exp, which makes
@@ -187,19 +187,6 @@ def _cudnn_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scal
     )  # fmt: skip
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
-    results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return results[0], results[1], results[2:]
-
-
-def _flash_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
-    grad_out, q, out, lse = rows
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
-    )
-
-
 def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out, lse, ()
@@ -226,7 +213,6 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "cudnn": Kernel(_cudnn, _cudnn_backward),
-    "flash2": Kernel(_flash, _flash_backward),
     "flash4": Kernel(flash4_forward, flash4_backward, grouped=True),
     "cpu": Kernel(_cpu, _cpu_backward),
 }

@@ -25,10 +25,10 @@ class TorchContextParallel:
     Raises UnsupportedError on CPUs, for which PyTorch has no ring.
     """
 
-    def __init__(self, mesh: Mesh, *, backend: str = "flash") -> None:
+    def __init__(self, mesh: Mesh) -> None:
         if mesh.device.type != "cuda":
             raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
-        self.mesh, self._backend = mesh, backend
+        self.mesh = mesh
         self._device_mesh = DeviceMesh.from_group(_group(mesh), "cuda", mesh_dim_names=("context",))
 
     def __call__(
@@ -53,10 +53,9 @@ class TorchContextParallel:
         """Return out [B, H, S, D] with its graph."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        chosen = SDPBackend.CUDNN_ATTENTION if self._backend == "cudnn" else SDPBackend.FLASH_ATTENTION
         group = q.shape[1] // k.shape[1]
         keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        with sdpa_kernel(chosen), self.ring():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION), self.ring():
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale)
 
 

@@ -13,24 +13,11 @@ from ...traces.timeline import COMPUTE_STREAM, Span, Timeline
 from .mesh import Mesh
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Record:
-    """A span whose ends are clock marks that are read later: host nanoseconds or CUDA events.
-
-    marks: an object with `started` and `ended`; a pending communication fills them in as it goes.
-    """
-
-    stream: str
-    name: str
-    category: str
-    direction: str
-    phase: int
-    nbytes: int
-    marks: Marks
-
-
 class Marks(Protocol):
-    """Where a span's two clock marks are, once it is over."""
+    """Where a span's two clock marks are, once it is over: host nanoseconds, or CUDA events.
+
+    A pending communication fills them in as it goes.
+    """
 
     started: Any
     ended: Any
@@ -47,7 +34,7 @@ class Recorder:
     """Collects what one rank did in one layer. Marks cost no synchronisation; they are read by `spans`."""
 
     device: torch.device
-    records: list[Record] = field(default_factory=list)
+    records: list[tuple[dict[str, Any], Marks]] = field(default_factory=list)  # fields of Span but times and rank
     origin: Any = None
 
     def mark(self) -> Any:
@@ -63,38 +50,23 @@ class Recorder:
         self.records.clear()
         self.origin = self.mark()
 
-    def add_compute(self, name: str, category: str, direction: str, phase: int, started: Any) -> None:
+    def add(self, marks: Marks, **what: Any) -> None:
+        """Record a span between two marks, which may be set later. what: its fields, but for times and rank."""
+        self.records.append((what, marks))
+
+    def add_compute(self, started: Any, **what: Any) -> None:
         """Record compute that began at `started` and ends now."""
-        self.records.append(
-            Record(
-                stream=COMPUTE_STREAM,
-                name=name,
-                category=category,
-                direction=direction,
-                phase=phase,
-                nbytes=0,
-                marks=_Fixed(started=started, ended=self.mark()),
-            )
-        )
+        self.add(_Fixed(started=started, ended=self.mark()), stream=COMPUTE_STREAM, category="compute", **what)
 
     def spans(self, rank: int) -> list[Span]:
         """Return the spans in microseconds since `begin`; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [
-            Span(
-                rank=rank,
-                stream=record.stream,
-                name=record.name,
-                category=record.category,
-                direction=record.direction,
-                phase=record.phase,
-                start_us=self._since(record.marks.started),
-                duration_us=max(self._since(record.marks.ended) - self._since(record.marks.started), 0.0),
-                nbytes=record.nbytes,
-            )
-            for record in self.records
-        ]
+        spans = []
+        for what, marks in self.records:
+            started_us, ended_us = self._since(marks.started), self._since(marks.ended)
+            spans.append(Span(rank=rank, start_us=started_us, duration_us=max(ended_us - started_us, 0.0), **what))
+        return spans
 
     def _since(self, mark: Any) -> float:
         if self.device.type == "cuda":

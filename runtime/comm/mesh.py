@@ -130,8 +130,7 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, pat
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if patience_s is None:
         patience_s = usual_patience_s(kind, timeout_s)
-    if not 0 <= patience_s < timeout_s:
-        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
+    _check_patience(patience_s, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
@@ -179,6 +178,11 @@ def _watch(store: Store, timeout: timedelta, watch: Watch) -> None:
 def usual_patience_s(device_type: str, timeout_s: float) -> float:
     """Return half of the time-out on GPUs, where nobody else says who died; 0 on CPUs: gloo notices at once."""
     return timeout_s / 2 if device_type == "cuda" else 0.0
+
+
+def _check_patience(patience_s: float, timeout_s: float) -> None:
+    if not 0 <= patience_s < timeout_s:
+        raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
 
 
 def _attempt() -> str:

@@ -8,10 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from ...traces.errors import InputError
 from .lost import ranks_lost
@@ -41,14 +40,14 @@ def start_ranks(
         raise InputError(f"must be at least 1, not {world_size}", field="world_size")
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
-    with exit_on_signals():
+    with _noted_signals() as check:
         try:
             for rank in range(world_size):
                 place = {**rank_environment(rank, world_size, port), **(own[rank] if own else {})}
                 output = stdout if rank == 0 else stderr or sys.stderr
                 command = [sys.executable, "-m", module, *arguments]
                 processes.append(subprocess.Popen(command, env={**environment, **place}, stdout=output, stderr=stderr))
-            return _join(processes)
+            return _join(processes, check)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -56,33 +55,40 @@ def start_ranks(
 
 
 @contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Turn SIGTERM (Slurm, docker, `timeout`) and SIGHUP into SystemExit, so that what a process started ends with it.
+def _noted_signals() -> Iterator[Callable[[], None]]:
+    """Note SIGTERM (Slurm, docker, `timeout`) and SIGHUP; yield what raises SystemExit once one of them came.
 
-    Exit code 128 + the signal's number, as a shell says it. Signals that are ignored stay so.
+    So none can come between the start of a process and the note that it has to end with this one. Exit code 128 + the
+    signal's number, as a shell says it. Signals that are ignored stay so.
     """
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
+    came: list[int] = []
     before: dict[int, Any] = {}
+
+    def check() -> None:
+        if came:
+            raise SystemExit(128 + came[0])
+
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, leave)
+                before[number] = signal.signal(number, lambda number, _: came.append(number))
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    check()
 
 
-def run_to_its_end(command: Sequence[str], *, environment: dict[str, str]) -> int:
+def run_to_its_end(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
     """Run a launcher of ranks and return its exit code; a signal that ends this process ends it, and so its ranks."""
-    with exit_on_signals():
+    with _noted_signals() as check:
         process = subprocess.Popen(command, env=environment)
         try:
-            return process.wait()
+            while process.poll() is None:
+                check()
+                time.sleep(POLL_S)
+            return process.returncode
         finally:
             if process.poll() is None:
                 process.terminate()  # torchrun ends its workers on SIGTERM
@@ -92,9 +98,11 @@ def run_to_its_end(command: Sequence[str], *, environment: dict[str, str]) -> in
                     process.kill()
 
 
-def _join(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _join(processes: Sequence[subprocess.Popen[bytes]], check: Callable[[], None]) -> int:
+    """Wait for all, or for GRACE_S after the first failure; return its exit code."""
     failed_at, code = None, 0
     while any(process.poll() is None for process in processes):
+        check()
         codes = [process.poll() for process in processes]
         if failed_at is None and any(codes):
             failed_at = time.monotonic()

@@ -35,7 +35,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Shard(_Record):
+class TokenShard(_Record):
     """One file of tokens."""
 
     file: str = Field(pattern=r"^tokens-[0-9]{5}\.bin$")
@@ -53,7 +53,7 @@ class DataManifest(_Record):
     dtype: TokenType
     documents: int = Field(ge=1)
     documents_sha256: Sha256
-    shards: list[Shard] = Field(min_length=1)
+    shards: list[TokenShard] = Field(min_length=1)
     digest: str = ""
 
     def save(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class DataManifest(_Record):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sequence:
+class TokenSequence:
     """One training sequence. tokens int64 [S]; documents int32 [S], counted from 0."""
 
     index: int
@@ -111,19 +111,19 @@ class TokenData:
             if actual != digest:
                 raise InputError(f"is {actual}, the manifest says {digest}", source=self.folder / name, field="sha256")
 
-    def sequence(self, index: int, seq_len_tokens: int) -> Sequence:
+    def sequence(self, index: int, seq_len_tokens: int) -> TokenSequence:
         """Return sequence `index` of the corpus."""
         assert 0 <= index < self.sequences(seq_len_tokens)
         start = index * seq_len_tokens
         places = np.arange(start, start + seq_len_tokens)
         document = np.searchsorted(self._starts, places, side="right")
-        return Sequence(
+        return TokenSequence(
             index=index,
             tokens=self._read(start, start + seq_len_tokens),
             documents=(document - document[0]).astype(np.int32),
         )
 
-    def at_step(self, step: int, slot: int, *, slots: int, seq_len_tokens: int, seed: int) -> Sequence:
+    def at_step(self, step: int, slot: int, *, slots: int, seq_len_tokens: int, seed: int) -> TokenSequence:
         """Return the sequence of one of the `slots` (microbatch, replica) of a training step."""
         count = self.sequences(seq_len_tokens)
         return self.sequence(sequence_index(step * slots + slot, count=count, seed=seed), seq_len_tokens)

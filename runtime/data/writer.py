@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ...traces.errors import InputError
 from ...traces.files import read_bytes, sha256_of_bytes, write_atomically
 from ...traces.progress import Progress, no_progress
-from .shards import DOCUMENTS_NAME, MANIFEST_NAME, DataManifest, Shard, TokenType
+from .shards import DOCUMENTS_NAME, DataManifest, TokenShard, TokenType
 
 BYTE_VOCABULARY = 256
 BYTE_SEPARATOR = 0
@@ -25,24 +26,29 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".hpp", ".rs"
 Encode = Callable[[str], Sequence[int]]
 
 
+@dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids. name: for the manifest; vocabulary: ids are below it; separator: appended to every document."""
+    """Text to ids. name: for the manifest; vocabulary: ids are below it; separator: appended to every document.
 
-    def __init__(self, name: str, vocabulary: int, separator: int | None, encode: Encode | None) -> None:
-        self.name, self.vocabulary, self.separator, self._encode = name, vocabulary, separator, encode
+    encode_text: ids of a text; None: its bytes.
+    """
+
+    name: str
+    vocabulary: int
+    separator: int | None = None
+    encode_text: Encode | None = None
 
     def encode(self, text: bytes) -> NDArray[np.int64]:
         """Return the ids of one document."""
-        if self._encode is None:
-            ids = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
-        else:
-            ids = np.asarray(self._encode(text.decode(errors="replace")), dtype=np.int64)
+        encode = self.encode_text
+        ids = np.frombuffer(text, np.uint8) if encode is None else np.asarray(encode(text.decode(errors="replace")))
+        ids = ids.astype(np.int64)
         return ids if self.separator is None else np.append(ids, self.separator)
 
 
 def byte_tokenizer() -> Tokenizer:
     """Every byte is a token; documents end with a zero byte."""
-    return Tokenizer("byte", BYTE_VOCABULARY, BYTE_SEPARATOR, None)
+    return Tokenizer("byte", BYTE_VOCABULARY, BYTE_SEPARATOR)
 
 
 def model_tokenizer(folder: Path) -> Tokenizer:
@@ -62,14 +68,9 @@ def model_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_data(
-    inputs: Sequence[Path],
-    folder: Path,
-    tokenizer: Tokenizer,
-    *,
-    text_field: str = "text",
-    shard_tokens: int = SHARD_TOKENS,
-    progress: Progress = no_progress,
-) -> DataManifest:
+    inputs: Sequence[Path], folder: Path, tokenizer: Tokenizer, *, text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS, progress: Progress = no_progress,
+) -> DataManifest:  # fmt: skip
     """Write all documents of the inputs, in order, into a new data folder and return its manifest.
 
     inputs: text files (one document each), .jsonl files (one a line, in `text_field`), .npy files of token ids (one
@@ -147,7 +148,7 @@ class _Writer:
         sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
         self.dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
         self.starts: list[int] = []
-        self.shards: list[Shard] = []
+        self.shards: list[TokenShard] = []
         self.tokens = 0
         self._waiting: list[NDArray[Any]] = []
         self._waiting_tokens = 0
@@ -173,20 +174,15 @@ class _Writer:
         starts = np.asarray(self.starts, dtype="<i8").tobytes()
         write_atomically(self.folder / DOCUMENTS_NAME, starts)
         manifest = DataManifest(
-            tokenizer=tokenizer,
-            vocabulary=self.vocabulary,
-            dtype=self.dtype,
-            documents=len(self.starts),
-            documents_sha256=sha256_of_bytes(starts),
-            shards=self.shards,
-        )
+            tokenizer=tokenizer, vocabulary=self.vocabulary, dtype=self.dtype, documents=len(self.starts),
+            documents_sha256=sha256_of_bytes(starts), shards=self.shards,
+        )  # fmt: skip
         manifest.save(self.folder)
-        assert (self.folder / MANIFEST_NAME).is_file()
         return manifest
 
     def _write(self) -> None:
         tokens = np.concatenate(self._waiting).astype(np.dtype(self.dtype).newbyteorder("<"))
         data, name = tokens.tobytes(), f"tokens-{len(self.shards):05d}.bin"
         write_atomically(self.folder / name, data)
-        self.shards.append(Shard(file=name, tokens=tokens.size, sha256=sha256_of_bytes(data)))
+        self.shards.append(TokenShard(file=name, tokens=tokens.size, sha256=sha256_of_bytes(data)))
         self._waiting, self._waiting_tokens = [], 0

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ...planner.backends import facts_of
 from ...planner.cost.cluster import Cluster
 from ...planner.cost.kernels import task_work
 from ...planner.plan import Plan
+from ...planner.schedule.backends import facts_of
 from ...planner.schedule.launches import Launch
 from ...planner.schedule.schedule import DIRECTIONS, Direction
 from ...planner.schedule.workload import TaskWork, workload
@@ -64,10 +64,8 @@ class Calibration:
 
     def record(self) -> dict[str, Any]:
         """Return the fit as plain values."""
-        tasks = [
-            {"direction": direction, "kind": kind, **vars(fitted)}
-            for (direction, kind), fitted in self.cost.tasks.items()
-        ]
+        fitted = self.cost.tasks.items()
+        tasks = [{"direction": direction, "kind": kind, **vars(task)} for (direction, kind), task in fitted]
         return {"tasks": tasks, "cluster": self.cluster.model_dump(mode="json", exclude_none=True)}
 
 
@@ -128,21 +126,13 @@ def _fitted_cluster(cluster: Cluster, measured: Timeline) -> Cluster:
     ]
     link = cluster.intra_node
     if rates:
+        unknown = {"switch_bandwidth_bytes_per_us": None, "pull_bandwidth_bytes_per_us": None}
         rate = float(np.quantile(rates, LINK_QUANTILE))
-        link = link.model_copy(
-            update={
-                "bandwidth_bytes_per_us": rate,
-                "switch_bandwidth_bytes_per_us": None,
-                "pull_bandwidth_bytes_per_us": None,
-            }
-        )
+        link = link.model_copy(update={"bandwidth_bytes_per_us": rate} | unknown)
     gpu = cluster.gpu.model_copy(update={"communication_slowdown": 0.0, "pull_slowdown": None})
-    return cluster.model_copy(
-        update={
-            "name": f"{cluster.name}-calibrated",
-            "origin": "measured",
-            "gpu": gpu,
-            "intra_node": link,
-            "notes": "Links and tasks fitted to one run of a plain ring on this machine; memory from the data sheet.",
-        }
-    )
+    said = {
+        "name": f"{cluster.name}-calibrated",
+        "origin": "measured",
+        "notes": "Links and tasks fitted to one run of a plain ring on this machine; memory from the data sheet.",
+    }
+    return cluster.model_copy(update=said | {"gpu": gpu, "intra_node": link})

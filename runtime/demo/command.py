@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,18 +41,11 @@ def demo(
     from .demo import DemoSettings, Services, run_demo
     from .model import TrainingSettings
 
-    services = Services(
-        evaluator=context.obj["evaluator"],
-        simulate_plan=context.obj["simulate_plan"],
-        timeline_metrics=context.obj["timeline_metrics"],
-        write_report=context.obj["write_report"],
-    )
+    services = Services(**{service.name: context.obj[service.name] for service in fields(Services)})
     settings = DemoSettings(
-        seq_len_tokens=seq_len,
-        training=TrainingSettings(seconds=train_seconds, seed=seed),
-        seed=seed,
+        seq_len_tokens=seq_len, training=TrainingSettings(seconds=train_seconds, seed=seed), seed=seed,
         command=shlex.join(["sparsering", *sys.argv[1:]]),
-    )
+    )  # fmt: skip
     with replaced_folder(output) as folder:
         metrics = run_demo(folder, settings, services)
         missing = [name for name in CONTENT if not (folder / name).exists()]
@@ -68,16 +62,12 @@ def _show(output: Path, metrics: dict[str, Any]) -> None:
     times = metrics["step_time_us"]
     for name, where in ((PLAN_CLUSTER, "32 A100s"), (PLAN_LOCAL, "4 local workers")):
         console.print(f"[bold]{where}:[/bold] {escape(metrics['plans'][name]['predictions']['verdict'])}")
-    console.print(
-        f"One layer, forward and backward: simulated {times['simulated'] / 1e3:,.0f} ms, "
-        f"measured {times['measured'] / 1e3:,.0f} ms."
-    )
-    checked = sorted({one["name"] for one in metrics["verification"]})
+    simulated, measured = (f"{name} {times[name] / 1e3:,.0f} ms" for name in ("simulated", "measured"))
+    console.print(f"One layer, forward and backward: {simulated}, {measured}.")
+    checked = ", ".join(sorted({one["name"] for one in metrics["verification"]}))
     worst = max((one["error"] for one in metrics["verification"]), default=float("nan"))
     if metrics["verified"]:
-        console.print(
-            f"[green]Verified[/green] in float64 on every rank: {', '.join(checked)}; largest error {worst:.1e}."
-        )
+        console.print(f"[green]Verified[/green] in float64 on every rank: {checked}; largest error {worst:.1e}.")
     else:
         console.print(f"[red]The run does not agree with the reference[/red]: largest error {worst:.1e}.")
     console.print(f"Report: {escape(str(output / REPORT))}", soft_wrap=True)

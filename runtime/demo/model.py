@@ -59,22 +59,13 @@ class Trained:
 def make_model(*, seed: int, seq_len_tokens: int) -> PreTrainedModel:
     """Return the model with fresh weights, in float32: 6 query heads on 2 KV heads, head dimension 64."""
     settings: dict[str, Any] = {
-        "vocab_size": BYTE_VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "vocab_size": BYTE_VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "head_dim": HEAD_DIM,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
         # Qwen2's own 0.02 is for wide models; with it so small a one attends to everything alike for long.
         "initializer_range": HIDDEN**-0.5,
-        "max_position_embeddings": seq_len_tokens,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-    }
+        "max_position_embeddings": seq_len_tokens, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(Qwen2Config(**settings))

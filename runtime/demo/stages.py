@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 
 @dataclass(eq=False)
@@ -17,14 +18,13 @@ class Stage:
     """A stage under way. Call it as (what, done, total) for a bar; set `said` for its closing line."""
 
     title: str
+    bars: Bars
     said: str = ""
-    bars: Progress | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show how far the stage is."""
-        if self.bars is not None and self.bars.task_ids:
-            shown = f"{self.title}: {what}" if what else self.title
-            self.bars.update(self.bars.task_ids[0], description=escape(shown), completed=done, total=total)
+        shown = f"{self.title}: {what}" if what else self.title
+        self.bars.update(self.bars.task_ids[0], description=escape(shown), completed=done, total=total)
 
 
 @dataclass(eq=False)
@@ -39,14 +39,9 @@ class Stages:
     def stage(self, title: str) -> Iterator[Stage]:
         """Show a spinner (and a bar, once the stage knows how far it is) until the block ends, then one line."""
         number, began = len(self.seconds) + 1, time.monotonic()
-        columns = (
-            SpinnerColumn(),
-            TextColumn(f"[dim]{number}/{self.total}[/dim] {{task.description}}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+        described = TextColumn(f"[dim]{number}/{self.total}[/dim] {{task.description}}")
+        columns = SpinnerColumn(), described, BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn()
+        with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             bars.add_task(escape(title), total=None)
             stage = Stage(title=title, bars=bars)
             yield stage

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...planner.backends import BACKENDS, computed_head_dim
+from ...planner.schedule.backends import BACKENDS, computed_head_dim
 from ...traces.errors import UnsupportedError
 
 if TYPE_CHECKING:

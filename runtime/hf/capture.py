@@ -24,7 +24,7 @@ from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
 from ...kernels.select.registry import Selector
-from ...planner.backends import computed_head_dim
+from ...planner.schedule.backends import computed_head_dim
 from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.writer import StepWriter, TraceWriter
@@ -170,20 +170,20 @@ class _Recorder:
         """Record one layer and return its attention [1, S, H, D]."""
         if layer is None or q.shape[0] != 1:
             raise UnsupportedError(f"is {q.shape[0]}; one sequence at a time is captured", field="batch size")
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        factor = float(q.shape[3] ** -0.5 if scale is None else scale)
         header = self.step.header
         wanted = layer in header.recorded_layers
         if wanted or self.settings.sparse:
             shard = ShardTensors.whole(q, k, block_size=header.block_size)
-            mask = chosen_mask(self.settings.selector, shard, layer=layer, scale=scale)
+            mask = chosen_mask(self.settings.selector, shard, layer=layer, scale=factor)
             if wanted:
-                self.step.append(layer, pattern_of(mask), self._choices(layer, shard, mask, scale))
+                self.step.append(layer, pattern_of(mask), self._choices(layer, shard, mask, factor))
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
         if self.settings.sparse and mask is not None:
             backend = _backend(self.settings, q.device.type)
-            return full_attention(q, k, v, mask, scale=scale, backend=backend)[0]
-        return dense_causal(q, k, v, scale=scale)
+            return full_attention(q, k, v, mask, scale=factor, backend=backend)[0]
+        return dense_causal(q, k, v, scale=factor)
 
     def close(self) -> None:
         """Nothing is held: the step is its writer's."""

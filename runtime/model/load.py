@@ -52,13 +52,17 @@ def load_model(
         return _placed(_random_model(config, chosen, seed, source=Path(path)), device)
     if not list(folder.glob("*.safetensors")):
         raise InputError("holds no safetensors weights (a config alone needs random weights)", source=folder)
+    return _placed(pretrained(folder, config, dtype=chosen), device)
+
+
+def pretrained(folder: Path, config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a causal LM with the safetensors weights of a folder, on the host. InputError in one line."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=chosen
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
         )
     except Exception as error:  # whatever is wrong with a user's weights, one line says it
         raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
-    return _placed(model, device)
 
 
 def _placed(model: torch.nn.Module, device: torch.device) -> PreTrainedModel:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,37 +74,27 @@ class TimedAttention:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return the attention's out [B, S, H, D]."""
-        q, k, v = _BackwardEnds.apply(self._clock, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
+        ends = partial(self._clock.end, "attention_backward")
+        q, k, v = _Marked.apply(ends, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
         with self._clock.span("attention_forward"):
             out = self._attention(q, k, v, mask, scale=scale, layer=layer)
-        marked = _BackwardBegins.apply(self._clock, out)
-        assert isinstance(marked, Tensor)
-        return marked
+        (out,) = _Marked.apply(self._clock.begin, out)  # pyright: ignore[reportGeneralTypeIssues]
+        return out
 
     def close(self) -> None:
         """Free what the attention holds."""
         self._attention.close()
 
 
-class _BackwardBegins(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clock: Clock, out: Tensor) -> Tensor:
-        ctx.clock = clock
-        return out.view_as(out)
+class _Marked(torch.autograd.Function):
+    """The same tensors; `mark` is called once the gradients of all of them are there."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        ctx.clock.begin()
-        return None, grads[0]
-
-
-class _BackwardEnds(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clock: Clock, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.clock = clock
+    def forward(ctx: Any, mark: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.mark = mark
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        ctx.clock.end("attention_backward")
+        ctx.mark()
         return None, *grads

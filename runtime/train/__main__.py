@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from ...traces.errors import InputError
 from ..comm.failures import naming_lost_ranks
@@ -63,9 +64,9 @@ def _train(config: TrainConfig, world: Mesh) -> None:
     if first:
         console.print(f"resumed at step {first}")
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
-        task = bar.add_task("training", total=config.steps, completed=first, figures="")
-        trainer.run(lambda result: bar.update(task, completed=result.step + 1, figures=_figures(result)))
+    with Bars(*columns, TextColumn("{task.fields[figures]}"), console=console) as bars:
+        task = bars.add_task("training", total=config.steps, completed=first, figures="")
+        trainer.run(lambda result: bars.update(task, completed=result.step + 1, figures=_figures(result)))
     with naming_lost_ranks(world):
         trainer.close()
 

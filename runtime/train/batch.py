@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...planner.plan import Plan
-from ..data.shards import Sequence
+from ..data.shards import TokenSequence
 from ..model.shard import IGNORED_LABEL, shard
 from .config import TrainConfig
 
@@ -25,7 +25,7 @@ class Microbatch:
     documents: Tensor | None
 
 
-def cut(config: TrainConfig, sequence: Sequence, plan: Plan, *, rank: int, device: torch.device) -> Microbatch:
+def cut(config: TrainConfig, sequence: TokenSequence, plan: Plan, *, rank: int, device: torch.device) -> Microbatch:
     """Cut one sequence for one rank, honouring documents as the configuration asks."""
     asked = config.data.documents
     ids = torch.from_numpy(sequence.tokens)[None]

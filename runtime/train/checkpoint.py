@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn import Module
 
 from ...traces.errors import InputError
-from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, write_json
+from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, sync_folder, write_json
 from ..comm.mesh import Mesh
 
 CHECKPOINT_SCHEMA_VERSION = 1
@@ -141,7 +141,7 @@ class Checkpointer:
         if final.exists():  # the same step of an earlier run that was not resumed
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(self.folder)
+        sync_folder(self.folder)
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             shutil.rmtree(old)
 
@@ -209,11 +209,3 @@ def _first_problem(path: Path, manifest: dict[str, Any], names: list[str]) -> st
 
 def _state(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,7 @@
 
 Parameters and optimizer states are float32 (float64 for float64 runs) and sharded; computation is in the run's type.
 
-Whether it may be trained at all is the audit's to say (`hf/audit.py`).
+Whether it may be trained at all is the audit's to say (`runtime/audit`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ...traces.errors import InputError
 from ..attention.recompute import checkpoint_layer
 from ..model.head_loss import ModelWithLoss
+from ..model.load import pretrained
 from ..model.losses import pick_implementation
 from ..model.shape import check_angles, decoder_layers
 from .config import ModelSection, TrainConfig
@@ -50,12 +51,7 @@ def build_model(section: ModelSection, config: Any, *, device: torch.device, dty
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     else:
         folder = section.path if section.path.is_dir() else section.path.parent
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
-            )
-        except Exception as error:  # whatever is wrong with a user's weights, one line says it
-            raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
+        model = pretrained(folder, config, dtype=dtype)
     check_angles(model)
     return model.train()
 

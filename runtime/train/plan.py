@@ -9,10 +9,10 @@ import torch
 
 from ...kernels.select.registry import Selector, selectors
 from ...kernels.select.sink_window import dense
-from ...planner.backends import computed_head_dim
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.ring import Ring
 from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError

@@ -12,7 +12,6 @@ Figure: TypeAlias = go.Figure
 
 INK = "#17202a"
 FAINT = "#5f6b7a"
-RULE = "#e3e7ec"
 BLUE = "#2563a8"
 ORANGE = "#d9772b"
 GREEN = "#2e8b66"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from doc_scripts import DOCUMENTS, ROOT, between, document_id, load_script
+from source_files import DOCUMENTS, ROOT, between, document_id, load_script
 from sparsering.kernels.mask import AttentionMask
 from sparsering.kernels.plain.reference import reference_attention
 
@@ -55,6 +55,12 @@ def test_figures_are_current():
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").rglob("*.md")), ids=document_id)
 def test_files_are_shown_as_they_are(document: Path):
     assert document.read_text() == load_script("write_includes").filled(document), "`make docs` rewrites it"
+
+
+def test_worked_examples_are_shown_where_extending_is_explained():
+    shown = re.findall(r"<!-- file: (\S+) -->", (ROOT / "docs/extending.md").read_text())
+    examples = {path for kind in ("layout", "selector", "backend") for path in ROOT.glob(f"tests/**/new_{kind}.py")}
+    assert {(ROOT / "docs" / name).resolve() for name in shown} == examples
 
 
 def test_measured_pages_are_current_and_hold_every_result():

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from doc_scripts import DOCUMENTS, ROOT, document_id
+from source_files import DOCUMENTS, ROOT, document_id
 from sparsering import cli
 from sparsering.planner.cost.cluster import PRESETS, load_cluster
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, make_plan

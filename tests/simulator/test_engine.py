@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 import tiny
+from layout_cases import layouts_for
 from sparsering.planner.cost.recurrence import recurrence
 from sparsering.planner.cost.timing import legs_of
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
-from sparsering.planner.layouts.registry import LAYOUTS
+from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import Direction, Phase, Schedule, with_programs
-from sparsering.simulator.engine import simulate, simulate_layer
+from sparsering.simulator.engine import Jitter, simulate, simulate_layer
 from sparsering.traces.errors import InputError, ScheduleError, UnsupportedError
 from sparsering.traces.pattern import LayerPattern, VerticalSlash
 from sparsering.traces.timeline import COMPUTE_STREAM, Timeline
@@ -140,11 +141,11 @@ def test_communication_slows_compute() -> None:
 
 def test_pulls_take_less_time_and_slow_compute_less() -> None:
     # a shard of 4,000 bytes: 1 us of latency and 4 us by sends, 2 us by pulls; 3 us of work before it, 3 after it
-    cases: list[tuple[int, dict[str, float], list[float]]] = [
-        (0, {"slowdown": 0.5, "pull_slowdown": 0.25}, [5.0, 5.0, 8.0]),  # as test_communication_slows_compute
-        (1, {"slowdown": 0.5, "pull_slowdown": 0.0}, [3.0, 3.0, 6.0]),
-        (1, {"slowdown": 0.5, "pull_slowdown": 0.5}, [4.0, 4.0, 7.0]),  # 1 us, then 2 us for 1 us of work, then 1 us
-        (1, {"slowdown": 0.5}, [4.0, 4.0, 7.0]),
+    cases: list[tuple[bool, dict[str, float], list[float]]] = [
+        (False, {"slowdown": 0.5, "pull_slowdown": 0.25}, [5.0, 5.0, 8.0]),  # as test_communication_slows_compute
+        (True, {"slowdown": 0.5, "pull_slowdown": 0.0}, [3.0, 3.0, 6.0]),
+        (True, {"slowdown": 0.5, "pull_slowdown": 0.5}, [4.0, 4.0, 7.0]),  # 1 us, then 2 us for 1 us of work, then 1 us
+        (True, {"slowdown": 0.5}, [4.0, 4.0, 7.0]),
     ]
     for pull, slowdowns, ends in cases:
         schedule = tiny.schedule("gather", 2, chunks=1, pull=pull)
@@ -178,7 +179,7 @@ def test_imbalance_and_exposed_communication() -> None:
 
 def test_layer_is_forward_then_backward() -> None:
     forward, backward = (tiny.schedule("ring", 2, direction) for direction in DIRECTIONS)
-    layer = simulate_layer(forward, backward, tiny.dense_workload(2), tiny.cluster(), COST, timeline=True)
+    layer = simulate_layer((forward, backward), tiny.dense_workload(2), tiny.cluster(), COST, timeline=True)
     assert layer.makespan_us == 8.0 + 21.0
     assert layer.timeline is not None
     late = [span for span in layer.timeline.spans if span.direction == "backward"]
@@ -196,9 +197,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("layout", "parameters"), CASES)
+@pytest.mark.parametrize("layout", CASES, ids=str)
 def test_every_byte_is_sent_and_received_once(layout: Layout, direction: Direction) -> None:
-    schedule = tiny.schedule(layout, 4, direction, columns=3, **parameters)
+    schedule = layout.build(shape=tiny.shape(4, columns=3), direction=direction)
     result = simulate(
         schedule, tiny.dense_workload(4), tiny.cluster(nodes=2, gpus=2, slowdown=0.1), COST, timeline=True
     )
@@ -217,12 +218,12 @@ def test_every_byte_is_sent_and_received_once(layout: Layout, direction: Directi
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("layout", "parameters"), CASES)
+@pytest.mark.parametrize("layout", CASES, ids=str)
 def test_streams_never_overlap_and_arrows_lie_in_their_spans(layout: Layout, direction: Direction) -> None:
-    schedule = tiny.schedule(layout, 4, direction, columns=3, **parameters)
+    schedule = layout.build(shape=tiny.shape(4, columns=3), direction=direction)
     workload = tiny.dense_workload(4)
     timeline = simulate(
-        schedule, workload, tiny.cluster(nodes=2, gpus=2), COST, seed=1, jitter=0.5, timeline=True
+        schedule, workload, tiny.cluster(nodes=2, gpus=2), COST, jitter=Jitter(sigma=0.5, seed=1), timeline=True
     ).timeline
     assert timeline is not None
     streams: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -241,14 +242,16 @@ def test_runs_repeat_exactly_and_jitter_follows_the_seed() -> None:
     cluster = tiny.cluster(nodes=2, gpus=2)
     plain = [simulate(schedule, workload, cluster, COST, timeline=True) for _ in range(2)]
     assert plain[0].timeline == plain[1].timeline
-    noisy = [simulate(schedule, workload, cluster, COST, seed=seed, jitter=0.2).makespan_us for seed in (1, 1, 2)]
+    noises = [Jitter(sigma=0.2, seed=seed) for seed in (1, 1, 2)]
+    noisy = [simulate(schedule, workload, cluster, COST, jitter=noise).makespan_us for noise in noises]
     assert noisy[0] == noisy[1] != noisy[2]
     assert noisy[0] != plain[0].makespan_us
 
 
 def test_jitter_has_mean_one() -> None:
     schedule, workload = tiny.schedule("ring", 1), tiny.dense_workload(1)
-    times = [simulate(schedule, workload, tiny.cluster(), COST, seed=s, jitter=0.3).makespan_us for s in range(400)]
+    noises = [Jitter(sigma=0.3, seed=seed) for seed in range(400)]
+    times = [simulate(schedule, workload, tiny.cluster(), COST, jitter=noise).makespan_us for noise in noises]
     assert np.mean(times) == pytest.approx(3.0, rel=0.05)
 
 
@@ -275,13 +278,12 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="cluster: tiny has 4 GPUs, the schedule 8 ranks"):
         simulate(tiny.schedule("ring", 8), tiny.dense_workload(8), tiny.cluster(), COST)
     for jitter, problem in (
-        (0.1, "jitter: 0.1 needs a seed"),
         (-1.0, "jitter: must be finite and not negative, not -1.0"),
         (float("nan"), "jitter: must be finite and not negative, not nan"),
         (float("inf"), "jitter: must be finite and not negative, not inf"),
     ):
         with pytest.raises(InputError, match=problem):
-            simulate(tiny.schedule("ring", 2), tiny.dense_workload(2), tiny.cluster(), COST, jitter=jitter)
+            Jitter(sigma=jitter, seed=0)
 
 
 def test_a_transport_without_a_model_is_refused() -> None:
@@ -298,7 +300,7 @@ def test_a_transport_without_a_model_is_refused() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_pull_is_priced_as_a_send_within_one_node(direction: Direction) -> None:
-    sent, pulled = (tiny.schedule("gather", 4, direction, chunks=2, pull=pull) for pull in (0, 1))
+    sent, pulled = (tiny.schedule("gather", 4, direction, chunks=2, pull=pull) for pull in (False, True))
     inputs = tiny.dense_workload(4), tiny.cluster(), COST
     for evaluate in (simulate, recurrence):
         assert evaluate(sent, *inputs).makespan_us == evaluate(pulled, *inputs).makespan_us
@@ -306,8 +308,8 @@ def test_a_pull_is_priced_as_a_send_within_one_node(direction: Direction) -> Non
             evaluate(pulled, inputs[0], tiny.cluster(nodes=2, gpus=2), COST)
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_one_rank_alone_only_computes(layout: str) -> None:
-    parameters: dict[str, int] = {"inner_size": 1} if layout in ("hierarchical", "two_level") else {}
-    result = simulate(tiny.schedule(layout, 1, "forward", **parameters), tiny.dense_workload(1), tiny.cluster(), COST)
+@pytest.mark.parametrize("layout", layouts_for(tiny.shape(1), counts=(1,)), ids=str)
+def test_one_rank_alone_only_computes(layout: Layout) -> None:
+    schedule = layout.build(shape=tiny.shape(1), direction="forward")
+    result = simulate(schedule, tiny.dense_workload(1), tiny.cluster(), COST)
     assert (result.makespan_us, result.exposed_us.tolist()) == (3.0, [0.0])

@@ -16,13 +16,15 @@ from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import striped
-from sparsering.simulator.engine import simulate_layer
+from sparsering.simulator.engine import Jitter, simulate_layer
 from sparsering.simulator.metrics import timeline_metrics
 from sparsering.simulator.simulate_plan import simulate_plan
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 from sparsering.traces.synthetic import SyntheticSettings, write_synthetic_trace
 from sparsering.traces.timeline import Span, Timeline
+
+NOISE = Jitter(sigma=0.1, seed=3)
 
 
 @pytest.mark.parametrize("layout", ["ring", "gather", "hierarchical"])
@@ -31,7 +33,7 @@ def test_a_timeline_says_what_its_evaluation_says(layout: str) -> None:
     forward = tiny.schedule(layout, 4, "forward", columns=3, **parameters)
     backward = tiny.schedule(layout, 4, "backward", columns=3, **parameters)
     cluster = tiny.cluster(nodes=2, gpus=2, slowdown=0.2)
-    layer = simulate_layer(forward, backward, tiny.dense_workload(4), cluster, tiny.PairCost(), timeline=True)
+    layer = simulate_layer((forward, backward), tiny.dense_workload(4), cluster, tiny.PairCost(), timeline=True)
     assert layer.timeline is not None
     for found, said in zip(timeline_metrics(layer.timeline), (layer.forward, layer.backward), strict=True):
         assert found.makespan_us == pytest.approx(said.makespan_us)
@@ -100,8 +102,7 @@ def planned(trace: Trace, seq_len_tokens: int = 4096) -> Plan:
         backward=Hierarchical(inner_size=2),
         pattern=PatternSpec(source="trace", trace_sha256=trace.digest()),
         kernels=KernelSpec(backend="blockwise"),
-        provenance={"trace": trace.folder.name},
-    )
+    ).with_record(provenance={"trace": trace.folder.name})
 
 
 def test_simulate_writes_a_timeline_that_compare_reads(trace: Trace, tmp_path: Path) -> None:
@@ -176,6 +177,6 @@ def test_patterns_that_do_not_fit_the_plan_are_refused(trace: Trace) -> None:
 
 def test_a_plan_plays_the_same_twice(trace: Trace) -> None:
     cluster = load_cluster("local-cpu-4")
-    runs = [simulate_plan(planned(trace), trace.layer_pattern(0, 1), cluster, seed=3, jitter=0.1) for _ in range(2)]
+    runs = [simulate_plan(planned(trace), trace.layer_pattern(0, 1), cluster, jitter=NOISE) for _ in range(2)]
     assert runs[0].timeline == runs[1].timeline
     assert np.array_equal(runs[0].backward.phase_us, runs[1].backward.phase_us)

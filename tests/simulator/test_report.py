@@ -17,7 +17,7 @@ from sparsering.simulator.report.figures import Figure
 from sparsering.simulator.report.layouts import MOST_ROWS, layouts_figure, shown_rows
 from sparsering.simulator.report.load import load_figure, spread_loads
 from sparsering.simulator.report.masks import block_map, chosen_heads, masks_figure
-from sparsering.simulator.report.page import duration, layout_in_words, sentence, worst_errors
+from sparsering.simulator.report.page import duration, sentence, worst_errors
 from sparsering.simulator.report.timelines import timelines_figure
 from sparsering.simulator.simulate_plan import simulate_plan
 from sparsering.traces.dataset.store import Trace
@@ -53,8 +53,7 @@ def plan(predictions: dict | None = None) -> Plan:
         backward=Ring(prefetch=1),
         pattern=PatternSpec(source="trace", trace_sha256="0" * 64),
         kernels=KernelSpec(backend="blockwise"),
-        predictions=predictions,
-    )
+    ).with_record(predictions=predictions)
 
 
 def test_a_block_map_agrees_with_the_definition():
@@ -120,6 +119,7 @@ def candidate(number: int, *, baseline: bool, evaluator: str = "simulator", why_
         "granularity_tokens": 64,
         "layout": "ring",
         "parameters": {"prefetch": number},
+        "in_words": f"ring (prefetch {number})",
         "baseline": baseline,
         "why_not": why_not,
         "fits_memory": True,
@@ -158,5 +158,4 @@ def test_one_failing_rank_fails_a_tensor():
 
 
 def test_words():
-    assert layout_in_words("ring", {"prefetch": 2}) == "ring, prefetch 2"
     assert [duration(us) for us in (1234.0, 123_456.0, 1_234_567.0)] == ["1.2 ms", "123 ms", "1.23 s"]

@@ -19,10 +19,9 @@ from sparsering.planner.check.check import check
 from sparsering.planner.check.playable import check_playable
 from sparsering.planner.plan import Plan
 from sparsering.planner.schedule.schedule import Direction
-from sparsering.runtime.attention import part, ring
+from sparsering.runtime.attention import launches, ring
 from sparsering.runtime.attention.bound import bind
 from sparsering.runtime.attention.buffers import BufferPool
-from sparsering.runtime.attention.launches import BackwardLaunches, ForwardLaunches
 from sparsering.runtime.attention.masks import mask_of
 from sparsering.runtime.attention.planned import PlannedAttention
 from sparsering.runtime.comm.channels import Channels
@@ -96,7 +95,7 @@ def attention_computing_first(
     they were given.
     """
     scratches: list[Any] = []
-    backward = part.api.backward
+    backward = launches.api.backward
 
     def noting(queries: Any, keys: Any, columns: Any, into: Any) -> None:
         if keys is not None:
@@ -106,9 +105,9 @@ def attention_computing_first(
     _Earlier.posts = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "Moment", _Earlier)
-        patch.setattr(part.api, "backward", noting)
-        for launches in (ForwardLaunches, BackwardLaunches):
-            patch.setattr(launches, "computes_at_once", mesh.rank % every == 0)
+        patch.setattr(launches.api, "backward", noting)
+        for played in (launches.ForwardLaunches, launches.BackwardLaunches):
+            patch.setattr(played, "computes_at_once", mesh.rank % every == 0)
         results = attention(mesh, plan=plan, pattern=pattern, seed=seed)
     distinct = {id(scratch) for scratch in scratches if scratch is not None}
     assert not distinct or None not in scratches
@@ -128,7 +127,8 @@ def attention_rewritten(
             check_playable(changed)
             programs[direction] = replace(programs[direction], schedule=changed, _phases={})
         played = programs.values()
-        planned.pool = BufferPool(mesh.device, [one.schedule for one in played], groups=[one.groups for one in played])
+        kv_heads = [one.groups.kv_heads_of_one for one in played]
+        planned.pool = BufferPool(mesh.device, [one.schedule for one in played], kv_heads=kv_heads)
 
     return attention(mesh, plan=plan, pattern=pattern, seed=seed, wrap=rewrite)
 

@@ -199,14 +199,14 @@ def make_case_plan(
             ),
             seq_len_tokens=pattern.seq_len_tokens,
             block_size=pattern.block_size,
-            dtype=dtype,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]  # refused there
             columns_capacity=-(-pattern.max_columns // 64) * 64,
         ),
         placement=placement,
         forward=case.layout,
         backward=backward,
         pattern=PatternSpec(source="trace"),
-        kernels=KernelSpec(backend=backend),
+        kernels=KernelSpec.model_validate({"backend": backend}),
         pairs=pattern_pairs(pattern, placement) if leave_out else None,
         head_orders=head_orders,
     )

@@ -60,9 +60,9 @@ def counted(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
         counts["chosen"] += 1
         return source(layer)
 
-    def played(program: Any, *arguments: Any, **keywords: Any) -> None:
-        counts[program.direction] += 1
-        play(program, *arguments, **keywords)
+    def played(layer: Any, *arguments: Any) -> None:
+        counts[layer.program.direction] += 1
+        play(layer, *arguments)
 
     take_ms = trainer.exposure.take_ms
 

@@ -17,7 +17,6 @@ import flash4_contract
 pytest.importorskip("triton")
 import kernel_calls as calls
 from sparsering.kernels import api
-from sparsering.kernels.flash4 import backend as flash4_backend
 from sparsering.kernels.flash4 import index as flash4_index
 from sparsering.kernels.flash4 import launch as flash4_launch
 from sparsering.kernels.flash4.fold import (
@@ -235,9 +234,10 @@ def test_gradients_of_heads_end_to_end(
     table_bytes = task.table_bytes_of_a_head(transposed=True)
     monkeypatch.setattr(flash4_index, "LAUNCH_TABLE_BYTES", heads_a_launch * table_bytes)
     for last in (False, True):
-        flash4_backend.block_backward(
-            *inputs, task, scale=0.2, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2], add_q=last,
-            add_kv=last and not rounded, final_q=final_q if last else None, scratch=scratch,
+        calls.block_backward(
+            *inputs, api.BlockIndex(backend="flash4", data=task), scale=0.2, grad_q=grads[0], grad_k=grads[1],
+            grad_v=grads[2], add_q=last, add_kv=last and not rounded, final_q=final_q if last else None,
+            scratch=scratch,
         )  # fmt: skip
     assert laid_heads == [together if together > 1 else 0] * (2 * 8 // heads_a_launch)
     assert list(scratch) == ["laid"] * (together > 1)

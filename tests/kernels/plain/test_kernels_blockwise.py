@@ -7,181 +7,13 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kernel_calls as calls
 from kernel_cases import CASES, assert_exact, load_case
+from shard_cases import NAMES, Problem, by_shards, expected, plain_problem, problems, sum_over_shards
 from sparsering.kernels import api, gathered
 from sparsering.kernels.mask import AttentionMask, whole
-from sparsering.kernels.plain.reference import reference_attention, reference_gradients
-
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Tensors [B, S, H, D] of a whole sequence (S may exceed the mask's valid tokens) and who owns which token."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    grad_out: torch.Tensor
-    mask: AttentionMask
-    shards: list[torch.Tensor]
-    scale: float
-
-
-def make_mask(
-    generator: torch.Generator,
-    *,
-    seq_len: int,
-    block_size: int,
-    heads: int,
-    toeplitz: bool,
-    columns: int,
-    documents: bool,
-) -> AttentionMask:
-    """A random mask; some heads may have no active block at all."""
-    blocks = -(-seq_len // block_size)
-    shape = (heads, blocks) if toeplitz else (heads, blocks, blocks)
-    active = torch.rand(shape, generator=generator) < torch.rand(heads, *[1] * (len(shape) - 1), generator=generator)
-    slots = None
-    if columns:
-        slots = torch.full((heads, columns), seq_len, dtype=torch.int32)
-        for head in range(heads):
-            count = min(int(torch.randint(columns + 1, (), generator=generator)), seq_len)
-            slots[head, :count] = torch.randperm(seq_len, generator=generator)[:count].sort().values.int()
-    starts = torch.rand(seq_len, generator=generator) < 0.05
-    return AttentionMask(
-        seq_len_tokens=seq_len,
-        block_size=block_size,
-        active=active,
-        columns=slots,
-        documents=starts.cumsum(0).int() if documents else None,
-    )
-
-
-def make_shards(
-    generator: torch.Generator, *, ranks: int, granularity: int, granules: int, placement: str
-) -> list[torch.Tensor]:
-    """Global positions of each rank, ascending, equal counts: ranks * granules * granularity tokens in all."""
-    owner = torch.arange(ranks * granules) % ranks
-    if placement == "contiguous":
-        owner = torch.arange(ranks * granules) // granules
-    elif placement == "scattered":
-        owner = owner[torch.randperm(ranks * granules, generator=generator)]
-    tokens = torch.arange(ranks * granules * granularity)
-    return [tokens[owner[tokens // granularity] == rank] for rank in range(ranks)]
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    ranks, granules = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    granularity, block_size = draw(st.sampled_from([1, 3, 8, 16])), draw(st.sampled_from([4, 8, 16]))
-    placement = draw(st.sampled_from(["contiguous", "striped", "scattered"]))
-    shards = make_shards(generator, ranks=ranks, granularity=granularity, granules=granules, placement=placement)
-    tokens = ranks * granularity * granules
-    kv_heads, group, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    seq_len = tokens - draw(st.integers(0, tokens - 1))
-    mask = make_mask(
-        generator,
-        seq_len=seq_len,
-        block_size=block_size,
-        heads=kv_heads * group,
-        toeplitz=draw(st.booleans()),
-        columns=draw(st.sampled_from([0, 1, 7])),
-        documents=draw(st.booleans()),
-    )
-    return make_problem(generator, mask=mask, shards=shards, kv_heads=kv_heads, batch=batch, dim=4)
-
-
-def make_problem(
-    generator: torch.Generator,
-    *,
-    mask: AttentionMask,
-    shards: list[torch.Tensor],
-    kv_heads: int,
-    batch: int,
-    dim: int,
-    dtype: torch.dtype = torch.float64,
-) -> Problem:
-    tokens = sum(shard.shape[0] for shard in shards)
-    q, k, v, grad_out = (
-        torch.randn(batch, tokens, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
-        for heads in (mask.heads, kv_heads, kv_heads, mask.heads)
-    )
-    return Problem(q=q, k=k, v=v, grad_out=grad_out, mask=mask, shards=shards, scale=dim**-0.5)
-
-
-def expected(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """out, lse, dq, dk, dv of the reference on the whole sequence."""
-    given_tensors = problem.q, problem.k, problem.v, problem.mask
-    return (
-        *reference_attention(*given_tensors, scale=problem.scale),
-        *reference_gradients(problem.grad_out, *given_tensors, scale=problem.scale),
-    )
-
-
-def by_shards(problem: Problem, *, backend: str) -> tuple[torch.Tensor, ...]:
-    """out, lse, dq, dk, dv assembled from what every pretend rank computes, as a ring would."""
-    p, acc = problem, api.accumulator_dtype(problem.q.dtype)
-    column_k, column_v = (sum_over_shards(x, p) for x in (p.k, p.v))
-    out, dq = torch.full(p.q.shape, torch.nan, dtype=acc), torch.full(p.q.shape, torch.nan, dtype=acc)
-    lse = torch.full((p.q.shape[0], p.q.shape[2], p.q.shape[1]), torch.nan, dtype=acc)
-    dk, dv = torch.zeros(p.k.shape, dtype=acc), torch.zeros(p.k.shape, dtype=acc)
-    grad_column_k, grad_column_v = (torch.zeros(column_k.shape, dtype=acc) for _ in range(2))
-    for mine in p.shards:
-        call = {"scale": p.scale}
-        q, grad_out = p.q[:, mine], p.grad_out[:, mine]
-        indices = [api.block_index(p.mask, mine, theirs, backend=backend) for theirs in p.shards]
-        columns = api.column_index(p.mask, mine, backend=backend)
-        partial = calls.column_forward(q, column_k, column_v, columns, **call)
-        for theirs, index in zip(p.shards, indices, strict=True):
-            partial = calls.block_forward(q, p.k[:, theirs], p.v[:, theirs], index, into=partial, **call)
-        delta = (grad_out.to(acc) * partial[0]).sum(-1).transpose(1, 2)
-        grad_q = torch.zeros(q.shape, dtype=acc)
-        calls.column_backward(
-            grad_out,
-            q,
-            column_k,
-            column_v,
-            partial[1],
-            delta,
-            columns,
-            grad_q=grad_q,
-            grad_column_k=grad_column_k,
-            grad_column_v=grad_column_v,
-            **call,
-        )
-        for theirs, index in zip(p.shards, indices, strict=True):
-            grad_k, grad_v = dk[:, theirs], dv[:, theirs]
-            calls.block_backward(
-                grad_out,
-                q,
-                p.k[:, theirs],
-                p.v[:, theirs],
-                partial[1],
-                delta,
-                index,
-                grad_q=grad_q,
-                grad_k=grad_k,
-                grad_v=grad_v,
-                **call,
-            )
-            dk[:, theirs], dv[:, theirs] = grad_k, grad_v
-        out[:, mine], lse[:, :, mine], dq[:, mine] = *partial, grad_q
-    for grad, grad_columns in ((dk, grad_column_k), (dv, grad_column_v)):
-        for mine in p.shards:
-            rows = grad[:, mine]
-            gathered.scatter_columns(grad_columns, p.mask, mine, grad=rows)
-            grad[:, mine] = rows
-    return out, lse, dq, dk, dv
-
-
-def sum_over_shards(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """What an all-reduce of every rank's gathered columns gives."""
-    return torch.stack([gathered.gather_columns(x[:, own], problem.mask, own) for own in problem.shards]).sum(0).to(x.dtype)
+from sparsering.kernels.plain.reference import reference_attention
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
@@ -210,17 +42,6 @@ def test_the_reference_itself_works_by_shards(problem):
         assert_exact(actual, wanted)
 
 
-def _plain_problem(*, dtype: torch.dtype = torch.float64, columns: int = 9, documents: bool = False) -> Problem:
-    generator = torch.Generator().manual_seed(3)
-    mask = make_mask(
-        generator, seq_len=250, block_size=16, heads=4, toeplitz=True, columns=columns, documents=documents
-    )
-    mask.active[:, 0] = True
-    mask.active[1, 3] = True
-    shards = make_shards(generator, ranks=2, granularity=16, granules=8, placement="striped")
-    return make_problem(generator, mask=mask, shards=shards, kv_heads=2, batch=1, dim=16, dtype=dtype)
-
-
 def _mutations(mask: AttentionMask) -> dict[str, AttentionMask]:
     assert mask.columns is not None
     active, columns = mask.active.clone(), mask.columns.clone()
@@ -235,10 +56,10 @@ def _mutations(mask: AttentionMask) -> dict[str, AttentionMask]:
     }
 
 
-@pytest.mark.parametrize("mutation", _mutations(_plain_problem().mask))
+@pytest.mark.parametrize("mutation", _mutations(plain_problem().mask))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_index_fails(mutation, name):
-    problem = _plain_problem()
+    problem = plain_problem()
     wrong = dataclasses.replace(problem, mask=_mutations(problem.mask)[mutation])
     at = NAMES.index(name)
     actual, wanted = by_shards(wrong, backend="blockwise")[at], expected(problem)[at]
@@ -247,7 +68,7 @@ def test_a_wrong_index_fails(mutation, name):
 
 
 def test_an_index_of_another_key_shard_fails():
-    problem = _plain_problem(columns=0)
+    problem = plain_problem(columns=0)
     mine, theirs = problem.shards
     tensors = problem.q[:, mine], problem.k[:, theirs], problem.v[:, theirs]
     wanted, _ = reference_attention(*tensors, problem.mask, scale=1.0, q_positions=mine, k_positions=theirs)
@@ -259,7 +80,7 @@ def test_an_index_of_another_key_shard_fails():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_error_is_within_twice_that_of_plain_torch(dtype):
-    problem = _plain_problem(dtype=dtype)
+    problem = plain_problem(dtype=dtype)
     exact = expected(problem)
     leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     q, k, v = leaves
@@ -289,7 +110,7 @@ def _plain_torch(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
 def test_nan_in_padding_and_odd_strides_do_no_harm(backend):
-    problem = _plain_problem()
+    problem = plain_problem()
     poisoned = {}
     for name in ("q", "k", "v", "grad_out"):
         x = getattr(problem, name).clone()
@@ -305,7 +126,7 @@ def test_nan_in_padding_and_odd_strides_do_no_harm(backend):
 
 
 def test_inactive_tiles_are_never_read():
-    problem = _plain_problem(columns=0)
+    problem = plain_problem(columns=0)
     active = torch.zeros_like(problem.mask.active)
     active[:, :2] = True
     mask = dataclasses.replace(problem.mask, active=active)
@@ -321,7 +142,7 @@ def test_inactive_tiles_are_never_read():
 
 
 def test_scatter_is_the_transpose_of_gather():
-    problem = _plain_problem()
+    problem = plain_problem()
     generator = torch.Generator().manual_seed(5)
     for own in problem.shards:
         columns = gathered.gather_columns(problem.k[:, own], problem.mask, own)
@@ -333,7 +154,7 @@ def test_scatter_is_the_transpose_of_gather():
 
 
 def test_gathered_columns_of_all_ranks_are_the_rows_themselves():
-    problem = _plain_problem()
+    problem = plain_problem()
     assert problem.mask.columns is not None
     columns = sum_over_shards(problem.k, problem)
     for head in range(4):
@@ -344,7 +165,7 @@ def test_gathered_columns_of_all_ranks_are_the_rows_themselves():
 
 
 def test_backward_adds_to_what_is_there():
-    problem = _plain_problem(columns=0)
+    problem = plain_problem(columns=0)
     at = torch.arange(256)
     index = api.block_index(problem.mask, at, at, backend="blockwise")
     out, lse, dq, dk, dv = expected(problem)
@@ -368,13 +189,13 @@ def test_backward_adds_to_what_is_there():
 
 
 def test_positions_that_do_not_ascend_are_refused():
-    mask = _plain_problem().mask
+    mask = plain_problem().mask
     with pytest.raises(ValueError, match="k_positions: 1 follows 2"):
         api.block_index(mask, torch.arange(4), torch.tensor([0, 2, 1]), backend="blockwise")
 
 
 def test_an_empty_shard_is_fine():
-    problem = _plain_problem()
+    problem = plain_problem()
     none = torch.arange(0)
     index = api.block_index(problem.mask, torch.arange(256), none, backend="blockwise")
     out, lse = calls.block_forward(problem.q, problem.k[:, :0], problem.v[:, :0], index, scale=1.0)

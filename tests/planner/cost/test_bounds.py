@@ -8,7 +8,7 @@ import numpy as np
 
 import tiny
 from search_cases import BLOCK, problem
-from sparsering.planner.cost.bounds import communication_bound_us, compute_bound_us, exchange_bound_us
+from sparsering.planner.cost.bounds import Allowed, communication_bound_us, compute_bound_us, exchange_bound_us
 from sparsering.planner.cost.compiled import CompiledRecurrence
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
@@ -24,8 +24,10 @@ def test_bounds_by_hand():
     # 4 shards enter each node through 2 cards; 7 shards reach each rank over its port and a card together.
     assert communication_bound_us(cluster, shape, "forward") == max(4 * 200 / 1000, 7 * 200 / 1500)
     assert communication_bound_us(cluster, shape, "backward") == max(4 * 600 / 1000, 7 * 600 / 1500)
-    assert communication_bound_us(cluster, shape, "backward", keep_kv=True) == max(4 * 400 / 1000, 7 * 400 / 1500)
-    narrow = communication_bound_us(cluster, shape, "backward", keep_kv=True, narrow_gradients=True)
+    assert communication_bound_us(cluster, shape, "backward", Allowed(keep_kv=True)) == max(
+        4 * 400 / 1000, 7 * 400 / 1500
+    )
+    narrow = communication_bound_us(cluster, shape, "backward", Allowed(keep_kv=True, narrow_gradients=True))
     assert narrow == max(4 * 200 / 1000, 7 * 200 / 1500)
     one_node = tiny.cluster(nodes=1, gpus=8, bandwidth=1000.0)
     assert communication_bound_us(one_node, shape, "forward") == 7 * 200 / 1000
@@ -33,7 +35,7 @@ def test_bounds_by_hand():
     found = workload(
         given_problem.samples[0].pattern,
         PlacementChoice(name="striped", granularity_tokens=BLOCK).build(
-            seq_len_tokens=given_problem.seq_len_tokens,
+            seq_len_tokens=given_problem.attention.seq_len_tokens,
             world_size=4,
             block_size=BLOCK,
             block_load=given_problem.summary.block_load,
@@ -81,9 +83,9 @@ def test_the_bound_knows_pulls():
         (tiny.cluster(pull_bandwidth=500.0), True, 1000.0),
         (tiny.cluster(), True, 1000.0),
     ):
-        bounds = [communication_bound_us(cluster, shape, direction, pulls=pulls) for direction in DIRECTIONS]
+        bounds = [communication_bound_us(cluster, shape, direction, Allowed(pulls=pulls)) for direction in DIRECTIONS]
         assert bounds == [3 * shape.kv_bytes / rate, 9 * shape.kv_bytes / rate]
     slow = problem(kind="dense", bandwidth=100.0, pull_bandwidth=200.0)
     found = select(slow, quick=CompiledRecurrence())
-    assert ("pull", 1) in found.pick.backward_layout.parameters
+    assert found.pick.backward_layout.transfers.pull
     assert found.bound_us <= found.pick.step_time_us

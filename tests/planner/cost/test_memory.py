@@ -144,7 +144,7 @@ def test_rounded_gradients_are_counted() -> None:
     shape = AttentionShape(world_size=4, tokens_per_rank=4096, heads=16, kv_heads=2, head_dim=128)
     wide, narrow = (
         layer_memory(TwoLevel(inner_size=2, narrow_gradients=value).build(shape=shape, direction="backward"), shape)
-        for value in (0, 1)
+        for value in (False, True)
     )
     assert narrow.total_bytes - wide.total_bytes == shape.kv_bytes
 
@@ -159,7 +159,7 @@ def test_slots_that_hold_rounded_gradients_are_half_as_large(backend: str) -> No
             shape,
             backend=backend,
         )
-        for value in (0, 1)
+        for value in (False, True)
     )
     assert wide.buffer_bytes - narrow.buffer_bytes == 14 * shape.kv_bytes
     assert wide.workspace_bytes - narrow.workspace_bytes == (7 * shape.kv_bytes if backend == "flash4" else 0)

@@ -89,7 +89,7 @@ def test_equal_on_forward_hierarchical_rings_with_a_card_each(
 def test_equal_on_forward_gathers_of_one_node(
     data: st.DataObject, world: int, links: dict[str, Any], cost: tiny.PairCost, chunks: int, pulled: float | None
 ) -> None:
-    schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks, pull=int(pulled is not None))
+    schedule = tiny.schedule("gather", world, blocks_per_rank=4, chunks=chunks, pull=pulled is not None)
     cluster = tiny.cluster(gpus=world, pull_bandwidth=pulled, **links)
     engine, quick = both(schedule, data.draw(workloads(world)), cluster, cost)
     assert quick.makespan_us == engine.makespan_us

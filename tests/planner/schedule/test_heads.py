@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from ring_cases import PATTERNS, Case, make_case_plan, make_placement
-from search_cases import problem
+from search_cases import allowing, problem
 from sparsering.planner.cost.compiled import CompiledRecurrence
 from sparsering.planner.layouts.ulysses import Ulysses
 from sparsering.planner.plan import load_plan
@@ -98,12 +98,24 @@ def test_the_search_evaluates_heads_as_they_are_dealt_out() -> None:
     uneven = replace(pattern, heads=(*pattern.heads[:2], light, light))
     load = head_load(uneven)
     assert load[0] == load[1] > 3 * load[2]
-    model = given_problem.model.model_copy(update={"kv_heads": 4})
+    model = given_problem.attention.model.model_copy(update={"kv_heads": 4})
     samples = (replace(given_problem.samples[0], pattern=uneven),)
-    apart = replace(given_problem, model=model, samples=samples, cluster=tiny.cluster(gpus=2, bandwidth=1e6))
+    apart = replace(
+        given_problem,
+        attention=given_problem.attention.model_copy(update={"model": model}),
+        samples=samples,
+        cluster=tiny.cluster(gpus=2, bandwidth=1e6),
+    )
+    apart = allowing(apart, layouts=("ulysses",))
     dealt = replace(apart, summary=replace(apart.summary, head_load={0: load}))
-    found = [select(one, quick=CompiledRecurrence(), layouts=["ulysses"]).pick for one in (apart, dealt)]
-    assert [pick.forward_layout.degree for pick in found] == [2, 2]
+    found = [
+        select(
+            one,
+            quick=CompiledRecurrence(),
+        ).pick
+        for one in (apart, dealt)
+    ]
+    assert [pick.forward_layout.head_groups for pick in found] == [2, 2]
     assert found[0].worker_imbalance > 1.5 and found[1].worker_imbalance < 1.05
     order = dealt.head_order(0, 2)
     assert order == (0, 2, 1, 3)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from sparsering.planner.layouts.registry import LAYOUTS, build
+from layout_cases import layouts_for
+from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.schedule.launches import (
     launch_name,
     launches_of,
@@ -95,13 +96,16 @@ def test_the_first_launch_begins_and_the_last_one_ends_a_sum() -> None:
     ]
 
 
+WIDE = replace(tiny.shape(4, columns=8), heads=4)
+
+
 @pytest.mark.parametrize("backend", ["triton", "flash4", "reference"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_every_task_of_every_layout_is_launched_once_in_order(layout: str, direction: Direction, backend: str) -> None:
-    parameters = {"inner_size": 2} if layout in ("hierarchical", "two_level") else {}
-    shape = replace(tiny.shape(4, columns=8), heads=4)
-    schedule = build(layout, parameters, shape=shape, direction=direction)
+@pytest.mark.parametrize("layout", layouts_for(WIDE, counts=(2,)), ids=str)
+def test_every_task_of_every_layout_is_launched_once_in_order(
+    layout: Layout, direction: Direction, backend: str
+) -> None:
+    schedule = layout.build(shape=WIDE, direction=direction)
     for rank in range(4):
         phases = schedule.phases(rank)
         launches = rank_launches(phases, backend=backend)

@@ -19,14 +19,14 @@ from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
-from sparsering.planner.plan import ModelShape, load_plan
+from sparsering.planner.plan import load_plan
 from sparsering.planner.replay import find_trace, recorded_layer
 from sparsering.planner.schedule.pairs import Pairs, active_blocks, causal_pairs, pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, contiguous
 from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
+from sparsering.planner.search.problem import SearchSpace
 from sparsering.planner.search.sampling import summarize
-from sparsering.planner.search.scores import Problem
-from sparsering.planner.search.search import plan_trace
+from sparsering.planner.search.search import make_problem, plan_trace
 from sparsering.runtime.attention.masks import PairGuard, mask_of, mask_pairs, replayed_mask
 from sparsering.simulator.engine import simulate
 from sparsering.simulator.simulate_plan import simulate_plan
@@ -170,7 +170,7 @@ def test_the_search_plans_for_what_the_whole_trace_needs(tmp_path: Path) -> None
     """A window of three blocks over stretches of four: only neighbours exchange."""
     trace = write_synthetic_trace(tmp_path / "trace", "sink-window", WINDOW, layers=3, steps=2, kv_heads=2, head_dim=64)
     cluster = tiny.cluster(gpus=4, bandwidth=1.0)
-    plan = plan_trace(trace, cluster, evaluator=simulate, placements=("contiguous",), layouts=("ring",))
+    plan = plan_trace(trace, cluster, SearchSpace(placements=("contiguous",), layouts=("ring",)), evaluator=simulate)
     assert plan.active_pairs() == window_pairs(4)
     sent = check(plan.schedule("backward"), inactive=plan.active_pairs().left_out()).sent_bytes
     shape = plan.attention_shape()
@@ -193,21 +193,9 @@ def test_all_layers_steps_and_heads_count(tmp_path: Path) -> None:
 
 def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None:
     trace = write_synthetic_trace(tmp_path, "sink-window", WINDOW, layers=1, steps=1, kv_heads=2, head_dim=64)
-    problem = Problem(
-        cluster=tiny.cluster(gpus=4),
-        cost=tiny.PairCost(),
-        model=ModelShape(layers=1, heads=2, kv_heads=2, head_dim=64),
-        seq_len_tokens=WINDOW.seq_len_tokens,
-        block_size=64,
-        dtype="bfloat16",
-        backend="triton",
-        memory_limit_bytes=1 << 30,
-        samples=(),
-        summary=summarize(trace),
-        replayed=False,
-    )
+    problem = make_problem(trace, tiny.cluster(gpus=4), SearchSpace(pattern="choose"), cost=tiny.PairCost())
     place = contiguous(seq_len_tokens=WINDOW.seq_len_tokens, world_size=4, granularity_tokens=64)
     assert problem.pairs(place) == causal_pairs(place)
-    assert replace(problem, replayed=True).pairs(place) == window_pairs(4)
+    assert replace(problem, space=SearchSpace()).pairs(place) == window_pairs(4)
     unknown = replace(problem.summary, active_blocks=None)
     assert replace(problem, replayed=True, summary=unknown).pairs(place) == causal_pairs(place)

@@ -13,11 +13,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sparsering import cli
-from sparsering.planner import plan as plan_module
 from sparsering.planner.cost.cluster import load_cluster
+from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.plan import load_plan
 from sparsering.planner.schedule import schedule as schedule_module
 from sparsering.planner.schedule.schedule import DIRECTIONS
+from sparsering.planner.search.problem import SearchSpace
 from sparsering.planner.search.search import plan_trace
 from sparsering.simulator.engine import simulate
 from sparsering.traces.dataset.manifest import ModelShape, TraceHeader
@@ -112,7 +113,7 @@ def test_no_plain_layout_of_the_table_is_quicker(planned: tuple[Path, dict[str, 
 
 def test_planning_twice_gives_the_same_plan(trace: Trace):
     cluster = load_cluster("local-cpu-4")
-    one, other = (plan_trace(trace, cluster, evaluator=simulate, layers=[2]) for _ in range(2))
+    one, other = (plan_trace(trace, cluster, SearchSpace(layers=(2,)), evaluator=simulate) for _ in range(2))
     assert one.digest == other.digest
     assert one.predictions == other.predictions
 
@@ -251,7 +252,7 @@ def test_a_check_builds_and_hashes_each_direction_once(tmp_path: Path, monkeypat
     ]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     counts = {"built": 0, "hashed": 0}
-    build, plain = plan_module.build, schedule_module.hashlib.sha256
+    build, plain = Layout.build, schedule_module.hashlib.sha256
 
     def building(*given: Any, **named: Any) -> Any:
         counts["built"] += 1
@@ -261,7 +262,7 @@ def test_a_check_builds_and_hashes_each_direction_once(tmp_path: Path, monkeypat
         counts["hashed"] += 1
         return plain(*given, **named)
 
-    monkeypatch.setattr(plan_module, "build", building)
+    monkeypatch.setattr(Layout, "build", building)
     monkeypatch.setattr(schedule_module, "hashlib", SimpleNamespace(sha256=hashing))
     assert CliRunner().invoke(cli.app, ["check", str(tmp_path / "plan.json")]).exit_code == 0
     assert counts == {"built": 2, "hashed": 2}
@@ -279,7 +280,9 @@ def test_a_trace_of_a_model_that_nobody_audited_is_one_line(tmp_path: Path):
 
 def test_patterns_can_be_chosen_as_the_trace_chose_them(tmp_path: Path):
     choice = HeadChoice(selector="vertical-slash", settings={"columns": 70, "slashes": 100})
-    made = plan_trace(recorded(tmp_path / "one", [choice] * 4), load_cluster("local-cpu-4"), pattern="choose")
+    made = plan_trace(
+        recorded(tmp_path / "one", [choice] * 4), load_cluster("local-cpu-4"), SearchSpace(pattern="choose")
+    )
     assert made.pattern.model_dump() == {
         "source": "choose",
         "selector": "vertical-slash",
@@ -289,7 +292,7 @@ def test_patterns_can_be_chosen_as_the_trace_chose_them(tmp_path: Path):
     other = HeadChoice(selector="vertical-slash", settings={"columns": 70, "slashes": 50})
     mixed = recorded(tmp_path / "two", [choice, choice, choice, other])
     with pytest.raises(UnsupportedError, match="2 different ways"):
-        plan_trace(mixed, load_cluster("local-cpu-4"), pattern="choose")
+        plan_trace(mixed, load_cluster("local-cpu-4"), SearchSpace(pattern="choose"))
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path):
@@ -304,8 +307,8 @@ def test_reports_progress_of_every_stage(trace: Trace):
     plan_trace(
         trace,
         load_cluster("local-cpu-4"),
+        SearchSpace(layers=(0,)),
         evaluator=simulate,
-        layers=[0],
         progress=lambda stage, done, total: seen.update({stage: (done, total)}),
     )
     assert list(seen) == ["reading the trace", "estimating", "simulating plain layouts", "choosing"]

@@ -12,24 +12,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from search_cases import BLOCK, problem, problems, senseless
-from sparsering.planner.cost.bounds import lower_bound
+from search_cases import BLOCK, allowing, of_model, problem, problems, senseless
+from sparsering.planner.cost.bounds import Allowed, lower_bound
 from sparsering.planner.cost.compiled import CompiledRecurrence
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.memory import layer_memory
 from sparsering.planner.cost.recurrence import recurrence
 from sparsering.planner.layouts.gather import Gather
-from sparsering.planner.layouts.registry import LAYOUTS, build
+from sparsering.planner.layouts.registry import layout_names
 from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.layouts.two_level import TwoLevel
+from sparsering.planner.layouts.ulysses import MARGIN_PER_RANK
+from sparsering.planner.plan import KernelSpec
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
 from sparsering.planner.search.candidates import baselines, layout_choices, placement_choices, why_not_executable
-from sparsering.planner.search.sampling import evenly_spread
-from sparsering.planner.search.scores import Problem, ScoreBoard, Step
-from sparsering.planner.search.selection import SPLIT_HEADS_MARGIN, Selection, competing_us, select
-from sparsering.planner.search.verdict import predictions, verdict
+from sparsering.planner.search.problem import Problem, SearchSpace
+from sparsering.planner.search.scores import ScoreBoard, Step
+from sparsering.planner.search.selection import Selection, competing_us, select
 from sparsering.simulator.engine import simulate
 from sparsering.traces.errors import InputError
 
@@ -58,7 +60,7 @@ def check_promises(given_problem: Problem, found: Selection) -> None:
     plain_us = min((step.step_time_us for step in rivals if step in plain_steps(found)), default=math.inf)
     assert step_time_us <= plain_us
     plain = {rated.baseline for rated in found.baselines}
-    assert plain == set(baselines(cluster=given_problem.cluster, block_size=BLOCK))
+    assert plain == set(baselines(given_problem.space.offers(given_problem.cluster), block_size=BLOCK))
     assert {rated.step.rater.name for rated in found.baselines} == {name}
 
 
@@ -91,13 +93,13 @@ def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem,
     free = select(given_problem, quick=CompiledRecurrence())
     sizes = [rated.step.memory_bytes for rated in free.table if rated.step.why_not is None]
     limit = int(min(sizes) + share * (max(sizes) - min(sizes)))
-    limited = replace(given_problem, memory_limit_bytes=limit)
+    limited = allowing(given_problem, memory_limit_bytes=limit)
     found = select(limited, quick=CompiledRecurrence())
     check_promises(limited, found)
     free_us, limited_us = free.pick.step_time_us, found.pick.step_time_us
     assert limited_us >= free_us
     with pytest.raises(InputError, match="memory_limit_bytes") as caught:
-        select(replace(given_problem, memory_limit_bytes=1), quick=CompiledRecurrence())
+        select(allowing(given_problem, memory_limit_bytes=1), quick=CompiledRecurrence())
     assert "\n" not in str(caught.value)
 
 
@@ -105,21 +107,19 @@ def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem,
 @settings(max_examples=20)
 def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data):
     cluster, compiled = given_problem.cluster, CompiledRecurrence()
-    choices = placement_choices(
-        seq_len_tokens=given_problem.seq_len_tokens, world_size=cluster.world_size, block_size=BLOCK
-    )
+    choices = placement_choices(given_problem.attention, world_size=cluster.world_size)
     placement = data.draw(st.sampled_from(choices)).build(
-        seq_len_tokens=given_problem.seq_len_tokens,
+        seq_len_tokens=given_problem.attention.seq_len_tokens,
         world_size=cluster.world_size,
         block_size=BLOCK,
         block_load=given_problem.summary.block_load,
     )
-    layout = data.draw(st.sampled_from(layout_choices(cluster=cluster)))
+    layout = data.draw(st.sampled_from(layout_choices(given_problem.space.offers(cluster))))
     shape = given_problem.shape(placement)
-    assume(layout.layout != "ulysses" or shape.splits_heads(dict(layout.parameters)["degree"]))
+    assume(layout.why_not(shape) is None)
     for direction in DIRECTIONS:
         shape = given_problem.shape(placement)
-        schedule = build(layout.layout, dict(layout.parameters), shape=shape, direction=direction)
+        schedule = layout.build(shape=shape, direction=direction)
         for sample in given_problem.samples:  # the second one meets the kept events
             work = workload(sample.pattern, placement)
             one = compiled(schedule, work, cluster, given_problem.cost)
@@ -128,7 +128,7 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
             assert np.array_equal(one.phase_us, other.phase_us)
             bound = lower_bound(
                 workload=work, cluster=cluster, cost=given_problem.cost, shape=shape, direction=direction,
-                keep_kv=layout.keeps_kv,
+                allowed=Allowed(keep_kv=layout.kept_slots is not None),
             )  # fmt: skip
             # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
             simulated = simulate(schedule, work, cluster, given_problem.cost)
@@ -159,18 +159,18 @@ def test_memory_by_hand():
 def test_kv_are_kept_where_memory_allows():
     """Slow links make gathering again costly. The limit is for what all layers keep; plain layouts keep nothing."""
     rich = problem(kind="dense", gpus=4, blocks=16, bandwidth=10.0)
-    found = select(rich, quick=CompiledRecurrence(), layouts=["ring", "gather"])
-    assert found.pick.forward_layout.keeps_kv and found.pick.backward_layout.keeps_kv
-    assert not any(rated.baseline.layout.keeps_kv for rated in found.baselines if rated.baseline)
+    found = select(allowing(rich, layouts=("ring", "gather")), quick=CompiledRecurrence())
+    assert found.pick.forward_layout.kept_slots and found.pick.backward_layout.kept_slots
+    assert not any(rated.baseline.layout.kept_slots for rated in found.baselines if rated.baseline)
     shape = rich.shape(ScoreBoard(problem=rich).placement(found.pick.placement))
-    deep = replace(rich, model=rich.model.model_copy(update={"layers": 50}))
+    deep = of_model(rich, layers=50)
     kept = 3 * shape.kv_bytes
     schedule = Gather(chunks=1, keep_kv=True).build(shape=shape, direction="backward")
     one, all_of_them = (layer_memory(schedule, shape, layers=layers) for layers in (1, 50))
     assert (one.kept_bytes, all_of_them.kept_bytes) == (0, 49 * kept)
-    poor = replace(deep, memory_limit_bytes=49 * kept)
+    poor = allowing(deep, memory_limit_bytes=49 * kept)
     found = select(poor, quick=CompiledRecurrence())
-    assert not (found.pick.forward_layout.keeps_kv or found.pick.backward_layout.keeps_kv)
+    assert not (found.pick.forward_layout.kept_slots or found.pick.backward_layout.kept_slots)
     assert found.pick.memory_bytes <= poor.memory_limit_bytes
 
 
@@ -178,11 +178,11 @@ def test_slow_links_between_nodes_are_crossed_once():
     """Two nodes of two: every shard crosses once; rounded gradients, where allowed, are quicker, and only there."""
     slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
     wide, narrow = (
-        select(replace(slow, narrow_gradients=allowed), quick=CompiledRecurrence()).pick for allowed in (False, True)
+        select(allowing(slow, narrow_gradients=allowed), quick=CompiledRecurrence()).pick for allowed in (False, True)
     )
-    for pick, parameters in ((wide, {"inner_size": 2}), (narrow, {"inner_size": 2, "narrow_grads": 1})):
+    for pick, rounded in ((wide, False), (narrow, True)):
         for layout in (pick.forward_layout, pick.backward_layout):
-            assert (layout.layout, dict(layout.parameters)) == ("two_level", parameters)
+            assert layout == TwoLevel(inner_size=2, narrow_gradients=rounded)
     assert narrow.backward.makespan_us < 0.75 * wide.backward.makespan_us
     assert narrow.forward.makespan_us == wide.forward.makespan_us
 
@@ -190,54 +190,55 @@ def test_slow_links_between_nodes_are_crossed_once():
 def test_heads_are_split_where_that_gains_much():
     """As many K/V heads as query heads: a head group of K/V is a quarter of what a gather fetches."""
     slow = problem(kind="dense", gpus=4, blocks=16, bandwidth=20.0)
-    many = replace(slow, model=slow.model.model_copy(update={"kv_heads": slow.model.heads}))
+    many = of_model(slow, kv_heads=slow.attention.model.heads)
     pick = select(many, quick=CompiledRecurrence()).pick
-    assert pick.forward_layout.splits_heads and pick.backward_layout.splits_heads
-    others = [name for name in LAYOUTS if name != "ulysses"]
-    without = select(many, quick=CompiledRecurrence(), layouts=others).pick
-    assert pick.step_time_us * (1 + SPLIT_HEADS_MARGIN * pick.forward_layout.degree) < without.step_time_us
+    assert pick.forward_layout.head_groups > 1 and pick.backward_layout.head_groups > 1
+    others = tuple(name for name in layout_names() if name != "ulysses")
+    without = select(allowing(many, layouts=others), quick=CompiledRecurrence()).pick
+    assert pick.step_time_us * (1 + MARGIN_PER_RANK * pick.forward_layout.head_groups) < without.step_time_us
     quick = replace(many, cluster=tiny.cluster(gpus=4, bandwidth=1e6))
-    assert not select(quick, quick=CompiledRecurrence()).pick.forward_layout.splits_heads
+    assert not select(quick, quick=CompiledRecurrence()).pick.forward_layout.head_groups > 1
 
 
 def test_ranks_pull_where_the_file_says_how_fast_and_may_be_told_not_to():
     """Pulls at twice the rate, in whose shadow no compute slows, are picked in both directions."""
     slow = problem(kind="dense", pull_bandwidth=2000.0, pull_slowdown=0.0, slowdown=0.5)
-    pulling, sending = (select(replace(slow, pulls=pulls), quick=CompiledRecurrence()).pick for pulls in (True, False))
+    pulling, sending = (select(allowing(slow, pulls=pulls), quick=CompiledRecurrence()).pick for pulls in (True, False))
     for layout, pulled in ((pulling.forward_layout, True), (pulling.backward_layout, True)):
-        assert layout.layout == "gather" and (("pull", 1) in layout.parameters) == pulled
+        assert layout.name == "gather" and layout.transfers.pull == pulled
     assert "pull" not in f"{sending.forward_layout} {sending.backward_layout}"
     assert pulling.step_time_us < sending.step_time_us
     final = select(slow, quick=CompiledRecurrence(), final=simulate).pick
-    assert ("pull", 1) in final.forward_layout.parameters
+    assert final.forward_layout.transfers.pull
 
 
 def test_gradients_that_kernels_round_travel_so_unasked():
     """flash4 writes 16 bits: nothing is lost. Sums of a node's ranks are another thing."""
     cluster, slow = tiny.cluster(nodes=2, gpus=2), problem(kind="dense", nodes=2, gpus=2, bandwidth=100.0)
-    names = {str(one) for one in layout_choices(cluster=cluster, narrow_parts=True)}
-    assert "gather (chunks 1, narrow_grads 1)" in names and "two_level (inner_size 2)" in names
-    assert not any("two_level" in name and "narrow_grads" in name for name in names)
-    assert (slow.narrow_parts, replace(slow, backend="flash4").narrow_parts) == (False, True)
-    assert replace(slow, narrow_gradients=True).narrow_parts
-    one_node = replace(problem(kind="dense", bandwidth=100.0), backend="flash4")
+    flash4 = SearchSpace(kernels=KernelSpec(backend="flash4"))
+    names = {str(one) for one in layout_choices(flash4.offers(cluster))}
+    assert "gather (chunks 1, narrow_gradients)" in names and "two_level (inner_size 2)" in names
+    assert not any("two_level" in name and "narrow_gradients" in name for name in names)
+    assert (slow.space.rounds_parts, flash4.rounds_parts) == (False, True)
+    assert allowing(slow, narrow_gradients=True).space.rounds_parts
+    one_node = problem(kind="dense", bandwidth=100.0, backend="flash4")
     pick = select(one_node, quick=CompiledRecurrence()).pick
-    assert ("narrow_grads", 1) in pick.backward_layout.parameters
+    assert pick.backward_layout.transfers.narrow
 
 
 def test_rounded_gradients_are_quicker_within_a_node_too():
     slow = problem(kind="dense", bandwidth=100.0)
     wide, narrow = (
-        select(replace(slow, narrow_gradients=allowed), quick=CompiledRecurrence()) for allowed in (False, True)
+        select(allowing(slow, narrow_gradients=allowed), quick=CompiledRecurrence()) for allowed in (False, True)
     )
-    assert ("narrow_grads", 1) in narrow.pick.backward_layout.parameters
+    assert narrow.pick.backward_layout.transfers.narrow
     assert narrow.pick.backward.makespan_us < 0.75 * wide.pick.backward.makespan_us
     assert narrow.bound_us <= narrow.pick.step_time_us
 
 
 def test_token_striping_is_looked_at_but_never_picked_for_triton():
     whole_blocks, tokens = (
-        select(problem(kind="dense", blocks=16, backend=backend), quick=CompiledRecurrence(), placements=["striped"])
+        select(problem(kind="dense", blocks=16, backend=backend, placements=("striped",)), quick=CompiledRecurrence())
         for backend in ("triton", "reference")
     )
     rows = [rated for rated in whole_blocks.table if rated.step.placement.granularity_tokens == 1]
@@ -248,21 +249,14 @@ def test_token_striping_is_looked_at_but_never_picked_for_triton():
     assert any(one.step.eligible for one in tokens.table if one.step.placement.granularity_tokens == 1)
 
 
-def test_token_striping_of_long_sequences_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sparsering.planner.search.selection.MAX_TOKEN_STRIPING_TOKENS", 512)
-    found = select(problem(blocks=16), quick=CompiledRecurrence())
-    assert not any(rated.step.placement.granularity_tokens == 1 for rated in found.table)
-    assert "token striping is not looked at beyond 512 tokens" in found.notes
-
-
 def test_heads_are_split_where_they_can_be_and_a_note_says_where_not():
     """Whole head parallelism is looked at under one placement, since all are alike to it; eight ranks have 4 heads."""
     found = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
-    choices = [one.step.placement for one in found.table if ("degree", 4) in one.step.forward_layout.parameters]
+    choices = [one.step.placement for one in found.table if one.step.forward_layout.head_groups == 4]
     assert len(set(choices)) == 1
-    assert len([one for one in found.table if ("degree", 2) in one.step.forward_layout.parameters]) > 1
+    assert len([one for one in found.table if one.step.forward_layout.head_groups == 2]) > 1
     too_many = select(problem(kind="dense", gpus=8), quick=CompiledRecurrence())
-    assert "not for these sizes: ulysses (degree 8)" in too_many.notes
+    assert "not for these sizes: ulysses (4 heads (2 K/V heads) cannot be split evenly over 8 ranks)" in too_many.notes
 
 
 @pytest.mark.parametrize(("backend", "launches_less"), [("triton", 2), ("flash4", 2), ("blockwise", 0)])
@@ -272,14 +266,15 @@ def test_where_transfers_hide_only_launches_tell_chunks_apart(backend: str, laun
     given_problem = replace(given_problem, cost=DatasheetCost(
         gpu=given_problem.cluster.gpu, head_dim=64, block_size=BLOCK, backend=backend,
     ))  # fmt: skip
-    found = select(given_problem, quick=CompiledRecurrence(), layouts=["gather"], placements=["striped"])
+    only = allowing(given_problem, layouts=("gather",), placements=("striped",))
+    found = select(only, quick=CompiledRecurrence())
     forward_us = {
         str(rated.step.forward_layout): rated.step.forward.makespan_us
         for rated in found.table
         if rated.step.placement == found.pick.placement
     }
     assert forward_us["gather (chunks 3)"] - forward_us["gather (chunks 1)"] == pytest.approx(launches_less)
-    assert dict(found.pick.forward_layout.parameters)["chunks"] == 1
+    assert found.pick.forward_layout.parameters["chunks"] == 1
 
 
 def test_equal_candidates_go_to_the_plainer_one():
@@ -294,7 +289,7 @@ def test_equal_candidates_go_to_the_plainer_one():
 def evaluator_by_placement(given_problem: Problem, times_us: dict[str, float]):
     """Times of gathers by placement ("balanced", "striped 64", "striped"), 1,000 for all else."""
     board, known = ScoreBoard(problem=given_problem), {}
-    choices = placement_choices(seq_len_tokens=given_problem.seq_len_tokens, world_size=4, block_size=BLOCK)
+    choices = placement_choices(given_problem.attention, world_size=4)
     for choice in choices:
         if choice.granularity_tokens >= BLOCK:
             work = workload(given_problem.samples[0].pattern, board.placement(choice)).active.tobytes()
@@ -339,7 +334,7 @@ def test_the_best_few_of_every_way_to_transfer_have_the_last_word():
 
     found = select(problem(pull_bandwidth=2000.0), quick=quick, final=good)
     for layout in (found.pick.forward_layout, found.pick.backward_layout):
-        assert ("pull", 1) in layout.parameters
+        assert layout.transfers.pull
 
 
 def test_the_best_regular_placement_has_the_last_word_beside_the_best_few():
@@ -347,64 +342,3 @@ def test_the_best_regular_placement_has_the_last_word_beside_the_best_few():
     irregular = {f"balanced {blocks * BLOCK}": 100.0 for blocks in (1, 2, 4)}
     evaluate = evaluator_by_placement(given_problem, irregular | {"striped 128": 100.5})
     assert str(select(given_problem, quick=evaluate, final=evaluate).pick.placement) == "striped (128 tokens)"
-
-
-def test_directions_may_have_different_layouts():
-    def contrary(schedule, workload, cluster, cost) -> Evaluation:
-        wanted = {"forward": "gather", "backward": "ring"}[schedule.direction]
-        return senseless(1.0 if schedule.layout == wanted else 100.0, schedule.world_size)
-
-    found = select(problem(), quick=contrary)
-    assert (found.pick.forward_layout.layout, found.pick.backward_layout.layout) == ("gather", "ring")
-    assert found.pick.step_time_us == 2.0
-    assert verdict(found) == (
-        "Planning gains 50.50× over the best plain layout (striped (64 tokens), gather (chunks 1))."
-    )
-
-
-def test_verdict_says_when_plain_striping_and_all_gather_is_best():
-    def gathers(schedule, workload, cluster, cost) -> Evaluation:
-        return senseless(99.5 if schedule.layout == "ring" else 100.0, schedule.world_size)
-
-    assert verdict(select(problem(), quick=gathers)) == (
-        "Plain block striping with an all-gather is already best; planning would gain less than 1 %: "
-        "use it (striped (64 tokens), gather (chunks 1))."
-    )
-
-
-def test_verdict_says_when_another_plain_layout_is_best():
-    def rings(schedule, workload, cluster, cost) -> Evaluation:
-        return senseless(50.0 if schedule.layout == "ring" else 100.0, schedule.world_size)
-
-    given_problem = problem()
-    found = select(given_problem, quick=rings)
-    assert verdict(found) == (
-        "A plain layout is already best; planning would gain less than 1 %: use striped (64 tokens), ring (prefetch 1)."
-    )
-    restricted = select(given_problem, quick=rings, layouts=["gather"])
-    assert verdict(restricted, restricted=True) == (
-        "The plain layout striped (64 tokens), ring (prefetch 1) would be 2.00× quicker than this restricted plan."
-    )
-
-
-def test_predictions_agree_with_their_table():
-    given_problem = problem(kind="packed-documents", gpus=4, blocks=48, seed=3, bandwidth=1e7)
-    found = select(given_problem, quick=CompiledRecurrence(), final=simulate)
-    told = predictions(given_problem, found, restricted=False)
-    best = min(row["step_time_us"] for row in told["candidates"] if row["baseline"])
-    assert told["best_baseline_us"] == best
-    assert told["step_time_us"] <= best
-    assert told["gap"] == pytest.approx(told["step_time_us"] / told["bound_us"] - 1, abs=1e-5)
-    assert told["gap"] >= 0
-    rounded = 1e-3 + 1e-6 * told["step_time_us"]  # how the two are written down
-    assert told["exposed_us"] == pytest.approx(told["exposed_fraction"] * told["step_time_us"], abs=rounded)
-    assert told["worker_imbalance"] >= 1
-    assert told["step_imbalance"] >= told["worker_imbalance"] - 1e-6
-    assert told["sampled_layers"] == [[0, 0]]
-    assert told["unvalidated"] is True
-
-
-def test_evenly_spread():
-    assert evenly_spread(range(36), 4) == [0, 12, 23, 35]
-    assert evenly_spread([3, 5], 4) == [3, 5]
-    assert evenly_spread(range(9), 1) == [4]

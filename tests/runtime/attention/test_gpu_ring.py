@@ -15,6 +15,7 @@ from ring_cases import anchor_pattern
 from sparsering.planner.layouts.collective import Collective
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.layouts.two_level import TwoLevel
 from sparsering.planner.layouts.ulysses import Ulysses
@@ -33,7 +34,6 @@ LAYOUTS = {
         Gather(chunks=2),
         Hierarchical(inner_size=2),
         TwoLevel(inner_size=2),
-        TwoLevel(inner_size=2, chunks=2),
         TwoLevel(inner_size=2, halves=True),
         Ulysses(degree=2),
         Ulysses(degree=4),
@@ -44,7 +44,6 @@ LAYOUTS = {
         Gather(chunks=3),
         Hierarchical(inner_size=4),
         TwoLevel(inner_size=4),
-        TwoLevel(inner_size=4, chunks=2),
         TwoLevel(inner_size=4, halves=True),
         Ulysses(degree=2),
         Ulysses(degree=8),
@@ -80,7 +79,7 @@ def _plan(
     pattern: LayerPattern,
     world_size: int,
     placement: str,
-    layout: tuple[str, dict[str, int]],
+    layout: Layout,
     granularity_tokens: int = 128,
     *,
     backend: str = "triton",
@@ -127,7 +126,7 @@ def _check(pool: RankPool, plan: Plan, pattern: LayerPattern) -> None:
     ids=str,
 )
 def test_bf16_over_nccl(
-    world_size: int, placement: str, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, placement: str, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, placement, layout), pattern)
@@ -141,11 +140,11 @@ def test_wider_stripes(world_size: int, granularity_tokens: int, gpu_pools: Call
     _check(gpu_pools(world_size, False), plan, pattern)
 
 
-@pytest.mark.parametrize("pull", [0, 1])
+@pytest.mark.parametrize("pull", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "flash4"])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_gradients_written_rounded(
-    world_size: int, backend: str, pull: int, gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, backend: str, pull: bool, gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     if backend == "flash4":
         pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
@@ -157,9 +156,7 @@ def test_gradients_written_rounded(
 
 @pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=2)], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
-def test_block_masks_and_documents(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
-) -> None:
+def test_block_masks_and_documents(world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384, density=0.1, columns=128, documents=5, block_mask_heads=4)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "balanced", layout), pattern)
 
@@ -168,7 +165,6 @@ def test_block_masks_and_documents(
     "layout",
     [
         Collective(),
-        Collective(chunks=2),
         Gather(chunks=2, keep_kv=True),
         TwoLevel(inner_size=2, narrow_gradients=True),
     ],
@@ -176,7 +172,7 @@ def test_block_masks_and_documents(
 )
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_other_transports_and_kept_keys(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
@@ -187,9 +183,7 @@ PULLING = [Gather(chunks=1, pull=True), Gather(chunks=2, keep_kv=True, pull=True
 
 @pytest.mark.parametrize("layout", PULLING, ids=str)
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_pulls_by_copy_engines(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
-) -> None:
+def test_pulls_by_copy_engines(world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]) -> None:
     """Twice over the same channels: signals of one plan must not be left for the next."""
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
     for placement in ("striped", "zigzag"):
@@ -199,7 +193,7 @@ def test_pulls_by_copy_engines(
 @pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=1), *PULLING], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_pairs_that_documents_never_need_are_left_out(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     """Ranks have different numbers of calls then, which those that pull must not wait for."""
     pattern = anchor_pattern(seq_len_tokens=16384, density=0.3, columns=64, documents=9)
@@ -211,7 +205,7 @@ def test_pairs_that_documents_never_need_are_left_out(
 @pytest.mark.parametrize("layout", [Ring(prefetch=1), Gather(chunks=1)], ids=str)
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_flash4_plays_the_same_schedules(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
+    world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]
 ) -> None:
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     pattern = anchor_pattern(seq_len_tokens=16384 - 77, density=0.1, columns=512)
@@ -219,16 +213,12 @@ def test_flash4_plays_the_same_schedules(
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w][-5:]], ids=str)
-def test_long_sequence(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
-) -> None:
+def test_long_sequence(world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]) -> None:
     pattern = anchor_pattern(seq_len_tokens=131072, density=0.05, columns=1024)
     _check(gpu_pools(world_size, False), _plan(pattern, world_size, "striped", layout), pattern)
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(w, x) for w in (4, 8) for x in LAYOUTS[w]], ids=str)
-def test_two_nodes(
-    world_size: int, layout: tuple[str, dict[str, int]], gpu_pools: Callable[[int, bool], RankPool]
-) -> None:
+def test_two_nodes(world_size: int, layout: Layout, gpu_pools: Callable[[int, bool], RankPool]) -> None:
     pattern = anchor_pattern(seq_len_tokens=32768, density=0.1, columns=512)
     _check(gpu_pools(world_size, True), _plan(pattern, world_size, "striped", layout), pattern)

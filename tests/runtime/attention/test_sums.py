@@ -17,10 +17,9 @@ from sparsering.kernels.plain.reference import reference_attention
 from sparsering.planner.schedule.schedule import DKV_HOME, KV_HOME, Buffer, Phase, Schedule, ShardId, Task, Transfer
 from sparsering.runtime.attention.buffers import BufferPool, Slots
 from sparsering.runtime.attention.heads import HeadGroups
-from sparsering.runtime.attention.indexes import Indexes
 from sparsering.runtime.attention.launches import BackwardLaunches
 from sparsering.runtime.attention.layer import Layer
-from sparsering.runtime.attention.masks import mask_of
+from sparsering.runtime.attention.masks import Indexes, mask_of
 from sparsering.runtime.attention.program import Program
 from sparsering.runtime.attention.sums import KeySums
 from sparsering.runtime.attention.transfers import LayerTransfers

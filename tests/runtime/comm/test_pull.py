@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.schedule.pairs import Pairs
-from sparsering.planner.schedule.schedule import DIRECTIONS, GroupCall, Schedule, Transfer
+from sparsering.planner.schedule.schedule import DIRECTIONS, Direction, GroupCall, Schedule, Transfer
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.runtime.attention.buffers import BufferPool
 from sparsering.runtime.comm.pull import Arena, Pull, Signals, why_not_readable
@@ -113,9 +113,12 @@ def token(transfer: Transfer) -> int:
     return transfer.shard.sequence_part + (1000 * (transfer.sequence + 1) if transfer.kind == "dkv" else 0)
 
 
-def made(world_size: int, direction: Direction, pairs: Pairs | None, *, chunks: int, keep_kv: bool) -> Schedule:
+def made(
+    world_size: int, direction: Direction, pairs: Pairs | None = None, *, chunks: int = 1, keep_kv: bool = False,
+    pull: bool = True,
+) -> Schedule:  # fmt: skip
     shape = AttentionShape(world_size=world_size, tokens_per_rank=64, heads=2, kv_heads=1, head_dim=8)
-    return Gather(chunks=chunks, keep_kv=keep_kv, pull=True).build(shape=shape, direction=direction, pairs=pairs)
+    return Gather(chunks=chunks, keep_kv=keep_kv, pull=pull).build(shape=shape, direction=direction, pairs=pairs)
 
 
 @st.composite
@@ -190,7 +193,7 @@ class _Peers:
 
 
 def test_slots_lie_alike_on_all_ranks() -> None:
-    schedules = [made(3, direction, None, chunks=1) for direction in DIRECTIONS]
+    schedules = [made(3, direction) for direction in DIRECTIONS]
     peers = _Peers(rank=1)
     pool = BufferPool(torch.device("cpu"), schedules, peers)  # pyright: ignore[reportArgumentType]
     slots = pool.slots(schedules[1], torch.Size((1, 64, 1, 8)), {"kv": torch.bfloat16, "dkv": torch.float32})
@@ -206,7 +209,7 @@ def test_slots_lie_alike_on_all_ranks() -> None:
 
 
 def test_nothing_is_shared_where_nobody_pulls() -> None:
-    schedules = [made(3, direction, None, pull=0) for direction in DIRECTIONS]
+    schedules = [made(3, direction, pull=False) for direction in DIRECTIONS]
     pool = BufferPool(torch.device("cpu"), schedules, _Peers(rank=0))  # pyright: ignore[reportArgumentType]
     slots = pool.slots(schedules[0], torch.Size((1, 64, 1, 8)), {"kv": torch.float32, "dkv": torch.float32})
     assert "staged:0" not in slots and slots.of_peer("kv:0", 1) == (None, None)

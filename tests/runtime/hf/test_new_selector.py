@@ -26,7 +26,7 @@ SEQ_LEN_TOKENS, WORLD_SIZE = 512, 2
 CLUSTER = Path(cli.__file__).parent / "planner/presets/local-cpu-4.yaml"
 
 
-def run(*arguments: str | Path) -> None:
+def run(*arguments: str | int | Path) -> None:
     result = CliRunner().invoke(cli.app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
 

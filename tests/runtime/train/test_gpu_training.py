@@ -49,7 +49,7 @@ def _flash4_runs_here() -> bool:
     return True
 
 
-@pytest.mark.parametrize("attention", ["cudnn", "flash2", "flash4", "torch"])
+@pytest.mark.parametrize("attention", ["cudnn", "flash4", "torch"])
 def test_dense_rings_are_as_exact_as_plain_torch(attention: str, pool: RankPool) -> None:
     if attention == "flash4" and not _flash4_runs_here():
         pytest.skip("needs the flash-attn-4 wheels and a GPU that they run on")

@@ -19,7 +19,7 @@ from sparsering.kernels.select.top import highest, take_highest
 @register
 @dataclass(frozen=True, kw_only=True)
 class LongKeys(Selector):
-    """near_blocks: a query block's own one and those before it; long_blocks: past ones, by the mean length of their keys."""
+    """near_blocks: a query block's own and those before it; long_blocks: past ones with long keys on average."""
 
     name, causal = "long-keys", True
     help = "nearest blocks, and those with the longest keys"

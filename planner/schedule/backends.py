@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..traces.errors import InputError, UnsupportedError
+from ...traces.errors import InputError, UnsupportedError
 
 FASTEST = "fastest"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 import tiny
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
-from sparsering.planner.plan import ModelShape
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape
 from sparsering.planner.schedule.workload import unit_load
+from sparsering.planner.search.problem import Problem, SearchSpace
 from sparsering.planner.search.sampling import Sample, TraceSummary
-from sparsering.planner.search.scores import Problem
 from sparsering.traces.synthetic import SyntheticSettings, synthesize
 
 BLOCK = 64
@@ -23,7 +24,8 @@ CLUSTERS = [(1, 1), (1, 2), (1, 4), (2, 2), (3, 2)]
 
 def problem(
     *, kind: str = "vertical-slash", nodes: int = 1, gpus: int = 4, blocks: int = 16, layers: int = 1, seed: int = 0,
-    backend: str = "triton", memory_limit_bytes: int = 1 << 30, columns: int = 20, **hardware: Any,
+    backend: str = "triton", memory_limit_bytes: int = 1 << 30, columns: int = 20,
+    placements: tuple[str, ...] = (), **hardware: Any,
 ) -> Problem:  # fmt: skip
     cluster = tiny.cluster(nodes=nodes, gpus=gpus, **hardware)
     drawn = SyntheticSettings(
@@ -33,14 +35,20 @@ def problem(
     patterns = [synthesize(kind, drawn, seed=seed, layer=layer) for layer in range(layers)]
     most_columns = max(pattern.max_columns for pattern in patterns)
     return Problem(
+        space=SearchSpace(
+            memory_limit_bytes=memory_limit_bytes,
+            placements=placements,
+            kernels=KernelSpec.model_validate({"backend": backend}),
+        ),
         cluster=cluster,
         cost=DatasheetCost(gpu=cluster.gpu, head_dim=64, block_size=BLOCK),
-        model=ModelShape(layers=layers, heads=4, kv_heads=2, head_dim=64),
-        seq_len_tokens=drawn.seq_len_tokens,
-        block_size=BLOCK,
-        dtype="bfloat16",
-        backend=backend,
-        memory_limit_bytes=memory_limit_bytes,
+        attention=AttentionSpec(
+            model=ModelShape(layers=layers, heads=4, kv_heads=2, head_dim=64),
+            seq_len_tokens=drawn.seq_len_tokens,
+            block_size=BLOCK,
+            dtype="bfloat16",
+            columns_capacity=-(-most_columns // 64) * 64,
+        ),
         samples=tuple(
             Sample(training_step=0, layer=layer, pattern=pattern) for layer, pattern in enumerate(patterns)
         ),
@@ -51,6 +59,17 @@ def problem(
             recorded_layers=layers,
         ),
     )  # fmt: skip
+
+
+def allowing(given_problem: Problem, **changes: Any) -> Problem:
+    """Return the problem with other values in what may be picked."""
+    return replace(given_problem, space=replace(given_problem.space, **changes))
+
+
+def of_model(given_problem: Problem, **changes: Any) -> Problem:
+    """Return the problem for a model with other values."""
+    model = given_problem.attention.model.model_copy(update=changes)
+    return replace(given_problem, attention=given_problem.attention.model_copy(update={"model": model}))
 
 
 @st.composite

@@ -1,0 +1,6 @@
+"""Jobs of tests/support/rank_pool.py in a process that knows the layout of tests/support/schedules/new_layout.py."""
+
+from __future__ import annotations
+
+import new_layout as new_layout  # registers it
+from rank_jobs import attention as attention
