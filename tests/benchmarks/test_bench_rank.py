@@ -35,7 +35,7 @@ def _toy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_play_four_ranks_two_at_a_time(tmp_path: Path) -> None:
-    layouts = ["gather:chunks=1,pull=1,keep_kv=1", "hierarchical:inner_size=2"]
+    layouts = ["gather:chunks=1,pull,keep_kv", "hierarchical:inner_size=2"]
     done = _toy(tmp_path, "--keep-all-pairs", "--ranks", "3", "0", "1", "2", "--layout", *layouts)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("rank-*.json")

@@ -1,4 +1,4 @@
-"""The project's own sources, read as text: which files there are, and what each imports."""
+"""The project's own sources and documents, read as text, and the scripts of docs/ that write parts of these."""
 
 from __future__ import annotations
 
