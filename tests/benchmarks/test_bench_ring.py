@@ -49,7 +49,7 @@ def test_every_family_is_planned(family: str) -> None:
             check(plans[placement].schedule(way), inactive=plans[placement].active_pairs().left_out())
     assert name_of(plans["striped"]).startswith("stripedx1 gather:chunks=1")
     assert transports_of(plans["striped"]) == "p2p"
-    case = Case(placement="striped", granularity_blocks=1, backend="triton", layout="gather:chunks=1,pull=1")
+    case = Case(placement="striped", granularity_blocks=1, backend="triton", layout="gather:chunks=1,pull")
     assert transports_of(make_case_plan(case, work, cluster=cluster)) == "pull"
     case = Case(placement="striped", granularity_blocks=1, backend="triton", layout="collective")
     assert transports_of(make_case_plan(case, work, cluster=cluster)) == "all_gather+reduce_scatter"
@@ -102,7 +102,7 @@ def test_two_nodes_are_joined_by_sockets() -> None:
 
 def test_the_whole_road_on_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsering.benchmarks.ring", "--toy", "--family", "slash", "documents"]
-    command += ["--density", "0.2", "--placement", "contiguous", "planned", "--layout", "ring/gather:chunks=1,pull=1"]
+    command += ["--density", "0.2", "--placement", "contiguous", "planned", "--layout", "ring/gather:chunks=1,pull"]
     command += ["--repeats", "1", "--baselines", "dense-zigzag", "--results", str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONSAFEPATH": "1"}

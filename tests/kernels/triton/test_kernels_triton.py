@@ -184,13 +184,9 @@ def test_shards_add_up(name: str, toeplitz: bool, shards: list[list[int]]) -> No
         partial = None
         for keys in at:
             index = api.block_index(mask, queries, keys, backend="triton")
-            partial = calls.block_forward(
-                q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, into=partial
-            )
+            partial = calls.block_forward(q[:, queries], k[:, keys], v[:, keys], index, scale=SCALE, into=partial)
         index = api.column_index(mask, queries, backend="triton")
-        partials.append(
-            calls.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, into=partial)
-        )
+        partials.append(calls.column_forward(q[:, queries], column_k, column_v, index, scale=SCALE, into=partial))
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     grad_columns = [torch.zeros_like(x) for x in (column_k, column_v)]
     for queries, (out, lse) in zip(at, partials, strict=True):
