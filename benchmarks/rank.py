@@ -209,7 +209,7 @@ def _memory(plan: Plan, planned: PlannedAttention, figures: Figures) -> dict[str
     peak = None if figures.peak_bytes is None else figures.peak_bytes + planned.pool.uncounted_bytes
     return {
         "peak_bytes": peak,
-        "ring_plans.predicted_peak_bytes": predicted,
+        "predicted_peak_bytes": predicted,
         "peak_ratio": None if peak is None else peak / predicted,
     }
 

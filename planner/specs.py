@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from .schedule.backends import facts_of
 from .schedule.placement import Placement
 from .schedule.shape import AttentionShape
 
@@ -108,5 +109,11 @@ class KernelSpec(Strict):
     else triton; blockwise without a GPU.
     """
 
-    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] = "triton"
+    backend: str = "triton"
     tuned: TunedLaunches | None = None
+
+    @field_validator("backend")
+    @classmethod
+    def _is_known(cls, backend: str) -> str:
+        facts_of(backend)
+        return backend

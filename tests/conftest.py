@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Tests share helpers (rank_pool, ring_cases, …); the safe path keeps their folder off sys.path.
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "ranks"))
 
 from rank_pool import RankPool
 

@@ -128,18 +128,19 @@ def grad_kv_kernel(
 ):
     """Grid (B * H_kv * rows.number * BLOCK / N): one program per part of a key tile, all query heads of its KV head.
 
-    SPLIT: a program (GROUP times as many) takes one query head alone and writes its share into grad_k, grad_v
-    [B * H_kv * rows.number * GROUP, BLOCK, D]. In views.py: at KeyStrides, queries QueryTiles, blocks BlockLists of key
-    tiles, rows KeyRows, scale Scale; row_values are lines of `padded` values.
+    SPLIT > 0: so many programs share a part's lists of all query heads, laid end to end, in equal pieces, the last one
+    with the own blocks; each writes its share into grad_k, grad_v [B * H_kv * rows.number * SPLIT, BLOCK, D]. In
+    views.py: at KeyStrides, queries QueryTiles, blocks BlockLists of key tiles, rows KeyRows, scale Scale; row_values
+    are lines of `padded` values.
     """
     program = tl.program_id(0)
     part = program % (BLOCK // N)
     program = program // (BLOCK // N)
     line_of_part = program
-    first_member, members = 0, GROUP
-    if SPLIT:
-        first_member, members = program % GROUP, 1
-        program = program // GROUP
+    piece = 0
+    if SPLIT > 0:
+        piece = program % SPLIT
+        program = program // SPLIT
     tile = tl.load(rows.order + rows.first + program % rows.number)
     kv_head = (program // rows.number) % rows.kv_heads
     batch = program // (rows.number * rows.kv_heads)
@@ -154,11 +155,22 @@ def grad_kv_kernel(
 
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
-    for member in range(0, members):
-        head = kv_head * GROUP + first_member + member
+    entries, before = 0, 0
+    if SPLIT > 0:
+        for member in range(0, GROUP):
+            entries += tl.load(blocks.fields + ((kv_head * GROUP + member) * rows.tiles + tile) * 4 + 1)
+    for member in range(0, GROUP):
+        head = kv_head * GROUP + member
         line = (batch * rows.kv_heads * GROUP + head) * 2
         fields = blocks.fields + (head * rows.tiles + tile) * 4
         start, count, base = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+        if SPLIT > 0:
+            # The list is cut by its start and count: a loop that begins anywhere but at 0 is not pipelined.
+            low = tl.minimum(tl.maximum(entries * piece // SPLIT - before, 0), count)
+            high = tl.minimum(tl.maximum(entries * (piece + 1) // SPLIT - before, 0), count)
+            before += count
+            start += low
+            count = high - low
         for step in range(0, count * (BLOCK // M)):
             entry = tl.load(blocks.entries + start + step // (BLOCK // M))
             query = (base + SIGN * entry) * BLOCK + (step % (BLOCK // M)) * M
@@ -175,8 +187,11 @@ def grad_kv_kernel(
                                             padded, True, scale, False, M, TMA, ACC, PRECISION)
     # The own block of every head, in one loop over (head, query part). Query parts before this key part see none of it.
     parts = BLOCK // M - (part * N) // M
+    members = GROUP
+    if SPLIT > 0:
+        members = tl.where(piece == SPLIT - 1, GROUP, 0)
     for step in tl.range(0, members * parts, num_stages=1, disable_licm=True):
-        head = kv_head * GROUP + first_member + step // parts
+        head = kv_head * GROUP + step // parts
         line = (batch * rows.kv_heads * GROUP + head) * 2
         diagonal = tl.load(blocks.fields + (head * rows.tiles + tile) * 4 + 3)
         if diagonal >= 0:
@@ -191,7 +206,7 @@ def grad_kv_kernel(
                 allowed = allowed & (q_document[None, :] == k_document[:, None])
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
                                         padded, allowed, scale, True, M, TMA, ACC, PRECISION)
-    if SPLIT:
+    if SPLIT > 0:
         store_part(grad_k, k_acc, line_of_part, part * N, BLOCK, N, D, TMA)
         store_part(grad_v, v_acc, line_of_part, part * N, BLOCK, N, D, TMA)
     else:
@@ -200,16 +215,16 @@ def grad_kv_kernel(
 
 
 @triton.jit
-def join_split_kernel(parts, grad, order, d_b, d_s, d_h, kv_heads, row_count, k_valid, GROUP: tl.constexpr,
+def join_split_kernel(parts, grad, order, d_b, d_s, d_h, kv_heads, row_count, k_valid, PIECES: tl.constexpr,
                       BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr):
-    """grad [B, S_k, H_kv, D] (ADD: +=) each group's sum of split shares. Grid (row_count, H_kv * B, BLOCK / ROWS)."""
+    """grad [B, S_k, H_kv, D] (ADD: +=) the sum of its pieces. Grid (row_count, H_kv * B, BLOCK / ROWS)."""
     row, pair = tl.program_id(0), tl.program_id(1)
     kv_head, batch = pair % kv_heads, pair // kv_heads
     inside = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, D)[None, :]
-    share = parts + ((pair * row_count + row).to(tl.int64) * GROUP * BLOCK + inside[:, None]) * D + dims
+    share = parts + ((pair * row_count + row).to(tl.int64) * PIECES * BLOCK + inside[:, None]) * D + dims
     total = tl.load(share)
-    for member in range(1, GROUP):
+    for member in range(1, PIECES):
         total += tl.load(share + member * BLOCK * D)
     rows = tl.load(order + row) * BLOCK + inside
     target = grad + batch.to(tl.int64) * d_b + kv_head.to(tl.int64) * d_h + rows.to(tl.int64)[:, None] * d_s + dims

@@ -4,4 +4,4 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 for _file in iter_modules(__path__):
-    import_module(f"{__name__}.{_file.name}")
+    import_module(f".{_file.name}", __package__)

@@ -15,6 +15,7 @@ from ...kernels.select import DEFAULT_SELECTOR
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.registry import make_layout
 from ...planner.plan import DType
+from ...planner.schedule.backends import facts_of
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
@@ -87,15 +88,17 @@ class PlanSection(_Section):
     layout: str = "gather"
     layout_parameters: dict[str, StrictBool | StrictInt] = Field(default_factory=dict)
     block_size: Literal[64, 128] = 128
-    backend: Literal["fastest", "reference", "blockwise", "triton", "flash4"] | None = None
+    backend: str | None = None
 
     def make_layout(self) -> Layout:
         """Return the default plan's layout; InputError, naming field and value, where there is none that fits."""
         return make_layout(self.layout, self.layout_parameters)
 
     @model_validator(mode="after")
-    def _known_layout(self) -> Self:
+    def _known_values(self) -> Self:
         self.make_layout()
+        if self.backend is not None:
+            facts_of(self.backend)
         return self
 
 

@@ -20,7 +20,7 @@ from sparsering.runtime.comm.mesh import join, usual_patience_s
 from sparsering.runtime.comm.sentinel import Silence, Watch
 from sparsering.traces.errors import InputError
 
-WORKER = Path(__file__).parents[2] / "support" / "sentinel_worker.py"
+WORKER = Path(__file__).parents[2] / "support" / "ranks" / "sentinel_worker.py"
 WORLD_SIZE = 3
 PATIENCE_S = 2.0
 TIMEOUT_S = 60.0

@@ -1,4 +1,4 @@
-"""Jobs of tests/support/rank_pool.py in a process that knows the layout of tests/support/schedules/new_layout.py."""
+"""Jobs of rank_pool.py in a process that knows the layout of new_layout.py."""
 
 from __future__ import annotations
 

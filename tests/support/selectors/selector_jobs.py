@@ -1,4 +1,4 @@
-"""A job of tests/support/rank_pool.py in a process that knows the selector of tests/support/new_selector.py."""
+"""A job of tests/support/ranks/rank_pool.py in a process that knows the selector of tests/support/new_selector.py."""
 
 from __future__ import annotations
 

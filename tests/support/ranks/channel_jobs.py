@@ -1,4 +1,4 @@
-"""Jobs for tests/support/rank_pool.py over channels that count, are late, or die: `function(mesh, **arguments)`."""
+"""Jobs for rank_pool.py over channels that count, are late, or die: `function(mesh, **arguments)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of a pool of tests/support/rank_pool.py: joins the process group, then runs jobs until told to stop."""
+"""One rank of a pool of rank_pool.py: joins the process group, then runs jobs until told to stop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
 
     patience_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     mesh = join(device=sys.argv[2], timeout_s=120, patience_s=patience_s)
-    support = Path(__file__).resolve().parent
+    support = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(folder) for folder in (support, *support.iterdir()) if folder.is_dir()]
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send(mesh.rank)

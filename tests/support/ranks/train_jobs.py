@@ -1,4 +1,4 @@
-"""Jobs for tests/support/rank_pool.py that train: called as `function(mesh, **arguments)` on every rank."""
+"""Jobs for tests/support/ranks/rank_pool.py that train: called as `function(mesh, **arguments)` on every rank."""
 
 from __future__ import annotations
 
