@@ -3,6 +3,7 @@
 One process, one GPU; every sparse result is checked against float64 on sampled rows before it is timed. Rates count
 matmul FLOPs of active blocks whole, plus 4 D for each causal (query, column) pair; backward counts 2.5 times that.
     python -m sparsering.benchmarks.kernels --seq-lens 131072 --densities 0.1 0.05 0.02 --columns 0 1024
+    python -m sparsering.benchmarks.kernels --as sm_80 --impls fa2-dense ours-triton flex     # the A100 path, on Hopper
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def measure(implementation: Implementation, problem: Problem, repeats: int) -> d
 
 @dataclass
 class Table:
-    """Rows of one sequence length, printed as they come; rates are set beside cuDNN's."""
+    """Rows of one sequence length, printed as they come; rates are set beside dense ones."""
 
     arguments: argparse.Namespace
     seq_len: int
@@ -133,8 +134,9 @@ class Table:
             rate = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction] * flops / took / 1e9
             shape = {"heads": arguments.heads[0], "kv_heads": arguments.heads[1], "head_dim": arguments.head_dim}
             row = {"impl": impl, "seq_len": self.seq_len, **mask, "seed": arguments.seed, "direction": direction}
-            self.rows.append(row | {"time_ms": took, "tflops": rate, **shape, "block": arguments.block})
-            share = f"{100 * rate / self.dense[direction]:5.1f} % of cuDNN" if direction in self.dense else ""
+            row |= {"time_ms": took, "tflops": rate, **shape, "block": arguments.block}
+            self.rows.append(row | ({"architecture": arguments.architecture} if arguments.architecture else {}))
+            share = f"{100 * rate / self.dense[direction]:5.1f} % of dense" if direction in self.dense else ""
             print(
                 f"{self.seq_len:7} {mask['mask']:10} {mask['density']:.4f} c{mask['columns']:<5} {impl:12} "
                 f"{direction:8} {took:9.3f} ms {rate:6.1f} TFLOP/s {share}",
@@ -152,7 +154,7 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
             times = measure(DENSE[name], Problem(*tensors, mask=None), max(3, arguments.repeats // 3))
             flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len
             rows = table.add(name, {"mask": "dense", "density": 1.0, "columns": 0}, flops, times)
-            if name == "cudnn-dense":
+            if name == ("fa2-dense" if arguments.architecture else "cudnn-dense"):
                 table.dense |= {row["direction"]: row["tflops"] for row in rows}
             gc.collect()
     for family, columns, mask in problems(arguments, seq_len):
@@ -213,8 +215,13 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--impls", nargs="+", default=[*DENSE, *SPARSE], choices=[*DENSE, *SPARSE])
     parser.add_argument("--launches", type=Path, help="a file of doctor --kernels --tune")
+    parser.add_argument("--as", dest="architecture", choices=["sm_80"], help="compile Triton's kernels as for an A100")
     shared_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.architecture:
+        from .lib import as_sm80  # it needs Triton's NVIDIA backend, which CPUs have not
+
+        as_sm80.enable()
     if arguments.launches:
         tuning.use(**json.loads(arguments.launches.read_text()))
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]

@@ -24,12 +24,13 @@ from .check.check import check as prove
 from .cost.cluster import load_cluster, preset_names
 from .layouts.registry import layout_names
 from .plan import DType, KernelSpec, Plan, load_launches, load_plan
+from .schedule.backends import known_backends
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
 from .search.search import plan_trace
 
 SHOWN_CANDIDATES = 12
-BACKENDS = get_args(KernelSpec.model_fields["backend"].annotation)
+BACKENDS = known_backends()
 EVALUATORS = ("simulator", "recurrence")
 PROVED = (
     "every (query shard, key shard, head) computed exactly once",

@@ -86,12 +86,17 @@ def register_backend(name: str, facts: BackendFacts) -> None:
         raise ValueError(f"backend: {name!r} is known already, as {BACKENDS[name]}")
 
 
+def known_backends() -> tuple[str, ...]:
+    """Return the names that a plan may say, "fastest" last."""
+    return *BACKENDS, FASTEST
+
+
 def facts_of(backend: str) -> BackendFacts:
     """Return the facts of a backend, or what is planned with before "fastest" became one. InputError for others."""
     if backend == FASTEST:
         return FASTEST_FACTS
     if backend not in BACKENDS:
-        raise InputError(f"{backend!r} is not one of {', '.join((*BACKENDS, FASTEST))}", field="backend")
+        raise InputError(f"{backend!r} is not one of {', '.join(known_backends())}", field="backend")
     return BACKENDS[backend]
 
 

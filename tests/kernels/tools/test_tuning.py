@@ -18,7 +18,7 @@ from sparsering.planner.plan import load_launches, load_plan
 from sparsering.traces.errors import InputError
 
 SHAPE = {"capability": 80, "block_size": 128, "head_dim": 128}
-FOUND = Launch(m=64, n=32, warps=4, stages=3, tma=False)
+FOUND = Launch(m=64, n=32, warps=8, stages=3, tma=False)
 
 
 @pytest.fixture(autouse=True)

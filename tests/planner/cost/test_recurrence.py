@@ -16,6 +16,7 @@ from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.recurrence import longest_paths, recurrence
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
+from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.schedule.schedule import Direction, Phase, Schedule, with_programs
 from sparsering.planner.schedule.workload import Workload
@@ -111,13 +112,13 @@ LAYOUTS = st.sampled_from([Ring(), Ring(prefetch=2), Gather(chunks=2), Hierarchi
 @given(st.data(), LAYOUTS, clusters, costs, st.sampled_from(["forward", "backward"]), st.integers(0, 40))
 def test_never_above_the_engine(
     data: st.DataObject,
-    layout: tuple[str, dict[str, int]],
+    layout: Layout,
     links: dict[str, Any],
     cost: tiny.PairCost,
     direction: Direction,
     columns: int,
 ) -> None:
-    schedule = tiny.schedule(layout[0], 4, direction, columns=columns, blocks_per_rank=4, **layout[1])
+    schedule = layout.build(shape=tiny.shape(4, columns=columns, blocks_per_rank=4), direction=direction)
     cluster = tiny.cluster(nodes=2, gpus=2, nics=1, **links)
     engine, quick = both(schedule, data.draw(workloads(4)), cluster, cost)
     assert quick.makespan_us <= engine.makespan_us + ROUNDING_US
@@ -126,9 +127,9 @@ def test_never_above_the_engine(
 
 @given(st.data(), LAYOUTS, clusters, st.sampled_from(["forward", "backward"]), st.floats(1.0, 10.0))
 def test_more_bandwidth_is_never_slower(
-    data: st.DataObject, layout: tuple[str, dict[str, int]], links: dict[str, Any], direction: Direction, more: float
+    data: st.DataObject, layout: Layout, links: dict[str, Any], direction: Direction, more: float
 ) -> None:
-    schedule = tiny.schedule(layout[0], 4, direction, columns=8, blocks_per_rank=4, **layout[1])
+    schedule = layout.build(shape=tiny.shape(4, columns=8, blocks_per_rank=4), direction=direction)
     workload, cost = data.draw(workloads(4)), tiny.PairCost()
     slow = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **links), cost)
     wider = links | {"bandwidth": links["bandwidth"] * more, "nic_bandwidth": links["nic_bandwidth"] * more}

@@ -104,14 +104,17 @@ def test_a_window_moves_one_shard_a_rank(layout: Layout, hops: int) -> None:
 
 @given(data=st.data(), direction=st.sampled_from(DIRECTIONS))
 def test_engine_and_recurrence_play_reduced_schedules_alike(data: st.DataObject, direction: Direction) -> None:
-    """On one node with ports that only one transfer of a call uses; on gathers the recurrence may be below."""
+    """The same work on every rank, and on forward rings on one node the same time.
+
+    Elsewhere transfers share ports: the recurrence fixes their order beforehand, and may be above or below.
+    """
     layout = data.draw(st.sampled_from([Ring(prefetch=2), Gather(chunks=2), Hierarchical(inner_size=2)]))
     rows = data.draw(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4))
     schedule = layout.build(shape=tiny.shape(4), direction=direction, pairs=Pairs.of(np.array(rows)))
     work, cluster, cost = tiny.dense_workload(4), tiny.cluster(gpus=4), tiny.PairCost()
     quick, played = recurrence(schedule, work, cluster, cost), simulate(schedule, work, cluster, cost)
     assert quick.compute_us.tolist() == played.compute_us.tolist()
-    assert quick.makespan_us <= played.makespan_us + 0.1
+    assert quick.makespan_us >= quick.compute_us.max()
     if isinstance(layout, Ring) and direction == "forward":
         assert quick.makespan_us == played.makespan_us
 
@@ -198,4 +201,4 @@ def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None
     assert problem.pairs(place) == causal_pairs(place)
     assert replace(problem, space=SearchSpace()).pairs(place) == window_pairs(4)
     unknown = replace(problem.summary, active_blocks=None)
-    assert replace(problem, replayed=True, summary=unknown).pairs(place) == causal_pairs(place)
+    assert replace(problem, space=SearchSpace(), summary=unknown).pairs(place) == causal_pairs(place)
