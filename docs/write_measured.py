@@ -147,7 +147,9 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
 
 def kernels_table(result: Result) -> list[str]:
     """Return rates of one device's kernels, one line a problem: TFLOP/s of every implementation, and their ratios."""
-    dense = {(row["seq_len"], row["direction"]): row["tflops"] for row in result.rows if row["impl"] == "cudnn-dense"}
+    denses = ("cudnn-dense", "fa2-dense")
+    dense = {(row["impl"], row["seq_len"], row["direction"]): row["tflops"] for row in result.rows
+             if row["impl"] in denses}  # fmt: skip
     problems: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in result.rows:
         if row["mask"] != "dense" and row["direction"] != "index":
@@ -155,7 +157,7 @@ def kernels_table(result: Result) -> list[str]:
             problem = problems.setdefault(tuple(row[name] for name in same), {name: row[name] for name in same})
             problem[row["impl"]] = row["tflops"]
     for problem in problems.values():
-        problem["cudnn-dense"] = dense.get((problem["seq_len"], problem["direction"]))
+        problem |= {name: dense.get((name, problem["seq_len"], problem["direction"])) for name in denses}
         problem["flex"] = max((problem.get(name, 0.0) for name in ("flex", "flex-tma")), default=0.0) or None
     return table(kernels_columns(), list(problems.values()))
 
@@ -163,9 +165,10 @@ def kernels_table(result: Result) -> list[str]:
 def kernels_columns() -> list[Column]:
     """Return the columns of `kernels_table`."""
     rates = [("triton", "ours-triton"), ("flash4", "ours-flash4"), ("FlexAttention, best option", "flex"),
-             ("FA4 called directly", "fa4"), ("cuDNN, dense", "cudnn-dense")]  # fmt: skip
+             ("FA4 called directly", "fa4"), ("cuDNN, dense", "cudnn-dense"), ("FA2, dense", "fa2-dense")]  # fmt: skip
     ratios = [("triton ÷ cuDNN", "ours-triton", "cudnn-dense"), ("flash4 ÷ cuDNN", "ours-flash4", "cudnn-dense"),
-              ("triton ÷ FlexAttention", "ours-triton", "flex"), ("flash4 ÷ FA4", "ours-flash4", "fa4")]  # fmt: skip
+              ("triton ÷ FA2", "ours-triton", "fa2-dense"), ("triton ÷ FlexAttention", "ours-triton", "flex"),
+              ("flash4 ÷ FA4", "ours-flash4", "fa4")]  # fmt: skip
     problem = [Column(heading="tokens", cell=tokens), Column(heading="mask", cell=plain("mask")),
                Column(heading="density", cell=percent("density")), Column(heading="columns", cell=plain("columns")),
                Column(heading="head dim", cell=plain("head_dim")),

@@ -38,6 +38,7 @@ PREPARE_ROWS = 1024
 # attended by every later query; one program walking such a list would end long after all others. On an H200, 96K
 # tokens, an XAttention-like mask of 1.9 %: 5.9 ms for dK/dV when split by query heads, 4.7 in 8 pieces, 3.2 in 32.
 SPLIT_ROWS, SPLIT_PIECES = 16, 32
+SPLIT_BYTES = 128 << 20  # at most, of all their shares: fewer pieces where there are many K/V heads
 JOIN_ROWS = 32
 # Query tiles that one column dK/dV program walks: fewer give more programs and more partial sums.
 COLUMN_CHUNK_TILES = 128
@@ -91,7 +92,7 @@ def grad_key_value(queries: BackwardQueries, keys: Keys, row_values: Tensor, int
     """Launch dK and dV of the block part."""
     q, k, index = queries.q, keys.k, keys.index.data
     tiles = len(index.k_side.blocks)
-    pieces = min(SPLIT_PIECES, q.shape[2] // k.shape[2] * len(index.q_side.blocks) // 2)
+    pieces = _pieces(q, k, index)
     split = 0 if index.mask.is_toeplitz or pieces < 2 else min(SPLIT_ROWS, tiles)
     if split:
         _grad_key_value_split(queries, keys, row_values, into, rows=split, pieces=pieces)
@@ -108,6 +109,14 @@ def grad_key_value(queries: BackwardQueries, keys: Keys, row_values: Tensor, int
             **_key_arguments(queries, keys, row_values, into, launch),
             **common,
         )
+
+
+def _pieces(q: Tensor, k: Tensor, index: BlockTask) -> int:
+    """In how many pieces the longest lists are cut: no piece of less than two entries, none that memory has not."""
+    rows = k.shape[0] * k.shape[2] * SPLIT_ROWS * index.mask.block_size
+    piece_bytes = 2 * rows * k.shape[3] * accumulator_dtype(q.dtype).itemsize
+    longest = q.shape[2] // k.shape[2] * len(index.q_side.blocks)
+    return min(SPLIT_PIECES, longest // 2, SPLIT_BYTES // piece_bytes)
 
 
 def _grad_key_value_split(

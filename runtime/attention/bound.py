@@ -126,10 +126,22 @@ def _programs(plan: Plan, rank: int, backend: str) -> dict[Direction, Program]:
         direction: Program(schedule=schedule, rank=rank, groups=_head_groups(plan, schedule), backend=backend)
         for direction, schedule in schedules.items()
     }
+    for program in programs.values():
+        _require_whole_heads(program)
     forward, backward = programs["forward"], programs["backward"]
     if forward.kept_slots and forward.groups != backward.groups:
         raise UnsupportedError("are of other head groups in backward", field="kept K/V")
     return programs
+
+
+def _require_whole_heads(program: Program) -> None:
+    """Refuse tasks whose heads no kernel takes, of any rank: one that refuses alone would leave the others waiting."""
+    schedule = program.schedule
+    every_task = (
+        task for rank in range(schedule.world_size) for phase in schedule.phases(rank) for task in phase.tasks
+    )
+    for heads in {task.heads for task in every_task}:
+        program.groups.require_whole(heads)
 
 
 def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:

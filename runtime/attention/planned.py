@@ -5,6 +5,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from .masks import Indexes, RunningHash
 from .recompute import current_kept
 from .ring import play
 from .sums import KeySums
+
+_planned = itertools.count(1)  # all ranks make theirs in the same order
 
 
 class Saved(NamedTuple):
@@ -58,7 +61,7 @@ class PlannedAttention:
         self.pool = BufferPool(mesh.device, schedules, self._channels.peers, kv_heads=kv_heads)
         self._joined_positions: dict[tuple[int, ...], Tensor] = {}
         self._pattern_hash = RunningHash(mesh.device)
-        self._agreements = 0
+        self._topic, self._agreements = f"{bound.topic} attention {next(_planned)}", 0
 
     def __call__(
         self,
@@ -168,7 +171,7 @@ class PlannedAttention:
         with naming_lost_ranks(mesh):
             own = f"{int(self._pattern_hash.take()):016x}"
             mesh.check()  # before the others are asked, who may be gone
-            agree(mesh, f"{self.bound.topic} patterns {self._agreements}", own)
+            agree(mesh, f"{self._topic} patterns {self._agreements}", own)
 
     def close(self) -> None:
         """Finish all channels."""

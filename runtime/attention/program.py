@@ -22,20 +22,13 @@ def part_of(task: Task) -> PartKey:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """One direction of a schedule on one rank. backend: the kernels', which decides what is launched together.
-
-    Raises UnsupportedError where heads are cut in a way that kernels cannot take.
-    """
+    """One direction of a schedule on one rank. backend: the kernels', which decides what is launched together."""
 
     schedule: Schedule
     rank: int
     groups: HeadGroups
     backend: str
     _phases: dict[bool, list[tuple[Phase, list[Launched]]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for _, heads in self.tasks:
-            self.groups.require_whole(heads)
 
     @property
     def direction(self) -> Direction:

@@ -28,7 +28,8 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
     kinds = set(setting(text, "layer_types") or ())
     chunk = setting(text, "attention_chunk_size")
-    if "chunked_attention" in kinds and (chunk or 0) < seq_len_tokens:
+    is_chunked = "chunked_attention" in kinds or (not kinds and type(chunk) is int and chunk > 0)
+    if is_chunked and (chunk or 0) < seq_len_tokens:
         raise UnsupportedError(f"is {chunk}, below the {seq_len_tokens} tokens of a sequence",
                                field="attention_chunk_size")  # fmt: skip
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
