@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    from sparsering.runtime.comm.lost import RankLost
     from sparsering.runtime.comm.mesh import join, leave
 
     patience_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
@@ -37,8 +39,10 @@ def main() -> None:
         name, arguments = job
         try:
             connection.send((True, _job(name)(mesh, **arguments)))
-        except BaseException:
+        except BaseException as error:
             connection.send((False, traceback.format_exc()))
+            if isinstance(error, RankLost):
+                os._exit(1)  # as a run ends: peers that still wait for this rank must see its connections close
     leave()
 
 
