@@ -21,48 +21,26 @@ from ..kernels.select.registry import Selector, selectors
 from ..kernels.select.vertical_slash import FixedVerticalSlash
 from ..kernels.select.xattention import XAttention
 from .kernels import measure, shared_arguments, time_ms
-from .lib import common
+from .lib.common import ResultFile
 from .lib.kernel_impls import DENSE, SPARSE, Problem, index_bytes
 from .lib.masks import density_of, slash_mask
 
 WINDOW_SLASHES = 100  # forced by vertical-slash with fixed budgets
 
 
-def selectors_of(shard: ShardTensors, *, columns: int, density: float) -> list[Selector]:
-    """All selectors as they are measured: vertical-slash at a density, the others with their own settings."""
-    # A far slash touches two block diagonals; with uniform distances the density is their share of all.
-    fixed = FixedVerticalSlash(columns=columns, slashes=WINDOW_SLASHES + int(density * shard.blocks / 2))
-    others = [kind() for name, kind in selectors().items() if name != fixed.name]
-    return [fixed, *others]
-
-
-def index_of(mask: AttentionMask, tokens: int) -> int:
-    """Build what the kernels need for this mask, both directions, and return its bytes."""
-    return index_bytes(WholeAttention.of(mask, tokens, device=mask.active.device, backend="triton"))
-
-
-def attention_ms(problem: Problem, repeats: int) -> dict[str, float]:
-    """Milliseconds of our forward and backward with the problem's mask."""
-    times = measure(SPARSE["ours-triton"], problem, repeats)
-    return {"forward_ms": times["forward"], "backward_ms": times["backward"]}
-
-
-def dense_forward_ms(tensors: tuple[torch.Tensor, ...], repeats: int) -> float:
-    """Milliseconds of cuDNN's dense forward."""
-    problem = Problem(*tensors, mask=None)
-    return time_ms(lambda: DENSE["cudnn-dense"].forward(problem), repeats)
-
-
 def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, Any]]:
     """All rows of one sequence length."""
     heads, kv_heads = arguments.heads
     tensors = Problem.tensors(seq_len, heads, kv_heads, arguments.head_dim, arguments.seed)
-    dense = dense_forward_ms(tensors, 3) if seq_len <= arguments.dense_limit else None
+    whole = Problem(*tensors, mask=None)
+    dense = time_ms(lambda: DENSE["cudnn-dense"].forward(whole), 3) if seq_len <= arguments.dense_limit else None
+    whole.built.clear()
     mask = slash_mask(seq_len, arguments.density, 0, heads=heads, seed=arguments.seed).to("cuda")
     problem = Problem(*tensors, mask=mask)
-    beside = attention_ms(problem, arguments.repeats) | {"attention_density": density_of(mask)}
-    attention = beside["forward_ms"] + beside["backward_ms"]
-    print(f"{seq_len:7} attention at density {beside['attention_density']:.4f}: {attention:.3f} ms", flush=True)
+    times, density = measure(SPARSE["ours-triton"], problem, arguments.repeats), density_of(mask)
+    beside = {"forward_ms": times["forward"], "backward_ms": times["backward"], "attention_density": density}
+    attention = times["forward"] + times["backward"]
+    print(f"{seq_len:7} attention at density {density:.4f}: {attention:.3f} ms", flush=True)
     problem.built.clear()
     gc.collect()
     shard = ShardTensors(
@@ -108,6 +86,19 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
     return rows
 
 
+def selectors_of(shard: ShardTensors, *, columns: int, density: float) -> list[Selector]:
+    """All selectors as they are measured: vertical-slash at a density, the others with their own settings."""
+    # A far slash touches two block diagonals; with uniform distances the density is their share of all.
+    fixed = FixedVerticalSlash(columns=columns, slashes=WINDOW_SLASHES + int(density * shard.blocks / 2))
+    others = [kind() for name, kind in selectors().items() if name != fixed.name]
+    return [fixed, *others]
+
+
+def index_of(mask: AttentionMask, tokens: int) -> int:
+    """Build what the kernels need for this mask, both directions, and return its bytes."""
+    return index_bytes(WholeAttention.of(mask, tokens, device=mask.active.device, backend="triton"))
+
+
 def main() -> None:
     """Measure, print as it goes, write one result file."""
     names = list(selectors())
@@ -119,7 +110,7 @@ def main() -> None:
     shared_arguments(parser)
     arguments = parser.parse_args()
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
-    print(common.write_result("choosing", rows, folder=arguments.results, gpus=1))
+    print(ResultFile("choosing", folder=arguments.results, gpus=1).write(rows))
 
 
 if __name__ == "__main__":

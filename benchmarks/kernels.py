@@ -11,24 +11,24 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..kernels.mask import AttentionMask
 from ..kernels.tools.tune import median_ms
 from ..kernels.triton import tuning
-from .lib import common
+from .lib.common import RESULTS, ResultFile
 from .lib.kernel_impls import DENSE, SPARSE, Implementation, Problem
 from .lib.kernel_oracle import check
-from .lib.masks import density_of, forward_flops, moba_like_mask, slash_mask, xattention_like_mask
+from .lib.masks import MASKS, density_of, forward_flops
 
 SUSTAINED_MS = 600.0
 GROWTH_REPEATS = 41
-FAMILIES = {"slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask}
+FAMILIES = ("slash", "xattention", "moba")
 
 
 def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = SUSTAINED_MS) -> float:
@@ -37,17 +37,9 @@ def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = S
     Short bursts run on a cool chip at a higher clock than dense attention, which takes a second: every implementation
     is repeated for at least sustained_ms (half of it untimed), so that ratios compare the same clock.
     """
-    call()
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize()
-    once = max(first.elapsed_time(last), 0.05)
-    for _ in range(min(200, int(sustained_ms / 2 / once))):
-        call()
-    repeats = max(repeats, min(200, int(sustained_ms / 2 / once)))
-    return median_ms(call, repeats=repeats, warmups=0)
+    once = max(median_ms(call, repeats=1, warmups=1), 0.05)
+    sustained = min(200, int(sustained_ms / 2 / once))
+    return median_ms(call, repeats=max(repeats, sustained), warmups=sustained)
 
 
 def alternating_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -70,7 +62,6 @@ def column_growth(
     implementation: Implementation, problem: Problem, without: Problem, growth_flops: float
 ) -> dict[str, dict[str, float]]:
     """What columns add to each direction: growth of time beside growth of FLOPs, both calls measured in turn."""
-    assert implementation.prepare is not None
     implementation.prepare(without)
     pair = [problem, without]
     states = [implementation.forward(p) for p in pair]
@@ -81,118 +72,90 @@ def column_growth(
     found = {}
     for direction, both in calls.items():
         more, less = alternating_ms(both, GROWTH_REPEATS)
-        found[direction] = {
-            "alternating_ms": more,
-            "alternating_without_columns_ms": less,
-            "growth_time": more / less - 1,
-            "growth_flops": growth_flops,
-        }
+        growth = more / less - 1
+        found[direction] = {"alternating_ms": more, "alternating_without_columns_ms": less, "growth_time": growth,
+                            "growth_flops": growth_flops}  # fmt: skip
+        print(f"        columns add {100 * growth:5.1f} % of time to the {direction}, {100 * growth_flops:.1f} % of "
+              f"FLOPs: {growth / growth_flops:.2f}", flush=True)  # fmt: skip
     return found
-
-
-def problems(arguments: argparse.Namespace, seq_len: int) -> Iterator[tuple[str, int, AttentionMask]]:
-    """(family, columns, mask) of every mask asked for at one length."""
-    for family in arguments.families:
-        for density in arguments.densities:
-            for columns in arguments.columns if family == "slash" else [0]:
-                extra = (columns,) if family == "slash" else ()
-                yield (
-                    family,
-                    columns,
-                    FAMILIES[family](
-                        seq_len, density, *extra, heads=arguments.heads[0], block=arguments.block, seed=arguments.seed
-                    ),
-                )
 
 
 def measure(implementation: Implementation, problem: Problem, repeats: int) -> dict[str, float]:
     """Milliseconds of each direction (and of building the index, where there is one)."""
-    prepare = implementation.prepare
-    if prepare is not None:
-        prepare(problem)
+    implementation.prepare(problem)
     times = {"forward": time_ms(lambda: implementation.forward(problem), repeats)}
     state = implementation.forward(problem)
     times["backward"] = time_ms(lambda: implementation.backward(problem, state), repeats)
-    if prepare is not None:
-        times["index"] = time_ms(lambda: prepare(problem), repeats, sustained_ms=0)
+    if problem.mask is not None:
+        times["index"] = time_ms(lambda: implementation.prepare(problem), repeats, sustained_ms=0)
     return times
 
 
-@dataclass
-class Table:
-    """Rows of one sequence length, printed as they come; rates are set beside dense ones."""
-
-    arguments: argparse.Namespace
-    seq_len: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    dense: dict[str, float] = field(default_factory=dict)
-
-    def add(self, impl: str, mask: dict[str, Any], flops: float, times: dict[str, float]) -> list[dict[str, Any]]:
-        """Add a row for each direction; mask: its columns of the result. Returns the rows."""
-        arguments, first = self.arguments, len(self.rows)
-        for direction, took in times.items():
-            rate = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction] * flops / took / 1e9
-            shape = {"heads": arguments.heads[0], "kv_heads": arguments.heads[1], "head_dim": arguments.head_dim}
-            row = {"impl": impl, "seq_len": self.seq_len, **mask, "seed": arguments.seed, "direction": direction}
-            row |= {"time_ms": took, "tflops": rate, **shape, "block": arguments.block}
-            self.rows.append(row | ({"architecture": arguments.architecture} if arguments.architecture else {}))
-            share = f"{100 * rate / self.dense[direction]:5.1f} % of dense" if direction in self.dense else ""
-            print(
-                f"{self.seq_len:7} {mask['mask']:10} {mask['density']:.4f} c{mask['columns']:<5} {impl:12} "
-                f"{direction:8} {took:9.3f} ms {rate:6.1f} TFLOP/s {share}",
-                flush=True,
-            )
-        return self.rows[first:]
+def make_rows(
+    arguments: argparse.Namespace, impl: str, mask: dict[str, Any], flops: float, times: dict[str, float],
+    dense: dict[str, float],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return and print a row for each direction. mask: its columns of the result; dense: rates to set it beside."""
+    rows = []
+    shape = {"heads": arguments.heads[0], "kv_heads": arguments.heads[1], "head_dim": arguments.head_dim}
+    for direction, took in times.items():
+        rate = {"forward": 1.0, "backward": 2.5, "index": 0.0}[direction] * flops / took / 1e9
+        row = {"impl": impl, **mask, "seed": arguments.seed, "direction": direction}
+        row |= {"time_ms": took, "tflops": rate, **shape, "block": arguments.block}
+        rows.append(row | ({"architecture": arguments.architecture} if arguments.architecture else {}))
+        share = f"{100 * rate / dense[direction]:5.1f} % of dense" if direction in dense else ""
+        print(
+            f"{mask['seq_len']:7} {mask['mask']:10} {mask['density']:.4f} c{mask['columns']:<5} {impl:12} "
+            f"{direction:8} {took:9.3f} ms {rate:6.1f} TFLOP/s {share}",
+            flush=True,
+        )
+    return rows
 
 
 def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, Any]]:
     """All rows of one sequence length; the dense baselines once."""
-    table, (heads, kv_heads) = Table(arguments, seq_len), arguments.heads
+    rows, dense, (heads, kv_heads) = [], {}, arguments.heads
     tensors = Problem.tensors(seq_len, heads, kv_heads, arguments.head_dim, arguments.seed)
     for name in ("cudnn-dense", "fa2-dense") if seq_len <= arguments.dense_limit else ():
         if name in arguments.impls:
             times = measure(DENSE[name], Problem(*tensors, mask=None), max(3, arguments.repeats // 3))
             flops = 2.0 * arguments.head_dim * heads * seq_len * seq_len
-            rows = table.add(name, {"mask": "dense", "density": 1.0, "columns": 0}, flops, times)
+            described = {"seq_len": seq_len, "mask": "dense", "density": 1.0, "columns": 0}
+            made = make_rows(arguments, name, described, flops, times, dense)
+            rows += made
             if name == ("fa2-dense" if arguments.architecture else "cudnn-dense"):
-                table.dense |= {row["direction"]: row["tflops"] for row in rows}
+                dense = {row["direction"]: row["tflops"] for row in made}
             gc.collect()
-    for family, columns, mask in problems(arguments, seq_len):
-        described = {"mask": family, "density": round(density_of(mask), 4), "columns": columns}
-        for name in arguments.impls:
-            if name in SPARSE and SPARSE[name].supports(mask, seq_len):
-                _measure_sparse(table, name, described, Problem(*tensors, mask=mask.to("cuda")))
-                gc.collect()
-                torch.cuda.empty_cache()
-    return table.rows
+    for family, density in product(arguments.families, arguments.densities):
+        for columns in arguments.columns if family == "slash" else [0]:
+            extra = (columns,) if family == "slash" else ()
+            mask = MASKS[family](seq_len, density, *extra, heads=heads, block=arguments.block, seed=arguments.seed)
+            described = {"seq_len": seq_len, "mask": family, "density": round(density_of(mask), 4), "columns": columns}
+            for name in arguments.impls:
+                if name in SPARSE and SPARSE[name].supports(mask, seq_len):
+                    rows += _measure_sparse(arguments, name, described, Problem(*tensors, mask=mask.to("cuda")), dense)
+                    gc.collect()
+                    torch.cuda.empty_cache()
+    return rows
 
 
-def _measure_sparse(table: Table, name: str, described: dict[str, Any], problem: Problem) -> None:
+def _measure_sparse(
+    arguments: argparse.Namespace, name: str, described: dict[str, Any], problem: Problem, dense: dict[str, float]
+) -> list[dict[str, Any]]:
     """Check one implementation on one mask, time it, and say what columns add."""
-    implementation, arguments, mask = SPARSE[name], table.arguments, problem.mask
-    assert implementation.prepare is not None and mask is not None
+    implementation, mask = SPARSE[name], problem.mask
     implementation.prepare(problem)
     worst = check(implementation, problem, seed=arguments.seed)
     flops = forward_flops(mask, arguments.head_dim)
-    rows = table.add(name, described, flops, measure(implementation, problem, arguments.repeats))
+    rows = make_rows(arguments, name, described, flops, measure(implementation, problem, arguments.repeats), dense)
     rows[-1]["index_bytes"] = problem.index_bytes
     print(f"        relative errors on sampled rows: {worst}", flush=True)
     if mask.columns is None:
-        return
-    without = replace(mask, columns=None)
-    growth = flops / forward_flops(without, arguments.head_dim) - 1
-    found = column_growth(implementation, problem, replace(problem, mask=without, built={}), growth)
-    for row in rows:
-        row |= found.get(row["direction"], {})
-    print_growth(found)
-
-
-def print_growth(found: dict[str, dict[str, float]]) -> None:
-    """Print what columns add."""
-    for direction, growth in found.items():
-        times, flops = growth["growth_time"], growth["growth_flops"]
-        print(f"        columns add {100 * times:5.1f} % of time to the {direction}, {100 * flops:.1f} % of FLOPs: "
-              f"{times / flops:.2f}", flush=True)  # fmt: skip
+        return rows
+    without = replace(problem, mask=replace(mask, columns=None), built={})
+    growth = flops / forward_flops(without.mask, arguments.head_dim) - 1
+    found = column_growth(implementation, problem, without, growth)
+    return [row | found.get(row["direction"], {}) for row in rows]
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +165,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence the dense baselines run")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
 
 
 def main() -> None:
@@ -211,7 +174,7 @@ def main() -> None:
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[65536, 131072])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.10, 0.05, 0.02])
     parser.add_argument("--columns", type=int, nargs="+", default=[0, 1024])
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=["slash"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["slash"])
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--impls", nargs="+", default=[*DENSE, *SPARSE], choices=[*DENSE, *SPARSE])
     parser.add_argument("--launches", type=Path, help="a file of doctor --kernels --tune")
@@ -225,7 +188,7 @@ def main() -> None:
     if arguments.launches:
         tuning.use(**json.loads(arguments.launches.read_text()))
     rows = [row for seq_len in arguments.seq_lens for row in run_length(arguments, seq_len)]
-    print(common.write_result("kernels", rows, folder=arguments.results, gpus=1))
+    print(ResultFile("kernels", folder=arguments.results, gpus=1).write(rows))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from .lib.common import ResultFile
 from .lib.models_page import write_page
 
 DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
+KEPT = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "parameters", "seconds")
 TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # Where the default configuration makes no model, or hides what the family is.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,15 +69,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     mesh = join(device="cpu") if is_rank() else None
-    rows: list[dict[str, Any]] = []
-    result = ResultFile("models") if mesh is None or mesh.rank == 0 else None
-    for row in _rows(arguments, mesh):
-        rows.append(row)
-        if result is not None:
-            print(_line(row), flush=True)
-            result.write(rows, finished=False)
-    if result is not None:
-        result.write(rows, finished=True)
+    first, result = mesh is None or mesh.rank == 0, ResultFile("models")
+    result.write_as_they_come(_rows(arguments, mesh), _line, first_rank=first)
+    if first:
         print(result.path)
         if arguments.page is not None:
             write_page(result.path, arguments.page)
@@ -97,12 +92,14 @@ def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str
     for number, family in enumerate(arguments.families):
         row: dict[str, Any] = {"family": family}
         try:
-            config = _configuration(family)
+            default = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
+            config: Any = type(default).from_dict(_without_dropout(default.to_dict()))
         except Exception as error:  # some configurations cannot be made from their defaults; the row says so
             yield row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
             continue
         found = _audited(config, arguments.seq_len, mesh, topic=f"{number}")
-        row |= _plain(found)
+        errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
+        row |= {name: getattr(found, name) for name in KEPT} | errors
         if found.right and mesh is not None:
             row |= _verified(config, mesh)
         window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
@@ -110,11 +107,6 @@ def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str
             shorter = _audited(config, window, mesh, topic=f"{number} window")
             row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
         yield row
-
-
-def _configuration(family: str) -> Any:
-    config = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
-    return type(config).from_dict(_without_dropout(config.to_dict()))
 
 
 def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +129,6 @@ def _audited(config: Any, seq_len: int, mesh: Mesh | None, *, topic: str) -> Aud
     return Audit(**mesh.broadcast(f"models {topic}", None))
 
 
-def _plain(found: Audit) -> dict[str, Any]:
-    errors = {f"{road}_{kind}_error": value for road, kinds in found.errors.items() for kind, value in kinds.items()}
-    facts = asdict(found)
-    kept = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "parameters", "seconds")
-    return {name: facts[name] for name in kept} | errors
-
-
 def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
     """Attach the small copy on both ranks and return how far loss and gradients are from the copy alone."""
     began = time.perf_counter()
@@ -159,11 +144,8 @@ def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
     total = loss.detach().clone()
     dist.all_reduce(total)
     errors = compare(Run(loss=float(total), logits=None, gradients=_summed_gradients(model)), alone)
-    return {
-        "gloo_loss_error": errors.loss,
-        "gloo_gradient_error": errors.gradient,
-        "gloo_seconds": round(time.perf_counter() - began, 3),
-    }
+    seconds = round(time.perf_counter() - began, 3)
+    return {"gloo_loss_error": errors.loss, "gloo_gradient_error": errors.gradient, "gloo_seconds": seconds}
 
 
 def _summed_gradients(model: PreTrainedModel) -> dict[str, Tensor | None]:

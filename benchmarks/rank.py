@@ -21,42 +21,35 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..kernels.mask import AttentionMask
 from ..planner.plan import Plan
 from ..planner.schedule.schedule import DIRECTIONS
-from ..runtime.attention.bound import bind
-from ..runtime.attention.planned import PlannedAttention
-from ..runtime.comm.channels import Channel, Channels
+from ..runtime.comm.channels import Channels
 from ..runtime.comm.mesh import Mesh, join, leave
 from ..runtime.comm.start import free_port, rank_environment, start_ranks
 from ..traces.errors import InputError
-from .lib import ring_plans
 from .lib.common import ResultFile
 from .lib.masks import density_of
 from .lib.rank_channels import EchoStore, NoiseChannels, PairChannels, require_pair
-from .lib.ring_options import ring_parser
-from .lib.ring_plans import Work
-from .lib.ring_rows import random_tensors
-from .lib.ring_timing import Figures, SilentChannel, allocated_bytes, time_steps
+from .lib.ring_options import cases, parsed, planned_case, ring_parser, works
+from .lib.ring_plans import Work, cluster_of, name_of, predicted_times
+from .lib.ring_rows import PlannedLayer
+from .lib.ring_timing import allocated_bytes
 
 TOP_KERNELS = 16
 
 
 def main() -> None:
     """Measure every rank asked for, of every plan."""
-    arguments = _parser().parse_args()
+    arguments = parsed(_parser())
     if arguments.repeats < 1:
         raise SystemExit(f"rank: --repeats {arguments.repeats}: at least 1")
     if arguments.toy:
-        arguments.gpus, arguments.world_size, arguments.seq_len, arguments.columns = 2, 4, 2048, 64
-        arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
+        arguments.gpus, arguments.world_size = 2, 4
     elif not torch.cuda.is_available():
         raise SystemExit("rank: needs a GPU; --toy does not")
     groups = _groups(arguments)
@@ -69,15 +62,12 @@ def main() -> None:
     try:
         result = ResultFile("rank", folder=arguments.results, gpus=arguments.gpus)
         rows: list[dict[str, Any]] = []
-        for measured in (
-            step for family in arguments.family for step in _measure_family(arguments, mesh, family, groups)
-        ):
+        for measured in _measure_all(arguments, mesh, groups):
             rows += measured
             if mesh.rank == 0:
                 result.write(rows, finished=False)
         if mesh.rank == 0:
-            result.write(rows, finished=True)
-            print(result.path)
+            print(result.write(rows))
     except InputError as error:
         if mesh.rank == 0:
             print(f"rank: {error}", file=sys.stderr)
@@ -88,6 +78,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ring_parser(__doc__)
+    parser.set_defaults(granularity_blocks=[1])
     parser.add_argument("--gpus", type=int, default=1, choices=[1, 2], help="2: two ranks at a time, with transfers")
     parser.add_argument("--world-size", type=int, default=8, help="ranks of the plan")
     parser.add_argument("--ranks", type=int, nargs="+", help="of them to measure; default all")
@@ -106,35 +97,20 @@ def _groups(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
     return [tuple(ranks[first : first + arguments.gpus]) for first in range(0, len(ranks), arguments.gpus)]
 
 
-def _measure_family(
-    arguments: argparse.Namespace, mesh: Mesh, family: str, groups: Sequence[tuple[int, ...]]
+def _measure_all(
+    arguments: argparse.Namespace, mesh: Mesh, groups: Sequence[tuple[int, ...]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of all ranks asked for, plan by plan."""
-    cluster = ring_plans.cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
-    model = ring_plans.model_of(arguments.heads, toy=arguments.toy)
+    cluster = cluster_of(arguments.cluster, world_size=arguments.world_size, nodes=1)
     channels: Channels = NoiseChannels(mesh) if arguments.gpus == 1 else PairChannels(mesh)
-    for density in arguments.density:
-        work = ring_plans.make_work(
-            family, seq_len=arguments.seq_len, density=density, columns=arguments.columns, seed=arguments.seed,
-            heads=model.heads,
-        )  # fmt: skip
-        cases = ring_plans.make_cases(
-            placements=arguments.placement,
-            granularities_blocks=[1],
-            backends=arguments.backends,
-            layouts=arguments.layout,
-        )
-        for case in cases:
-            dtype = "float32" if arguments.toy else "bfloat16"
-            plan = ring_plans.make_case_plan(
-                case, work, cluster=cluster, leave_out=not arguments.keep_all_pairs, model=model, dtype=dtype,
-                narrow_gradients=arguments.narrow_gradients,
-            )  # fmt: skip
+    for work in works(arguments):
+        for case in cases(arguments):
+            plan = planned_case(arguments, case, work, cluster)
             for pair in groups if arguments.gpus == 2 else ():
                 for way in DIRECTIONS:
                     require_pair(plan.schedule(way), (pair[0], pair[1]))
             measured = [_measure(arguments, mesh, channels, plan, work, ranks) for ranks in groups]
-            predicted = ring_plans.predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
+            predicted = predicted_times(plan, work, cluster) if mesh.rank == 0 else {}
             if mesh.rank == 0:
                 print(_slowest(work, plan, measured), flush=True)
             yield [row | {"placement": case.placement} | predicted for row in measured]
@@ -143,7 +119,7 @@ def _measure_family(
 def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
     row = max(measured, key=lambda row: row["step_ms"])
     text = (
-        f"{work.family} {density_of(work.mask):.3f} {ring_plans.name_of(plan)} {plan.kernels.backend}: slowest "
+        f"{work.family} {density_of(work.mask):.3f} {name_of(plan)} {plan.kernels.backend}: slowest "
         f"{'rank' if 'rank' in row else 'ranks'} {row.get('rank', row.get('ranks'))} "
         f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f} ms, in one go {row['step_ms']:.2f} ms"
     )
@@ -154,70 +130,27 @@ def _slowest(work: Work, plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
 
 
 def _measure(
-    arguments: argparse.Namespace,
-    mesh: Mesh,
-    channels: Channels,
-    plan: Plan,
-    work: Work,
-    ranks: tuple[int, ...],
+    arguments: argparse.Namespace, mesh: Mesh, channels: Channels, plan: Plan, work: Work, ranks: tuple[int, ...]
 ) -> dict[str, Any]:
     """Measure one rank alone, or two of which this process is one: the figures are those of the slower."""
     rank = ranks[mesh.rank]
     one_of_many = replace(mesh, rank=rank, world_size=plan.placement.world_size, store=EchoStore())  # pyright: ignore[reportArgumentType]
     before = allocated_bytes(mesh)
-    mask = work.mask.to(mesh.device)
-    bound = bind(plan, one_of_many)
-    planned = PlannedAttention(bound, channels=channels)
-    tensors = random_tensors(plan.model, bound.own_positions.numel(), one_of_many, arguments.seed, bound.dtype)
-    attend = partial(_attend, planned, mask)
-    figures = time_steps(attend, tensors, mesh, arguments.repeats, before)
+    layer = PlannedLayer(arguments, plan, work.mask.to(mesh.device), one_of_many, channels, before)
+    figures = layer.time()
     if arguments.kernels and mesh.device.type == "cuda":
-        _print_kernels(planned, tensors, mask, aloud=mesh.rank == 0)
-    row = {
-        "impl": f"ours-{plan.kernels.backend}",
-        "mask": work.family,
-        "density": density_of(work.mask),
-        "columns": work.columns,
-        "layout": ring_plans.name_of(plan),
-        "transport": ring_plans.transports_of(plan),
-        "world_size": plan.placement.world_size,
-        "seq_len": plan.seq_len_tokens,
-        "heads": plan.model.heads,
-        "kv_heads": plan.model.kv_heads,
-        "head_dim": plan.model.head_dim,
-        "dtype": plan.dtype,
-        "seed": arguments.seed,
-        "forward_ms": figures.forward_ms,
-        "backward_ms": figures.backward_ms,
-        "step_ms": figures.step_ms,
-        "plan_digest": plan.digest,
-    }
+        _print_kernels(layer, aloud=mesh.rank == 0)
+    row = layer.row(arguments, work, figures)
     if len(ranks) == 1:
         return row | {"rank": rank}
-    silent: Channel = SilentChannel()
-    planned.channels = dict.fromkeys(planned.channels, silent)
-    alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    return row | {"ranks": list(ranks), "compute_step_ms": alone.step_ms} | _memory(plan, planned, figures)
+    alone = layer.time_alone()
+    return row | {"ranks": list(ranks), "compute_step_ms": alone.step_ms} | layer.memory(figures)
 
 
-def _attend(planned: PlannedAttention, mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return planned(q, k, v, mask)
-
-
-def _memory(plan: Plan, planned: PlannedAttention, figures: Figures) -> dict[str, Any]:
-    predicted = ring_plans.predicted_peak_bytes(plan)
-    peak = None if figures.peak_bytes is None else figures.peak_bytes + planned.pool.uncounted_bytes
-    return {
-        "peak_bytes": peak,
-        "predicted_peak_bytes": predicted,
-        "peak_ratio": None if peak is None else peak / predicted,
-    }
-
-
-def _print_kernels(planned: PlannedAttention, tensors: list[Tensor], mask: AttentionMask, *, aloud: bool) -> None:
-    q, k, v, grad_out = tensors
+def _print_kernels(layer: PlannedLayer, *, aloud: bool) -> None:
+    q, k, v, grad_out = layer.tensors
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        planned(q, k, v, mask).backward(grad_out)
+        layer.planned(q, k, v, layer.mask).backward(grad_out)
         torch.cuda.synchronize()
     if not aloud:
         return

@@ -20,8 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.mask import AttentionMask
 from ..planner.cost.cluster import Cluster
-from ..planner.plan import ModelShape, Plan
-from ..runtime.attention.bound import BoundPlan, bind
+from ..planner.plan import Plan
 from ..runtime.attention.planned import PlannedAttention
 from ..runtime.baselines.ring import ZigzagAttention
 from ..runtime.baselines.torch_ring import TorchContextParallel
-from ..runtime.comm.channels import Channel, Channels
+from ..runtime.comm.channels import Channels
 from ..runtime.comm.measure import Recorder, collect_timeline
 from ..runtime.comm.mesh import Mesh, join, leave
 from ..runtime.comm.start import start_ranks
@@ -44,22 +41,10 @@ from .lib.common import ResultFile
 from .lib.masks import density_of
 from .lib.mtraining import FUNCTIONS as PEERS
 from .lib.mtraining import MTraining, check_peer, measure_peer, refusal
-from .lib.ring_options import ring_parser
-from .lib.ring_plans import (
-    Case,
-    Work,
-    cluster_of,
-    make_case_plan,
-    make_cases,
-    make_work,
-    model_of,
-    name_of,
-    predicted_peak_bytes,
-    predicted_times,
-    transports_of,
-)
-from .lib.ring_rows import make_row, random_tensors, table
-from .lib.ring_timing import SilentChannel, allocated_bytes, time_steps
+from .lib.ring_options import cases, parsed, planned_case, ring_parser, works
+from .lib.ring_plans import Case, Work, cluster_of, name_of, predicted_times
+from .lib.ring_rows import PlannedLayer, make_row, random_tensors, table
+from .lib.ring_timing import Figures, allocated_bytes, time_steps
 
 LAYOUTS = ["gather:chunks=1", "gather:chunks=2", "collective", "ring:prefetch=1", "ring:prefetch=3"]
 DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
@@ -70,24 +55,26 @@ DENSE_RINGS: dict[str, Callable[[Mesh], Callable[..., Tensor]]] = {
 
 def main() -> None:
     """Start the ranks, or be one."""
-    arguments = _parser().parse_args()
+    arguments = parsed(_parser())
+    arguments.layout = arguments.layout or LAYOUTS
     if arguments.toy:
-        arguments.gpus, arguments.seq_len, arguments.columns = min(arguments.gpus, 2), 2048, 64
-        arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
+        arguments.gpus = min(arguments.gpus, 2)
     if "RANK" not in os.environ:
         problem = refusal(arguments.baselines, arguments.family, arguments.mtraining, toy=arguments.toy)
-        raise SystemExit(problem or _start(arguments))
+        module = "sparsering.benchmarks.ring"
+        raise SystemExit(
+            problem or start_ranks(sys.argv[1:], world_size=arguments.gpus, environment=os.environ, module=module)
+        )
+    if arguments.two_nodes:
+        os.environ["NCCL_HOSTID"] = f"node{int(os.environ['RANK']) // max(arguments.gpus // 2, 1)}"
     mesh = join(device="cpu" if arguments.toy else None, timeout_s=300)
+    arguments.world_size, arguments.nodes = mesh.world_size, 2 if arguments.two_nodes else 1
     try:
         result = ResultFile("ring", folder=arguments.results, gpus=arguments.gpus)
-        rows: list[dict[str, Any]] = []
-        for row in _measure_all(arguments, mesh):
-            rows.append(row)
-            if mesh.rank == 0:
-                print(table([row]).splitlines()[-1], flush=True)
-                result.write(rows, finished=False)
+        rows = result.write_as_they_come(
+            _measure_all(arguments, mesh), lambda row: table([row]).splitlines()[-1], first_rank=mesh.rank == 0
+        )
         if mesh.rank == 0:
-            result.write(rows, finished=True)
             print(table(rows), result.path, sep="\n")
     finally:
         leave()
@@ -110,33 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start(arguments: argparse.Namespace) -> int:
-    half = max(arguments.gpus // 2, 1)
-    nodes = [{"NCCL_HOSTID": f"node{rank // half}"} for rank in range(arguments.gpus)] if arguments.two_nodes else []
-    return start_ranks(
-        sys.argv[1:], world_size=arguments.gpus, environment=os.environ, module="sparsering.benchmarks.ring", own=nodes
-    )
-
-
 def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str, Any]]:
     channels = Channels(mesh)
     peers = _peers(arguments, mesh)
-    cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=_nodes(arguments))
+    cluster = cluster_of(arguments.cluster, world_size=mesh.world_size, nodes=arguments.nodes)
     plans = count()
-    for family, density in product(arguments.family, arguments.density):
-        work = make_work(
-            family,
-            seq_len=arguments.seq_len,
-            density=density,
-            columns=arguments.columns,
-            seed=arguments.seed,
-            heads=_model(arguments).heads,
-        )
-        for case in _cases(arguments):
+    for work in works(arguments):
+        for case in cases(arguments):
             plan = _agreed_plan(arguments, mesh, cluster, case, work, topic=f"benchmark plan {next(plans)}")
             row = _measure_planned(arguments, mesh, channels, plan, work) | {"placement": case.placement}
             yield row | (predicted_times(plan, work, cluster) if mesh.rank == 0 else {})
-        if family == "slash":
+        if work.family == "slash":
             for peer, errors in peers:
                 yield from (row | errors for row in _measure_mtraining(arguments, mesh, peer, work))
     for baseline in dict.fromkeys(arguments.baselines):
@@ -147,139 +118,98 @@ def _measure_all(arguments: argparse.Namespace, mesh: Mesh) -> Iterator[dict[str
 def _peers(arguments: argparse.Namespace, mesh: Mesh) -> list[tuple[MTraining, dict[str, float]]]:
     """MTraining's rings that are asked for, each with its errors on a short sequence."""
     peers = []
-    inner_size = arguments.mtraining_inner_size or mesh.world_size // _nodes(arguments)
+    inner_size = arguments.mtraining_inner_size or mesh.world_size // arguments.nodes
     for name in dict.fromkeys(arguments.baselines):
         if name in PEERS:
             peer = MTraining(name, arguments.mtraining, mesh, inner_size=inner_size)
-            peers.append((peer, check_peer(peer, _model(arguments), seed=arguments.seed)))
+            peers.append((peer, check_peer(peer, arguments.model, seed=arguments.seed)))
     return peers
-
-
-def _cases(arguments: argparse.Namespace) -> list[Case]:
-    return make_cases(
-        placements=arguments.placement,
-        granularities_blocks=arguments.granularity_blocks,
-        backends=arguments.backends,
-        layouts=arguments.layout or LAYOUTS,
-    )
 
 
 def _agreed_plan(
     arguments: argparse.Namespace, mesh: Mesh, cluster: Cluster, case: Case, work: Work, *, topic: str
 ) -> Plan:
     """Rank 0 makes the plan, all have it."""
-    document = None
-    if mesh.rank == 0:
-        plan = make_case_plan(
-            case,
-            work,
-            cluster=cluster,
-            leave_out=not arguments.keep_all_pairs,
-            narrow_gradients=arguments.narrow_gradients,
-            model=_model(arguments),
-            dtype="float32" if arguments.toy else "bfloat16",
-        )
-        document = plan.model_dump(mode="json")
-    return Plan.model_validate(mesh.broadcast(topic, document))
+    made = planned_case(arguments, case, work, cluster).model_dump(mode="json") if mesh.rank == 0 else None
+    return Plan.model_validate(mesh.broadcast(topic, made))
 
 
 def _measure_planned(
     arguments: argparse.Namespace, mesh: Mesh, channels: Channels, plan: Plan, work: Work
 ) -> dict[str, Any]:
     mask = work.mask.to(mesh.device)
-    before = allocated_bytes(mesh)
-    bound = bind(plan, mesh)
-    planned = PlannedAttention(bound, channels=channels)
-    tensors = random_tensors(plan.model, bound.own_positions.numel(), mesh, arguments.seed, bound.dtype)
-    attend = _attend(planned, mask)
-    whole = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    imbalance = _imbalance(bound, tensors, arguments, f"{plan.kernels.backend} {work.family} {name_of(plan)}", mask)
-    silent: Channel = SilentChannel()
-    planned.channels = dict.fromkeys(planned.channels, silent)
-    alone = time_steps(attend, tensors, mesh, arguments.repeats, before)
-    if whole.peak_bytes is not None:
-        whole = replace(whole, peak_bytes=whole.peak_bytes + planned.pool.uncounted_bytes)
-    predicted = predicted_peak_bytes(plan)
-    return make_row(arguments, mesh, f"ours-{plan.kernels.backend}", name_of(plan), whole, model=plan.model) | {
-        "transport": transports_of(plan),
-        "mask": work.family,
-        "density": density_of(work.mask),
-        "columns": work.columns,
+    layer = PlannedLayer(arguments, plan, mask, mesh, channels, allocated_bytes(mesh))
+    whole = layer.time()
+    row = layer.row(arguments, work, whole) | {
+        "nodes": arguments.nodes,
+        "imbalance": _imbalance(arguments, layer, work),
+    }
+    alone = layer.time_alone()
+    return row | layer.memory(whole) | {
         "compute_ms": alone.forward_ms + alone.backward_ms,
         "exposed_ms": whole.forward_ms + whole.backward_ms - alone.forward_ms - alone.backward_ms,
         "compute_forward_ms": alone.forward_ms,
         "compute_backward_ms": alone.backward_ms,
         "compute_step_ms": alone.step_ms,
-        "imbalance": imbalance,
-        "predicted_peak_bytes": predicted,
-        "peak_ratio": None if whole.peak_bytes is None else whole.peak_bytes / predicted,
         "pairs_left_out": len(plan.active_pairs().left_out()),
-        "plan_digest": plan.digest,
-    }
+    }  # fmt: skip
 
 
-def _model(arguments: argparse.Namespace) -> ModelShape:
-    return model_of(arguments.heads, toy=arguments.toy)
-
-
-def _nodes(arguments: argparse.Namespace) -> int:
-    return 2 if arguments.two_nodes else 1
-
-
-def _attend(planned: PlannedAttention, mask: AttentionMask) -> Callable[..., Tensor]:
-    return lambda q, k, v: planned(q, k, v, mask)
-
-
-def _imbalance(
-    bound: BoundPlan, tensors: list[Tensor], arguments: argparse.Namespace, layout: str, mask: AttentionMask
-) -> float:
+def _imbalance(arguments: argparse.Namespace, layer: PlannedLayer, work: Work) -> float:
     """Return the worker imbalance of one recorded step; with --profile its timeline is written too."""
-    q, k, v, grad_out = tensors
-    mesh, recorder = bound.mesh, Recorder(device=bound.mesh.device)
+    q, k, v, grad_out = layer.tensors
+    bound, mesh = layer.bound, layer.bound.mesh
+    recorder = Recorder(device=mesh.device)
     timed = PlannedAttention(bound, channels=Channels(mesh, timed=True), recorder=recorder)
     for _ in range(2):
         dist.barrier()
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
         recorder.begin()
-        timed(q, k, v, mask).backward(grad_out)
+        timed(q, k, v, layer.mask).backward(grad_out)
     spans = recorder.spans(mesh.rank)
     busy = sum(span.duration_us for span in spans if span.stream == "compute")
     everyone = [torch.zeros(1, device=mesh.device) for _ in range(mesh.world_size)]
     dist.all_gather(everyone, torch.tensor([busy], device=mesh.device))
     if arguments.profile is not None:
+        layout = f"{layer.plan.kernels.backend} {work.family} {name_of(layer.plan)}"
         timeline = collect_timeline(mesh, spans, topic=f"profile/{bound.topic}", metadata={"layout": layout})
         if timeline is not None:
             name = layout.translate(str.maketrans("/:=, ", "-----"))
-            timeline.save(arguments.profile / f"ring-{name}-{density_of(mask):.3f}.json.gz")
+            timeline.save(arguments.profile / f"ring-{name}-{density_of(work.mask):.3f}.json.gz")
     totals = [float(value) for value in everyone]
     return max(totals) / (sum(totals) / len(totals))
 
 
 def _measure_dense(arguments: argparse.Namespace, mesh: Mesh, name: str) -> dict[str, Any]:
     """A dense zigzag ring: torch's over FlashAttention 2 (16 K/V heads: it takes no grouped queries), or ours."""
-    before, model = allocated_bytes(mesh), _model(arguments)
+    before = allocated_bytes(mesh)
     attend = DENSE_RINGS[name](mesh)
-    dtype = torch.float32 if arguments.toy else torch.bfloat16
-    tensors = random_tensors(model, arguments.seq_len // mesh.world_size, mesh, arguments.seed, dtype)
+    tensors = _own_tensors(arguments, mesh, getattr(torch, arguments.dtype))
     figures = time_steps(attend, tensors, mesh, 1, before)
     impl = f"{name}-{attend.kernel}" if isinstance(attend, ZigzagAttention) else name
-    return make_row(arguments, mesh, impl, "zigzag ring", figures, model=model)
+    return _row(arguments, impl, "zigzag ring", figures)
 
 
 def _measure_mtraining(arguments: argparse.Namespace, mesh: Mesh, peer: MTraining, work: Work) -> list[dict[str, Any]]:
     """Two rows: as it is called, with consecutive tokens on every rank, and with tokens placed as it computes."""
     before = allocated_bytes(mesh)
-    tokens = arguments.seq_len // mesh.world_size
-    tensors = random_tensors(_model(arguments), tokens, mesh, arguments.seed, torch.bfloat16)
+    tensors = _own_tensors(arguments, mesh, torch.bfloat16)
     figures = measure_peer(peer, work.mask, tensors, arguments.repeats, before)
     given = {"mask": work.family, "density": density_of(work.mask), "columns": work.columns}
     return [
-        make_row(arguments, mesh, peer.name, peer.layout, value, model=_model(arguments))
-        | given
-        | {"placement": placement, "transport": transport}
+        _row(arguments, peer.name, peer.layout, value) | given | {"placement": placement, "transport": transport}
         for (placement, transport), value in figures.items()
     ]
+
+
+def _own_tensors(arguments: argparse.Namespace, mesh: Mesh, dtype: torch.dtype) -> list[Tensor]:
+    return random_tensors(arguments.model, arguments.seq_len // mesh.world_size, mesh, arguments.seed, dtype)
+
+
+def _row(arguments: argparse.Namespace, impl: str, layout: str, figures: Figures) -> dict[str, Any]:
+    own = {"nodes": arguments.nodes, "peak_bytes": figures.peak_bytes}
+    return make_row(arguments, impl, layout, figures) | own
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import torch
 from ..kernels.mask import AttentionMask
 from ..kernels.select.vertical_slash import FixedVerticalSlash
 from ..planner.layouts.registry import parse_layout
-from ..planner.plan import AttentionSpec, KernelSpec, ModelShape, make_plan
+from ..planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
 from ..planner.schedule.placement import striped
 from ..runtime.attention.selectors import pattern_chosen_by
 from ..runtime.baselines.flash4 import NAME as FLASH4_RING
@@ -54,7 +54,7 @@ from .lib.masks import density_of, slash_mask
 IMPLEMENTATIONS = ("ours", "ours-dense", "dense-zigzag", FLASH4_RING, "torch-context-parallel")
 ATTENTION_OF = {"ours": "planned", "ours-dense": "dense"}
 BLOCK_SIZE = 128
-QWEN25_3B = {
+QWEN25_3B: dict[str, Any] = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
     "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
     "max_position_embeddings": 2097152, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
@@ -66,6 +66,7 @@ TOY = QWEN25_3B | {
 }  # fmt: skip
 MEMORY = ("loss", "offload", "fused_layers", "whole_layers")  # options that are the configuration's own
 NOTED = ("layers", "steps", "warmups", "fused_layers", "whole_layers", "seed")  # options that stand in every row
+UTILISATIONS = ("mfu_actual", "mfu_dense_equivalent")
 Masks = list[AttentionMask]
 
 
@@ -75,24 +76,19 @@ def main() -> None:
     if arguments.merge:
         print(_table([row for path in arguments.merge for row in read_json(path)["rows"]]))
         return
+    arguments.model, arguments.dtype = QWEN25_3B, "bfloat16"
     if arguments.toy:
+        arguments.model, arguments.dtype = TOY, "float32"
         arguments.gpus, arguments.layers = min(arguments.gpus, 2), 2
         arguments.seq_len, arguments.columns = min(arguments.seq_len, 2048), 64
     if "RANK" not in os.environ:
-        head_dim = int(QWEN25_3B["hidden_size"]) // int(QWEN25_3B["num_attention_heads"])
-        require_flash4_ring(arguments.impl, head_dim=head_dim, toy=arguments.toy)
+        require_flash4_ring(arguments.impl, head_dim=_shape(1, QWEN25_3B).head_dim, toy=arguments.toy)
         with tempfile.TemporaryDirectory(prefix="sparsering-training-") as folder:
             raise SystemExit(_start(arguments, arguments.work or Path(folder)))
     world = join(device="cpu" if arguments.toy else None, timeout_s=540)
     result = ResultFile("training", folder=arguments.results, gpus=arguments.gpus)
-    rows: list[dict[str, Any]] = []
-    for row in _measure_all(arguments, world):
-        rows.append(row)
-        if world.rank == 0:
-            print(json.dumps(row), flush=True)
-            result.write(rows, finished=False)
+    rows = result.write_as_they_come(_measure_all(arguments, world), json.dumps, first_rank=world.rank == 0)
     if world.rank == 0:
-        result.write(rows, finished=True)
         print(_table(rows), result.path, sep="\n")
     leave()
 
@@ -128,22 +124,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _start(arguments: argparse.Namespace, work: Path) -> int:
-    _prepare(arguments, work)
+    """Write the model's configuration and enough random tokens, and start the ranks."""
+    model = arguments.model
+    write_json(work / "model" / "config.json", model | {"num_hidden_layers": arguments.layers})
+    if not (work / "data" / "manifest.json").exists():
+        tokens = np.random.default_rng(arguments.seed).integers(0, model["vocab_size"], 4 * arguments.seq_len)
+        np.save(work / "tokens.npy", tokens)
+        write_data([work / "tokens.npy"], work / "data", Tokenizer("random", model["vocab_size"]))
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     return start_ranks(
         [*sys.argv[1:], "--work", str(work)], world_size=arguments.gpus, environment=environment,
         module="sparsering.benchmarks.training",
     )  # fmt: skip
-
-
-def _prepare(arguments: argparse.Namespace, work: Path) -> None:
-    """Write the model's configuration and enough random tokens."""
-    model = TOY if arguments.toy else QWEN25_3B
-    write_json(work / "model" / "config.json", model | {"num_hidden_layers": arguments.layers})
-    if not (work / "data" / "manifest.json").exists():
-        tokens = np.random.default_rng(arguments.seed).integers(0, model["vocab_size"], 4 * arguments.seq_len)
-        np.save(work / "tokens.npy", tokens)
-        write_data([work / "tokens.npy"], work / "data", Tokenizer("random", int(model["vocab_size"])))
 
 
 def _measure_all(arguments: argparse.Namespace, world: Mesh) -> Iterator[dict[str, Any]]:
@@ -177,6 +169,7 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
         return {}
     worst = {name: max(values[name] or 0.0 for values in everyone) for name in own}
     last, step_ms = results[-1], worst["step_ms"]
+    used = {name: last.extra[name] for name in UTILISATIONS}  # in last.seconds; a row has them in step_ms
     return {
         "impl": _name(implementation, setup.plan.kernels.backend, world.device.type),
         "seq_len": config.seq_len_tokens,
@@ -185,7 +178,7 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
         "world_size": world.world_size,
         "layout": arguments.layout if implementation == "ours" else "",
         "tokens_per_s": last.tokens / step_ms * 1e3,
-        **{name: _at(last, name, step_ms) for name in ("mfu_actual", "mfu_dense_equivalent")},
+        **{name: share * last.seconds * 1e3 / step_ms if share else None for name, share in used.items()},
         "memory_bytes": int(worst["memory_bytes"]),
         **{name: value for name, value in worst.items() if name.endswith("_ms")},
         "other_ms": step_ms - worst["attention_ms"],
@@ -207,11 +200,6 @@ def _effort(arguments: argparse.Namespace, implementation: str) -> argparse.Name
     return own
 
 
-def _at(result: StepResult, name: str, step_ms: float) -> float | None:
-    """Return a utilisation of a step as it would be if the step had taken `step_ms`."""
-    return result.extra[name] * result.seconds * 1e3 / step_ms if result.extra[name] else None
-
-
 def _medians(results: list[StepResult]) -> dict[str, float]:
     parts = {f"{part}_ms": [r.parts_ms[part] for r in results] for part in results[0].parts_ms}
     parts["attention_ms"] = [r.parts_ms["attention_forward"] + r.parts_ms["attention_backward"] for r in results]
@@ -224,13 +212,10 @@ def _medians(results: list[StepResult]) -> dict[str, float]:
 
 
 def _masks(arguments: argparse.Namespace, density: float, device: torch.device) -> Masks:
-    heads = (TOY if arguments.toy else QWEN25_3B)["num_attention_heads"]
-    return [
-        slash_mask(
-            arguments.seq_len, density, arguments.columns, heads=int(heads), block=BLOCK_SIZE, seed=arguments.seed + n
-        ).to(device)
-        for n in range(min(arguments.distinct_masks, arguments.layers))
-    ]
+    shape = {"heads": arguments.model["num_attention_heads"], "block": BLOCK_SIZE}
+    seeds = range(arguments.seed, arguments.seed + min(arguments.distinct_masks, arguments.layers))
+    drawn = (slash_mask(arguments.seq_len, density, arguments.columns, **shape, seed=seed) for seed in seeds)
+    return [mask.to(device) for mask in drawn]
 
 
 def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, masks: Masks | None) -> TrainConfig:
@@ -252,7 +237,7 @@ def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, mas
             "attention": ATTENTION_OF.get(implementation, implementation),
             "plan": plan,
             "parallel": {"data": 1, "context": world.world_size},
-            "dtype": _dtype(arguments),
+            "dtype": arguments.dtype,
             "device": world.device.type,
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
@@ -261,32 +246,26 @@ def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, mas
     )
 
 
-def _plan(arguments: argparse.Namespace, world: Mesh) -> Any:
-    model = TOY if arguments.toy else QWEN25_3B
-    heads, kv_heads = int(model["num_attention_heads"]), int(model["num_key_value_heads"])
+def _shape(layers: int, model: dict[str, Any]) -> ModelShape:
+    heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
+    return ModelShape(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=model["hidden_size"] // heads)
+
+
+def _plan(arguments: argparse.Namespace, world: Mesh) -> Plan:
     forward, _, backward = arguments.layout.partition("/")
     selector = FixedVerticalSlash(columns=arguments.columns, slashes=arguments.slashes)
     backend = arguments.backend or ("triton" if world.device.type == "cuda" else "blockwise")
     return make_plan(
         attention=AttentionSpec(
-            model=ModelShape(
-                layers=arguments.layers, heads=heads, kv_heads=kv_heads, head_dim=int(model["hidden_size"]) // heads
-            ),
-            seq_len_tokens=arguments.seq_len,
-            block_size=BLOCK_SIZE,
-            dtype=_dtype(arguments),
-            columns_capacity=arguments.columns,
+            model=_shape(arguments.layers, arguments.model), seq_len_tokens=arguments.seq_len, block_size=BLOCK_SIZE,
+            dtype=arguments.dtype, columns_capacity=arguments.columns,
         ),
         placement=striped(seq_len_tokens=arguments.seq_len, world_size=world.world_size, granularity_tokens=BLOCK_SIZE),
         forward=parse_layout(forward),
         backward=parse_layout(backward or forward),
         pattern=pattern_chosen_by(selector),
         kernels=KernelSpec.model_validate({"backend": backend}),
-    )
-
-
-def _dtype(arguments: argparse.Namespace) -> Any:
-    return "float32" if arguments.toy else "bfloat16"
+    )  # fmt: skip
 
 
 def _name(implementation: str, backend: str, device: str) -> str:
@@ -302,7 +281,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda r: (r["seq_len"], -r["step_ms"])):
         dense = [r for r in rows if r["seq_len"] == row["seq_len"] and r["impl"].startswith(("dense", "torch"))]
         against = ", ".join(f"{r['impl']} ×{r['step_ms'] / row['step_ms']:.2f}" for r in dense if r is not row)
-        mfu = [f"{row[name]:.3f}" if row[name] else "-" for name in ("mfu_actual", "mfu_dense_equivalent")]
+        mfu = [f"{row[name]:.3f}" if row[name] else "-" for name in UTILISATIONS]
         exposed = row.get("exposed_communication_ms")
         waited = "-" if exposed is None else f"{exposed:.1f}"
         lines.append(

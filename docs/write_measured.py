@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-LAST_STEPS = 20  # a learning curve's end is the mean over so many steps
 
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
@@ -247,45 +246,9 @@ def training_table(result: Result) -> list[str]:
     return table(columns, result.rows)
 
 
-def learning_rows(result: Result) -> Iterator[Row]:
-    """Yield one row a curve: the mean loss of its last steps, and the highest density that it had."""
-    for kind in dict.fromkeys(row["kind"] for row in result.rows):
-        rows = [row for row in result.rows if row["kind"] == kind]
-        last = [row["loss"] for row in rows[-LAST_STEPS:]]
-        yield {**rows[-1], "steps": len(rows), "loss": sum(last) / len(last), "first": rows[0]["loss"],
-                          "densest": max(row["density"] for row in rows)}  # fmt: skip
-
-
-def learning_table(result: Result) -> list[str]:
-    """Return the ends of learning curves."""
-    columns = [
-        Column(heading="attention", cell=plain("kind")), Column(heading="tokens", cell=tokens),
-        Column(heading="seed", cell=plain("seed")), Column(heading="steps", cell=plain("steps")),
-        Column(heading="density, at most", cell=percent("densest")),
-        Column(heading="loss at first", cell=measured("first")),
-        Column(heading=f"loss, mean of the last {LAST_STEPS} steps", cell=measured("loss", scale=1)),
-    ]  # fmt: skip
-    return table(columns, list(learning_rows(result)))
-
-
-def ladder_table(result: Result) -> list[str]:
-    """Return the simulated ladder: what each idea gains, in every variant of what is assumed."""
-    columns = [
-        Column(heading="assumed", cell=plain("variant")), Column(heading="rung", cell=plain("rung")),
-        Column(heading="forward, ms a layer", cell=measured("forward_ms")),
-        Column(heading="backward, ms a layer", cell=measured("backward_ms")),
-        Column(heading="step, s", cell=measured("step_s")), Column(heading="speed-up", cell=measured("speed_up")),
-        Column(heading="published", cell=plain("published_speed_up")),
-        Column(heading="worker imbalance", cell=measured("worker_imbalance")),
-        Column(heading="step imbalance", cell=measured("step_imbalance")),
-        Column(heading="exposed", cell=percent("exposed")),
-    ]  # fmt: skip
-    return table(columns, result.rows)
-
-
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
-    "training": training_table, "learning": learning_table, "ladder": ladder_table,
+    "training": training_table,
 }  # fmt: skip
 ELSEWHERE = frozenset({"models"})  # benchmarks/models.py writes docs/models.md itself
 

@@ -149,16 +149,16 @@ class WholeAttention:
 
     def forward(self, queries: Queries, k: Tensor, v: Tensor) -> Partial:
         """(out in q's dtype, lse in the accumulator's)."""
-        return forward(queries, self._keys(k, v), self._columns(k, v), final=True)
+        return forward(queries, Keys(k=k, v=v, index=self.block), self._columns(k, v), final=True)
 
     def backward(self, queries: Queries, k: Tensor, v: Tensor, of_out: Partial, grad_out: Tensor) -> tuple[Tensor, ...]:
         """(dq, dk, dv) in the inputs' dtype; of_out: what forward gave. Columns are gathered again."""
-        (out, lse), q, keys, columns = of_out, queries.q, self._keys(k, v), self._columns(k, v)
+        (out, lse), q, keys, columns = of_out, queries.q, Keys(k=k, v=v, index=self.block), self._columns(k, v)
         wide = accumulator_dtype(q.dtype)
-        total = torch.empty(q.shape, dtype=wide, device=q.device)
-        rounded = torch.empty(q.shape, dtype=q.dtype, device=q.device) if wide != q.dtype else None
-        of_keys = _room(k.shape, wide if columns else k.dtype, q.device)
-        of_columns = _room(columns.k.shape, wide, q.device) if columns else None
+        total = q.new_empty(q.shape, dtype=wide)
+        rounded = q.new_empty(q.shape) if wide != q.dtype else None
+        of_keys = _room(k, wide if columns else k.dtype)
+        of_columns = _room(columns.k, wide) if columns else None
         into = Gradients(query=QueryGradient(total=total, add=False, final=rounded), keys=of_keys, columns=of_columns)
         delta = backend_of(self.block.backend).row_products(grad_out, out)
         given = BackwardQueries(q=q, scale=queries.scale, grad_out=grad_out, lse=lse, delta=delta)
@@ -166,9 +166,6 @@ class WholeAttention:
         if of_columns is not None and self.column is not None:
             scatter_columns((of_columns.k, of_columns.v), self.column, replace(of_keys, add=True))
         return into.query.target, of_keys.k.to(k.dtype), of_keys.v.to(v.dtype)
-
-    def _keys(self, k: Tensor, v: Tensor) -> Keys:
-        return Keys(k=k, v=v, index=self.block)
 
     def _columns(self, k: Tensor, v: Tensor) -> Columns | None:
         if self.column is None:
@@ -232,10 +229,6 @@ def _backend(keys: Keys | None, columns: Columns | None) -> Backend:
     return backend_of(names.pop())
 
 
-def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> KeyGradients:
+def _room(x: Tensor, dtype: torch.dtype) -> KeyGradients:
     """Room for gradients of keys or columns of this shape, which holds nothing yet."""
-    return KeyGradients(
-        k=torch.empty(shape, dtype=dtype, device=device),
-        v=torch.empty(shape, dtype=dtype, device=device),
-        add=False,
-    )
+    return KeyGradients(k=x.new_empty(x.shape, dtype=dtype), v=x.new_empty(x.shape, dtype=dtype), add=False)

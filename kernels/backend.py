@@ -9,7 +9,6 @@ planner/schedule/backends.py holds what plans must know of a backend. Shape lege
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from .gathered import gather_columns, scatter_columns
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge_into, plain_row_products
-from .values import BackwardQueries, ColumnIndex, Columns, Gradients, KeyGradients, Keys, Partial, Queries
+from .values import BackwardQueries, ColumnIndex, Columns, Gradients, KeyGradients, Keys, Partial, Queries, with_kv
 
 # Modules of the backends that come along, which register themselves when they are imported: at first use, since triton
 # cannot be imported everywhere.
@@ -80,7 +79,9 @@ class Backend:
 
     def backward(self, queries: BackwardQueries, keys: Keys | None, columns: Columns | None, into: Gradients) -> None:
         """See api.backward. By default sums are begun, and rounded where they end, around the additions."""
-        total, wide = into.query.total, into.keys and _in_accumulators(into.keys, accumulator_dtype(queries.q.dtype))
+        total, wide, dtype = into.query.total, into.keys, accumulator_dtype(queries.q.dtype)
+        if wide is not None and wide.k.dtype != dtype:
+            wide = with_kv(wide, lambda x: torch.empty_like(x, dtype=dtype))
         begun = [] if into.query.add else [total]
         begun += [part for room in (wide, into.columns) if room and not room.add for part in (room.k, room.v)]
         for part in begun:
@@ -138,10 +139,3 @@ def backend_of(name: str) -> Backend:
 def backend_names() -> tuple[str, ...]:
     """The backends that come along, and those registered since."""
     return tuple(dict.fromkeys((*SHIPPED, *_REGISTERED)))
-
-
-def _in_accumulators(into: KeyGradients, dtype: torch.dtype) -> KeyGradients:
-    """Itself, or room in the accumulator's dtype for what is rounded into it afterwards."""
-    if into.k.dtype == dtype:
-        return into
-    return replace(into, k=torch.empty_like(into.k, dtype=dtype), v=torch.empty_like(into.v, dtype=dtype))

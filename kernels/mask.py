@@ -44,16 +44,33 @@ class AttentionMask:
             raise ValueError(f"AttentionMask.seq_len_tokens: {self.seq_len_tokens} is not positive")
         if self.block_size < 1:
             raise ValueError(f"AttentionMask.block_size: {self.block_size} is not positive")
-        _check_active(self.active, blocks=self.blocks)
-        if self.columns is not None:
-            _check_columns(self.columns, heads=self.heads)
-        if self.documents is not None:
-            _check_documents(self.documents, seq_len_tokens=self.seq_len_tokens)
+        self._check_tensors()
         if self.own_blocks is not False:
             # True may be that of another mask, which this one was made from by dataclasses.replace.
             on_host = self.active.device.type == "cpu"
-            own = _own_blocks_active(self.active) if on_host else self.own_blocks is True
-            object.__setattr__(self, "own_blocks", own)
+            own = self.active[:, 0] if self.is_toeplitz else self.active.diagonal(dim1=1, dim2=2)
+            object.__setattr__(self, "own_blocks", bool(own.all()) if on_host else self.own_blocks is True)
+
+    def _check_tensors(self) -> None:
+        active, columns, documents, blocks = self.active, self.columns, self.documents, self.blocks
+        if active.dtype != torch.bool:
+            raise ValueError(f"AttentionMask.active: dtype {active.dtype} is not bool")
+        if active.dim() not in (2, 3) or any(size != blocks for size in active.shape[1:]):
+            raise ValueError(
+                f"AttentionMask.active: shape {tuple(active.shape)} is neither [H, {blocks}] nor "
+                f"[H, {blocks}, {blocks}]"
+            )
+        if columns is not None and columns.dtype != torch.int32:
+            raise ValueError(f"AttentionMask.columns: dtype {columns.dtype} is not int32")
+        if columns is not None and (columns.dim() != 2 or columns.shape[0] != self.heads):
+            raise ValueError(f"AttentionMask.columns: shape {tuple(columns.shape)} is not [{self.heads}, C]")
+        if documents is not None and documents.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"AttentionMask.documents: dtype {documents.dtype} is not int32")
+        if documents is not None and (documents.dim() != 1 or documents.shape[0] < self.seq_len_tokens):
+            raise ValueError(
+                f"AttentionMask.documents: shape {tuple(documents.shape)} does not hold one document for each "
+                f"of {self.seq_len_tokens} tokens"
+            )
 
     @property
     def heads(self) -> int:
@@ -86,37 +103,6 @@ class AttentionMask:
         return replace(self, **{name: None if t is None else t.to(device) for name, t in move.items()})
 
 
-def _own_blocks_active(active: Tensor) -> bool:
-    own = active[:, 0] if active.dim() == 2 else active.diagonal(dim1=1, dim2=2)
-    return bool(own.all())
-
-
-def _check_active(active: Tensor, *, blocks: int) -> None:
-    if active.dtype != torch.bool:
-        raise ValueError(f"AttentionMask.active: dtype {active.dtype} is not bool")
-    if active.dim() not in (2, 3) or any(size != blocks for size in active.shape[1:]):
-        raise ValueError(
-            f"AttentionMask.active: shape {tuple(active.shape)} is neither [H, {blocks}] nor [H, {blocks}, {blocks}]"
-        )
-
-
-def _check_columns(columns: Tensor, *, heads: int) -> None:
-    if columns.dtype != torch.int32:
-        raise ValueError(f"AttentionMask.columns: dtype {columns.dtype} is not int32")
-    if columns.dim() != 2 or columns.shape[0] != heads:
-        raise ValueError(f"AttentionMask.columns: shape {tuple(columns.shape)} is not [{heads}, C]")
-
-
-def _check_documents(documents: Tensor, *, seq_len_tokens: int) -> None:
-    if documents.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"AttentionMask.documents: dtype {documents.dtype} is not int32")
-    if documents.dim() != 1 or documents.shape[0] < seq_len_tokens:
-        raise ValueError(
-            f"AttentionMask.documents: shape {tuple(documents.shape)} does not hold one document for each "
-            f"of {seq_len_tokens} tokens"
-        )
-
-
 def document_of(mask: AttentionMask, positions: Tensor) -> Tensor | None:
     """Documents of global token positions (any shape); padding reads the last valid token's. None without documents."""
     if mask.documents is None:
@@ -144,33 +130,28 @@ def active_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_block
 
 def block_part(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """bool [S_q, S_k]: the pairs that the block part of one head attends."""
-    q_blocks, k_blocks = q_positions.long() // mask.block_size, k_positions.long() // mask.block_size
-    active = active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
-    return allowed_pairs(mask, q_positions, k_positions) & active
+    return allowed_pairs(mask, q_positions, k_positions) & _in_active_block(mask, head, q_positions, k_positions)
 
 
 def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
     """bool [S_q, C]: the pairs (query, column slot) that the column part of one head attends. Empty slots: none."""
     if mask.columns is None:
         return torch.zeros(q_positions.shape[0], 0, dtype=torch.bool, device=q_positions.device)
-    columns = mask.columns[head].long()
-    q_blocks, k_blocks = q_positions.long() // mask.block_size, columns // mask.block_size
-    active = active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
-    return allowed_pairs(mask, q_positions, columns) & ~active
+    columns = mask.columns[head]
+    return allowed_pairs(mask, q_positions, columns) & ~_in_active_block(mask, head, q_positions, columns)
+
+
+def _in_active_block(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    q_blocks, k_blocks = q_positions.long() // mask.block_size, k_positions.long() // mask.block_size
+    return active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
 
 
 def whole(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """bool [S_q, S_k]: the pairs that one head attends, by blocks or by columns: the definition itself."""
     attended = block_part(mask, head, q_positions, k_positions)
-    if not mask.column_capacity:
-        return attended
-    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column(mask, head, k_positions)[None, :])
-
-
-def is_column(mask: AttentionMask, head: int, k_positions: Tensor) -> Tensor:
-    """bool [S_k]: which positions are among the head's columns."""
     if mask.columns is None or not mask.column_capacity:
-        return torch.zeros_like(k_positions, dtype=torch.bool)
+        return attended
     columns, keys = mask.columns[head].long().contiguous(), k_positions.long().contiguous()
     slots = torch.searchsorted(columns, keys).clamp_(max=columns.shape[0] - 1)
-    return columns[slots] == keys
+    is_column = columns[slots] == keys
+    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column[None, :])

@@ -7,8 +7,9 @@ Everything here raises ValueError, naming the tensor, for shapes and dtypes that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,13 +106,9 @@ class QueryGradient:
     def __post_init__(self) -> None:
         if self.total.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"gradient accumulator: dtype {self.total.dtype} is neither float32 nor float64")
-        if self.final is not None and (self.final.shape, self.final.stride()) != (
-            self.total.shape,
-            self.total.stride(),
-        ):
-            raise ValueError(
-                f"final_q: shape {tuple(self.final.shape)}, strides {self.final.stride()} are not those of grad_q"
-            )
+        total, final = self.total, self.total if self.final is None else self.final
+        if (final.shape, final.stride()) != (total.shape, total.stride()):
+            raise ValueError(f"final_q: shape {tuple(final.shape)}, strides {final.stride()} are not those of grad_q")
 
     @property
     def target(self) -> Tensor:
@@ -155,6 +152,14 @@ class KeyGradients:
                 target += grad
             else:
                 target.copy_(grad)
+
+
+KV = TypeVar("KV", Keys, Columns, KeyGradients)
+
+
+def with_kv(part: KV | None, change: Callable[[Tensor], Tensor]) -> KV | None:
+    """The same keys, columns or gradients, k and v of which are changed; None where there are none."""
+    return part and replace(part, k=change(part.k), v=change(part.v))
 
 
 @dataclass(frozen=True, kw_only=True)

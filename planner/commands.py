@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..traces.dataset.store import Trace
@@ -23,11 +24,12 @@ from .check.check import CheckReport, check_step
 from .check.check import check as prove
 from .cost.cluster import load_cluster, preset_names
 from .layouts.registry import layout_names
-from .plan import DType, KernelSpec, Plan, load_launches, load_plan
+from .plan import KernelSpec, Plan, load_launches, load_plan
 from .schedule.backends import known_backends
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
 from .search.search import plan_trace
+from .specs import DType
 
 SHOWN_CANDIDATES = 12
 BACKENDS = known_backends()
@@ -84,7 +86,8 @@ def plan(
         ("--backend", backend, BACKENDS),
         ("--evaluator", evaluator, EVALUATORS),
     ):
-        _one_of(field, value, known)
+        if value not in known:
+            raise InputError(f"{value!r} is not one of {', '.join(known)}", field=field)
     require_output(output, kind="plan", key="placement")
     space = SearchSpace(
         layouts=tuple(layout or ()),
@@ -126,9 +129,11 @@ def check(
     reports = {}
     with shown_progress() as report:
         for number, direction in enumerate(DIRECTIONS):
-            reports[direction] = _proved(plan, made, direction)
+            with _named(plan, direction):
+                reports[direction] = prove(made.schedule(direction), inactive=made.active_pairs().left_out())
             report("proving", number + 1, len(DIRECTIONS))
-    _kept_alike(plan, made)
+    with _named(plan):
+        check_step(made.schedule("forward"), made.schedule("backward"))
     if as_json:
         figures = {direction: _figures(made.schedule(direction), one) for direction, one in reports.items()}
         typer.echo(json.dumps({"plan": str(plan), **_summary(made), "proved": list(PROVED), "figures": figures}))
@@ -136,25 +141,15 @@ def check(
         _show_proof(made, reports)
 
 
-def _kept_alike(path: Path, made: Plan) -> None:
+@contextmanager
+def _named(path: Path, direction: Direction | None = None) -> Iterator[None]:
+    """Let what refuses a plan name its file, and broken rules the direction."""
     try:
-        check_step(made.schedule("forward"), made.schedule("backward"))
-    except ScheduleError as error:
-        raise InputError(str(error), source=path) from error
-
-
-def _proved(path: Path, made: Plan, direction: Direction) -> CheckReport:
-    try:
-        return prove(made.schedule(direction), inactive=made.active_pairs().left_out())
+        yield
     except ScheduleError as error:
         raise InputError(str(error), source=path, field=direction) from error
     except InputError as error:
         raise InputError(str(error), source=path) from error
-
-
-def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{value!r} is not one of {', '.join(known)}", field=field)
 
 
 def _numbers(field: str, text: str | None) -> tuple[int, ...] | None:
@@ -172,56 +167,42 @@ def _summary(made: Plan) -> dict[str, Any]:
         "digest": made.digest,
         "world_size": made.world_size,
         "seq_len_tokens": made.seq_len_tokens,
-        "placement": {
-            "name": made.placement.name,
-            "granularity_tokens": made.placement.granularity_tokens,
-        },
-        "forward": {"layout": made.forward.layout, "parameters": made.forward.parameters},
-        "backward": {"layout": made.backward.layout, "parameters": made.backward.parameters},
+        "placement": made.placement.model_dump(include={"name", "granularity_tokens"}),
+        "forward": made.forward.model_dump(include={"layout", "parameters"}),
+        "backward": made.backward.model_dump(include={"layout", "parameters"}),
         "backend": made.kernels.backend,
         "shard_pairs": {"computed": int(made.active_pairs().matrix.sum()), "all": made.world_size**2},
     }
 
 
 def _figures(schedule: Schedule, report: CheckReport) -> dict[str, Any]:
-    return {
-        "schedule_sha256": schedule.sha256(),
-        "tasks": report.tasks,
-        "transfers": report.transfers,
-        "phases": report.phases,
-        "peak_bytes": report.peak_bytes,
-        "buffer_bytes": schedule.buffer_bytes,
-        "sent_bytes": {name: max(values) for name, values in report.sent_bytes.items()},
-    }
+    sent_bytes = {name: max(values) for name, values in report.sent_bytes.items()}
+    stated = {"schedule_sha256": schedule.sha256(), "buffer_bytes": schedule.buffer_bytes}
+    return stated | asdict(report) | {"sent_bytes": sent_bytes}
 
 
 def _show_plan(made: Plan, output: Path) -> None:
-    console, told = Console(), made.predictions
-    console.print(_candidates_table(told))
-    console.print(f"[bold]{escape(told['verdict'])}[/bold]")
+    console, told = Console(highlight=False, markup=False), made.predictions
     mark = ", unvalidated" if told["unvalidated"] else ""
-    console.print(
-        f"picked: {_in_words(made)}\n"
+    lines = [
+        f"picked: {_in_words(made)}",
         f"step {told['step_time_us']:,.0f} µs (forward {told['forward_us']:,.0f}, backward {told['backward_us']:,.0f}; "
-        f"{told['evaluator']}{mark}), {told['gap']:.1%} above the lower bound of {told['bound_us']:,.0f} µs\n"
+        f"{told['evaluator']}{mark}), {told['gap']:.1%} above the lower bound of {told['bound_us']:,.0f} µs",
         f"worker imbalance {told['worker_imbalance']:.3f}, step imbalance {told['step_imbalance']:.3f}, "
-        f"exposed {told['exposed_fraction']:.1%}\n"
+        f"exposed {told['exposed_fraction']:.1%}",
         f"memory of one layer {told['memory_bytes'] / 1e6:,.0f} MB, {told['peak_buffer_bytes'] / 1e6:,.0f} MB of it "
         f"buffers; limit {told['memory_limit_bytes'] / 1e6:,.0f} MB",
-        highlight=False,
-        markup=False,
-    )
+    ]
     if made.pairs is not None:
         counts = _summary(made)["shard_pairs"]
-        console.print(
+        lines.append(
             f"{counts['computed']} of {counts['all']} pairs of shards can have work; the others are neither computed "
-            "nor sent",
-            highlight=False,
-            markup=False,
+            "nor sent"
         )
-    for note in told["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"wrote {output} (digest {made.digest[:12]})", highlight=False, markup=False)
+    lines += [f"note: {note}" for note in told["notes"]]
+    console.print(_candidates_table(told))
+    console.print(told["verdict"], style="bold")
+    console.print(*lines, f"wrote {output} (digest {made.digest[:12]})", sep="\n")
 
 
 def _candidates_table(told: Mapping[str, Any]) -> Table:
@@ -230,27 +211,23 @@ def _candidates_table(told: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{len(shown)} of {len(rows)} candidates, one layout in both directions", box=SIMPLE_HEAD, pad_edge=False
     )
-    for name in ("placement", "layout"):
-        table.add_column(name, no_wrap=True)
-    for name in ("step µs", "worker", "phases"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    for name in ("placement", "layout", "step µs", "worker", "phases", ""):
+        table.add_column(
+            name, justify="right" if name in ("step µs", "worker", "phases") else "left", no_wrap=name != ""
+        )
     for row in shown:
+        remarks = ["plain" if row["baseline"] else "", row["why_not"], "" if row["fits_memory"] else "too large"]
+        remarks.append("" if row["evaluator"] == told["evaluator"] else "estimate")
         table.add_row(
             f"{row['placement']} {row['granularity_tokens']}",
             row["in_words"],
             f"{row['step_time_us']:,.0f}",
             f"{row['worker_imbalance']:.3f}",
             f"{row['step_imbalance']:.3f}",
-            _remark(row, told["evaluator"]),
+            ", ".join(filter(None, remarks)),
         )
     table.caption = "worker: worker imbalance; phases: step imbalance; estimate: by the recurrence"
     return table
-
-
-def _remark(row: Mapping[str, Any], evaluator: str) -> str:
-    remarks = ["plain" if row["baseline"] else "", row["why_not"], "" if row["fits_memory"] else "too large"]
-    return ", ".join(filter(None, [*remarks, "" if row["evaluator"] == evaluator else "estimate"]))
 
 
 def _in_words(made: Plan) -> str:
@@ -259,7 +236,6 @@ def _in_words(made: Plan) -> str:
 
 
 def _show_proof(made: Plan, reports: Mapping[Direction, CheckReport]) -> None:
-    console = Console()
     table = Table(title=f"plan {made.digest[:12]}", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("direction", "tasks", "transfers", "phases", "peak MB", "buffers MB", "sent MB"):
         table.add_column(name, justify="left" if name == "direction" else "right")
@@ -269,7 +245,5 @@ def _show_proof(made: Plan, reports: Mapping[Direction, CheckReport]) -> None:
         sizes = (report.peak_bytes, made.schedule(direction).buffer_bytes, sent)
         counts = (report.tasks, report.transfers, report.phases)
         table.add_row(direction, *map(str, counts), *(f"{size / 1e6:,.1f}" for size in sizes))
-    console.print(f"{_in_words(made)}", highlight=False, markup=False)
-    console.print(table)
-    for line in PROVED:
-        console.print(f"proved: {line}", highlight=False, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(_in_words(made), table, *(f"proved: {line}" for line in PROVED), sep="\n")

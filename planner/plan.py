@@ -7,18 +7,17 @@ the same schedules.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, StrictBool, StrictInt, ValidationError
+from pydantic import Field, StrictBool, StrictInt
 
 from ..traces.errors import InputError
 from ..traces.files import canonical_json, read_json, sha256_of_bytes, write_json
 from ..traces.pattern import LayerPattern, num_blocks
-from ..traces.validation import validation_error
+from ..traces.validation import validated
 from .layouts.layout import Layout
 from .layouts.registry import make_layout
 from .schedule.backends import computed_head_dim
@@ -28,10 +27,8 @@ from .schedule.placement import Placement
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .schedule.shape import AttentionShape
 from .specs import (
-    ELEMENT_BYTES,
     SHA256,
     AttentionSpec,
-    DType,
     KernelSpec,
     ModelShape,
     PatternSpec,
@@ -39,21 +36,6 @@ from .specs import (
     Strict,
     TunedLaunches,
 )
-
-__all__ = [
-    "ELEMENT_BYTES",
-    "AttentionSpec",
-    "DType",
-    "KernelSpec",
-    "LayoutSpec",
-    "ModelShape",
-    "PatternSpec",
-    "Plan",
-    "TunedLaunches",
-    "load_launches",
-    "load_plan",
-    "make_plan",
-]
 
 PLAN_SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
@@ -69,9 +51,9 @@ class LayoutSpec(Strict):
     schedule_sha256: str = Field(pattern=SHA256)
 
     @classmethod
-    def of(cls, layout: Layout, schedule_sha256: str = "0" * 64) -> Self:
-        """Return a layout as the file states it."""
-        return cls(layout=layout.name, parameters=layout.parameters, schedule_sha256=schedule_sha256)
+    def of(cls, layout: Layout) -> Self:
+        """Return a layout as the file states it, the hash of its schedule still to come."""
+        return cls(layout=layout.name, parameters=layout.parameters, schedule_sha256="0" * 64)
 
     @property
     def value(self) -> Layout:
@@ -159,30 +141,14 @@ class Plan(AttentionSpec):
         return schedule
 
     def build_schedule(self, direction: Direction) -> Schedule:
-        """Expand the schedule of one direction, whatever its hash. The same object each time: it is built once.
+        """Expand the schedule of one direction, whatever its hash.
 
         InputError, naming the direction and what is wrong, where the layout is none or does not apply.
         """
-        shape, pairs = self.attention_shape(), self.active_pairs()
         try:
-            layout = self.spec(direction).value
-            key = (direction, layout, shape, pairs)
-            if key not in self.built_schedules:
-                self.built_schedules[key] = layout.build(shape=shape, direction=direction, pairs=pairs)
+            return built_schedule(self.spec(direction).value, self.attention_shape(), direction, self.active_pairs())
         except InputError as error:
             raise type(error)(str(error), field=direction) from error
-        return self.built_schedules[key]
-
-    @cached_property
-    def built_schedules(self) -> dict[Hashable, Schedule]:
-        """What was built so far, by all that it is built from; no part of the plan's value."""
-        return {}
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Leave out what was built when a plan goes to another process: it is built there."""
-        state = super().__getstate__()
-        kept = {name: value for name, value in state["__dict__"].items() if name != "built_schedules"}
-        return {**state, "__dict__": kept}
 
     def with_record(
         self, *, predictions: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None
@@ -210,6 +176,12 @@ class Plan(AttentionSpec):
             self.active_pairs().require(pattern_pairs(pattern, self.make_placement()), about=about)
 
 
+@lru_cache(maxsize=32)
+def built_schedule(layout: Layout, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
+    """Return the schedule of a layout: the same object each time, since expanding and hashing it takes long."""
+    return layout.build(shape=shape, direction=direction, pairs=pairs)
+
+
 def make_plan(
     *,
     attention: AttentionSpec,
@@ -228,7 +200,12 @@ def make_plan(
     """
     plan = Plan(
         **dict(attention),
-        placement=PlacementSpec.of(placement),
+        placement=PlacementSpec(
+            name=placement.name,
+            world_size=placement.world_size,
+            granularity_tokens=placement.granularity_tokens,
+            units=tuple(placement.units.reshape(-1).tolist()),
+        ),
         forward=LayoutSpec.of(forward),
         backward=LayoutSpec.of(backward or forward),
         pattern=pattern,
@@ -246,26 +223,15 @@ def make_plan(
 
 def load_launches(path: Path) -> TunedLaunches:
     """Read what `sparsering doctor --kernels --tune` wrote. InputError names file, field and value."""
-    try:
-        return TunedLaunches.model_validate(read_json(path, max_bytes=MAX_PLAN_BYTES))
-    except ValidationError as error:
-        raise validation_error(error, path) from error
+    return validated(TunedLaunches, read_json(path, max_bytes=MAX_PLAN_BYTES), path)
 
 
 def load_plan(path: Path | str) -> Plan:
     """Read and verify a plan file: schema, digest, permutation, kernels. InputError names file, field and value."""
     path = Path(path)
     document = read_json(path, max_bytes=MAX_PLAN_BYTES)
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > PLAN_SCHEMA_VERSION:
-        raise InputError(
-            f"is {version}; this version reads up to {PLAN_SCHEMA_VERSION}", source=path, field="schema_version"
-        )
     record = document.pop(RECORD, None) if isinstance(document, dict) else None
-    try:
-        plan = Plan.model_validate(document)
-    except ValidationError as error:
-        raise validation_error(error, path) from error
+    plan = validated(Plan, document, path, newest_schema=PLAN_SCHEMA_VERSION)
     if plan.digest != plan.compute_digest():
         raise InputError(f"does not match the content (computed {plan.compute_digest()})", source=path, field="digest")
     if record != (computed := _record_sha256(plan.model_dump(mode="json"))):
@@ -281,25 +247,18 @@ def _record_sha256(document: dict[str, Any]) -> str:
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
         plan.require_kernels()
-        placement = plan.make_placement()
+        plan.make_placement()
         if plan.active_pairs().world_size != plan.world_size:
             raise InputError(f"are of {plan.active_pairs().world_size} ranks, not {plan.world_size}", field="pairs")
         for direction in DIRECTIONS:
             plan.build_schedule(direction)
-        _check_head_orders(plan)
-        blocks = num_blocks(plan.seq_len_tokens, plan.block_size)
-        if plan.columns_capacity > blocks * plan.block_size:
+        orders, model = plan.head_orders, plan.model
+        if orders is not None and len(orders) != model.layers:
+            raise InputError(f"are of {len(orders)} layers, not {model.layers}", field="head_orders")
+        for layer, order in enumerate(orders or ()):
+            if not is_order(order, heads=model.heads, kv_heads=model.kv_heads):
+                raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
+        if plan.columns_capacity > num_blocks(plan.seq_len_tokens, plan.block_size) * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
-        assert placement.world_size == plan.world_size
     except InputError as error:
         raise type(error)(str(error), source=path) from error
-
-
-def _check_head_orders(plan: Plan) -> None:
-    if plan.head_orders is None:
-        return
-    if len(plan.head_orders) != plan.model.layers:
-        raise InputError(f"are of {len(plan.head_orders)} layers, not {plan.model.layers}", field="head_orders")
-    for layer, order in enumerate(plan.head_orders):
-        if not is_order(order, heads=plan.model.heads, kv_heads=plan.model.kv_heads):
-            raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")

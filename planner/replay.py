@@ -11,7 +11,7 @@ from ..traces.pattern import LayerPattern
 from .plan import Plan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
     """One recorded layer of a trace."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .schedule.backends import facts_of
-from .schedule.placement import Placement
 from .schedule.shape import AttentionShape
 
 DType = Literal["bfloat16", "float16", "float32", "float64"]
@@ -61,16 +60,6 @@ class PlacementSpec(Strict):
     world_size: int = Field(gt=0, le=65536)
     granularity_tokens: int = Field(gt=0)
     units: tuple[int, ...]
-
-    @classmethod
-    def of(cls, placement: Placement) -> Self:
-        """Return a placement as the file states it."""
-        return cls(
-            name=placement.name,
-            world_size=placement.world_size,
-            granularity_tokens=placement.granularity_tokens,
-            units=tuple(int(unit) for unit in placement.units.reshape(-1)),
-        )
 
 
 class PatternSpec(Strict):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError
 from ..traces.timeline import Timeline
 from .engine import Jitter
-from .metrics import DirectionMetrics, PhaseMetrics, timeline_metrics
+from .metrics import DirectionMetrics, timeline_metrics
 from .simulate_plan import UNVALIDATED, simulate_plan
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -72,47 +74,41 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set two timelines side by side, phase by phase: simulated or measured, in any combination."""
-    timelines = [Timeline.load(path) for path in (first, second)]
-    metrics = []
-    for path, timeline in zip((first, second), timelines, strict=True):
+    timelines = {path: Timeline.load(path) for path in (first, second)}
+    sides = []
+    for path in (first, second):
         try:
-            metrics.append({one.direction: one for one in timeline_metrics(timeline)})
+            sides.append({one.direction: one for one in timeline_metrics(timelines[path])})
         except InputError as error:
             raise InputError(str(error), source=path) from error
-    names = [f"{path.name} ({timeline.source})" for path, timeline in zip((first, second), timelines, strict=True)]
     if as_json:
-        sides = [
+        told = [
             {
                 "file": str(path),
-                "source": timeline.source,
-                "world_size": timeline.world_size,
-                "metadata": timeline.metadata,
+                "source": timelines[path].source,
+                "world_size": timelines[path].world_size,
+                "metadata": timelines[path].metadata,
+                "directions": [one.to_json() for one in side.values()],
             }
-            | {"directions": [one.to_json() for one in side.values()]}
-            for path, timeline, side in zip((first, second), timelines, metrics, strict=True)
+            for path, side in zip((first, second), sides, strict=True)
         ]
-        typer.echo(json.dumps({"a": sides[0], "b": sides[1]}))
+        typer.echo(json.dumps({"a": told[0], "b": told[1]}))
         return
-    for direction in dict.fromkeys([*metrics[0], *metrics[1]]):
-        _show_comparison(direction, names, metrics[0].get(direction), metrics[1].get(direction))
+    names = [f"{path.name} ({timelines[path].source})" for path in (first, second)]
+    for direction in dict.fromkeys([*sides[0], *sides[1]]):
+        _show_comparison(direction, names, [side.get(direction) for side in sides])
 
 
 def _show_simulation(facts: dict[str, Any], metrics: list[DirectionMetrics]) -> None:
     console = Console()
-    table = Table(
-        title=escape(f"layer {facts['layer']} of training step {facts['training_step']} on {facts['cluster']}")
+    table = _table(
+        ("", "makespan", "compute mean", "exposed mean", "worker imbalance", "step imbalance"),
+        title=escape(f"layer {facts['layer']} of training step {facts['training_step']} on {facts['cluster']}"),
     )
-    for name in ("", "makespan", "compute mean", "exposed mean", "worker imbalance", "step imbalance"):
-        table.add_column(name, justify="right" if name else "left")
     for one in metrics:
-        table.add_row(
-            one.direction,
-            _time(one.makespan_us),
-            _time(one.compute_mean_us),
-            f"{_time(one.exposed_mean_us)} ({one.exposed_mean_us / one.makespan_us:.0%})",
-            f"{one.worker_imbalance:.3f}",
-            f"{one.step_imbalance:.3f}",
-        )
+        exposed = f"{_time(one.exposed_mean_us)} ({one.exposed_mean_us / one.makespan_us:.0%})"
+        times = _time(one.makespan_us), _time(one.compute_mean_us), exposed
+        table.add_row(one.direction, *times, f"{one.worker_imbalance:.3f}", f"{one.step_imbalance:.3f}")
     console.print(table)
     console.print(
         f"step time {_time(facts['step_time_us'])}, buffers {facts['peak_buffer_bytes'] / 2**20:.1f} MiB a rank"
@@ -122,42 +118,35 @@ def _show_simulation(facts: dict[str, Any], metrics: list[DirectionMetrics]) -> 
         console.print(f"timeline: {escape(facts['timeline'])} (open it in https://ui.perfetto.dev)")
 
 
-def _show_comparison(
-    direction: str, names: list[str], first: DirectionMetrics | None, second: DirectionMetrics | None
-) -> None:
+def _show_comparison(direction: str, names: list[str], sides: list[DirectionMetrics | None]) -> None:
+    """Print two tables of a direction: its phases, and its figures with their ratio. sides: A's and B's metrics."""
+    console = Console()
     table = Table(title=escape(f"{direction}: A is {names[0]}, B is {names[1]}"))
     for name in ("phase", "compute A", "B", "compute max A", "B", "exposed A", "B", "transfer A", "B"):
         table.add_column(name, justify="right")
-    phases = [{one.phase: one for one in side.phases} if side else {} for side in (first, second)]
+    phases = [{one.phase: one for one in side.phases} if side else {} for side in sides]
     for phase in sorted({*phases[0], *phases[1]}):
-        table.add_row(str(phase), *_pairs(phases[0].get(phase), phases[1].get(phase)))
-    console = Console()
+        fields = product(("compute_mean_us", "compute_max_us", "exposed_mean_us", "transfer_us"), phases)
+        shown = [_time(getattr(side[phase], name)) if phase in side else "–" for name, side in fields]
+        table.add_row(str(phase), *shown)
     console.print(table)
-    console.print(_summary(first, second))
-
-
-def _summary(first: DirectionMetrics | None, second: DirectionMetrics | None) -> Table:
-    table = Table()
-    for name in ("", "A", "B", "B / A"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, show in (
-        ("makespan_us", _time),
-        ("compute_mean_us", _time),
-        ("exposed_mean_us", _time),
-        ("tail_mean_us", _time),
-        ("worker_imbalance", "{:.3f}".format),
-        ("step_imbalance", "{:.3f}".format),
-    ):
-        values = [None if side is None else getattr(side, name) for side in (first, second)]
+    table = _table(("", "A", "B", "B / A"))
+    for name in ("makespan_us", "compute_mean_us", "exposed_mean_us", "tail_mean_us", "worker_imbalance",
+                 "step_imbalance"):  # fmt: skip
+        show = _time if name.endswith("_us") else "{:.3f}".format
+        values = [None if side is None else getattr(side, name) for side in sides]
         ratio = f"{values[1] / values[0]:.3f}" if values[0] and values[1] is not None else "–"
         shown = ["–" if value is None else show(value) for value in values]
         table.add_row(name.removesuffix("_us").replace("_", " "), *shown, ratio)
+    console.print(table)
+
+
+def _table(columns: Sequence[str], **settings: Any) -> Table:
+    """Return a table whose columns are figures, but for the first, which has no name."""
+    table = Table(**settings)
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left")
     return table
-
-
-def _pairs(first: PhaseMetrics | None, second: PhaseMetrics | None) -> list[str]:
-    fields = ("compute_mean_us", "compute_max_us", "exposed_mean_us", "transfer_us")
-    return ["–" if side is None else _time(getattr(side, name)) for name in fields for side in (first, second)]
 
 
 def _time(us: float) -> str:

@@ -22,7 +22,7 @@ import simpy
 
 from ..planner.cost.cluster import Cluster
 from ..planner.cost.evaluation import Evaluation
-from ..planner.cost.kernels import CostModel, launch_work
+from ..planner.cost.kernels import CostModel, task_work
 from ..planner.cost.timing import check_sizes, latency_ns, launch_ns, legs_of
 from ..planner.schedule.launches import Launch, rank_launches
 from ..planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
@@ -207,8 +207,8 @@ class _Engine:
 
     def _compute(self, rank: int, phase: int, launch: Launch) -> Process:
         """Compute the tasks of one launch, slower while this GPU communicates."""
-        work_ns = launch_ns(launch, launch_work(launch, self.workload), self.cost, self.schedule.direction)
-        work_ns = self.jittered[rank](work_ns)
+        work = [task_work(task, self.workload) for task in launch.tasks]
+        work_ns = self.jittered[rank](launch_ns(launch, work, self.cost, self.schedule.direction))
         if not work_ns:
             return
         start_ns = self.now

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..planner.cost.evaluation import imbalance
 from ..planner.schedule.schedule import DIRECTIONS
@@ -17,7 +16,7 @@ from ..traces.timeline import COMPUTE_STREAM, Span, Timeline
 PICOSECOND_DIGITS = 6  # of a microsecond: what differences of floats leave below is noise
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PhaseMetrics:
     """One phase over all ranks. exposed: a rank's compute stream stood still before and within the phase.
 
@@ -65,13 +64,19 @@ def timeline_metrics(timeline: Timeline) -> list[DirectionMetrics]:
 
 def _direction_metrics(direction: str, spans: Sequence[Span], world_size: int) -> DirectionMetrics:
     begin, end = min(span.start_us for span in spans), max(span.end_us for span in spans)
-    compute, ends = _compute_and_ends(spans, world_size, begin)
-    exposed = np.round(np.diff(ends, axis=1, prepend=begin) - compute, PICOSECOND_DIGITS) + 0.0  # no -0.0
-    transfer = np.zeros(compute.shape[1])
+    shape = world_size, 1 + max(span.phase for span in spans)
+    compute, ends = np.zeros(shape), np.full(shape, begin)  # of every phase; when the last compute up to it ended
+    transfer = np.zeros(shape[1])
     for span in spans:
-        if span.stream != COMPUTE_STREAM:
+        if span.stream == COMPUTE_STREAM:
+            compute[span.rank, span.phase] += span.duration_us
+            ends[span.rank, span.phase] = max(ends[span.rank, span.phase], span.end_us)
+        else:
             transfer[span.phase] = max(transfer[span.phase], span.duration_us)
+    ends = np.maximum.accumulate(ends, axis=1)
+    exposed = np.round(np.diff(ends, axis=1, prepend=begin) - compute, PICOSECOND_DIGITS) + 0.0  # no -0.0
     per_rank, mean = compute.sum(axis=1), compute.mean(axis=0)
+    of_phases = np.stack([mean, compute.max(axis=0), [column.mean() for column in exposed.T], transfer])
     return DirectionMetrics(
         direction=direction,
         makespan_us=end - begin,
@@ -82,27 +87,5 @@ def _direction_metrics(direction: str, spans: Sequence[Span], world_size: int) -
         worker_imbalance=imbalance(per_rank),
         step_imbalance=float(compute.max(axis=0).sum() / mean.sum()) if mean.sum() else 1.0,
         sent_and_received_bytes=sum(span.nbytes for span in spans),
-        phases=tuple(
-            PhaseMetrics(
-                phase=phase,
-                compute_mean_us=float(mean[phase]),
-                compute_max_us=float(compute[:, phase].max()),
-                exposed_mean_us=float(exposed[:, phase].mean()),
-                transfer_us=float(transfer[phase]),
-            )
-            for phase in range(compute.shape[1])
-        ),
+        phases=tuple(PhaseMetrics(number, *values) for number, values in enumerate(of_phases.T.tolist())),
     )
-
-
-def _compute_and_ends(
-    spans: Sequence[Span], world_size: int, begin: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return float64 [W, phases] twice: compute of every phase, and when the last compute up to that phase ended."""
-    shape = (world_size, 1 + max(span.phase for span in spans))
-    compute, ends = np.zeros(shape), np.full(shape, begin)
-    for span in spans:
-        if span.stream == COMPUTE_STREAM:
-            compute[span.rank, span.phase] += span.duration_us
-            ends[span.rank, span.phase] = max(ends[span.rank, span.phase], span.end_us)
-    return compute, np.maximum.accumulate(ends, axis=1)

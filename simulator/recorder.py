@@ -56,13 +56,11 @@ class Recorder:
         )
 
     def _timeline(self, transfers: TransferTimes) -> Timeline:
-        spans = [
-            self._span(
-                rank, phase, start_ns, end_ns, stream=COMPUTE_STREAM, name=launch_name(tasks), category="compute"
-            )
-            for rank, phase, tasks, start_ns, end_ns in self._launches
+        launches = [
+            self._span(rank, phase, begin, end, stream=COMPUTE_STREAM, name=launch_name(tasks), category="compute")
+            for rank, phase, tasks, begin, end in self._launches
         ]
-        spans += [self._call_span(*record) for record in self._calls]
+        spans = [*launches, *(self._call_span(*record) for record in self._calls)]
         return Timeline(
             source="simulated",
             world_size=self._world_size,
@@ -100,10 +98,8 @@ def _sends(rank: int, call: GroupCall, transfers: TransferTimes) -> Iterator[Flo
         if transfer.source == rank:
             began_ns, arrived_ns = transfers[transfer.communicator, transfer.id]
             end_ns = max(began_ns, arrived_ns - 1)  # an end bound to a slice lies inside it
-            source, destination = (
-                FlowEnd(rank=end, stream=transfer.communicator, time_us=time_ns / NS_PER_US)
-                for end, time_ns in ((rank, began_ns), (transfer.destination, end_ns))
-            )
+            ends = (rank, began_ns), (transfer.destination, end_ns)
+            source, destination = (FlowEnd(rank=r, stream=call.communicator, time_us=ns / NS_PER_US) for r, ns in ends)
             yield Flow(name=transfer.id, source=source, destination=destination)
 
 

@@ -43,17 +43,9 @@ def synthesize(
     if block_size not in BLOCK_SIZES:
         raise InputError(f"is {block_size}, must be 64 or 128", field="--block-size")
     settings = SyntheticSettings(
-        seq_len_tokens=seq_len,
-        heads=heads,
-        block_size=block_size,
-        density=density,
-        columns=columns,
-        chunk_tokens=chunk,
-        sink_tokens=sinks,
-        window_tokens=window,
-        skew=skew,
-        mean_document_tokens=document,
-    )
+        seq_len_tokens=seq_len, heads=heads, block_size=block_size, density=density, columns=columns,
+        chunk_tokens=chunk, sink_tokens=sinks, window_tokens=window, skew=skew, mean_document_tokens=document,
+    )  # fmt: skip
     trace = write_synthetic_trace(
         output, kind, settings, layers=layers, steps=steps, seed=seed, kv_heads=kv_heads, head_dim=head_dim
     )
@@ -99,19 +91,8 @@ def _layer_table(trace: Trace) -> Table:
     for name in ("layer", "density", "min", "max", "columns", "probe", "sampled", "lowest", "selector"):
         table.add_column(name, justify="left" if name == "selector" else "right", no_wrap=True)
     for row in summarize(trace):
-        table.add_row(
-            str(row.layer),
-            f"{row.density_mean:.3f}",
-            f"{row.density_min:.3f}",
-            f"{row.density_max:.3f}",
-            f"{row.columns_mean:.0f}",
-            _share(row.kept_mass_probe_mean),
-            _share(row.kept_mass_sampled_mean),
-            _share(row.kept_mass_sampled_min),
-            ", ".join(row.selectors),
-        )
+        densities = [f"{row[f'density_{name}']:.3f}" for name in ("mean", "min", "max")]
+        masses = [row[f"kept_mass_{name}"] for name in ("probe_mean", "sampled_mean", "sampled_min")]
+        shares = ["" if mass is None else f"{mass:.3f}" for mass in masses]
+        table.add_row(str(row["layer"]), *densities, f"{row['columns_mean']:.0f}", *shares, ", ".join(row["selectors"]))
     return table
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -115,10 +115,9 @@ class LayerPattern:
     documents: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
-        if self.seq_len_tokens < 1:
-            raise InputError(f"must be at least 1, not {self.seq_len_tokens}", field="seq_len_tokens")
-        if self.block_size < 1:
-            raise InputError(f"must be at least 1, not {self.block_size}", field="block_size")
+        for name in ("seq_len_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"must be at least 1, not {getattr(self, name)}", field=name)
         if not self.heads:
             raise InputError("a layer needs at least one head", field="heads")
         for number, head in enumerate(self.heads):
@@ -130,14 +129,11 @@ class LayerPattern:
         if isinstance(head, BlockMask):
             head.block_bits(self.num_blocks)
             return
-        if head.columns.size and head.columns[-1] >= self.seq_len_tokens:
-            raise InputError(
-                f"head {number} has column {head.columns[-1]} in {self.seq_len_tokens} tokens", field="columns"
-            )
-        if head.diagonals.size and head.diagonals[-1] >= self.num_blocks:
-            raise InputError(
-                f"head {number} has diagonal {head.diagonals[-1]} in {self.num_blocks} blocks", field="diagonals"
-            )
+        limits = {"column": (self.seq_len_tokens, "tokens"), "diagonal": (self.num_blocks, "blocks")}
+        for name, (limit, unit) in limits.items():
+            values = getattr(head, f"{name}s")
+            if values.size and values[-1] >= limit:
+                raise InputError(f"head {number} has {name} {values[-1]} in {limit} {unit}", field=f"{name}s")
 
     @property
     def num_blocks(self) -> int:

@@ -53,9 +53,9 @@ def read_published(
     source = Path(path)
     try:
         raw = json.loads(read_bytes(source, max_bytes=MAX_PUBLISHED_BYTES), object_pairs_hook=_no_repeats)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"is not valid JSON ({error})", source=source) from error
     if not isinstance(raw, list) or not raw:
         raise InputError("must be a non-empty list of layers", source=source)
@@ -79,11 +79,8 @@ def _read_layer(value: Any, layer: int, heads: int, source: Path) -> tuple[HeadB
     expected = [str(head) for head in range(heads)]
     if not value or sorted(value) != sorted(expected):
         stray = sorted(set(value) ^ set(expected))
-        raise InputError(
-            f"must have heads 0 to {heads - 1}, differs in {', '.join(stray[:4]) or 'all'}",
-            source=source,
-            field=f"layer {layer}",
-        )
+        problem = f"must have heads 0 to {heads - 1}, differs in {', '.join(stray[:4]) or 'all'}"
+        raise InputError(problem, source=source, field=f"layer {layer}")
     found = []
     for head in expected:
         try:
@@ -98,20 +95,15 @@ def _read_head(value: Any) -> HeadBudget:
         raise InputError(f"must be [name, columns, slashes, score], not {_short(value)}")
     name, columns, slashes, score = value
     if name == "vertical_and_slash":
-        return FixedBudget(
-            columns=_budget(columns, "columns"), slashes=_budget(slashes, "slashes"), score=_number(score, "score")
-        )
+        budgets = {"columns": _budget(columns, "columns"), "slashes": _budget(slashes, "slashes")}
+        return FixedBudget(**budgets, score=_number(score, "score"))
     if name != "flex_vertical_and_slash":
         raise InputError(f"pattern {_short(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
     columns_mass, columns_cap = _mass_and_cap(columns, "columns")
     slashes_mass, slashes_cap = _mass_and_cap(slashes, "slashes")
-    return FlexBudget(
-        columns_mass=columns_mass,
-        columns_cap=columns_cap,
-        slashes_mass=slashes_mass,
-        slashes_cap=slashes_cap,
-        score=_number(score, "score"),
-    )
+    score = _number(score, "score")
+    return FlexBudget(columns_mass=columns_mass, columns_cap=columns_cap, slashes_mass=slashes_mass,
+                      slashes_cap=slashes_cap, score=score)  # fmt: skip
 
 
 def _mass_and_cap(value: Any, name: str) -> tuple[float, int]:

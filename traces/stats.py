@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -35,16 +33,11 @@ def block_overlap(first: HeadPattern, second: HeadPattern, blocks: int) -> float
     return 1.0 if union == 0 else float(shared / union)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepOverlap:
-    """How alike two training steps are, as means over heads: Jaccard of columns and of active block pairs."""
+def step_overlap(trace: Trace, first_step: int, second_step: int) -> dict[str, float]:
+    """Return how alike two recorded training steps are, as means over heads: Jaccard of "columns" and of "blocks".
 
-    columns: float
-    blocks: float
-
-
-def step_overlap(trace: Trace, first_step: int, second_step: int) -> StepOverlap:
-    """Compare two recorded training steps, head by head. InputError when a step was not recorded."""
+    blocks: active block pairs. InputError when a step was not recorded.
+    """
     columns: list[float] = []
     pairs: list[float] = []
     for layer in trace.layers:
@@ -52,63 +45,46 @@ def step_overlap(trace: Trace, first_step: int, second_step: int) -> StepOverlap
         for a, b in zip(first.heads, second.heads, strict=True):
             columns.append(jaccard(a.columns, b.columns))
             pairs.append(block_overlap(a, b, first.num_blocks))
-    return StepOverlap(columns=float(np.mean(columns)), blocks=float(np.mean(pairs)))
+    return {"columns": float(np.mean(columns)), "blocks": float(np.mean(pairs))}
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSummary:
-    """One layer over all its heads and the training steps asked for. Masses are None where none was recorded."""
+def summarize(trace: Trace) -> list[dict[str, Any]]:
+    """Return one summary per recorded layer, over all its heads and training steps; InputError where there is none yet.
 
-    layer: int
-    selectors: tuple[str, ...]
-    density_mean: float
-    density_min: float
-    density_max: float
-    columns_mean: float
-    columns_max: int
-    kept_mass_probe_mean: float | None
-    kept_mass_sampled_mean: float | None
-    kept_mass_sampled_min: float | None
-
-
-def summarize(trace: Trace) -> tuple[LayerSummary, ...]:
-    """Return one summary per recorded layer, over all training steps; InputError where there is none yet."""
+    Its keys are columns of `sparsering inspect`; masses are None where none was recorded.
+    """
     if not trace.steps:
         raise InputError("holds no training step yet", source=trace.folder)
     gathered: dict[int, list[HeadRow]] = {layer: [] for layer in trace.layers}
     for step in trace.steps:  # step by step: a part is read and verified once
         for row in trace.heads(step):
             gathered[row.layer].append(row)
-    return tuple(_summarize_layer(layer, rows) for layer, rows in gathered.items())
+    return [_summarize_layer(layer, rows) for layer, rows in gathered.items()]
 
 
-def _summarize_layer(layer: int, rows: list[HeadRow]) -> LayerSummary:
+def _summarize_layer(layer: int, rows: list[HeadRow]) -> dict[str, Any]:
     densities = [row.density for row in rows]
     columns = [row.pattern.columns.size for row in rows]
-    sampled = _known(row.choice.kept_mass_sampled for row in rows)
-    probe = _known(row.choice.kept_mass_probe for row in rows)
-    return LayerSummary(
-        layer=layer,
-        selectors=tuple(sorted({row.choice.selector for row in rows})),
-        density_mean=float(np.mean(densities)),
-        density_min=min(densities),
-        density_max=max(densities),
-        columns_mean=float(np.mean(columns)),
-        columns_max=max(columns),
-        kept_mass_probe_mean=float(np.mean(probe)) if probe else None,
-        kept_mass_sampled_mean=float(np.mean(sampled)) if sampled else None,
-        kept_mass_sampled_min=min(sampled) if sampled else None,
-    )
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+    sampled = [row.choice.kept_mass_sampled for row in rows if row.choice.kept_mass_sampled is not None]
+    probe = [row.choice.kept_mass_probe for row in rows if row.choice.kept_mass_probe is not None]
+    return {
+        "layer": layer,
+        "selectors": sorted({row.choice.selector for row in rows}),
+        "density_mean": float(np.mean(densities)),
+        "density_min": min(densities),
+        "density_max": max(densities),
+        "columns_mean": float(np.mean(columns)),
+        "columns_max": max(columns),
+        "kept_mass_probe_mean": float(np.mean(probe)) if probe else None,
+        "kept_mass_sampled_mean": float(np.mean(sampled)) if sampled else None,
+        "kept_mass_sampled_min": min(sampled) if sampled else None,
+    }
 
 
 def describe(trace: Trace) -> dict[str, Any]:
     """Return the whole trace as plain JSON values: header, steps, digest, what is unlisted, one row per layer."""
     header = trace.header.model_dump(mode="json")
-    overlaps = [{"from": a, "to": b, **vars(step_overlap(trace, a, b))} for a, b in pairwise(trace.steps)]
+    overlaps = [{"from": a, "to": b, **step_overlap(trace, a, b)} for a, b in pairwise(trace.steps)]
     return {
         "trace": str(trace.folder),
         "digest": trace.digest(),
@@ -116,6 +92,6 @@ def describe(trace: Trace) -> dict[str, Any]:
         "steps": list(trace.steps),
         "unlisted_parts": list(trace.unlisted_parts),
         "bytes": sum(part.bytes for part in trace.manifest.parts),
-        "layers": [vars(row) | {"selectors": list(row.selectors)} for row in summarize(trace)] if trace.steps else [],
+        "layers": summarize(trace) if trace.steps else [],
         "step_overlap": overlaps,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,19 +72,12 @@ class SyntheticSettings:
         return LayerPattern(seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, heads=tuple(heads))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """Where randomness comes from: one stream for a layer, one that all layers of a training step share."""
-
-    layer: np.random.Generator
-    step: np.random.Generator
+Random: TypeAlias = np.random.Generator
+# settings, a layer's own randomness, and the one that all layers of a training step share
+MakeLayer: TypeAlias = Callable[[SyntheticSettings, Random, Random], LayerPattern]
 
 
-MakeLayer: TypeAlias = Callable[[SyntheticSettings, Draw], LayerPattern]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generator:
+class Generator(NamedTuple):
     """One kind of synthetic pattern and the settings that it uses beside shape and block size."""
 
     make: MakeLayer
@@ -95,23 +88,14 @@ def synthesize(
     kind: str, settings: SyntheticSettings, *, seed: int = 0, training_step: int = 0, layer: int = 0
 ) -> LayerPattern:
     """Return one layer's pattern of a kind in `GENERATORS`; equal arguments give equal patterns."""
-    draw = Draw(
-        layer=np.random.default_rng([seed, training_step, layer]), step=np.random.default_rng([seed, training_step])
-    )
-    return _generator(kind).make(settings, draw)
+    own, shared = np.random.default_rng([seed, training_step, layer]), np.random.default_rng([seed, training_step])
+    return _generator(kind).make(settings, own, shared)
 
 
 def write_synthetic_trace(
-    folder: Path | str,
-    kind: str,
-    settings: SyntheticSettings,
-    *,
-    layers: int = 1,
-    steps: int = 1,
-    seed: int = 0,
-    kv_heads: int | None = None,
-    head_dim: int = 128,
-) -> Trace:
+    folder: Path | str, kind: str, settings: SyntheticSettings, *, layers: int = 1, steps: int = 1, seed: int = 0,
+    kv_heads: int | None = None, head_dim: int = 128,
+) -> Trace:  # fmt: skip
     """Write a trace of `steps` training steps and `layers` layers of one kind, and return it opened.
 
     kv_heads defaults to one for eight query heads where that divides, else to the number of query heads.
@@ -121,7 +105,14 @@ def write_synthetic_trace(
     if layers < 1 or steps < 1:
         raise InputError(f"at least one layer and step are needed, not {layers} and {steps}", field="layers, steps")
     choice = HeadChoice(selector=f"synthetic-{kind}", settings={name: getattr(settings, name) for name in uses})
-    with TraceWriter(folder, _header(kind, settings, layers, seed, kv_heads, head_dim)) as writer:
+    heads = settings.heads
+    kv_heads = kv_heads or (heads // 8 if heads % 8 == 0 else heads)
+    shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    model = parse_model(ModelShape, {"model_id": f"synthetic-{kind}", **shape}).model_dump()
+    recorded = {"seq_len_tokens": settings.seq_len_tokens, "block_size": settings.block_size, "origin": "synthetic"}
+    versions = library_versions("sparsering", "numpy", "pyarrow")
+    recorded |= {"recorded_layers": list(range(layers)), "seed": seed, "versions": versions}
+    with TraceWriter(folder, parse_model(TraceHeader, {"model": model, **recorded})) as writer:
         for training_step in range(writer.next_step, writer.next_step + steps):
             with writer.step(training_step) as part:
                 for layer in range(layers):
@@ -130,43 +121,17 @@ def write_synthetic_trace(
     return Trace.open(folder)
 
 
-def _header(
-    kind: str, settings: SyntheticSettings, layers: int, seed: int, kv_heads: int | None, head_dim: int
-) -> TraceHeader:
-    heads = settings.heads
-    model: dict[str, Any] = {
-        "model_id": f"synthetic-{kind}",
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads or (heads // 8 if heads % 8 == 0 else heads),
-        "head_dim": head_dim,
-    }
-    parse_model(ModelShape, model)
-    return parse_model(
-        TraceHeader,
-        {
-            "model": model,
-            "recorded_layers": list(range(layers)),
-            "seq_len_tokens": settings.seq_len_tokens,
-            "block_size": settings.block_size,
-            "origin": "synthetic",
-            "seed": seed,
-            "versions": library_versions("sparsering", "numpy", "pyarrow"),
-        },
-    )
-
-
 def _generator(kind: str) -> Generator:
     if kind not in GENERATORS:
         raise InputError(f"{kind!r} is not one of {', '.join(GENERATORS)}", field="kind")
     return GENERATORS[kind]
 
 
-def _dense(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+def _dense(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPattern:
     return dense(seq_len_tokens=settings.seq_len_tokens, block_size=settings.block_size, heads=settings.heads)
 
 
-def _sink_window(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+def _sink_window(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPattern:
     """StreamingLLM's shape (arXiv 2309.17453): the first tokens as columns, and a sliding window of whole blocks."""
     window_blocks = min(-(-settings.window_tokens // settings.block_size) + 1, settings.blocks)
     head = VerticalSlash(
@@ -176,14 +141,12 @@ def _sink_window(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
     return settings.layer([head] * settings.heads)
 
 
-def _head_by_head(draw_head: Callable[[SyntheticSettings, np.random.Generator], HeadPattern]) -> MakeLayer:
+def _head_by_head(draw_head: Callable[[SyntheticSettings, Random], HeadPattern]) -> MakeLayer:
     """Return what makes a layer of heads that are drawn one after the other."""
-    return lambda settings, draw: settings.layer([draw_head(settings, draw.layer) for _ in range(settings.heads)])
+    return lambda settings, own, _: settings.layer([draw_head(settings, own) for _ in range(settings.heads)])
 
 
-def _vertical_slash_head(
-    settings: SyntheticSettings, rng: np.random.Generator, density: float | None = None
-) -> VerticalSlash:
+def _vertical_slash_head(settings: SyntheticSettings, rng: Random, density: float | None = None) -> VerticalSlash:
     """MInference's shape (arXiv 2407.02490): some slashes beside the main diagonal, the others anywhere.
 
     A slash lies half a block past a whole block distance, so that it touches two diagonals. Three tenths of the asked
@@ -198,13 +161,12 @@ def _vertical_slash_head(
     touched = touched[touched < blocks]
     in_order = touched[np.sort(np.unique(touched, return_index=True)[1])]
     kept = 1 + int(np.searchsorted(np.cumsum(lengths[in_order]), asked_pairs))
-    columns = rng.choice(
-        settings.seq_len_tokens, size=min(settings.columns, settings.seq_len_tokens), replace=False, shuffle=False
-    )
+    tokens = settings.seq_len_tokens
+    columns = rng.choice(tokens, size=min(settings.columns, tokens), replace=False, shuffle=False)
     return VerticalSlash(columns=columns.astype(np.int32), diagonals=in_order[:kept].astype(np.int32))
 
 
-def _skewed(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+def _skewed(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPattern:
     """Vertical-slash heads of which a few, anywhere in the layer, are `skew` times denser; the mean is `density`."""
     heads = settings.heads
     dense_heads = min(heads, max(1, round(settings.dense_heads * heads)))
@@ -212,11 +174,11 @@ def _skewed(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
     dense = min(1.0, settings.skew * settings.density * heads / (dense_heads * settings.skew + light_heads))
     light = (settings.density * heads - dense * dense_heads) / max(light_heads, 1)
     densities = np.full(heads, light)
-    densities[draw.layer.permutation(heads)[:dense_heads]] = dense
-    return settings.layer([_vertical_slash_head(settings, draw.layer, float(share)) for share in densities])
+    densities[own.permutation(heads)[:dense_heads]] = dense
+    return settings.layer([_vertical_slash_head(settings, own, float(share)) for share in densities])
 
 
-def _xattention_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
+def _xattention_head(settings: SyntheticSettings, rng: Random) -> BlockMask:
     """Block masks as a cumulative threshold leaves them (XAttention, arXiv 2503.16428).
 
     Key blocks differ in how often they are wanted (heavy tail), query blocks in how many they want, near ones are
@@ -243,7 +205,7 @@ def _scaled_to_sum(weight: NDArray[np.float32], total: float) -> NDArray[np.floa
     return probability
 
 
-def _moba_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMask:
+def _moba_head(settings: SyntheticSettings, rng: Random) -> BlockMask:
     """A gate that keeps the same number of key chunks for every query block, its own among them (MoBA's idea,
     arXiv 2502.13189, by blocks of queries rather than by token)."""
     if settings.chunk_tokens % settings.block_size:
@@ -264,14 +226,14 @@ def _moba_head(settings: SyntheticSettings, rng: np.random.Generator) -> BlockMa
     return BlockMask(bits=np.repeat(chosen, blocks_per_chunk, axis=1)[:, :blocks] & np.tri(blocks, dtype=bool))
 
 
-def _packed_documents(settings: SyntheticSettings, draw: Draw) -> LayerPattern:
+def _packed_documents(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPattern:
     """Dense attention inside packed documents of log-normal lengths, the same ones for all layers of a step."""
     mean = settings.mean_document_tokens
     draws = -(-2 * settings.seq_len_tokens // mean) + 8
-    lengths = 1 + draw.step.lognormal(np.log(mean) - 0.5, 1.0, draws).astype(np.int64)
+    lengths = 1 + shared.lognormal(np.log(mean) - 0.5, 1.0, draws).astype(np.int64)
     lengths = np.append(lengths, settings.seq_len_tokens)  # the last document takes what is left
     documents = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)[: settings.seq_len_tokens]
-    return replace(_dense(settings, draw), documents=documents)
+    return replace(_dense(settings, own, shared), documents=documents)
 
 
 GENERATORS = {

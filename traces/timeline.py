@@ -6,7 +6,6 @@ argument, flow arrows from a send to its receive, times in microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,41 +104,23 @@ class Timeline:
 
 def to_chrome(timeline: Timeline) -> dict[str, Any]:
     """Return the timeline as a Chrome trace object."""
-    tids = _stream_ids(timeline.spans)
+    names = sorted({span.stream for span in timeline.spans} - {COMPUTE_STREAM})
+    tids = {name: tid for tid, name in enumerate([COMPUTE_STREAM, *names])}
     events: list[dict[str, Any]] = []
     for rank in range(timeline.world_size):
         events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
         for stream, tid in tids.items():
             events.append({"ph": "M", "pid": rank, "tid": tid, "name": "thread_name", "args": {"name": stream}})
-    events += [_span_event(span, tids[span.stream]) for span in timeline.spans]
+    for span in timeline.spans:
+        place = {"ph": "X", "pid": span.rank, "tid": tids[span.stream], "name": span.name, "cat": span.category}
+        arguments = {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes}
+        events.append(place | {"ts": span.start_us, "dur": span.duration_us, "args": arguments})
     for number, flow in enumerate(timeline.flows):
         common = {"cat": "flow", "id": number, "name": flow.name}
-        events.append(common | {"ph": "s"} | _end_place(flow.source, tids))
-        events.append(common | {"ph": "f", "bp": "e"} | _end_place(flow.destination, tids))
+        for kind, end in (({"ph": "s"}, flow.source), ({"ph": "f", "bp": "e"}, flow.destination)):
+            events.append(common | kind | {"pid": end.rank, "tid": tids[end.stream], "ts": end.time_us})
     header = {"schema_version": TIMELINE_SCHEMA_VERSION, "source": timeline.source, "world_size": timeline.world_size}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": header | {"metadata": timeline.metadata}}
-
-
-def _span_event(span: Span, tid: int) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "pid": span.rank,
-        "tid": tid,
-        "name": span.name,
-        "cat": span.category,
-        "ts": span.start_us,
-        "dur": span.duration_us,
-        "args": {"phase": span.phase, "direction": span.direction, "nbytes": span.nbytes},
-    }
-
-
-def _end_place(end: FlowEnd, tids: dict[str, int]) -> dict[str, Any]:
-    return {"pid": end.rank, "tid": tids[end.stream], "ts": end.time_us}
-
-
-def _stream_ids(spans: Sequence[Span]) -> dict[str, int]:
-    names = sorted({span.stream for span in spans} - {COMPUTE_STREAM})
-    return {name: tid for tid, name in enumerate([COMPUTE_STREAM, *names])}
 
 
 def from_chrome(document: Any, *, source: str | Path) -> Timeline:
@@ -194,12 +175,11 @@ def _microseconds(value: Any) -> float:
 
 
 def _flows_of(events: list[dict[str, Any]], streams: dict[int, str]) -> list[Flow]:
-    ends = {
-        (event["id"], event["ph"]): FlowEnd(
-            rank=_whole(event["pid"], MAX_RANKS), stream=streams[event["tid"]], time_us=_microseconds(event["ts"])
-        )
-        for event in events
-        if event["ph"] in ("s", "f")
-    }
-    names = {event["id"]: event["name"] for event in events if event["ph"] == "s"}
+    ends, names = {}, {}
+    for event in events:
+        if event["ph"] in ("s", "f"):
+            place = {"rank": _whole(event["pid"], MAX_RANKS), "stream": streams[event["tid"]]}
+            ends[event["id"], event["ph"]] = FlowEnd(**place, time_us=_microseconds(event["ts"]))
+        if event["ph"] == "s":
+            names[event["id"]] = event["name"]
     return [Flow(name=names[id], source=ends[id, "s"], destination=ends[id, "f"]) for id in sorted(names)]

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import InputError, field_name, shown
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(
+    model: type[Model], value: object, source: str | Path | None, *, newest_schema: int | None = None
+) -> Model:
+    """Return `value` as the pydantic `model`; InputError, in one line, for a newer `schema_version` and any problem."""
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if newest_schema is not None and isinstance(version, int) and version > newest_schema:
+        raise InputError(
+            f"is {version}; this version reads up to {newest_schema}", source=source, field="schema_version"
+        )
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise validation_error(error, source) from error
 
 
 def validation_error(error: ValidationError, source: str | Path | None) -> InputError:

@@ -135,8 +135,11 @@ class _CoreLoader(yaml.SafeLoader):
         if kind == "bool":
             return node.value.lower() == "true"
         if kind == "int":
-            whole = _whole(node.value)
-            if whole is None:
+            try:
+                whole = int(node.value.replace("_", ""), _BASES.get(node.value[:2], 10))
+            except ValueError:  # thousands of digits: Python's own limit
+                whole = INT64.stop
+            if whole not in INT64:
                 raise self._refusal(f"{shown(node.value)} is no integer of 64 bits", node, place)
             return whole
         number = float(node.value.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
@@ -150,14 +153,6 @@ class _CoreLoader(yaml.SafeLoader):
         if not place:
             return InputError(problem, source=self._source, field=f"line {line}")
         return InputError(f"{problem} (line {line})", source=self._source, field=field_name(place))
-
-
-def _whole(text: str) -> int | None:
-    try:
-        value = int(text.replace("_", ""), _BASES.get(text[:2], 10))
-    except ValueError:  # thousands of digits: Python's own limit
-        return None
-    return value if value in INT64 else None
 
 
 def _line(text: str | bytes, position: int) -> str:

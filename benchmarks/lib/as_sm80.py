@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.runtime import driver
 
 from ...kernels.triton import tuning
-
-ARCHITECTURE = "sm_80"
 
 
 def enable() -> None:
@@ -29,7 +28,7 @@ def enable() -> None:
 
     def for_this_card(self: Any, source: Any, *rest: Any) -> Any:
         text = source if isinstance(source, str) else source.decode()
-        assert f".target {ARCHITECTURE}" in text, "this kernel was not compiled for sm_80"
+        assert ".target sm_80" in text, "this kernel was not compiled for sm_80"
         backend.sm_arch_from_capability = lambda capability: "sm_90"
         try:
             return make_cubin(self, source, *rest)
@@ -39,12 +38,6 @@ def enable() -> None:
     active.get_current_target = lambda: GPUTarget("cuda", 80, 32)
     backend.CUDABackend.make_cubin = for_this_card
     tuning.capability_of = lambda device: 80  # pyright: ignore[reportAttributeAccessIssue]
-    _enable_for_inductor()
-
-
-def _enable_for_inductor() -> None:
-    """Let FlexAttention's templates be chosen and compiled as on an A100, in this process: workers are not patched."""
-    import torch._inductor.config as inductor
-
+    # FlexAttention's templates, too, are chosen and compiled as on an A100, in this process: workers are not patched.
     inductor.compile_threads = 1
     torch.cuda.get_device_capability = lambda device=None: (8, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,8 @@ def hardware(gpus: int | None = None) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"device": platform.processor() or platform.machine(), "count": 1}
     count = torch.cuda.device_count() if gpus is None else gpus
-    return {"device": torch.cuda.get_device_name(0), "count": count, "memory_bytes": _memory_bytes()}
+    memory_bytes = torch.cuda.get_device_properties(0).total_memory
+    return {"device": torch.cuda.get_device_name(0), "count": count, "memory_bytes": memory_bytes}
 
 
 def versions() -> dict[str, str]:
@@ -37,9 +38,8 @@ def versions() -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, nccl.version()))
     for name in ("triton", "transformers", "flash_attn", "simpy"):
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, "__version__"):
-            found[name] = module.__version__
+        if hasattr(sys.modules.get(name), "__version__"):
+            found[name] = sys.modules[name].__version__
     if "flash_attn.cute.interface" in sys.modules:
         found |= {name: metadata.version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")}
     return found
@@ -61,42 +61,33 @@ class ResultFile:
     """`<benchmark>-<hardware>-<time>.json` in `folder`, which can be written again as rows come in.
 
     Until the last time it says `"unfinished": true`: what a time limit or a failure leaves is a result too.
-    gpus: how many of this host's took part; simulated: hardware ("device", "count") that stood in place of this host's.
+    gpus: how many of this host's took part.
     """
 
-    def __init__(
-        self,
-        benchmark: str,
-        *,
-        folder: Path = RESULTS,
-        gpus: int | None = None,
-        simulated: Mapping[str, Any] | None = None,
-    ) -> None:
-        now = datetime.now(UTC)
-        self._head: dict[str, Any] = {
-            "benchmark": benchmark,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "date": now.isoformat(timespec="seconds"),
-            "hardware": simulated or hardware(gpus),
-        }
-        where = self._head["hardware"]
+    def __init__(self, benchmark: str, *, folder: Path = RESULTS, gpus: int | None = None) -> None:
+        now, where = datetime.now(UTC), hardware(gpus)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        date = now.isoformat(timespec="seconds")
+        self._head = {"benchmark": benchmark, "command": command, "date": date, "hardware": where}
         device = str(where["device"]).lower().replace("nvidia ", "").replace(" ", "-") or "cpu"
         self.path = folder / f"{benchmark}-{device}x{where['count']}-{now:%Y-%m-%dT%H%M%SZ}.json"
 
-    def write(self, rows: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
-        """Write all rows there are; they are flat."""
+    def write(self, rows: Sequence[Mapping[str, Any]], *, finished: bool = True) -> Path:
+        """Write all rows there are, which are flat; return the file's path."""
         state = {} if finished else {"unfinished": True}
         write_json(self.path, self._head | {"versions": versions()} | state | {"rows": list(rows)})
+        return self.path
 
-
-def write_result(
-    benchmark: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RESULTS, gpus: int | None = None
-) -> Path:
-    """Write all rows of a run into `folder` and return the file's path."""
-    result = ResultFile(benchmark, folder=folder, gpus=gpus)
-    result.write(rows, finished=True)
-    return result.path
-
-
-def _memory_bytes() -> int:
-    return torch.cuda.get_device_properties(0).total_memory
+    def write_as_they_come(
+        self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], *, first_rank: bool = True
+    ) -> list[dict[str, Any]]:
+        """Take all rows and return them; print a line of each and write it at once, on the first rank only."""
+        found = []
+        for row in rows:
+            found.append(row)
+            if first_rank:
+                print(line(row), flush=True)
+                self.write(found, finished=False)
+        if first_rank:
+            self.write(found)
+        return found

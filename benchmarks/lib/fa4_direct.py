@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.mask import AttentionMask
+from .masks import split_diagonal
 
 BLOCK_SIZE = 128
 
@@ -51,19 +51,9 @@ def _tables(active: Tensor, diagonal: Tensor) -> Any:
     )
 
 
-def _active_pairs(mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    """Strictly causal active pairs bool [H, N, N], and the active diagonal pairs bool [H, N]."""
-    block = torch.arange(mask.blocks, device=mask.active.device)
-    earlier = block[:, None] > block[None, :]
-    if mask.is_toeplitz:
-        active = mask.active[:, (block[:, None] - block[None, :]).clamp(min=0)]
-        return active & earlier, mask.active[:, :1].expand(-1, mask.blocks)
-    return mask.active & earlier, mask.active[:, block, block]
-
-
 def prepare(problem: Any) -> None:
     """Build the tables of both directions."""
-    active, diagonal = _active_pairs(problem.mask)
+    active, diagonal = split_diagonal(problem.mask)
     problem.built["fa4"] = _tables(active, diagonal), _tables(active.transpose(1, 2), diagonal)
     problem.index_bytes = sum(
         t.numel() * t.element_size() for tables in problem.built["fa4"] for t in tables if isinstance(t, Tensor)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...kernels.api import Queries, WholeAttention
 from ...kernels.mask import AttentionMask
 from . import fa4_direct
+from .masks import split_diagonal
 
 FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
 
@@ -27,7 +28,7 @@ class Problem:
     k: Tensor
     v: Tensor
     grad_out: Tensor
-    mask: AttentionMask | None
+    mask: Any  # an AttentionMask; None for dense attention
     built: dict[str, Any] = field(default_factory=dict)
     index_bytes: int = 0
 
@@ -70,13 +71,13 @@ State = tuple[Any, ...]
 class Implementation:
     """forward(problem) -> state, backward(problem, state) -> (dq, dk, dv); prepare builds what the mask needs.
 
-    result(state) gives out [1, S, H, D] and lse [1, H, S] (natural log, or None) of a state.
+    out(state) gives out [1, S, H, D] of a state.
     """
 
     forward: Callable[[Problem], State]
     backward: Callable[[Problem, State], tuple[Tensor, ...]]
-    result: Callable[[State], tuple[Tensor, Tensor | None]]
-    prepare: Callable[[Problem], None] | None = None
+    out: Callable[[State], Tensor] = lambda state: state[0]
+    prepare: Callable[[Problem], None] = lambda problem: None
     supports: Callable[[AttentionMask, int], bool] = lambda mask, seq_len: True
 
 
@@ -84,7 +85,6 @@ def _ours(backend: str) -> Implementation:
     """One of our backends: what full_attention runs, its index built beforehand."""
 
     def prepare(problem: Problem) -> None:
-        assert problem.mask is not None
         tokens, device = problem.q.shape[1], problem.q.device
         problem.built[backend] = whole = WholeAttention.of(problem.mask, tokens, device=device, backend=backend)
         problem.index_bytes = index_bytes(whole)
@@ -95,7 +95,7 @@ def _ours(backend: str) -> Implementation:
     def backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
         return problem.built[backend].backward(problem.queries, problem.k, problem.v, state, problem.grad_out)
 
-    return Implementation(forward=forward, backward=backward, prepare=prepare, result=lambda state: state)
+    return Implementation(forward=forward, backward=backward, prepare=prepare)
 
 
 def index_bytes(whole: WholeAttention) -> int:
@@ -110,24 +110,17 @@ def _autograd_backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in grads)
 
 
-def _dense_forward(backend: SDPBackend) -> Callable[[Problem], State]:
+def _dense(backend: SDPBackend) -> Implementation:
     def forward(problem: Problem) -> State:
         with sdpa_kernel(backend):
             q, k, v = problem.leaves()
             return (functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
 
-    return forward
+    return Implementation(forward=forward, backward=_autograd_backward, out=_heads_inside)
 
 
-@cache
-def _flex(tma: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    options = {"USE_TMA": True} if tma else {}
-    return lambda q, k, v, block_mask: compiled(
-        q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True, kernel_options=options
-    )
+def _heads_inside(state: State) -> Tensor:
+    return state[0].transpose(1, 2)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -137,56 +130,39 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def _flex_prepare(problem: Problem) -> None:
     from torch.nn.attention.flex_attention import BlockMask
 
-    mask = problem.mask
-    assert mask is not None
-    block = torch.arange(mask.blocks, device="cuda")
-    if mask.is_toeplitz:
-        active = mask.active[:, (block[:, None] - block[None, :]).clamp(min=0)] & (block[:, None] > block[None, :])
-        diagonal = mask.active[:, :1].expand(-1, mask.blocks)
-    else:
-        active = mask.active & (block[:, None] > block[None, :])
-        diagonal = mask.active[:, block, block]
-    full_count = active.sum(-1).int()[None]
+    active, diagonal = split_diagonal(problem.mask)
     full_index = torch.argsort(active.int(), dim=-1, descending=True, stable=True).int()[None]
     partial_index = torch.zeros_like(full_index)
-    partial_index[..., 0] = block
+    partial_index[..., 0] = torch.arange(problem.mask.blocks, device="cuda")
     problem.built["flex"] = BlockMask.from_kv_blocks(
         diagonal.int()[None].contiguous(),
         partial_index,
-        full_count,
+        active.sum(-1).int()[None],
         full_index,
-        BLOCK_SIZE=mask.block_size,
+        BLOCK_SIZE=problem.mask.block_size,
         mask_mod=_causal,
     )
 
 
-def _flex_forward(tma: bool) -> Callable[[Problem], State]:
-    return lambda problem: _flex(tma)(*problem.leaves(), problem.built["flex"])
+def _flex(tma: bool) -> Implementation:
+    @cache
+    def compiled() -> Callable[..., Any]:
+        from torch.nn.attention.flex_attention import flex_attention
 
+        return torch.compile(flex_attention, dynamic=False)
 
-def _heads_inside(state: State) -> tuple[Tensor, Tensor | None]:
-    return state[0].transpose(1, 2), state[1] if len(state) > 1 else None
-
-
-def _flex_implementation(tma: bool) -> Implementation:
+    given = {"enable_gqa": True, "return_lse": True, "kernel_options": {"USE_TMA": True} if tma else {}}
     return Implementation(
-        forward=_flex_forward(tma),
+        forward=lambda problem: compiled()(*problem.leaves(), block_mask=problem.built["flex"], **given),
         backward=_autograd_backward,
-        result=_heads_inside,
+        out=_heads_inside,
         prepare=_flex_prepare,
         supports=lambda mask, seq_len: mask.columns is None and seq_len <= FLEX_LONGEST,
     )
 
 
-DENSE = {
-    name: Implementation(forward=_dense_forward(backend), backward=_autograd_backward, result=_heads_inside)
-    for name, backend in (("cudnn-dense", SDPBackend.CUDNN_ATTENTION), ("fa2-dense", SDPBackend.FLASH_ATTENTION))
-}
-SPARSE = {
-    "ours-triton": _ours("triton"),
-    "flex": _flex_implementation(False),
-    "flex-tma": _flex_implementation(True),
-}
+DENSE = {"cudnn-dense": _dense(SDPBackend.CUDNN_ATTENTION), "fa2-dense": _dense(SDPBackend.FLASH_ATTENTION)}
+SPARSE = {"ours-triton": _ours("triton"), "flex": _flex(tma=False), "flex-tma": _flex(tma=True)}
 
 if fa4_direct.runs_here():
     SPARSE["ours-flash4"] = replace(
@@ -196,7 +172,6 @@ if fa4_direct.runs_here():
         forward=fa4_direct.forward,
         backward=fa4_direct.backward,
         prepare=fa4_direct.prepare,
-        result=lambda state: (state[0], state[1]),
         supports=lambda mask, seq_len: (
             mask.columns is None and mask.block_size == fa4_direct.BLOCK_SIZE and seq_len <= FLEX_LONGEST
         ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.mask import AttentionMask, whole
-from .kernel_impls import Implementation, Problem
+from ...kernels.mask import whole
+from .kernel_impls import SPARSE, Implementation, Problem
 
 QUERY_ROWS, KEY_ROWS = 6, 2
 LARGEST_ERROR = 1.5e-2  # of bfloat16 results, relative to the norm of the row
@@ -15,7 +15,7 @@ LARGEST_ERROR = 1.5e-2  # of bfloat16 results, relative to the norm of the row
 def check(implementation: Implementation, problem: Problem, *, seed: int) -> dict[str, float]:
     """Largest relative error of out, dq, dk, dv rows; raises AssertionError above LARGEST_ERROR (NaN included)."""
     state = implementation.forward(problem)
-    out, _ = implementation.result(state)
+    out = implementation.out(state)
     grads = implementation.backward(problem, state)
     generator = torch.Generator().manual_seed(seed)
     heads, seq_len = problem.q.shape[2], problem.q.shape[1]
@@ -38,7 +38,7 @@ def check(implementation: Implementation, problem: Problem, *, seed: int) -> dic
 
 def query_rows(problem: Problem, head: int, rows: Tensor) -> dict[str, Tensor]:
     """out and dq [rows, D] of one head, every key at once, in float64."""
-    mask, positions = _mask(problem), problem.positions
+    mask, positions = problem.mask, problem.positions
     kv_head = head // (problem.q.shape[2] // problem.k.shape[2])
     q, grad_out = (x[0, rows, head].double() for x in (problem.q, problem.grad_out))
     k, v = (x[0, :, kv_head].double() for x in (problem.k, problem.v))
@@ -52,7 +52,7 @@ def query_rows(problem: Problem, head: int, rows: Tensor) -> dict[str, Tensor]:
 
 def key_rows(problem: Problem, kv_head: int, keys: Tensor, lse: Tensor, delta: Tensor) -> dict[str, Tensor]:
     """dk and dv [keys, D] of one KV head in float64, from lse and delta [H, S] of all query rows."""
-    mask, positions = _mask(problem), problem.positions
+    mask, positions = problem.mask, problem.positions
     group = problem.q.shape[2] // problem.k.shape[2]
     k, v = (x[0, keys, kv_head].double() for x in (problem.k, problem.v))
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -68,20 +68,11 @@ def key_rows(problem: Problem, kv_head: int, keys: Tensor, lse: Tensor, delta: T
 def _row_sums(problem: Problem, out: Tensor) -> tuple[Tensor, Tensor]:
     """lse (ours, whose rows the forward check samples) and delta [H, S] in float64."""
     if "lse" not in problem.built:
-        from .kernel_impls import SPARSE
-
         if "triton" not in problem.built:
-            prepare = SPARSE["ours-triton"].prepare
-            assert prepare is not None
-            prepare(problem)
+            SPARSE["ours-triton"].prepare(problem)
         problem.built["lse"] = SPARSE["ours-triton"].forward(problem)[1][0].double()
     delta = (problem.grad_out[0].double() * out[0].double()).sum(-1).T
     return problem.built["lse"], delta
-
-
-def _mask(problem: Problem) -> AttentionMask:
-    assert problem.mask is not None
-    return problem.mask
 
 
 def _error(value: Tensor, right: Tensor) -> float:

@@ -4,6 +4,8 @@ packed documents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,22 @@ def documents_mask(seq_len: int, density: float, *, heads: int = 16, block: int 
     return AttentionMask(
         seq_len_tokens=seq_len, block_size=block, active=active.repeat(heads, 1, 1), documents=documents
     )
+
+
+# of one signature, but for the columns that only slash masks have
+MASKS: dict[str, Callable[..., AttentionMask]] = {
+    "slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask, "documents": documents_mask,
+}  # fmt: skip
+
+
+def split_diagonal(mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Return bool [H, N, N], the active pairs of a query block and an earlier one, and bool [H, N], the own blocks."""
+    block = torch.arange(mask.blocks, device=mask.active.device)
+    earlier = block[:, None] > block[None, :]
+    if mask.is_toeplitz:
+        active = mask.active[:, (block[:, None] - block[None, :]).clamp(min=0)]
+        return active & earlier, mask.active[:, :1].expand(-1, mask.blocks)
+    return mask.active & earlier, mask.active[:, block, block]
 
 
 def active_block_pairs(mask: AttentionMask) -> int:

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,10 @@ class MTraining:
             raise InputError(f"{mesh.world_size} ranks are no rings of {inner_size}", field="inner_size")
         self.name, self.mesh = name, mesh
         self.layout = "ring"
-        self._names = vars(_imported(folder, f"minference.dist_ops.{module}"))
+        if str(folder.resolve()) not in sys.path:
+            sys.path.insert(0, str(folder.resolve()))
+        with redirect_stdout(io.StringIO()):  # it says that an extension is missing which this road does not use
+            self._names = vars(importlib.import_module(f"minference.dist_ops.{module}"))
         self._function = self._names[function]
         self._group = mesh.new_group(range(mesh.world_size))
         if name == "mtraining-hierarchical":
@@ -120,7 +122,7 @@ class MTraining:
         """Within: tokens lie so; nothing is exchanged before and after attention where they are "striped" already."""
         before = {name: self._names[name] for name in EXCHANGES}
         if placement == "striped":
-            self._names.update(dict.fromkeys(EXCHANGES, _stay))
+            self._names.update(dict.fromkeys(EXCHANGES, lambda to_send, **_: to_send))
         try:
             yield
         finally:
@@ -154,7 +156,11 @@ def check_peer(peer: MTraining, model: ModelShape, *, seed: int) -> dict[str, fl
     seq_len = -(-CHECKED_TOKENS // unit) * unit
     mask = slash_mask(seq_len, 0.2, 64, heads=model.heads, block=BLOCK, seed=seed)
     tensors = _whole_sequence(model, seq_len, mesh, seed)
-    right = _step(partial(_definition, mask.to(mesh.device)), [tensor.float() for tensor in tensors])
+    given: dict[str, Any] = {"scale": model.head_dim**-0.5, "backend": "blockwise"}
+    right = _step(
+        lambda q, k, v: full_attention(q, k, v, mask.to(mesh.device), **given)[0],
+        [tensor.float() for tensor in tensors],
+    )
     attend, worst = peer.attend(mask), torch.zeros(len(ERRORS), device=mesh.device)
     for name in ("contiguous", "striped"):
         own = torch.from_numpy(_placement(name, seq_len, mesh.world_size).positions(mesh.rank)).to(mesh.device)
@@ -186,19 +192,8 @@ def refusal(baselines: Sequence[str], families: Sequence[str], folder: Path | No
     return f"--mtraining: {absent[0]} is missing" if absent else None
 
 
-def _imported(folder: Path, module: str) -> Any:
-    if str(folder.resolve()) not in sys.path:
-        sys.path.insert(0, str(folder.resolve()))
-    with redirect_stdout(io.StringIO()):  # it says that an extension is missing which this road does not use
-        return importlib.import_module(module)
-
-
 def _placement(name: str, seq_len: int, world_size: int) -> Placement:
     return REGULAR_PLACEMENTS[name](seq_len_tokens=seq_len, world_size=world_size, granularity_tokens=BLOCK)
-
-
-def _stay(to_send: Tensor, **_: Any) -> Tensor:
-    return to_send
 
 
 def _whole_sequence(model: ModelShape, seq_len: int, mesh: Mesh, seed: int) -> list[Tensor]:
@@ -209,10 +204,6 @@ def _whole_sequence(model: ModelShape, seq_len: int, mesh: Mesh, seed: int) -> l
         torch.randn(1, seq_len, heads, model.head_dim, generator=generator).to(mesh.device, dtype)
         for heads in (model.heads, model.kv_heads, model.kv_heads, model.heads)
     ]
-
-
-def _definition(mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return full_attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, backend="blockwise")[0]
 
 
 def _step(attend: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...planner.schedule.schedule import ALL_RANKS, Communicator, Direction, GroupCall, Schedule, Transfer
+from ...planner.schedule.schedule import ALL_RANKS, Communicator, Direction, Schedule
 from ...runtime.comm.channels import Channel, Channels, Message, Pending
 from ...runtime.comm.pull import Arena, PeerMemory, Signals
 from ...traces.errors import InputError, UnsupportedError
@@ -89,7 +89,11 @@ class PairChannels(Channels):
     def bind(self, schedules: Sequence[Schedule]) -> dict[str, Channel]:
         """Return a channel between the two processes for every communicator."""
         other = 1 - self._mesh.rank
-        opened = super().bind([_between_two(schedule) for schedule in schedules])
+        between_two = []
+        for schedule in schedules:
+            both = tuple(Communicator(name=one.name, groups=((0, 1),)) for one in schedule.communicators)
+            between_two.append(replace(schedule, world_size=2, communicators=both))
+        opened = super().bind(between_two)
         if self.peers is not None and not isinstance(self.peers, _PairMemory):
             self.peers = _PairMemory(self.peers, other)
         return {name: _PairChannel(channel, other) for name, channel in opened.items()}
@@ -135,11 +139,6 @@ class _OtherHandle:
         return self.handle.get_buffer(self.other, *place)
 
 
-def _between_two(schedule: Schedule) -> Schedule:
-    both = tuple(Communicator(name=one.name, groups=((0, 1),)) for one in schedule.communicators)
-    return replace(schedule, world_size=2, communicators=both)
-
-
 def require_pair(schedule: Schedule, ranks: tuple[int, int]) -> None:
     """Raise unless what each of the two ranks sends, call by call, is what the other receives, in number and size.
 
@@ -147,31 +146,22 @@ def require_pair(schedule: Schedule, ranks: tuple[int, int]) -> None:
     """
     first, second = (_traffic(schedule, rank) for rank in ranks)
     if first != [(at, sent, received) for at, received, sent in second]:
-        raise InputError(
-            f"ranks {ranks[0]} and {ranks[1]} of {schedule.layout} do not send what the other receives "
-            "(where pairs are left out, --keep-all-pairs may help)",
-            field="ranks",
-        )
+        problem = f"ranks {ranks[0]} and {ranks[1]} of {schedule.layout} do not send what the other receives"
+        raise InputError(f"{problem} (where pairs are left out, --keep-all-pairs may help)", field="ranks")
 
 
 def _traffic(schedule: Schedule, rank: int) -> list[tuple[tuple[Direction, int, str], list[int], list[int]]]:
-    """Return ((direction, phase, communicator), bytes sent, bytes received) of every call of a rank."""
-    return [
-        ((schedule.direction, phase.index, call.communicator), *_sizes(call, rank))
-        for phase in schedule.phases(rank)
-        for call in phase.group_calls
-    ]
+    """Return ((direction, phase, communicator), bytes sent, bytes received) of every call of a rank.
 
-
-def _sizes(call: GroupCall, rank: int) -> tuple[list[int], list[int]]:
-    """Return the sizes of what a rank sends and receives in one call; sums over all ranks are both."""
-    for transfer in call.transfers:
-        if transfer.transport in ("all_gather", "reduce_scatter"):
-            raise UnsupportedError(f"{transfer.transport} holds a part for every rank", field="layout")
-    sent = [transfer for transfer in call.transfers if transfer.source in (rank, ALL_RANKS)]
-    received = [transfer for transfer in call.transfers if transfer.destination in (rank, ALL_RANKS)]
-    return _bytes(sent), _bytes(received)
-
-
-def _bytes(transfers: Sequence[Transfer]) -> list[int]:
-    return [transfer.capacity_bytes for transfer in transfers]
+    Sums over all ranks are both.
+    """
+    found = []
+    for phase in schedule.phases(rank):
+        for call in phase.group_calls:
+            for transfer in call.transfers:
+                if transfer.transport in ("all_gather", "reduce_scatter"):
+                    raise UnsupportedError(f"{transfer.transport} holds a part for every rank", field="layout")
+            sent = [one.capacity_bytes for one in call.transfers if one.source in (rank, ALL_RANKS)]
+            received = [one.capacity_bytes for one in call.transfers if one.destination in (rank, ALL_RANKS)]
+            found.append(((schedule.direction, phase.index, call.communicator), sent, received))
+    return found

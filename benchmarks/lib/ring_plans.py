@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from ...kernels.mask import AttentionMask
 from ...planner.cost.cluster import Cluster, Nics, load_cluster
-from ...planner.cost.compiled import CompiledRecurrence
 from ...planner.cost.kernels import datasheet_cost
 from ...planner.cost.memory import layer_memory
+from ...planner.cost.recurrence import CompiledRecurrence
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.registry import parse_layout
 from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ...planner.replay import Recorded
 from ...planner.schedule.pairs import active_blocks, pattern_pairs
 from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 from ...planner.schedule.schedule import DIRECTIONS
 from ...planner.schedule.workload import unit_load
 from ...planner.search.problem import Problem, SearchSpace
-from ...planner.search.sampling import Sample, TraceSummary
+from ...planner.search.sampling import TraceSummary
 from ...planner.search.scores import ScoreBoard
 from ...planner.search.selection import select
+from ...planner.specs import DType
 from ...runtime.hf.capture import pattern_of
 from ...simulator.engine import simulate
 from ...simulator.simulate_plan import simulate_plan
 from ...traces.pattern import LayerPattern
-from .masks import documents_mask, moba_like_mask, slash_mask, xattention_like_mask
+from .masks import MASKS
 
 MODEL = ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128)
-TOY_MODEL = ModelShape(layers=1, heads=4, kv_heads=2, head_dim=32)
 BLOCK = 128
 MEMORY_SHARE = 0.5
 # 64 MB per GPU took 45 ms from four GPUs to four over one host's sockets.
 SOCKETS = Nics(name="sockets", bandwidth_bytes_per_us=5700.0, latency_us=50.0, nics_per_node=1)
 PLACEMENTS = (*sorted(REGULAR_PLACEMENTS), "balanced", "planned")
-BLOCK_FAMILIES: dict[str, Callable[..., AttentionMask]] = {
-    "xattention": xattention_like_mask,
-    "moba": moba_like_mask,
-    "documents": documents_mask,
-}
-FAMILIES = ("slash", *BLOCK_FAMILIES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,57 +64,25 @@ class Case:
     layout: str
 
 
-def model_of(heads: Sequence[int], *, toy: bool) -> ModelShape:
-    """Return the layer to measure. heads: of queries and of keys."""
-    if toy:
-        return TOY_MODEL
-    return ModelShape(layers=1, heads=heads[0], kv_heads=heads[1], head_dim=MODEL.head_dim)
-
-
 def make_work(family: str, *, seq_len: int, density: float, columns: int, seed: int, heads: int = MODEL.heads) -> Work:
     """Draw a mask of one family, on the CPU; only slash masks have columns."""
-    if family == "slash":
-        mask = slash_mask(seq_len, density, columns, heads=heads, block=BLOCK, seed=seed)
-    else:
-        mask = BLOCK_FAMILIES[family](seq_len, density, heads=heads, block=BLOCK, seed=seed)
+    extra = (columns,) if family == "slash" else ()
+    mask = MASKS[family](seq_len, density, *extra, heads=heads, block=BLOCK, seed=seed)
     return Work(family=family, columns=mask.column_capacity, mask=mask)
-
-
-def make_cases(
-    *, placements: Sequence[str], granularities_blocks: Sequence[int], backends: Sequence[str], layouts: Sequence[str]
-) -> list[Case]:
-    """Return every combination; what the planner picks does not vary with layout and granularity."""
-    cases = []
-    for placement, granularity, backend, layout in product(placements, granularities_blocks, backends, layouts):
-        free = placement == "planned"
-        cases.append(
-            Case(
-                placement=placement,
-                granularity_blocks=1 if free else granularity,
-                backend=backend,
-                layout="" if free else layout,
-            )
-        )
-    return list(dict.fromkeys(cases))
 
 
 def make_case_plan(
     case: Case, work: Work, *, cluster: Cluster, leave_out: bool = True, model: ModelShape = MODEL,
-    dtype: str = "bfloat16", narrow_gradients: bool = False,
+    dtype: DType = "bfloat16", narrow_gradients: bool = False,
 ) -> Plan:  # fmt: skip
     """Return the plan of a case for all GPUs of the cluster; "planned" is the planner's pick, layouts and all.
 
     leave_out: without the pairs of shards that the mask does not need. narrow_gradients: the planner may round them.
     """
-    attention = AttentionSpec.model_validate(
-        {
-            "model": model,
-            "seq_len_tokens": work.mask.seq_len_tokens,
-            "block_size": work.mask.block_size,
-            "dtype": dtype,
-            "columns_capacity": work.mask.column_capacity,
-        }
-    )
+    attention = AttentionSpec(
+        model=model, seq_len_tokens=work.mask.seq_len_tokens, block_size=work.mask.block_size, dtype=dtype,
+        columns_capacity=work.mask.column_capacity,
+    )  # fmt: skip
     kernels = KernelSpec.model_validate({"backend": case.backend})
     if case.placement == "planned":
         space = SearchSpace(
@@ -148,13 +109,8 @@ def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
     cluster = load_cluster(name)
     if (cluster.nodes, cluster.world_size) == (nodes, world_size):
         return cluster
-    return cluster.model_copy(
-        update={
-            "nodes": nodes,
-            "gpus_per_node": world_size // nodes,
-            "inter_node": cluster.inter_node or SOCKETS if nodes > 1 else cluster.inter_node,
-        }
-    )
+    network = cluster.inter_node or SOCKETS if nodes > 1 else cluster.inter_node
+    return cluster.model_copy(update={"nodes": nodes, "gpus_per_node": world_size // nodes, "inter_node": network})
 
 
 def predicted_peak_bytes(plan: Plan) -> int:
@@ -215,7 +171,7 @@ def _picked(
         cluster=cluster,
         cost=datasheet_cost(cluster.gpu, attention.model, block_size=size, backend=backend),
         attention=attention,
-        samples=(Sample(training_step=0, layer=0, pattern=pattern),),
+        samples=(Recorded(training_step=0, layer=0, pattern=pattern),),
         summary=TraceSummary(
             columns_capacity=attention.columns_capacity,
             block_load=np.asarray(load),

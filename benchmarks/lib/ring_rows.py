@@ -1,4 +1,4 @@
-"""Rows of benchmarks/ring.py: their fields, their table, and the random tensors they were measured on."""
+"""Planned layers as benchmarks/ring.py and rank.py time them; rows: their fields, their table, their tensors."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...planner.plan import ModelShape
+from ...kernels.mask import AttentionMask
+from ...planner.plan import ModelShape, Plan
+from ...runtime.attention.bound import bind
+from ...runtime.attention.planned import PlannedAttention
+from ...runtime.comm.channels import Channel, Channels
 from ...runtime.comm.mesh import Mesh
-from .ring_timing import Figures
+from .masks import density_of
+from .ring_plans import Work, name_of, predicted_peak_bytes, transports_of
+from .ring_timing import Figures, SilentChannel, time_steps
 
 
-def make_row(
-    arguments: argparse.Namespace, mesh: Mesh, impl: str, layout: str, figures: Figures, *, model: ModelShape
-) -> dict[str, Any]:
-    """Return what every row says; those of dense rings say no more. arguments: see ring.py."""
+def make_row(arguments: argparse.Namespace, impl: str, layout: str, figures: Figures) -> dict[str, Any]:
+    """Return what every row says; those of dense rings say no more. arguments: see ring_options.py."""
     return {
         "impl": impl,
         "layout": layout,
         "transport": "p2p",
-        "world_size": mesh.world_size,
-        "nodes": 2 if arguments.two_nodes else 1,
+        "world_size": arguments.world_size,
         "seq_len": arguments.seq_len,
-        "heads": model.heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "dtype": "float32" if arguments.toy else "bfloat16",
+        **arguments.model.model_dump(exclude={"layers"}),
+        "dtype": arguments.dtype,
         "mask": "dense",
         "placement": "zigzag",
         "density": 1.0,
@@ -36,8 +37,51 @@ def make_row(
         "forward_ms": figures.forward_ms,
         "backward_ms": figures.backward_ms,
         "step_ms": figures.step_ms,
-        "peak_bytes": figures.peak_bytes,
     }
+
+
+class PlannedLayer:
+    """One layer of random tensors on this rank under a plan, to be timed.
+
+    before_bytes: allocated before its inputs and buffers. Making it is collective.
+    """
+
+    def __init__(
+        self, arguments: argparse.Namespace, plan: Plan, mask: AttentionMask, mesh: Mesh, channels: Channels,
+        before_bytes: int,
+    ) -> None:  # fmt: skip
+        self._given = mesh, arguments.repeats, before_bytes
+        self.plan, self.mask, self.bound = plan, mask, bind(plan, mesh)
+        self.planned = PlannedAttention(self.bound, channels=channels)
+        tokens = self.bound.own_positions.numel()
+        self.tensors = random_tensors(plan.model, tokens, mesh, arguments.seed, self.bound.dtype)
+
+    def time(self) -> Figures:
+        """Time its steps."""
+        return time_steps(lambda q, k, v: self.planned(q, k, v, self.mask), self.tensors, *self._given)
+
+    def time_alone(self) -> Figures:
+        """Time its kernels alone, from here on: the same schedule over channels that send nothing."""
+        silent: Channel = SilentChannel()
+        self.planned.channels = dict.fromkeys(self.planned.channels, silent)
+        return self.time()
+
+    def row(self, arguments: argparse.Namespace, work: Work, figures: Figures) -> dict[str, Any]:
+        """Return what every row of a planned layer says."""
+        return make_row(arguments, f"ours-{self.plan.kernels.backend}", name_of(self.plan), figures) | {
+            "transport": transports_of(self.plan),
+            "mask": work.family,
+            "density": density_of(work.mask),
+            "columns": work.columns,
+            "plan_digest": self.plan.digest,
+        }
+
+    def memory(self, figures: Figures) -> dict[str, Any]:
+        """Return a row's memory beside what the plan predicts."""
+        predicted = predicted_peak_bytes(self.plan)
+        peak = None if figures.peak_bytes is None else figures.peak_bytes + self.planned.pool.uncounted_bytes
+        ratio = None if peak is None else peak / predicted
+        return {"peak_bytes": peak, "predicted_peak_bytes": predicted, "peak_ratio": ratio}
 
 
 def random_tensors(model: ModelShape, tokens: int, mesh: Mesh, seed: int, dtype: torch.dtype) -> list[Tensor]:

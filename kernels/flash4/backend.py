@@ -21,11 +21,10 @@ from ..mask import AttentionMask
 from ..merge import accumulator_dtype
 from ..triton import launching
 from ..triton.backend import Triton
-from ..triton.launching import loadable
 from ..triton.partials import check_partial
-from ..values import BackwardQueries, Columns, Gradients, KeyGradients, Keys, Partial, Queries, QueryGradient
+from ..values import BackwardQueries, Columns, Gradients, Keys, Partial, Queries, QueryGradient
 from .index import Flash4Task, flash4_task
-from .launch import BLOCK_SIZE, Inputs, attend, gradient_parts, launch_groups, wheels, zeros_like_rows
+from .launch import BLOCK_SIZE, attend, key_gradients, wheels
 from .merge import merge_part
 
 HEAD_DIMS = (64, 128)
@@ -63,12 +62,16 @@ class Flash4(Triton):
             check_partial(*earlier, q)
         if columns is not None:
             earlier = super().forward(queries, None, columns, earlier=earlier, final=False)
+        (batch, tokens, heads, _), valid = q.shape, index.task.q_valid_tokens
+        rows = tokens if earlier is None else valid
+        out = torch.empty(batch, rows, *q.shape[2:], dtype=q.dtype, device=q.device)
+        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+        out[:, valid:], lse[:, :, valid:] = 0, -torch.inf
+        attend(queries, keys, out[:, :valid], lse[:, :, :valid])
         if earlier is None:
-            return _written(queries, keys)
-        part = _empty(q, index.task.q_valid_tokens)
-        attend(queries, keys, *part)
+            return out, lse
         out_dtype = q.dtype if final else accumulator_dtype(q.dtype)
-        return merge_part(part, earlier, tokens=q.shape[1], out_dtype=out_dtype)
+        return merge_part((out, lse), earlier, tokens=tokens, out_dtype=out_dtype)
 
     def backward(self, queries: BackwardQueries, keys: Keys | None, columns: Columns | None, into: Gradients) -> None:
         """See Backend. Not bitwise repeatable: see the module. Columns first, by Triton launches."""
@@ -80,7 +83,7 @@ class Flash4(Triton):
             query = QueryGradient(total=query.total, add=True, final=query.final)
         if keys is not None and into.keys is not None:
             _check_tensors(queries.q, keys.k, keys.index.data)
-            _key_backward(queries, keys, query, into.keys)
+            key_gradients(queries, keys, query, into.keys)
 
     def takes(self, device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
         """See Backend."""
@@ -94,67 +97,6 @@ class Flash4(Triton):
 
 
 register(Flash4())
-
-
-def _key_backward(queries: BackwardQueries, keys: Keys, of_query: QueryGradient, into: KeyGradients) -> None:
-    """Launch by groups of heads, and put the parts where they go.
-
-    flash-attn-4 computes delta = rowsum(grad_out * out) - grad_lse itself: it gets out = 0 and grad_lse = -delta.
-    """
-    q, k, index = queries.q, keys.k, keys.index.data
-    groups = launch_groups(q, k, index, transposed=True)
-    shared = bool(groups) and groups[0][1] - groups[0][0] < q.shape[2] // k.shape[2]  # KV heads in several launches
-    if not into.add:
-        written = 0 if shared or not groups else index.task.k_valid_tokens
-        into.k[:, written:], into.v[:, written:] = 0, 0
-    of_query.finish_rows(index.task.q_valid_tokens if groups else 0)
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=keys.v,
-        grad_out=queries.grad_out.to(q.dtype),
-        out=zeros_like_rows(q),
-        lse=queries.lse,
-        grad_lse=-queries.delta,
-    )
-    grads = _written_in_place(queries, of_query)
-    rounded = into.k.dtype == q.dtype
-    if rounded and not shared:  # written where it belongs
-        grads |= {"dk": into.k, "dv": into.v}
-    wide = into
-    if rounded and shared:
-        sums = (torch.zeros_like(x, dtype=of_query.total.dtype) for x in (into.k, into.v))
-        wide = KeyGradients(**dict(zip("kv", sums, strict=True)), add=True)
-    for part in gradient_parts(inputs, index, queries.scale, grads, queries.scratch):
-        if "dq" not in grads:
-            part.add_query_to(of_query)
-        if "dk" not in grads:
-            part.add_keys_to(wide.k, wide.v, add=into.add or shared)
-    if wide is not into:
-        into.put(wide.k, wide.v)
-
-
-def _written_in_place(queries: BackwardQueries, of_query: QueryGradient) -> dict[str, Tensor]:
-    """dQ where the wheels may write it themselves: a single launch, that begins and ends the sum."""
-    final = of_query.final
-    if final is None or of_query.add or queries.scratch is not None or loadable(final) is not final:
-        return {}
-    return {"dq": final}
-
-
-def _written(queries: Queries, keys: Keys) -> Partial:
-    """A fresh partial in q's dtype, written by flash-attn-4 itself."""
-    valid = keys.index.data.task.q_valid_tokens
-    out, lse = _empty(queries.q, queries.q.shape[1])
-    out[:, valid:], lse[:, :, valid:] = 0, -torch.inf
-    attend(queries, keys, out[:, :valid], lse[:, :, :valid])
-    return out, lse
-
-
-def _empty(q: Tensor, tokens: int) -> Partial:
-    batch, _, heads, dim = q.shape
-    out = torch.empty(batch, tokens, heads, dim, dtype=q.dtype, device=q.device)
-    return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
 
 
 def _check_device(device: torch.device, block_size: int) -> None:

@@ -16,8 +16,6 @@ Shape legend: B batch, S tokens, H query heads, f heads end to end, T tokens of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -28,34 +26,15 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer and the longest of them is waited for
 TILES_TOGETHER = 4096  # query tiles of all query heads of a K/V head, beyond which the L2 cache misses too much
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaidQueries:
-    """What a backward reads of all its queries, copied head by head, zeros from S to T: launches take views of it.
-
-    q, grad_out [B, H, T, D]; lse, grad_lse [B, H, T].
-    """
-
-    q: Tensor
-    grad_out: Tensor
-    lse: Tensor
-    grad_lse: Tensor
-
-    def end_to_end(self, first: int, last: int, together: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """View q, grad_out [B, f T, H', D], lse, grad_lse [B, H', f T] of heads first .. last - 1, f = together."""
-        batch, _, tokens, dim = self.q.shape
-        lists = (last - first) // together
-        q, grad_out = (
-            x[:, first:last].view(batch, lists, together * tokens, dim).transpose(1, 2) for x in (self.q, self.grad_out)
-        )
-        lse, grad_lse = (x[:, first:last].view(batch, lists, together * tokens) for x in (self.lse, self.grad_lse))
-        return q, grad_out, lse, grad_lse
+# q, grad_out [B, H, T, D] and lse, grad_lse [B, H, T] of all queries, copied head by head, zeros from S to T.
+LaidQueries = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def lay_queries(q: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor, *, tokens: int) -> LaidQueries:
-    """Copy q, grad_out [B, S, H, D] and lse, grad_lse [B, H, S] to whole tiles: S <= T = tokens."""
+    """Copy q, grad_out [B, S, H, D] and lse, grad_lse [B, H, S] to whole tiles, S <= T = tokens: launches view them."""
     missing = tokens - q.shape[1]
     padded_lse, padded_grad_lse = (functional.pad(x, (0, missing)).contiguous() for x in (lse, grad_lse))
-    return LaidQueries(q=_laid(q, tokens), grad_out=_laid(grad_out, tokens), lse=padded_lse, grad_lse=padded_grad_lse)
+    return _laid(q, tokens), _laid(grad_out, tokens), padded_lse, padded_grad_lse
 
 
 def _laid(x: Tensor, tokens: int) -> Tensor:
@@ -64,6 +43,12 @@ def _laid(x: Tensor, tokens: int) -> Tensor:
     target = laid.transpose(1, 2)
     add_rows(x, target, target, add=False)
     return laid
+
+
+def end_to_end(laid: LaidQueries, heads: slice, together: int) -> LaidQueries:
+    """View q, grad_out [B, f T, H', D], lse, grad_lse [B, H', f T] of some heads, f = together."""
+    q, grad_out, lse, grad_lse = (x[:, heads].unflatten(1, (-1, together)).flatten(2, 3) for x in laid)
+    return q.transpose(1, 2), grad_out.transpose(1, 2), lse, grad_lse
 
 
 def heads_apart(x: Tensor, *, together: int, tokens: int) -> Tensor:

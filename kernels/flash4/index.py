@@ -2,7 +2,7 @@
 
 A *row* is a local query tile or, transposed, a local key tile (see index.py). Its *full* tiles need no element mask;
 its *partial* ones do: the row's own block (causality, the ragged tail) and, with documents, tiles where several meet.
-Query heads may be laid end to end (see flash4_fold.py): a row's table then has the tiles of all of them, numbered on.
+Query heads may be laid end to end (see fold.py): a row's table then has the tiles of all of them, numbered on.
 A table holds four bytes for each (head, row, tile of the other side): 64 MiB at 128K tokens and 16 heads, where one
 launch takes all heads and the tables are kept. What is larger is dropped after its launch, and what is larger still is
 built and launched by groups of heads.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import triton
@@ -83,15 +84,9 @@ def tiles_kernel(active, row_blocks, other_blocks, row_documents, other_document
     tl.store(partial_counts + line, partial)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TileTables:
-    """The rows of heads `first` .. `last` - 1, `fold` of them end to end: G = (last - first) / fold lists of rows.
+class TileTables(NamedTuple):
+    """The rows of some heads, G lists of them: counts int32 [1, G, T], tiles int32 [1, G, T, capacity]."""
 
-    counts int32 [1, G, T], tiles int32 [1, G, T, capacity].
-    """
-
-    first: int
-    last: int
     full_counts: Tensor
     full_tiles: Tensor
     partial_counts: Tensor
@@ -100,18 +95,14 @@ class TileTables:
     def rows_as_batch(self) -> TileTables:
         """Views of the same with the rows as a batch of one-row sequences: [T, G, 1] and [T, G, 1, capacity]."""
         _, heads, rows = self.full_counts.shape
-        counts = self.full_counts, self.partial_counts
-        full_counts, partial_counts = (x.as_strided((rows, heads, 1), (1, rows, 1)) for x in counts)
-        full_tiles, partial_tiles = (x.permute(2, 1, 0, 3) for x in (self.full_tiles, self.partial_tiles))
-        return TileTables(
-            first=self.first, last=self.last, full_counts=full_counts, full_tiles=full_tiles,
-            partial_counts=partial_counts, partial_tiles=partial_tiles)
+        full_counts, partial_counts = (x.as_strided((rows, heads, 1), (1, rows, 1)) for x in self[::2])
+        full_tiles, partial_tiles = (x.permute(2, 1, 0, 3) for x in self[1::2])
+        return TileTables(full_counts, full_tiles, partial_counts, partial_tiles)
 
     @property
     def nbytes(self) -> int:
         """Device memory held."""
-        tables = (self.full_counts, self.full_tiles, self.partial_counts, self.partial_tiles)
-        return sum(t.numel() * t.element_size() for t in tables)
+        return sum(table.nbytes for table in self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +146,23 @@ class Flash4Task:
         key = transposed, fold
         if key in self._kept:
             return self._kept[key]
-        tables = self._build(first, last, transposed=transposed, fold=fold)
+        mask, lists = self.task.mask, (last - first) // fold
+        sides = [(self.task.q_side, self.q_documents, self.q_tiles), (self.task.k_side, self.k_documents, self.k_tiles)]
+        (side, documents, rows), (other_side, other_documents, others) = reversed(sides) if transposed else sides
+        device = mask.active.device
+        counts = torch.empty(2, 1, lists, rows, dtype=torch.int32, device=device)
+        capacities = fold * others, fold * self._partial_capacity(others)
+        full_tiles, partial_tiles = (
+            torch.empty(1, lists, rows, capacity, dtype=torch.int32, device=device) for capacity in capacities
+        )
+        run(
+            tiles_kernel, (rows, lists),
+            mask.active[first:last].contiguous().view(torch.uint8), side.device_blocks, other_side.device_blocks,
+            documents.bounds if documents else None, other_documents.bounds if other_documents else None,
+            counts[0], full_tiles, counts[1], partial_tiles, rows, others, *capacities, mask.blocks,
+            FOLD=fold, TRANSPOSED=transposed, TOEPLITZ=mask.is_toeplitz, DOCUMENTS=documents is not None,
+            CHUNK=min(_CHUNK, triton.next_power_of_2(others)))
+        tables = TileTables(counts[0], full_tiles, counts[1], partial_tiles)
         if last - first == self.task.mask.heads and tables.nbytes <= TABLE_BYTES:
             self._kept[key] = tables
         return tables
@@ -175,27 +182,6 @@ class Flash4Task:
 
     def _partial_capacity(self, others: int) -> int:
         return others if self.q_documents is not None else 1
-
-    def _build(self, first: int, last: int, *, transposed: bool, fold: int) -> TileTables:
-        mask, lists = self.task.mask, (last - first) // fold
-        sides = [(self.task.q_side, self.q_documents, self.q_tiles), (self.task.k_side, self.k_documents, self.k_tiles)]
-        (side, documents, rows), (other_side, other_documents, others) = reversed(sides) if transposed else sides
-        device = mask.active.device
-        counts = torch.empty(2, 1, lists, rows, dtype=torch.int32, device=device)
-        capacities = fold * others, fold * self._partial_capacity(others)
-        full_tiles, partial_tiles = (
-            torch.empty(1, lists, rows, capacity, dtype=torch.int32, device=device) for capacity in capacities
-        )
-        run(
-            tiles_kernel, (rows, lists),
-            mask.active[first:last].contiguous().view(torch.uint8), side.device_blocks, other_side.device_blocks,
-            documents.bounds if documents else None, other_documents.bounds if other_documents else None,
-            counts[0], full_tiles, counts[1], partial_tiles, rows, others, *capacities, mask.blocks,
-            FOLD=fold, TRANSPOSED=transposed, TOEPLITZ=mask.is_toeplitz, DOCUMENTS=documents is not None,
-            CHUNK=min(_CHUNK, triton.next_power_of_2(others)))
-        return TileTables(
-            first=first, last=last, full_counts=counts[0], full_tiles=full_tiles, partial_counts=counts[1],
-            partial_tiles=partial_tiles)
 
 
 def flash4_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Flash4Task:

@@ -2,71 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..triton.launching import loadable
 from ..triton.passes import add_rows
-from ..values import Keys, Queries, QueryGradient
-from .fold import PROGRAMS_PER_MULTIPROCESSOR, LaidQueries, heads_apart, heads_together, lay_queries
+from ..values import BackwardQueries, KeyGradients, Keys, Queries, QueryGradient
+from .fold import PROGRAMS_PER_MULTIPROCESSOR, end_to_end, heads_apart, heads_together, lay_queries
 from .index import Flash4Task, TileTables, head_groups
-from .masks import documents_mask, own_block_mask
 
 BLOCK_SIZE = 128  # the tile of the wheels' backward along keys
-Partial = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a backward launch reads: see backend.py."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad_out: Tensor
-    out: Tensor
-    lse: Tensor
-    grad_lse: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Gradients of the valid tokens of some heads, q's dtype, and which heads these are."""
-
-    heads: slice
-    kv_heads: slice
-    grad_q: Tensor
-    grad_k: Tensor
-    grad_v: Tensor
-
-    def add_keys_to(self, grad_k: Tensor, grad_v: Tensor, *, add: bool) -> None:
-        """Write, or add into, the accumulators of dK and dV."""
-        for whole, part in ((grad_k, self.grad_k), (grad_v, self.grad_v)):
-            target = whole[:, : part.shape[1], self.kv_heads]
-            add_rows(part, target, target, add=add)
-
-    def add_query_to(self, of_query: QueryGradient) -> None:
-        """Write dQ of these heads where it goes."""
-        total, target = (x[:, : self.grad_q.shape[1], self.heads] for x in (of_query.total, of_query.target))
-        add_rows(self.grad_q, total, target, add=of_query.add)
-
-
-def zeros_like_rows(q: Tensor) -> Tensor:
-    """Zeros of q's shape that take one row."""
-    return torch.zeros(q.shape[3], dtype=q.dtype, device=q.device).expand(q.shape)
 
 
 def attend(queries: Queries, keys: Keys, out: Tensor, lse: Tensor) -> None:
     """Write out [B, S, H, D] in q's dtype and lse [B, H, S] of the S valid queries."""
     q, index = queries.q[:, : out.shape[1]], keys.index.data
     k, v = (x[:, : index.task.k_valid_tokens] for x in (keys.k, keys.v))
-    groups = launch_groups(q, k, index, transposed=False)
+    groups = _launch_groups(q, k, index, transposed=False)
     by_tiles = _by_tiles(q.device)
     if not groups:
         out.zero_()
@@ -116,75 +74,58 @@ def _launch_forward(
     wheels()[0]._flash_attn_fwd(q, k, v, out=out, lse=lse, block_sparse_tensors=sparse, **shared)
 
 
-def gradient_parts(
-    inputs: Inputs,
-    index: Flash4Task,
-    scale: float,
-    grads: Mapping[str, Tensor] | None = None,
-    scratch: dict[str, Any] | None = None,
-) -> Iterator[Part]:
-    """Launch the backward by groups of heads, each when its turn comes.
+def key_gradients(queries: BackwardQueries, keys: Keys, of_query: QueryGradient, into: KeyGradients) -> None:
+    """Launch by groups of heads, each when its turn comes, and put the parts where they go.
 
-    grads: where to write "dq" [B, S_q, H, D], "dk" or "dv" [B, S_k, H_kv, D], in q's dtype; others are made. scratch:
-    see BackwardQueries; with it, and no "dq", query heads may be laid end to end.
+    flash-attn-4 computes delta = rowsum(grad_out * out) - grad_lse itself: it gets out = 0 and grad_lse = -delta.
+    With queries.scratch query heads may be laid end to end, see fold.py.
     """
-    q_end, k_end = index.task.q_valid_tokens, index.task.k_valid_tokens
-    for first, last in launch_groups(inputs.q, inputs.k, index, transposed=True):
-        heads, kv_heads = _slices(first, last, inputs.q.shape[2] // inputs.k.shape[2])
-        queries, keys = (slice(None), slice(q_end), heads), (slice(None), slice(k_end), kv_heads)
-        k, v = inputs.k[keys], inputs.v[keys]
-        given = {name: grad[queries if name == "dq" else keys] for name, grad in (grads or {}).items()}
-        together = 1 if scratch is None else _heads_together(inputs.q[queries], k, index)
-        given |= {"softmax_scale": scale, **_mask(index, together=together)}
-        given["block_sparse_tensors"] = _sparse(index.tables(first, last, transposed=True, fold=together))
+    q, k, index, scratch, final = queries.q, keys.k, keys.index.data, queries.scratch, of_query.final
+    q_end, k_end, group = index.task.q_valid_tokens, index.task.k_valid_tokens, q.shape[2] // k.shape[2]
+    groups = _launch_groups(q, k, index, transposed=True)
+    shared = bool(groups) and groups[0][1] - groups[0][0] < group  # KV heads in several launches
+    if not into.add:
+        written = 0 if shared or not groups else k_end
+        into.k[:, written:], into.v[:, written:] = 0, 0
+    of_query.finish_rows(q_end if groups else 0)
+    # The wheels write dQ themselves in a single launch that begins and ends the sum, dK and dV where they end there.
+    single = final is not None and not of_query.add and scratch is None and loadable(final) is final
+    rounded, wide = into.k.dtype == q.dtype, into
+    if rounded and shared:
+        sums = (torch.zeros_like(x, dtype=of_query.total.dtype) for x in (into.k, into.v))
+        wide = KeyGradients(**dict(zip("kv", sums, strict=True)), add=True)
+    grad_out, lse, grad_lse = queries.grad_out.to(q.dtype), queries.lse, -queries.delta
+    zeros = torch.zeros(q.shape[3], dtype=q.dtype, device=q.device)
+    for first, last in groups:
+        heads, kv_heads = _slices(first, last, group)
+        rows, lines, of_keys = np.s_[:, :q_end, heads], np.s_[:, heads, :q_end], np.s_[:, :k_end, kv_heads]
+        together = 1
+        if scratch is not None:
+            lists, wanted = q.shape[0] * (last - first), PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device)
+            tiles = {"lists": lists * index.k_tiles, "tiles": index.q_tiles}
+            together = heads_together(group=min(group, last - first), **tiles, wanted=wanted)
         if scratch is not None and together > 1:
-            q, grad_out, lse, grad_lse = _laid_queries(inputs, index, scratch).end_to_end(first, last, together)
-            laid = Inputs(q=q, k=k, v=v, grad_out=grad_out, out=zeros_like_rows(q), lse=lse, grad_lse=grad_lse)
-            found, grad_k, grad_v = _backward(laid, given)
-            grad_q = heads_apart(found, together=together, tokens=q_end)
+            if "laid" not in scratch:  # copied by the first launch that wants them
+                whole = q[:, :q_end], grad_out[:, :q_end], lse[:, :, :q_end], grad_lse[:, :, :q_end]
+                scratch["laid"] = lay_queries(*whole, tokens=index.q_tiles * BLOCK_SIZE)
+            its_q, its_grad_out, its_lse, its_grad_lse = end_to_end(scratch["laid"], heads, together)
         else:
-            lines = slice(None), heads, slice(q_end)
-            part = Inputs(
-                q=inputs.q[queries],
-                k=k,
-                v=v,
-                grad_out=inputs.grad_out[queries],
-                out=inputs.out[queries],
-                lse=inputs.lse[lines],
-                grad_lse=None if inputs.grad_lse is None else inputs.grad_lse[lines],
-            )
-            grad_q, grad_k, grad_v = _backward(part, given)
-        yield Part(heads=heads, kv_heads=kv_heads, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-
-
-def _laid_queries(inputs: Inputs, index: Flash4Task, scratch: dict[str, Any]) -> LaidQueries:
-    """All heads' queries head by head, copied by the first launch that wants them."""
-    if "laid" not in scratch:
-        end, grad_lse = index.task.q_valid_tokens, inputs.grad_lse
-        assert grad_lse is not None
-        scratch["laid"] = lay_queries(
-            inputs.q[:, :end],
-            inputs.grad_out[:, :end],
-            inputs.lse[:, :, :end],
-            grad_lse[:, :, :end],
-            tokens=index.q_tiles * BLOCK_SIZE,
-        )
-    return scratch["laid"]
-
-
-def _backward(x: Inputs, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    return wheels()[0]._flash_attn_bwd(x.q, x.k, x.v, x.out, x.grad_out, x.lse, dlse=x.grad_lse, **arguments)
-
-
-def _heads_together(q: Tensor, k: Tensor, index: Flash4Task) -> int:
-    """How many query heads of a launch to lay end to end: see fold.py."""
-    batch, _, heads, _ = q.shape
-    return heads_together(
-        group=heads // k.shape[2],
-        lists=batch * heads * index.k_tiles,
-        tiles=index.q_tiles,
-        wanted=PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device),
-    )
+            its_q, its_grad_out, its_lse, its_grad_lse = q[rows], grad_out[rows], lse[lines], grad_lse[lines]
+        given = {"dq": final[rows]} if single and final is not None else {}
+        given |= {"dk": into.k[of_keys], "dv": into.v[of_keys]} if rounded and not shared else {}
+        found = wheels()[0]._flash_attn_bwd(
+            its_q, k[of_keys], keys.v[of_keys], zeros.expand(its_q.shape), its_grad_out, its_lse, dlse=its_grad_lse,
+            softmax_scale=queries.scale, **_mask(index, together=together), **given,
+            block_sparse_tensors=_sparse(index.tables(first, last, transposed=True, fold=together)),
+        )  # fmt: skip
+        if "dq" not in given:
+            grad_q = heads_apart(found[0], together=together, tokens=q_end) if together > 1 else found[0]
+            add_rows(grad_q, of_query.total[rows], of_query.target[rows], add=of_query.add)
+        if "dk" not in given:
+            for part, target in zip(found[1:], (wide.k, wide.v), strict=True):
+                add_rows(part, target[of_keys], target[of_keys], add=into.add or shared)
+    if wide is not into:
+        into.put(wide.k, wide.v)
 
 
 @cache
@@ -192,7 +133,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch_groups(q: Tensor, k: Tensor, index: Flash4Task, *, transposed: bool) -> list[tuple[int, int]]:
+def _launch_groups(q: Tensor, k: Tensor, index: Flash4Task, *, transposed: bool) -> list[tuple[int, int]]:
     """Heads of each launch; none where there is nothing to compute."""
     if not (q.shape[0] and index.task.q_valid_tokens and index.task.k_valid_tokens):
         return []
@@ -229,6 +170,43 @@ def _mask(index: Flash4Task, *, together: int = 1, by_tiles: bool = False) -> di
     if together > 1:
         positions, documents = positions.repeat(together), documents.repeat(together)
     return {"mask_mod": documents_mask(by_tiles), "aux_tensors": [positions, k.positions, documents, k.tokens]}
+
+
+# Element masks of partial tiles, in CuTe's language, as flash-attn-4 compiles them into its kernels. A mask sees local
+# token indexes. Every local tile is one whole mask block: causality in a row's own block needs only offsets there.
+
+
+@cache
+def own_block_mask() -> Any:
+    """Causality within the row's own block of 128 tokens."""
+    cute: Any = import_module("cutlass.cute")
+
+    @cute.jit
+    def mask(batch, head, query, key, seqlen_info, aux_tensors):
+        return (query & 127) >= (key & 127)
+
+    return mask
+
+
+@cache
+def documents_mask(by_tiles: bool) -> Any:
+    """Causality by positions, and one document. It reads int32 positions and documents of queries and of keys.
+
+    by_tiles: the batch index is the query tile, and queries count from 0 in each.
+    """
+    cutlass: Any = import_module("cutlass")
+    cute: Any = import_module("cutlass.cute")
+    as_vector = import_module("flash_attn.cute.utils").scalar_to_ssa
+
+    @cute.jit
+    def mask(batch, head, query, key, seqlen_info, aux_tensors):
+        q_positions, k_positions, q_documents, k_documents = aux_tensors
+        row = query[0] + (batch[0] * 128 if cutlass.const_expr(by_tiles) else 0)
+        causal = as_vector(k_positions[key[0]], cutlass.Int32) <= as_vector(q_positions[row], cutlass.Int32)
+        q_document = as_vector(q_documents[row], cutlass.Int32)
+        return causal & (q_document == as_vector(k_documents[key[0]], cutlass.Int32))
+
+    return mask
 
 
 @cache

@@ -12,13 +12,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..jit import run
-from ..merge import accumulator_dtype
 from ..triton.views import Rows, Tiles
+from ..values import Partial
 
-Partial = tuple[Tensor, Tensor]
 _ROWS = 32
 
 
@@ -55,19 +53,16 @@ def merge_kernel(part, part_lse, earlier, earlier_lse, out, lse, heads, tokens, 
     tl.store(lse.data + batch * lse.b + head * lse.h + rows, new_lse, mask=inside)
 
 
-def merge_part(part: Partial, earlier: Partial | None, *, tokens: int, out_dtype: torch.dtype | None = None) -> Partial:
+def merge_part(part: Partial, earlier: Partial | None, *, tokens: int, out_dtype: torch.dtype) -> Partial:
     """(out [B, S, H, D], lse [B, H, S]) of part [B, S', H, D], S' <= S = tokens, merged with earlier partials.
 
     Rows beyond S' are earlier's, or out 0 and lse -inf. Merges in place, unless out_dtype differs from earlier's.
     """
     (part_out, part_lse), (batch, _, heads, dim) = part, part[0].shape
-    wanted = out_dtype or (earlier[0].dtype if earlier else accumulator_dtype(part_out.dtype))
-    in_place = earlier is not None and earlier[0].dtype == wanted
-    if in_place and earlier is not None:
-        out, lse = earlier
-        tokens = part_out.shape[1]  # the others stay as they are
+    if earlier is not None and earlier[0].dtype == out_dtype:
+        (out, lse), tokens = earlier, part_out.shape[1]  # the others stay as they are
     else:
-        out = torch.empty(batch, tokens, heads, dim, dtype=wanted, device=part_out.device)
+        out = torch.empty(batch, tokens, heads, dim, dtype=out_dtype, device=part_out.device)
         lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=part_out.device)
     old, old_lse = earlier or (out, lse)
     if tokens:

@@ -12,9 +12,10 @@ computed on its device; only CSR indexes of very many possible entries wait for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..mask import AttentionMask, document_of
-from .csr import csr_lists
-from .device_lists import residue_lists, row_fields
-from .periodic import PeriodicTables, periodic_lists, periodic_tables
+from .device_lists import csr_lists, periodic_lists, residue_lists, row_fields
+from .periodic import PeriodicTables, periodic_tables
 
-ResidueLists = tuple[Tensor, Tensor, int]  # entries, before, stride: see index_kernels.py
+ResidueLists = tuple[Tensor, Tensor, int]  # entries, before, stride: see device_lists.py
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,24 @@ class TileLists:
     @property
     def nbytes(self) -> int:
         """Device memory held."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.entries, self.order))
+        return self.rows.nbytes + self.entries.nbytes + self.order.nbytes
 
 
-@dataclass(frozen=True, kw_only=True)
+def kept(make: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A method whose results are kept with its object, by its arguments."""
+
+    @wraps(make)
+    def method(self: Any, *given: P.args, **named: P.kwargs) -> T:
+        known = self.__dict__.setdefault(f"_{make.__name__}", {})
+        key = (*given, *named.values())
+        if key not in known:
+            known[key] = make(self, *given, **named)
+        return known[key]
+
+    return method
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Side:
     """The tiles of one shard, or of several gathered ones: their mask blocks, on the host and on the device.
 
@@ -61,7 +77,6 @@ class Side:
     ascending: bool
     device_blocks: Tensor
     tokens: int
-    last_block_tokens: int
 
     def stride(self) -> int | None:
         """The common difference of the blocks (1 for a single tile), or None where there is none."""
@@ -72,64 +87,48 @@ class Side:
         steps = np.diff(self.blocks)
         return int(steps[0]) if (steps == steps[0]).all() else None
 
+    @kept
     def order(self, *, falling: bool) -> Tensor:
-        """int32 [T]: local tiles by falling or rising block, kept on the device. Long rows first in a causal mask."""
-        known = self.__dict__.setdefault("_order", {})
-        if falling not in known:
-            order = np.argsort(-self.blocks if falling else self.blocks, kind="stable").astype(np.int32)
-            known[falling] = torch.from_numpy(order).to(self.device_blocks.device)
-        return known[falling]
+        """int32 [T]: local tiles by falling or rising block, on the device. Long rows first in a causal mask."""
+        order = np.argsort(-self.blocks if falling else self.blocks, kind="stable").astype(np.int32)
+        return torch.from_numpy(order).to(self.device_blocks.device)
 
+    @kept
     def own_tiles(self, others: Side) -> Tensor:
-        """int64 [T]: the other side's local tile of each block held here, or -1; kept on the device."""
-        known = self.__dict__.setdefault("_own_tiles", {})
-        if id(others) not in known:
-            rising = np.argsort(others.blocks, kind="stable")
-            at = np.searchsorted(others.blocks, self.blocks, sorter=rising)
-            found = at < len(others.blocks)
-            at[found] = rising[at[found]]
-            found[found] = others.blocks[at[found]] == self.blocks[found]
-            tiles = torch.from_numpy(np.where(found, at, -1)).to(self.device_blocks.device)
-            known[id(others)] = others, tiles  # the reference keeps the id taken
-        return known[id(others)][1]
+        """int64 [T]: the other side's local tile of each block held here, or -1; on the device."""
+        rising = np.argsort(others.blocks, kind="stable")
+        at = np.searchsorted(others.blocks, self.blocks, sorter=rising)
+        found = at < len(others.blocks)
+        at[found] = rising[at[found]]
+        found[found] = others.blocks[at[found]] == self.blocks[found]
+        return torch.from_numpy(np.where(found, at, -1)).to(self.device_blocks.device)
 
+    @kept
     def periodic_tables(self, others: Side, blocks: int, *, transposed: bool) -> PeriodicTables | None:
-        """The tables of index_periodic for these rows and others, kept on the device; None where there is no period."""
-        known = self.__dict__.setdefault("_periodic", {})
-        key = id(others), blocks, transposed
-        if key not in known:
-            tables = periodic_tables(
-                self.blocks, others.blocks, blocks=blocks, transposed=transposed, device=self.device_blocks.device
-            )
-            known[key] = others, tables  # the reference keeps the id taken
-        return known[key][1]
+        """The tables of periodic.py for these rows and others, on the device; None where there is no period."""
+        device = self.device_blocks.device
+        return periodic_tables(self.blocks, others.blocks, blocks=blocks, transposed=transposed, device=device)
 
+    @kept
     def tile_of_block(self, blocks: int) -> Tensor:
-        """int32 [blocks]: the local tile of each mask block, or -1; kept on the device."""
-        known = self.__dict__.setdefault("_tile_of_block", {})
-        if blocks not in known:
-            tiles = np.full(blocks, -1, dtype=np.int32)
-            inside = self.blocks < blocks
-            tiles[self.blocks[inside]] = np.flatnonzero(inside)
-            known[blocks] = torch.from_numpy(tiles).to(self.device_blocks.device)
-        return known[blocks]
+        """int32 [blocks]: the local tile of each mask block, or -1; on the device."""
+        tiles = np.full(blocks, -1, dtype=np.int32)
+        inside = self.blocks < blocks
+        tiles[self.blocks[inside]] = np.flatnonzero(inside)
+        return torch.from_numpy(tiles).to(self.device_blocks.device)
 
     def valid_tiles(self, mask: AttentionMask) -> int:
         """Tiles that hold at least one valid token: a prefix."""
         return int((self.blocks < mask.blocks).sum()) if self.ascending else len(self.blocks)
 
-    def valid_tokens(self, mask: AttentionMask) -> int:
-        """Tokens before the padding; counted once for a length."""
+    @kept
+    def valid_tokens(self, seq_len_tokens: int, block_size: int) -> int:
+        """Tokens before the padding."""
         if not self.ascending:
             return self.tokens
-        known = self.__dict__.setdefault("_valid_tokens", {})
-        key = mask.seq_len_tokens, mask.block_size
-        if key not in known:
-            sizes = np.full(len(self.blocks), mask.block_size)
-            if len(sizes):
-                sizes[-1] = self.last_block_tokens
-            known[key] = int(np.clip(mask.seq_len_tokens - self.blocks * mask.block_size, 0, sizes).sum())
-        return known[key]
+        sizes = np.full(len(self.blocks), block_size)
+        sizes[-1:] = self.tokens - (len(sizes) - 1) * block_size
+        return int(np.clip(seq_len_tokens - self.blocks * block_size, 0, sizes).sum())
 
 
 _SIDES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -160,11 +159,8 @@ def _read_side(positions: Tensor, block_size: int, device: torch.device, name: s
             f"{name}: local tokens are no ascending whole blocks of {block_size} tokens (token {at} is at "
             f"position {host[at]}); the triton backend needs a granularity that is a multiple of them"
         )
-    tail = len(host) - (len(blocks) - 1) * block_size if len(blocks) else 0
     device_blocks = torch.from_numpy(blocks.astype(np.int32)).to(device)
-    return Side(
-        blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host), last_block_tokens=tail
-    )
+    return Side(blocks=blocks, ascending=ascending, device_blocks=device_blocks, tokens=len(host))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,22 +178,23 @@ class BlockTask:
     @cached_property
     def queries(self) -> TileLists:
         """Rows are query tiles."""
-        return _lists(self.mask, self.q_side, self.k_side, transposed=False, residues=self._residues(self.k_side))
+        return _lists(
+            self.mask, self.q_side, self.k_side, transposed=False, residues=self._residues(self.k_side.stride())
+        )
 
     @cached_property
     def keys(self) -> TileLists:
         """Rows are key tiles: for dK and dV."""
-        return _lists(self.mask, self.k_side, self.q_side, transposed=True, residues=self._residues(self.q_side))
+        return _lists(
+            self.mask, self.k_side, self.q_side, transposed=True, residues=self._residues(self.q_side.stride())
+        )
 
-    def _residues(self, side: Side) -> ResidueLists | None:
-        """Diagonals by residue for a side whose blocks are an arithmetic progression; both directions share them."""
-        stride = side.stride()
+    @kept
+    def _residues(self, stride: int | None) -> ResidueLists | None:
+        """Diagonals by residue, for a side whose blocks are an arithmetic progression; both directions share them."""
         if not self.mask.is_toeplitz or stride is None:
             return None
-        known = self.__dict__.setdefault("_by_stride", {})
-        if stride not in known:
-            known[stride] = *residue_lists(self.mask.active, stride), stride
-        return known[stride]
+        return *residue_lists(self.mask.active, stride), stride
 
     @property
     def nbytes(self) -> int:
@@ -212,70 +209,57 @@ def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) ->
     """
     q_side = side_of(q_positions, mask.block_size, mask.active.device, name="q_positions")
     k_side = side_of(k_positions, mask.block_size, mask.active.device, name="k_positions", gathered=True)
-    q_documents, k_documents = (_local_documents(mask, p) for p in (q_positions, k_positions))
     return BlockTask(
         mask=mask,
         q_side=q_side,
         k_side=k_side,
-        q_valid_tokens=q_side.valid_tokens(mask),
-        k_valid_tokens=k_side.valid_tokens(mask),
-        q_documents=q_documents,
-        k_documents=k_documents,
+        q_valid_tokens=q_side.valid_tokens(mask.seq_len_tokens, mask.block_size),
+        k_valid_tokens=k_side.valid_tokens(mask.seq_len_tokens, mask.block_size),
+        q_documents=documents_at(mask, q_positions),
+        k_documents=documents_at(mask, k_positions),
     )
 
 
-def _local_documents(mask: AttentionMask, positions: Tensor) -> Tensor | None:
+def documents_at(mask: AttentionMask, positions: Tensor) -> Tensor | None:
+    """Documents of global token positions, int32 on the mask's device; None without documents."""
     documents = document_of(mask, positions.to(mask.active.device))
     return None if documents is None else documents.to(torch.int32)
 
 
 def _lists(
-    mask: AttentionMask, rows: Side, others: Side, *, transposed: bool, residues: ResidueLists | None = None
+    mask: AttentionMask, rows: Side, others: Side, *, transposed: bool, residues: ResidueLists | None
 ) -> TileLists:
-    if residues is not None:
-        return _toeplitz_lists(mask, rows, others, residues, transposed=transposed)
-    tables = rows.periodic_tables(others, mask.blocks, transposed=transposed) if mask.is_toeplitz else None
+    own = rows.own_tiles(others)
+    if not mask.is_toeplitz:
+        fields, entries, work = _csr_lists(mask, rows, others, own, transposed=transposed)
+        order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
+        return TileLists(rows=fields, entries=entries, order=order, sign=1)
+    order = rows.order(falling=not transposed)
+    if residues is not None:  # rows of one residue share a sorted list of diagonals; no row has a list of its own
+        entries, before, stride = residues
+        first = int(others.blocks[0]) if len(others.blocks) else 0
+        given = mask.active, rows.device_blocks, before
+        tiles = others.valid_tiles(mask)
+        fields = row_fields(*given, stride=stride, first=first, others=tiles, transposed=transposed)
+        return TileLists(rows=fields, entries=entries, order=order, sign=1 if transposed else -1)
+    tables = rows.periodic_tables(others, mask.blocks, transposed=transposed)
     if tables is not None:
-        given = mask.active, tables, rows.device_blocks, rows.own_tiles(others)
-        fields, entries = periodic_lists(*given, transposed=transposed)
-        return TileLists(rows=fields, entries=entries, order=rows.order(falling=not transposed), sign=1)
+        fields, entries = periodic_lists(mask.active, tables, rows.device_blocks, own, transposed=transposed)
+    else:
+        fields, entries, _ = _csr_lists(mask, rows, others, own, transposed=transposed)
+    return TileLists(rows=fields, entries=entries, order=order, sign=1)
+
+
+def _csr_lists(
+    mask: AttentionMask, rows: Side, others: Side, own_tiles: Tensor, *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, entries) of TileLists, one list per row, and the work int64 [T] of all heads."""
     sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
     starts, counts, entries = csr_lists(mask, *sides, transposed=transposed)
-    diagonal = _diagonal_tiles(mask, rows, others)
-    if mask.is_toeplitz:
-        order = rows.order(falling=not transposed)
-    else:
-        work = counts.sum(0) + (diagonal >= 0).sum(0)
-        order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
-    fields = torch.stack([starts, counts, torch.zeros_like(counts), diagonal], dim=-1).to(torch.int32)
-    return TileLists(rows=fields.contiguous(), entries=entries.to(torch.int32), order=order, sign=1)
-
-
-def _toeplitz_lists(
-    mask: AttentionMask, rows: Side, others: Side, residues: ResidueLists, *, transposed: bool
-) -> TileLists:
-    """Rows of one residue share a sorted list of diagonals; no row has a list of its own. See index_kernels.py."""
-    entries, before, stride = residues
-    first = int(others.blocks[0]) if len(others.blocks) else 0
-    fields = row_fields(
-        mask.active,
-        rows.device_blocks,
-        before,
-        stride=stride,
-        first=first,
-        others=others.valid_tiles(mask),
-        transposed=transposed,
-    )
-    return TileLists(
-        rows=fields, entries=entries, order=rows.order(falling=not transposed), sign=1 if transposed else -1
-    )
-
-
-def _diagonal_tiles(mask: AttentionMask, rows: Side, others: Side) -> Tensor:
-    """[H, T]: the other side's local tile of each row's own block where that pair is active, else -1."""
-    tiles = rows.own_tiles(others)
     blocks = rows.device_blocks.long()
-    tiles = torch.where(blocks < mask.blocks, tiles, -1)
+    tiles = torch.where(blocks < mask.blocks, own_tiles, -1)
     blocks = blocks.clamp(max=mask.blocks - 1)
     active = mask.active[:, :1].expand(-1, len(rows.blocks)) if mask.is_toeplitz else mask.active[:, blocks, blocks]
-    return torch.where(active, tiles[None, :], -1)
+    diagonal = torch.where(active, tiles[None, :], -1)
+    fields = torch.stack([starts, counts, torch.zeros_like(counts), diagonal], dim=-1).to(torch.int32)
+    return fields, entries, counts.sum(0) + (diagonal >= 0).sum(0)

@@ -1,10 +1,12 @@
-"""Small kernels that build a Toeplitz index in place of some fifty tensor operations: launches cost more than work.
+"""Small kernels that build an index in place of some fifty tensor operations: launches cost more than work.
 
 residue_kernel and rows_kernel, where the other side's blocks are an arithmetic progression: forward, a row is query
 block I and visits key tiles u = (I - first - d) / stride = m - entry; transposed, it is key block J and visits query
 tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder and quotient of the row's distance from
 the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
-periodic_kernel and periodic_rows_kernel, where they are periodic: see index_periodic.py.
+periodic_kernel and periodic_rows_kernel, where they are periodic: see periodic.py.
+lists_kernel, for block masks and irregular placements: one list of visited tiles per row, counted, then written. Rows
+read their line of the mask once per pass, so that nothing of the size rows times tiles is ever stored.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
@@ -14,14 +16,39 @@ periodic_kernel and periodic_rows_kernel, where they are periodic: see index_per
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..jit import run
+from ..mask import AttentionMask
+from .periodic import PeriodicTables
 
 _CHUNK, _ROWS = 1024, 128
+# Above this many entries that there could be (512 MB), they are counted on the host first: one synchronisation.
+UNCOUNTED_LIMIT = 1 << 27
+
+
+@triton.jit
+def store_fields(fields, line, inside, start, count, base, own):
+    """The four fields of rows, of which `line` is the place in [H, T]."""
+    tl.store(fields + line * 4, start, mask=inside)
+    tl.store(fields + line * 4 + 1, count, mask=inside)
+    tl.store(fields + line * 4 + 2, base, mask=inside)
+    tl.store(fields + line * 4 + 3, own, mask=inside)
+
+
+@triton.jit
+def append_constants(active, constant, present, head, row_class, blocks, diagonal, inside, target, carry):
+    """How many of these diagonals and all `carry` before are active and here; writes their constants to target."""
+    here = tl.load(present + row_class * blocks + diagonal, mask=inside, other=0) != 0
+    on = (here & (tl.load(active + head * blocks + diagonal, mask=inside, other=0) != 0)).to(tl.int32)
+    up_to = carry + tl.cumsum(on, 0)
+    value = tl.load(constant + row_class * blocks + diagonal, mask=inside, other=0)
+    tl.store(target + up_to - 1, value, mask=on != 0)
+    return up_to, carry + tl.sum(on, 0)
 
 
 @triton.jit(do_not_specialize=["stride", "length", "blocks"])
@@ -72,11 +99,8 @@ def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others
     count = tl.load(before + line + high, mask=valid, other=0) - skipped
     has_own = valid & (residue == 0) & (own >= 0) & (own < others)
     diagonal_active = tl.load(active + head * blocks) != 0
-    pointers = fields + (head * tiles + rows) * 4
-    tl.store(pointers, line + skipped, mask=rows < tiles)
-    tl.store(pointers + 1, count, mask=rows < tiles)
-    tl.store(pointers + 2, own, mask=rows < tiles)
-    tl.store(pointers + 3, tl.where(has_own & diagonal_active, own, -1), mask=rows < tiles)
+    at_own = tl.where(has_own & diagonal_active, own, -1)
+    store_fields(fields, head * tiles + rows, rows < tiles, line + skipped, count, own, at_own)
 
 
 @triton.jit(do_not_specialize=["classes", "blocks", "reach", "room"])
@@ -99,24 +123,16 @@ def periodic_kernel(active, constant, present, by_shard, entries, before, classe
             place = start + tl.arange(0, CHUNK)
             diagonal = tl.load(by_shard + row_class * blocks + place, mask=place < blocks, other=blocks)
             below = (place < blocks) & (diagonal < first)
-            here = tl.load(present + row_class * blocks + diagonal, mask=below, other=0) != 0
-            on = (here & (tl.load(active + head * blocks + diagonal, mask=below, other=0) != 0)).to(tl.int32)
-            up_to = carry + tl.cumsum(on, 0)
-            value = tl.load(constant + row_class * blocks + diagonal, mask=below, other=0)
-            tl.store(target + up_to - 1, value, mask=on != 0)
-            carry += tl.sum(on, 0)
+            _, carry = append_constants(active, constant, present, head, row_class, blocks, diagonal, below, target,
+                                        carry)
     tl.store(counts, carry)
     for start in range(0, reach, CHUNK):
         place = start + tl.arange(0, CHUNK)
         diagonal = first + place
         inside = (place < reach) & (diagonal < blocks)
-        here = tl.load(present + row_class * blocks + diagonal, mask=inside, other=0) != 0
-        on = (here & (tl.load(active + head * blocks + diagonal, mask=inside, other=0) != 0)).to(tl.int32)
-        up_to = carry + tl.cumsum(on, 0)
-        value = tl.load(constant + row_class * blocks + diagonal, mask=inside, other=0)
+        up_to, carry = append_constants(active, constant, present, head, row_class, blocks, diagonal, inside, target,
+                                        carry)
         tl.store(counts + 1 + place, up_to, mask=place < reach)
-        tl.store(target + up_to - 1, value, mask=on != 0)
-        carry += tl.sum(on, 0)
 
 
 @triton.jit(do_not_specialize=["tiles", "classes", "blocks", "reach", "room"])
@@ -139,11 +155,9 @@ def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_ti
     counts = before + (listing * SECTIONS + section) * (reach + 1) + diagonals - section * reach
     own = tl.load(own_tiles + rows, mask=inside, other=-1).to(tl.int32)
     diagonal_active = tl.load(active + head * blocks) != 0
-    pointers = fields + (head * tiles + rows) * 4
-    tl.store(pointers, start, mask=inside)
-    tl.store(pointers + 1, tl.load(counts, mask=inside & valid, other=0), mask=inside)
-    tl.store(pointers + 2, tl.load(row_base + rows, mask=inside, other=0), mask=inside)
-    tl.store(pointers + 3, tl.where(valid & diagonal_active, own, -1), mask=inside)
+    count = tl.load(counts, mask=inside & valid, other=0)
+    base = tl.load(row_base + rows, mask=inside, other=0)
+    store_fields(fields, head * tiles + rows, inside, start, count, base, tl.where(valid & diagonal_active, own, -1))
 
 
 def residue_lists(active: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -170,29 +184,95 @@ def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: in
     return fields
 
 
-def periodic_entries(active: Tensor, constant: Tensor, present: Tensor, by_shard: Tensor | None, *,
-                     sections: int) -> tuple[Tensor, Tensor]:
-    """(entries [H, C, room], before [H, C, sections, reach + 1]) int32 of active [H, N]: see periodic_kernel."""
-    (heads, blocks), classes = active.shape, constant.shape[0]
+def periodic_lists(active: Tensor, tables: PeriodicTables, row_blocks: Tensor, own_tiles: Tensor, *,
+                   transposed: bool) -> tuple[Tensor, Tensor]:
+    """(rows [H, T, 4], entries) of block.TileLists for active [H, N], to be added to the base. Does not wait.
+
+    row_blocks int32 [T]: the rows' mask blocks; own_tiles int64 [T]: the other side's tile of each, or -1. See
+    periodic_kernel and periodic_rows_kernel.
+    """
+    (heads, blocks), tiles, classes = active.shape, row_blocks.shape[0], tables.constant.shape[0]
+    sections, flags = tables.sections, active.contiguous().view(torch.uint8)
     reach = -(-blocks // sections)
     room = sections * (sections + 1) // 2 * reach
-    entries = torch.empty(heads, classes, room, dtype=torch.int32, device=active.device)
-    before = torch.empty(heads, classes, sections, reach + 1, dtype=torch.int32, device=active.device)
+    entries = active.new_empty((heads, classes, room), dtype=torch.int32)
+    before = active.new_empty((heads, classes, sections, reach + 1), dtype=torch.int32)
+    fields = active.new_empty((heads, tiles, 4), dtype=torch.int32)
     run(
         periodic_kernel, (heads, classes * sections),
-        active.contiguous().view(torch.uint8), constant, present.view(torch.uint8), by_shard, entries, before, classes,
-        blocks, reach, room, SECTIONS=sections, CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
-    return entries, before
-
-
-def periodic_fields(active: Tensor, entries: Tensor, before: Tensor, row_blocks: Tensor, row_class: Tensor,
-                    row_base: Tensor, own_tiles: Tensor, *, transposed: bool) -> Tensor:
-    """int32 [H, T, 4]: see periodic_rows_kernel. row_blocks, row_class, row_base int32 [T], own_tiles int64 [T]."""
-    (heads, blocks), tiles = active.shape, row_blocks.shape[0]
-    fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
-    _, classes, sections, reach = before.shape
+        flags, tables.constant, tables.present.view(torch.uint8), tables.by_shard, entries, before, classes, blocks,
+        reach, room, SECTIONS=sections, CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
     run(
         periodic_rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
-        active.contiguous().view(torch.uint8), before, row_blocks, row_class, row_base, own_tiles, fields, tiles,
-        classes, blocks, reach - 1, entries.shape[2], SECTIONS=sections, TRANSPOSED=transposed, SIZE=_ROWS)
-    return fields
+        flags, before, row_blocks, tables.row_class, tables.base, own_tiles, fields, tiles, classes, blocks, reach,
+        room, SECTIONS=sections, TRANSPOSED=transposed, SIZE=_ROWS)
+    return fields, entries.view(-1)
+
+
+@triton.jit(do_not_specialize=["tiles", "others", "blocks"])
+def lists_kernel(active, row_blocks, other_blocks, counts, starts, entries, tiles, others, blocks,
+                 TOEPLITZ: tl.constexpr, TRANSPOSED: tl.constexpr, FILL: tl.constexpr, SIZE: tl.constexpr):
+    """counts int32 [H, T], or with FILL entries from starts [H, T] on. Grid (T, H).
+
+    active: rows of the mask with the other side along them, [H, N, N], or diagonals [H, N].
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    block = tl.load(row_blocks + row)
+    line = head * tiles + row
+    found = 0
+    first_entry = tl.cast(0, tl.int64)
+    if FILL:
+        first_entry = tl.load(starts + line)
+    for first in range(0, others, SIZE):
+        tile = first + tl.arange(0, SIZE)
+        other = tl.load(other_blocks + tile, mask=tile < others, other=-1)
+        if TRANSPOSED:
+            causal = (other > block) & (other < blocks)
+        else:
+            causal = (other >= 0) & (other < tl.where(block < blocks, block, 0))
+        if TOEPLITZ:
+            offset = head * blocks + tl.abs(block - other)
+        else:
+            offset = (head.to(tl.int64) * blocks + block) * blocks + other
+        on = (tl.load(active + offset, mask=causal, other=0) != 0).to(tl.int32)
+        if FILL:
+            tl.store(entries + first_entry + found + tl.cumsum(on, 0) - 1, tile, mask=on != 0)
+        found += tl.sum(on, 0)
+    if not FILL:
+        tl.store(counts + line, found)
+
+
+def csr_lists(
+    mask: AttentionMask, rows: tuple[np.ndarray, Tensor], others: tuple[np.ndarray, Tensor], *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(starts int64 [H, T], counts int32 [H, T], entries int32 [E]): the other side's local tiles of each row, rising.
+
+    rows, others: the blocks of both sides' tiles, on the host and on the device (int32). transposed: rows are keys.
+    """
+    row_blocks, other_blocks = rows[1], others[1]
+    tiles, heads = row_blocks.shape[0], mask.heads
+    active = mask.active if mask.is_toeplitz or not transposed else mask.active.transpose(1, 2)
+    counts = torch.empty(heads, tiles, dtype=torch.int32, device=row_blocks.device)
+    given = {
+        "active": active.contiguous().view(torch.uint8), "row_blocks": row_blocks, "other_blocks": other_blocks,
+        "tiles": tiles, "others": other_blocks.shape[0], "blocks": mask.blocks, "TOEPLITZ": mask.is_toeplitz,
+        "TRANSPOSED": transposed, "SIZE": min(_CHUNK, triton.next_power_of_2(max(other_blocks.shape[0], 1))),
+    }
+    if tiles:
+        run(lists_kernel, (tiles, heads), counts=counts, starts=None, entries=None, FILL=False, **given)
+    ends = counts.view(-1).cumsum(0).view_as(counts)
+    starts = ends - counts
+    room = heads * _causal_pairs(rows[0], others[0], mask.blocks, transposed=transposed)
+    if room > UNCOUNTED_LIMIT:
+        room = int(ends[-1, -1])
+    entries = torch.empty(room, dtype=torch.int32, device=row_blocks.device)
+    if room:
+        run(lists_kernel, (tiles, heads), counts=None, starts=starts, entries=entries, FILL=True, **given)
+    return starts, counts, entries
+
+
+def _causal_pairs(rows: np.ndarray, others: np.ndarray, blocks: int, *, transposed: bool) -> int:
+    """How many (row, tile) pairs of valid blocks are strictly causal."""
+    rows, others = rows[rows < blocks], np.sort(others[others < blocks])
+    before = np.searchsorted(others, rows, side="right" if transposed else "left")
+    return int((len(others) - before).sum() if transposed else before.sum())

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device_lists import periodic_entries, periodic_fields
-
 SECTIONS = 16  # stretches, where rows are of one class
 FEWEST_SECTIONS = 4
 
@@ -82,19 +80,6 @@ def periodic_tables(
         base=torch.from_numpy((step * (rows // period)).astype(np.int32)).to(device),
         by_shard=None if by_shard is None else torch.from_numpy(by_shard).to(device),
     )
-
-
-def periodic_lists(
-    active: Tensor, tables: PeriodicTables, row_blocks: Tensor, own_tiles: Tensor, *, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """(rows [H, T, 4], entries) of `index.TileLists` for active [H, N], to be added to the base. Does not wait.
-
-    row_blocks int32 [T]: the rows' mask blocks; own_tiles int64 [T]: the other side's tile of each, or -1.
-    """
-    given = tables.constant, tables.present, tables.by_shard
-    entries, before = periodic_entries(active, *given, sections=tables.sections)
-    rows = row_blocks, tables.row_class, tables.base, own_tiles
-    return periodic_fields(active, entries, before, *rows, transposed=transposed), entries.view(-1)
 
 
 def _period(others: np.ndarray, blocks: int) -> tuple[int, int, np.ndarray] | None:

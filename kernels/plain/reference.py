@@ -7,8 +7,7 @@ dQ = scale * dS K, dK = scale * dS^T Q.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,24 +16,10 @@ from ..backend import Backend, register
 from ..mask import AttentionMask, block_part, column_part, whole
 from ..merge import accumulator_dtype
 from ..values import BackwardQueries, Columns, KeyGradients, Keys, Partial, Queries
+from .tiles import by_head
 
 # bool [S_q, S_k] of one head.
 Attended = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceIndex:
-    """Nothing is precomputed: the mask and the global positions of the local tokens (k_positions None: columns)."""
-
-    mask: AttentionMask
-    q_positions: Tensor
-    k_positions: Tensor | None = None
-
-    def attended(self, head: int) -> Tensor:
-        """bool [S_q, S_k] of the block part, or [S_q, C] of the column part."""
-        if self.k_positions is None:
-            return column_part(self.mask, head, self.q_positions)
-        return block_part(self.mask, head, self.q_positions, self.k_positions)
 
 
 def reference_attention(
@@ -48,9 +33,8 @@ def reference_attention(
     k_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S_q, H, D], lse [B, H, S_q]) in float64 of blocks and columns together, for any set of positions."""
-    q_at, k_at = _positions(q, q_positions), _positions(k, k_positions)
-    keys = _AllKeys(k=k, v=v, attended=lambda head: whole(mask, head, q_at, k_at))
-    return _forward(Queries(q=q, scale=scale), keys)
+    attended = _attended(whole, mask, q_positions=_positions(q, q_positions), k_positions=_positions(k, k_positions))
+    return _forward(Queries(q=q, scale=scale), (k.transpose(1, 2), v.transpose(1, 2)), attended)
 
 
 def reference_gradients(
@@ -65,74 +49,61 @@ def reference_gradients(
     k_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in float64, shaped as q, k, v, of reference_attention, by the formulas above."""
-    q_at, k_at = _positions(q, q_positions), _positions(k, k_positions)
-    out, lse = reference_attention(q, k, v, mask, scale=scale, q_positions=q_at, k_positions=k_at)
+    at = {"q_positions": _positions(q, q_positions), "k_positions": _positions(k, k_positions)}
+    out, lse = reference_attention(q, k, v, mask, scale=scale, **at)
     delta = (grad_out.double().nan_to_num() * out).sum(-1).transpose(1, 2)
-    grads = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v))
     queries = BackwardQueries(q=q, scale=scale, grad_out=grad_out, lse=lse, delta=delta)
-    _backward(queries, _AllKeys(k=k, v=v, attended=lambda head: whole(mask, head, q_at, k_at)), grads)
-    return grads[0], grads[1], grads[2]
+    kv, into = ([x.transpose(1, 2) for x in pair] for pair in ((k, v), (grad_k, grad_v)))
+    _backward(queries, kv, _attended(whole, mask, **at), grad_q, into)
+    return grad_q, grad_k, grad_v
 
 
 class Reference(Backend):
-    """The dense mask, head by head; any positions will do. Computed in float64, returned in the accumulator's dtype."""
+    """The dense mask, head by head; any positions will do. Computed in float64, returned in the accumulator's dtype.
+
+    Nothing is precomputed: an index is the function that says who attends whom.
+    """
 
     name = "reference"
 
-    def block_index(self, mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> ReferenceIndex:
+    def block_index(self, mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Attended:
         """See Backend."""
-        return ReferenceIndex(mask=mask, q_positions=q_positions, k_positions=k_positions)
+        return _attended(block_part, mask, q_positions=q_positions, k_positions=k_positions)
 
-    def column_index(self, mask: AttentionMask, q_positions: Tensor) -> ReferenceIndex:
+    def column_index(self, mask: AttentionMask, q_positions: Tensor) -> Attended:
         """See Backend."""
-        return ReferenceIndex(mask=mask, q_positions=q_positions)
+        return _attended(column_part, mask, q_positions=q_positions)
 
     def attend_keys(self, queries: Queries, keys: Keys) -> Partial:
         """See Backend."""
-        return _partial(queries, _AllKeys.of_shard(keys))
+        return _partial(queries, by_head(keys), keys.index.data)
 
     def attend_columns(self, queries: Queries, columns: Columns) -> Partial:
         """See Backend."""
-        return _partial(queries, _AllKeys.of_columns(columns))
+        return _partial(queries, (columns.k, columns.v), columns.index.data)
 
     def add_key_gradients(self, queries: BackwardQueries, keys: Keys, grad_q: Tensor, into: KeyGradients) -> None:
         """See Backend."""
-        _backward(queries, _AllKeys.of_shard(keys), [grad_q, into.k, into.v])
+        _backward(queries, by_head(keys), keys.index.data, grad_q, by_head(into))
 
     def add_column_gradients(
         self, queries: BackwardQueries, columns: Columns, grad_q: Tensor, into: KeyGradients
     ) -> None:
         """See Backend."""
-        _backward(queries, _AllKeys.of_columns(columns), [grad_q, into.k.transpose(1, 2), into.v.transpose(1, 2)])
+        _backward(queries, (columns.k, columns.v), columns.index.data, grad_q, (into.k, into.v))
 
 
 register(Reference())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _AllKeys:
-    """k, v [B, S_k, heads, D] of a shard or of columns, which heads of them query heads read, who attends whom."""
-
-    k: Tensor
-    v: Tensor
-    attended: Attended
-    per_query_head: bool = False
-
-    @classmethod
-    def of_shard(cls, keys: Keys) -> _AllKeys:
-        return cls(k=keys.k, v=keys.v, attended=keys.index.data.attended)
-
-    @classmethod
-    def of_columns(cls, columns: Columns) -> _AllKeys:
-        k, v = columns.k.transpose(1, 2), columns.v.transpose(1, 2)
-        return cls(k=k, v=v, attended=columns.index.data.attended, per_query_head=True)
-
-    def head_of(self, query_head: int, heads: int) -> int:
-        return query_head if self.per_query_head else query_head // (heads // self.k.shape[2])
+def _attended(part: Callable[..., Tensor], mask: AttentionMask, **positions: Tensor) -> Attended:
+    """One of mask.py's definitions, of a mask and of local tokens at these global positions, as a function of heads."""
+    return lambda head: part(mask, head, **positions)
 
 
-def _partial(queries: Queries, keys: _AllKeys) -> Partial:
-    out, lse = _forward(queries, keys)
+def _partial(queries: Queries, kv: Sequence[Tensor], attended: Attended) -> Partial:
+    out, lse = _forward(queries, kv, attended)
     dtype = accumulator_dtype(queries.q.dtype)
     return out.to(dtype), lse.to(dtype)
 
@@ -141,42 +112,50 @@ def _positions(x: Tensor, positions: Tensor | None) -> Tensor:
     return torch.arange(x.shape[1], device=x.device) if positions is None else positions
 
 
-def _rows(x: Tensor, batch: int, head: int, used: Tensor) -> Tensor:
-    """float64 [S, D] of one head; rows that take no part are zeroed, since 0 * NaN is NaN."""
-    rows = x[batch, :, head].double()
+def _rows(x: Tensor, used: Tensor) -> Tensor:
+    """float64 [S, D]; rows that take no part are zeroed, since 0 * NaN is NaN."""
+    rows = x.double()
     return torch.where(used[:, None], rows, torch.zeros_like(rows))
 
 
-def _forward(queries: Queries, keys: _AllKeys) -> tuple[Tensor, Tensor]:
-    q, (batch_size, q_tokens, heads, dim) = queries.q, queries.q.shape
-    out = torch.zeros(batch_size, q_tokens, heads, dim, dtype=torch.float64, device=q.device)
-    lse = torch.full((batch_size, heads, q_tokens), -torch.inf, dtype=torch.float64, device=q.device)
+def _heads(
+    queries: Queries, kv: Sequence[Tensor], attended: Attended
+) -> Iterator[tuple[int, int, int, Tensor, list[Tensor]]]:
+    """(batch entry, query head, its K/V head, bool [S_q, S_k], [q, k, v, scores]) of every head; kv [B, H, S_k, D].
+
+    q, k, v float64 [S, D], scores [S_q, S_k] with -inf where not attended.
+    """
+    heads = queries.q.shape[2]
     for head in range(heads):
-        pairs, kv_head = keys.attended(head), keys.head_of(head, heads)
-        for batch in range(batch_size):
-            q_rows = _rows(q, batch, head, pairs.any(1))
-            k_rows, v_rows = (_rows(x, batch, kv_head, pairs.any(0)) for x in (keys.k, keys.v))
-            scores = (q_rows @ k_rows.T * queries.scale).masked_fill(~pairs, -torch.inf)
-            lse[batch, head] = torch.logsumexp(scores, dim=-1)
-            out[batch, :, head] = _probabilities(scores, lse[batch, head]) @ v_rows
+        pairs, kv_head = attended(head), head // (heads // kv[0].shape[1])
+        for batch in range(queries.q.shape[0]):
+            q = _rows(queries.q[batch, :, head], pairs.any(1))
+            k, v = (_rows(x[batch, kv_head], pairs.any(0)) for x in kv)
+            scores = (q @ k.T * queries.scale).masked_fill(~pairs, -torch.inf)
+            yield batch, head, kv_head, pairs, [q, k, v, scores]
+
+
+def _forward(queries: Queries, kv: Sequence[Tensor], attended: Attended) -> tuple[Tensor, Tensor]:
+    q, (batch_size, q_tokens, heads, _) = queries.q, queries.q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full((batch_size, heads, q_tokens), -torch.inf, dtype=torch.float64, device=q.device)
+    for batch, head, _, _, (_, _, v, scores) in _heads(queries, kv, attended):
+        lse[batch, head] = torch.logsumexp(scores, dim=-1)
+        out[batch, :, head] = _probabilities(scores, lse[batch, head]) @ v
     return out, lse
 
 
-def _backward(queries: BackwardQueries, keys: _AllKeys, grads: list[Tensor]) -> None:
-    batch_size, _, heads, _ = queries.q.shape
-    grad_q, grad_k, grad_v = grads
-    for head in range(heads):
-        pairs, kv_head = keys.attended(head), keys.head_of(head, heads)
-        for batch in range(batch_size):
-            q_rows, out_rows = (_rows(x, batch, head, pairs.any(1)) for x in (queries.q, queries.grad_out))
-            k_rows, v_rows = (_rows(x, batch, kv_head, pairs.any(0)) for x in (keys.k, keys.v))
-            scores = (q_rows @ k_rows.T * queries.scale).masked_fill(~pairs, -torch.inf)
-            p = _probabilities(scores, queries.lse[batch, head].double())
-            row_delta = torch.where(pairs.any(1), queries.delta[batch, head].double(), 0.0)
-            ds = p * (out_rows @ v_rows.T - row_delta[:, None]) * queries.scale
-            grad_q[batch, :, head] += (ds @ k_rows).to(grad_q.dtype)
-            grad_k[batch, :, kv_head] += (ds.T @ q_rows).to(grad_k.dtype)
-            grad_v[batch, :, kv_head] += (p.T @ out_rows).to(grad_v.dtype)
+def _backward(
+    queries: BackwardQueries, kv: Sequence[Tensor], attended: Attended, grad_q: Tensor, into: Sequence[Tensor]
+) -> None:
+    for batch, head, kv_head, pairs, (q, k, v, scores) in _heads(queries, kv, attended):
+        grad_out = _rows(queries.grad_out[batch, :, head], pairs.any(1))
+        p = _probabilities(scores, queries.lse[batch, head].double())
+        row_delta = torch.where(pairs.any(1), queries.delta[batch, head].double(), 0.0)
+        ds = p * (grad_out @ v.T - row_delta[:, None]) * queries.scale
+        grad_q[batch, :, head] += (ds @ k).to(grad_q.dtype)
+        into[0][batch, kv_head] += (ds.T @ q).to(into[0].dtype)
+        into[1][batch, kv_head] += (p.T @ grad_out).to(into[1].dtype)
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

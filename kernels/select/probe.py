@@ -148,7 +148,10 @@ def slash_sums(shard: ShardTensors, values: Tensor, row_positions: Tensor) -> Te
     row_positions [R] are consecutive; values of keys after their query are 0.
     """
     if shard.granularity_tokens < values.shape[1]:
-        return _slash_sums_by_row(shard, values, row_positions)
+        total = values.new_zeros(values.shape[0], shard.seq_len_tokens)
+        for row, position in enumerate(row_positions):
+            total += _by_distance(shard, position - shard.positions.long(), values[:, row])
+        return total
     heads, rows, _ = values.shape
     run = shard.granularity_tokens
     pitch = run + rows - 1
@@ -161,13 +164,6 @@ def slash_sums(shard: ShardTensors, values: Tensor, row_positions: Tensor) -> Te
     distances = row_positions[-1] - first[:, None] - torch.arange(pitch, device=first.device)[None, :]
     # Neighbouring runs share distances, at most two of them each: the order of the additions does not matter.
     return _by_distance(shard, distances.flatten(), sums.flatten(1))
-
-
-def _slash_sums_by_row(shard: ShardTensors, values: Tensor, row_positions: Tensor) -> Tensor:
-    total = values.new_zeros(values.shape[0], shard.seq_len_tokens)
-    for row in range(values.shape[1]):
-        total += _by_distance(shard, row_positions[row] - shard.positions.long(), values[:, row])
-    return total
 
 
 def _by_distance(shard: ShardTensors, distances: Tensor, values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -48,14 +48,17 @@ class Selector(ABC):
     keeps_documents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if "least" in one.metadata:
-                _check(one, getattr(self, one.name))
+        for one in _settings(type(self)):
+            least, value = one.metadata["least"], getattr(self, one.name)
+            if least is None and (type(value) not in (int, float) or not 0 < value <= 1):
+                raise ValueError(f"{one.name}: must be above 0 and at most 1, not {value!r}")
+            if least is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{one.name}: must be a whole number from {least}, not {value!r}")
 
     @property
     def settings(self) -> dict[str, int | float]:
         """All settings by name, as traces and plans record them."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if "least" in one.metadata}
+        return {one.name: getattr(self, one.name) for one in _settings(type(self))}
 
     @property
     def most_columns(self) -> int:
@@ -82,15 +85,6 @@ class Selector(ABC):
     @abstractmethod
     def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
         """Choose; every block of a query's own must be active (`ShardTensors.chosen`)."""
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """Return a selector with these settings, the others at their defaults. ValueError for unknown ones."""
-        known = [one.name for one in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"{name}: {cls.name} has no such setting; it has {', '.join(known)}")
-        return cls(**settings)
 
 
 def count(default: int, about: str, *, option: str | None = None, least: int = 1) -> Any:
@@ -128,12 +122,13 @@ def selector_of(name: str, settings: Mapping[str, Any]) -> Selector:
     known = selectors()
     if name not in known:
         raise ValueError(f"selector: {name!r} is not one of {', '.join(known)}")
-    return known[name].of(settings)
+    names = [one.name for one in fields(known[name])]
+    for setting in settings:
+        if setting not in names:
+            raise ValueError(f"{setting}: {name} has no such setting; it has {', '.join(names)}")
+    return known[name](**settings)
 
 
-def _check(setting: Field[Any], value: Any) -> None:
-    least = setting.metadata["least"]
-    if least is None and (type(value) not in (int, float) or not 0 < value <= 1):
-        raise ValueError(f"{setting.name}: must be above 0 and at most 1, not {value!r}")
-    if least is not None and (type(value) is not int or value < least):
-        raise ValueError(f"{setting.name}: must be a whole number from {least}, not {value!r}")
+def _settings(kind: type[Selector]) -> list[Field[Any]]:
+    """The fields that `count` and `share` made."""
+    return [one for one in fields(kind) if "least" in one.metadata]

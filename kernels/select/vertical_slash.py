@@ -105,52 +105,41 @@ def choose_by_head(
     """
     if len(heads) != shard.heads:
         raise ValueError(f"budgets: for {len(heads)} heads, the shard has {shard.heads}")
-    budgets = _budgets(tuple(heads), shard.seq_len_tokens, shard.q.device)
+    (flex, mass, cap), first, capacities = _budgets(tuple(heads), shard.seq_len_tokens, shard.q.device)
     scores = _scores(shard, scale=scale, collectives=collectives)
-    for kind, forced in enumerate(budgets.forced):
+    for kind, forced in enumerate(first):
         scores[kind, :, : forced.shape[1]].masked_fill_(forced, torch.inf)
-    best = highest(scores, max(*budgets.capacities, 1))
-    by_mass = counts_for_mass(best, scores.sum(-1), budgets.mass)
-    counts = torch.where(budgets.flex, torch.minimum(by_mass, budgets.cap), budgets.cap)
+    best = highest(scores, max(*capacities, 1))
+    counts = torch.where(flex, torch.minimum(counts_for_mass(best, scores.sum(-1), mass), cap), cap)
     if scores.is_cuda:
         from .select_triton import take
 
-        columns, active = take(scores, counts, best, column_capacity=budgets.capacities[0], block_size=shard.block_size)
+        columns, active = take(scores, counts, best, column_capacity=capacities[0], block_size=shard.block_size)
     else:
         kept = take_highest(scores, counts, best)
-        columns, active = positions_of(kept[0], budgets.capacities[0]), diagonals_of(kept[1], shard.block_size)
+        columns, active = positions_of(kept[0], capacities[0]), diagonals_of(kept[1], shard.block_size)
     return shard.chosen(active, columns)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Budgets:
-    """One layer's budgets on the device; rows are columns, slashes.
-
-    flex bool [H]; mass float64 [2, H] (1 where unused); cap int64 [2, H]; capacities: the highest cap of each; forced:
-    bool [H, n] of the first tokens, and of the nearest distances.
-    """
-
-    flex: Tensor
-    mass: Tensor
-    cap: Tensor
-    capacities: tuple[int, int]
-    forced: tuple[Tensor, Tensor]
-
-
 @lru_cache(maxsize=256)
-def _budgets(heads: tuple[HeadBudget, ...], seq_len_tokens: int, device: torch.device) -> _Budgets:
+def _budgets(
+    heads: tuple[HeadBudget, ...], seq_len_tokens: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], tuple[int, int]]:
+    """One layer's budgets on the device, rows are columns, slashes: [flex, mass, cap], forced, the highest cap of each.
+
+    flex bool [H]; mass float64 [2, H] (1 where unused); cap int64 [2, H]; forced: bool [H, n] of the first tokens, and
+    of the nearest distances.
+    """
     # Kept: copying them to the device again in every layer would make it wait.
-    caps = [[min(head.caps[kind], seq_len_tokens) for head in heads] for kind in (0, 1)]
-    forced = [torch.tensor([min(head.forced[kind], seq_len_tokens) for head in heads]) for kind in (0, 1)]
-    first = [(torch.arange(int(n.max())) < n[:, None]).to(device) for n in forced]
-    return _Budgets(
-        flex=torch.tensor([head.masses is not None for head in heads], device=device),
-        mass=torch.tensor([[(head.masses or (1.0, 1.0))[kind] for head in heads] for kind in (0, 1)],
-                          dtype=torch.float64, device=device),
-        cap=torch.tensor(caps, device=device),
-        capacities=(max(caps[0]), max(caps[1])),
-        forced=(first[0], first[1]),
-    )  # fmt: skip
+    caps, forced = (
+        [[min(getattr(head, name)[kind], seq_len_tokens) for head in heads] for kind in (0, 1)]
+        for name in ("caps", "forced")
+    )
+    masses = [[(head.masses or (1.0, 1.0))[kind] for head in heads] for kind in (0, 1)]
+    flex = torch.tensor([head.masses is not None for head in heads], device=device)
+    limits = [flex, torch.tensor(masses, dtype=torch.float64, device=device), torch.tensor(caps, device=device)]
+    first = [(torch.arange(max(tokens)) < torch.tensor(tokens)[:, None]).to(device) for tokens in forced]
+    return limits, first, (max(caps[0]), max(caps[1]))
 
 
 def _scores(shard: ShardTensors, *, scale: float, collectives: Collectives) -> Tensor:

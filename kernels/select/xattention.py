@@ -62,27 +62,25 @@ class XAttention(Selector):
             if applies(shard, self.stride):  # the same on every rank, as all shards have one shape
                 yield from active_rows(shard, blocks, keys, scale=scale, stride=self.stride, mass=self.mass)
                 return
-        for scores, part in _antidiagonal_scores(shard, blocks, keys, scale=scale, stride=self.stride):
-            yield _fewest_blocks(scores, part, mass=self.mass)
-
-
-def _antidiagonal_scores(
-    shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some local query blocks after the other: their strided mass on every key block [H, t, N], and which [t]."""
-    heads, dim = shard.q.shape[2:]
-    cells = shard.block_size // stride
-    keys = keys.view(keys.shape[0], -1, stride * dim)
-    queries = _tiles(shard).unflatten(2, (cells, stride)).flip(3).flatten(3)
-    at_once = max(1, LOGITS_AT_ONCE // (heads * cells * keys.shape[1]))
-    for part, part_blocks in zip(queries.split(at_once, dim=1), blocks.split(at_once), strict=True):
-        yield _strided_mass(shard, part, part_blocks, keys, scale=scale / stride, stride=stride), part_blocks
+        (heads, dim), cells = shard.q.shape[2:], shard.block_size // self.stride
+        keys = keys.view(keys.shape[0], -1, self.stride * dim)
+        valid = (shard.positions < shard.seq_len_tokens)[:, None, None]
+        rows = torch.where(valid, shard.q[0], shard.q.new_zeros(())).transpose(0, 1)  # padding zeroed
+        rows = pad(rows, (0, 0, 0, -rows.shape[1] % shard.block_size))
+        queries = rows.unflatten(1, (-1, cells, self.stride)).flip(3).flatten(3)
+        at_once = max(1, LOGITS_AT_ONCE // (heads * cells * keys.shape[1]))
+        for part, part_blocks in zip(queries.split(at_once, dim=1), blocks.split(at_once), strict=True):
+            scores = _strided_mass(shard, part, part_blocks, keys, scale=scale / self.stride, stride=self.stride)
+            yield _fewest_blocks(scores, part_blocks, mass=self.mass)
 
 
 def _strided_mass(
     shard: ShardTensors, queries: Tensor, blocks: Tensor, keys: Tensor, *, scale: float, stride: int
 ) -> Tensor:
-    """[H, t, N] of queries [H, t, cells, stride * D] at these blocks [t] and keys [H_kv, N * cells, stride * D]."""
+    """[H, t, N]: strided mass of queries [H, t, cells, stride * D] at these blocks [t] on every key block.
+
+    keys [H_kv, N * cells, stride * D].
+    """
     heads, tiles, cells, width = queries.shape
     logits = float_matmul(queries.reshape(keys.shape[0], -1, width), keys.transpose(1, 2)).mul_(scale)
     logits = logits.view(heads, tiles, cells, -1)
@@ -102,13 +100,6 @@ def _all_keys(shard: ShardTensors, collectives: Collectives) -> Tensor:
     target = torch.where(positions < shard.seq_len_tokens, positions, length)
     rows[:, target] = shard.k[0].transpose(0, 1)
     return collectives.all_reduce_sum(rows[:, :-1].contiguous())
-
-
-def _tiles(shard: ShardTensors) -> Tensor:
-    """[H, T, block_size, D]: local queries by tile, padding zeroed."""
-    valid = (shard.positions < shard.seq_len_tokens)[:, None, None]
-    rows = torch.where(valid, shard.q[0], shard.q.new_zeros(())).transpose(0, 1)
-    return pad(rows, (0, 0, 0, -rows.shape[1] % shard.block_size)).unflatten(1, (-1, shard.block_size))
 
 
 def _fewest_blocks(scores: Tensor, blocks: Tensor, *, mass: float) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..api import full_attention
 from ..mask import AttentionMask, whole
 from ..plain.reference import reference_attention, reference_gradients
 
+MASKS = ("toeplitz", "toeplitz+columns", "blocks")
 NAMES = ("out", "dq", "dk", "dv")
 ALLOWED_RATIO = 2.0
 TOKENS = 1000  # no multiple of a tile
@@ -30,7 +32,7 @@ class Case:
     head_dim: int
     block_size: int
     heads: tuple[int, int]
-    mask: str  # toeplitz, toeplitz+columns or blocks
+    mask: str  # of MASKS
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -40,20 +42,21 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every kind of problem that the kernels promise."""
-    for dtype in (torch.bfloat16, torch.float16):
-        for head_dim, block_size in SHAPES:
-            for heads in ((16, 2), (32, 8), (4, 4)):
-                for mask in ("toeplitz", "toeplitz+columns", "blocks"):
-                    yield Case(dtype=dtype, head_dim=head_dim, block_size=block_size, heads=heads, mask=mask)
+    dtypes, heads = (torch.bfloat16, torch.float16), ((16, 2), (32, 8), (4, 4))
+    for dtype, (head_dim, block_size), some, mask in product(dtypes, SHAPES, heads, MASKS):
+        yield Case(dtype=dtype, head_dim=head_dim, block_size=block_size, heads=some, mask=mask)
 
 
-def error_ratios(case: Case, backend: str, device: torch.device, *, seed: int = 0) -> dict[str, float]:
+def error_ratios(case: Case, backend: str, device: torch.device) -> dict[str, float]:
     """Largest error of out, dq, dk and dv over that of plain torch; at most ALLOWED_RATIO is right, NaN never is."""
-    grad_out, q, k, v = _tensors(case, device, seed)
-    mask = _mask(case, seed).to(device)
-    scale = case.head_dim**-0.5
-    leaf_q, leaf_k, leaf_v = leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, _ = full_attention(leaf_q, leaf_k, leaf_v, mask, scale=scale, backend=backend)
+    generator, (heads, kv_heads) = torch.Generator().manual_seed(0), case.heads
+    grad_out, q, k, v = (
+        torch.randn(1, TOKENS, n, case.head_dim, generator=generator).to(device, case.dtype)
+        for n in (heads, heads, kv_heads, kv_heads)
+    )
+    mask, scale = _mask(case).to(device), case.head_dim**-0.5
+    leaves = q_leaf, k_leaf, v_leaf = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    out, _ = full_attention(q_leaf, k_leaf, v_leaf, mask, scale=scale, backend=backend)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
     plain = _plain(grad_out, q, k, v, mask, scale)
     exact_out, _ = reference_attention(q, k, v, mask, scale=scale)
@@ -64,17 +67,8 @@ def error_ratios(case: Case, backend: str, device: torch.device, *, seed: int = 
     }
 
 
-def _tensors(case: Case, device: torch.device, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    heads, kv_heads = case.heads
-    return [
-        torch.randn(1, TOKENS, n, case.head_dim, generator=generator).to(device, case.dtype)
-        for n in (heads, heads, kv_heads, kv_heads)
-    ]
-
-
-def _mask(case: Case, seed: int) -> AttentionMask:
-    generator = torch.Generator().manual_seed(seed + 1)
+def _mask(case: Case) -> AttentionMask:
+    generator = torch.Generator().manual_seed(1)
     heads, blocks = case.heads[0], -(-TOKENS // case.block_size)
     shape = (heads, blocks, blocks) if case.mask == "blocks" else (heads, blocks)
     active = torch.rand(shape, generator=generator) < 0.4

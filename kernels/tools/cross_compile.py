@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ from ..triton.views import (
     ColumnChunks,
     ColumnLists,
     KeyRows,
-    KeyStrides,
-    PartStrides,
     QueryTiles,
     Rows,
-    RowValues,
     Scale,
     Strides,
+    TileStrides,
 )
 
 KERNELS = {
@@ -46,48 +44,26 @@ KERNELS = {
     tuning.GRAD_KV: backward.grad_kv_kernel,
     tuning.COLUMN_GRAD_KV: columns.column_grad_kv_kernel,
 }
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+CAPABILITIES = (80, 90, 100)
+GROUP = 8  # query heads of a K/V head
 # Types of arguments, as Triton names them. Strides, and what is marked like this, are multiples of 16.
 MULTIPLE = "i32:16"
 STRIDES = Strides(MULTIPLE, MULTIPLE, MULTIPLE)
 SCALE = Scale("fp32", "fp32")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one compiled kernel takes: registers a thread, stack bytes a thread (spills), shared bytes a program."""
+def resources(
+    kernel: str, *, capability: int, head_dim: int, block_size: int, documents: bool = False, own: bool = False
+) -> dict[str, int]:
+    """Compile one kernel of KERNELS for sm_<capability>: what it takes.
 
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    cubin: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """Which specialization of a kernel is compiled; 16-bit inputs are bfloat16.
-
-    merge: the forward goes on from an earlier partial. final: it, or dQ, is the last of several launches, and writes
-    the inputs' dtype. own: columns inside blocks that are not active, too. launch: instead of the tuned settings.
+    registers a thread, stack_bytes a thread (spills), shared_bytes a program. Inputs are bfloat16; documents: packed
+    ones; own: columns inside blocks that are not active, too.
     """
-
-    block_size: int = 128
-    head_dim: int = 128
-    group: int = 8
-    documents: bool = False
-    merge: bool = False
-    final: bool = False
-    own: bool = False
-    launch: tuning.Launch | None = None
-
-
-def resources(kernel: str, *, capability: int, variant: Variant) -> Resources:
-    """Compile one kernel of KERNELS for sm_<capability>."""
-    launch = variant.launch or tuning.launch_for(
-        kernel, capability=capability, block_size=variant.block_size, head_dim=variant.head_dim, itemsize=2
-    )
+    launch = tuning.launch_for(kernel, capability=capability, block_size=block_size, head_dim=head_dim, itemsize=2)
     function = KERNELS[kernel]
-    given = _arguments(kernel, variant, launch) | _constants(kernel, variant, launch)
+    given = _arguments(kernel, launch, head_dim=head_dim, documents="*i32" if documents else None, own=own)
+    given |= {"BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "TMA": launch.tma}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -102,9 +78,7 @@ def resources(kernel: str, *, capability: int, variant: Variant) -> Resources:
         options={"num_warps": launch.warps, "num_stages": launch.stages, **launch.options()},
     )
     registers, stack = _read_usage(compiled.asm["cubin"])
-    return Resources(
-        registers=registers, stack_bytes=stack, shared_bytes=compiled.metadata.shared, cubin=compiled.asm["cubin"]
-    )
+    return {"registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared}
 
 
 def _signature(
@@ -121,43 +95,25 @@ def _signature(
     return given.removesuffix(":16")
 
 
-def _constants(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str, Any]:
-    final_dq = variant.final and kernel in vars(tuning.GRAD_QS).values()
-    return {
-        "GROUP": variant.group if not kernel.startswith("column") else 1,
-        "BLOCK": variant.block_size,
-        "M": launch.m,
-        "N": launch.n,
-        "D": variant.head_dim,
-        "SIGN": -1,
-        "SPLIT": False,
-        "TMA": launch.tma,
-        "ADD": not final_dq,
-        "ACC": tl.float32,
-        "PRECISION": "tf32",
-    }
-
-
-def _arguments(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str, Any]:
+def _arguments(
+    kernel: str, launch: tuning.Launch, *, head_dim: int, documents: str | None, own: bool
+) -> dict[str, Any]:
     """What launches give the kernel, in types; of all kernels, since names mean the same in each."""
     has_blocks, has_columns = not kernel.startswith("column"), kernel.startswith(("column", "fused"))
     of_keys, of_columns = kernel == tuning.GRAD_KV, kernel == tuning.COLUMN_GRAD_KV
-    documents = "*i32" if variant.documents else None
 
     def tiles(rows: int, dtype: str = "bf16") -> str:
-        return f"tensordesc<{dtype}[1, 1, {rows}, {variant.head_dim}]>" if launch.tma else f"*{dtype}"
-
-    def parts(rows: int) -> str:
-        return f"tensordesc<fp32[1, {rows}, {variant.head_dim}]>" if launch.tma else "*fp32"
+        return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}]>" if launch.tma else f"*{dtype}"
 
     queries, keys = tiles(launch.m), tiles(launch.n)
-    goes_on = variant.final or (variant.merge and kernel in vars(tuning.FORWARDS).values())
+    grads, lines = tiles(launch.n, "fp32"), "*fp32"
+    if launch.tma:
+        lines = f"tensordesc<fp32[1, {launch.m}]>"
+        grads = f"tensordesc<fp32[1, {launch.n}, {head_dim}]>" if of_columns else grads
     blocks = BlockLists("*i32", "*i32", documents, "i32") if has_blocks else BlockLists()
-    q_blocks = "*i32" if variant.own or of_columns else None
+    q_blocks = "*i32" if own or of_columns else None
     lists = ColumnLists("*i32", "*i64", "*i32", documents, q_blocks, "i32", "i32") if has_columns else ColumnLists()
     key_at, column_at = (STRIDES if has else NO_STRIDES for has in (has_blocks, has_columns))
-    lines = f"tensordesc<fp32[1, {launch.m}]>" if launch.tma else "*fp32"
-    grads = parts(launch.n) if of_columns else tiles(launch.n, "fp32")
     return {
         "q": queries,
         "grad_out": queries,
@@ -165,17 +121,17 @@ def _arguments(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str
         "v": keys if has_blocks else None,
         "column_k": keys if has_columns else None,
         "column_v": keys if has_columns else None,
-        "out": tiles(launch.m, "bf16" if variant.final or (launch.tma and not variant.merge) else "fp32"),
-        "grad_q": tiles(launch.m, "bf16" if variant.final else "fp32"),
-        "prior": tiles(launch.m, "fp32") if goes_on else None,
+        "out": queries if launch.tma else "*fp32",
+        "grad_q": tiles(launch.m, "fp32"),
+        "prior": None,
         "grad_k": grads,
         "grad_v": grads,
         "lse": Rows("*fp32", MULTIPLE, MULTIPLE),
-        "row_values": lines if of_keys or of_columns else RowValues("*fp32", MULTIPLE),
+        "row_values": lines if of_keys or of_columns else Rows("*fp32", MULTIPLE, MULTIPLE),
         "padded": MULTIPLE,
-        "at": KeyStrides(*[STRIDES] * 6)
-        if of_keys
-        else PartStrides(STRIDES, STRIDES, STRIDES, key_at, key_at, column_at, column_at),
+        "at": TileStrides(
+            STRIDES, NO_STRIDES if of_keys else STRIDES, STRIDES, *[key_at] * 2, *[column_at] * 2, *[key_at] * 2
+        ),
         "queries": QueryTiles(None if of_keys or of_columns else "*i32", documents, "i32", "i32", "i32"),
         "blocks": blocks,
         "columns": lists,
@@ -184,6 +140,12 @@ def _arguments(kernel: str, variant: Variant, launch: tuning.Launch) -> dict[str
         "scale": SCALE,
         "scale_log2": "fp32",
         "q_tokens": "i32",
+        "GROUP": GROUP if has_blocks else 1,
+        "SIGN": -1,
+        "SPLIT": False,
+        "ADD": True,
+        "ACC": tl.float32,
+        "PRECISION": "tf32",
     }
 
 
@@ -204,31 +166,19 @@ def _read_usage(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     """Print one JSON line per kernel and shape: registers, stack_bytes, shared_bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capability", type=int, choices=sorted(SHARED_LIMIT_BYTES))
+    parser.add_argument("capability", type=int, choices=CAPABILITIES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
     parser.add_argument("--blocks", type=int, nargs="+", default=[128])
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--documents", action="store_true")
     parser.add_argument("--own", action="store_true", help="columns inside blocks that are not active, too")
-    arguments = parser.parse_args()
-    for kernel in arguments.kernels:
-        for head_dim in arguments.head_dims:
-            for block in arguments.blocks:
-                variant = Variant(head_dim=head_dim, block_size=block, documents=arguments.documents, own=arguments.own)
-                found = resources(kernel, capability=arguments.capability, variant=variant)
-                print(
-                    json.dumps(
-                        {
-                            "kernel": kernel,
-                            "head_dim": head_dim,
-                            "block": block,
-                            "registers": found.registers,
-                            "stack_bytes": found.stack_bytes,
-                            "shared_bytes": found.shared_bytes,
-                        }
-                    ),
-                    flush=True,
-                )
+    given = parser.parse_args()
+    for kernel, head_dim, block in product(given.kernels, given.head_dims, given.blocks):
+        found = resources(
+            kernel, capability=given.capability, head_dim=head_dim, block_size=block, documents=given.documents,
+            own=given.own,
+        )  # fmt: skip
+        print(json.dumps({"kernel": kernel, "head_dim": head_dim, "block": block, **found}), flush=True)
 
 
 if __name__ == "__main__":

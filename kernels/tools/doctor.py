@@ -27,7 +27,7 @@ def check_kernels(backend: str, say: Say) -> Iterator[dict[str, Any]]:
             row |= {"state": "refused", "reason": str(error)}
             say(f"  {case}: refused, {error}")
         else:
-            right = all(ratio <= accuracy.ALLOWED_RATIO for ratio in ratios.values())
+            right = _right(ratios)
             row |= {"state": "works" if right else "wrong", "error_ratios": ratios}
             figures = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
             say(f"  {case}: {figures}{'' if right else '   WRONG'}")
@@ -38,7 +38,7 @@ def tune_kernels(shape_settings: Mapping[str, Any], output: Path, say: Say) -> d
     """Time all candidates, write the fastest into `output` and return both. Raises ValueError for a bad shape."""
     shape = tune.Shape(**shape_settings)
     capability = tuning.capability_of(torch.device("cuda"))
-    jobs = tune.candidates(shape, tune.CANDIDATES, tma=capability >= 90)
+    jobs = tune.candidates(shape, tma=capability >= 90)
     say(f"timing {len(jobs)} settings at {shape.seq_len_tokens} tokens, density about {shape.density}; compiling first")
     trials = []
     for trial in tune.sweep(shape, jobs):
@@ -59,20 +59,21 @@ def _check_found(document: Mapping[str, Any], say: Say) -> None:
     """Raise ValueError, before anything is written, when attention with the fastest launches is not exact enough."""
     tuning.use(**document)
     shape = document["head_dim"], document["block_size"]
-    wrong = []
-    for case in accuracy.cases():
-        if (case.head_dim, case.block_size) == shape:
-            ratios = accuracy.error_ratios(case, "triton", torch.device("cuda"))
-            wrong += [str(case)] if not all(ratio <= accuracy.ALLOWED_RATIO for ratio in ratios.values()) else []
+    cases = [case for case in accuracy.cases() if (case.head_dim, case.block_size) == shape]
+    device = torch.device("cuda")
+    wrong = [str(case) for case in cases if not _right(accuracy.error_ratios(case, "triton", device))]
     if wrong:
         raise ValueError(f"the fastest launches are wrong for {'; '.join(wrong)}: nothing was written")
     say("the fastest settings of every kernel agree with float64 too")
 
 
+def _right(ratios: Mapping[str, float]) -> bool:
+    return all(ratio <= accuracy.ALLOWED_RATIO for ratio in ratios.values())
+
+
 def _line(trial: tune.Trial) -> str:
     launch = trial.launch
-    tiles = f"{launch.m}x{launch.n}x{launch.warps}x{launch.stages}" + (
-        f"x{launch.registers}" if launch.registers else ""
-    )
+    sizes = [launch.m, launch.n, launch.warps, launch.stages, *([launch.registers] if launch.registers else [])]
+    tiles = "x".join(map(str, sizes))
     result = trial.error if trial.time_ms is None else f"{trial.time_ms:8.3f} ms {trial.tflops:6.0f} TFLOP/s"
     return f"  {trial.kernel:15} {tiles:16} {result}"

@@ -16,12 +16,12 @@ import torch
 from .. import api
 from ..mask import AttentionMask
 from ..triton import gradients, launching, tuning
-from ..triton.partials import QueryTarget
 from ..triton.tuning import Launch
 
 SLASH_SHARE = 0.3  # of the active diagonals: the local window
 COLUMNS = 1024
 WARM_TOKENS, WARM_DENSITY = 8192, 0.1
+WORKERS = 8  # processes that compile
 # M x N x warps x stages [x registers]. Pipelines get deeper where loads are asynchronous copies (sm_80).
 CANDIDATES = {
     tuning.FORWARD: "128x64x8x2x128 128x64x8x2 128x64x4x2 128x64x4x3 64x64x4x2 64x64x4x3 128x128x8x2 128x32x4x3",
@@ -74,9 +74,9 @@ class Trial:
     error: str | None = None
 
 
-def toeplitz_mask(shape: Shape, *, columns: int, seed: int = 0) -> AttentionMask:
+def toeplitz_mask(shape: Shape, *, columns: int) -> AttentionMask:
     """A seeded mask of about the shape's density on the GPU: a local window and scattered pairs of diagonals."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     blocks = shape.seq_len_tokens // shape.block_size
     local = max(1, int(blocks * shape.density * SLASH_SHARE))
     far = int(blocks * shape.density * (1 - SLASH_SHARE) / 2)
@@ -87,11 +87,9 @@ def toeplitz_mask(shape: Shape, *, columns: int, seed: int = 0) -> AttentionMask
         starts = torch.randperm(blocks, generator=generator)[:far]
         active[head, starts] = active[head, starts + 1] = True
         chosen[head] = torch.sort(torch.randperm(shape.seq_len_tokens, generator=generator)[:columns]).values.int()
+    active = active[:, :blocks].contiguous()
     mask = AttentionMask(
-        seq_len_tokens=shape.seq_len_tokens,
-        block_size=shape.block_size,
-        active=active[:, :blocks].contiguous(),
-        columns=chosen,
+        seq_len_tokens=shape.seq_len_tokens, block_size=shape.block_size, active=active, columns=chosen
     )
     return mask.to("cuda")
 
@@ -133,7 +131,8 @@ class Work:
     def call(self, kernel: str) -> Callable[[], object]:
         """The launch of one kernel with the settings in force."""
         queries, keys, columns, values = self.queries, self.keys, self.columns, self.values
-        into, added = QueryTarget(grad=self.grads[0]), QueryTarget(grad=self.grad_q, add=True)
+        into = api.QueryGradient(total=self.grad_q, add=False, final=self.grads[0])
+        added = api.QueryGradient(total=self.grad_q, add=True)
         of_keys = api.KeyGradients(k=self.grads[1], v=self.grads[2], add=False)
         return {
             tuning.FORWARD: lambda: api.forward(queries, keys, final=True),
@@ -147,31 +146,22 @@ class Work:
         }[kernel]
 
 
-def candidates(shape: Shape, texts: Mapping[str, str], *, tma: bool) -> list[tuple[str, Launch]]:
-    """(kernel, launch) of every text such as "128x64x8x2 128x64x8x2x128" that fits the shape's blocks.
-
-    Raises ValueError for a kernel that there is not and for a text that is no launch.
-    """
+def candidates(shape: Shape, *, tma: bool) -> list[tuple[str, Launch]]:
+    """(kernel, launch) of every candidate that fits the shape's blocks; registers are capped only with tma."""
     found = []
-    for kernel, text in texts.items():
-        if kernel not in CANDIDATES:
-            raise ValueError(f"kernel: {kernel!r} is not one of {', '.join(CANDIDATES)}")
+    for kernel, text in CANDIDATES.items():
         for setting in text.split():
-            sizes = setting.split("x")
-            if len(sizes) not in (4, 5) or not all(size.isdigit() and int(size) for size in sizes):
-                raise ValueError(f"{kernel}: {setting!r} is no MxNxWARPSxSTAGES[xREGISTERS]")
-            m, n, warps, stages, *rest = map(int, sizes)
+            m, n, warps, stages, *rest = map(int, setting.split("x"))
             if max(m, n) <= shape.block_size:
                 registers = rest[0] if rest and tma else 0
                 found.append((kernel, Launch(m=m, n=n, warps=warps, stages=stages, tma=tma, registers=registers)))
     return list(dict.fromkeys(found))
 
 
-def sweep(shape: Shape, jobs: list[tuple[str, Launch]], *, workers: int = 8) -> Iterator[Trial]:
-    """Time every launch alone, one after the other. They are compiled beforehand, in `workers` processes."""
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_compile, [shape] * workers, [jobs[i::workers] for i in range(workers)]))
+def sweep(shape: Shape, jobs: list[tuple[str, Launch]]) -> Iterator[Trial]:
+    """Time every launch alone, one after the other. They are compiled beforehand, in WORKERS processes."""
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile, [shape] * WORKERS, [jobs[i::WORKERS] for i in range(WORKERS)]))
     work = Work(shape)
     for kernel, launch in jobs:
         yield _trial(work, kernel, launch, repeats=9)

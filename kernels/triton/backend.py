@@ -18,8 +18,8 @@ from ..head_dims import kernel_head_dim
 from ..index.block import block_task
 from ..index.columns import ColumnTask, column_task
 from ..mask import AttentionMask
-from ..values import BackwardQueries, ColumnIndex, Columns, Gradients, KeyGradients, Keys, Partial, Queries
-from . import column_copies, launching, padded, passes
+from ..values import BackwardQueries, ColumnIndex, Columns, Gradients, KeyGradients, Keys, Partial, Queries, with_kv
+from . import launching, padded, passes
 from .gradients import grad_columns, grad_key_value, grad_query, row_values_of
 from .launching import loadable
 from .partials import check_partial, key_gradients, query_gradient, write_partial
@@ -46,29 +46,26 @@ class Triton(Backend):
         """See Backend. `earlier` is merged in place where it has the dtype wanted."""
         if earlier is not None:
             check_partial(*earlier, queries.q)
-        if is_padded(queries.q):
+        if kernel_head_dim(queries.q.shape[3]) != queries.q.shape[3]:
             return padded.forward(self.forward, queries, keys, columns, earlier=earlier, final=final)
-        check_parts(queries, keys, columns)
+        launching.check_parts(queries, keys, columns)
         queries = replace(queries, q=loadable(queries.q))
-        keys, columns = _loadable_keys(keys), _loadable_columns(columns)
+        keys, columns = with_kv(keys, loadable), with_kv(columns, loadable)
         return write_partial(queries, keys, columns, earlier, queries.q.dtype if final else None)
 
     def backward(self, queries: BackwardQueries, keys: Keys | None, columns: Columns | None, into: Gradients) -> None:
         """See Backend."""
-        if is_padded(queries.q):
+        if kernel_head_dim(queries.q.shape[3]) != queries.q.shape[3]:
             padded.backward(self.backward, queries, keys, columns, into)
             return
-        check_parts(queries, keys, columns)
+        launching.check_parts(queries, keys, columns)
         keys, columns = _with_work(keys, columns, into)
         if keys is None and columns is None:
             into.query.finish_rows(0)
             return
         q, grad_out = loadable(queries.q), loadable(queries.grad_out.to(queries.q.dtype))
-        queries, keys, columns = (
-            replace(queries, q=q, grad_out=grad_out),
-            _loadable_keys(keys),
-            _loadable_columns(columns),
-        )
+        queries = replace(queries, q=q, grad_out=grad_out)
+        keys, columns = with_kv(keys, loadable), with_kv(columns, loadable)
         task = launching.query_task(keys, columns)
         values = row_values_of(queries, task)
         into.query.finish_rows(task.q_valid_tokens)
@@ -90,36 +87,14 @@ class Triton(Backend):
 
     def gather_columns(self, k: Tensor, v: Tensor, index: ColumnIndex) -> Tensor:
         """See Backend."""
-        return column_copies.gather(k, v, index.data)
+        return passes.gather(k, v, index.data)
 
     def scatter_columns(self, grad_columns: tuple[Tensor, Tensor], index: ColumnIndex, into: KeyGradients) -> None:
         """See Backend."""
-        column_copies.scatter(*grad_columns, index.data, grad_k=into.k, grad_v=into.v)
+        passes.scatter(*grad_columns, index.data, grad_k=into.k, grad_v=into.v)
 
 
 register(Triton())
-
-
-def is_padded(q: Tensor) -> bool:
-    """Whether heads are computed as larger ones. Raises ValueError where no kernel is large enough."""
-    return kernel_head_dim(q.shape[3]) != q.shape[3]
-
-
-def check_parts(queries: Queries, keys: Keys | None, columns: Columns | None) -> None:
-    """Raise ValueError when tensors are not what the indexes were built for."""
-    launching.check_query(queries.q, launching.query_task(keys, columns))
-    if keys is not None:
-        launching.check_keys(keys.k, keys.index.data)
-    if columns is not None:
-        launching.check_columns(columns.k, columns.index.data)
-
-
-def _loadable_keys(keys: Keys | None) -> Keys | None:
-    return keys and replace(keys, k=loadable(keys.k), v=loadable(keys.v))
-
-
-def _loadable_columns(columns: Columns | None) -> Columns | None:
-    return columns and replace(columns, k=loadable(columns.k), v=loadable(columns.v))
 
 
 def _with_work(keys: Keys | None, columns: Columns | None, into: Gradients) -> tuple[Keys | None, Columns | None]:
@@ -129,6 +104,5 @@ def _with_work(keys: Keys | None, columns: Columns | None, into: Gradients) -> t
         into.keys.k[:, rows:], into.keys.v[:, rows:] = 0, 0
     slots = 0 if columns is None or not columns.index.data.q_valid_tokens else columns.k.shape[2]
     if into.columns is not None and not into.columns.add and not slots:
-        into.columns.k.zero_()
-        into.columns.v.zero_()
+        into.columns.k[:], into.columns.v[:] = 0, 0
     return keys if rows else None, columns if slots else None

@@ -20,14 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .columns import grad_q_columns
-from .tiles import LOG2_E, grad_kv_step, grad_q_step, load_tile, store_part, write_tile
+from .forward import place_of, walk_keys
+from .tiles import LOG2_E, grad_kv_step, load_documents, load_pair, load_tile, store_part, write_tile
 
 
 @triton.jit
-def prepare_kernel(lse, delta, row_values, lse_b, lse_h, delta_b, delta_h, heads, q_valid, padded, scale,
-                   SIZE: tl.constexpr):
-    """row_values [B * H * 2, padded], as the backward kernels read them: nothing to mask there.
+def prepare_kernel(lse, delta, row_values, heads, q_valid, padded, scale, SIZE: tl.constexpr):
+    """row_values [B * H * 2, padded], as the backward kernels read them: nothing to mask there. lse, delta: Rows.
 
     Even lines: lse in base 2, +inf for rows that attend nothing and from q_valid on (exp2(score - lse) is 0 there).
     Odd lines: scale * delta, 0 for those rows.
@@ -36,9 +35,9 @@ def prepare_kernel(lse, delta, row_values, lse_b, lse_h, delta_b, delta_h, heads
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     valid = rows < q_valid
-    values = tl.load(lse + batch * lse_b + head.to(tl.int64) * lse_h + rows, mask=valid, other=0.0)
+    values = tl.load(lse.data + batch * lse.b + head.to(tl.int64) * lse.h + rows, mask=valid, other=0.0)
     alive = valid & (values > float("-inf"))
-    deltas = tl.load(delta + batch * delta_b + head.to(tl.int64) * delta_h + rows, mask=alive, other=0.0)
+    deltas = tl.load(delta.data + batch * delta.b + head.to(tl.int64) * delta.h + rows, mask=alive, other=0.0)
     at = row_values + pair.to(tl.int64) * 2 * padded + rows
     tl.store(at, tl.where(alive, values * LOG2_E, float("inf")), mask=rows < padded)
     tl.store(at + padded, tl.where(alive, deltas * scale, 0.0), mask=rows < padded)
@@ -53,68 +52,19 @@ def grad_q_kernel(
     """Grid (B * H * T * BLOCK / M), as the forward.
 
     prior, if given: writes the sum with it (strides of grad_q, which is of another dtype). ADD: adds into grad_q. The
-    rest is in views.py: row_values RowValues, at PartStrides, queries QueryTiles, blocks BlockLists, columns
-    ColumnLists, scale Scale.
+    rest is in views.py: row_values Rows of lse, each followed by that of delta, at TileStrides, queries QueryTiles,
+    blocks BlockLists, columns ColumnLists, scale Scale.
     """
-    program = tl.program_id(0)
-    part = program % (BLOCK // M)
-    program = program // (BLOCK // M)
-    tile = tl.load(queries.order + program % queries.tiles)
-    head = (program // queries.tiles) % queries.heads
-    batch = program // (queries.tiles * queries.heads)
-
+    place = place_of(queries, BLOCK, M)
+    batch, head, tile, part = place
     first = tile * BLOCK + part * M
-    rows = first + tl.arange(0, M)
-    keys = tl.arange(0, N)
-    kv_head = head // GROUP
-    q_tile = load_tile(q, at.q, batch, head, first, queries.valid, M, D, TMA, True)
-    do_tile = load_tile(grad_out, at.grad_out, batch, head, first, queries.valid, M, D, TMA, True)
-    lines = row_values.data + (batch * queries.heads + head).to(tl.int64) * 2 * row_values.padded + rows
-    row_lse, row_delta = tl.load(lines), tl.load(lines + row_values.padded)
-    q_document = rows
-    if queries.documents is not None:
-        q_document = tl.load(queries.documents + rows, mask=rows < queries.valid, other=-1)
-    if columns.positions is not None:
-        line = head * queries.tiles + tile
-        reach, earlier, end = tl.load(columns.limits + line * 3), 0, 0
-        if columns.q_blocks is not None:
-            earlier, end = tl.load(columns.limits + line * 3 + 1), tl.load(columns.limits + line * 3 + 2)
-
-    acc = tl.zeros([M, D], ACC)
-    if blocks.fields is not None:
-        fields = blocks.fields + (head * queries.tiles + tile) * 4
-        start, count, base, diagonal = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
-        if diagonal >= 0:
-            for n in range(0, ((part + 1) * M + N - 1) // N):
-                key = diagonal * BLOCK + n * N
-                k_tile = load_tile(k, at.k, batch, kv_head, key, blocks.valid, N, D, TMA, True)
-                v_tile = load_tile(v, at.v, batch, kv_head, key, blocks.valid, N, D, TMA, True)
-                allowed = (n * N + keys)[None, :] <= (part * M + tl.arange(0, M))[:, None]
-                if queries.documents is not None:
-                    k_document = tl.load(blocks.documents + key + keys, mask=key + keys < blocks.valid, other=-2)
-                    allowed = allowed & (q_document[:, None] == k_document[None, :])
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True, ACC,
-                                  PRECISION)
-        for step in range(0, count * (BLOCK // N)):
-            entry = tl.load(blocks.entries + start + step // (BLOCK // N))
-            key = (base + SIGN * entry) * BLOCK + (step % (BLOCK // N)) * N
-            k_tile = load_tile(k, at.k, batch, kv_head, key, blocks.valid, N, D, TMA, False)
-            v_tile = load_tile(v, at.v, batch, kv_head, key, blocks.valid, N, D, TMA, False)
-            if queries.documents is not None:
-                k_document = tl.load(blocks.documents + key + keys)
-                allowed = q_document[:, None] == k_document[None, :]
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True, ACC,
-                                  PRECISION)
-            else:
-                acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, True, scale, False, ACC,
-                                  PRECISION)
-    if columns.positions is not None:
-        q_position = rows
-        if columns.q_blocks is not None:
-            q_position = tl.load(columns.q_blocks + tile) * BLOCK + part * M + tl.arange(0, M)
-        acc = grad_q_columns(
-            acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, at.column_k,
-            at.column_v, columns, reach, earlier, end, batch, head, line, scale, N, D, TMA, ACC, PRECISION)
+    q_tile, do_tile = load_pair(q, grad_out, at.q, at.grad_out, batch, head, first, queries.valid, M, D, TMA, True)
+    line = row_values.data + batch.to(tl.int64) * row_values.b + head.to(tl.int64) * row_values.h
+    line += first + tl.arange(0, M)
+    query = (q_tile, do_tile, tl.load(line), tl.load(line + row_values.h // 2))
+    state = walk_keys((tl.zeros([M, D], ACC),), query, place, k, v, column_k, column_v, at, queries, blocks, columns,
+                      scale, GROUP, BLOCK, M, N, D, SIGN, TMA, ACC, PRECISION)
+    acc = state[0]
     if prior is not None:
         acc += load_tile(prior, at.out, batch, head, first, queries.valid, M, D, TMA, True)
     write_tile(grad_q, at.out, acc, batch, head, first, queries.valid, M, D, TMA, ADD)
@@ -130,7 +80,7 @@ def grad_kv_kernel(
 
     SPLIT > 0: so many programs share a part's lists of all query heads, laid end to end, in equal pieces, the last one
     with the own blocks; each writes its share into grad_k, grad_v [B * H_kv * rows.number * SPLIT, BLOCK, D]. In
-    views.py: at KeyStrides, queries QueryTiles, blocks BlockLists of key tiles, rows KeyRows, scale Scale; row_values
+    views.py: at TileStrides, queries QueryTiles, blocks BlockLists of key tiles, rows KeyRows, scale Scale; row_values
     are lines of `padded` values.
     """
     program = tl.program_id(0)
@@ -146,12 +96,10 @@ def grad_kv_kernel(
     batch = program // (rows.number * rows.kv_heads)
 
     first = tile * BLOCK + part * N
-    key_rows = first + tl.arange(0, N)
-    query_rows = tl.arange(0, M)
-    k_tile = load_tile(k, at.k, batch, kv_head, first, blocks.valid, N, D, TMA, True)
-    v_tile = load_tile(v, at.v, batch, kv_head, first, blocks.valid, N, D, TMA, True)
+    k_tile, v_tile = load_pair(k, v, at.k, at.v, batch, kv_head, first, blocks.valid, N, D, TMA, True)
+    k_document = tile
     if queries.documents is not None:
-        k_document = tl.load(blocks.documents + key_rows, mask=key_rows < blocks.valid, other=-2)
+        k_document = load_documents(blocks, first, N, -2)
 
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
@@ -161,7 +109,6 @@ def grad_kv_kernel(
             entries += tl.load(blocks.fields + ((kv_head * GROUP + member) * rows.tiles + tile) * 4 + 1)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        line = (batch * rows.kv_heads * GROUP + head) * 2
         fields = blocks.fields + (head * rows.tiles + tile) * 4
         start, count, base = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
         if SPLIT > 0:
@@ -174,17 +121,8 @@ def grad_kv_kernel(
         for step in range(0, count * (BLOCK // M)):
             entry = tl.load(blocks.entries + start + step // (BLOCK // M))
             query = (base + SIGN * entry) * BLOCK + (step % (BLOCK // M)) * M
-            q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
-            do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
-            if queries.documents is not None:
-                q_document = tl.load(queries.documents + query + query_rows, mask=query + query_rows < queries.valid,
-                                     other=-1)
-                allowed = q_document[None, :] == k_document[:, None]
-                k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                            padded, allowed, scale, True, M, TMA, ACC, PRECISION)
-            else:
-                k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                            padded, True, scale, False, M, TMA, ACC, PRECISION)
+            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
+                                        batch, head, query, k_document, True, scale, False, M, D, TMA, ACC, PRECISION)
     # The own block of every head, in one loop over (head, query part). Query parts before this key part see none of it.
     parts = BLOCK // M - (part * N) // M
     members = GROUP
@@ -192,20 +130,13 @@ def grad_kv_kernel(
         members = tl.where(piece == SPLIT - 1, GROUP, 0)
     for step in tl.range(0, members * parts, num_stages=1, disable_licm=True):
         head = kv_head * GROUP + step // parts
-        line = (batch * rows.kv_heads * GROUP + head) * 2
         diagonal = tl.load(blocks.fields + (head * rows.tiles + tile) * 4 + 3)
         if diagonal >= 0:
             query_part = (part * N) // M + step % parts
             query = diagonal * BLOCK + query_part * M
-            q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
-            do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
-            allowed = tl.arange(0, N)[:, None] - query_rows[None, :] <= query_part * M - part * N
-            if queries.documents is not None:
-                q_document = tl.load(queries.documents + query + query_rows, mask=query + query_rows < queries.valid,
-                                     other=-1)
-                allowed = allowed & (q_document[None, :] == k_document[:, None])
-            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query,
-                                        padded, allowed, scale, True, M, TMA, ACC, PRECISION)
+            allowed = tl.arange(0, N)[:, None] - tl.arange(0, M)[None, :] <= query_part * M - part * N
+            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
+                                        batch, head, query, k_document, allowed, scale, True, M, D, TMA, ACC, PRECISION)
     if SPLIT > 0:
         store_part(grad_k, k_acc, line_of_part, part * N, BLOCK, N, D, TMA)
         store_part(grad_v, v_acc, line_of_part, part * N, BLOCK, N, D, TMA)
@@ -215,8 +146,8 @@ def grad_kv_kernel(
 
 
 @triton.jit
-def join_split_kernel(parts, grad, order, d_b, d_s, d_h, kv_heads, row_count, k_valid, PIECES: tl.constexpr,
-                      BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr):
+def join_split_kernel(parts, grad, at, order, kv_heads, row_count, k_valid, PIECES: tl.constexpr, BLOCK: tl.constexpr,
+                      D: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr):
     """grad [B, S_k, H_kv, D] (ADD: +=) the sum of its pieces. Grid (row_count, H_kv * B, BLOCK / ROWS)."""
     row, pair = tl.program_id(0), tl.program_id(1)
     kv_head, batch = pair % kv_heads, pair // kv_heads
@@ -227,7 +158,7 @@ def join_split_kernel(parts, grad, order, d_b, d_s, d_h, kv_heads, row_count, k_
     for member in range(1, PIECES):
         total += tl.load(share + member * BLOCK * D)
     rows = tl.load(order + row) * BLOCK + inside
-    target = grad + batch.to(tl.int64) * d_b + kv_head.to(tl.int64) * d_h + rows.to(tl.int64)[:, None] * d_s + dims
+    target = grad + batch.to(tl.int64) * at.b + kv_head.to(tl.int64) * at.h + rows.to(tl.int64)[:, None] * at.s + dims
     valid = (rows < k_valid)[:, None]
     if ADD:
         total += tl.load(target, mask=valid, other=0.0)

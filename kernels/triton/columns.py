@@ -1,11 +1,11 @@
 """The column part: dense tiles over the gathered columns, without those that an active block already covers.
 
 A query tile lies in one mask block, so whether a column of an earlier block is *usable* is one bit for the whole tile;
-index/usable.py packs these bits once per choice of columns. Those inside the tile's own block need causality element by
-element, but only where the diagonal pair is not active: a second loop, left out (without q_blocks) where the host knows
-that every own block is active, as after every selector. The loops are fused behind the block part or run alone. dK/dV:
-programs own (head, column tile, chunk of query tiles) and write partial sums that are added up afterwards in a fixed
-order: no atomics. Shape legend: see tiles.py.
+index/columns.py packs these bits, once per choice of columns. Those inside the tile's own block need causality element
+by element, but only where the diagonal pair is not active: a second loop, left out (without q_blocks) where the host
+knows that every own block is active, as after every selector. The loops are fused behind the block part or run alone.
+dK/dV: programs own (head, column tile, chunk of query tiles) and write partial sums that are added up afterwards in a
+fixed order: no atomics. Shape legend: see tiles.py.
 """
 
 # Triton's language is not Python to a type checker.
@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import grad_kv_step, grad_q_step, load_tile, softmax_step, store_part
+from .tiles import grad_kv_step, load_pair, query_step, store_part
 
-# Bits of a word of `usable` (index/usable.py): 64, written out in the kernels.
+# Bits of a word of `usable` (index/columns.py): 64, written out in the kernels.
 
 
 @triton.jit
@@ -48,49 +48,39 @@ def columns_up_to(columns, low, high, position):
 
 
 @triton.jit
-def forward_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, k_at, v_at, columns, reach,
-                    earlier, end, batch, head, line, scale_log2, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-                    ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """(acc, peak, total) after the head's columns that this query tile may attend.
+def walk_columns(state, query, q_document, column_k, column_v, at, columns, limits, batch, head, tile, line, first,
+                 scale, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+                 ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The state (see query_step) after the head's columns that this query tile may attend.
 
-    columns: views.ColumnLists; line: that of the head and tile in `usable` and `limits`; reach, earlier, end: the
-    limits there. q_position is read for columns of own blocks only.
+    columns: views.ColumnLists; line: that of the head and tile in `usable` and `limits`; limits: (reach, earlier, end)
+    read there. The tile's rows are `first` and later ones of its mask block.
     """
+    reach, earlier, end = limits
     bits = columns.usable + line.to(tl.int64) * columns.words
     word = tl.load(bits)
     for start in range(0, reach, N):
-        k_tile = load_tile(column_k, k_at, batch, head, start, columns.capacity, N, D, TMA, True)
-        v_tile = load_tile(column_v, v_at, batch, head, start, columns.capacity, N, D, TMA, True)
+        k, v = load_pair(column_k, column_v, at.column_k, at.column_v, batch, head, start, columns.capacity, N, D, TMA,
+                         True)
         allowed = usable_columns(word, start, N)[None, :]
         word = tl.load(bits + (start + N) // 64)
         if columns.documents is not None:
             allowed = allowed & same_document(columns, head, start, q_document, N)
-        acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
-                                        PRECISION)
+        state = query_step(state, query, k, v, allowed, scale, True, ACC, PRECISION)
     if columns.q_blocks is not None:
-        acc, peak, total = forward_own_columns(
-            acc, peak, total, q_tile, q_position, q_document, column_k, column_v, k_at, v_at, columns, earlier, end,
-            batch, head, scale_log2, N, D, TMA, ACC, PRECISION)
-    return acc, peak, total
-
-
-@triton.jit
-def forward_own_columns(acc, peak, total, q_tile, q_position, q_document, column_k, column_v, k_at, v_at, columns,
-                        earlier, end, batch, head, scale_log2, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-                        ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The same after columns earlier .. end, those of the tile's own block: causal element by element."""
-    if end > earlier:
-        bound = columns_up_to(columns.positions + head * columns.capacity, earlier, end, q_position)
-        for start in tl.range(earlier // N * N, end, N, num_stages=1):
-            k_tile = load_tile(column_k, k_at, batch, head, start, columns.capacity, N, D, TMA, True)
-            v_tile = load_tile(column_v, v_at, batch, head, start, columns.capacity, N, D, TMA, True)
-            slots = start + tl.arange(0, N)
-            allowed = (slots >= earlier)[None, :] & (slots[None, :] < bound[:, None])
-            if columns.documents is not None:
-                allowed = allowed & same_document(columns, head, start, q_document, N)
-            acc, peak, total = softmax_step(acc, peak, total, q_tile, k_tile, v_tile, allowed, scale_log2, True, ACC,
-                                            PRECISION)
-    return acc, peak, total
+        positions = columns.positions + head * columns.capacity
+        if end > earlier:  # columns of the tile's own block: causal element by element
+            position = tl.load(columns.q_blocks + tile) * BLOCK + first + tl.arange(0, M)
+            bound = columns_up_to(positions, earlier, end, position)
+            for start in tl.range(earlier // N * N, end, N, num_stages=1):
+                k, v = load_pair(column_k, column_v, at.column_k, at.column_v, batch, head, start, columns.capacity, N,
+                                 D, TMA, True)
+                slots = start + tl.arange(0, N)
+                allowed = (slots >= earlier)[None, :] & (slots[None, :] < bound[:, None])
+                if columns.documents is not None:
+                    allowed = allowed & same_document(columns, head, start, q_document, N)
+                state = query_step(state, query, k, v, allowed, scale, True, ACC, PRECISION)
+    return state
 
 
 @triton.jit
@@ -102,48 +92,6 @@ def same_document(columns, head, start, q_document, N: tl.constexpr):
 
 
 @triton.jit
-def grad_q_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, k_at, v_at,
-                   columns, reach, earlier, end, batch, head, line, scale, N: tl.constexpr, D: tl.constexpr,
-                   TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ acc [M, D] plus the columns' share: the same walk as forward_columns."""
-    bits = columns.usable + line.to(tl.int64) * columns.words
-    word = tl.load(bits)
-    for start in range(0, reach, N):
-        k_tile = load_tile(column_k, k_at, batch, head, start, columns.capacity, N, D, TMA, True)
-        v_tile = load_tile(column_v, v_at, batch, head, start, columns.capacity, N, D, TMA, True)
-        allowed = usable_columns(word, start, N)[None, :]
-        word = tl.load(bits + (start + N) // 64)
-        if columns.documents is not None:
-            allowed = allowed & same_document(columns, head, start, q_document, N)
-        acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True, ACC,
-                          PRECISION)
-    if columns.q_blocks is not None:
-        acc = grad_q_own_columns(
-            acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, k_at, v_at, columns,
-            earlier, end, batch, head, scale, N, D, TMA, ACC, PRECISION)
-    return acc
-
-
-@triton.jit
-def grad_q_own_columns(acc, q_tile, do_tile, row_lse, row_delta, q_position, q_document, column_k, column_v, k_at,
-                       v_at, columns, earlier, end, batch, head, scale, N: tl.constexpr, D: tl.constexpr,
-                       TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The same walk as forward_own_columns."""
-    if end > earlier:
-        bound = columns_up_to(columns.positions + head * columns.capacity, earlier, end, q_position)
-        for start in tl.range(earlier // N * N, end, N, num_stages=1):
-            k_tile = load_tile(column_k, k_at, batch, head, start, columns.capacity, N, D, TMA, True)
-            v_tile = load_tile(column_v, v_at, batch, head, start, columns.capacity, N, D, TMA, True)
-            slots = start + tl.arange(0, N)
-            allowed = (slots >= earlier)[None, :] & (slots[None, :] < bound[:, None])
-            if columns.documents is not None:
-                allowed = allowed & same_document(columns, head, start, q_document, N)
-            acc = grad_q_step(acc, q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, allowed, scale, True,
-                              ACC, PRECISION)
-    return acc
-
-
-@triton.jit
 def column_grad_kv_kernel(
     q, column_k, column_v, grad_out, row_values, grad_k, grad_v, at, queries, columns, chunks, scale, padded,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
@@ -151,7 +99,7 @@ def column_grad_kv_kernel(
 ):
     """Grid (column tiles, B * H, chunks): writes grad_k, grad_v [chunks * B * H, C, D], unshared.
 
-    at: views.PartStrides; queries: QueryTiles; columns: ColumnLists with q_blocks; chunks: ColumnChunks; scale: Scale.
+    at: views.TileStrides; queries: QueryTiles; columns: ColumnLists with q_blocks; chunks: ColumnChunks; scale: Scale.
     """
     column_tile = tl.program_id(0)
     head = tl.program_id(1) % queries.heads
@@ -160,63 +108,37 @@ def column_grad_kv_kernel(
 
     start = column_tile * N
     slots = start + tl.arange(0, N)
-    k_tile = load_tile(column_k, at.column_k, batch, head, start, columns.capacity, N, D, TMA, True)
-    v_tile = load_tile(column_v, at.column_v, batch, head, start, columns.capacity, N, D, TMA, True)
+    k_tile, v_tile = load_pair(column_k, column_v, at.column_k, at.column_v, batch, head, start, columns.capacity, N, D,
+                               TMA, True)
     document = slots
     if columns.documents is not None:
         inside = slots < columns.capacity
         document = tl.load(columns.documents + head * columns.capacity + slots, mask=inside, other=-2)
-    rows = tl.arange(0, M)
-    line = (batch * queries.heads + head) * 2
     low = tl.maximum(chunk * chunks.chunk_tiles, tl.load(chunks.first_tile + head * chunks.column_tiles + column_tile))
     high = tl.minimum((chunk + 1) * chunks.chunk_tiles, queries.tiles)
 
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
     for step in range(low * (BLOCK // M), high * (BLOCK // M)):
-        query = step * M
         tile = tl.cast(head * queries.tiles + step // (BLOCK // M), tl.int64)
         word = tl.load(columns.usable + tile * columns.words + start // 64)
-        q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
-        do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
         allowed = usable_columns(word, start, N)[:, None]
-        if columns.documents is not None:
-            q_document = tl.load(queries.documents + query + rows, mask=query + rows < queries.valid, other=-1)
-            allowed = allowed & (q_document[None, :] == document[:, None])
-        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
-                                    allowed, scale, True, M, TMA, ACC, PRECISION)
+        k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries, batch,
+                                    head, step * M, document, allowed, scale, True, M, D, TMA, ACC, PRECISION)
     # Few heads, if any, have columns in own blocks that are inactive.
     low = chunk * chunks.chunk_tiles
     last = tl.where(tl.load(chunks.has_own + head) != 0, high, low)
-    k_acc, v_acc = grad_kv_own_columns(
-        k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, line, padded, at, queries, columns, document, start, low,
-        last, scale, BLOCK, M, N, D, TMA, ACC, PRECISION)
-    part = (chunk * (tl.num_programs(1) // queries.heads) + batch) * queries.heads + head
-    store_part(grad_k, k_acc, part, start, columns.capacity, N, D, TMA)
-    store_part(grad_v, v_acc, part, start, columns.capacity, N, D, TMA)
-
-
-@triton.jit
-def grad_kv_own_columns(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, line, padded, at, queries, columns,
-                        document, start, low, high, scale, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                        D: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """(k_acc, v_acc) after query tiles low .. high, for columns in the tile's own block where that is inactive."""
-    head, batch = tl.program_id(1) % queries.heads, tl.program_id(1) // queries.heads
-    slots, rows = start + tl.arange(0, N), tl.arange(0, M)
-    for step in tl.range(low * (BLOCK // M), high * (BLOCK // M), num_stages=1):
+    for step in tl.range(low * (BLOCK // M), last * (BLOCK // M), num_stages=1):
         limit = columns.limits + (head * queries.tiles + step // (BLOCK // M)) * 3
         earlier, end = tl.load(limit + 1), tl.load(limit + 2)
         if (end > earlier) & (end > start) & (earlier < start + N):
-            query = step * M
             position = tl.load(columns.positions + head * columns.capacity + slots,
                                mask=(slots >= earlier) & (slots < end), other=2147483647)
             first = tl.load(columns.q_blocks + step // (BLOCK // M)) * BLOCK + (step % (BLOCK // M)) * M
-            q_tile = load_tile(q, at.q, batch, head, query, queries.valid, M, D, TMA, True)
-            do_tile = load_tile(grad_out, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
-            allowed = position[:, None] <= (first + rows)[None, :]
-            if columns.documents is not None:
-                q_document = tl.load(queries.documents + query + rows, mask=query + rows < queries.valid, other=-1)
-                allowed = allowed & (q_document[None, :] == document[:, None])
-            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q_tile, do_tile, row_values, line, query, padded,
-                                        allowed, scale, True, M, TMA, ACC, PRECISION)
-    return k_acc, v_acc
+            allowed = position[:, None] <= (first + tl.arange(0, M))[None, :]
+            k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
+                                        batch, head, step * M, document, allowed, scale, True, M, D, TMA, ACC,
+                                        PRECISION)
+    part = (chunk * (tl.num_programs(1) // queries.heads) + batch) * queries.heads + head
+    store_part(grad_k, k_acc, part, start, columns.capacity, N, D, TMA)
+    store_part(grad_v, v_acc, part, start, columns.capacity, N, D, TMA)

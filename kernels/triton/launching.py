@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..merge import accumulator_dtype
 from ..values import Columns, Keys, Queries
 from . import tuning
 from .tiles import LOG2_E
-from .views import NO_STRIDES, BlockLists, ColumnLists, PartStrides, QueryTiles, Scale, Strides
+from .views import BlockLists, ColumnLists, QueryTiles, Scale, strides_of
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -50,11 +49,6 @@ def settings(kernel: str, q: Tensor, mask: AttentionMask) -> tuple[tuning.Launch
     }
 
 
-def programs(x: Tensor, tiles: int, block_size: int, rows: int) -> tuple[int]:
-    """The grid of one program per `rows` tokens of each head of x [B, S, H, D]."""
-    return (x.shape[0] * x.shape[2] * tiles * (block_size // rows),)
-
-
 def source(x: Tensor, limit: int, rows: int, launch: tuning.Launch) -> Source:
     """What a kernel loads tiles of x [B, S, H, D] from: itself, or a descriptor of [B, H, limit, D] that ends there."""
     if not launch.tma:
@@ -64,18 +58,9 @@ def source(x: Tensor, limit: int, rows: int, launch: tuning.Launch) -> Source:
     return TensorDescriptor(x, [batch, heads, max(limit, 1), dim], strides, [1, 1, rows, dim])
 
 
-def line_source(row_values: Tensor, launch: tuning.Launch) -> Source:
-    """row_values [B * H * 2, padded], one line's M values at a time."""
-    if not launch.tma:
-        return row_values
-    return TensorDescriptor(row_values, list(row_values.shape), list(row_values.stride()), [1, launch.m])
-
-
-def part_source(parts: Tensor, launch: tuning.Launch) -> Source:
-    """Partial sums [parts, C, D], one tile of N columns at a time."""
-    if not launch.tma:
-        return parts
-    return TensorDescriptor(parts, list(parts.shape), list(parts.stride()), [1, launch.n, parts.shape[2]])
+def box_source(x: Tensor, box: list[int], launch: tuning.Launch) -> Source:
+    """What a kernel loads or writes boxes of this shape of a contiguous x from: itself, or a descriptor of it."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box) if launch.tma else x
 
 
 def query_tiles(q: Tensor, task: Task, order: Tensor | None = None) -> QueryTiles:
@@ -92,64 +77,54 @@ def query_tiles(q: Tensor, task: Task, order: Tensor | None = None) -> QueryTile
 def column_lists(columns: Columns, *, own: bool) -> ColumnLists:
     """The columns of a launch; own: attends those in a query's own block, too."""
     task: ColumnTask = columns.index.data
+    usable, limits = task.bits
     return ColumnLists(
         positions=task.columns,
-        usable=task.usable,
-        limits=task.limits,
+        usable=usable,
+        limits=limits,
         documents=task.column_documents,
         q_blocks=task.q_side.device_blocks if own else None,
         capacity=task.columns.shape[1],
-        words=task.usable.shape[2],
+        words=usable.shape[2],
     )
 
 
-def by_token(columns: Columns) -> tuple[Tensor, Tensor]:
-    """k and v of columns as [B, C, H, D], like all else."""
-    return columns.k.transpose(1, 2), columns.v.transpose(1, 2)
+def by_token(columns: Columns) -> dict[str, Tensor]:
+    """column_k and column_v as [B, C, H, D], like all else."""
+    return {"column_k": columns.k.transpose(1, 2), "column_v": columns.v.transpose(1, 2)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryLaunch:
-    """A launch with one program per query tile: of the block part, the column part, or both.
-
-    given: the arguments that it has in any direction; at: strides of what it reads, for `out` see PartStrides.
-    """
-
-    launch: tuning.Launch
-    grid: tuple[int]
-    given: dict[str, Any]
-    at: PartStrides
-
-    @classmethod
-    def of(cls, kernels: tuning.PartKernels, q: Tensor, keys: Keys | None, columns: Columns | None) -> QueryLaunch:
-        """Choose the kernel's settings and gather its arguments."""
-        task = query_task(keys, columns)
-        launch, common = settings(kernels.name(keys is not None, columns is not None), q, task.mask)
-        given: dict[str, Any] = {
-            "q": source(q, task.q_valid_tokens, launch.m, launch),
-            "queries": query_tiles(q, task, _order(keys, columns)),
-            **dict.fromkeys(("k", "v", "column_k", "column_v")),
-            "blocks": BlockLists(),
-            "columns": ColumnLists(),
-            "GROUP": 1,
-            "SIGN": 1,
-            **common,
-        }
-        at = PartStrides(q=Strides.of(q), out=NO_STRIDES)
-        if keys is not None:
-            index: BlockTask = keys.index.data
-            lists, valid = index.queries, index.k_valid_tokens
-            given |= {"k": source(keys.k, valid, launch.n, launch), "v": source(keys.v, valid, launch.n, launch)}
-            given["blocks"] = BlockLists(lists.rows, lists.entries, index.k_documents, valid)
-            given |= {"GROUP": q.shape[2] // keys.k.shape[2], "SIGN": lists.sign}
-            at = at._replace(k=Strides.of(keys.k), v=Strides.of(keys.v))
-        if columns is not None and columns.k.shape[2]:
-            k, v = by_token(columns)
-            given |= {name: source(x, k.shape[1], launch.n, launch) for name, x in (("column_k", k), ("column_v", v))}
-            given["columns"] = column_lists(columns, own=not columns.index.mask.own_blocks)
-            at = at._replace(column_k=Strides.of(k), column_v=Strides.of(v))
-        grid = programs(q, len(task.q_side.blocks), task.mask.block_size, launch.m)
-        return cls(launch=launch, grid=grid, given=given, at=at)
+def query_launch(
+    kernels: dict[tuple[bool, bool], str], q: Tensor, keys: Keys | None, columns: Columns | None
+) -> tuple[tuning.Launch, tuple[int], dict[str, Any]]:
+    """(settings, grid, arguments of any direction) of a launch with one program per query tile."""
+    task = query_task(keys, columns)
+    launch, common = settings(kernels[keys is not None, columns is not None], q, task.mask)
+    order = task.queries.order if isinstance(task, BlockTask) else task.q_side.order(falling=True)
+    given: dict[str, Any] = {
+        "q": source(q, task.q_valid_tokens, launch.m, launch),
+        "queries": query_tiles(q, task, order),
+        **dict.fromkeys(("k", "v", "column_k", "column_v")),
+        "blocks": BlockLists(),
+        "columns": ColumnLists(),
+        "GROUP": 1,
+        "SIGN": 1,
+        **common,
+    }
+    tiled = {"q": q}
+    if keys is not None:
+        index: BlockTask = keys.index.data
+        lists, valid = index.queries, index.k_valid_tokens
+        tiled |= {"k": keys.k, "v": keys.v}
+        given |= {name: source(tiled[name], valid, launch.n, launch) for name in ("k", "v")}
+        given["blocks"] = BlockLists(lists.rows, lists.entries, index.k_documents, valid)
+        given |= {"GROUP": q.shape[2] // keys.k.shape[2], "SIGN": lists.sign}
+    if columns is not None and columns.k.shape[2]:
+        tiled |= by_token(columns)
+        given |= {name: source(x, x.shape[1], launch.n, launch) for name, x in by_token(columns).items()}
+        given["columns"] = column_lists(columns, own=not columns.index.mask.own_blocks)
+    tiles = len(task.q_side.blocks) * (task.mask.block_size // launch.m)
+    return launch, (q.shape[0] * q.shape[2] * tiles,), given | {"at": strides_of(**tiled)}
 
 
 def query_task(keys: Keys | None, columns: Columns | None) -> Task:
@@ -159,14 +134,6 @@ def query_task(keys: Keys | None, columns: Columns | None) -> Task:
     if first is not last and not np.array_equal(first.blocks, last.blocks):
         raise ValueError("columns: their index was built for other queries than the block index")
     return tasks[0]
-
-
-def _order(keys: Keys | None, columns: Columns | None) -> Tensor:
-    """The order of query tiles, of the block index where there is one."""
-    if keys is not None:
-        return keys.index.data.queries.order
-    assert columns is not None
-    return columns.index.data.order
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -195,17 +162,17 @@ def check_keys(k: Tensor, index: BlockTask) -> None:
         raise ValueError(f"k: {k.shape[1]} tokens; the index was built for {index.k_side.tokens}")
 
 
-def check_columns(column_k: Tensor, index: ColumnTask) -> None:
-    """Raise ValueError when the gathered columns are not those of the index."""
-    if column_k.shape[1:3] != index.columns.shape:
-        raise ValueError(
-            f"column_k: shape {tuple(column_k.shape)} is not [B, H, C, D] of columns {tuple(index.columns.shape)}"
-        )
+def check_parts(queries: Queries, keys: Keys | None, columns: Columns | None) -> None:
+    """Raise ValueError when tensors are not what the indexes were built for."""
+    check_query(queries.q, query_task(keys, columns))
+    if keys is not None:
+        check_keys(keys.k, keys.index.data)
+    if columns is not None:
+        shape, held = tuple(columns.k.shape), tuple(columns.index.data.columns.shape)
+        if shape[1:3] != held:
+            raise ValueError(f"column_k: shape {shape} is not [B, H, C, D] of columns {held}")
 
 
 def scale_of(queries: Queries) -> Scale:
     """The factor of scores, as kernels want it."""
-    return Scale(natural=queries.scale, log2=queries.scale * BASE_2)
-
-
-BASE_2 = LOG2_E.value
+    return Scale(natural=queries.scale, log2=queries.scale * LOG2_E.value)

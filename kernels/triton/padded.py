@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..head_dims import kernel_head_dim
-from ..values import BackwardQueries, Columns, Gradients, KeyGradients, Keys, Partial, Queries, QueryGradient
+from ..values import BackwardQueries, Columns, Gradients, KeyGradients, Keys, Partial, Queries, QueryGradient, with_kv
 
 
 def forward(
@@ -31,9 +32,11 @@ def forward(
 ) -> Partial:
     """(out, lse). An earlier partial is merged in place where its dtype is the one wanted, as without padding."""
     dim, wide = queries.q.shape[3], kernel_head_dim(queries.q.shape[3])
-    queries = replace(queries, q=padded(queries.q, wide))
-    before = earlier and (padded(earlier[0], wide), earlier[1])
-    out, lse = compute(queries, _keys(keys, wide), _columns(columns, wide), earlier=before, final=final)
+    widen = partial(padded, wide=wide)
+    queries = replace(queries, q=widen(queries.q))
+    before = earlier and (widen(earlier[0]), earlier[1])
+    keys, columns = with_kv(keys, widen), with_kv(columns, widen)
+    out, lse = compute(queries, keys, columns, earlier=before, final=final)
     part = out[..., :dim]
     if earlier is None or earlier[0].dtype != out.dtype:
         return part.contiguous(), lse
@@ -50,14 +53,16 @@ def backward(
 ) -> None:
     """Write, or add, the gradients where they go."""
     dim, wide = queries.q.shape[3], kernel_head_dim(queries.q.shape[3])
-    grad_out = padded(queries.grad_out.to(queries.q.dtype), wide)
-    queries = replace(queries, q=padded(queries.q, wide), grad_out=grad_out)
+    widen = partial(padded, wide=wide)
+    grad_out = widen(queries.grad_out.to(queries.q.dtype))
+    queries = replace(queries, q=widen(queries.q), grad_out=grad_out)
     room = Gradients(
         query=QueryGradient(total=_room(into.query.total, wide), add=False),
         keys=_rooms(into.keys, wide),
         columns=_rooms(into.columns, wide),
     )
-    compute(queries, _keys(keys, wide), _columns(columns, wide), room)
+    keys, columns = with_kv(keys, widen), with_kv(columns, widen)
+    compute(queries, keys, columns, room)
     into.query.take(room.query.total[..., :dim])
     for target, part in ((into.keys, room.keys), (into.columns, room.columns)):
         if target is not None and part is not None:
@@ -70,14 +75,6 @@ def padded(x: Tensor, wide: int) -> Tensor:
     copy[..., :dim] = x
     copy[..., dim:] = 0
     return copy
-
-
-def _keys(keys: Keys | None, wide: int) -> Keys | None:
-    return keys and replace(keys, k=padded(keys.k, wide), v=padded(keys.v, wide))
-
-
-def _columns(columns: Columns | None, wide: int) -> Columns | None:
-    return columns and replace(columns, k=padded(columns.k, wide), v=padded(columns.v, wide))
 
 
 def _room(x: Tensor, wide: int) -> Tensor:

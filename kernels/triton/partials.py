@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..merge import accumulator_dtype
 from ..values import Columns, KeyGradients, Keys, Partial, Queries, QueryGradient
 from . import tuning
 from .forward import forward_kernel
-from .launching import BASE_2, QueryLaunch, loadable, source
+from .launching import loadable, query_launch, scale_of, source
 from .views import Rows, Strides
 
 ACCUMULATOR_DTYPES = (torch.float32, torch.float64)
@@ -24,28 +24,30 @@ def write_partial(
     queries: Queries, keys: Keys | None, columns: Columns | None, earlier: Partial | None, out_dtype: torch.dtype | None
 ) -> Partial:
     """Launch the forward of the block part, the column part, or both; out_dtype: default the accumulator's."""
-    q, made = queries.q, QueryLaunch.of(tuning.FORWARDS, queries.q, keys, columns)
-    if narrows_after(made.launch, q, earlier, out_dtype):
+    q, (launch, grid, given) = queries.q, query_launch(tuning.FORWARDS, queries.q, keys, columns)
+    # With pointers to both dtypes, the registers of a merge without tensor descriptors would spill.
+    pointers = q.is_cuda and not launch.tma
+    if pointers and earlier is not None and out_dtype == q.dtype != earlier[0].dtype:
         out, lse = write_partial(queries, keys, columns, earlier, None)
         return out.to(q.dtype), lse
-    (out, lse), prior = next_partial(q, earlier, out_dtype)
-    if made.grid[0]:
-        launch, tokens = made.launch, q.shape[1]
+    (out, lse), prior = _next_partial(q, earlier, out_dtype)
+    given["at"] = given["at"]._replace(out=Strides.of(out))
+    if grid[0]:
+        tokens = q.shape[1]
         run(
             forward_kernel,
-            made.grid,
+            grid,
             out=source(out, tokens, launch.m, launch),
             prior=None if prior is None else source(prior, tokens, launch.m, launch),
             lse=Rows.of(lse),
-            at=made.at._replace(out=Strides.of(out)),
-            scale_log2=queries.scale * BASE_2,
+            scale_log2=scale_of(queries).log2,
             q_tokens=tokens,
-            **made.given,
+            **given,
         )
     return out, lse
 
 
-def next_partial(q: Tensor, earlier: Partial | None, out_dtype: torch.dtype | None) -> tuple[Partial, Tensor | None]:
+def _next_partial(q: Tensor, earlier: Partial | None, out_dtype: torch.dtype | None) -> tuple[Partial, Tensor | None]:
     """((out, lse) to be written, the earlier out to go on from or None); lse is merged in place.
 
     out_dtype: default the accumulator's. An earlier out of that dtype is written in place.
@@ -61,11 +63,6 @@ def next_partial(q: Tensor, earlier: Partial | None, out_dtype: torch.dtype | No
     return (torch.empty_strided(out.shape, out.stride(), dtype=wanted, device=q.device), lse), out
 
 
-def narrows_after(launch: tuning.Launch, q: Tensor, earlier: Partial | None, out_dtype: torch.dtype | None) -> bool:
-    """Whether a merge writes the accumulator's dtype first: with pointers to both dtypes its registers would spill."""
-    return q.is_cuda and not launch.tma and earlier is not None and out_dtype == q.dtype != earlier[0].dtype
-
-
 def check_partial(out: Tensor, lse: Tensor, q: Tensor) -> None:
     """Raise ValueError when (out, lse) [B, S, H, D], [B, H, S] cannot be written in place."""
     batch, tokens, heads, _ = q.shape
@@ -77,25 +74,16 @@ def check_partial(out: Tensor, lse: Tensor, q: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryTarget:
-    """What a dQ launch writes: grad [B, S_q, H, D], with `prior` (of its strides) or, where `add`, with itself."""
-
-    grad: Tensor
-    prior: Tensor | None = None
-    add: bool = False
-
-
 @contextmanager
-def query_gradient(into: QueryGradient) -> Iterator[QueryTarget]:
+def query_gradient(into: QueryGradient) -> Iterator[QueryGradient]:
     """What a launch writes of `into`. A total that the kernels cannot write is copied, and written back."""
-    if into.final is not None:
-        if loadable(into.total) is not into.total or loadable(into.final) is not into.final:
-            raise ValueError("grad_q, final_q: rows of D elements are not in one piece, 16-byte aligned")
-        yield QueryTarget(grad=into.final, prior=into.total if into.add else None)
+    if into.final is None:
+        with accumulators(into.total) as (total,):
+            yield replace(into, total=total)
         return
-    with accumulators(into.total) as (total,):
-        yield QueryTarget(grad=total, add=into.add)
+    if loadable(into.total) is not into.total or loadable(into.final) is not into.final:
+        raise ValueError("grad_q, final_q: rows of D elements are not in one piece, 16-byte aligned")
+    yield into
 
 
 @contextmanager
@@ -113,9 +101,6 @@ def key_gradients(into: KeyGradients) -> Iterator[KeyGradients]:
 @contextmanager
 def accumulators(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The given accumulators, or aligned copies of them that are written back at the end."""
-    for grad in grads:
-        if grad.dtype not in ACCUMULATOR_DTYPES:
-            raise ValueError(f"gradient accumulator: dtype {grad.dtype} is neither float32 nor float64")
     used = tuple(loadable(grad) for grad in grads)
     yield used
     for grad, copy in zip(grads, used, strict=True):

@@ -21,6 +21,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def tile_pointers(source, at, batch, head, first, ROWS: tl.constexpr, D: tl.constexpr):
+    """Pointers [ROWS, D] to rows first .. first + ROWS of one head; at: views.Strides of the source."""
+    start = batch.to(tl.int64) * at.b + head.to(tl.int64) * at.h + tl.cast(first, tl.int64) * at.s
+    return source + start + tl.arange(0, ROWS)[:, None] * at.s + tl.arange(0, D)[None, :]
+
+
+@triton.jit
 def load_tile(source, at, batch, head, first, limit, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
               MASKED: tl.constexpr):
     """Rows first .. first + ROWS of one head, [ROWS, D]; zero from row `limit` on (TMA: the descriptor ends there).
@@ -30,14 +37,27 @@ def load_tile(source, at, batch, head, first, limit, ROWS: tl.constexpr, D: tl.c
     if TMA:
         tile = source.load([batch, head, first, 0]).reshape([ROWS, D])
     else:
-        start = batch.to(tl.int64) * at.b + head.to(tl.int64) * at.h + tl.cast(first, tl.int64) * at.s
-        rows = tl.arange(0, ROWS)
-        pointers = source + start + rows[:, None] * at.s + tl.arange(0, D)[None, :]
+        pointers = tile_pointers(source, at, batch, head, first, ROWS, D)
         if MASKED:
-            tile = tl.load(pointers, mask=(first + rows < limit)[:, None], other=0.0)
+            tile = tl.load(pointers, mask=(first + tl.arange(0, ROWS) < limit)[:, None], other=0.0)
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_pair(left, right, left_at, right_at, batch, head, first, limit, ROWS: tl.constexpr, D: tl.constexpr,
+              TMA: tl.constexpr, MASKED: tl.constexpr):
+    """The same rows of two sources: k and v, or q and grad_out."""
+    left_tile = load_tile(left, left_at, batch, head, first, limit, ROWS, D, TMA, MASKED)
+    return left_tile, load_tile(right, right_at, batch, head, first, limit, ROWS, D, TMA, MASKED)
+
+
+@triton.jit
+def load_documents(side, first, SIZE: tl.constexpr, OTHER: tl.constexpr):
+    """Documents [SIZE] of tokens from `first` on, OTHER where not valid; side: QueryTiles or BlockLists."""
+    tokens = first + tl.arange(0, SIZE)
+    return tl.load(side.documents + tokens, mask=tokens < side.valid, other=OTHER)
 
 
 @triton.jit
@@ -65,10 +85,8 @@ def write_tile(target, at, values, batch, head, first, limit, ROWS: tl.constexpr
         else:
             target.store([batch, head, first, 0], tile)
     else:
-        start = batch.to(tl.int64) * at.b + head.to(tl.int64) * at.h + tl.cast(first, tl.int64) * at.s
-        rows = tl.arange(0, ROWS)
-        pointers = target + start + rows[:, None] * at.s + tl.arange(0, D)[None, :]
-        mask = (first + rows < limit)[:, None]
+        pointers = tile_pointers(target, at, batch, head, first, ROWS, D)
+        mask = (first + tl.arange(0, ROWS) < limit)[:, None]
         if ADD:
             values += tl.load(pointers, mask=mask, other=0.0)
         tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
@@ -104,6 +122,22 @@ def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.cons
     acc = acc * decay[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
     return acc, new_peak, total
+
+
+@triton.jit
+def query_step(state, query, k, v, allowed, scale, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The state of a query tile after the keys k, v; `allowed` bool [M, N] where MASKED.
+
+    Forward: state (acc, peak, total), query (q,), scale that of powers of two. dQ: state (acc,), query (q, grad_out,
+    lse, delta), scale views.Scale.
+    """
+    if len(query) == 1:
+        acc, peak, total = state
+        state = softmax_step(acc, peak, total, query[0], k, v, allowed, scale, MASKED, ACC, PRECISION)
+    else:
+        q, grad_out, lse, delta = query
+        state = (grad_q_step(state[0], q, k, v, grad_out, lse, delta, allowed, scale, MASKED, ACC, PRECISION),)
+    return state
 
 
 @triton.jit
@@ -154,21 +188,26 @@ def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, MASKED: tl.c
 
 
 @triton.jit
-def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, line, query, padded, allowed, scale,
-                 MASKED: tl.constexpr, M: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """(grad_k, grad_v) [N, D] plus one query tile's share; `allowed` bool [N, M] where MASKED; scale: views.Scale.
+def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, padded, at, queries, batch, head, query, k_document,
+                 allowed, scale, MASKED: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+                 ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """(grad_k, grad_v) [N, D] of keys k, v plus the share of M queries of a head, from `query` on; scale: views.Scale.
 
-    lse and delta of the tile's queries are read just before use, to hold fewer registers.
+    MASKED: `allowed` bool [N, M]; documents are compared in any case. lse and delta of the queries are read just before
+    use, to hold fewer registers.
     """
-    scores = tl.dot(k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION)
+    q_tile, do_tile = load_pair(q, grad_out, at.q, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
+    if queries.documents is not None:
+        allowed = allowed & (load_documents(queries, query, M, -1)[None, :] == k_document[:, None])
+    line = (batch * queries.heads + head) * 2
+    scores = tl.dot(k, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION)
     lse = load_row_values(row_values, line, query, padded, M, TMA)
     weights = tl.exp2(scores * scale.log2 - lse[None, :])
-    if MASKED:
+    if MASKED or queries.documents is not None:
         weights = tl.where(allowed, weights, 0.0)
-    grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, out_dtype=ACC, input_precision=PRECISION)
-    grad_weights = tl.dot(v, tl.trans(grad_out), out_dtype=ACC, input_precision=PRECISION)
+    grad_v = tl.dot(weights.to(q_tile.dtype), do_tile, grad_v, out_dtype=ACC, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(do_tile), out_dtype=ACC, input_precision=PRECISION)
     delta = load_row_values(row_values, line + 1, query, padded, M, TMA)
-    grad_scores = (weights * (grad_weights * scale.natural - delta[None, :])).to(q.dtype)
-    grad_k = tl.dot(grad_scores, q, grad_k, out_dtype=ACC, input_precision=PRECISION)
+    grad_scores = (weights * (grad_weights * scale.natural - delta[None, :])).to(q_tile.dtype)
+    grad_k = tl.dot(grad_scores, q_tile, grad_k, out_dtype=ACC, input_precision=PRECISION)
     return grad_k, grad_v

@@ -37,18 +37,6 @@ class Launch:
         return {"maxnreg": self.registers} if self.registers else {}
 
 
-# Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
-SM90 = {
-    # 128 registers let two programs share an SM, also where the launch merges into an earlier partial.
-    FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
-    GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    FUSED_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
-    FUSED_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    COLUMN_FORWARD: Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128),
-    COLUMN_GRAD_Q: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-    COLUMN_GRAD_KV: Launch(m=64, n=64, warps=4, stages=2, tma=True),
-}
 # A100: pointer loads (cp.async). Found by a sweep of these very instructions, Triton's PTX for sm_80, on an H200: four
 # warps with tiles 128 or 64 rows high reuse more of what they read from shared memory than eight warps do. Up to 600
 # bytes a thread spill to the stack; the best launches that do not spill are a fifth slower (docs/kernels.md).
@@ -62,25 +50,17 @@ SM80 = {
     COLUMN_GRAD_Q: Launch(m=128, n=32, warps=4, stages=3, tma=False),
     COLUMN_GRAD_KV: Launch(m=64, n=64, warps=4, stages=3, tma=False),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartKernels:
-    """Names of one kernel's settings: for the block part, the column part, and both in one launch."""
-
-    blocks: str
-    columns: str
-    both: str
-
-    def name(self, has_blocks: bool, has_columns: bool) -> str:
-        """Settings for the parts that a launch has."""
-        if not has_blocks:
-            return self.columns
-        return self.both if has_columns else self.blocks
-
-
-FORWARDS = PartKernels(blocks=FORWARD, columns=COLUMN_FORWARD, both=FUSED_FORWARD)
-GRAD_QS = PartKernels(blocks=GRAD_Q, columns=COLUMN_GRAD_Q, both=FUSED_GRAD_Q)
+# Kernels by whether a launch has blocks, and whether it has columns.
+FORWARDS = {(True, False): FORWARD, (False, True): COLUMN_FORWARD, (True, True): FUSED_FORWARD}
+GRAD_QS = {(True, False): GRAD_Q, (False, True): COLUMN_GRAD_Q, (True, True): FUSED_GRAD_Q}
+# Hopper: 16-bit inputs, D 128, blocks of 128; other shapes derive from these below.
+SM90 = {
+    kernel: Launch(m=64, n=64, warps=4, stages=2, tma=True)
+    if kernel not in FORWARDS.values()
+    # 128 registers let two programs share an SM, also where the launch merges into an earlier partial.
+    else Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128)
+    for kernel in SM80
+}
 TILE_SIZES = frozenset({16, 32, 64, 128})
 # These walk columns, whose bits they find in words of so many.
 WORD_COLUMNS = 64
@@ -109,16 +89,12 @@ def use(*, capability: int, head_dim: int, block_size: int, launches: Mapping[st
         if unknown:
             raise ValueError(f"launches.{kernel}: a launch has no {', '.join(unknown)}")
         found[capability, kernel, head_dim, block_size] = launch = Launch(**fields)
-        _check_tiles(kernel, launch, block_size)
+        # Nothing would fail later: rows would be left out, or bits of columns read twice.
+        for name, size in (("m", launch.m), ("n", launch.n)):
+            widest = min(block_size, WORD_COLUMNS) if name == "n" and kernel in COLUMN_KERNELS else block_size
+            if size not in TILE_SIZES or size > widest:
+                raise ValueError(f"launches.{kernel}.{name}: {size} is no power of two from 16 to {widest}")
     GIVEN.update(found)
-
-
-def _check_tiles(kernel: str, launch: Launch, block_size: int) -> None:
-    """Nothing would fail later: rows would be left out, or bits of columns read twice."""
-    for name, size in (("m", launch.m), ("n", launch.n)):
-        widest = min(block_size, WORD_COLUMNS) if name == "n" and kernel in COLUMN_KERNELS else block_size
-        if size not in TILE_SIZES or size > widest:
-            raise ValueError(f"launches.{kernel}.{name}: {size} is no power of two from 16 to {widest}")
 
 
 def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, itemsize: int) -> Launch:

@@ -54,13 +54,6 @@ class Rows(NamedTuple):
         return cls(x, *x.stride()[:2])
 
 
-class RowValues(NamedTuple):
-    """lse and delta as gradients.row_values_of prepares them [B * H * 2, padded]."""
-
-    data: Any
-    padded: Any
-
-
 class Scale(NamedTuple):
     """The factor of scores, and the same times log2 e for powers of two."""
 
@@ -68,27 +61,23 @@ class Scale(NamedTuple):
     log2: Any
 
 
-class PartStrides(NamedTuple):
-    """Strides of what a launch with one program per query tile loads and writes. `out` is out or dQ."""
+class TileStrides(NamedTuple):
+    """Strides of what a launch loads and writes tiles of. `out` is out or dQ."""
 
-    q: Strides
-    out: Strides
+    q: Strides = NO_STRIDES
+    out: Strides = NO_STRIDES
     grad_out: Strides = NO_STRIDES
     k: Strides = NO_STRIDES
     v: Strides = NO_STRIDES
     column_k: Strides = NO_STRIDES
     column_v: Strides = NO_STRIDES
+    grad_k: Strides = NO_STRIDES
+    grad_v: Strides = NO_STRIDES
 
 
-class KeyStrides(NamedTuple):
-    """Strides of what a launch with one program per key tile loads and writes."""
-
-    q: Strides
-    k: Strides
-    v: Strides
-    grad_out: Strides
-    grad_k: Strides
-    grad_v: Strides
+def strides_of(**tensors: Tensor) -> TileStrides:
+    """The strides of these tensors, which are named as TileStrides' fields."""
+    return TileStrides(**{name: Strides.of(x) for name, x in tensors.items()})
 
 
 class QueryTiles(NamedTuple):

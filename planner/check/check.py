@@ -19,9 +19,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..schedule.schedule import ALL_RANKS, Schedule, Task
+from ..schedule.schedule import ALL_RANKS, Schedule, Transfer
 from .contents import check_contents
 from .order import all_launches, check_order
 from .rules import Rules, broken, describe, every_phase
@@ -52,8 +51,23 @@ def check(schedule: Schedule, *, inactive: Collection[tuple[int, int]] = frozens
     rules.check()
     check_order(schedule)
     peak_bytes = max(check_contents(rules, rank) for rank in range(schedule.world_size))
-    _check_coverage(schedule, frozenset(inactive))
-    return _report(schedule, peak_bytes)
+    transfers: dict[str, Transfer] = {}
+    sent = {communicator.name: [0] * schedule.world_size for communicator in schedule.communicators}
+    for launch in all_launches(schedule):
+        for transfer in launch.call.transfers:
+            transfers[transfer.id] = transfer
+            if transfer.source in (launch.rank, ALL_RANKS):
+                times = schedule.world_size - 1 if transfer.transport in ("all_gather", "reduce_scatter") else 1
+                sent[launch.call.communicator][launch.rank] += times * transfer.capacity_bytes
+    has_columns = any(transfer.kind == "columns" for transfer in transfers.values())
+    _check_coverage(schedule, frozenset(inactive), has_columns=has_columns)
+    return CheckReport(
+        tasks=sum(len(phase.tasks) for _, phase in every_phase(schedule)),
+        transfers=len(transfers),
+        phases=max(len(schedule.phases(rank)) for rank in range(schedule.world_size)),
+        peak_bytes=peak_bytes,
+        sent_bytes={name: tuple(values) for name, values in sent.items()},
+    )
 
 
 def check_step(forward: Schedule, backward: Schedule) -> None:
@@ -61,17 +75,7 @@ def check_step(forward: Schedule, backward: Schedule) -> None:
 
     Backward begins with the K/V that forward keeps, and computes the columns where forward attends them.
     """
-    _check_columns_alike(forward, backward)
-    for rank in range(forward.world_size):
-        kept, expected = forward.kept(rank), backward.kept(rank)
-        if kept != expected:
-            shown = [", ".join(f"{shard} in {name}" for name, shard in held.items()) for held in (kept, expected)]
-            told = f"forward keeps {shown[0] or 'nothing'}, backward begins with {shown[1] or 'nothing'}"
-            raise broken(told, rank=rank, about="kept K/V")
-
-
-def _check_columns_alike(forward: Schedule, backward: Schedule) -> None:
-    """Rank 0 stands for all: a proved schedule has columns on every rank, or on none."""
+    # Rank 0 stands for all: a proved schedule has columns on every rank, or on none.
     attended, computed = (
         any(task.key is None for phase in schedule.phases(0) for task in phase.tasks)
         for schedule in (forward, backward)
@@ -80,68 +84,37 @@ def _check_columns_alike(forward: Schedule, backward: Schedule) -> None:
         raise broken("forward attends them, backward computes no gradients of them", about="columns")
     if computed and not attended:
         raise broken("backward computes gradients of them, forward does not attend them", about="columns")
+    for rank in range(forward.world_size):
+        kept, expected = forward.kept(rank), backward.kept(rank)
+        if kept != expected:
+            shown = [", ".join(f"{shard} in {name}" for name, shard in held.items()) for held in (kept, expected)]
+            told = f"forward keeps {shown[0] or 'nothing'}, backward begins with {shown[1] or 'nothing'}"
+            raise broken(told, rank=rank, about="kept K/V")
 
 
-def _check_coverage(schedule: Schedule, inactive: frozenset[tuple[int, int]]) -> None:
-    counts = _count_tasks(schedule)
+def _check_coverage(schedule: Schedule, inactive: frozenset[tuple[int, int]], *, has_columns: bool) -> None:
+    """Count how often each [query part, key part, head] is computed; the last key part stands for the columns."""
+    world = schedule.world_size
+    found = [(rank, phase.index, task) for rank, phase in every_phase(schedule) for task in phase.tasks]
+    cells = [(task.query.sequence_part, world if task.key is None else task.key.sequence_part) for *_, task in found]
+    counts = np.zeros((world, world + 1, schedule.num_heads), dtype=np.int32)
+    for cell, (*_, task) in zip(cells, found, strict=True):
+        counts[cell][slice(*task.heads)] += 1
     expected = np.ones_like(counts)
-    expected[:, -1] = _has_columns(schedule)
+    expected[:, -1] = has_columns or bool(counts[:, -1].any())
     wrong = counts != expected
     for query, key in inactive:
         wrong[query, key] = counts[query, key] > 1
-    if wrong.any():
-        query, key, head = (int(index) for index in np.argwhere(wrong)[0])
-        raise _wrong_count(schedule, query, key, head)
-
-
-def _count_tasks(schedule: Schedule) -> NDArray[np.int32]:
-    """Return how often each [query part, key part, head] is computed; the last key part stands for the columns."""
-    world = schedule.world_size
-    counts = np.zeros((world, world + 1, schedule.num_heads), dtype=np.int32)
-    for _, phase in every_phase(schedule):
-        for task in phase.tasks:
-            counts[_cell(task, world)][slice(*task.heads)] += 1
-    return counts
-
-
-def _cell(task: Task, world: int) -> tuple[int, int]:
-    return task.query.sequence_part, world if task.key is None else task.key.sequence_part
-
-
-def _has_columns(schedule: Schedule) -> bool:
-    return any(
-        transfer.kind == "columns" for launch in all_launches(schedule) for transfer in launch.call.transfers
-    ) or any(task.key is None for _, phase in every_phase(schedule) for task in phase.tasks)
-
-
-def _wrong_count(schedule: Schedule, query: int, key: int, head: int) -> Exception:
-    found = [
-        (rank, phase.index, task)
-        for rank, phase in every_phase(schedule)
-        for task in phase.tasks
-        if _cell(task, schedule.world_size) == (query, key) and task.heads[0] <= head < task.heads[1]
-    ]
-    if found:
-        rank, phase, task = found[-1]
-        return broken(f"head {head} is computed {len(found)} times", rank=rank, phase=phase, about=describe(task))
-    about = f"query part {query}, " + ("columns" if key == schedule.world_size else f"key part {key}")
-    return broken(f"head {head} is never computed", rank=query, about=about)
-
-
-def _report(schedule: Schedule, peak_bytes: int) -> CheckReport:
-    sent = {communicator.name: [0] * schedule.world_size for communicator in schedule.communicators}
-    names = set()
-    for launch in all_launches(schedule):
-        for transfer in launch.call.transfers:
-            names.add(transfer.id)
-            if transfer.source in (launch.rank, ALL_RANKS):
-                times = schedule.world_size - 1 if transfer.transport in ("all_gather", "reduce_scatter") else 1
-                sent[launch.call.communicator][launch.rank] += times * transfer.capacity_bytes
-    programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
-    return CheckReport(
-        tasks=sum(len(phase.tasks) for phases in programs for phase in phases),
-        transfers=len(names),
-        phases=max(len(phases) for phases in programs),
-        peak_bytes=peak_bytes,
-        sent_bytes={name: tuple(values) for name, values in sent.items()},
-    )
+    if not wrong.any():
+        return
+    query, key, head = (int(index) for index in np.argwhere(wrong)[0])
+    if not counts[query, key, head]:
+        about = f"query part {query}, " + ("columns" if key == world else f"key part {key}")
+        raise broken(f"head {head} is never computed", rank=query, about=about)
+    rank, phase, task = [
+        one
+        for cell, one in zip(cells, found, strict=True)
+        if cell == (query, key) and one[2].heads[0] <= head < one[2].heads[1]
+    ][-1]
+    problem = f"head {head} is computed {counts[query, key, head]} times"
+    raise broken(problem, rank=rank, phase=phase, about=describe(task))

@@ -12,9 +12,10 @@ Columns: the rank's own rows (or gradients), then those of all ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-from ..schedule.schedule import COLUMNS_HOME, KEPT, GroupCall, Phase, Schedule, ShardId, Task, Transfer, slots_from
+from ..schedule.schedule import ALL_RANKS, COLUMNS_HOME, KEPT, GroupCall, Schedule, ShardId, Task, Transfer, slots_from
 from .rules import SUMS, Rules, Site, is_own
 
 OWN_COLUMNS = "the rank's own columns"
@@ -22,6 +23,7 @@ ALL_COLUMNS = "all columns"
 COLUMN_GRADIENTS = "gradients of columns"
 
 Content = ShardId | str | None
+Held = list[tuple[str, ShardId]]  # slots and the shards that they give or take
 
 
 @dataclass(slots=True)
@@ -43,40 +45,32 @@ def check_contents(rules: Rules, rank: int) -> int:
     return _Walk(rules.schedule, rules, rank).run()
 
 
-def _of_rank(transfer: Transfer, rank: int) -> ShardId:
-    """Return the shard of a rank in what all take part in."""
-    return ShardId(sequence_part=rank, head_group=0 if transfer.shard is None else transfer.shard.head_group)
-
-
 class _Walk:
     def __init__(self, schedule: Schedule, rules: Rules, rank: int) -> None:
         self.schedule, self.rules, self.rank = schedule, rules, rank
+        self.forward = schedule.direction == "forward"
         self.slots = {name: _Slot() for name in rules.buffers}
         self.in_flight: dict[str, Transfer] = {}
         self.phase = 0
-        if schedule.direction == "backward":
+        if not self.forward:
             for name, shard in schedule.kept(rank).items():
                 self.slots[name].content = shard
                 self._touch(name)
         if COLUMNS_HOME in self.slots:  # backward keeps what forward gathered
-            forward = schedule.direction == "forward"
-            self.slots[COLUMNS_HOME].content = OWN_COLUMNS if forward else ALL_COLUMNS
+            self.slots[COLUMNS_HOME].content = OWN_COLUMNS if self.forward else ALL_COLUMNS
 
     def run(self) -> int:
         phases = self.schedule.phases(self.rank)
         for phase in phases:
-            self._play(phase)
+            self.phase = phase.index
+            for name in phase.waits:
+                self._wait(name)
+            for call in phase.group_calls:
+                self._launch(call)
+            for task in phase.tasks:
+                self._compute(task)
         self._check_end()
         return self._peak_bytes(len(phases))
-
-    def _play(self, phase: Phase) -> None:
-        self.phase = phase.index
-        for name in phase.waits:
-            self._wait(name)
-        for call in phase.group_calls:
-            self._launch(call)
-        for task in phase.tasks:
-            self._compute(task)
 
     def _site(self, about: Task | Transfer | str) -> Site:
         return Site(self.rank, self.phase, about)
@@ -87,72 +81,63 @@ class _Walk:
             spans.append([self.phase, self.phase])
         spans[-1][1] = self.phase
 
-    # launches
+    # transfers
+
+    def _ends(self, transfer: Transfer) -> tuple[Held, Held]:
+        """Return what this rank gives of its slots and what it takes into them; neither for columns, summed in place.
+
+        An all-gather fills a slot per rank. A reduce-scatter empties one per rank, the sum of that rank's shard each;
+        one of every rank lands at its owner, added up.
+        """
+        if transfer.kind == "columns":
+            return [], []
+        if transfer.source != ALL_RANKS:
+            assert transfer.shard is not None
+            gives = transfer.source == self.rank and not is_own(transfer.source_buffer)
+            takes = transfer.destination == self.rank
+            return ([(transfer.source_buffer, transfer.shard)] * gives, [(transfer.buffer, transfer.shard)] * takes)
+        head_group = 0 if transfer.shard is None else transfer.shard.head_group
+        shards = [ShardId(sequence_part=rank, head_group=head_group) for rank in range(self.schedule.world_size)]
+        if transfer.transport == "all_gather":
+            return [], list(zip(slots_from(transfer.buffer, len(shards)), shards, strict=True))
+        given = list(zip(slots_from(transfer.source_buffer, len(shards)), shards, strict=True))
+        return given, [(transfer.buffer, shards[self.rank])]
 
     def _launch(self, call: GroupCall) -> None:
         """Sends first: the transfers of a call are in flight together, so none forwards what another receives."""
         for transfer in call.transfers:
             if transfer.kind == "columns":
                 self._launch_sum(transfer)
-            elif transfer.transport == "all_gather":
-                self._launch_all_gather(transfer)
-            elif transfer.transport == "reduce_scatter":
-                self._launch_reduce_scatter(transfer)
-            elif transfer.source == self.rank:
-                self._launch_send(transfer)
+            elif transfer.source == self.rank and is_own(transfer.source_buffer):
+                self._require_own(self._site(transfer), transfer.source_buffer, transfer.shard)
+            self._give(transfer)
+            if transfer.source == ALL_RANKS:
+                self._take(transfer)
         for transfer in call.transfers:
             if transfer.destination == self.rank:
-                self._launch_receive(transfer)
+                self._take(transfer)
         self.in_flight |= {transfer.id: transfer for transfer in call.transfers}
 
     def _launch_sum(self, transfer: Transfer) -> None:
         site, name = self._site(transfer), transfer.buffer
-        expected = OWN_COLUMNS if self.schedule.direction == "forward" else COLUMN_GRADIENTS
         self._require_idle(site, name)
-        self._require_content(site, name, expected)
+        self._require_content(site, name, OWN_COLUMNS if self.forward else COLUMN_GRADIENTS)
         self.slots[name].incoming = transfer
         self._touch(name)
 
-    def _launch_all_gather(self, transfer: Transfer) -> None:
+    def _give(self, transfer: Transfer) -> None:
         site = self._site(transfer)
-        for part, name in enumerate(self._slots_of(transfer.buffer)):
-            self._require_idle(site, name)
-            self._require_not_kept(site, name)
+        for name, shard in self._ends(transfer)[0]:
             slot = self.slots[name]
-            slot.content, slot.incoming = _of_rank(transfer, part), transfer
-            self._touch(name, fresh=True)
-
-    def _launch_reduce_scatter(self, transfer: Transfer) -> None:
-        """Every slot holds the sum of its rank's shard; one of each lands at its owner, added up."""
-        site = self._site(transfer)
-        for part, name in enumerate(self._slots_of(transfer.source_buffer)):
-            self._require_idle(site, name)
-            self._require_content(site, name, _of_rank(transfer, part))
-            self.slots[name].outgoing.append(transfer)
+            if transfer.source == ALL_RANKS:
+                self._require_idle(site, name)
+            elif slot.incoming is not None:
+                self._check_forward(site, slot.incoming, transfer)
+            if slot.outgoing and transfer.kind in SUMS:
+                raise site.broken(f"{name} is already being sent by {slot.outgoing[0].id}")
+            self._require_content(site, name, shard)
+            slot.outgoing.append(transfer)
             self._touch(name)
-        self._require_idle(site, transfer.buffer)
-        slot = self.slots[transfer.buffer]
-        site.require(slot.content is None, f"overwrites {slot.content} in {transfer.buffer}")
-        slot.content, slot.incoming = _of_rank(transfer, self.rank), transfer
-        self._touch(transfer.buffer, fresh=True)
-
-    def _slots_of(self, first: str) -> list[str]:
-        return slots_from(first, self.schedule.world_size)
-
-    def _launch_send(self, transfer: Transfer) -> None:
-        site, name = self._site(transfer), transfer.source_buffer
-        assert transfer.shard is not None
-        if is_own(name):
-            site.require(transfer.shard.sequence_part == self.rank, f"{name} does not hold {transfer.shard}")
-            return
-        slot = self.slots[name]
-        if slot.incoming is not None:
-            self._check_forward(site, slot.incoming, transfer)
-        if slot.outgoing and transfer.kind in SUMS:
-            raise site.broken(f"{name} is already being sent by {slot.outgoing[0].id}")
-        self._require_content(site, name, transfer.shard)
-        slot.outgoing.append(transfer)
-        self._touch(name)
 
     def _check_forward(self, site: Site, incoming: Transfer, transfer: Transfer) -> None:
         """Only a later call of the same communicator may send what has not been waited for: it runs after it."""
@@ -162,65 +147,37 @@ class _Walk:
         # Rounding is no part of the communicator's queue: it happens when the call is launched.
         site.require(not transfer.narrow, f"rounds {transfer.source_buffer} before {incoming.id} has arrived")
 
-    def _launch_receive(self, transfer: Transfer) -> None:
-        site, name = self._site(transfer), transfer.buffer
-        self._require_idle(site, name)
-        self._require_not_kept(site, name)
-        slot = self.slots[name]
-        if transfer.kind in SUMS and slot.content is not None:
-            raise site.broken(f"overwrites {slot.content} in {name}, which was not sent on")
-        slot.content, slot.incoming = transfer.shard, transfer
-        self._touch(name, fresh=True)
-
-    # waits
+    def _take(self, transfer: Transfer) -> None:
+        site = self._site(transfer)
+        for name, shard in self._ends(transfer)[1]:
+            self._require_idle(site, name)
+            # Backward may run again over a graph that was retained: what forward kept stays.
+            site.require(self.forward or not name.startswith(KEPT), f"overwrites {name}, which forward kept")
+            slot = self.slots[name]
+            if transfer.kind in SUMS and slot.content is not None:
+                raise site.broken(f"overwrites {slot.content} in {name}, which was not sent on")
+            slot.content, slot.incoming = shard, transfer
+            self._touch(name, fresh=True)
 
     def _wait(self, name: str) -> None:
         site = self._site(f"transfer {name}")
         site.require(name in self.in_flight, "waited for before it is launched")
         transfer = self.in_flight.pop(name)
+        gives, takes = self._ends(transfer)
+        for given, _ in gives:
+            self.slots[given].outgoing.remove(transfer)
+            if transfer.kind in SUMS:
+                self.slots[given].content = None
+            self._touch(given)
         if transfer.kind == "columns":
-            self._end_sum(site, transfer)
-        elif transfer.transport == "all_gather":
-            for name in self._slots_of(transfer.buffer):
-                self.slots[name].incoming = None
-                self._touch(name)
-        elif transfer.transport == "reduce_scatter":
-            for name in self._slots_of(transfer.source_buffer):
-                self.slots[name].outgoing.remove(transfer)
-                self.slots[name].content = None
-                self._touch(name)
-            self._end_receive(site, replace(transfer, shard=_of_rank(transfer, self.rank)))
-        elif transfer.source == self.rank:
-            self._end_send(transfer)
-        else:
-            self._end_receive(site, transfer)
-
-    def _end_sum(self, site: Site, transfer: Transfer) -> None:
-        slot = self.slots[transfer.buffer]
-        slot.incoming = None
-        self._touch(transfer.buffer)
-        if transfer.accumulate_into is None:
-            slot.content = ALL_COLUMNS
-        else:
-            slot.content = None
-            self._add(site, transfer.accumulate_into, ShardId(sequence_part=self.rank))
-
-    def _end_send(self, transfer: Transfer) -> None:
-        if is_own(transfer.source_buffer):
-            return
-        slot = self.slots[transfer.source_buffer]
-        slot.outgoing.remove(transfer)
-        self._touch(transfer.source_buffer)
-        if transfer.kind in SUMS:
-            slot.content = None
-
-    def _end_receive(self, site: Site, transfer: Transfer) -> None:
-        slot = self.slots[transfer.buffer]
-        slot.incoming = None
-        self._touch(transfer.buffer)
-        if transfer.accumulate_into is not None:
-            slot.content = None
-            self._add(site, transfer.accumulate_into, transfer.shard)
+            takes = [(transfer.buffer, ShardId(sequence_part=self.rank))]
+            self.slots[transfer.buffer].content = ALL_COLUMNS
+        for taken, shard in takes:
+            self.slots[taken].incoming = None
+            self._touch(taken)
+            if transfer.accumulate_into is not None:
+                self.slots[taken].content = None
+                self._add(site, transfer.accumulate_into, shard)
 
     # tasks
 
@@ -234,8 +191,7 @@ class _Walk:
 
     def _read(self, site: Site, name: str, shard: ShardId | None) -> None:
         if shard is not None and is_own(name):
-            if shard.sequence_part != self.rank:
-                raise site.broken(f"{name} does not hold {shard}")
+            self._require_own(site, name, shard)
             return
         slot = self.slots[name]
         if slot.incoming is not None:
@@ -260,16 +216,15 @@ class _Walk:
 
     # rules
 
+    def _require_own(self, site: Site, name: str, shard: ShardId | None) -> None:
+        if shard is None or shard.sequence_part != self.rank:
+            raise site.broken(f"{name} does not hold {shard}")
+
     def _require_idle(self, site: Site, name: str) -> None:
         slot = self.slots[name]
-        flights = [*slot.outgoing, *([slot.incoming] if slot.incoming else [])]
-        if flights:
-            raise site.broken(f"writes {name} while {flights[0].id} is in flight")
-
-    def _require_not_kept(self, site: Site, name: str) -> None:
-        """Backward may run again over a graph that was retained: what forward kept stays."""
-        kept = self.schedule.direction == "backward" and name.startswith(KEPT)
-        site.require(not kept, f"overwrites {name}, which forward kept")
+        flight = slot.outgoing[0] if slot.outgoing else slot.incoming
+        if flight is not None:
+            raise site.broken(f"writes {name} while {flight.id} is in flight")
 
     def _require_content(self, site: Site, name: str, expected: Content) -> None:
         held = self.slots[name].content
@@ -283,11 +238,9 @@ class _Walk:
             left = self.rules.buffers[name].kind in SUMS or slot.content == COLUMN_GRADIENTS
             if left and slot.content is not None:
                 raise self._site(f"buffer {name}").broken(f"{slot.content} never arrives home")
-
-        if self.schedule.direction == "forward":
-            for name, shard in self.schedule.kept(self.rank).items():
-                self._require_content(self._site(f"buffer {name}"), name, shard)
-                self._touch(name)
+        for name, shard in self.schedule.kept(self.rank).items() if self.forward else ():
+            self._require_content(self._site(f"buffer {name}"), name, shard)
+            self._touch(name)
 
     def _peak_bytes(self, phases: int) -> int:
         change = [0] * (phases + 1)
@@ -295,8 +248,4 @@ class _Walk:
             for first, last in [] if is_own(name) else slot.spans:
                 change[first] += self.rules.buffers[name].capacity_bytes
                 change[last + 1] -= self.rules.buffers[name].capacity_bytes
-        peak = held = 0
-        for step in change:
-            held += step
-            peak = max(peak, held)
-        return peak
+        return max(accumulate(change))

@@ -12,7 +12,7 @@ Where this graph is acyclic, the ranks can play it in any of its topological ord
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +20,8 @@ import networkx as nx
 
 from ..schedule.schedule import ALL_RANKS, GroupCall, Schedule, Transfer
 from .rules import broken, every_phase
+
+Ends = dict[str, dict[int, tuple[int, Transfer]]]  # transfer's name -> rank -> (index into all launches, as stated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +36,6 @@ class Launch:
         return f"call {self.call.communicator} {self.call.transfers[0].id}"
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """A transfer as one of its ranks states it."""
-
-    launch: int  # index into all launches
-    rank: int
-    transfer: Transfer
-
-
 def all_launches(schedule: Schedule) -> list[Launch]:
     """Return every group call, rank by rank, in launch order."""
     return [Launch(rank, phase.index, call) for rank, phase in every_phase(schedule) for call in phase.group_calls]
@@ -50,102 +43,86 @@ def all_launches(schedule: Schedule) -> list[Launch]:
 
 def check_order(schedule: Schedule) -> None:
     """Raise ScheduleError unless ends agree, waits are right, and nothing can deadlock."""
-    _check_communicator_order(schedule)
     launches = all_launches(schedule)
+    _check_communicator_order(schedule, launches)
     ends = _match(schedule, launches)
-    _check_pairs(ends)
-    waits = _waits(schedule, ends)
-    _check_acyclic(schedule, launches, ends, waits)
+    _check_pairs(launches)
+    _check_acyclic(schedule, launches, ends, _waits(schedule, ends))
 
 
-def _check_communicator_order(schedule: Schedule) -> None:
+def _check_communicator_order(schedule: Schedule, launches: list[Launch]) -> None:
     place = {communicator.name: index for index, communicator in enumerate(schedule.communicators)}
-    for rank, phase in every_phase(schedule):
-        names = [call.communicator for call in phase.group_calls]
-        for earlier, later in pairwise(names):
-            if place[earlier] > place[later]:
-                problem = f"launched after {earlier}, against the order of the communicators"
-                raise broken(problem, rank=rank, phase=phase.index, about=f"group call on {later}")
+    for before, after in pairwise(launches):
+        earlier, later = before.call.communicator, after.call.communicator
+        if (before.rank, before.phase) == (after.rank, after.phase) and place[earlier] > place[later]:
+            problem = f"launched after {earlier}, against the order of the communicators"
+            raise broken(problem, rank=after.rank, phase=after.phase, about=f"group call on {later}")
 
 
-def _match(schedule: Schedule, launches: list[Launch]) -> dict[Hashable, list[End]]:
-    """Return the ends of every transfer, by its name; each is stated once, and alike, by all of its ranks."""
-    ends: dict[Hashable, list[End]] = {}
+def _match(schedule: Schedule, launches: list[Launch]) -> Ends:
+    """Return the ends of every transfer; each is stated once, and alike, by all of its ranks."""
+    ends: Ends = {}
     for index, launch in enumerate(launches):
         for transfer in launch.call.transfers:
-            ends.setdefault(transfer.id, []).append(End(index, launch.rank, transfer))
-    for found in ends.values():
-        transfer = found[0].transfer
-        everyone = set(range(schedule.world_size))
-        expected = everyone if transfer.source == ALL_RANKS else {transfer.source, transfer.destination}
-        _check_ends(found, expected, launches)
+            found = ends.setdefault(transfer.id, {})
+            about = f"transfer {transfer.id}"
+            if launch.rank in found:
+                phase = launches[found[launch.rank][0]].phase
+                raise broken("launched twice", rank=launch.rank, phase=phase, about=about)
+            found[launch.rank] = index, transfer
+            first = next(iter(found))
+            if transfer != found[first][1]:
+                raise broken(f"differs from that of rank {first}", rank=launch.rank, phase=launch.phase, about=about)
+    for name, found in ends.items():
+        first, (index, transfer) = next(iter(found.items()))
+        collective = transfer.source == ALL_RANKS
+        expected = range(schedule.world_size) if collective else (transfer.source, transfer.destination)
+        missing = set(expected) - set(found)
+        if missing:
+            problem = f"not launched on rank {min(missing)}"
+            raise broken(problem, rank=first, phase=launches[index].phase, about=f"transfer {name}")
     return ends
 
 
-def _check_ends(found: list[End], expected: set[int], launches: list[Launch]) -> None:
-    stated = [end.rank for end in found]
-    about = f"transfer {found[0].transfer.id}"
-    for end in found:
-        phase = launches[end.launch].phase
-        if stated.count(end.rank) > 1:
-            raise broken("launched twice", rank=end.rank, phase=phase, about=about)
-        if end.transfer != found[0].transfer:
-            raise broken(f"differs from that of rank {found[0].rank}", rank=end.rank, phase=phase, about=about)
-    missing = expected - set(stated)
-    if missing:
-        first = found[0]
-        problem = f"not launched on rank {min(missing)}"
-        raise broken(problem, rank=first.rank, phase=launches[first.launch].phase, about=about)
-
-
-def _check_pairs(ends: dict[Hashable, list[End]]) -> None:
+def _check_pairs(launches: Iterable[Launch]) -> None:
     """Between two ranks a communicator knows no names: the n-th send meets the n-th receive."""
-    orders: dict[tuple[str, int, int], dict[int, list[End]]] = {}
-    for found in ends.values():
-        for end in found:
-            transfer = end.transfer
+    orders: dict[tuple[str, int, int], dict[int, list[str]]] = {}
+    for launch in launches:
+        for transfer in launch.call.transfers:
             if transfer.source != ALL_RANKS:
                 route = (transfer.communicator, transfer.source, transfer.destination)
-                orders.setdefault(route, {}).setdefault(end.rank, []).append(end)
+                orders.setdefault(route, {}).setdefault(launch.rank, []).append(transfer.id)
     for (communicator, source, destination), sides in orders.items():
-        _check_pair(communicator, in_launch_order(sides[source]), in_launch_order(sides[destination]))
+        for sent, received in zip(sides[source], sides[destination], strict=True):
+            if sent != received:
+                problem = f"on {communicator} meets {sent} of rank {source}: sent in another order"
+                raise broken(problem, rank=destination, about=f"transfer {received}")
 
 
-def in_launch_order(ends: Iterable[End]) -> list[End]:
-    """Sort the ends on one rank; within a call they are found in the order listed, which sorting keeps."""
-    return sorted(ends, key=lambda end: end.launch)
-
-
-def _check_pair(communicator: str, sends: list[End], receives: list[End]) -> None:
-    for sent, received in zip(sends, receives, strict=True):
-        if sent.transfer.id != received.transfer.id:
-            problem = f"on {communicator} meets {sent.transfer.id} of rank {sent.rank}: sent in another order"
-            raise broken(problem, rank=received.rank, about=f"transfer {received.transfer.id}")
-
-
-def _waits(schedule: Schedule, ends: dict[Hashable, list[End]]) -> list[tuple[int, int, int]]:
+def _waits(schedule: Schedule, ends: Ends) -> list[tuple[int, int, int]]:
     """Return (launch, rank, phase) of every wait; each end is waited for exactly once, after its launch."""
-    launch_of = {(end.rank, name): end.launch for name, found in ends.items() for end in found}
     waits, waited = [], set()
     for rank, phase in every_phase(schedule):
         for name in phase.waits:
             about = f"transfer {name}"
-            if (rank, name) not in launch_of:
+            if rank not in ends.get(name, ()):
                 raise broken("waited for, never launched here", rank=rank, phase=phase.index, about=about)
             if (rank, name) in waited:
                 raise broken("waited for twice", rank=rank, phase=phase.index, about=about)
             waited.add((rank, name))
-            waits.append((launch_of[rank, name], rank, phase.index))
-    for rank, name in launch_of:
-        if (rank, name) not in waited:
-            raise broken("never waited for", rank=rank, about=f"transfer {name}")
+            waits.append((ends[name][rank][0], rank, phase.index))
+    for name, found in ends.items():
+        for rank in found:
+            if (rank, name) not in waited:
+                raise broken("never waited for", rank=rank, about=f"transfer {name}")
     return waits
 
 
-def _check_acyclic(
-    schedule: Schedule, launches: list[Launch], ends: dict[Hashable, list[End]], waits: list[tuple[int, int, int]]
-) -> None:
-    node_of = _contract(len(launches), ends)
+def _check_acyclic(schedule: Schedule, launches: list[Launch], ends: Ends, waits: list[tuple[int, int, int]]) -> None:
+    exchanges = nx.utils.UnionFind(range(len(launches)))  # calls joined by a transfer are one node
+    for found in ends.values():
+        exchanges.union(*(index for index, _ in found.values()))
+    node_of = [exchanges[index] for index in range(len(launches))]
     graph = nx.DiGraph()
     for rank in range(schedule.world_size):
         nx.add_path(graph, [("phase", rank, phase.index) for phase in schedule.phases(rank)])
@@ -153,24 +130,12 @@ def _check_acyclic(
         graph.add_edge(("phase", launch.rank, launch.phase), node_of[index])
         if index and launches[index - 1].rank == launch.rank:
             graph.add_edge(node_of[index - 1], node_of[index])
-    for launch, rank, phase in waits:
-        graph.add_edge(node_of[launch], ("phase", rank, phase))
-    if not nx.is_directed_acyclic_graph(graph):
-        raise _deadlock(graph, launches)
-
-
-def _contract(count: int, ends: dict[Hashable, list[End]]) -> list[int]:
-    """Return for every launch the number of its node: calls joined by a transfer share one."""
-    exchanges = nx.utils.UnionFind(range(count))
-    for found in ends.values():
-        exchanges.union(*(end.launch for end in found))
-    return [exchanges[index] for index in range(count)]
-
-
-def _deadlock(graph: nx.DiGraph, launches: list[Launch]) -> Exception:
+    for index, rank, phase in waits:
+        graph.add_edge(node_of[index], ("phase", rank, phase))
+    if nx.is_directed_acyclic_graph(graph):
+        return
     nodes = [edge[0] for edge in nx.find_cycle(graph)]
     names = [str(launches[node]) if isinstance(node, int) else f"rank {node[1]} phase {node[2]}" for node in nodes]
     shown = [*names[:6], *(["…"] if len(names) > 6 else []), names[0]]
-    calls = [launches[node] for node in nodes if isinstance(node, int)]
-    at = calls[0]  # phases alone form no cycle
-    return broken(f"deadlock: {' -> '.join(shown)}", rank=at.rank, phase=at.phase, about=str(at))
+    at = launches[next(node for node in nodes if isinstance(node, int))]  # phases alone form no cycle
+    raise broken(f"deadlock: {' -> '.join(shown)}", rank=at.rank, phase=at.phase, about=str(at))

@@ -6,8 +6,6 @@ plays and `check` proves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ...traces.errors import UnsupportedError
 from ..schedule.schedule import COLUMNS_HOME, DCOLUMNS_HOME, OUT_HOME, Q_HOME, Schedule, ShardId, Task, Transfer
 from .rules import Rules, Site, is_own
@@ -21,22 +19,14 @@ def check_playable(schedule: Schedule) -> None:
     _check_slots(schedule)
     group_heads = schedule.num_heads // Rules(schedule).head_groups
     for rank in range(schedule.world_size):
-        statements = list(_statements(schedule, rank))
-        _check_tasks([(site, one) for site, one in statements if isinstance(one, Task)], group_heads)
-        _check_results(statements, rank)
-        for site, one in statements:
-            if isinstance(one, Transfer):
-                _check_transfer(schedule, site, one)
-
-
-def _statements(schedule: Schedule, rank: int) -> Iterator[tuple[Site, Transfer | Task]]:
-    """Yield a rank's transfers and tasks, phase by phase."""
-    for phase in schedule.phases(rank):
-        for call in phase.group_calls:
-            for transfer in call.transfers:
-                yield Site(rank, phase.index, transfer), transfer
-        for task in phase.tasks:
-            yield Site(rank, phase.index, task), task
+        phases = schedule.phases(rank)
+        tasks = [(Site(rank, phase.index, task), task) for phase in phases for task in phase.tasks]
+        _check_tasks(tasks, group_heads)
+        # Results of a head group are whole where they come from: they are not merged at home.
+        at_home = {task.query.head_group for _, task in tasks if task.out_buffer == OUT_HOME}
+        for phase in phases:
+            for transfer in (transfer for call in phase.group_calls for transfer in call.transfers):
+                _check_transfer(schedule, Site(rank, phase.index, transfer), transfer, at_home)
 
 
 def _check_slots(schedule: Schedule) -> None:
@@ -67,19 +57,16 @@ def _check_tasks(tasks: list[tuple[Site, Task]], group_heads: int) -> None:
             _refuse(site, f"adds to {task.out_buffer}, which sums up queries that {buffers[task.query]} sums up")
 
 
-def _check_results(statements: list[tuple[Site, Transfer | Task]], rank: int) -> None:
-    """Results of a head group are whole where they come from: they are not merged at home."""
-    at_home = {one.query.head_group for _, one in statements if isinstance(one, Task) and one.out_buffer == OUT_HOME}
-    for site, one in statements:
-        if isinstance(one, Transfer) and one.kind == "out" and one.destination == rank:
-            assert one.shard is not None
-            if one.shard.head_group in at_home:
-                _refuse(site, "results of a head group come from one rank")
-            at_home.add(one.shard.head_group)
+def _check_transfer(schedule: Schedule, site: Site, transfer: Transfer, at_home: set[int]) -> None:
+    """Columns are summed at home; queries come from their owner, and results go straight there.
 
-
-def _check_transfer(schedule: Schedule, site: Site, transfer: Transfer) -> None:
-    """Columns are summed at home; queries come from their owner, and results go straight there."""
+    at_home: head groups whose results are there already; those that arrive are added.
+    """
+    if transfer.kind == "out" and transfer.destination == site.rank:
+        assert transfer.shard is not None
+        if transfer.shard.head_group in at_home:
+            _refuse(site, "results of a head group come from one rank")
+        at_home.add(transfer.shard.head_group)
     summed = COLUMNS_HOME if schedule.direction == "forward" else DCOLUMNS_HOME
     if transfer.kind == "columns" and transfer.buffer != summed:
         _refuse(site, f"columns are summed in {summed}, not {transfer.buffer}")

@@ -147,21 +147,19 @@ class Rules:
                 raise broken(f"phases are numbered {indices}", rank=rank)
 
     def _check_pools(self) -> None:
-        """Slots of one pool lie in one tensor, so they hold one kind of content."""
-        kinds: dict[str, Buffer] = {}
+        """Slots of one pool lie in one tensor, so they hold one kind of content in one width."""
+        first_of: dict[str, Buffer] = {}
+        first_slots: dict[str, Buffer] = {}
         for buffer in self.schedule.buffers:
-            first = kinds.setdefault(buffer.name.partition(":")[0], buffer)
+            pool, own, about = buffer.name.partition(":")[0], is_own(buffer.name), f"buffer {buffer.name}"
+            first = first_of.setdefault(pool, buffer)
             if buffer.kind != first.kind:
                 problem = f"is for {buffer.kind}, {first.name} of the same pool for {first.kind}"
-                raise broken(problem, about=f"buffer {buffer.name}")
-        widths: dict[str, bool] = {}
-        for buffer in self.schedule.buffers:
-            if buffer.narrow and (buffer.kind != "dkv" or is_own(buffer.name)):
-                raise broken("is narrow, which only slots for gradients are", about=f"buffer {buffer.name}")
-            if is_own(buffer.name):
-                continue
-            if widths.setdefault(buffer.name.partition(":")[0], buffer.narrow) != buffer.narrow:
-                raise broken("is narrow or wide unlike others of its pool", about=f"buffer {buffer.name}")
+                raise broken(problem, about=about)
+            if buffer.narrow and (buffer.kind != "dkv" or own):
+                raise broken("is narrow, which only slots for gradients are", about=about)
+            if not own and first_slots.setdefault(pool, buffer).narrow != buffer.narrow:
+                raise broken("is narrow or wide unlike others of its pool", about=about)
 
     def _check_call(self, rank: int, phase: int, call: GroupCall) -> None:
         site = Site(rank, phase, f"group call on {call.communicator}")
@@ -174,18 +172,6 @@ class Rules:
             self._check_ends(at, transfer)
             self._check_buffers(at, transfer)
 
-    def _check_narrow(self, site: Site, transfer: Transfer) -> None:
-        """What lies rounded travels rounded; what does not is rounded where it is sent, so that nobody can pull it."""
-        source, target = (self._is_narrow(name) for name in (transfer.source_buffer, transfer.buffer))
-        site.require(transfer.narrow or not (source or target), "leaves or enters a narrow buffer, but travels wide")
-        pulled = transfer.narrow and transfer.transport == "pull"
-        site.require(source or not pulled, f"pulls rounded what {transfer.source_buffer} holds wide")
-        into = transfer.accumulate_into
-        site.require(into is None or not self._is_narrow(into), f"is added into {into}, which holds rounded sums")
-
-    def _is_narrow(self, name: str) -> bool:
-        return name in self.buffers and self.buffers[name].narrow
-
     def _check_ends(self, site: Site, transfer: Transfer) -> None:
         group = self.groups[transfer.communicator][site.rank]
         ends = (transfer.source, transfer.destination)
@@ -193,7 +179,13 @@ class Rules:
             fits = COLLECTIVES.get(transfer.kind) == transfer.transport
             site.require(fits, f"{transfer.kind} cannot go by {transfer.transport}")
             site.require(ends == (ALL_RANKS, ALL_RANKS), "must be of all ranks")
-            self._check_common_shard(site, transfer)
+            shard = transfer.shard  # of no rank, but it may be of one head group
+            if transfer.kind == "columns" or self.head_groups == 1:
+                site.require(shard is None, "must be of no shard")
+            else:
+                of_all = shard is not None and shard.sequence_part == ALL_RANKS
+                of_group = shard is not None and 0 <= shard.head_group < self.head_groups
+                site.require(of_all and of_group, "must be of a head group of all ranks")
             site.require(group == tuple(range(self.schedule.world_size)), f"goes over {group} alone")
             return
         site.require(transfer.transport in POINT_TO_POINT, f"{transfer.kind} cannot go by {transfer.transport}")
@@ -201,15 +193,6 @@ class Rules:
         site.require(ends[0] != ends[1], "source and destination are the same rank")
         site.require(set(ends) <= set(group), f"leaves the group {group} of {transfer.communicator}")
         site.require(transfer.shard is not None and self._exists(transfer.shard), "is of no shard")
-
-    def _check_common_shard(self, site: Site, transfer: Transfer) -> None:
-        """What all ranks take part in is of no rank's shard, but may be of one head group."""
-        shard = transfer.shard
-        if transfer.kind == "columns" or self.head_groups == 1:
-            site.require(shard is None, "must be of no shard")
-            return
-        of_group = shard is not None and shard.sequence_part == ALL_RANKS and 0 <= shard.head_group < self.head_groups
-        site.require(of_group, "must be of a head group of all ranks")
 
     def _exists(self, shard: ShardId) -> bool:
         return 0 <= shard.sequence_part < self.schedule.world_size and 0 <= shard.head_group < self.head_groups
@@ -222,18 +205,24 @@ class Rules:
             summed = transfer.kind == "dkv" and transfer.transport in POINT_TO_POINT and into is not None
             site.require(summed, "only gradients sent from rank to rank that are added on arrival travel narrow")
         for name in (transfer.source_buffer, transfer.buffer):
-            self._check_fits(site, transfer, name, transfer.kind)
-        self._check_narrow(site, transfer)
-        if transfer.transport == "pull":
-            name = transfer.source_buffer
-            site.require(self.buffers[name].shared, f"pulls from {name}, which is not stated as shared")
+            self._check_fits(site, transfer, name)
+        # What lies rounded travels rounded; what does not is rounded where it is sent, so that nobody can pull it.
+        source, target = self.buffers[transfer.source_buffer], self.buffers[transfer.buffer]
+        lies_narrow = source.narrow or target.narrow
+        site.require(transfer.narrow or not lies_narrow, "leaves or enters a narrow buffer, but travels wide")
+        pulls = transfer.transport == "pull"
+        rounds = pulls and transfer.narrow and not source.narrow
+        site.require(not rounds, f"pulls rounded what {source.name} holds wide")
+        summed_narrow = into in self.buffers and self.buffers[into].narrow
+        site.require(not summed_narrow, f"is added into {into}, which holds rounded sums")
+        site.require(source.shared or not pulls, f"pulls from {source.name}, which is not stated as shared")
         if transfer.kind == "columns":
             site.require(transfer.source_buffer == transfer.buffer, "an all_reduce is done in place")
             backward = self.schedule.direction == "backward"
             site.require(into == (DKV_HOME if backward else None), f"accumulates into {into}")
             site.require(into is None or into in self.buffers, f"buffer {into} is not stated")
             return
-        if transfer.transport in ("all_gather", "reduce_scatter"):
+        if transfer.transport in COLLECTIVES.values():
             self._check_collective(site, transfer)
         site.require(not is_own(transfer.buffer), f"lands on the rank's own data {transfer.buffer}")
         if transfer.kind not in SUMS:
@@ -242,7 +231,7 @@ class Rules:
         site.require(not is_own(transfer.source_buffer), f"takes {transfer.source_buffer} from home")
         if into is not None:
             site.require(into != transfer.buffer, f"is added into {into}, where it lands")
-            self._check_fits(site, transfer, into, transfer.kind)
+            self._check_fits(site, transfer, into)
 
     def _check_collective(self, site: Site, transfer: Transfer) -> None:
         """A slot per rank; K/V come from home, and sums of gradients go there."""
@@ -251,17 +240,17 @@ class Rules:
         numbered = first.partition(":")[2].isdecimal()
         site.require(numbered and not is_own(first), f"has no slot per rank in {first}")
         for name in slots_from(first, self.schedule.world_size):
-            self._check_fits(site, transfer, name, transfer.kind)
+            self._check_fits(site, transfer, name)
             site.require(gathers or name != transfer.buffer, f"lands in {name}, which it takes from")
         if gathers:
             site.require(transfer.source_buffer == KV_HOME, f"takes {transfer.source_buffer}, not {KV_HOME}")
         else:
             site.require(transfer.accumulate_into == DKV_HOME, f"accumulates into {transfer.accumulate_into}")
 
-    def _check_fits(self, site: Site, transfer: Transfer, name: str, kind: TransferKind) -> None:
+    def _check_fits(self, site: Site, transfer: Transfer, name: str) -> None:
         site.require(name in self.buffers, f"buffer {name} is not stated")
         buffer = self.buffers[name]
-        site.require(buffer.kind == kind, f"buffer {name} is for {buffer.kind}")
+        site.require(buffer.kind == transfer.kind, f"buffer {name} is for {buffer.kind}")
         size, room = transfer.capacity_bytes, buffer.capacity_bytes
         site.require(size <= room, f"{size} bytes do not fit the {room} bytes of buffer {name}")
 

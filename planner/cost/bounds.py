@@ -14,24 +14,11 @@ from numpy.typing import NDArray
 
 from ..schedule.launches import Launch, launches_of
 from ..schedule.pairs import Pairs
-from ..schedule.schedule import DIRECTIONS, Direction, ShardId, Task
+from ..schedule.schedule import Direction, ShardId, Task
 from ..schedule.shape import AttentionShape
 from ..schedule.workload import TaskWork, Workload
 from .cluster import Cluster
 from .kernels import CostModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """Microseconds that one direction of one layer takes at least."""
-
-    compute_us: float
-    communication_us: float
-
-    @property
-    def total_us(self) -> float:
-        """The larger of the two: at best one hides the other."""
-        return max(self.compute_us, self.communication_us)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,34 +44,21 @@ class Allowed:
 ANYTHING = Allowed()
 
 
-def lower_bound(
-    *,
+def lower_bound_us(
     workload: Workload,
     cluster: Cluster,
     cost: CostModel,
     shape: AttentionShape,
     direction: Direction,
     allowed: Allowed = ANYTHING,
-) -> Bound:
-    """Return the bound of one direction of one layer. Tile pairs are those of `workload`'s placement."""
-    exchanges_us = [exchange_bound_us(cluster, shape, direction, allowed, degree=degree) for degree in allowed.degrees]
-    return Bound(
-        compute_us=compute_bound_us(workload, cost, direction),
-        communication_us=min([communication_bound_us(cluster, shape, direction, allowed), *exchanges_us]),
-    )
-
-
-def step_bound_us(
-    *,
-    workload: Workload,
-    cluster: Cluster,
-    cost: CostModel,
-    shape: AttentionShape,
-    allowed: Allowed = ANYTHING,
 ) -> float:
-    """Return the bound of forward + backward of one layer, in microseconds."""
-    given = {"workload": workload, "cluster": cluster, "cost": cost, "shape": shape, "allowed": allowed}
-    return sum(lower_bound(direction=direction, **given).total_us for direction in DIRECTIONS)
+    """Return the least microseconds of one direction of one layer. Tile pairs are those of `workload`'s placement.
+
+    The larger of compute and communication: at best one hides the other.
+    """
+    exchanges_us = [exchange_bound_us(cluster, shape, direction, allowed, degree=degree) for degree in allowed.degrees]
+    communication_us = min([communication_bound_us(cluster, shape, direction, allowed), *exchanges_us])
+    return max(compute_bound_us(workload, cost, direction), communication_us)
 
 
 def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ...traces.errors import InputError
-from ...traces.validation import validation_error
+from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml
+from ..specs import Strict
 
 CLUSTER_SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parent.parent / "presets"
 MAX_CLUSTER_BYTES = 1 << 16
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Kernels(_Strict):
+class Kernels(Strict):
     """What a backend's kernels reach: blocks a share of the GPU's peak, columns a share of the rate of blocks."""
 
     block_forward_efficiency: float = Field(gt=0, le=1)
@@ -60,7 +57,7 @@ class Gpu(Kernels):
         return max(self.communication_slowdown if sends else 0.0, of_pulls if pulls else 0.0)
 
 
-class Link(_Strict):
+class Link(Strict):
     """A kind of link. bandwidth_bytes_per_us: of one port, each way. latency_us: of one group call."""
 
     name: str
@@ -91,7 +88,7 @@ class Nics(Link):
     nics_per_node: int = Field(gt=0)
 
 
-class Cluster(_Strict):
+class Cluster(Strict):
     """Nodes of equal GPUs. Rank r is GPU r % gpus_per_node of node r // gpus_per_node."""
 
     schema_version: Literal[1] = CLUSTER_SCHEMA_VERSION
@@ -142,15 +139,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
 
 def parse_cluster(document: object, *, source: str | Path) -> Cluster:
     """Build a Cluster from parsed YAML; InputError names the field and the value."""
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > CLUSTER_SCHEMA_VERSION:
-        raise InputError(
-            f"is {version}; this version reads up to {CLUSTER_SCHEMA_VERSION}", source=source, field="schema_version"
-        )
-    try:
-        cluster = Cluster.model_validate(document)
-    except ValidationError as error:
-        raise validation_error(error, source) from error
+    cluster = validated(Cluster, document, source, newest_schema=CLUSTER_SCHEMA_VERSION)
     if cluster.nodes > 1 and cluster.inter_node is None:
         raise InputError("is needed for more than one node", source=source, field="inter_node")
     return cluster

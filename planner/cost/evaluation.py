@@ -43,8 +43,7 @@ class Evaluation:
     @property
     def step_imbalance(self) -> float:
         """Sum over phases of the maximum over ranks over the sum of the means."""
-        mean = self.phase_us.mean(axis=0).sum()
-        return float(self.phase_us.max(axis=0).sum() / mean) if mean else 1.0
+        return step_imbalance(self.phase_us)
 
 
 class Evaluator(Protocol):
@@ -59,3 +58,9 @@ def imbalance(values: NDArray[np.float64]) -> float:
     """Return maximum over mean; 1 when there is no work at all."""
     mean = float(values.mean())
     return float(values.max()) / mean if mean else 1.0
+
+
+def step_imbalance(phases: NDArray[np.float64]) -> float:
+    """Return the sum over phases of the maximum over ranks over that of the means; 1 without work. phases: [W, P]."""
+    mean = phases.mean(axis=0).sum()
+    return float(phases.max(axis=0).sum() / mean) if mean else 1.0

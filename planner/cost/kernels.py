@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..plan import ELEMENT_BYTES, DType, ModelShape, Plan
+from ..plan import Plan
 from ..schedule.backends import kernel_head_dim
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction, Task
 from ..schedule.workload import TaskWork, Workload
+from ..specs import ELEMENT_BYTES, DType, ModelShape
 from .cluster import Cluster, Gpu
 
 BACKWARD_FLOPS_FACTOR = 2.5  # five matrix products where forward has two
@@ -49,7 +50,7 @@ class DatasheetCost:
     all query heads of a K/V head; a row is a head's all the same, since kernels split the longest of them by heads.
 
     Kernels: one in forward; in backward one for dQ, one for dK/dV of keys and one for those of columns, by the shares
-    of their matrix products. one_pass_backward: one kernel over query rows for all gradients, as MTraining's.
+    of their matrix products.
 
     Accumulators: out (dQ) is written in float32, or in the inputs' type by the launch that ends it, and read before by
     all launches but the first. dK and dV of every key shard are written in float32; that they are read where gradients
@@ -69,7 +70,6 @@ class DatasheetCost:
     heads: int | None = None
     element_bytes: int = 2
     backend: str = PORTABLE_BACKEND
-    one_pass_backward: bool = False
     computed_head_dim: int | None = None
 
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
@@ -77,14 +77,18 @@ class DatasheetCost:
         if not any(one.tile_pairs for one in work):
             return 0.0
         parts = [(one, self._pair_us(task, direction)) for task, one in zip(launch.tasks, work, strict=True)]
-        keyed = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is not None]
-        if direction == "forward" or self.one_pass_backward:
-            kernels_us = [self._by_query(parts)]
-        else:
+        longest_us = sum(one.longest_row * us for one, us in parts)
+        kernels_us = [self._waves_us(parts, max(one.rows_with_work for one, _ in parts), longest_us)]
+        if direction == "backward":
+            keyed = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is not None]
             columns = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is None]
-            kernels_us = [QUERY_SHARE * self._by_query(parts)]
-            kernels_us += [KEY_SHARE * self._by_key(keyed, self._sharing(launch))] if keyed else []
-            kernels_us += [KEY_SHARE * sum(one.tile_pairs * us for one, us in columns)] if columns else []
+            kernels_us = [QUERY_SHARE * kernels_us[0]]
+            if keyed:
+                rows = -(-sum(one.key_rows_with_work for one, _ in keyed) // self._sharing(launch))
+                longest_us = max(one.longest_key_row * us for one, us in keyed)
+                kernels_us.append(KEY_SHARE * self._waves_us(keyed, rows, longest_us))
+            if columns:
+                kernels_us.append(KEY_SHARE * sum(one.tile_pairs * us for one, us in columns))
         traffic_us = self._traffic_us(launch, work, direction)
         return len(kernels_us) * self.gpu.launch_overhead_us + sum(kernels_us) + traffic_us
 
@@ -97,24 +101,11 @@ class DatasheetCost:
     def _kernel_head_dim(self) -> int:
         return self.computed_head_dim or self.head_dim
 
-    @property
-    def _programs(self) -> int:
-        return self.gpu.multiprocessors * self.gpu.programs_per_multiprocessor
-
-    def _by_query(self, parts: Sequence[tuple[TaskWork, float]]) -> float:
-        """Return the time of a kernel over query rows. parts: work, and the time of a tile pair on the whole GPU."""
-        rows = max(work.rows_with_work for work, _ in parts)
-        longest_us = sum(work.longest_row * pair_us for work, pair_us in parts)
-        return self._waves_us(parts, rows, longest_us)
-
-    def _by_key(self, parts: Sequence[tuple[TaskWork, float]], queries_per_kv_head: int) -> float:
-        """Return the time of a kernel over key rows."""
-        rows = -(-sum(work.key_rows_with_work for work, _ in parts) // queries_per_kv_head)
-        return self._waves_us(parts, rows, max(work.longest_key_row * pair_us for work, pair_us in parts))
-
     def _waves_us(self, parts: Sequence[tuple[TaskWork, float]], rows: int, longest_us: float) -> float:
+        """Return the time of a kernel over so many rows. parts: work, and the time of a tile pair on the whole GPU."""
+        programs = self.gpu.multiprocessors * self.gpu.programs_per_multiprocessor
         total_us = sum(work.tile_pairs * pair_us for work, pair_us in parts)
-        return self._programs * max(total_us / min(self._programs, max(rows, 1)), longest_us)
+        return programs * max(total_us / min(programs, max(rows, 1)), longest_us)
 
     def _pair_us(self, task: Task, direction: Direction) -> float:
         flops = 4.0 * self.block_size**2 * self._kernel_head_dim
@@ -138,17 +129,14 @@ class DatasheetCost:
         # Of every row of the queries: K and V of the key shards, and dK and dV, which are written in backward alone.
         keys = 2 * sum(task.key is not None for task in launch.tasks) / self._sharing(launch)
         key_bytes = keys * accumulator if backward else 0
-        copied_bytes = 2 * self.element_bytes * (3 if backward else 2) if self._copies(launch) else 0
+        first, last = launch.tasks[0].heads
+        copies = launch.begins and self.heads is not None and last - first < self.heads  # a head group's queries, once
+        copied_bytes = 2 * self.element_bytes * (3 if backward else 2) if copies else 0
         moved = self._kernel_head_dim * (query_bytes + key_bytes) + self.head_dim * copied_bytes
         if self._kernel_head_dim != self.head_dim:  # copies: one of the two sizes is read, the other written
             operand_bytes = self.element_bytes * ((2 if backward else 1) + keys)
             moved += (self.head_dim + self._kernel_head_dim) * (operand_bytes + query_bytes + key_bytes)
         return rows * moved / self.gpu.memory_bandwidth_bytes_per_us
-
-    def _copies(self, launch: Launch) -> bool:
-        """Whether the queries of a launch are copied first: those of a head group, once."""
-        first, last = launch.tasks[0].heads
-        return launch.begins and self.heads is not None and last - first < self.heads
 
 
 def datasheet_cost(
@@ -179,8 +167,3 @@ def task_work(task: Task, workload: Workload) -> TaskWork:
     if task.key is None:
         return workload.columns_task(task.query.sequence_part, task.heads)
     return workload.block_task(task.query.sequence_part, task.key.sequence_part, task.heads)
-
-
-def launch_work(launch: Launch, workload: Workload) -> list[TaskWork]:
-    """Return the work of each task of a launch under a layer's workload."""
-    return [task_work(task, workload) for task in launch.tasks]

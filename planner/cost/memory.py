@@ -11,7 +11,7 @@ Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an elem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from ..schedule.backends import kernel_head_dim
@@ -71,13 +71,19 @@ def layer_memory(
     returned_bytes = q_bytes + shape.kv_bytes if shape.accumulator_bytes != shape.element_bytes else 0
     home_bytes += _group_bytes(schedule, shape, q_bytes, dq_bytes) or returned_bytes
     home_bytes += 3 * q_bytes + shape.kv_bytes if reordered else 0
+    # Slots for results that change ranks need no room: accumulators, twice as large, were freed for them.
+    results = [buffer for buffer in schedule.buffers if buffer.kind == "out" and buffer.name not in HOMES]
+    # Gradients that wait, rounded, to be sent; every rank sends alike.
+    narrow = {buffer.name for buffer in schedule.buffers if buffer.narrow}
+    calls = [call for phase in schedule.phases(0) for call in phase.group_calls]
+    rounded = {transfer.source_buffer for call in calls for transfer in call.transfers if transfer.narrow}
+    workspace_bytes = max(0, _workspace_bytes(schedule, shape, backend, narrow) - returned_bytes)
     return LayerMemory(
         home_bytes=home_bytes,
         columns_bytes=shape.columns_bytes("forward") + shape.columns_bytes("backward"),
-        buffer_bytes=schedule.buffer_bytes - _waiting_results_bytes(schedule),
+        buffer_bytes=schedule.buffer_bytes - sum(buffer.capacity_bytes for buffer in results),
         kept_bytes=(layers - 1) * schedule.kept_bytes,
-        workspace_bytes=max(0, _workspace_bytes(schedule, shape, backend) - returned_bytes)
-        + _rounded_bytes(schedule, shape),
+        workspace_bytes=workspace_bytes + (shape.kv_bytes if rounded - narrow else 0),
     )
 
 
@@ -89,29 +95,13 @@ def _group_bytes(schedule: Schedule, shape: AttentionShape, q_bytes: int, dq_byt
     is sent, which is copied, queries of all other groups and K/V of all; whichever is more.
     """
     slots = {buffer.kind: buffer.capacity_bytes for buffer in schedule.buffers if buffer.name not in HOMES}
-    groups = schedule.num_heads // _launched_heads(schedule)
-    if "q" in slots:
-        begun = any(buffer.name == COLUMNS_HOME for buffer in schedule.buffers)
-        first = slots["q"] + dq_bytes // groups + slots.get("dkv", 0) if begun else 0
-        beginning = (groups - 1) * slots["q"] + shape.kv_bytes + first - dq_bytes
-        return q_bytes + max(beginning, sum(slots.values()))
-    if groups == 1:
+    if "q" not in slots:
         return 0
-    # All groups are its own: copies of q and dout, and of K/V; dq whole and by groups.
-    return 4 * q_bytes + groups * slots.get("kv", 0)
-
-
-def _waiting_results_bytes(schedule: Schedule) -> int:
-    """Return the bytes of slots for results that change ranks: accumulators, twice as large, were freed for them."""
-    return sum(
-        buffer.capacity_bytes for buffer in schedule.buffers if buffer.kind == "out" and buffer.name not in HOMES
-    )
-
-
-def _of_one_group(schedule: Schedule, shape: AttentionShape) -> AttentionShape:
-    """Return the sizes of a rank's launches: all heads, or those of a head group."""
-    count = _launched_heads(schedule)
-    return replace(shape, heads=count, kv_heads=max(1, shape.kv_heads * count // shape.heads))
+    groups = schedule.num_heads // _launched_heads(schedule)
+    begun = any(buffer.name == COLUMNS_HOME for buffer in schedule.buffers)
+    first = slots["q"] + dq_bytes // groups + slots.get("dkv", 0) if begun else 0
+    beginning = (groups - 1) * slots["q"] + shape.kv_bytes + first - dq_bytes
+    return q_bytes + max(beginning, sum(slots.values()))
 
 
 def _launched_heads(schedule: Schedule) -> int:
@@ -120,25 +110,20 @@ def _launched_heads(schedule: Schedule) -> int:
     return last - first
 
 
-def _rounded_bytes(schedule: Schedule, shape: AttentionShape) -> int:
-    """Return what gradients take that wait, rounded, to be sent; every rank sends alike."""
-    calls = [call for phase in schedule.phases(0) for call in phase.group_calls]
-    rounded = {transfer.source_buffer for call in calls for transfer in call.transfers if transfer.narrow}
-    return shape.kv_bytes if rounded - _narrow_slots(schedule) else 0
+def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str, narrow: Set[str]) -> int:
+    """Return what a backward launch holds at most: of flash-attn-4, with the tables of all; of padded heads; else 0.
 
-
-def _narrow_slots(schedule: Schedule) -> set[str]:
-    return {buffer.name for buffer in schedule.buffers if buffer.narrow}
-
-
-def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str) -> int:
-    """Return what a backward launch holds at most: of flash-attn-4, with the tables of all; of padded heads; else 0."""
+    narrow: names of slots that launches write rounded, with no copy of their own. Looked at are the ranks that may
+    launch most: all, or of very many the first and the last, which causality favours.
+    """
     padded = kernel_head_dim(backend, shape.head_dim) != shape.head_dim
     if schedule.direction != "backward" or not (padded or backend in FLASH4_BACKENDS):
         return 0
-    narrow, launched = _narrow_slots(schedule), _of_one_group(schedule, shape)
-    held = _padded_bytes if padded else _launches_bytes
-    return max(held(schedule.phases(rank), launched, narrow) for rank in _looked_at(schedule.world_size))
+    heads, held = _launched_heads(schedule), _padded_bytes if padded else _flash4_bytes
+    launched = replace(shape, heads=heads, kv_heads=max(1, shape.kv_heads * heads // shape.heads))
+    world = schedule.world_size
+    ranks = range(world) if world <= MOST_RANKS else (0, world - 1)
+    return max(held(schedule.phases(rank), launched, narrow) for rank in ranks)
 
 
 def _padded_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
@@ -146,10 +131,10 @@ def _padded_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[st
 
     Only Triton's launches pad.
     """
-    launches = [tasks for phase in phases for tasks in launches_of(phase.tasks, backend="triton")]
     element, accumulator = shape.element_bytes, shape.accumulator_bytes
     wide, held = kernel_head_dim("triton", shape.head_dim), [0]
     columns_bytes = 2 * shape.columns_capacity * shape.heads * wide * (element + accumulator)
+    launches = [tasks for phase in phases for tasks in launches_of(phase.tasks, backend="triton")]
     for tasks in launches:
         names = _slots_of(tasks)
         of_keys = element + (element if narrow >= set(names) else accumulator)
@@ -161,51 +146,33 @@ def _padded_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[st
     return max(held)
 
 
-def _looked_at(world_size: int) -> Iterable[int]:
-    """Return the ranks that may launch most: all, or of very many the first and the last, which causality favours."""
-    return range(world_size) if world_size <= MOST_RANKS else (0, world_size - 1)
-
-
-def _launches_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
-    """narrow: names of slots that launches write rounded, with no copy of their own."""
-    launched = [_slots_of(tasks) for phase in phases for tasks in launches_of(phase.tasks, backend="flash4")]
+def _flash4_bytes(phases: Sequence[Phase], shape: AttentionShape, narrow: Set[str]) -> int:
+    """Return what a launch of flash-attn-4 holds for dq, dk, dv and copies of q and dout, and the tables of all."""
+    element, accumulator, group = shape.element_bytes, shape.accumulator_bytes, shape.heads // shape.kv_heads
     tiles = -(-shape.tokens_per_rank // TABLE_BLOCK_TOKENS)
-    together = [_heads_of_a_launch(shape, len(names), tiles) for names in launched]
-    if sum(map(len, launched)) < 2:  # a copy for one launch of the own shard does not pay
-        together = [1] * len(launched)
-    copied_bytes = 2 * shape.heads * shape.element_bytes  # q and dout, from the first launch that wants them on
-    parts = len({task.query for phase in phases for task in phase.tasks})  # each keeps its own
-    row_bytes = [
-        _row_bytes(shape, names, narrow, heads) + parts * copied_bytes * (max(together[: number + 1]) > 1)
-        if names
-        else 0
-        for number, (names, heads) in enumerate(zip(launched, together, strict=True))
-    ]
-    if launched and launched[-1]:  # the last launch writes dq as it is returned, which has to be there already
-        row_bytes[-1] += shape.heads * shape.element_bytes
-    launches = [len(names) for names in launched if names]
-    table_bytes = TABLE_ENTRY_BYTES * shape.heads * tiles * tiles
-    tables = [shards * table_bytes for shards in launches]
+    launches = [_slots_of(tasks) for phase in phases for tasks in launches_of(phase.tasks, backend="flash4")]
+    pays = sum(map(len, launches)) > 1  # a copy for one launch of the own shard does not
+    parts = len({task.query for phase in phases for task in phase.tasks})  # each keeps its own copy
+    copied_bytes, held = 0, [0]  # over tokens of a shard and head dim
+    for names in launches:
+        lists = shape.heads * tiles * len(names)
+        together = heads_together(group=group, lists=lists, tiles=tiles) if pays else 1
+        if together > 1:  # q and dout, from the first launch that wants them on
+            copied_bytes = parts * 2 * shape.heads * element
+        of_keys = (accumulator if together < group else 0) + (0 if narrow >= set(names) else element)
+        row_bytes = shape.heads * (accumulator + element) + 2 * len(names) * shape.kv_heads * of_keys
+        held.append(row_bytes + copied_bytes if names else 0)
+    if launches and launches[-1]:  # the last launch writes dq as it is returned, which has to be there already
+        held[-1] += shape.heads * element
+    tables = [TABLE_ENTRY_BYTES * shape.heads * tiles * tiles * len(names) for names in launches]
     tables_bytes = 2 * sum(size for size in tables if size <= KEPT_TABLE_LIMIT_BYTES)
     tables_bytes += max([min(size, TABLE_LIMIT_BYTES) for size in tables if size > KEPT_TABLE_LIMIT_BYTES], default=0)
-    return shape.tokens_per_rank * shape.head_dim * max(row_bytes, default=0) + tables_bytes
+    return shape.tokens_per_rank * shape.head_dim * max(held) + tables_bytes
 
 
 def _slots_of(tasks: Sequence[Task]) -> list[str]:
     """Return the slots for dK/dV of a launch, one for every key shard that it reads."""
     return [str(task.grad_buffer) for task in tasks if task.key is not None]
-
-
-def _row_bytes(shape: AttentionShape, names: Sequence[str], narrow: Set[str], together: int) -> int:
-    """Return what a launch holds for dq, dk and dv, over tokens of a shard and head dim."""
-    element, accumulator, group = shape.element_bytes, shape.accumulator_bytes, shape.heads // shape.kv_heads
-    of_keys = (accumulator if together < group else 0) + (0 if narrow >= set(names) else element)
-    return shape.heads * (accumulator + element) + 2 * len(names) * shape.kv_heads * of_keys
-
-
-def _heads_of_a_launch(shape: AttentionShape, shards: int, tiles: int) -> int:
-    group = shape.heads // shape.kv_heads
-    return heads_together(group=group, lists=shape.heads * tiles * shards, tiles=tiles)
 
 
 def heads_together(*, group: int, lists: int, tiles: int) -> int:

@@ -6,24 +6,27 @@ do not slow each other, and communication does not slow compute. Without such co
 with it, the recurrence is a lower bound. Times are integer nanoseconds.
 
 Nodes of the system: the beginning of every phase of every rank (and the rank's end), the start and the end of every
-group call, and every transfer. An edge carries what must pass between two of them.
+group call, and every transfer. An edge carries what must pass between two of them. The events and their order depend on
+the schedule and the cluster alone; a workload only changes how long launches take.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.errors import ScheduleError
-from ..schedule.launches import rank_launches
-from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
-from ..schedule.workload import Workload
+from ..schedule.launches import Launch, rank_launches
+from ..schedule.schedule import ALL_RANKS, Direction, GroupCall, Phase, Schedule, Task
+from ..schedule.workload import TaskWork, Workload
 from .cluster import Cluster
 from .evaluation import Evaluation
-from .kernels import CostModel, launch_work
+from .kernels import CostModel, task_work
 from .timing import (
     NS_PER_US,
     Leg,
@@ -38,146 +41,222 @@ from .timing import (
     transfer_ns,
 )
 
-
-def recurrence(schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel) -> Evaluation:
-    """Predict one schedule; an `Evaluator`. ScheduleError when it can never finish."""
-    check_sizes(schedule, workload, cluster)
-    phase_ns = _phase_compute_ns(schedule, workload, cost)
-    system = EventSystem(schedule=schedule, cluster=cluster)
-    for rank in range(schedule.world_size):
-        system.add_rank(rank, phase_ns[rank])
-    makespan_ns = int(system.solve().max(initial=0))
-    return Evaluation(
-        makespan_us=makespan_ns / NS_PER_US,
-        compute_us=phase_ns.sum(axis=1) / NS_PER_US,
-        phase_us=phase_ns / NS_PER_US,
-        peak_buffer_bytes=schedule.buffer_bytes,
-    )
+# (query part, key part or -1 for columns, first head, last head): what a task's work depends on
+TaskKey = tuple[int, int, int, int]
+# (its tasks, begins, ends): what a launch's time depends on beside its direction
+LaunchKey = tuple[tuple[TaskKey, ...], bool, bool]
 
 
-def _phase_compute_ns(schedule: Schedule, workload: Workload, cost: CostModel) -> NDArray[np.int64]:
-    """Return int64 [W, phases]: every rank's compute in every phase; ranks with fewer phases have zeros at the end."""
-    programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
-    result = np.zeros((len(programs), max(len(program) for program in programs)), dtype=np.int64)
-    for rank, program in enumerate(programs):
-        for number, launches in enumerate(rank_launches(program, backend=cost.backend)):
-            result[rank, number] = sum(
-                launch_ns(launch, launch_work(launch, workload), cost, schedule.direction) for launch in launches
-            )
-    return result
+@dataclass(kw_only=True, eq=False)
+class CompiledRecurrence:
+    """An `Evaluator` that keeps events of schedules and times of launches; it keeps the objects too: ids stay theirs.
+
+    A search evaluates a few schedules under many placements and layers.
+    """
+
+    _events: dict[tuple[int, int, str], _Events] = field(default_factory=dict)
+    _tables: dict[tuple[int, int, Direction], _LaunchTable] = field(default_factory=dict)
+
+    def __call__(self, schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel) -> Evaluation:
+        """Predict one schedule. ScheduleError when it can never finish."""
+        check_sizes(schedule, workload, cluster)
+        key = (id(schedule), id(cluster), cost.backend)
+        if key not in self._events:
+            self._events[key] = _Events(schedule, cluster, cost.backend)
+        table_key = (id(workload), id(cost), schedule.direction)
+        if table_key not in self._tables:
+            self._tables[table_key] = _LaunchTable(workload=workload, cost=cost, direction=schedule.direction)
+        return self._events[key].evaluate(self._tables[table_key])
+
+
+@dataclass(kw_only=True, eq=False)
+class _LaunchTable:
+    """Times of launches under one workload, each worked out once; the work of tasks is shared by launches."""
+
+    workload: Workload
+    cost: CostModel
+    direction: Direction
+    _work: dict[TaskKey, TaskWork] = field(default_factory=dict)
+    _times: dict[LaunchKey, int] = field(default_factory=dict)
+
+    def times_ns(self, launches: dict[LaunchKey, Launch]) -> NDArray[np.int64]:
+        """Return int64 [launches]."""
+        for key, launch in launches.items():
+            if key not in self._times:
+                work = [self._work_of(*one) for one in zip(key[0], launch.tasks, strict=True)]
+                self._times[key] = launch_ns(launch, work, self.cost, self.direction)
+        return np.fromiter((self._times[key] for key in launches), dtype=np.int64, count=len(launches))
+
+    def _work_of(self, key: TaskKey, task: Task) -> TaskWork:
+        if key not in self._work:
+            self._work[key] = task_work(task, self.workload)
+        return self._work[key]
 
 
 @dataclass(kw_only=True)
-class EventSystem:
-    """Nodes and weighted edges; the time of a node is the longest path to it."""
+class _Joined:
+    """A transfer's node: how many of its ends have joined it, and the longest time that one of them gives it."""
 
-    schedule: Schedule
-    cluster: Cluster
-    nodes: int = 0
-    edges: list[tuple[int, int, int]] = field(default_factory=list)
-    transfers: dict[tuple[str, int, str], int] = field(default_factory=dict)
-    durations: dict[int, int] = field(default_factory=dict)
-    joined: Counter[int] = field(default_factory=Counter)
-    expected: dict[int, tuple[int, str]] = field(default_factory=dict)
-    phase_edges: list[int] = field(default_factory=list)  # where each phase's compute stands in `edges`, rank by rank
+    node: int
+    ends: int
+    joined: int = 0
+    duration_ns: int = 0
 
-    def node(self) -> int:
+
+class _Events:
+    """A schedule's events on a cluster. launches: the distinct ones, as the backend cuts tasks into them.
+
+    launch_of, cell_of: per launch played, which, and in which cell of [W, phases]; phase_cells: the cells whose compute
+    stands at `phase_edges`. ScheduleError when events wait in a circle, or a transfer lacks an end.
+    """
+
+    def __init__(self, schedule: Schedule, cluster: Cluster, backend: str) -> None:
+        self.schedule, self.cluster, self.nodes = schedule, cluster, 0
+        self._edges: list[tuple[int, int, int]] = []  # a weight of -1: of the transfer's node that it leads to
+        self._transfers: dict[tuple[str, int, str], _Joined] = {}
+        programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
+        self.cells = len(programs), max(len(program) for program in programs)
+        self.launches: dict[LaunchKey, Launch] = {}
+        played: list[tuple[LaunchKey, int]] = []
+        phase_cells: list[int] = []
+        phase_edges: list[int] = []
+        for rank, program in enumerate(programs):
+            phase_edges += self._add_rank(rank, program)
+            for number, launches in enumerate(rank_launches(program, backend=backend), rank * self.cells[1]):
+                phase_cells.append(number)
+                keyed = [(_launch_key(launch), launch) for launch in launches]
+                played += [(key, number) for key, _ in keyed]
+                self.launches.update(keyed)
+        numbers = {key: number for number, key in enumerate(self.launches)}
+        self.launch_of = np.array([numbers[key] for key, _ in played], dtype=np.int64)
+        self.cell_of = np.array([cell for _, cell in played], dtype=np.int64)
+        self.phase_cells, self.phase_edges = np.array([phase_cells, phase_edges], dtype=np.int64)
+        self.edges = self._weighted_edges()
+        self.levels = levels_of(self.nodes, self.edges[:, 0], self.edges[:, 1])
+
+    def evaluate(self, table: _LaunchTable) -> Evaluation:
+        """Return the prediction under one workload."""
+        phase_ns = np.zeros(self.cells[0] * self.cells[1], dtype=np.int64)
+        np.add.at(phase_ns, self.cell_of, table.times_ns(self.launches)[self.launch_of])
+        weight = self.edges[:, 2].copy()
+        weight[self.phase_edges] = phase_ns[self.phase_cells]
+        phase_ns = phase_ns.reshape(self.cells)
+        return Evaluation(
+            makespan_us=int(longest_paths(self.nodes, self.levels, weight).max(initial=0)) / NS_PER_US,
+            compute_us=phase_ns.sum(axis=1) / NS_PER_US,
+            phase_us=phase_ns / NS_PER_US,
+            peak_buffer_bytes=self.schedule.buffer_bytes,
+        )
+
+    def _node(self) -> int:
         self.nodes += 1
         return self.nodes - 1
 
-    def add_rank(self, rank: int, phase_ns: NDArray[np.int64]) -> None:
-        """Add the program of one rank."""
+    def _add_rank(self, rank: int, program: Sequence[Phase]) -> list[int]:
+        """Add the program of one rank; return where each phase's compute stands among the edges."""
         end_of: dict[str, int] = {}  # transfer id -> end of the call that this rank launched it with
         tail: dict[str, int] = {}  # communicator -> end of its last call
-        begin = self.node()
-        for number, phase in enumerate(self.schedule.phases(rank)):
-            self._add_waits(rank, phase, begin, end_of)
+        begin, computes = self._node(), []
+        for phase in program:
+            for name in phase.waits:
+                if name not in end_of:
+                    raise ScheduleError(f"rank {rank} phase {phase.index} waits for {name}, which it never launched")
+                self._edges.append((end_of[name], begin, 0))
             for call in phase.group_calls:
                 tail[call.communicator] = self._add_call(rank, call, begin, tail.get(call.communicator))
                 end_of.update((transfer.id, tail[call.communicator]) for transfer in call.transfers)
-            following = self.node()
-            self.phase_edges.append(len(self.edges))
-            self.edges.append((begin, following, int(phase_ns[number])))
+            following = self._node()
+            computes.append(len(self._edges))
+            self._edges.append((begin, following, 0))
             begin = following
-
-    def _add_waits(self, rank: int, phase: Phase, begin: int, end_of: dict[str, int]) -> None:
-        for name in phase.waits:
-            if name not in end_of:
-                raise ScheduleError(f"rank {rank} phase {phase.index} waits for {name}, which it never launched")
-            self.edges.append((end_of[name], begin, 0))
+        return computes
 
     def _add_call(self, rank: int, call: GroupCall, begin: int, previous_end: int | None) -> int:
-        start, end = self.node(), self.node()
-        self.edges += [(begin, start, 0), (start, end, 0)]
+        start, end = self._node(), self._node()
+        self._edges += [(begin, start, 0), (start, end, 0)]
         if previous_end is not None:
-            self.edges.append((previous_end, start, 0))
+            self._edges.append((previous_end, start, 0))
         group = self.schedule.communicator(call.communicator).group_of(rank)
         legs = [legs_of(transfer, group) for transfer in call.transfers]
         load = Counter(port for several in legs for leg in several for port in route(self.cluster, *leg[:2]))
         for transfer, moved in zip(call.transfers, legs, strict=True):
-            node = self._transfer_node(transfer, call.communicator, group, moved)
-            self.joined[node] += 1
-            self.durations[node] = max(self.durations[node], self._duration_ns(moved, load))
-            self.edges += [(start, node, -1), (node, end, 0)]  # the weight is filled in when both ends are known
+            collective = transfer.source == ALL_RANKS
+            key = (call.communicator, group[0] if collective else ALL_RANKS, transfer.id)
+            if key not in self._transfers:
+                self._transfers[key] = _Joined(node=self._node(), ends=len(group) if collective else 2)
+            one = self._transfers[key]
+            one.joined += 1
+            moving_ns = max((self._leg_ns(leg, load) for leg in moved), default=0)
+            one.duration_ns = max(one.duration_ns, latency_ns(self.cluster, moved) + moving_ns)
+            self._edges += [(start, one.node, -1), (one.node, end, 0)]
         return end
-
-    def _transfer_node(self, transfer: Transfer, communicator: str, group: tuple[int, ...], legs: list[Leg]) -> int:
-        collective = transfer.source == ALL_RANKS
-        key = (communicator, group[0] if collective else ALL_RANKS, transfer.id)
-        if key not in self.transfers:
-            node = self.transfers[key] = self.node()
-            self.expected[node] = (len(group) if collective else 2, transfer.id)
-            self.durations[node] = 0
-        return self.transfers[key]
-
-    def _duration_ns(self, legs: list[Leg], load: Counter[Port]) -> int:
-        moving = max((self._leg_ns(leg, load) for leg in legs), default=0)
-        return latency_ns(self.cluster, legs) + moving
 
     def _leg_ns(self, leg: Leg, load: Counter[Port]) -> int:
         ports = route(self.cluster, leg.source, leg.destination)
         share = min(capacity_bytes_per_us(self.cluster, port) / load[port] for port in ports)
         return transfer_ns(port_bytes(self.cluster, leg), share)
 
-    def solve(self) -> NDArray[np.int64]:
-        """Return int64 [nodes]: the time of every node."""
-        edges = self.weighted_edges()
-        return longest_paths(self.nodes, edges[:, 0], edges[:, 1], edges[:, 2])
-
-    def weighted_edges(self) -> NDArray[np.int64]:
-        """Return int64 [edges, 3]: source, target and weight; ScheduleError when a transfer lacks an end."""
-        for node, (ends, name) in self.expected.items():
-            if self.joined[node] != ends:
-                raise ScheduleError(f"transfer {name} has {self.joined[node]} of {ends} ends")
-        edges = np.array(self.edges, dtype=np.int64).reshape(-1, 3)
+    def _weighted_edges(self) -> NDArray[np.int64]:
+        """Return int64 [edges, 3]: source, target and weight; that of a phase's compute is left at 0."""
         duration = np.zeros(self.nodes, dtype=np.int64)
-        duration[list(self.durations)] = list(self.durations.values())
+        for (_, _, name), one in self._transfers.items():
+            if one.joined != one.ends:
+                raise ScheduleError(f"transfer {name} has {one.joined} of {one.ends} ends")
+            duration[one.node] = one.duration_ns
+        edges = np.array(self._edges, dtype=np.int64).reshape(-1, 3)
         edges[:, 2] = np.where(edges[:, 2] < 0, duration[edges[:, 1]], edges[:, 2])
         return edges
 
 
-def longest_paths(
-    nodes: int, source: NDArray[np.int64], target: NDArray[np.int64], weight: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return int64 [nodes]: the longest path to each node from any node without predecessors; all starts are at 0.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Level:
+    """Nodes whose predecessors are all in earlier levels. edges: those into `nodes`, from `starts` on one node's."""
 
-    Level by level: a node is settled once all its predecessors are. ScheduleError when the edges close a circle.
+    nodes: NDArray[np.int64]
+    edges: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def levels_of(nodes: int, source: NDArray[np.int64], target: NDArray[np.int64]) -> list[_Level]:
+    """Return all nodes that have predecessors, by the longest chain to them; ScheduleError when edges close a circle.
+
+    source, target: int64 [edges].
     """
     order = np.argsort(source, kind="stable")
-    target, weight = target[order], weight[order]
     offset = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=nodes))])
     missing = np.bincount(target, minlength=nodes)
-    time = np.zeros(nodes, dtype=np.int64)
-    settled, ready = 0, np.flatnonzero(missing == 0)
+    depth, settled, ready = np.zeros(nodes, dtype=np.int64), 0, np.flatnonzero(missing == 0)
     while ready.size:
         settled += ready.size
         counts = offset[ready + 1] - offset[ready]
         edges = np.arange(counts.sum()) + np.repeat(offset[ready] - np.cumsum(counts) + counts, counts)
-        reached = target[edges]
-        np.maximum.at(time, reached, np.repeat(time[ready], counts) + weight[edges])
+        reached = target[order[edges]]
+        depth[reached] = depth[ready[0]] + 1
         np.subtract.at(missing, reached, 1)
         touched = np.unique(reached)
         ready = touched[missing[touched] == 0]
     if settled != nodes:
         raise ScheduleError(f"the schedule cannot finish: {nodes - settled} of its {nodes} events wait in a circle")
+    order = np.lexsort((target, depth[target]))
+    cuts = np.searchsorted(depth[target[order]], np.arange(1, depth.max(initial=0) + 2))
+    levels = []
+    for first, last in pairwise(cuts):
+        into = order[first:last]
+        reached, starts = np.unique(target[into], return_index=True)
+        levels.append(_Level(nodes=reached, edges=into, sources=source[into], starts=starts))
+    return levels
+
+
+def longest_paths(nodes: int, levels: Sequence[_Level], weight: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return int64 [nodes]: the longest path to each node; those without predecessors begin at 0. weight: [edges]."""
+    time = np.zeros(nodes, dtype=np.int64)
+    for level in levels:
+        time[level.nodes] = np.maximum.reduceat(time[level.sources] + weight[level.edges], level.starts)
     return time
+
+
+def _launch_key(launch: Launch) -> LaunchKey:
+    keys = [-1 if task.key is None else task.key.sequence_part for task in launch.tasks]
+    tasks = tuple((task.query.sequence_part, key, *task.heads) for task, key in zip(launch.tasks, keys, strict=True))
+    return tasks, launch.begins, launch.ends

@@ -81,11 +81,11 @@ def legs_of(transfer: Transfer, group: tuple[int, ...]) -> list[Leg]:
         return [Leg(transfer.source, transfer.destination, transfer.capacity_bytes, pulled)]
     if transfer.transport == "all_reduce":
         share = 2 * (len(group) - 1) * transfer.capacity_bytes // len(group)
-        return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
-    if transfer.transport in ("all_gather", "reduce_scatter"):
+    elif transfer.transport in ("all_gather", "reduce_scatter"):
         share = (len(group) - 1) * transfer.capacity_bytes
-        return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
-    raise UnsupportedError(f"{transfer.transport} of {transfer.id} has no timing model", field="transport")
+    else:
+        raise UnsupportedError(f"{transfer.transport} of {transfer.id} has no timing model", field="transport")
+    return [Leg(rank, group[(place + 1) % len(group)], share) for place, rank in enumerate(group) if len(group) > 1]
 
 
 def port_bytes(cluster: Cluster, leg: Leg) -> float:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from ..schedule.pairs import Pairs
-from ..schedule.schedule import ALL_RANKS, DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule, Transfer
+from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
-from .draft import Builder, Draft, slots
+from .draft import Builder, Draft, Route, slots
 from .layout import Layout, Offers
 from .registry import register
 
@@ -56,20 +56,15 @@ class _Collective(Builder):
         parts.compute(0, self.block_task(rank, rank, KV_HOME, DKV_HOME if alone else f"dkv:{rank}"))
         for key in (key for key in range(self.world) if key != rank):
             parts.compute(1, self.block_task(rank, key, f"kv:{key}", f"dkv:{key}"))
-        if not alone:
-            parts.launch(0, [self._gather()], wait=1)
-            if self.backward:
-                parts.launch(2, [self._scatter()], wait=3)
-
-    def _gather(self) -> Transfer:
-        return Transfer(
-            kind="kv", shard=None, source=ALL_RANKS, destination=ALL_RANKS, sequence=0, communicator="all_gather",
-            transport="all_gather", source_buffer=KV_HOME, buffer="kv:0", capacity_bytes=self.shape.kv_bytes,
+        if alone:
+            return
+        kv = Route(
+            kind="kv", communicator="all_gather", transport="all_gather", capacity_bytes=self.shape.kv_bytes
         )  # fmt: skip
-
-    def _scatter(self) -> Transfer:
-        return Transfer(
-            kind="dkv", shard=None, source=ALL_RANKS, destination=ALL_RANKS, sequence=0,
-            communicator="reduce_scatter", transport="reduce_scatter", source_buffer="dkv:0", buffer="landing:0",
-            capacity_bytes=self.shape.dkv_bytes, accumulate_into=DKV_HOME,
-        )  # fmt: skip
+        parts.launch(0, [kv.of_all(KV_HOME, "kv:0")], wait=1)
+        if self.backward:
+            dkv = Route(
+                kind="dkv", communicator="reduce_scatter", transport="reduce_scatter",
+                capacity_bytes=self.shape.dkv_bytes,
+            )  # fmt: skip
+            parts.launch(2, [dkv.of_all("dkv:0", "landing:0", DKV_HOME)], wait=3)

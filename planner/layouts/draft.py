@@ -179,20 +179,11 @@ class Builder(ABC):
 
     def columns_transfer(self) -> Transfer:
         """Return the sum of all ranks' columns (forward), or of their gradients, which then go to the owners' rows."""
-        buffer = DCOLUMNS_HOME if self.backward else COLUMNS_HOME
-        return Transfer(
-            kind="columns",
-            shard=None,
-            source=ALL_RANKS,
-            destination=ALL_RANKS,
-            sequence=0,
-            communicator=COLUMNS,
-            transport="all_reduce",
-            source_buffer=buffer,
-            buffer=buffer,
-            capacity_bytes=self.shape.columns_bytes(self.direction),
-            accumulate_into=DKV_HOME if self.backward else None,
-        )
+        size = self.shape.columns_bytes(self.direction)
+        route = Route(kind="columns", communicator=COLUMNS, capacity_bytes=size, transport="all_reduce")
+        if self.backward:
+            return route.of_all(DCOLUMNS_HOME, DCOLUMNS_HOME, DKV_HOME)
+        return route.of_all(COLUMNS_HOME, COLUMNS_HOME)
 
     def columns_task(
         self, *, query: ShardId, heads: tuple[int, int], query_buffer: str = Q_HOME, out_buffer: str = OUT_HOME
@@ -221,8 +212,32 @@ class Builder(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodesBuilder(Builder):
+    """A builder for ranks in nodes of `inner` places: rank r is place l of node n (r = n * inner + l)."""
+
+    inner: int
+
+    @property
+    def outer(self) -> int:
+        """Number of nodes."""
+        return self.world // self.inner
+
+    def rank(self, node: int, place: int) -> int:
+        """Return the rank at a place of a node, both counted around."""
+        return (node % self.outer) * self.inner + place % self.inner
+
+    def rails_and_nodes(self, rails: str, nodes: str) -> list[Communicator]:
+        """Return communicators of these names: of each place on all nodes, and of each node's places."""
+        ranks = [tuple(range(self.rank(node, 0), self.rank(node, 0) + self.inner)) for node in range(self.outer)]
+        return [
+            Communicator(name=rails, groups=tuple(zip(*ranks, strict=True))),
+            Communicator(name=nodes, groups=tuple(ranks)),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Route:
-    """Makes the transfers of one kind on one communicator. transport: "p2p" or "pull"."""
+    """Makes the transfers of one kind on one communicator."""
 
     kind: TransferKind
     communicator: str
@@ -232,23 +247,19 @@ class Route:
 
     def move(
         self, shard: int, source: int, destination: int, sequence: int, source_buffer: str, buffer: str,
-        accumulate_into: str | None = None,
+        accumulate_into: str | None = None, head_group: int = 0,
     ) -> Transfer:  # fmt: skip
-        """Return the transfer of a shard from rank to rank."""
+        """Return the transfer of a rank's shard from rank to rank."""
         return Transfer(
-            kind=self.kind,
-            shard=ShardId(sequence_part=shard),
-            source=source,
-            destination=destination,
-            sequence=sequence,
-            communicator=self.communicator,
-            transport=self.transport,
-            source_buffer=source_buffer,
-            buffer=buffer,
-            capacity_bytes=self.capacity_bytes,
-            accumulate_into=accumulate_into,
-            narrow=self.narrow,
-        )
+            shard=ShardId(sequence_part=shard, head_group=head_group), source=source, destination=destination,
+            sequence=sequence, source_buffer=source_buffer, buffer=buffer, accumulate_into=accumulate_into,
+            **vars(self),
+        )  # fmt: skip
+
+    def of_all(self, source_buffer: str, buffer: str, accumulate_into: str | None = None) -> Transfer:
+        """Return the collective of all ranks."""
+        moved = self.move(0, ALL_RANKS, ALL_RANKS, 0, source_buffer, buffer, accumulate_into)
+        return replace(moved, shard=None)
 
 
 def slots(prefix: str, kind: TransferKind, count: int, capacity_bytes: int, *, narrow: bool = False) -> list[Buffer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import ClassVar, Self
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..schedule.schedule import (
     Schedule,
     ShardId,
     Transfer,
+    TransferKind,
     Transport,
 )
 from ..schedule.shape import AttentionShape
@@ -59,7 +59,11 @@ class Gather(Layout):
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:
         """Pulls and rounded gradients with few chunks: more are more launches, and hid nothing more when measured."""
-        found = [cls(chunks=count, keep_kv=keep_kv) for keep_kv in (False, True) for count in _chunks(offers)]
+        found = [
+            cls(chunks=count, keep_kv=keep_kv)
+            for keep_kv in (False, True)
+            for count in offers.counts(1, 2, 4, offers.world_size)
+        ]
         ways = [Transfers(narrow=True)] * offers.rounds_parts
         if offers.pulls:
             ways += [Transfers(pull=True, narrow=one.narrow) for one in (Transfers(), *ways)]
@@ -72,7 +76,7 @@ class Gather(Layout):
 
     @classmethod
     def baselines(cls, offers: Offers) -> list[tuple[str, Self]]:
-        return [("striped", cls(chunks=count)) for count in _chunks(offers)]
+        return [("striped", cls(chunks=count)) for count in offers.counts(1, 2, 4, offers.world_size)]
 
     @property
     def kept_slots(self) -> object | None:
@@ -83,22 +87,14 @@ class Gather(Layout):
         return Transfers(pull=self.pull, narrow=self.narrow_gradients)
 
 
-def _chunks(offers: Offers) -> list[int]:
-    return offers.counts(1, 2, 4, offers.world_size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Gather(Builder):
     layout: Gather
 
-    @cached_property
+    @property
     def needed(self) -> NDArray[np.bool_]:
         """bool [owner, offset]: whether the rank at that offset reads the shard."""
         return self.pairs.distances
-
-    @property
-    def transport(self) -> Transport:
-        return "pull" if self.layout.pull else "p2p"
 
     @property
     def fetches(self) -> bool:
@@ -114,6 +110,11 @@ class _Gather(Builder):
     def kv_pool(self) -> str:
         return KEPT.removesuffix(":") if self.layout.keep_kv else "kv"
 
+    def route(self, kind: TransferKind, communicator: str, capacity_bytes: int, *, narrow: bool = False) -> Route:
+        """Return what makes the transfers of one kind, sent or pulled."""
+        way: Transport = "pull" if self.layout.pull else "p2p"
+        return Route(kind=kind, communicator=communicator, capacity_bytes=capacity_bytes, narrow=narrow, transport=way)
+
     def kept(self, rank: int) -> dict[str, ShardId]:
         """Return what a rank keeps: every shard that it reads but its own."""
         if not self.layout.keep_kv:
@@ -125,8 +126,9 @@ class _Gather(Builder):
     def pieces(self) -> list[list[int]]:
         """Offsets of the owners that any rank reads from, nearest first, cut into chunks."""
         offsets = [offset for offset in range(1, self.world) if self.needed[:, offset].any()]
-        cut = _split(range(len(offsets)), min(self.layout.chunks, max(len(offsets), 1)))
-        return [offsets[piece.start : piece.stop] for piece in cut]
+        # The smaller ones first, so that the first arrives soonest: array_split puts the larger ones first.
+        cut = np.array_split(offsets[::-1], min(self.layout.chunks, max(len(offsets), 1)))
+        return [piece[::-1].tolist() for piece in reversed(cut) if piece.size]
 
     @cached_property
     def reads(self) -> NDArray[np.bool_]:
@@ -162,24 +164,23 @@ class _Gather(Builder):
 
     @cached_property
     def _read_before(self) -> NDArray[np.int64]:
-        """int64 [reader, offset]: shards that the rank reads at offsets 1 to `offset`."""
-        return self.reads.cumsum(axis=1) - 1
+        """int64 [reader, offset]: shards that the rank reads at offsets below."""
+        return self.reads.cumsum(axis=1) - self.reads
 
     @cached_property
     def _served_before(self) -> NDArray[np.int64]:
-        """int64 [owner, offset]: ranks at offsets 1 to `offset` that read the shard."""
-        return self.needed.cumsum(axis=1) - 1
+        """int64 [owner, offset]: ranks at offsets below that read the shard."""
+        return self.needed.cumsum(axis=1) - self.needed
 
     def kv_slot(self, reader: int, offset: int) -> str:
-        return f"{self.kv_pool}:{self._read_before[reader, offset - 1]}"
+        return f"{self.kv_pool}:{self._read_before[reader, offset] - 1}"
 
     def grad_slot(self, reader: int, offset: int, chunk: int) -> str:
-        place = self._read_before[reader, offset - 1] - self._read_before[reader, self.pieces[chunk - 1][0] - 1]
+        place = self._read_before[reader, offset] - self._read_before[reader, self.pieces[chunk - 1][0]]
         return f"dkv:{place + self.largest * (chunk % 2 if len(self.pieces) > 1 else 0)}"
 
     def landing(self, owner: int, offset: int, chunk: int) -> str:
-        place = self._served_before[owner, offset - 1] - self._served_before[owner, self.pieces[chunk - 1][0] - 1]
-        return f"landing:{place}"
+        return f"landing:{self._served_before[owner, offset] - self._served_before[owner, self.pieces[chunk - 1][0]]}"
 
     def draft(self, rank: int, parts: Draft) -> None:
         begins = 1 if self.fetches else 0  # the phase of the first chunk
@@ -208,23 +209,10 @@ class _Gather(Builder):
         return found
 
     def _fetch(self, owner: int, reader: int, offset: int) -> Transfer:
-        capacity_bytes = self.shape.kv_bytes
-        kv = Route(kind="kv", communicator="gather", capacity_bytes=capacity_bytes, transport=self.transport)
+        kv = self.route("kv", "gather", self.shape.kv_bytes)
         return kv.move(owner, owner, reader, offset, KV_HOME, self.kv_slot(reader, offset))
 
     def _return(self, owner: int, reader: int, offset: int, chunk: int) -> Transfer:
-        dkv = Route(
-            kind="dkv", communicator="gather_grad", capacity_bytes=self.grad_bytes, transport=self.transport,
-            narrow=self.layout.narrow_gradients,
-        )  # fmt: skip
+        dkv = self.route("dkv", "gather_grad", self.grad_bytes, narrow=self.layout.narrow_gradients)
         source_buffer, buffer = self.grad_slot(reader, offset, chunk), self.landing(owner, offset, chunk)
         return dkv.move(owner, reader, owner, offset, source_buffer, buffer, DKV_HOME)
-
-
-def _split(items: range, pieces: int) -> list[range]:
-    """Cut a range into nearly equal pieces, the smaller ones first so that the first arrives soonest."""
-    size, extra = divmod(len(items), pieces) if items else (0, 0)
-    cuts = [0]
-    for piece in range(pieces if items else 0):
-        cuts.append(cuts[-1] + size + (piece >= pieces - extra))
-    return [items[start:stop] for start, stop in pairwise(cuts)]

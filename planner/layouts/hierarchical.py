@@ -11,7 +11,7 @@ import numpy as np
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
-from .draft import Builder, Draft, Route, slots
+from .draft import Draft, NodesBuilder, Route, slots
 from .layout import Layout, Offers
 from .registry import register
 from .tour import Tour
@@ -52,16 +52,7 @@ class Hierarchical(Layout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Hierarchy(Builder):
-    inner: int
-
-    @property
-    def outer(self) -> int:
-        return self.world // self.inner
-
-    def rank(self, node: int, place: int) -> int:
-        return (node % self.outer) * self.inner + place % self.inner
-
+class _Hierarchy(NodesBuilder):
     @cached_property
     def tours(self) -> list[list[Tour]]:
         """[node][outer step]: the inner ring over the shards that came in that step, numbered by their place."""
@@ -88,23 +79,19 @@ class _Hierarchy(Builder):
 
     @cached_property
     def grad_slots(self) -> int:
-        return max(1, min(2, max(tour.longest for tour in self.all_tours)))
+        return max(tour.grad_slots for tour in self.all_tours)
 
     @cached_property
     def outer_grad_slots(self) -> int:
-        return max(1, min(2, max(rail.longest for rail in self.rails)))
+        return max(rail.grad_slots for rail in self.rails)
 
     @cached_property
     def crowded(self) -> bool:
         return any(tour.crowded for tour in self.all_tours)
 
     def communicators(self) -> list[Communicator]:
-        nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
-        rails = tuple(tuple(self.rank(n, place) for n in range(self.outer)) for place in range(self.inner))
-        names = [("outer", rails), ("inner", nodes)]
-        if self.backward:
-            names += [("outer_grad", rails), ("inner_grad", nodes)]
-        return [Communicator(name=name, groups=groups) for name, groups in names]
+        homeward = self.rails_and_nodes("outer_grad", "inner_grad") if self.backward else []
+        return self.rails_and_nodes("outer", "inner") + homeward
 
     def buffers(self) -> list[Buffer]:
         kv_bytes, dkv_bytes = self.shape.kv_bytes, self.shape.dkv_bytes
@@ -112,13 +99,12 @@ class _Hierarchy(Builder):
         longest_outer = max(rail.longest for rail in self.rails)
         buffers = slots("kv", "kv", min(2, longest_inner), kv_bytes)
         buffers += slots("kv_outer", "kv", min(2, longest_outer), kv_bytes)
-        if self.backward:
-            if longest_inner:
-                buffers += slots("dkv", "dkv", self.grad_slots, dkv_bytes)
-                buffers += slots("landing", "dkv", 1 + self.crowded, dkv_bytes)
-            if longest_outer:
-                buffers += slots("dkv_outer", "dkv", self.outer_grad_slots, dkv_bytes)
-                buffers += slots("landing_outer", "dkv", 1, dkv_bytes)
+        if self.backward and longest_inner:
+            buffers += slots("dkv", "dkv", self.grad_slots, dkv_bytes)
+            buffers += slots("landing", "dkv", 1 + self.crowded, dkv_bytes)
+        if self.backward and longest_outer:
+            buffers += slots("dkv_outer", "dkv", self.outer_grad_slots, dkv_bytes)
+            buffers += slots("landing_outer", "dkv", 1, dkv_bytes)
         return buffers
 
     def kv_buffer(self, outer_step: int, inner_step: int) -> str:
@@ -129,6 +115,9 @@ class _Hierarchy(Builder):
     def base_grad(self, outer_step: int) -> str:
         """Where the contributions to the shard that this rank brought into its node are summed."""
         return DKV_HOME if outer_step == 0 else f"dkv_outer:{outer_step % self.outer_grad_slots}"
+
+    def grad_slot(self, phase: int) -> str:
+        return f"dkv:{phase % self.grad_slots}"
 
     def draft(self, rank: int, parts: Draft) -> None:
         node, place = divmod(rank, self.inner)
@@ -146,37 +135,32 @@ class _Hierarchy(Builder):
         if outer_step == self.outer - 1:
             return
         route = Route(kind="kv", communicator="outer", capacity_bytes=self.shape.kv_bytes)
-        source_buffer, buffer = self.kv_buffer(outer_step, 0), self.kv_buffer(outer_step + 1, 0)
-        sequence, moves = outer_step * self.inner, []
-        for owner, source in ((node - outer_step, node), (node - outer_step - 1, node - 1)):
-            if self.rails[place].reaches(owner % self.outer, outer_step + 1):
-                ends = self.rank(source, place), self.rank(source + 1, place)
-                moves.append(route.move(self.rank(owner, place), *ends, sequence, source_buffer, buffer))
+        buffers, sequence = (self.kv_buffer(outer_step, 0), self.kv_buffer(outer_step + 1, 0)), outer_step * self.inner
+        moves = [
+            route.move(
+                self.rank(owner, place), self.rank(source, place), self.rank(destination, place), sequence, *buffers
+            )
+            for owner, source, destination in self.rails[place].passed_on(node, outer_step + 1)
+        ]
         parts.launch(sequence, moves, wait=sequence + self.inner)
 
     def _fetch_inner(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
         if inner_step == self.inner - 1:
             return
         route = Route(kind="kv", communicator="inner", capacity_bytes=self.shape.kv_bytes)
-        source_buffer = self.kv_buffer(outer_step, inner_step)
-        buffer = self.kv_buffer(outer_step, inner_step + 1)
+        buffers = self.kv_buffer(outer_step, inner_step), self.kv_buffer(outer_step, inner_step + 1)
         sequence, moves = outer_step * self.inner + inner_step, []
-        for owner, source in ((place - inner_step, place), (place - inner_step - 1, place - 1)):
-            if self.tours[node][outer_step].reaches(owner % self.inner, inner_step + 1):
-                ends = self.rank(node, source), self.rank(node, source + 1)
-                shard = self.rank(node - outer_step, owner)
-                moves.append(route.move(shard, *ends, sequence, source_buffer, buffer))
+        for owner, *ends in self.tours[node][outer_step].passed_on(place, inner_step + 1):
+            source, destination = (self.rank(node, end) for end in ends)
+            moves.append(route.move(self.rank(node - outer_step, owner), source, destination, sequence, *buffers))
         parts.launch(sequence, moves, wait=sequence + 1)
 
     def _compute(self, parts: Draft, node: int, place: int, outer_step: int, inner_step: int) -> None:
-        owner = (place - inner_step) % self.inner
-        if not self.tours[node][outer_step].needs(owner, inner_step):
-            return
-        phase, grad = outer_step * self.inner + inner_step, None
-        if self.backward:
-            grad = self.base_grad(outer_step) if inner_step == 0 else f"dkv:{phase % self.grad_slots}"
-        me, buffer = self.rank(node, place), self.kv_buffer(outer_step, inner_step)
-        parts.compute(phase, self.block_task(me, self.rank(node - outer_step, owner), buffer, grad))
+        owner, phase = (place - inner_step) % self.inner, outer_step * self.inner + inner_step
+        if self.tours[node][outer_step].needed[owner, inner_step]:
+            key, me = self.rank(node - outer_step, owner), self.rank(node, place)
+            grad = self.grad_slot(phase) if inner_step else self.base_grad(outer_step)
+            parts.compute(phase, self.block_task(me, key, self.kv_buffer(outer_step, inner_step), grad))
 
     def _sum_inner(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
         """Around the inner ring, from the first place that adds to a shard's gradients; from the last one straight on.
@@ -186,14 +170,12 @@ class _Hierarchy(Builder):
         route = Route(kind="dkv", communicator="inner_grad", capacity_bytes=self.shape.dkv_bytes)
         for inner_step in range(2, self.inner + 1):
             phase, moves = outer_step * self.inner + inner_step, []
-            for hop in self.tours[node][outer_step].hops(place, inner_step):
-                buffer, into = "landing:0", f"dkv:{phase % self.grad_slots}"
-                if hop.home:
-                    buffer, into = f"landing:{int(self.crowded)}", self.base_grad(outer_step)
-                ends = self.rank(node, hop.source), self.rank(node, hop.destination)
-                source_buffer = f"dkv:{(phase - 1) % self.grad_slots}"
-                shard = self.rank(node - outer_step, hop.shard)
-                moves.append(route.move(shard, *ends, phase, source_buffer, buffer, into))
+            for owner, *ends, home in self.tours[node][outer_step].hops(place, inner_step):
+                shard = self.rank(node - outer_step, owner)
+                source, destination = (self.rank(node, end) for end in ends)
+                landing = f"landing:{int(home and self.crowded)}"
+                into = self.base_grad(outer_step) if home else self.grad_slot(phase)
+                moves.append(route.move(shard, source, destination, phase, self.grad_slot(phase - 1), landing, into))
             parts.launch(phase, moves, wait=phase + 1)
 
     def _send_home(self, parts: Draft, node: int, place: int, outer_step: int) -> None:
@@ -203,7 +185,7 @@ class _Hierarchy(Builder):
         phase = (outer_step + 1) * self.inner + (self.inner > 1)
         buffer, moves = self.base_grad(outer_step), []
         for owner, helper in ((node - outer_step, node), (node, node + outer_step)):
-            if self.rails[place].needs(owner % self.outer, outer_step):
+            if self.rails[place].needed[owner % self.outer, outer_step]:
                 ends = self.rank(helper, place), self.rank(owner, place)
                 moves.append(route.move(ends[1], *ends, phase, buffer, "landing_outer:0", DKV_HOME))
         last = outer_step == self.outer - 1

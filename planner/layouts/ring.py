@@ -55,17 +55,13 @@ class _Ring(Builder):
     def depth(self) -> int:
         return min(self.prefetch, max(self.world - 1, 1))
 
-    @property
-    def grad_slots(self) -> int:
-        return max(1, min(2, self.tour.longest))
-
     def communicators(self) -> list[Communicator]:
         return self.everyone("ring", *(["ring_grad"] if self.backward and self.world > 1 else []))
 
     def buffers(self) -> list[Buffer]:
         buffers = slots("kv", "kv", min(self.depth + 1, self.tour.longest), self.shape.kv_bytes)
         if self.backward and self.tour.longest:
-            buffers += slots("dkv", "dkv", self.grad_slots, self.shape.dkv_bytes)
+            buffers += slots("dkv", "dkv", self.tour.grad_slots, self.shape.dkv_bytes)
             buffers += slots("landing", "dkv", 1 + self.tour.crowded, self.shape.dkv_bytes)
         return buffers
 
@@ -73,14 +69,14 @@ class _Ring(Builder):
         return KV_HOME if phase == 0 else f"kv:{(phase - 1) % (self.depth + 1)}"
 
     def grad_buffer(self, phase: int) -> str:
-        return DKV_HOME if phase == 0 else f"dkv:{phase % self.grad_slots}"
+        return DKV_HOME if phase == 0 else f"dkv:{phase % self.tour.grad_slots}"
 
     def draft(self, rank: int, parts: Draft) -> None:
         for step in range(1, self.world):
             self._fetch(parts, rank, step)
         for phase in range(self.world):
             key = (rank - phase) % self.world
-            if self.tour.needs(key, phase):
+            if self.tour.needed[key, phase]:
                 parts.compute(phase, self.block_task(rank, key, self.kv_buffer(phase), self.grad_buffer(phase)))
         if self.backward:
             for phase in range(2, self.world + 1):
@@ -89,21 +85,15 @@ class _Ring(Builder):
     def _fetch(self, parts: Draft, rank: int, step: int) -> None:
         """Deliver what phase `step` computes, here and at the next rank."""
         kv = Route(kind="kv", communicator="ring", capacity_bytes=self.shape.kv_bytes)
-        source_buffer, buffer = self.kv_buffer(step - 1), self.kv_buffer(step)
-        moves = []
-        for source in (rank, (rank - 1) % self.world):
-            shard, destination = (source - step + 1) % self.world, (source + 1) % self.world
-            if self.tour.reaches(shard, step):
-                moves.append(kv.move(shard, source, destination, step, source_buffer, buffer))
+        ends = self.kv_buffer(step - 1), self.kv_buffer(step)
+        moves = [kv.move(*passed, step, *ends) for passed in self.tour.passed_on(rank, step)]
         parts.launch(max(step - self.depth, 0), moves, wait=step)
 
     def _add_up(self, parts: Draft, rank: int, phase: int) -> None:
         """The hop after phase - 1 was computed: on to the next rank that may add to it, or home."""
         dkv = Route(kind="dkv", communicator="ring_grad", capacity_bytes=self.shape.dkv_bytes)
-        source_buffer, moves = f"dkv:{(phase - 1) % self.grad_slots}", []
-        for hop in self.tour.hops(rank, phase):
-            buffer, into = "landing:0", f"dkv:{phase % self.grad_slots}"
-            if hop.home:
-                buffer, into = f"landing:{int(self.tour.crowded)}", DKV_HOME
-            moves.append(dkv.move(hop.shard, hop.source, hop.destination, phase, source_buffer, buffer, into))
+        moves = []
+        for shard, source, destination, home in self.tour.hops(rank, phase):
+            landing, into = f"landing:{int(home and self.tour.crowded)}", self.grad_buffer(0 if home else phase)
+            moves.append(dkv.move(shard, source, destination, phase, self.grad_buffer(phase - 1), landing, into))
         parts.launch(phase, moves, wait=phase + 1)

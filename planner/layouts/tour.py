@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-
-class Hop(NamedTuple):
-    """A move of a shard's gradients between two places; home: whether it is the last one."""
-
-    shard: int
-    source: int
-    destination: int
-    home: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,33 +45,37 @@ class Tour:
         """The largest distance that any shard travels."""
         return int(self.last.max())
 
-    def needs(self, shard: int, distance: int) -> bool:
-        """Whether the place at that distance computes with the shard."""
-        return bool(self.needed[shard, distance])
+    def passed_on(self, place: int, distance: int) -> list[tuple[int, int, int]]:
+        """Return (shard, source, destination) of what the place sends and receives when shards get to that distance."""
+        sources = (place, (place - 1) % self.places)
+        moves = [((source - distance + 1) % self.places, source, (source + 1) % self.places) for source in sources]
+        return [move for move in moves if distance <= self.last[move[0]]]
 
-    def reaches(self, shard: int, distance: int) -> bool:
-        """Whether the shard travels to that distance."""
-        return bool(distance <= self.last[shard])
+    @property
+    def grad_slots(self) -> int:
+        """Slots for gradients on their way: of the shard that is computed with, and of the one before it."""
+        return max(1, min(2, self.longest))
 
-    def hops(self, place: int, step: int) -> list[Hop]:
+    def hops(self, place: int, step: int) -> list[tuple[int, int, int, bool]]:
         """Return what the place sends and receives when gradients leave distance step - 1: of its sums, then others'.
 
-        Sums begin at the first place that adds to them and go home from the last one.
+        A hop is a shard, its source, its destination and whether that is its home. Sums begin at the first place that
+        adds to them and go home from the last one.
         """
         sent, received = (place - step + 1) % self.places, (place - step) % self.places
         hops = [self._hop(sent, step), self._hop(received, step)]
         if self.last[place] == step - 1 and step != self.places:  # the own shard's gradients come home early
             hops.append(self._hop(place, step))
-        return [hop for hop in hops if hop is not None and place in (hop.source, hop.destination)]
+        return [hop for hop in hops if hop is not None and place in hop[1:3]]
 
-    def _hop(self, shard: int, step: int) -> Hop | None:
+    def _hop(self, shard: int, step: int) -> tuple[int, int, int, bool] | None:
         """The move of the shard's gradients from distance step - 1, if there is one."""
         first, last = int(self.first[shard]), int(self.last[shard])
         if not 1 <= first <= step - 1 <= last:
             return None
         home = step - 1 == last
         source = (shard + step - 1) % self.places
-        return Hop(shard, source, shard if home else (shard + step) % self.places, home)
+        return shard, source, shard if home else (shard + step) % self.places, home
 
     @cached_property
     def crowded(self) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KEPT, KV_HOME, Buffer, Communicator, Direction, Schedule, ShardId, Transfer
 from ..schedule.shape import AttentionShape
-from .draft import Builder, Draft, Route, slots
+from .draft import Draft, NodesBuilder, Route, slots
 from .layout import Layout, Offers, Transfers
 from .registry import register
 
@@ -46,7 +46,8 @@ class TwoLevel(Layout):
     narrow_gradients: bool = False
 
     def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
-        return _TwoLevel(shape=shape, direction=direction, pairs=pairs, layout=self).schedule(self.name)
+        built = _TwoLevel(shape=shape, direction=direction, pairs=pairs, layout=self, inner=self.inner_size)
+        return built.schedule(self.name)
 
     def why_not(self, shape: AttentionShape) -> str | None:
         return shape.why_not_groups_of(self.inner_size)
@@ -72,18 +73,10 @@ class TwoLevel(Layout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TwoLevel(Builder):
+class _TwoLevel(NodesBuilder):
     """Step 0 is the own node; steps count nodes backwards, offsets count places so."""
 
     layout: TwoLevel
-
-    @property
-    def inner(self) -> int:
-        return self.layout.inner_size
-
-    @property
-    def outer(self) -> int:
-        return self.world // self.inner
 
     @property
     def others(self) -> range:
@@ -96,16 +89,14 @@ class _TwoLevel(Builder):
         middle = 1 + self.inner // 2
         return [range(1, middle), range(middle, self.inner)] if self.layout.halves else [self.others]
 
-    def rank(self, node: int, place: int) -> int:
-        return (node % self.outer) * self.inner + place % self.inner
-
     def kept(self, rank: int) -> dict[str, ShardId]:
         """Return all others' shards by their slots."""
         node, place = divmod(rank, self.inner)
-        steps = [(step, offset) for step in range(self.outer) for offset in range(self.inner) if step or offset]
         return {
             self.kv_slot(step, offset): ShardId(sequence_part=self.rank(node - step, place - offset))
-            for step, offset in steps
+            for step in range(self.outer)
+            for offset in range(self.inner)
+            if step or offset
         }
 
     def kv_slot(self, step: int, offset: int) -> str:
@@ -125,13 +116,8 @@ class _TwoLevel(Builder):
         return f"dkv:{step % self.grad_sets * self.inner + offset}"
 
     def communicators(self) -> list[Communicator]:
-        nodes = tuple(tuple(self.rank(n, place) for place in range(self.inner)) for n in range(self.outer))
-        rails = tuple(tuple(self.rank(n, place) for n in range(self.outer)) for place in range(self.inner))
         suffix = "_grad" if self.backward else ""
-        return [
-            Communicator(name=f"rails{suffix}", groups=rails),
-            Communicator(name=f"nodes{suffix}", groups=nodes),
-        ]
+        return self.rails_and_nodes(f"rails{suffix}", f"nodes{suffix}")
 
     def buffers(self) -> list[Buffer]:
         others, kv_bytes, dkv_bytes = self.world - 1, self.shape.kv_bytes, self.shape.dkv_bytes

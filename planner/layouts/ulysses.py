@@ -22,7 +22,7 @@ from ..schedule.schedule import (
     TransferKind,
 )
 from ..schedule.shape import AttentionShape
-from .draft import Builder, Draft, slots
+from .draft import Builder, Draft, Route, slots
 from .layout import Layout, Offers
 from .registry import register
 
@@ -106,19 +106,16 @@ class _HeadParallel(Builder):
 
     def buffers(self) -> list[Buffer]:
         """Homes of queries and results; q and out of the group's other ranks; K/V and their gradients."""
-        others = self.degree - 1
-        q_bytes = self.degree * self.sizes["q"]
-        found = [Buffer(name=Q_HOME, kind="q", capacity_bytes=q_bytes)]
-        found += [Buffer(name=OUT_HOME, kind="out", capacity_bytes=self.degree * self.sizes["out"])]
-        found += slots("q", "q", others, self.sizes["q"])
-        found += slots("out", "out", others, self.sizes["out"])
-        found += slots("out_landing", "out", others, self.sizes["out"])
-        read = max(len(self.reads(rank)) for rank in range(self.world))
+        others, q_bytes, out_bytes = self.degree - 1, self.sizes["q"], self.sizes["out"]
+        found = [Buffer(name=Q_HOME, kind="q", capacity_bytes=self.degree * q_bytes)]
+        found += [Buffer(name=OUT_HOME, kind="out", capacity_bytes=self.degree * out_bytes)]
+        found += slots("q", "q", others, q_bytes)
+        found += slots("out", "out", others, out_bytes) + slots("out_landing", "out", others, out_bytes)
+        read = max(map(len, self.reads))
         found += slots("kv", "kv", read, self.sizes["kv"])
         if self.backward:
-            landing = max(len(self.readers(rank)) for rank in range(self.world))
             found += slots("dkv", "dkv", read, self.sizes["dkv"])
-            found += slots("landing", "dkv", landing, self.sizes["dkv"])
+            found += slots("landing", "dkv", max(map(len, self.readers)), self.sizes["dkv"])
         return found
 
     def members(self, rank: int) -> list[int]:
@@ -139,16 +136,13 @@ class _HeadParallel(Builder):
         return sorted(owners, key=lambda owner: owner // self.degree != rank // self.degree)
 
     @cached_property
-    def _reads(self) -> list[list[int]]:
+    def reads(self) -> list[list[int]]:
+        """By rank, the others whose K/V it reads for its head group, in the order of its slots."""
         groups = [[rank, *self.members(rank)] for rank in range(self.world)]
         return [
             [key for key in self._owners(rank) if any(self.computes(query, key) for query in groups[rank])]
             for rank in range(self.world)
         ]
-
-    def reads(self, rank: int) -> list[int]:
-        """Return the others whose K/V a rank reads for its head group, in the order of its slots."""
-        return self._reads[rank]
 
     @cached_property
     def _chunk_of(self) -> list[dict[int, int]]:
@@ -175,20 +169,19 @@ class _HeadParallel(Builder):
 
     def piece(self, rank: int, chunk: int) -> list[int]:
         """Return those that a rank reads of one chunk."""
-        return [owner for owner in self.reads(rank) if self._chunk_of[rank][owner] == chunk]
+        return [owner for owner in self.reads[rank] if self._chunk_of[rank][owner] == chunk]
 
     @cached_property
-    def _readers(self) -> list[list[int]]:
-        """By owner, the ranks that read its K/V, by their head groups: what is added up together lands side by side."""
+    def readers(self) -> list[list[int]]:
+        """By owner, the ranks that read its K/V, in the order of its landing slots: by their head groups.
+
+        So what is added up together lands side by side.
+        """
         readers: list[list[int]] = [[] for _ in range(self.world)]
         for rank in sorted(range(self.world), key=lambda rank: (rank % self.degree, rank)):
-            for owner in self.reads(rank):
+            for owner in self.reads[rank]:
                 readers[owner].append(rank)
         return readers
-
-    def readers(self, owner: int) -> list[int]:
-        """Return the ranks that read the owner's K/V: the order of its landing slots."""
-        return self._readers[owner]
 
     def draft(self, rank: int, parts: Draft) -> None:
         if self.backward:
@@ -229,35 +222,38 @@ class _HeadParallel(Builder):
 
     def _fetch(self, rank: int, parts: Draft) -> None:
         """Launch the exchange of queries, and K/V on their way to all that read them, chunk by chunk."""
-        queries: list[Transfer] = []
-        for other in self.members(rank):
-            queries += [self._move("q", rank, rank, other, Q_HOME, self._slot("q", other, rank))]
-            queries += [self._move("q", other, other, rank, Q_HOME, self._slot("q", rank, other))]
+        queries = [
+            self._move("q", source, source, reader, Q_HOME, self._slot("q", reader, source))
+            for source, reader in self._exchanges(rank)
+        ]
         parts.launch(0, queries, wait=1)
         for chunk in range(1, self.pieces + 1):
             keys = [self._move("kv", owner, owner, reader, KV_HOME, self._kv("kv", reader, owner))
                     for owner, reader in self._routes(rank, chunk)]  # fmt: skip
             parts.launch(0, keys, wait=chunk)
 
+    def _exchanges(self, rank: int) -> list[tuple[int, int]]:
+        """Return (source, destination) of what a rank sends within its group and receives there."""
+        return [ends for other in self.members(rank) for ends in ((rank, other), (other, rank))]
+
     def _routes(self, rank: int, chunk: int) -> list[tuple[int, int]]:
         """Return (owner, reader) of what a rank sends and receives in one chunk."""
-        readers = [reader for reader in self.readers(rank) if self._chunk_of[reader][rank] == chunk]
+        readers = [reader for reader in self.readers[rank] if self._chunk_of[reader][rank] == chunk]
         return [(rank, reader) for reader in readers] + [(owner, rank) for owner in self.piece(rank, chunk)]
 
     def _results(self, rank: int) -> list[Transfer]:
         """Return what the ranks of a group computed of each other's queries, on its way home."""
-        moved: list[Transfer] = []
-        for other in self.members(rank):
-            for source, home in ((rank, other), (other, rank)):
-                landing = self._slot("out_landing", home, source)
-                moved.append(self._move("out", home, source, home, self._slot("out", source, home), landing, OUT_HOME))
-        return moved
+        return [
+            self._move("out", home, source, home, self._slot("out", source, home),
+                       self._slot("out_landing", home, source), OUT_HOME)
+            for source, home in self._exchanges(rank)
+        ]  # fmt: skip
 
     def _gradients(self, rank: int, chunk: int) -> list[Transfer]:
         """Return dK/dV of a chunk on their way home, those of the own shard and those of others."""
         return [
             self._move("dkv", owner, reader, owner, self._kv("dkv", reader, owner),
-                       f"landing:{self.readers(owner).index(reader)}", DKV_HOME)
+                       f"landing:{self.readers[owner].index(reader)}", DKV_HOME)
             for owner, reader in self._routes(rank, chunk)
         ]  # fmt: skip
 
@@ -265,54 +261,33 @@ class _HeadParallel(Builder):
               into: str | None = None) -> Transfer:  # fmt: skip
         """Return a transfer of a shard for the head group of the rank that computes it."""
         computing = source if kind in ("out", "dkv") else destination
-        exchanged = kind in ("q", "out")
-        return Transfer(
-            kind=kind,
-            shard=ShardId(sequence_part=part, head_group=computing % self.degree),
-            source=source,
-            destination=destination,
-            sequence=0,
-            communicator=self.exchange if exchanged else GATHER if kind == "kv" else GATHER_GRAD,
-            transport="p2p",
-            source_buffer=source_buffer,
-            buffer=buffer,
-            capacity_bytes=self.sizes[kind],
-            accumulate_into=into,
-        )
+        communicator = {"kv": GATHER, "dkv": GATHER_GRAD}.get(kind, self.exchange)
+        route = Route(kind=kind, communicator=communicator, capacity_bytes=self.sizes[kind])
+        return route.move(part, source, destination, 0, source_buffer, buffer, into, computing % self.degree)
 
     def _slot(self, pool: str, holder: int, part: int) -> str:
         """Return the slot of a rank for queries, or results, of (or from) another rank of its group."""
         return f"{pool}:{self.members(holder).index(part)}"
 
     def _kv(self, pool: str, reader: int, owner: int) -> str:
-        return f"{pool}:{self.reads(reader).index(owner)}"
+        return f"{pool}:{self.reads[reader].index(owner)}"
 
     def _compute(
         self, parts: Draft, phase: int, rank: int, query: int, keys: list[int], *, columns: bool = False
     ) -> None:
         """Add the tasks of a rank over queries of its group and keys, the columns first."""
-        heads = self.shape.heads // self.degree
-        first = rank % self.degree * heads
+        heads, group = self.shape.heads // self.degree, rank % self.degree
         own = query == rank
-        queries = {
-            "query": ShardId(sequence_part=query, head_group=rank % self.degree),
-            "heads": (first, first + heads),
+        queries: dict[str, Any] = {
+            "query": ShardId(sequence_part=query, head_group=group),
+            "heads": (group * heads, (group + 1) * heads),
             "query_buffer": Q_HOME if own else self._slot("q", rank, query),
             "out_buffer": OUT_HOME if own else self._slot("out", rank, query),
         }
         if columns and self.shape.columns_capacity:
             parts.compute(phase, self.columns_task(**queries))
-        for key in keys:
-            if self.computes(query, key):
-                parts.compute(phase, self._task(rank, key, queries))
-
-    def _task(self, rank: int, key: int, queries: dict[str, Any]) -> Task:
-        grad = None
-        if self.backward:
-            grad = DKV_HOME if key == rank else self._kv("dkv", rank, key)
-        return Task(
-            key=ShardId(sequence_part=key, head_group=rank % self.degree),
-            key_buffer=KV_HOME if key == rank else self._kv("kv", rank, key),
-            grad_buffer=grad,
-            **queries,
-        )
+        for key in (key for key in keys if self.computes(query, key)):
+            buffers: dict[str, Any] = {"key_buffer": KV_HOME if key == rank else self._kv("kv", rank, key)}
+            if self.backward:
+                buffers["grad_buffer"] = DKV_HOME if key == rank else self._kv("dkv", rank, key)
+            parts.compute(phase, Task(key=ShardId(sequence_part=key, head_group=group), **buffers, **queries))

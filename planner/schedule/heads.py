@@ -22,9 +22,12 @@ HeadOrder = tuple[int, ...]
 
 def head_load(pattern: LayerPattern) -> NDArray[np.float64]:
     """Return float64 [H]: the work of every query head of a layer in tile pairs, columns included."""
-    distinct = {id(head): head for head in pattern.heads}  # synthetic patterns repeat one head object
-    known = {key: _load(pattern, head) for key, head in distinct.items()}
-    return np.array([known[id(head)] for head in pattern.heads])
+    known: dict[HeadPattern, float] = {}
+    for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
+        query, _ = active_pairs(pattern, head)
+        blocks_after = pattern.num_blocks - head.columns // pattern.block_size
+        known[head] = query.size + float(blocks_after.sum()) / pattern.block_size
+    return np.array([known[head] for head in pattern.heads])
 
 
 def balanced_order(load: NDArray[np.float64], *, kv_heads: int, degree: int) -> HeadOrder:
@@ -66,12 +69,6 @@ def is_order(order: Sequence[int], *, heads: int, kv_heads: int) -> bool:
         return False
     of_keys = (np.array(order) // (heads // kv_heads)).reshape(kv_heads, -1)
     return bool((of_keys == of_keys[:, :1]).all())
-
-
-def _load(pattern: LayerPattern, head: HeadPattern) -> float:
-    query, _ = active_pairs(pattern, head)
-    blocks_after = pattern.num_blocks - head.columns // pattern.block_size
-    return query.size + float(blocks_after.sum()) / pattern.block_size
 
 
 def _dealt(load: NDArray[np.float64], groups: int) -> list[list[int]]:

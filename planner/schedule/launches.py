@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .backends import facts_of
-from .schedule import HOMES, Phase, Task
+from .schedule import HOMES, Phase, Task, slots_from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,7 @@ def launch_name(tasks: Sequence[Task]) -> str:
 
 def neighbours(names: Sequence[str]) -> bool:
     """Whether these are slots of one pool, one after the other; a rank's own data (":home") is nobody's neighbour."""
-    if any(name in HOMES for name in names):
-        return False
-    prefix, first = parse_slot(names[0])
-    return [parse_slot(name) for name in names] == [(prefix, first + place) for place in range(len(names))]
+    return not HOMES.intersection(names) and list(names) == slots_from(names[0], len(names))
 
 
 def parse_slot(name: str) -> tuple[str, int]:
@@ -82,11 +79,7 @@ def _joins(launch: Sequence[Task], task: Task, backend: str, batch: int) -> bool
         return False
     if before.key is None:
         return facts_of(backend).fuses_columns
-    return facts_of(backend).joins_keys and batch == 1 and _side_by_side(before, task)
-
-
-def _side_by_side(before: Task, task: Task) -> bool:
-    if not neighbours([before.key_buffer, task.key_buffer]):
+    if not facts_of(backend).joins_keys or batch > 1 or not neighbours([before.key_buffer, task.key_buffer]):
         return False
     if before.grad_buffer is None or task.grad_buffer is None:
         return before.grad_buffer == task.grad_buffer

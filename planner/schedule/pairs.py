@@ -69,10 +69,6 @@ class Pairs:
         key, distance = np.indices((self.world_size,) * 2)
         return self.matrix[(key + distance) % self.world_size, key]
 
-    def needs(self, query: int, key: int) -> bool:
-        """Whether the pair may have work."""
-        return self.rows[query][key] == "1"
-
     def left_out(self) -> frozenset[tuple[int, int]]:
         """Return the (query part, key part) pairs that never have work."""
         return frozenset((int(query), int(key)) for query, key in np.argwhere(~self.matrix))
@@ -97,8 +93,7 @@ def causal_pairs(placement: Placement) -> Pairs:
     """Return the pairs in which some key does not come after all queries: what any pattern is bound to."""
     first, last = np.zeros((2, placement.world_size), dtype=np.int64)
     for rank in range(placement.world_size):
-        positions = placement.positions(rank)
-        valid = positions[positions < placement.seq_len_tokens]
+        valid = placement.valid_positions(rank)
         first[rank], last[rank] = (valid[0], valid[-1]) if valid.size else (placement.padded_tokens, -1)
     return Pairs.of(first[None, :] <= last[:, None])
 
@@ -107,8 +102,7 @@ def pairs_of_blocks(active: Bits, placement: Placement, *, block_size: int) -> P
     """Return the pairs that hold an active block pair. active: bool [query block, key block]."""
     owned = np.zeros((placement.world_size, len(active)), dtype=bool)
     for rank in range(placement.world_size):
-        positions = placement.positions(rank)
-        owned[rank, positions[positions < placement.seq_len_tokens] // block_size] = True
+        owned[rank, placement.valid_positions(rank) // block_size] = True
     reached = np.stack([active[blocks].any(axis=0) for blocks in owned])  # [W, N] key blocks of each rank's queries
     return Pairs.of((reached.astype(np.int32) @ owned.T.astype(np.int32) > 0) & causal_pairs(placement).matrix)
 
@@ -120,7 +114,16 @@ def pattern_pairs(pattern: LayerPattern, placement: Placement) -> Pairs:
 
 def active_blocks(pattern: LayerPattern) -> Bits:
     """Return bool [N, N]: the block pairs that any head of the layer activates and that share a document."""
-    return documents_share(pattern.documents, pattern.block_size, pattern.seq_len_tokens, _any_head(pattern))
+    diagonals = np.zeros(pattern.num_blocks, dtype=bool)
+    bits: Bits | None = None
+    for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
+        if isinstance(head, VerticalSlash):
+            diagonals[head.diagonals] = True
+        else:
+            bits = head.bits.copy() if bits is None else np.logical_or(bits, head.bits, out=bits)
+    toeplitz = bits_of_diagonals(diagonals)
+    any_head = toeplitz if bits is None else toeplitz | bits
+    return documents_share(pattern.documents, pattern.block_size, pattern.seq_len_tokens, any_head)
 
 
 def documents_share(documents: NDArray[np.integer] | None, block_size: int, seq_len_tokens: int, bits: Bits) -> Bits:
@@ -137,16 +140,3 @@ def bits_of_diagonals(diagonals: Bits) -> Bits:
     blocks = len(diagonals)
     distances = np.concatenate([diagonals[::-1], np.zeros(blocks - 1, dtype=bool)])
     return np.lib.stride_tricks.sliding_window_view(distances, blocks)[::-1]
-
-
-def _any_head(pattern: LayerPattern) -> Bits:
-    blocks = pattern.num_blocks
-    diagonals = np.zeros(blocks, dtype=bool)
-    bits: Bits | None = None
-    for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
-        if isinstance(head, VerticalSlash):
-            diagonals[head.diagonals] = True
-        else:
-            bits = head.bits.copy() if bits is None else np.logical_or(bits, head.bits, out=bits)
-    toeplitz = bits_of_diagonals(diagonals)
-    return toeplitz if bits is None else toeplitz | bits

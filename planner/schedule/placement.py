@@ -60,6 +60,11 @@ class Placement:
         start = self.units[rank][:, None] * self.granularity_tokens
         return (start + np.arange(self.granularity_tokens)).reshape(-1)
 
+    def valid_positions(self, rank: int) -> NDArray[np.int64]:
+        """Return int64 [at most S]: the positions owned by `rank` without padding, ascending."""
+        positions = self.positions(rank)
+        return positions[positions < self.seq_len_tokens]
+
     def permutation(self) -> NDArray[np.int64]:
         """Return int64 [W * S]: the rank-major order of all token positions."""
         return np.concatenate([self.positions(rank) for rank in range(self.world_size)])
@@ -79,7 +84,9 @@ def contiguous(*, seq_len_tokens: int, world_size: int, granularity_tokens: int)
     """Rank r owns the r-th stretch of the sequence."""
     count = _units_per_rank(seq_len_tokens, world_size, granularity_tokens)
     units = np.arange(world_size * count).reshape(world_size, count)
-    return _placement("contiguous", seq_len_tokens, granularity_tokens, units)
+    return Placement(
+        name="contiguous", seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=units
+    )
 
 
 def zigzag(*, seq_len_tokens: int, world_size: int, granularity_tokens: int) -> Placement:
@@ -87,14 +94,14 @@ def zigzag(*, seq_len_tokens: int, world_size: int, granularity_tokens: int) -> 
     half = _units_per_rank(seq_len_tokens, 2 * world_size, granularity_tokens)
     stretch = np.arange(2 * world_size * half).reshape(2 * world_size, half)
     units = np.concatenate([stretch[:world_size], stretch[::-1][:world_size]], axis=1)
-    return _placement("zigzag", seq_len_tokens, granularity_tokens, units)
+    return Placement(name="zigzag", seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=units)
 
 
 def striped(*, seq_len_tokens: int, world_size: int, granularity_tokens: int) -> Placement:
     """Rank r owns units r, r + W, r + 2W, …: token striping at granularity 1, block striping at the block size."""
     count = _units_per_rank(seq_len_tokens, world_size, granularity_tokens)
     units = np.arange(world_size * count).reshape(count, world_size).T
-    return _placement("striped", seq_len_tokens, granularity_tokens, units)
+    return Placement(name="striped", seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=units)
 
 
 def balanced(
@@ -117,7 +124,9 @@ def balanced(
         owned[rank].append(int(unit))
         if len(owned[rank]) < count:
             heapq.heappush(heap, (total + float(load[unit]), rank))
-    return _placement("balanced", seq_len_tokens, granularity_tokens, np.array(owned))
+    return Placement(
+        name="balanced", seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=np.array(owned)
+    )
 
 
 REGULAR_PLACEMENTS: dict[str, Callable[..., Placement]] = {
@@ -134,7 +143,3 @@ def _units_per_rank(seq_len_tokens: int, shares: int, granularity_tokens: int) -
             field="placement",
         )
     return -(-seq_len_tokens // (shares * granularity_tokens))
-
-
-def _placement(name: str, seq_len_tokens: int, granularity_tokens: int, units: NDArray[np.int64]) -> Placement:
-    return Placement(name=name, seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=units)

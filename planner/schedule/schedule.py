@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -164,11 +164,6 @@ class Buffer:
     narrow: bool = False
 
 
-def keeps_nothing(rank: int) -> dict[str, ShardId]:
-    """Return what `rank` keeps from forward to backward where nothing is kept."""
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """One direction of one layer's attention on all ranks.
@@ -185,7 +180,7 @@ class Schedule:
     communicators: tuple[Communicator, ...]
     buffers: tuple[Buffer, ...]
     program: Callable[[int], tuple[Phase, ...]]
-    kept: Callable[[int], dict[str, ShardId]] = keeps_nothing
+    kept: Callable[[int], dict[str, ShardId]] = lambda rank: {}
     _expanded: dict[int, tuple[Phase, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def phases(self, rank: int) -> tuple[Phase, ...]:
@@ -237,13 +232,8 @@ class Schedule:
 def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -> Schedule:
     """Return the schedule with the phases of some ranks replaced (hand-made schedules, mutation tests)."""
     replaced = {rank: tuple(phases) for rank, phases in programs.items()}
-    return Schedule(
-        direction=schedule.direction,
-        layout=schedule.layout,
-        world_size=schedule.world_size,
-        num_heads=schedule.num_heads,
-        communicators=schedule.communicators,
-        buffers=schedule.buffers,
-        program=lambda rank: replaced[rank] if rank in replaced else schedule.phases(rank),
-        kept=schedule.kept,
-    )
+
+    def program(rank: int) -> tuple[Phase, ...]:
+        return replaced[rank] if rank in replaced else schedule.phases(rank)
+
+    return replace(schedule, program=program, _expanded={})

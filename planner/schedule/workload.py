@@ -107,7 +107,7 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
     tiles = -(-placement.tokens_per_rank // pattern.block_size)
     aligned = placement.granularity_tokens % pattern.block_size == 0
     row_lengths = _aligned_row_lengths if aligned else _straddling_row_lengths
-    counts = active, rows, longest, key_rows, longest_key = np.zeros((5, world, world, heads), dtype=np.int64)
+    counts = np.zeros((5, world, world, heads), dtype=np.int64)
     seen: dict[int, int] = {}  # synthetic patterns repeat one head object; count it once
     for number, head in enumerate(pattern.heads):
         first = seen.setdefault(id(head), number)
@@ -115,24 +115,22 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
             counts[..., number] = counts[..., first]
             continue
         lengths, key_lengths = row_lengths(pattern, head, placement, tiles)  # [W query, T, W key], T of queries, keys
-        active[:, :, number] = lengths.sum(axis=1)
-        rows[:, :, number] = (lengths > 0).sum(axis=1)
-        longest[:, :, number] = lengths.max(axis=1)
-        key_rows[:, :, number] = (key_lengths > 0).sum(axis=1)
-        longest_key[:, :, number] = key_lengths.max(axis=1)
-    columns = _column_row_lengths(pattern, placement, tiles)  # [W, T, H]
+        counts[:3, ..., number] = _row_counts(lengths)
+        counts[3:, ..., number] = _row_counts(key_lengths)[1:]
+    columns, column_rows, longest_column_row = _row_counts(_column_row_lengths(pattern, placement, tiles))
     return Workload(
         block_size=pattern.block_size,
         tokens_per_rank=placement.tokens_per_rank,
-        active=active,
-        rows=rows,
-        longest=longest,
-        key_rows=key_rows,
-        longest_key=longest_key,
-        columns=columns.sum(axis=1),
-        column_rows=(columns > 0).sum(axis=1),
-        longest_column_row=columns.max(axis=1),
+        **dict(zip(("active", "rows", "longest", "key_rows", "longest_key"), counts, strict=True)),
+        columns=columns,
+        column_rows=column_rows,
+        longest_column_row=longest_column_row,
     )
+
+
+def _row_counts(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """Return the pairs, the rows that have any, and the longest row, of row lengths int64 [W, T, ...]."""
+    return lengths.sum(axis=1), (lengths > 0).sum(axis=1), lengths.max(axis=1)
 
 
 def unit_load(patterns: list[LayerPattern], *, granularity_tokens: int, padded_tokens: int) -> NDArray[np.float64]:
@@ -180,7 +178,11 @@ def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Pl
 
 
 def _straddling_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
-    kinds, kind_of_rank = _tile_kinds(pattern, placement, tiles)
+    # Ranks whose tiles touch the same blocks (token striping: all of them) are counted once.
+    of_ranks = [_tile_blocks(pattern, placement, rank, tiles) for rank in range(placement.world_size)]
+    distinct = {incidence.tobytes(): incidence for incidence in of_ranks}
+    kinds, numbers = list(distinct.values()), {key: number for number, key in enumerate(distinct)}
+    kind_of_rank = [numbers[incidence.tobytes()] for incidence in of_ranks]
     query, key = active_pairs(pattern, head)
     lengths, key_lengths = np.zeros((2, len(kinds), tiles, len(kinds)), dtype=np.int64)
     for q, query_tiles in enumerate(kinds):
@@ -188,24 +190,6 @@ def _straddling_row_lengths(pattern: LayerPattern, head: HeadPattern, placement:
             counted = _count_tile_pairs(query, key, query_tiles, key_tiles, pattern.num_blocks, tiles)
             lengths[q, :, k], key_lengths[q, :, k] = counted
     return lengths[kind_of_rank][:, :, kind_of_rank], key_lengths[kind_of_rank][:, :, kind_of_rank]
-
-
-def _tile_kinds(
-    pattern: LayerPattern, placement: Placement, tiles: int
-) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Return the distinct (tile, mask block) incidence lists and which of them each rank has.
-
-    Ranks whose tiles touch the same blocks (token striping: all of them) are counted once.
-    """
-    kinds: list[NDArray[np.int64]] = []
-    numbers: dict[bytes, int] = {}
-    kind_of_rank = np.zeros(placement.world_size, dtype=np.int64)
-    for rank in range(placement.world_size):
-        incidence = _tile_blocks(pattern, placement, rank, tiles)
-        kind_of_rank[rank] = numbers.setdefault(incidence.tobytes(), len(kinds))
-        if kind_of_rank[rank] == len(kinds):
-            kinds.append(incidence)
-    return kinds, kind_of_rank
 
 
 def _count_tile_pairs(
@@ -217,7 +201,8 @@ def _count_tile_pairs(
     tiles: int,
 ) -> RowLengths:
     """Return int64 [T] twice: per query tile the key tiles that share an active block pair with it, and the reverse."""
-    if max(_most_tiles(query_tiles), _most_tiles(key_tiles)) <= 1:  # a block lies in one tile
+    most = max(np.bincount(touched[:, 1]).max(initial=0) for touched in (query_tiles, key_tiles))
+    if most <= 1:  # a block lies in one tile at most
         query_tile, key_tile = (np.full(blocks, -1, dtype=np.int64) for _ in range(2))
         query_tile[query_tiles[:, 1]] = query_tiles[:, 0]
         key_tile[key_tiles[:, 1]] = key_tiles[:, 0]
@@ -232,11 +217,6 @@ def _count_tile_pairs(
     ]
     pairs = (incidence[0] @ bits @ incidence[1].T).tocsr()
     return np.diff(pairs.indptr).astype(np.int64), np.bincount(pairs.indices, minlength=tiles)
-
-
-def _most_tiles(incidence: NDArray[np.int64]) -> int:
-    """Return in how many tiles a block lies at most; 0 for a rank that owns only padding."""
-    return int(np.bincount(incidence[:, 1]).max(initial=0))
 
 
 def _tile_blocks(pattern: LayerPattern, placement: Placement, rank: int, tiles: int) -> NDArray[np.int64]:

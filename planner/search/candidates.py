@@ -50,15 +50,7 @@ class PlacementChoice:
         return balanced(granularity_tokens=self.granularity_tokens, unit_load=load, **sizes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A placement and a layout, the same in both directions."""
-
-    placement: PlacementChoice
-    layout: Layout
-
-    def __str__(self) -> str:
-        return f"{self.placement}, {self.layout}"
+Candidate = tuple[PlacementChoice, Layout]  # the layout is that of both directions
 
 
 def placement_choices(
@@ -88,7 +80,7 @@ def layout_choices(offers: Offers) -> list[Layout]:
 def baselines(offers: Offers, *, block_size: int) -> list[Candidate]:
     """Return the plain layouts of the cluster, the plainest first."""
     return [
-        Candidate(placement=PlacementChoice(name=placement, granularity_tokens=block_size), layout=one)
+        (PlacementChoice(name=placement, granularity_tokens=block_size), one)
         for layout in known_layouts()
         for placement, one in layout.baselines(offers)
     ]

@@ -9,13 +9,14 @@ from ..cost.cluster import Cluster
 from ..cost.kernels import ACCUMULATOR_BYTES, CostModel
 from ..layouts.layout import Offers
 from ..layouts.registry import layout_names
-from ..plan import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec
+from ..replay import Recorded
 from ..schedule.backends import facts_of
 from ..schedule.heads import HeadOrder, balanced_order
 from ..schedule.pairs import Pairs, causal_pairs, pairs_of_blocks
 from ..schedule.placement import REGULAR_PLACEMENTS, Placement
 from ..schedule.shape import AttentionShape
-from .sampling import Sample, TraceSummary
+from ..specs import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec
+from .sampling import TraceSummary
 
 DEFAULT_MEMORY_FRACTION = 0.5  # the rest is for weights, optimizer, activations of the other layers
 PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
@@ -60,11 +61,6 @@ class SearchSpace:
             raise InputError(f"sums are kept in {self.dtype} as it is: nothing to round", field="narrow_gradients")
 
     @property
-    def restricted(self) -> bool:
-        """Whether only some layouts or placements may be picked."""
-        return bool(self.layouts or self.placements)
-
-    @property
     def rounds_parts(self) -> bool:
         """Whether what one kernel adds to dK/dV may travel in 16 bits: in any case where it wrote no more."""
         return self.narrow_gradients or facts_of(self.kernels.backend).rounds_gradients
@@ -89,7 +85,7 @@ class Problem:
     cluster: Cluster
     cost: CostModel
     attention: AttentionSpec
-    samples: tuple[Sample, ...]
+    samples: tuple[Recorded, ...]
     summary: TraceSummary
 
     @property
@@ -98,15 +94,10 @@ class Problem:
         return self.space.kernels.backend
 
     @property
-    def layers(self) -> int:
-        """Layers of the model."""
-        return self.attention.model.layers
-
-    @property
     def memory_limit_bytes(self) -> int:
         """Bytes for one layer's attention on one GPU."""
-        limit_bytes, space = self.space.memory_limit_bytes, self.space
-        return int(space.memory_fraction * self.cluster.gpu.memory_bytes) if limit_bytes is None else limit_bytes
+        share_bytes = int(self.space.memory_fraction * self.cluster.gpu.memory_bytes)
+        return share_bytes if self.space.memory_limit_bytes is None else self.space.memory_limit_bytes
 
     def pairs(self, placement: Placement) -> Pairs:
         """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.
@@ -125,14 +116,14 @@ class Problem:
     def head_order(self, layer: int, degree: int) -> HeadOrder:
         """Return the order in which a layer's heads are dealt out to groups; as they are where nothing is known."""
         load, model = self.summary.head_load.get(layer), self.attention.model
-        return (
-            tuple(range(model.heads)) if load is None else balanced_order(load, kv_heads=model.kv_heads, degree=degree)
-        )
+        if load is None:
+            return tuple(range(model.heads))
+        return balanced_order(load, kv_heads=model.kv_heads, degree=degree)
 
     def head_orders(self, degree: int) -> tuple[HeadOrder, ...] | None:
         """Return the order of every layer's heads, dealt out to `degree` groups; None where all stay as they are."""
         if degree == 1:
             return None
         natural = tuple(range(self.attention.model.heads))
-        orders = tuple(self.head_order(layer, degree) for layer in range(self.layers))
+        orders = tuple(self.head_order(layer, degree) for layer in range(self.attention.model.layers))
         return None if all(order == natural for order in orders) else orders

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.pattern import LayerPattern, num_blocks
+from ...traces.pattern import num_blocks
 from ...traces.progress import Progress, no_progress
 from ..plan import PatternSpec
+from ..replay import Recorded
 from ..schedule.heads import head_load
 from ..schedule.pairs import active_blocks
 from ..schedule.workload import unit_load
@@ -21,15 +22,6 @@ DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
 COLUMNS_MULTIPLE = 64
 MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One recorded layer that candidates are evaluated on."""
-
-    training_step: int
-    layer: int
-    pattern: LayerPattern
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +42,7 @@ class TraceSummary:
 
 def take_samples(
     trace: Trace, *, steps: Sequence[int] | None = None, layers: Sequence[int] | None = None
-) -> tuple[Sample, ...]:
+) -> tuple[Recorded, ...]:
     """Read the layers to evaluate: those asked for, else up to four evenly spread ones of the last training step."""
     if not trace.steps:
         raise InputError("holds no training step", source=trace.folder)
@@ -59,7 +51,7 @@ def take_samples(
     _check_recorded(trace, "steps", steps, trace.steps)
     _check_recorded(trace, "layers", layers, trace.layers)
     return tuple(
-        Sample(training_step=step, layer=layer, pattern=trace.layer_pattern(step, layer))
+        Recorded(training_step=step, layer=layer, pattern=trace.layer_pattern(step, layer))
         for step in dict.fromkeys(steps)
         for layer in dict.fromkeys(layers)
     )
@@ -102,7 +94,7 @@ def evenly_spread(items: Sequence, count: int) -> list:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
 
 
-def pattern_spec(trace: Trace, source: str, samples: Sequence[Sample]) -> PatternSpec:
+def pattern_spec(trace: Trace, source: str, samples: Sequence[Recorded]) -> PatternSpec:
     """Return how a run comes by its patterns: replayed from the trace, or chosen anew as the trace's were.
 
     "choose" needs one selector with one setting for all sampled heads, and one that a model can be asked for.

@@ -12,13 +12,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cost.bounds import Allowed, step_bound_us
-from ..cost.evaluation import Evaluation, Evaluator, imbalance
-from ..cost.memory import LayerMemory, layer_memory
+from ..cost.bounds import Allowed, lower_bound_us
+from ..cost.evaluation import Evaluation, Evaluator, imbalance, step_imbalance
+from ..cost.memory import layer_memory
 from ..layouts.layout import Layout
 from ..schedule.pairs import Pairs
 from ..schedule.placement import Placement
-from ..schedule.schedule import Direction, Schedule
+from ..schedule.schedule import DIRECTIONS, Direction, Schedule
 from ..schedule.workload import Workload, workload
 from .candidates import PlacementChoice, layout_choices, why_not_executable
 from .problem import Problem
@@ -35,10 +35,13 @@ class Rater:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
-    """One direction of one candidate. evaluations: one per layer shown to the rater; why_not: not to be executed."""
+    """One direction of one candidate. evaluations: one per layer shown to the rater; why_not: not to be executed.
+
+    memory_bytes: what a step needs as far as this direction's slots are the larger ones.
+    """
 
     evaluations: tuple[Evaluation, ...]
-    memory: LayerMemory
+    memory_bytes: int
     why_not: str | None
     fits_memory: bool
 
@@ -64,6 +67,10 @@ class Step:
     backward: Score
     rater: Rater
 
+    def __str__(self) -> str:
+        """Name the placement and the layout; both directions have the same where this is asked for."""
+        return f"{self.placement}, {self.forward_layout}"
+
     @property
     def why_not(self) -> str | None:
         """Why the step cannot be executed; None when it can."""
@@ -87,7 +94,7 @@ class Step:
     @property
     def memory_bytes(self) -> int:
         """The larger need of the two directions."""
-        return max(self.forward.memory.total_bytes, self.backward.memory.total_bytes)
+        return max(self.forward.memory_bytes, self.backward.memory_bytes)
 
     @property
     def peak_buffer_bytes(self) -> int:
@@ -107,11 +114,7 @@ class Step:
     @property
     def step_imbalance(self) -> float:
         """Sum over phases of both directions of the maximum over ranks, over that of the means; mean over layers."""
-        ratios = []
-        for _, phases in self._layers():
-            mean = phases.mean(axis=0).sum()
-            ratios.append(phases.max(axis=0).sum() / mean if mean else 1.0)
-        return float(np.mean(ratios))
+        return float(np.mean([step_imbalance(phases) for _, phases in self._layers()]))
 
     def _layers(self) -> Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Yield (compute [W], compute of all phases of both directions [W, phases]) per sampled layer."""
@@ -171,28 +174,29 @@ class ScoreBoard:
         """Whether the layout can be built for these sizes at all."""
         return layout.why_not(self.problem.shape(self.placement(choice))) is None
 
-    def memory(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> LayerMemory:
+    def memory_bytes(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> int:
         """Return the bytes that a step needs as far as this direction's slots are the larger ones."""
-        return layer_memory(
+        memory = layer_memory(
             self.schedule(choice, layout, direction),
             self.problem.shape(self.placement(choice)),
-            layers=self.problem.layers,
+            layers=self.problem.attention.model.layers,
             backend=self.problem.backend,
             reordered=self.problem.head_orders(layout.head_groups) is not None,
         )
+        return memory.total_bytes
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
         key = (rater, choice, layout, direction)
         if key not in self._scores:
-            problem, memory = self.problem, self.memory(choice, layout, direction)
+            problem, memory_bytes = self.problem, self.memory_bytes(choice, layout, direction)
             schedule = self.schedule(choice, layout, direction)
             works = (self.workload(choice, sample, layout.head_groups) for sample in rater.samples)
             self._scores[key] = Score(
                 evaluations=tuple(rater.evaluator(schedule, work, problem.cluster, problem.cost) for work in works),
-                memory=memory,
+                memory_bytes=memory_bytes,
                 why_not=why_not_executable(choice, backend=problem.backend, block_size=problem.attention.block_size),
-                fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
+                fits_memory=memory_bytes <= problem.memory_limit_bytes,
             )
         return self._scores[key]
 
@@ -209,31 +213,24 @@ class ScoreBoard:
 
     def bound_us(self, samples: tuple[int, ...]) -> float:
         """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""
-        problem = self.problem
-        allowed = {choice: self._allowed(choice) for choice in self._placements}
-        bounds = [
-            min(
-                step_bound_us(
-                    workload=self.workload(choice, sample),
-                    cluster=problem.cluster,
-                    cost=problem.cost,
-                    shape=problem.shape(self.placement(choice)),
-                    allowed=allowed[choice],
-                )
-                for choice in allowed
+        cluster, cost = self.problem.cluster, self.problem.cost
+        bounds_us = []
+        for choice in self._placements:
+            shape, allowed = self.problem.shape(self.placement(choice)), self._allowed(choice)
+            works = [self.workload(choice, sample) for sample in samples]
+            bounds_us.append(
+                [sum(lower_bound_us(work, cluster, cost, shape, way, allowed) for way in DIRECTIONS) for work in works]
             )
-            for sample in samples
-        ]
-        return float(np.mean(bounds))
+        return float(np.min(bounds_us, axis=0).mean())
 
     def _allowed(self, choice: PlacementChoice) -> Allowed:
         """Return what any layout may do under a placement, those that were not asked for among them."""
         space, cluster = self.problem.space, self.problem.cluster
         layouts = [one for one in layout_choices(space.offers(cluster, restricted=False)) if self.applies(choice, one)]
-        keeping = (self.memory(choice, one, "backward") for one in layouts if one.kept_slots is not None)
+        keeping = (self.memory_bytes(choice, one, "backward") for one in layouts if one.kept_slots is not None)
         return Allowed(
             pairs=self.pairs(choice),
-            keep_kv=any(memory.total_bytes <= self.problem.memory_limit_bytes for memory in keeping),
+            keep_kv=any(memory_bytes <= self.problem.memory_limit_bytes for memory_bytes in keeping),
             narrow_gradients=space.rounds_parts,
             pulls=space.pulls,
             degrees=tuple(sorted({one.head_groups for one in layouts} - {1})),

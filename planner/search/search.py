@@ -13,9 +13,9 @@ from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.progress import Progress, no_progress
 from ..check.check import check, check_step
 from ..cost.cluster import Cluster
-from ..cost.compiled import CompiledRecurrence
 from ..cost.evaluation import Evaluator
 from ..cost.kernels import CostModel, datasheet_cost
+from ..cost.recurrence import CompiledRecurrence
 from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
 from ..schedule.backends import computed_head_dim
 from ..schedule.schedule import DIRECTIONS
@@ -69,13 +69,13 @@ def make_problem(
     header, backend = trace.header, space.kernels.backend
     model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
     computed_head_dim(backend, head_dim=model.head_dim, dtype=space.dtype, block_size=header.block_size)
-    priced = {"block_size": header.block_size, "dtype": space.dtype, "backend": backend}
     samples = take_samples(trace, steps=space.steps, layers=space.layers)
     summary = summarize(trace, progress=progress)
     return Problem(
         space=space,
         cluster=cluster,
-        cost=cost or datasheet_cost(cluster.gpu, model, **priced),
+        cost=cost
+        or datasheet_cost(cluster.gpu, model, block_size=header.block_size, dtype=space.dtype, backend=backend),
         attention=AttentionSpec(
             model=model,
             seq_len_tokens=header.seq_len_tokens,
@@ -86,11 +86,6 @@ def make_problem(
         samples=samples,
         summary=summary,
     )
-
-
-def cluster_sha256(cluster: Cluster) -> str:
-    """Return the SHA-256 of a cluster's content, whatever the layout of its YAML."""
-    return sha256_of_bytes(canonical_json(cluster.model_dump(mode="json")))
 
 
 def _seal(problem: Problem, pick: Step, pattern: PatternSpec) -> Plan:
@@ -119,7 +114,7 @@ def _provenance(trace: Trace, cluster: Cluster) -> dict[str, Any]:
         "trace_origin": trace.header.origin,
         "model_id": trace.header.model.model_id,
         "cluster": cluster.name,
-        "cluster_sha256": cluster_sha256(cluster),
+        "cluster_sha256": sha256_of_bytes(canonical_json(cluster.model_dump(mode="json"))),
         "versions": library_versions("sparsering", "numpy", "scipy"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -7,14 +7,15 @@ must gain more than a margin. No plain layout that is eligible is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
 from ..cost.evaluation import Evaluator
 from ..layouts.layout import Layout
+from ..schedule.schedule import DIRECTIONS, Direction
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
 from .problem import Problem
 from .sampling import evenly_spread
@@ -32,66 +33,40 @@ SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are 
 QUICK, GOOD = "recurrence", "simulator"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rated:
-    """A candidate with one layout in both directions, and the plain layout that it is, if it is one."""
-
-    step: Step
-    baseline: Candidate | None
+# Layouts that a placement may be combined with in each direction, and their times in microseconds.
+Options = dict[Direction, dict[Layout, float]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """What was found. table: every candidate with one layout in both directions, under its best evaluator."""
+    """What was found. table: every candidate with one layout in both directions, under its best evaluator.
+
+    baselines: the plain layouts among them.
+    """
 
     pick: Step
-    table: tuple[Rated, ...]
+    table: tuple[Step, ...]
+    baselines: tuple[Step, ...]
     bound_us: float
     notes: tuple[str, ...]
 
     @property
-    def baselines(self) -> tuple[Rated, ...]:
-        """The plain layouts."""
-        return tuple(rated for rated in self.table if rated.baseline is not None)
-
-    @property
-    def best_baseline(self) -> Rated | None:
+    def best_baseline(self) -> Step | None:
         """The quickest plain layout that can be executed within the memory limit."""
-        return min(
-            (rated for rated in self.baselines if rated.step.eligible),
-            key=lambda rated: rated.step.step_time_us,
-            default=None,
-        )
+        eligible = (step for step in self.baselines if step.eligible)
+        return min(eligible, key=lambda step: step.step_time_us, default=None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Layouts that one placement may be combined with in each direction, and their times."""
+def _mixtures(options: Options) -> dict[tuple[Layout, Layout], float]:
+    """Return the (forward, backward) layouts that go together, and the microseconds of a step.
 
-    forward: dict[Layout, float] = field(default_factory=dict)
-    backward: dict[Layout, float] = field(default_factory=dict)
-
-    @property
-    def mixtures(self) -> list[tuple[Layout, Layout]]:
-        """(forward, backward) layouts that go together.
-
-        Both keep K/V in the same slots, or none does; and heads are dealt out in one order, to one number of groups.
-        """
-        return [
-            (forward, backward)
-            for forward, backward in product(self.forward, self.backward)
-            if forward.kept_slots == backward.kept_slots and len({forward.head_groups, backward.head_groups} - {1}) < 2
-        ]
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is a layout for both directions."""
-        return bool(self.mixtures)
-
-    @property
-    def best_us(self) -> float:
-        """The best time of a step."""
-        return min(self.forward[forward] + self.backward[backward] for forward, backward in self.mixtures)
+    Both keep K/V in the same slots, or none does; and heads are dealt out in one order, to one number of groups.
+    """
+    return {
+        (forward, backward): options["forward"][forward] + options["backward"][backward]
+        for forward, backward in product(options["forward"], options["backward"])
+        if forward.kept_slots == backward.kept_slots and len({forward.head_groups, backward.head_groups} - {1}) < 2
+    }
 
 
 def select(
@@ -104,24 +79,27 @@ def select(
     board = ScoreBoard(problem=problem)
     candidates, notes = _candidates(board)
     offers = problem.space.offers(problem.cluster, restricted=False)
-    plain = {one: one for one in baselines(offers, block_size=problem.attention.block_size)}
+    plain = baselines(offers, block_size=problem.attention.block_size)
     rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
-    steps = _rate(board, [*dict.fromkeys([*candidates, *plain])], rater, "estimating", progress)
+    steps = _rate(board, list(dict.fromkeys([*candidates, *plain])), rater, "estimating", progress)
     options = _eligible_options(candidates, steps)
-    if not any(one.complete for one in options.values()):
+    if not any(_mixtures(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
     if final is not None:
         rater = Rater(name=GOOD, evaluator=final, samples=_simulated_samples(problem))
-        steps |= _rate(board, list(plain), rater, "simulating plain layouts", progress)
+        steps |= _rate(board, plain, rater, "simulating plain layouts", progress)
         options = _finalists(options, steps, [one for one in plain if one in candidates])
-    pick = min(_best_steps(board, options, rater, progress).values(), key=competing_us)
+    pick = min(_best_steps(board, options, rater, progress), key=competing_us)
     for choice, one in options.items():  # scores of both directions are there already
-        both = [layout for layout in one.forward if layout in one.backward]
-        steps |= {
-            Candidate(placement=choice, layout=layout): board.step(choice, layout, layout, rater) for layout in both
-        }
-    table = tuple(Rated(step=step, baseline=plain.get(one)) for one, step in steps.items())
-    return Selection(pick=pick, table=table, bound_us=board.bound_us(rater.samples), notes=tuple(notes))
+        both = [layout for layout in one["forward"] if layout in one["backward"]]
+        steps |= {(choice, layout): board.step(choice, layout, layout, rater) for layout in both}
+    return Selection(
+        pick=pick,
+        table=tuple(steps.values()),
+        baselines=tuple(step for one, step in steps.items() if one in plain),
+        bound_us=board.bound_us(rater.samples),
+        notes=tuple(notes),
+    )
 
 
 def _simulated_samples(problem: Problem) -> tuple[int, ...]:
@@ -142,25 +120,25 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
         relevant = choices[:1] if layout.head_groups == world > 1 else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
-        found += [Candidate(placement=choice, layout=layout) for choice in applicable]
+        found += [(choice, layout) for choice in applicable]
         if relevant and not applicable:
             inapplicable.append(f"{layout.name} ({layout.why_not(problem.shape(board.placement(relevant[0])))})")
     if inapplicable:
         notes.append(f"not for these sizes: {', '.join(dict.fromkeys(inapplicable))}")
-    if space.narrow_gradients and not any(one.layout.transfers.narrow for one in found):
+    if space.narrow_gradients and not any(layout.transfers.narrow for _, layout in found):
         raise InputError("no layout that is left to choose from rounds gradients", field="narrow_gradients")
     if not found:
         raise InputError("nothing is left to choose from: " + "; ".join(notes), field="layout, placement")
     order = {choice: number for number, choice in enumerate(choices)}
-    return sorted(found, key=lambda one: order[one.placement]), notes
+    return sorted(found, key=lambda one: order[one[0]]), notes
 
 
 def _rate(
     board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, stage: str, progress: Progress
 ) -> dict[Candidate, Step]:
     steps = {}
-    for number, one in enumerate(candidates):
-        steps[one] = board.step(one.placement, one.layout, one.layout, rater)
+    for number, (choice, layout) in enumerate(candidates):
+        steps[choice, layout] = board.step(choice, layout, layout, rater)
         progress(stage, number + 1, len(candidates))
     return steps
 
@@ -168,12 +146,12 @@ def _rate(
 def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
     """Return what can be executed within the memory limit, by placement, in the order of `candidates`."""
     found: dict[PlacementChoice, Options] = {}
-    for one in candidates:
-        options, step = found.setdefault(one.placement, Options()), steps[one]
+    for choice, layout in candidates:
+        options, step = found.setdefault(choice, {way: {} for way in DIRECTIONS}), steps[choice, layout]
         if step.forward.eligible:
-            options.forward[one.layout] = step.forward.makespan_us
+            options["forward"][layout] = step.forward.makespan_us
         if step.backward.eligible:
-            options.backward[one.layout] = step.backward.makespan_us
+            options["backward"][layout] = step.backward.makespan_us
     return found
 
 
@@ -186,44 +164,36 @@ def _finalists(
     what transfers take from kernels is nothing that the recurrence sees.
     """
     found = _eligible_options(plain, steps)
-    complete = [choice for choice in options if options[choice].complete]
-    quickest = sorted(complete, key=lambda choice: options[choice].best_us)
+    best_us = {choice: min(both.values()) for choice, one in options.items() if (both := _mixtures(one))}
+    quickest = sorted(best_us, key=best_us.__getitem__)
     regular = [choice for choice in quickest if choice.regular]
     for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], *regular[:1]]):
-        kept = found.setdefault(choice, Options())
-        for all_of_them, of_them in (
-            (options[choice].forward, kept.forward),
-            (options[choice].backward, kept.backward),
-        ):
-            for alike in _grouped(all_of_them):
-                best = sorted(alike, key=all_of_them.__getitem__)[:FINAL_LAYOUTS]
-                of_them.update((layout, all_of_them[layout]) for layout in best)
+        kept = found.setdefault(choice, {way: {} for way in DIRECTIONS})
+        for way, times_us in options[choice].items():
+            groups: dict[Hashable, list[Layout]] = {}
+            for layout in times_us:
+                groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
+            for alike in groups.values():
+                best = sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]
+                kept[way].update((layout, times_us[layout]) for layout in best)
     return found
-
-
-def _grouped(layouts: Iterable[Layout]) -> list[list[Layout]]:
-    """Group layouts that keep K/V in the same slots, transfer in the same way and split heads or do not."""
-    groups: dict[tuple[object, ...], list[Layout]] = {}
-    for layout in layouts:
-        groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
-    return list(groups.values())
 
 
 def _best_steps(
     board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress
-) -> dict[PlacementChoice, Step]:
+) -> list[Step]:
     """Return the quickest mixture of every placement; the directions' layouts may differ.
 
     Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
     equals. Scores that are there already are not computed again.
     """
-    complete = {choice: one for choice, one in options.items() if one.complete}
-    best = {}
-    for number, (choice, one) in enumerate(complete.items()):
-        mixtures = sorted(one.mixtures, key=lambda both: both[0] != both[1])
-        steps = [board.step(choice, forward, backward, rater) for forward, backward in mixtures]
-        best[choice] = min(steps, key=competing_us)
-        progress("choosing", number + 1, len(complete))
+    mixtures = {choice: both for choice, one in options.items() if (both := _mixtures(one))}
+    best = []
+    for number, (choice, both) in enumerate(mixtures.items()):
+        ordered = sorted(both, key=lambda one: one[0] != one[1])
+        steps = [board.step(choice, forward, backward, rater) for forward, backward in ordered]
+        best.append(min(steps, key=competing_us))
+        progress("choosing", number + 1, len(mixtures))
     return best
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .problem import Problem
 from .scores import Step
-from .selection import Rated, Selection
+from .selection import Selection
 
 WORTH_IT = 0.01  # a smaller gain is within what predictions can tell apart
 
@@ -16,7 +16,7 @@ def predictions(problem: Problem, selection: Selection) -> dict[str, Any]:
     pick, best = selection.pick, selection.best_baseline
     rated_samples = [problem.samples[number] for number in pick.rater.samples]
     return {
-        "verdict": verdict(selection, restricted=problem.space.restricted),
+        "verdict": verdict(selection, restricted=bool(problem.space.layouts or problem.space.placements)),
         "evaluator": pick.rater.name,
         "unvalidated": problem.cluster.origin == "datasheet",
         **step_figures(pick),
@@ -27,10 +27,10 @@ def predictions(problem: Problem, selection: Selection) -> dict[str, Any]:
         "memory_limit_bytes": problem.memory_limit_bytes,
         "bound_us": round(selection.bound_us, 3),
         "gap": round(pick.step_time_us / selection.bound_us - 1.0, 6) if selection.bound_us else 0.0,
-        "best_baseline": str(best.baseline) if best else None,
-        "best_baseline_us": round(best.step.step_time_us, 3) if best else None,
+        "best_baseline": str(best) if best else None,
+        "best_baseline_us": round(best.step_time_us, 3) if best else None,
         "sampled_layers": [[sample.training_step, sample.layer] for sample in rated_samples],
-        "candidates": [candidate_row(rated) for rated in selection.table],
+        "candidates": [candidate_row(step, plain=step in selection.baselines) for step in selection.table],
         "notes": _notes(problem, selection),
     }
 
@@ -46,16 +46,15 @@ def step_figures(step: Step) -> dict[str, float]:
     }
 
 
-def candidate_row(rated: Rated) -> dict[str, Any]:
+def candidate_row(step: Step, *, plain: bool) -> dict[str, Any]:
     """Return one row of the table of candidates; both directions have the same layout there."""
-    step = rated.step
     return {
         "placement": step.placement.name,
         "granularity_tokens": step.placement.granularity_tokens,
         "layout": step.forward_layout.name,
         "parameters": step.forward_layout.parameters,
         "in_words": str(step.forward_layout),
-        "baseline": rated.baseline is not None,
+        "baseline": plain,
         "executable": step.why_not is None,
         "why_not": step.why_not,
         "fits_memory": step.fits_memory,
@@ -63,13 +62,6 @@ def candidate_row(rated: Rated) -> dict[str, Any]:
         "evaluator": step.rater.name,
         **step_figures(step),
     }
-
-
-def describe(step: Step) -> str:
-    """Return the candidate in words."""
-    if step.forward_layout == step.backward_layout:
-        return f"{step.placement}, {step.forward_layout}"
-    return f"{step.placement}, forward {step.forward_layout}, backward {step.backward_layout}"
 
 
 def verdict(selection: Selection, *, restricted: bool = False) -> str:
@@ -80,32 +72,30 @@ def verdict(selection: Selection, *, restricted: bool = False) -> str:
     best = selection.best_baseline
     if best is None:
         return "No plain layout fits the memory limit; this plan does."
-    ratio = best.step.step_time_us / selection.pick.step_time_us if selection.pick.step_time_us else 1.0
+    ratio = best.step_time_us / selection.pick.step_time_us if selection.pick.step_time_us else 1.0
     if restricted and ratio < 1.0 - WORTH_IT:
-        return f"The plain layout {best.baseline} would be {1 / ratio:.2f}× quicker than this restricted plan."
+        return f"The plain layout {best} would be {1 / ratio:.2f}× quicker than this restricted plan."
     if ratio >= 1.0 + WORTH_IT:
-        return f"Planning gains {ratio:.2f}× over the best plain layout ({best.baseline})."
+        return f"Planning gains {ratio:.2f}× over the best plain layout ({best})."
     plainest = _best_of_the_plainest(selection)
-    if plainest is not None and plainest.step.step_time_us <= (1.0 + WORTH_IT) * selection.pick.step_time_us:
-        words = plainest.step.forward_layout.words
+    if plainest is not None and plainest.step_time_us <= (1.0 + WORTH_IT) * selection.pick.step_time_us:
+        words = plainest.forward_layout.words
         return (
             f"Plain block striping with {words} is already best; planning would gain less than 1 %: "
-            f"use it ({plainest.baseline})."
+            f"use it ({plainest})."
         )
-    return f"A plain layout is already best; planning would gain less than 1 %: use {best.baseline}."
+    return f"A plain layout is already best; planning would gain less than 1 %: use {best}."
 
 
-def _best_of_the_plainest(selection: Selection) -> Rated | None:
+def _best_of_the_plainest(selection: Selection) -> Step | None:
     """Return the quickest of the plainest layout under the plainest placement, whatever its parameters."""
-    first = selection.baselines[0].step
+    first = selection.baselines[0]
     alike = [
-        rated
-        for rated in selection.baselines
-        if rated.step.placement == first.placement
-        and rated.step.forward_layout.name == first.forward_layout.name
-        and rated.step.eligible
+        step
+        for step in selection.baselines
+        if step.placement == first.placement and step.forward_layout.name == first.forward_layout.name and step.eligible
     ]
-    return min(alike, key=lambda rated: rated.step.step_time_us, default=None)
+    return min(alike, key=lambda step: step.step_time_us, default=None)
 
 
 def _notes(problem: Problem, selection: Selection) -> list[str]:

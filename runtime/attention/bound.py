@@ -22,7 +22,7 @@ from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
 from ..comm.mesh import Mesh, agree
 from .heads import HeadGroups, HeadPermutation
-from .masks import PairGuard, replayed_mask
+from .masks import PairGuard, mask_of
 from .program import Program
 
 _bound = count(1)  # ranks bind plans in the same order
@@ -71,25 +71,23 @@ class BoundPlan:
 
         Raises InputError, before any GPU work, when one has more columns than planned or needs a pair that is left out.
         """
-        return [
-            replayed_mask(self.plan, trace.layer_pattern(training_step, layer), layer=layer, device=self.mesh.device)
-            for layer in range(self.plan.model.layers)
-        ]
+        masks = []
+        for layer in range(self.plan.model.layers):
+            pattern = trace.layer_pattern(training_step, layer)
+            self.plan.require_covered(pattern, about=f"layer {layer}")
+            masks.append(mask_of(pattern, columns_capacity=self.plan.columns_capacity, device=self.mesh.device))
+        return masks
 
     def shard_tensors(self, q: Tensor, k: Tensor, documents: Tensor | None = None) -> ShardTensors:
         """Return this rank's q [B, S, H, D] and k [B, S, H_kv, D] as what choosing patterns looks at, without history.
 
         documents: int32, of all tokens of the sequence.
         """
+        plan = self.plan
         return ShardTensors(
-            q=q.detach(),
-            k=k.detach(),
-            positions=self.own_positions,
-            seq_len_tokens=self.plan.seq_len_tokens,
-            block_size=self.plan.block_size,
-            granularity_tokens=self.plan.placement.granularity_tokens,
-            documents=documents,
-        )
+            q=q.detach(), k=k.detach(), positions=self.own_positions, seq_len_tokens=plan.seq_len_tokens,
+            block_size=plan.block_size, granularity_tokens=plan.placement.granularity_tokens, documents=documents,
+        )  # fmt: skip
 
 
 def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
@@ -99,22 +97,24 @@ def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
     the runtime does not play.
     """
     plan.require(world_size=mesh.world_size)
-    _use_tuned_launches(plan)
+    if plan.kernels.tuned is not None:
+        try:
+            tuning.use(**plan.kernels.tuned.model_dump())
+        except ValueError as error:
+            raise InputError(str(error), field="kernels.tuned") from error
     topic = f"plan {next(_bound)}"
     agree(mesh, f"{topic} digest", plan.digest)
-    backend = _settled_backend(plan, mesh, topic)
+    backend, head_dim = plan.kernels.backend, plan.model.head_dim
+    if backend == "fastest":
+        dtype = getattr(torch, plan.dtype)
+        backend = fastest_backend(mesh.device, dtype=dtype, head_dim=head_dim, block_size=plan.block_size)
+        agree(mesh, f"{topic} backend", backend)
     placement = plan.make_placement()
     positions = [torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)]
     return BoundPlan(
-        plan=plan,
-        mesh=mesh,
-        topic=topic,
-        backend=backend,
-        programs=_programs(plan, mesh.rank, backend),
-        placement=placement,
-        positions=positions,
-        guard=PairGuard(plan.active_pairs(), placement),
-    )
+        plan=plan, mesh=mesh, topic=topic, backend=backend, programs=_programs(plan, mesh.rank, backend),
+        placement=placement, positions=positions, guard=PairGuard(plan.active_pairs(), placement),
+    )  # fmt: skip
 
 
 def _programs(plan: Plan, rank: int, backend: str) -> dict[Direction, Program]:
@@ -126,49 +126,22 @@ def _programs(plan: Plan, rank: int, backend: str) -> dict[Direction, Program]:
         direction: Program(schedule=schedule, rank=rank, groups=_head_groups(plan, schedule), backend=backend)
         for direction, schedule in schedules.items()
     }
-    for program in programs.values():
-        _require_whole_heads(program)
     forward, backward = programs["forward"], programs["backward"]
     if forward.kept_slots and forward.groups != backward.groups:
         raise UnsupportedError("are of other head groups in backward", field="kept K/V")
     return programs
 
 
-def _require_whole_heads(program: Program) -> None:
-    """Refuse tasks whose heads no kernel takes, of any rank: one that refuses alone would leave the others waiting."""
-    schedule = program.schedule
-    every_task = (
-        task for rank in range(schedule.world_size) for phase in schedule.phases(rank) for task in phase.tasks
-    )
-    for heads in {task.heads for task in every_task}:
-        program.groups.require_whole(heads)
-
-
 def _head_groups(plan: Plan, schedule: Schedule) -> HeadGroups:
+    """Return how a schedule splits heads. UnsupportedError for what no kernel takes.
+
+    Tasks of all ranks are looked at: one rank that refuses alone would leave the others waiting.
+    """
     count = Rules(schedule).head_groups
     if not plan.attention_shape().splits_heads(count):
         raise UnsupportedError(f"{count} groups do not have whole K/V heads each", field="heads")
-    return HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
-
-
-def _settled_backend(plan: Plan, mesh: Mesh, topic: str) -> str:
-    """Return the kernels' backend: "fastest" becomes one by name, and InputError names a rank that has another."""
-    if plan.kernels.backend != "fastest":
-        return plan.kernels.backend
-    backend = fastest_backend(
-        mesh.device,
-        dtype=getattr(torch, plan.dtype),
-        head_dim=plan.model.head_dim,
-        block_size=plan.block_size,
-    )
-    agree(mesh, f"{topic} backend", backend)
-    return backend
-
-
-def _use_tuned_launches(plan: Plan) -> None:
-    if plan.kernels.tuned is None:
-        return
-    try:
-        tuning.use(**plan.kernels.tuned.model_dump())
-    except ValueError as error:
-        raise InputError(str(error), field="kernels.tuned") from error
+    groups = HeadGroups(count=count, heads=plan.model.heads, kv_heads=plan.model.kv_heads)
+    phases = (phase for rank in range(schedule.world_size) for phase in schedule.phases(rank))
+    for heads in {task.heads for phase in phases for task in phase.tasks}:
+        groups.require_whole(heads)
+    return groups

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..comm.pull import Arena, PeerMemory
 
 Pair = tuple[Tensor, Tensor]
 KEPT_POOL = KEPT.removesuffix(":")
-STAGED = "staged:"  # copies of the rank's own K/V, where others can read them: the model's tensors lie elsewhere
+STAGED_POOL = "staged"  # copies of the rank's own K/V, where others can read them: the model's tensors lie elsewhere
 ALIGNMENT_BYTES = 512  # what torch's allocator gives every tensor of its own
 
 
@@ -30,10 +29,8 @@ class Slots:
     Views are made once, and serve all layers. shared: the slots that these are, but for a layer's own kept ones.
     """
 
-    def __init__(
-        self, pools: dict[str, Tensor], names: frozenset[str], arena: Arena, shared: Slots | None = None
-    ) -> None:
-        self._pools, self._names, self._arena, self._shared = pools, names, arena, shared
+    def __init__(self, pools: dict[str, Tensor], arena: Arena, shared: Slots | None = None) -> None:
+        self._pools, self._arena, self._shared = pools, arena, shared
         self._views: dict[tuple[str, str, int], Pair] = {}
 
     def __getitem__(self, name: str) -> Pair:
@@ -41,12 +38,11 @@ class Slots:
 
     def with_kept(self, kept: Tensor) -> Slots:
         """Return these slots and a layer's own kept ones; kept: [2, count, B, S, H_kv, D]."""
-        names = frozenset(f"{KEPT_POOL}:{number}" for number in range(kept.shape[1]))
-        return Slots({KEPT_POOL: kept}, self._names | names, self._arena, self)
+        return Slots(self._pools | {KEPT_POOL: kept}, self._arena, self)
 
     def stage(self, kv: Pair) -> None:
         """Copy the rank's own K/V, all heads, to where others pull them from, if the schedule has such a place."""
-        if staged(0) not in self._names:
+        if STAGED_POOL not in self._pools:
             return
         count = self[staged(0)][0].shape[2]
         for part in range(kv[0].shape[2] // count):
@@ -59,7 +55,7 @@ class Slots:
         return self._arena.of_peer(first, rank), self._arena.of_peer(second, rank)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
+        return iter(sorted(f"{pool}:{number}" for pool, x in self._pools.items() for number in range(x.shape[1])))
 
     def joined(self, names: Sequence[str]) -> Pair:
         """Return neighbouring slots as one pair [1, slots * S, H_kv, D], in order; see `launches.neighbours`."""
@@ -74,24 +70,21 @@ class Slots:
             return self._shared._view(form, first, count)
         key = form, first, count
         if key not in self._views:
-            self._views[key] = self._made(form, first, count)
+            assert first in self, f"no buffer {first!r}"
+            prefix, number = parse_slot(first)
+            parts = self._pools[prefix][:, number : number + count]
+            if form == "slot":
+                parts = parts[:, 0]
+            elif form == "joined":
+                assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
+                parts = parts.flatten(1, 3)[:, None]
+            self._views[key] = parts[0], parts[1]
         return self._views[key]
-
-    def _made(self, form: str, first: str, count: int) -> Pair:
-        assert first in self._names, f"no buffer {first!r}"
-        prefix, number = parse_slot(first)
-        parts = self._pools[prefix][:, number : number + count]
-        if form == "slot":
-            return parts[0, 0], parts[1, 0]
-        if form == "block":
-            return parts[0], parts[1]
-        assert parts.shape[2] == 1, "slots of several sequences cannot be joined"
-        return parts[0].flatten(0, 2)[None], parts[1].flatten(0, 2)[None]
 
 
 def staged(part: int) -> str:
     """Return the slot that others pull a part of this rank's K/V heads from; parts are as large as slots."""
-    return f"{STAGED}{part}"
+    return f"{STAGED_POOL}:{part}"
 
 
 def narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +124,7 @@ class BufferPool:
         self._device, self._schedules = device, tuple(schedules)
         self._kv_heads = kv_heads
         self._peers = peers if any(schedule.shares for schedule in schedules) else None
-        self._arena = self._nothing()
+        self._arena = self._allocate(0)
         self._slots: dict[tuple[int, torch.Size], Slots] = {}
 
     def slots(self, schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]) -> Slots:
@@ -143,61 +136,37 @@ class BufferPool:
         if key not in self._slots:
             kv_heads = self._kv_heads or [shard[2]] * len(self._schedules)
             wanted = [_pools(one, shard, dtypes, count) for one, count in zip(self._schedules, kv_heads, strict=True)]
-            needed = max(sum(pool.room_bytes for pool in pools.values()) for pools in wanted)
-            if self.nbytes < needed:
+            needed = max(sum(_room_bytes(*pool) for pool in pools.values()) for pools in wanted)
+            if self._arena.memory.nbytes < needed:
                 self._slots.clear()
-                self._arena = self._nothing()  # freed before more is asked for
+                self._arena = self._allocate(0)  # freed before more is asked for
                 self._arena = self._allocate(needed)
-            self._slots[key] = self._cut(wanted[key[0]])
+            pools, rest = {}, self._arena.memory
+            for name, (shape, dtype) in wanted[key[0]].items():
+                pools[name] = rest[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                rest = rest[_room_bytes(shape, dtype) :]
+            self._slots[key] = Slots(pools, self._arena)
         return self._slots[key]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated so far."""
-        return self._arena.memory.nbytes
-
-    @property
     def uncounted_bytes(self) -> int:
-        """Those of them that torch's allocator does not know of: memory that other ranks read."""
-        return self.nbytes if self._peers is not None else 0
-
-    def _nothing(self) -> Arena:
-        return Arena(memory=torch.empty(0, dtype=torch.uint8, device=self._device))
+        """Bytes allocated so far that torch's allocator does not know of: memory that other ranks read."""
+        return self._arena.memory.nbytes if self._peers is not None else 0
 
     def _allocate(self, nbytes: int) -> Arena:
-        if self._peers is not None:
+        if self._peers is not None and nbytes:
             return self._peers.allocate(nbytes)
         return Arena(memory=torch.empty(nbytes, dtype=torch.uint8, device=self._device))
 
-    def _cut(self, wanted: dict[str, _Pool]) -> Slots:
-        pools, start = {}, 0
-        for prefix, pool in wanted.items():
-            part = self._arena.memory[start : start + pool.nbytes]
-            pools[prefix] = part.view(pool.dtype).view(2, pool.count, *pool.shard)
-            start += pool.room_bytes
-        names = {f"{prefix}:{number}" for prefix, pool in wanted.items() for number in range(pool.count)}
-        return Slots(pools, frozenset(names), self._arena)
+
+def _room_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    return -(-shape.numel() * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pool:
-    """`count` slots for (K, V) or (dK, dV) of one shard [B, S, H_kv, D] each."""
-
-    count: int
-    shard: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.count * self.shard.numel() * self.dtype.itemsize
-
-    @property
-    def room_bytes(self) -> int:
-        return -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _pools(schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype], kv_heads: int) -> dict[str, _Pool]:
-    """Return the pools of a schedule by name; rounded gradients have the type of K/V.
+def _pools(
+    schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype], kv_heads: int
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the (shape [2, slots, B, S, H_kv, D], dtype) of a schedule's pools; rounded gradients have that of K/V.
 
     Queries and results that change ranks are no pairs of one shape: they live with their layer (layer.py).
     """
@@ -209,8 +178,7 @@ def _pools(schedule: Schedule, shard: torch.Size, dtypes: dict[str, torch.dtype]
     if any(buffer.shared and buffer.name == KV_HOME for buffer in schedule.buffers):
         kinds |= {staged(part): "kv" for part in range(shard[2] // kv_heads)}
     counts = Counter(parse_slot(name)[0] for name in kinds)
-    of_slot = torch.Size((*shard[:2], kv_heads, shard[3]))
     return {
-        prefix: _Pool(count=count, shard=of_slot, dtype=dtypes[kinds[f"{prefix}:0"]])
+        prefix: (torch.Size((2, count, *shard[:2], kv_heads, shard[3])), dtypes[kinds[f"{prefix}:0"]])
         for prefix, count in counts.items()
     }

@@ -20,6 +20,7 @@ from ...traces.errors import UnsupportedError
 Heads = tuple[int, int]  # [first, last)
 # Chooses a layer's mask from this rank's (q, k) and the scale that attention is called with.
 Chooser = Callable[[Tensor, Tensor, float], AttentionMask]
+Pattern = AttentionMask | Chooser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class HeadPermutation:
         keys = torch.tensor(key_order(order, kv_heads=kv_heads), device=device)
         return cls(queries=queries, keys=keys, inverse=torch.argsort(queries))
 
-    def of_mask(self, mask: AttentionMask | Chooser, q: Tensor, k: Tensor) -> AttentionMask | Chooser:
+    def of_mask(self, mask: Pattern, q: Tensor, k: Tensor) -> Pattern:
         """Return the mask, or the function that chooses it from q and k as the model has them, in this order.
 
         The same mask is permuted once, and what returns is the same object while it lives.
@@ -113,13 +114,9 @@ class HeadPermutation:
         of_masks[key] = weakref.ref(mask, lambda _: of_masks.pop(key, None)), permuted
         return permuted
 
-    def of_queries(self, q: Tensor) -> Tensor:
-        """Return q [B, S, H, D] in this order."""
-        return q.index_select(2, self.queries)
-
-    def of_keys(self, k: Tensor) -> Tensor:
-        """Return k or v [B, S, H_kv, D] in this order."""
-        return k.index_select(2, self.keys)
+    def of_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [B, S, H, D], k and v [B, S, H_kv, D] in this order."""
+        return q.index_select(2, self.queries), k.index_select(2, self.keys), v.index_select(2, self.keys)
 
     def back(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S] as the model has its heads."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ...kernels import api
 from ...kernels.mask import AttentionMask
-from ...planner.plan import Plan
 from ...planner.schedule.pairs import Pairs, bits_of_diagonals, causal_pairs, documents_share, pairs_of_blocks
 from ...planner.schedule.placement import Placement
 from ...planner.schedule.schedule import ShardId, Task
 from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern, VerticalSlash
-from .buffers import Pair
 from .heads import Heads
 
 HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
@@ -37,23 +35,17 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
     if pattern.max_columns > columns_capacity:
         raise InputError(f"a head has {pattern.max_columns} columns; the plan has room for {columns_capacity}",
                          field="columns_capacity")  # fmt: skip
+    columns = np.full((pattern.num_heads, columns_capacity), pattern.seq_len_tokens, dtype=np.int32)
+    for number, head in enumerate(pattern.heads):
+        columns[number, : head.columns.size] = head.columns
     mask = AttentionMask(
         seq_len_tokens=pattern.seq_len_tokens,
         block_size=pattern.block_size,
         active=torch.from_numpy(_active(pattern)),
-        columns=torch.from_numpy(_columns(pattern, columns_capacity)) if columns_capacity else None,
+        columns=torch.from_numpy(columns) if columns_capacity else None,
         documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
     )
     return mask.to(device)
-
-
-def replayed_mask(plan: Plan, pattern: LayerPattern, *, layer: int, device: torch.device) -> AttentionMask:
-    """Return the mask of a recorded layer under a plan.
-
-    Raises InputError, before any GPU work, when it has more columns than planned or needs a pair that is left out.
-    """
-    plan.require_covered(pattern, about=f"layer {layer}")
-    return mask_of(pattern, columns_capacity=plan.columns_capacity, device=device)
 
 
 def mask_pairs(mask: AttentionMask, placement: Placement) -> Pairs:
@@ -74,16 +66,15 @@ class PairGuard:
     def __init__(self, pairs: Pairs, placement: Placement) -> None:
         self._pairs, self._placement = pairs, placement
         self._needless = pairs.covers(causal_pairs(placement))
-        self._admitted: dict[int, weakref.ref[AttentionMask]] = {}
+        self._admitted: set[int] = set()
 
     def admit(self, mask: AttentionMask) -> None:
         """Raise InputError, naming the first such pair, unless the mask needs none."""
-        known = self._admitted.get(id(mask))
-        if self._needless or (known is not None and known() is mask):
+        if self._needless or id(mask) in self._admitted:
             return
         self._pairs.require(mask_pairs(mask, self._placement), about="the mask")
-        key, admitted = id(mask), self._admitted
-        admitted[key] = weakref.ref(mask, lambda _: admitted.pop(key, None))
+        self._admitted.add(id(mask))
+        weakref.finalize(mask, self._admitted.discard, id(mask))  # another mask may have its id then
 
 
 def _active(pattern: LayerPattern) -> np.ndarray:
@@ -96,13 +87,6 @@ def _active(pattern: LayerPattern) -> np.ndarray:
     for number, values in enumerate(diagonals):
         active[number, values] = True
     return active
-
-
-def _columns(pattern: LayerPattern, capacity: int) -> np.ndarray:
-    columns = np.full((pattern.num_heads, capacity), pattern.seq_len_tokens, dtype=np.int32)
-    for number, head in enumerate(pattern.heads):
-        columns[number, : head.columns.size] = head.columns
-    return columns
 
 
 def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
@@ -164,26 +148,19 @@ class Indexes:
     columns_capacity: int
     joined_positions: dict[tuple[int, ...], Tensor]
     chosen: Callable[[AttentionMask], None]
-    _mask: AttentionMask | None = None
-    _blocks: dict[tuple[int, ...], api.BlockIndex] = field(default_factory=dict)
-    _columns: api.ColumnIndex | None = None
-    _parts: dict[tuple[int, Heads], Indexes] = field(default_factory=dict)
+    _mask: AttentionMask | None = field(default=None, init=False)
+    _blocks: dict[tuple[int, ...], api.BlockIndex] = field(default_factory=dict, init=False)
+    _columns: api.ColumnIndex | None = field(default=None, init=False)
+    _parts: dict[tuple[int, Heads], Indexes] = field(default_factory=dict, init=False)
 
     def part(self, query: ShardId, heads: Heads) -> Indexes:
         """Those of a shard's queries, for some heads of the same mask."""
-        rank = query.sequence_part
-        key = rank, heads
+        key = query.sequence_part, heads
         if key not in self._parts:
-            if rank == self.rank and heads == (0, self.mask.heads):
+            if key == (self.rank, (0, self.mask.heads)):
                 return self
-            self._parts[key] = Indexes(
-                source=lambda: self.mask.of_heads(slice(*heads)),
-                positions=self.positions,
-                rank=rank,
-                backend=self.backend,
-                columns_capacity=self.columns_capacity,
-                joined_positions=self.joined_positions,
-                chosen=lambda mask: None,
+            self._parts[key] = replace(
+                self, source=lambda: self.mask.of_heads(slice(*heads)), rank=key[0], chosen=lambda mask: None
             )
         return self._parts[key]
 
@@ -209,28 +186,15 @@ class Indexes:
         """The index of the queries against the key shards of these tasks, one after the other."""
         parts = tuple(task.key.sequence_part for task in tasks if task.key is not None)
         if parts not in self._blocks:
-            own, keys = self.positions[self.rank], self._positions_of(parts)
+            if parts not in self.joined_positions:
+                joined = [self.positions[part] for part in parts]
+                self.joined_positions[parts] = joined[0] if len(joined) == 1 else torch.cat(joined)
+            own, keys = self.positions[self.rank], self.joined_positions[parts]
             self._blocks[parts] = api.block_index(self.mask, own, keys, backend=self.backend)
         return self._blocks[parts]
-
-    def _positions_of(self, parts: tuple[int, ...]) -> Tensor:
-        if len(parts) == 1:
-            return self.positions[parts[0]]
-        if parts not in self.joined_positions:
-            self.joined_positions[parts] = torch.cat([self.positions[part] for part in parts])
-        return self.joined_positions[parts]
 
     def columns(self) -> api.ColumnIndex:
         """The index of the queries against the gathered columns."""
         if self._columns is None:
             self._columns = api.column_index(self.mask, self.positions[self.rank], backend=self.backend)
         return self._columns
-
-    def own_columns(self, kv: Pair) -> Tensor:
-        """Return the own rows of the columns [2, B, H, C, D], zero elsewhere. kv: the rank's own (K, V)."""
-        return api.gather_columns(*kv, self.columns())
-
-    def add_to_own_rows(self, grad_columns: Tensor, grad_kv: Pair) -> None:
-        """Add the gradients of all columns [2, B, H, C, D] to those of the own rows, which hold a sum."""
-        into = api.KeyGradients(k=grad_kv[0], v=grad_kv[1], add=True)
-        api.scatter_columns((grad_columns[0], grad_columns[1]), self.columns(), into)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from ...kernels.mask import AttentionMask
-from ...kernels.select.probe import Collectives
+from ...kernels.select.probe import ALONE, Collectives
 from ...traces.errors import InputError
-from ..comm.channels import AllReduce, reducers
+from ..comm.channels import CommunicationError, Waiting
+from ..comm.mesh import Mesh
 from .bound import BoundPlan
 from .heads import Chooser
 from .selectors import chosen_mask, make_selector
@@ -30,27 +33,42 @@ def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
     return replace(mask, columns=empty if mask.columns is None else torch.cat([mask.columns, empty], dim=1))
 
 
+def collectives_over(mesh: Mesh, waiting: Waiting = nullcontext) -> Collectives:
+    """Return what choosing patterns needs of all ranks, on a process group of its own. Collective.
+
+    waiting: made around every wait for other ranks, to measure it.
+    """
+    if mesh.world_size == 1:
+        return ALONE
+    group = mesh.new_group(range(mesh.world_size))
+
+    def reduce(operation: dist.ReduceOp.RedOpType, tensor: torch.Tensor) -> torch.Tensor:
+        result = tensor.contiguous()  # may be overwritten: see Collectives
+        try:
+            with waiting():
+                dist.all_reduce(result, op=operation, group=group)
+        except RuntimeError as error:
+            raise CommunicationError(f"choosing patterns over all ranks: {error}") from error
+        return result
+
+    return Collectives(
+        all_reduce_sum=partial(reduce, dist.ReduceOp.SUM), all_reduce_max=partial(reduce, dist.ReduceOp.MAX)
+    )
+
+
 class PlannedChoice:
     """Chooses every layer's mask with the plan's selector, distributed over the ranks of its mesh.
 
-    Making it is collective. Raises InputError when the plan replays a trace.
+    Making it is collective. waiting: see `collectives_over`. Raises InputError when the plan replays a trace.
     """
 
-    def __init__(self, bound: BoundPlan) -> None:
+    def __init__(self, bound: BoundPlan, waiting: Waiting = nullcontext) -> None:
         plan = bound.plan
         if plan.pattern.source != "choose" or plan.pattern.selector is None:
             raise InputError("the plan replays a trace: give the trace", field="pattern.source")
         self._bound = bound
         self._selector = make_selector(plan.pattern.selector, plan.pattern.settings)
-        total, largest = reducers(bound.mesh)
-        self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
-
-    def wrap_reductions(self, wrap: Callable[[AllReduce], AllReduce]) -> None:
-        """Put `wrap` around the reductions over ranks that choosing needs, to measure them."""
-        before = self._collectives
-        self._collectives = Collectives(
-            all_reduce_sum=wrap(before.all_reduce_sum), all_reduce_max=wrap(before.all_reduce_max)
-        )
+        self._collectives = collectives_over(bound.mesh, waiting)
 
     def of_layer(self, layer: int) -> Chooser:
         """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called."""

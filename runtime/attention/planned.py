@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +16,16 @@ from torch import Tensor
 from ...kernels.api import AttentionMask, accumulator_dtype, backend_of
 from ...planner.schedule.schedule import Direction
 from ...traces.errors import InputError, UnsupportedError
-from ..comm.channels import Channel, Channels, CommunicationError
-from ..comm.failures import name_lost_ranks, naming_lost_ranks
+from ..comm.channels import Channel, Channels, CommunicationError, Waiting
 from ..comm.measure import Recorder
-from ..comm.mesh import agree
+from ..comm.mesh import agree, name_lost_ranks, naming_lost_ranks
 from .bound import BoundPlan
 from .buffers import BufferPool, Slots
-from .heads import Chooser
+from .heads import Pattern
 from .launches import BackwardLaunches, ForwardLaunches
 from .layer import Layer, Tensors
 from .masks import Indexes, RunningHash
-from .recompute import current_kept
+from .recompute import computed_once
 from .ring import play
 from .sums import KeySums
 
@@ -50,7 +50,10 @@ class PlannedAttention:
     """Attention by a bound plan: channels and buffers, shared by all layers.
 
     Making it is collective. channels: those of another plan to share; recorder: where to note what every call does.
+    waiting: made around every wait for other ranks, to measure it.
     """
+
+    waiting: Waiting = nullcontext
 
     def __init__(self, bound: BoundPlan, *, channels: Channels | None = None, recorder: Recorder | None = None) -> None:
         self.bound, self.recorder = bound, recorder
@@ -64,27 +67,13 @@ class PlannedAttention:
         self._topic, self._agreements = f"{bound.topic} attention {next(_planned)}", 0
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask | Chooser,
-        *,
-        scale: float | None = None,
-        layer: int | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return out [B, S, H, D] of this rank's queries. See `with_lse`."""
         return self.with_lse(q, k, v, mask, scale=scale, layer=layer)[0]
 
     def with_lse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask | Chooser,
-        *,
-        scale: float | None = None,
-        layer: int | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None, layer: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (out [B, S, H, D] in q's dtype, lse [B, H, S] in the accumulator's, not differentiable).
 
@@ -101,23 +90,23 @@ class PlannedAttention:
         order = self.bound.head_order(layer)
         if order is not None:
             mask = order.of_mask(mask, q, k)
-            q, k, v = order.of_queries(q), order.of_keys(k), order.of_keys(v)
+            q, k, v = order.of_inputs(q, k, v)
         out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
         return (out, lse) if order is None else order.back(out, lse)
 
-    def forward(self, qkv: Tensors, mask: AttentionMask | Chooser, scale: float) -> Saved:
+    def forward(self, qkv: Tensors, mask: Pattern, scale: float) -> Saved:
         """Play the plan's forward on contiguous q, k, v; return its results and what backward needs."""
         q, k, v = qkv
         indexes = Indexes(
             source=mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k, scale)),
-            positions=self.bound.positions,
-            rank=self.bound.mesh.rank,
-            backend=self.bound.backend,
-            columns_capacity=self.bound.plan.columns_capacity,
-            joined_positions=self._joined_positions,
+            positions=self.bound.positions, rank=self.bound.mesh.rank, backend=self.bound.backend,
+            columns_capacity=self.bound.plan.columns_capacity, joined_positions=self._joined_positions,
             chosen=self.note_pattern,
-        )
-        kept_kv, program = self._room_for_kept(k), self.bound.programs["forward"]
+        )  # fmt: skip
+        kept_kv, program = None, self.bound.programs["forward"]
+        if program.kept_slots:  # room for what a layer keeps of others' K/V until backward
+            batch, tokens, _, head_dim = k.shape
+            kept_kv = k.new_empty(2, program.kept_slots, batch, tokens, program.groups.kv_heads_of_one, head_dim)
         slots = self.slots("forward", k, kept_kv)
         layer = Layer(program=program, indexes=indexes, slots=slots, kv=(k, v), queries=(q,))
         self._play(layer, ForwardLaunches(layer=layer, scale=scale))
@@ -135,14 +124,9 @@ class PlannedAttention:
         home = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
         sums = KeySums(slots=slots, groups=program.groups, home=home, backend=backend, dtype=q.dtype)
         layer = Layer(
-            program=program,
-            indexes=saved.indexes,
-            slots=slots,
-            kv=(k, v),
+            program=program, indexes=saved.indexes, slots=slots, kv=(k, v), columns=saved.columns, sums=sums,
             queries=(q, grad_out, saved.lse, delta),
-            columns=saved.columns,
-            sums=sums,
-        )
+        )  # fmt: skip
         self._play(layer, BackwardLaunches(layer=layer, scale=scale))
         grad_q = torch.zeros_like(q) if layer.results is None else layer.results[0]
         return grad_q, *sums.finish()
@@ -182,17 +166,9 @@ class PlannedAttention:
         mesh = self.bound.mesh
         with naming_lost_ranks(mesh):
             try:
-                play(layer, launches, self.channels, self.recorder)
+                play(layer, launches, self.channels, self.recorder, self.waiting)
             except CommunicationError as error:
                 raise name_lost_ranks(mesh, self.bound.topic, error) from error
-
-    def _room_for_kept(self, k: Tensor) -> Tensor | None:
-        """Return room for what a layer keeps of others' K/V until backward; None for nothing."""
-        program = self.bound.programs["forward"]
-        if not program.kept_slots:
-            return None
-        batch, tokens, _, head_dim = k.shape
-        return k.new_empty((2, program.kept_slots, batch, tokens, program.groups.kv_heads_of_one, head_dim))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         model, tokens, device = self.bound.plan.model, self.bound.own_positions.numel(), self.bound.mesh.device
@@ -211,23 +187,11 @@ class PlannedAttention:
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        planned: PlannedAttention,
-        mask: AttentionMask | Chooser,
-        scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: PlannedAttention, mask: Pattern, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Play the plan's forward, or take its results where a checkpointed layer kept them."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        kept = current_kept()
-        if kept is not None and kept.replaying:
-            saved = Saved(*kept.take(q.device))
-        else:
-            saved = planned.forward((q, k, v), mask, scale)
-            if kept is not None:
-                kept.put(*saved)
+        saved = Saved(*computed_once(lambda: planned.forward((q, k, v), mask, scale), q.device))
         ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.columns, saved.kept_kv)
         ctx.given = planned, saved.indexes, scale
         ctx.mark_non_differentiable(saved.lse)

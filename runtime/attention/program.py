@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,21 +38,22 @@ class Program:
         """Return the phases in order, each with its launches, for so many sequences at a time."""
         alone = batch == 1
         if alone not in self._phases:
-            phases = self.schedule.phases(self.rank)
             self._phases[alone] = [
-                (phase, launches_of(phase.tasks, backend=self.backend, batch=batch)) for phase in phases
+                (phase, launches_of(phase.tasks, backend=self.backend, batch=batch))
+                for phase in self.schedule.phases(self.rank)
             ]
         return self._phases[alone]
 
     @cached_property
     def tasks(self) -> Counter[PartKey]:
         """How many tasks compute each part."""
-        return Counter(part_of(task) for task in self._every_task())
+        return Counter(part_of(task) for phase in self.schedule.phases(self.rank) for task in phase.tasks)
 
     @cached_property
     def keyed_tasks(self) -> Counter[PartKey]:
         """How many of them are over key shards, and not over the columns."""
-        return Counter(part_of(task) for task in self._every_task() if task.key is not None)
+        phases = self.schedule.phases(self.rank)
+        return Counter(part_of(task) for phase in phases for task in phase.tasks if task.key is not None)
 
     @cached_property
     def computed_keys(self) -> frozenset[Heads]:
@@ -70,6 +70,3 @@ class Program:
     def kept_slots(self) -> int:
         """How many slots of K/V a layer keeps for itself, from its forward to its backward."""
         return sum(buffer.name.startswith(KEPT) for buffer in self.schedule.buffers)
-
-    def _every_task(self) -> Sequence[Task]:
-        return [task for phase in self.schedule.phases(self.rank) for task in phase.tasks]

@@ -42,12 +42,9 @@ class Kept:
             for value in self._results.pop(0)
         )
 
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of (the layer's run, its recomputation), as torch's checkpoint wants them."""
-        return self._during(replaying=False), self._during(replaying=True)
-
     @contextmanager
-    def _during(self, *, replaying: bool) -> Iterator[None]:
+    def during(self, *, replaying: bool) -> Iterator[None]:
+        """Keep here what attention returns within, or take it from here."""
         self.replaying = replaying
         token = _KEPT.set(self)
         try:
@@ -70,9 +67,15 @@ def on_host(tensor: Tensor) -> Tensor:
 _KEPT: ContextVar[Kept | None] = ContextVar("sparsering_kept", default=None)
 
 
-def current_kept() -> Kept | None:
-    """Return where attention keeps its results now; None outside checkpointed layers."""
-    return _KEPT.get()
+def computed_once(compute: Callable[[], tuple[Any, ...]], device: torch.device) -> tuple[Any, ...]:
+    """Return what `compute` returns; where a checkpointed layer is recomputed, what was kept of it, on `device`."""
+    kept = _KEPT.get()
+    if kept is not None and kept.replaying:
+        return kept.take(device)
+    results = compute()
+    if kept is not None:
+        kept.put(*results)
+    return results
 
 
 def checkpoint_layer(layer: torch.nn.Module, *, offload: bool = False) -> None:
@@ -89,8 +92,9 @@ def checkpoint_layer(layer: torch.nn.Module, *, offload: bool = False) -> None:
         kept = Kept(offload=offload)
         with _inputs_offloaded() if offload else nullcontext():
             return checkpoint(
-                plain, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts, **keywords
-            )
+                plain, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords,
+                context_fn=lambda: (kept.during(replaying=False), kept.during(replaying=True)),
+            )  # fmt: skip
 
     layer.forward = forward
 

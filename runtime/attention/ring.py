@@ -1,8 +1,8 @@
 """Playing a schedule: the same phases that the simulator plays, on real tensors, streams and processes.
 
-Nothing here knows how the schedule was made. A layer's transfers say what a buffer's tensors are and its launches how
-tasks are computed, neither knowing of the other; `play` does the rest in the order that planner/schedule/schedule.py
-defines for the device, even where the host issues a first phase's tasks before its calls.
+Nothing here knows how the schedule was made. A layer says what a transfer's tensors are and its launches how tasks are
+computed; `play` does the rest in the order that planner/schedule/schedule.py defines for the device, even where the
+host issues a first phase's tasks before its calls.
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ from collections.abc import Mapping, Sequence
 
 from ...planner.schedule.launches import launch_name
 from ...planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Transfer
-from ..comm.channels import Channel, Message, Moment, Pending
+from ..comm.channels import Channel, Message, Moment, Pending, Waiting
 from ..comm.measure import Recorder
-from .launches import BackwardLaunches, ForwardLaunches
+from .launches import Launches
 from .layer import Layer
 from .program import Launched
-from .transfers import LayerTransfers
 
 
 def play(
-    layer: Layer,
-    launches: ForwardLaunches | BackwardLaunches,
-    channels: Mapping[str, Channel],
-    recorder: Recorder | None = None,
+    layer: Layer, launches: Launches, channels: Mapping[str, Channel], recorder: Recorder | None, waiting: Waiting
 ) -> None:
-    """Play one direction of a layer on this rank.
+    """Play one direction of a layer on this rank. waiting: made around every wait for other ranks.
 
     On GPUs this only enqueues; the caller's current stream is the compute stream.
     """
-    player = _Player(LayerTransfers(layer), launches, channels, recorder)
+    player = _Player(layer, launches, channels, recorder, waiting)
     for phase, launched in layer.program.phases(layer.kv[0].shape[0]):
         player.play(phase, launched)
     assert not player.in_flight, f"rank {player.rank} never waited for {sorted(player.in_flight)}"
@@ -37,15 +33,12 @@ def play(
 
 class _Player:
     def __init__(
-        self,
-        transfers: LayerTransfers,
-        launches: ForwardLaunches | BackwardLaunches,
-        channels: Mapping[str, Channel],
-        recorder: Recorder | None,
-    ) -> None:
-        self.transfers, self.launches, self.channels, self.recorder = transfers, launches, channels, recorder
-        self.rank, self.direction = launches.layer.program.rank, launches.layer.program.direction
-        self.in_flight: dict[str, tuple[Transfer, Pending]] = {}
+        self, layer: Layer, launches: Launches, channels: Mapping[str, Channel], recorder: Recorder | None,
+        waiting: Waiting,
+    ) -> None:  # fmt: skip
+        self.layer, self.launches, self.channels, self.recorder = layer, launches, channels, recorder
+        self.rank, self.direction, self.waiting = layer.program.rank, layer.program.direction, waiting
+        self.in_flight: dict[str, tuple[Transfer, Pending | None]] = {}  # None: waited for already
 
     def play(self, phase: Phase, launches: Sequence[Launched]) -> None:
         self._wait(phase.waits)
@@ -68,33 +61,31 @@ class _Player:
 
     def _wait(self, names: Sequence[str]) -> None:
         landed: list[Transfer] = []
-        waited: list[Pending] = []
         for name in names:
             transfer, pending = self.in_flight.pop(name)
-            if not any(pending is one for one in waited):  # transfers of one call complete together
-                pending.wait()
-                waited.append(pending)
+            if pending is not None:
+                with self.waiting():
+                    pending.wait()
+                for other, (flying, its) in self.in_flight.items():
+                    if its is pending:  # transfers of one call complete together
+                        self.in_flight[other] = (flying, None)
             if transfer.source in (self.rank, ALL_RANKS):
-                self.transfers.sent(transfer)
+                self.layer.sent(transfer)
             if transfer.destination in (self.rank, ALL_RANKS):
                 landed.append(transfer)
         if landed:
-            self.transfers.received(landed)
+            self.layer.received(landed)
 
     def _post(self, call: GroupCall, messages: Sequence[Message], phase: int) -> None:
         pending = self.channels[call.communicator].post(messages)
         for transfer in call.transfers:
             self.in_flight[transfer.id] = (transfer, pending)
         if self.recorder is not None:
+            kinds = [transfer.kind for transfer in call.transfers]
             self.recorder.add(
-                pending,
-                stream=call.communicator,
-                name=" ".join(dict.fromkeys(transfer.kind for transfer in call.transfers)),
-                category=call.transfers[0].kind,
-                direction=self.direction,
-                phase=phase,
-                nbytes=sum(message.tensor.nbytes for message in messages),
-            )
+                pending, stream=call.communicator, name=" ".join(dict.fromkeys(kinds)), category=kinds[0],
+                direction=self.direction, phase=phase, nbytes=sum(message.tensor.nbytes for message in messages),
+            )  # fmt: skip
 
     def _messages(self, call: GroupCall) -> list[Message]:
         return [message for transfer in call.transfers for message in self._messages_of(transfer)]
@@ -104,21 +95,20 @@ class _Player:
             return self._collective(transfer)
         pulled = transfer.transport == "pull"
         if transfer.source == self.rank:
-            peer, tensors = transfer.destination, self.transfers.outgoing(transfer)
+            peer, tensors = transfer.destination, self.layer.outgoing(transfer)
             return [Message(operation="send", tensor=tensor, peer=peer, pulled=pulled) for tensor in tensors]
-        peer, tensors = transfer.source, self.transfers.incoming(transfer)
-        origins = self.transfers.origins(transfer) if pulled else (None,) * len(tensors)
+        peer, tensors = transfer.source, self.layer.incoming(transfer)
+        origins = self.layer.origins(transfer) if pulled else (None,) * len(tensors)
         return [
             Message(operation="receive", tensor=tensor, peer=peer, pulled=pulled, origin=origin)
             for tensor, origin in zip(tensors, origins, strict=True)
         ]
 
     def _collective(self, transfer: Transfer) -> list[Message]:
-        tensors = self.transfers.outgoing(transfer)
-        if transfer.transport == "all_reduce":
-            return [Message(operation="all_reduce", tensor=tensor) for tensor in tensors]
-        assert transfer.transport in ("all_gather", "reduce_scatter")
-        outputs = self.transfers.incoming(transfer)
+        assert transfer.transport in ("all_reduce", "all_gather", "reduce_scatter")
+        tensors = self.layer.outgoing(transfer)
+        in_place = transfer.transport == "all_reduce"
+        outputs = (None,) * len(tensors) if in_place else self.layer.incoming(transfer)
         return [
             Message(operation=transfer.transport, tensor=tensor, output=output)
             for tensor, output in zip(tensors, outputs, strict=True)

@@ -78,12 +78,6 @@ class KeySums:
                 into.zero_()
             into[:, :, slice(*within)] += grad
 
-    def room_like(self, keys: Pair) -> KeyGradients:
-        """Return room for dK and dV of keys, in the accumulator's dtype, holding nothing."""
-        dtype = self.home[0].dtype
-        grad_k, grad_v = (torch.empty_like(part, dtype=dtype) for part in keys)
-        return KeyGradients(k=grad_k, v=grad_v, add=False)
-
     def landing(self, transfer: Transfer) -> Pair:
         """Return where a transfer of gradients lands."""
         if transfer.accumulate_into is None:
@@ -120,7 +114,8 @@ class KeySums:
 
     def finish(self) -> Pair:
         """Return the own (dK, dV) of all heads."""
-        for group, (grad_k, grad_v) in ((group, one.pair) for group, one in self._computed.items()):
+        for group, computed in self._computed.items():
+            grad_k, grad_v = computed.pair
             self._home[self.groups.keys(group)].add((grad_k[None], grad_v[None]), self.backend)
         self._computed.clear()
         return self.at_home()
@@ -147,6 +142,4 @@ class KeySums:
         return self._computed[group]
 
     def _slot(self, name: str) -> Sum:
-        if name not in self._slots:
-            self._slots[name] = Sum(self.slots[name])
-        return self._slots[name]
+        return self._slots.setdefault(name, Sum(self.slots[name]))

@@ -25,15 +25,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ...traces.errors import InputError, UnsupportedError
 from ..comm.mesh import Mesh, agree
 from ..model.shape import model_shape
-from .cache import keep_audit, kept_audit, may_be_kept
-from .digests import audit_digest, model_digest, versions
+from .cache import audit_digest, keep_audit, kept_audit, may_be_kept, model_digest, versions
 from .instance import class_name, plain_class, refuse_strangers
-from .proof import AUDITED_TOKENS, PADDED_TOKENS, Proof, prove
+from .proof import Errors, prove
 from .refusals import refuse_by_configuration
 from .result import Audit
-from .shrink import layer_count
 from .single_tokens import check_single_tokens
-from .small import SmallCopies, small_copies
+from .small import AUDITED_TOKENS, SmallCopies
 
 CACHE = Path("~/.cache/sparsering/audits")
 DOES_NOT_RUN = "a small copy does not run"
@@ -53,8 +51,7 @@ def audit(
     began = time.perf_counter()
     digest = audit_digest(config, chosen, seq_len_tokens)
     folder = cache if cache is not None and may_be_kept(chosen, config) else None
-    known = None if folder is None else kept_audit(folder, digest)
-    if known is not None:
+    if folder is not None and (known := kept_audit(folder, digest)) is not None:
         return known
     facts = Audit(
         model_type=config.model_type, model_class=chosen.__name__, seq_len_tokens=seq_len_tokens, digest=digest,
@@ -97,12 +94,11 @@ def _audited_by_rank_0(mesh: Mesh, config: Any, model_class: type[PreTrainedMode
     topic = f"audit {next(_AUDITS)}"
     agree(mesh, f"{topic} model", audit_digest(config, model_class, seq_len_tokens))
     told = None
-    if mesh.rank == 0:
-        try:
+    try:
+        if mesh.rank == 0:
             told = asdict(audit(config, seq_len_tokens=seq_len_tokens, model_class=model_class))
-        finally:  # the others must not wait for a rank that failed
-            mesh.broadcast(topic, told)
-    told = told or mesh.broadcast(topic, None)
+    finally:  # the others must not wait for a rank that failed
+        told = mesh.broadcast(topic, told)
     if told is None:
         raise InputError("rank 0 could not audit the model; it says why", field="audit")
     return Audit(**told)
@@ -122,27 +118,23 @@ def causal_class(config: Any) -> type[PreTrainedModel]:
 
 def small_model(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> PreTrainedModel:
     """Return the small copy that the proof is about: float64, every kind of layer, lengths in proportion."""
-    return _scaled(small_copies(config, model_class), seq_len_tokens)
-
-
-def _scaled(copies: SmallCopies, seq_len_tokens: int) -> PreTrainedModel:
-    return copies.scaled(window=AUDITED_TOKENS / seq_len_tokens, positions=PADDED_TOKENS / seq_len_tokens)
+    return SmallCopies(config, model_class).scaled(seq_len_tokens)
 
 
 def _audited(facts: Audit, config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> Audit:
     refuse_by_configuration(config, seq_len_tokens=seq_len_tokens)
     facts = replace(facts, shape=model_shape(config).model_dump())
-    copies = small_copies(config, model_class)
+    copies = SmallCopies(config, model_class)
     _run(lambda: [check_single_tokens(one, seq_len_tokens=seq_len_tokens) for one in copies.at_true_lengths()])
-    small = _scaled(copies, seq_len_tokens)
-    proof: Proof = _run(lambda: prove(small), scaled=True)
+    small = copies.scaled(seq_len_tokens)
+    errors: dict[str, Errors] = _run(lambda: prove(small), scaled=True)
     return replace(
         facts,
         right=True,
         modules=sorted({class_name(type(module)) for module in small.modules()}),
-        layers=layer_count(small.config),
-        parameters=proof.parameters,
-        errors={road: {"loss": e.loss, "logits": e.logits, "gradient": e.gradient} for road, e in proof.errors.items()},
+        layers=model_shape(small.config).layers,
+        parameters=small.num_parameters(),
+        errors={road: {"loss": e.loss, "logits": e.logits, "gradient": e.gradient} for road, e in errors.items()},
     )
 
 
@@ -164,9 +156,11 @@ def _run(check: Any, *, scaled: bool = False) -> Any:
     try:
         return check()
     except InputError as error:
-        if not scaled:
+        told = str(error).removeprefix(f"{error.field}: ")
+        if not scaled or error.field == "audit" or "small copy" in told:
             raise
-        raise _in_the_small_copy(error) from error
+        told = f"{told} (seen in a small copy over {AUDITED_TOKENS} tokens)"  # a user would look the values up
+        raise UnsupportedError(told, field=error.field) from error
     except Exception as error:  # the model's own code failed, alone or split: it is not proven, and that is the answer
         raise UnsupportedError(f"{DOES_NOT_RUN} ({_told(error)}; {_last_line(error)})", field="audit") from error
 
@@ -174,14 +168,6 @@ def _run(check: Any, *, scaled: bool = False) -> Any:
 def _told(error: Exception) -> str:
     """Return what an error says in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _in_the_small_copy(error: InputError) -> InputError:
-    """Say that values in a refusal are those of a small copy, where they are a user's to look up."""
-    told = str(error).removeprefix(f"{error.field}: ")
-    if error.field == "audit" or "small copy" in told:
-        return error
-    return UnsupportedError(f"{told} (seen in a small copy over {AUDITED_TOKENS} tokens)", field=error.field)
 
 
 def _last_line(error: BaseException) -> str:

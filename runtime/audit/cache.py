@@ -1,15 +1,25 @@
-"""Audits on disk: by a digest of all they rest on, and only of classes that nobody changed in this process."""
+"""Audits on disk: by a digest of all they rest on, and only of classes that nobody changed in this process.
+
+They rest on a model's class, settings and length, its sources, versions, and our own code.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers import PreTrainedModel
+
 from ...traces.errors import InputError
-from ...traces.files import read_json, write_json
+from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
 from .result import Audit
 
 MAX_AUDIT_BYTES = 1 << 20
@@ -17,6 +27,45 @@ MAX_AUDIT_BYTES = 1 << 20
 USUAL_ROOTS = frozenset(
     {"transformers", "torch", "numpy", "huggingface_hub", "kernels", "einops", "packaging", *sys.stdlib_module_names}
 )
+UNDIGESTED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache"}
+
+
+def model_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
+    """Return the SHA-256 of what was audited: class, settings, and the length that windows are judged against."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in UNDIGESTED}
+    document = {
+        "class": f"{model_class.__module__}.{model_class.__qualname__}",
+        # As text, since canonical JSON has no infinity and some configurations do.
+        "config": json.dumps(settings, default=str, sort_keys=True),
+        "seq_len_tokens": seq_len_tokens,
+    }
+    return sha256_of_bytes(canonical_json(document))
+
+
+def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens: int) -> str:
+    """Return the SHA-256 of all that an audit rests on: the model, the source of its class, versions, our own code."""
+    sources = set()
+    for base in model_class.__mro__:
+        with suppress(TypeError, OSError):  # a class without a file
+            sources.add(Path(inspect.getsourcefile(base) or ""))
+    here = Path(__file__).parent
+    document = {
+        "model": model_digest(config, model_class, seq_len_tokens),
+        "source": "".join(sorted(_file_digest(path) for path in sources if path.is_file())),
+        "versions": versions(),
+        "audit": "".join(_file_digest(path) for path in sorted([*here.glob("*.py"), *here.glob("../model/*.py")])),
+    }
+    return sha256_of_bytes(canonical_json(document))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that an audit rests on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+
+
+@cache
+def _file_digest(path: Path) -> str:
+    return sha256_of_file(path)[:16]
 
 
 def may_be_kept(model_class: type, config: Any) -> bool:
@@ -24,51 +73,37 @@ def may_be_kept(model_class: type, config: Any) -> bool:
 
     A class of a user's own depends on what its file imports, on closures and on the environment: it is audited anew.
     """
-    homes = {type(config).__module__, *(base.__module__ for base in model_class.__mro__)}
-    if any(home.partition(".")[0] not in USUAL_ROOTS for home in homes):
-        return False
+    homes = [type(config).__module__, *(base.__module__ for base in model_class.__mro__)]
     module = sys.modules.get(model_class.__module__)
-    return module is not None and not any(_is_foreign(value) for value in vars(module).values())
+    return all(map(_is_usual, homes)) and module is not None and not any(map(_is_foreign, vars(module).values()))
+
+
+def _is_usual(home: object) -> bool:
+    return not isinstance(home, str) or home.partition(".")[0] in USUAL_ROOTS
 
 
 def _is_foreign(value: Any) -> bool:
     """Whether a name of a module, or a method of a class that it defines, comes from where none would."""
     home = getattr(value, "__module__", None)
-    if isinstance(home, str) and home.partition(".")[0] not in USUAL_ROOTS:
+    if not _is_usual(home):
         return True
-    if not inspect.isclass(value) or not isinstance(home, str) or not home.startswith("transformers."):
+    if not inspect.isclass(value) or not f"{home}".startswith("transformers."):
         return False
-    methods = (method for method in vars(value).values() if inspect.isfunction(method))
-    return any((method.__module__ is not None and method.__module__.partition(".")[0] not in USUAL_ROOTS)
-               or method.__globals__.get("__name__", "").startswith("__main__") for method in methods)  # fmt: skip
+    methods = [method for method in vars(value).values() if inspect.isfunction(method)]
+    return any(not _is_usual(method.__module__) or method.__globals__.get("__name__", "").startswith("__main__")
+               for method in methods)  # fmt: skip
 
 
 def kept_audit(folder: Path, digest: str) -> Audit | None:
     """Return the audit with this digest; None where there is none, or a file that is no audit."""
-    path = _path(folder, digest)
-    if path is None or not path.is_file():
-        return None
     try:
-        found = Audit(**read_json(path, max_bytes=MAX_AUDIT_BYTES))
-    except (InputError, TypeError):
+        found = Audit(**read_json(folder.expanduser() / f"{digest}.json", max_bytes=MAX_AUDIT_BYTES))
+    except (InputError, TypeError, RuntimeError):  # RuntimeError: there is no home
         return None
     return found if found.digest == digest else None
 
 
 def keep_audit(folder: Path, found: Audit) -> None:
     """Write an audit; a home that cannot be written only costs the seconds again."""
-    path = _path(folder, found.digest)
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(found))
-    except OSError:
-        return
-
-
-def _path(folder: Path, digest: str) -> Path | None:
-    try:
-        return folder.expanduser() / f"{digest}.json"
-    except RuntimeError:  # no home
-        return None
+    with suppress(InputError, OSError, RuntimeError):
+        write_json(folder.expanduser() / f"{found.digest}.json", asdict(found))

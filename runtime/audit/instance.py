@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn import Module
@@ -23,14 +22,8 @@ HARMLESS_MODULES = (
     "peft.tuners._buffer_dict.", "peft.tuners.tuners_utils.", "peft.utils.other.", "bitsandbytes.nn.", "torch._dynamo.",
     "torch.nn.modules.container.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity",
 )  # fmt: skip
-HARMLESS_CODE = (
-    "torch.",
-    "transformers.",
-    "accelerate.",
-    "peft.",
-    "liger_kernel.",
-    f"{str(__package__).rpartition('.')[0]}.",
-)
+OURS = f"{str(__package__).rpartition('.')[0]}."
+HARMLESS_CODE = ("torch.", "transformers.", "accelerate.", "peft.", "liger_kernel.", OURS)
 # Settings of a module that say nothing of what it computes, or that other checks hold.
 UNCOMPARED = frozenset(
     {"training", "gradient_checkpointing", "max_seq_len_cached", "num_embeddings", "out_features", "name_or_path",
@@ -51,18 +44,17 @@ def refuse_strangers(
         where = name or type(model).__name__
         plain = class_name(plain_class(type(module)))
         if plain not in known and not plain.startswith(HARMLESS_MODULES):
-            told = (
-                f"is a {plain}, which {model_class.__name__} does not have by itself: the audit proves nothing about it"
-            )
-            raise UnsupportedError(told, field=where)
+            told = f"is a {plain}, which {model_class.__name__} does not have by itself"
+            raise UnsupportedError(f"{told}: the audit proves nothing about it", field=where)
         for code in () if allow_hooks else _added_code(module):
-            told = f"has a method or hook of {code}: the audit proves nothing about it"
-            raise UnsupportedError(told, field=where)
+            raise UnsupportedError(f"has a method or hook of {code}: the audit proves nothing about it", field=where)
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             raise UnsupportedError(f"drops {module.p}; dropout is not supported: set its p to 0", field=where)
         _compare_settings(where, module, expected.get(name))
-    if "alora_invocation_tokens" in str(getattr(model, "peft_config", "")) and _has_alora(model):
-        raise UnsupportedError("counts tokens from where its adapter is invoked, in the shard", field="alora")
+    adapters = getattr(model, "peft_config", None)
+    for adapter in adapters.values() if isinstance(adapters, dict) else ():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise UnsupportedError("counts tokens from where its adapter is invoked, in the shard", field="alora")
 
 
 def class_name(one: type) -> str:
@@ -83,17 +75,13 @@ def _added_code(module: Module) -> Iterator[str]:
     added = [vars(module)[name] for name in ("forward", "_loss_function") if name in vars(module)]
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         added += list(getattr(module, hooks, {}).values())
-    for one in added:
-        home = _home(one)
+    for code in added:
+        while isinstance(code, functools.partial):
+            code = code.func
+        name = getattr(code, "__module__", None) or type(code).__module__
+        home = f"{name}.{getattr(code, '__qualname__', type(code).__qualname__)}"
         if "neftune" in home or not f"{home}.".startswith(HARMLESS_CODE):
             yield home
-
-
-def _home(code: Any) -> str:
-    while isinstance(code, functools.partial):
-        code = code.func
-    name = getattr(code, "__module__", None) or type(code).__module__
-    return f"{name}.{getattr(code, '__qualname__', type(code).__qualname__)}"
 
 
 def _compare_settings(where: str, module: Module, expected: Module | None) -> None:
@@ -107,9 +95,3 @@ def _compare_settings(where: str, module: Module, expected: Module | None) -> No
         if own != value and isinstance(own, bool | int | float | str):
             told = f"is {own!r}, the model's configuration makes it {value!r}: nothing was proven about it"
             raise UnsupportedError(told, field=f"{where}.{name}")
-
-
-def _has_alora(model: PreTrainedModel) -> bool:
-    configs = getattr(model, "peft_config", None)
-    values = configs.values() if isinstance(configs, dict) else ()
-    return any(getattr(one, "alora_invocation_tokens", None) for one in values)

@@ -9,9 +9,12 @@ Shape legend: B batch, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,11 +31,11 @@ from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
 from ..model.shard import IGNORED_LABEL, shard
 from .single_tokens import check_calls, random_ids
-from .twins import AttentionCall, Double, Meeting, MetAttention, copies_of, run_together
+from .small import AUDITED_TOKENS
+from .twins import AttentionCall, Double, Meeting, MetAttention, run_together
 
 TOLERANCE = 1e-6
-AUDITED_TOKENS, STRIPE_TOKENS, RANKS = 120, 16, 2  # 7.5 stripes: the last one is padded
-PADDED_TOKENS = 128
+STRIPE_TOKENS, RANKS = 16, 2
 NOISE_FLOOR = 1e-8  # gradients this much smaller than the largest are zero but for rounding (a key's bias, say)
 GAP_SHARE = 0.4  # labels that do not count, so that ranks have unequal numbers of them
 
@@ -63,32 +66,26 @@ class Errors:
         return replace(largest, loss=max(self.loss, other.loss), logits=max(self.logits, other.logits))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """What the small model showed. errors: by road, "attach" and "train"."""
-
-    errors: dict[str, Errors]
-    parameters: int
-
-
 @dataclass(kw_only=True)
 class Run:
     """What one way of running a model gave. gradients: by parameter, None where there is none."""
 
     loss: float
     logits: Tensor | None
-    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    gradients: dict[str, Tensor | None]
 
 
-def prove(model: PreTrainedModel) -> Proof:
-    """Run a small float64 model every way and compare. UnsupportedError says what does not agree.
+def prove(model: PreTrainedModel) -> dict[str, Errors]:
+    """Run a small float64 model every way and return the errors by road. UnsupportedError says what does not agree.
 
     What the model's own code raises comes through as it is.
     """
     model.train()
     batches = [random_batch(model.config, seed) for seed in (1, 2)]
-    check_calls(_Split(model, _own_loss).calls(batches[0]), model)  # first: it turns many away in a moment
-    alone = [run_alone(copies_of(model, 1)[0], batch) for batch in batches]
+    with torch.no_grad():
+        _, calls = _Split(model, _own_loss).together(batches[0])
+    check_calls(calls, model)  # first: it turns many away in a moment
+    alone = [run_alone(copy.deepcopy(model), batch) for batch in batches]
     _check_memory(model, batches, alone)
     _check_participation(model, alone[0])
     errors: dict[str, Errors] = {}
@@ -98,7 +95,7 @@ def prove(model: PreTrainedModel) -> Proof:
             found = compare(split.run(batch), expected)
             found.require(f"by the loss of {road}")
             errors[road] = found if road not in errors else errors[road].worse(found)
-    return Proof(errors=errors, parameters=sum(p.numel() for p in model.parameters()))
+    return errors
 
 
 def compare(split: Run, alone: Run) -> Errors:
@@ -111,14 +108,13 @@ def compare(split: Run, alone: Run) -> Errors:
     worst, parameter = 0.0, ""
     for name, expected in alone.gradients.items():
         got = split.gradients.get(name)
-        if expected is None and got is None:
-            continue
-        zero = torch.zeros_like(expected if expected is not None else got)  # pyright: ignore[reportArgumentType]
-        error = _relative(
-            zero if got is None else got, zero if expected is None else expected, floor=NOISE_FLOOR * largest
-        )
-        if not error <= worst:
-            worst, parameter = error, name
+        given = got if expected is None else expected
+        if given is not None:
+            zero = torch.zeros_like(given)
+            pair = (zero if one is None else one for one in (got, expected))
+            error = _relative(*pair, floor=NOISE_FLOOR * largest)
+            if not error <= worst:
+                worst, parameter = error, name
     return Errors(loss=loss, logits=logits, gradient=worst, parameter=parameter)
 
 
@@ -126,30 +122,20 @@ def _relative(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
     if got.shape != expected.shape or not got.numel():
         return 0.0 if got.shape == expected.shape else float("inf")
     scale = max(float(expected.abs().max()), floor, 1e-300)
-    return float((got - expected).abs().max()) / scale
+    error = float((got - expected).abs().max()) / scale
+    return float("inf") if math.isnan(error) else error
 
 
 def audited_plan(model: ModelShape) -> Plan:
     """Return a dense plan in float64, in stripes over two ranks, the last one padded. The proof takes its placement."""
     return make_plan(
         attention=AttentionSpec(
-            model=model,
-            seq_len_tokens=AUDITED_TOKENS,
-            block_size=64,
-            dtype="float64",
-            columns_capacity=0,
+            model=model, seq_len_tokens=AUDITED_TOKENS, block_size=64, dtype="float64", columns_capacity=0
         ),
         placement=striped(seq_len_tokens=AUDITED_TOKENS, world_size=RANKS, granularity_tokens=STRIPE_TOKENS),
-        forward=Gather(),
-        backward=Ring(),
-        pattern=dense_pattern(AUDITED_TOKENS),
+        forward=Gather(), backward=Ring(), pattern=dense_pattern(AUDITED_TOKENS),
         kernels=KernelSpec(backend="blockwise"),
-    )
-
-
-@lru_cache(maxsize=1)
-def _placed_plan() -> Plan:
-    return audited_plan(ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8))
+    )  # fmt: skip
 
 
 def random_batch(config: Any, seed: int) -> dict[str, Tensor]:
@@ -168,24 +154,25 @@ def run_alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     return Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))
 
 
+@cache
+def _placed_plan() -> Plan:
+    return audited_plan(ModelShape(layers=1, heads=1, kv_heads=1, head_dim=8))
+
+
 class _Split:
     """Two copies of a model, a shard each; step: what a copy computes of its shard."""
 
     def __init__(self, model: PreTrainedModel, step: Step) -> None:
-        self.twins, self.step, self.plan = copies_of(model, RANKS), step, _placed_plan()
+        self.twins = [copy.deepcopy(model) for _ in range(RANKS)]
+        self.step, self.plan = step, _placed_plan()
         placement = self.plan.make_placement()
         self.positions = [torch.from_numpy(placement.positions(rank)) for rank in range(RANKS)]
-
-    def calls(self, batch: dict[str, Tensor]) -> list[AttentionCall]:
-        """Return what one of them asks of attention in a forward pass."""
-        with torch.no_grad():
-            return self._together(batch)[1]
 
     def run(self, batch: dict[str, Tensor]) -> Run:
         """Return the loss, the logits in the order of the sequence, and the gradients of both together."""
         for twin in self.twins:
             twin.zero_grad()
-        results, _ = self._together(batch)
+        results, _ = self.together(batch)
         with Double():
             total = torch.stack([loss for loss, _ in results]).sum()
             total.backward()
@@ -195,27 +182,16 @@ class _Split:
             logits = everywhere[:, torch.argsort(torch.cat(self.positions))][:, :AUDITED_TOKENS]
         return Run(loss=total.item(), logits=logits, gradients=_gradients(self.twins))
 
-    def _together(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Any]], list[AttentionCall]]:
+    def together(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Any]], list[AttentionCall]]:
+        """Return what both gave in a forward pass, and what one of them asked of attention."""
         meeting = Meeting(self.positions, AUDITED_TOKENS)
         attentions = [MetAttention(meeting, rank) for rank in range(RANKS)]
-        attached: list[Attached] = []
-        try:
+        with ExitStack() as ends:
             for twin, attention, own in zip(self.twins, attentions, self.positions, strict=True):
-                attached.append(Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS))
-            works = [self._work(rank, shard(batch, self.plan, rank)) for rank in range(RANKS)]
+                attached = Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS)
+                ends.callback(attached.detach)
+            works = [partial(self.step, twin, shard(batch, self.plan, rank)) for rank, twin in enumerate(self.twins)]
             return run_together(works, meeting), attentions[0].calls
-        finally:
-            for one in attached:
-                one.detach()
-
-    def _work(self, rank: int, part: dict[str, Tensor]) -> Callable[[], Any]:
-        with_gradients = torch.is_grad_enabled()  # a thread of its own would begin with them
-
-        def work() -> Any:
-            with torch.set_grad_enabled(with_gradients):
-                return self.step(self.twins[rank], part)
-
-        return work
 
 
 def _own_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -243,7 +219,7 @@ def _gradients(models: list[PreTrainedModel]) -> dict[str, Tensor | None]:
 
 def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alone: list[Run]) -> None:
     """What a model computes must not depend on what it was called with before."""
-    used = copies_of(model, 1)[0]
+    used = copy.deepcopy(model)
     run_alone(used, batches[0])
     used.zero_grad()
     compare(run_alone(used, batches[1]), alone[1]).require("when it is called a second time, alone")
@@ -251,7 +227,7 @@ def _check_memory(model: PreTrainedModel, batches: list[dict[str, Tensor]], alon
 
 def _check_participation(model: PreTrainedModel, alone: Run) -> None:
     """Every parameter that ever gets a gradient gets one from any tokens, so that ranks reduce the same set."""
-    few = copies_of(model, 1)[0]
+    few = copy.deepcopy(model)
     with Double():
         few(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     for name, gradient in _gradients([few]).items():

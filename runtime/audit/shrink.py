@@ -18,7 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, model_shape, setting, text_config
+from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, model_shape
 
 SMALLEST_HEAD_DIM = 8
 SMALL_VOCABULARY = 256
@@ -39,6 +39,7 @@ KEPT = re.compile(
     r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks)"
 )
 SMALLEST_LENGTH = 32
+HEAD_STD = 3.0
 FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
@@ -62,9 +63,8 @@ class Shrinking:
 
 def narrowest(config: Any) -> Shrinking:
     """Return how narrow a configuration can be made: heads stay at least 8 wide, lengths as they are."""
-    settings = config.to_dict()
-    dims = [value for name, value in settings.items() if HEAD_DIMS.search(name) and type(value) is int and value > 0]
-    dims.append(model_shape(config).head_dim)
+    stated = {name: value for name, value in config.to_dict().items() if HEAD_DIMS.search(name)}
+    dims = [model_shape(config).head_dim, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
     width = 1
     while all(dim % (2 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
         width *= 2
@@ -73,21 +73,12 @@ def narrowest(config: Any) -> Shrinking:
 
 def shrunken_config(config: Any, shrinking: Shrinking) -> Any:
     """Return a small configuration of the same class. What its class cannot make raises what the class raises."""
-    settings = config.to_dict()
-    before = layer_count(config)
-    _shrink(settings, shrinking, before=before)
-    settings.pop("dtype", None)
-    settings.pop("torch_dtype", None)
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
+    _shrink(settings, shrinking, before=model_shape(config).layers)
     return type(config).from_dict(settings)
 
 
-def layer_count(config: Any) -> int | None:
-    """Return how many decoder layers a configuration says, None where it does not say it under a usual name."""
-    count = setting(text_config(config), "num_hidden_layers")
-    return count if type(count) is int else None
-
-
-def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int | None) -> None:
+def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int) -> None:
     keep = shrinking.layers
     for name, value in list(settings.items()):
         if name in ("id2label", "label2id"):
@@ -100,7 +91,7 @@ def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int | Non
             settings[name] = _rope(value, shrinking)
         elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
             _shrink(value, shrinking, before=before)
-        elif isinstance(value, list) and keep is not None and before is not None:
+        elif isinstance(value, list) and keep is not None:
             settings[name] = _listed(name, value, keep=keep, before=before)
         elif type(value) is int and value > 0:
             settings[name] = _number(name, value, shrinking, before=before)
@@ -108,7 +99,7 @@ def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int | Non
         _fewer_experts(settings)
 
 
-def _number(name: str, value: int, shrinking: Shrinking, *, before: int | None) -> int:
+def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if SPECIAL_TOKEN.search(name):
         return min(value, SMALL_VOCABULARY - 1)
     if "vocab" in name:
@@ -130,17 +121,17 @@ def _number(name: str, value: int, shrinking: Shrinking, *, before: int | None) 
 
 def _fewer_experts(settings: dict[str, Any]) -> None:
     """Keep twice as many experts as a token visits, and two of every group that a router chooses among."""
-    visited = max((value for name in EXPERTS_OF_A_TOKEN if type(value := settings.get(name)) is int), default=1)
-    groups = max((value for name in EXPERT_GROUPS if type(value := settings.get(name)) is int), default=1)
+    counts = {name: value for name, value in settings.items() if type(value) is int}
+    visited = max((counts[name] for name in EXPERTS_OF_A_TOKEN if name in counts), default=1)
+    groups = max((counts[name] for name in EXPERT_GROUPS if name in counts), default=1)
     enough = -(-max(2 * visited, 2 * groups, FEWEST_EXPERTS) // groups) * groups
-    for name, value in settings.items():
-        if name in (*EXPERTS, "zero_expert_num") and type(value) is int:
-            settings[name] = min(value, enough)
+    for name in counts.keys() & {*EXPERTS, "zero_expert_num"}:
+        settings[name] = min(counts[name], enough)
 
 
 def _rope(value: dict[str, Any], shrinking: Shrinking) -> dict[str, Any]:
     """Rotation settings, nested by kind of layer or not: original lengths shrink as the sequence does."""
-    shrunk: dict[str, Any] = {}
+    shrunk = dict(value)
     for name, inner in value.items():
         if isinstance(inner, dict):
             shrunk[name] = _rope(inner, shrinking)
@@ -148,8 +139,6 @@ def _rope(value: dict[str, Any], shrinking: Shrinking) -> dict[str, Any]:
             shrunk[name] = inner[: max(len(inner) // shrinking.width, 1)]
         elif name == "original_max_position_embeddings" and type(inner) is int:
             shrunk[name] = max(1, math.ceil(inner * shrinking.positions))
-        else:
-            shrunk[name] = inner
     return shrunk
 
 
@@ -171,14 +160,8 @@ def layers_to_keep(model: PreTrainedModel) -> int | None:
         layers = decoder_layers(model)
     except UnsupportedError:
         return None
-    seen: set[str] = set()
-    needed = min(2, len(layers))
-    for number, layer in enumerate(layers):
-        kind = _kind(layer)
-        if kind not in seen:
-            seen.add(kind)
-            needed = max(needed, number + 1)
-    return needed
+    kinds = [_kind(layer) for layer in layers]
+    return max([min(2, len(layers)), *(kinds.index(kind) + 1 for kind in kinds)])
 
 
 def _kind(layer: Module) -> str:
@@ -194,23 +177,26 @@ def _kind(layer: Module) -> str:
     return "\n".join(parts)
 
 
-def enliven(model: PreTrainedModel, *, seed: int, head_std: float = 3.0) -> None:
+def enliven(model: PreTrainedModel) -> None:
     """Give random weights of a size at which everything counts: attention that prefers, experts that differ, logits
-    large enough for scales and caps to show. The same for one seed."""
-    generator = torch.Generator().manual_seed(seed)
+    large enough for scales and caps to show. Always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            drawn = noise(parameter)
             if parameter.dim() >= 2:
-                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+                parameter.copy_(drawn / math.sqrt(parameter.shape[-1]))
             elif parameter.dim() == 1:
-                parameter.add_(0.1 * noise)
+                parameter.add_(0.1 * drawn)
         for name, buffer in model.named_buffers():  # a gate may be a buffer of zeros until weights are loaded
             if buffer.is_floating_point() and not FIXED_BUFFERS.search(name):
-                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer.dtype))
-        for embedding, std in ((model.get_input_embeddings(), 1.0), (model.get_output_embeddings(), None)):
+                buffer.add_(0.1 * noise(buffer))
+        for embedding, is_head in ((model.get_input_embeddings(), False), (model.get_output_embeddings(), True)):
             weight: Tensor | None = getattr(embedding, "weight", None)
-            if weight is None or weight.dim() != 2:
-                continue
-            target = std if std is not None else head_std / math.sqrt(weight.shape[-1])
-            weight.mul_(target / weight.std().clamp(min=1e-12))
+            if weight is not None and weight.dim() == 2:
+                target = HEAD_STD / math.sqrt(weight.shape[-1]) if is_head else 1.0
+                weight.mul_(target / weight.std().clamp(min=1e-12))

@@ -36,9 +36,7 @@ class TokenLocal(NotingAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
         """Return [B, S, H, D] in which q, k, v and their angles all count."""
-        self.note(q, k, v, layer=layer, scale=scale)
-        group = q.shape[2] // k.shape[2]
-        keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        keys, values = self.note(q, k, v, layer)
         return (torch.tanh((q * keys).mean(-1, keepdim=True)) * values + 0.1 * q).contiguous()
 
 
@@ -49,8 +47,8 @@ def check_single_tokens(model: PreTrainedModel, *, seq_len_tokens: int) -> None:
     allows, spread over the sequence, special ones among them.
     """
     model.eval()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = min(seq_len_tokens, max(FEWEST_TOKENS, min(MOST_TOKENS, int(MOST_PRODUCTS / parameters))))
+    affordable = min(MOST_TOKENS, int(MOST_PRODUCTS / model.num_parameters()))
+    tokens = min(seq_len_tokens, max(FEWEST_TOKENS, affordable))
     positions = torch.linspace(0, seq_len_tokens - 1, tokens, dtype=torch.float64).long()[None]
     ids = random_ids(model.config, tokens, torch.Generator().manual_seed(0))
     own = (torch.arange(tokens) // STRIPE) % 2 == 1
@@ -79,19 +77,18 @@ def check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
     """Raise UnsupportedError unless every layer asked once, in order, with the heads that the configuration states."""
     shape = model_shape(model.config)
     if not calls:
-        raise UnsupportedError(
-            f"{type(model).__name__} never asks transformers' attention interface", field="attention"
-        )
-    layers = [call.layer for call in calls]
+        told = f"{type(model).__name__} never asks transformers' attention interface"
+        raise UnsupportedError(told, field="attention")
+    layers = [layer for layer, _ in calls]
     if layers != list(range(shape.layers)):
         shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
         told = f"is asked for by layers [{shown}] of {shape.layers}; each must ask, once and in order"
         raise UnsupportedError(f"{told}: whatever else mixes tokens does so within a shard", field="attention")
-    for call in calls:
-        for what, value in (("heads", call.q[2]), ("kv_heads", call.k[2]), ("head_dim", call.q[3])):
+    for layer, found in calls:
+        for what, value in found.items():
             stated = getattr(shape, what)
             if value != stated:
-                told = f"is {value} in layer {call.layer} of a small copy whose configuration says {stated}"
+                told = f"is {value} in layer {layer} of a small copy whose configuration says {stated}"
                 raise UnsupportedError(told, field=what)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,36 +13,48 @@ from ...traces.errors import UnsupportedError
 from .shrink import Shrinking, enliven, layers_to_keep, narrowest, shrunken_config
 from .twins import Double
 
+AUDITED_TOKENS, PADDED_TOKENS = 120, 128  # 7.5 stripes of 16 tokens: the last one is padded
 MOST_PARAMETERS = 60_000_000  # float64, three copies and their gradients stay within 4 GB
 
 
-@dataclass(frozen=True, kw_only=True)
 class SmallCopies:
-    """How small copies of one model are made. narrow: widths that its class can make; keep: layers of every kind."""
+    """How small copies of one model are made: of widths that its class can make, the narrowest first."""
 
-    config: Any
-    model_class: type[PreTrainedModel]
-    narrow: Shrinking
-    keep: int | None
+    def __init__(self, config: Any, model_class: type[PreTrainedModel]) -> None:
+        """Raises UnsupportedError with the first problem when no width can be made."""
+        self.config, self.model_class = config, model_class
+        narrow = narrowest(config)
+        problem = ""
+        for self.narrow in (narrow, replace(narrow, few=False), replace(narrow, few=False, width=1)):
+            try:
+                whole = self._on_meta(self.narrow)
+            except Exception as error:  # whatever a class says about narrow settings, wider ones are tried
+                problem = problem or f"{type(error).__name__}: {error}"
+                continue
+            self.keep = layers_to_keep(whole)
+            return
+        raise UnsupportedError(f"no small copy can be made ({problem})", field="audit")
 
-    def scaled(self, *, window: float, positions: float) -> PreTrainedModel:
-        """Return a copy with a layer of every kind, lengths multiplied; UnsupportedError when there is none."""
-        few = replace(self.narrow, window=window, positions=positions)
+    def scaled(self, seq_len_tokens: int) -> PreTrainedModel:
+        """Return a copy with a layer of every kind, lengths as if AUDITED_TOKENS were seq_len_tokens.
+
+        UnsupportedError when there is none.
+        """
+        few = replace(self.narrow, window=AUDITED_TOKENS / seq_len_tokens, positions=PADDED_TOKENS / seq_len_tokens)
         return self._first([replace(few, layers=self.keep), few])
 
     def at_true_lengths(self) -> Iterator[PreTrainedModel]:
         """Yield copies with the model's own lengths: of all layers where that is small enough, then of every kind."""
-        whole = replace(self.narrow, layers=None)
-        if self._parameters(whole) <= MOST_PARAMETERS:
-            yield self._made(whole)
-        yield self._first([replace(self.narrow, layers=self.keep), whole])
+        if self._on_meta(self.narrow).num_parameters() <= MOST_PARAMETERS:
+            yield self._made(self.narrow)
+        yield self._first([replace(self.narrow, layers=self.keep), self.narrow])
 
     def _first(self, candidates: list[Shrinking]) -> PreTrainedModel:
         """Return the first that can be made and is small enough to run."""
         problem = ""
         for candidate in candidates:
             try:
-                parameters = self._parameters(candidate)
+                parameters = self._on_meta(candidate).num_parameters()
             except Exception as error:  # a class may not know how to have fewer layers, or other lengths
                 problem = f"{type(error).__name__}: {error}"
                 continue
@@ -51,9 +63,9 @@ class SmallCopies:
             problem = f"{parameters:,} parameters are too many"
         raise UnsupportedError(f"no small copy can be made ({problem})", field="audit")
 
-    def _parameters(self, shrinking: Shrinking) -> int:
+    def _on_meta(self, shrinking: Shrinking) -> PreTrainedModel:
         with torch.device("meta"):
-            return sum(p.numel() for p in make(shrunken_config(self.config, shrinking), self.model_class).parameters())
+            return make(shrunken_config(self.config, shrinking), self.model_class)
 
     def _made(self, shrinking: Shrinking) -> PreTrainedModel:
         config = shrunken_config(self.config, shrinking)
@@ -61,23 +73,8 @@ class SmallCopies:
         with Double(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = make(config, self.model_class).double()
-        enliven(model, seed=0)
+        enliven(model)
         return model
-
-
-def small_copies(config: Any, model_class: type[PreTrainedModel]) -> SmallCopies:
-    """Find widths that a class can make, the narrowest first. UnsupportedError with the first problem if none."""
-    narrow = narrowest(config)
-    problem = ""
-    for candidate in (narrow, replace(narrow, few=False), replace(narrow, few=False, width=1)):
-        try:
-            with torch.device("meta"):
-                whole = make(shrunken_config(config, candidate), model_class)
-        except Exception as error:  # whatever a class says about narrow settings, wider ones are tried
-            problem = problem or f"{type(error).__name__}: {error}"
-            continue
-        return SmallCopies(config=config, model_class=model_class, narrow=candidate, keep=layers_to_keep(whole))
-    raise UnsupportedError(f"no small copy can be made ({problem})", field="audit")
 
 
 def make(config: Any, model_class: type[PreTrainedModel]) -> PreTrainedModel:

@@ -9,31 +9,21 @@ Shape legend: B batch, S_own tokens of a shard, H query heads, H_kv K/V heads, D
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
 
 WAIT_S = 120.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionCall:
-    """What one layer asked of attention: the layer, the shapes of q [B, S, H, D], k and v, and the scale."""
-
-    layer: int | None
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    scale: float
+AttentionCall = tuple[int | None, dict[str, int]]  # the layer; its heads, kv_heads and head_dim
 
 
 class NotingAttention:
@@ -42,14 +32,17 @@ class NotingAttention:
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
 
-    def note(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int | None, scale: float | None) -> AttentionCall:
-        """Note a call; UnsupportedError where keys and values differ in shape: planned attention takes no such."""
+    def note(self, q: Tensor, k: Tensor, v: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+        """Note a call and return keys and values [B, S, H, D] of every query head.
+
+        UnsupportedError where keys and values differ in shape: planned attention takes no such.
+        """
         if k.shape != v.shape:
             raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
-        factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-        call = AttentionCall(layer=layer, q=tuple(q.shape), k=tuple(k.shape), v=tuple(v.shape), scale=factor)
-        self.calls.append(call)
-        return call
+        heads, kv_heads = q.shape[2], k.shape[2]
+        self.calls.append((layer, {"heads": heads, "kv_heads": kv_heads, "head_dim": q.shape[3]}))
+        keys, values = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
+        return keys, values
 
     def close(self) -> None:
         """Nothing is held."""
@@ -78,12 +71,11 @@ class Meeting:
             self._given[rank].append(value)
             self._changed.notify_all()
 
-            def settled() -> bool:
-                missing = {other for other, given in enumerate(self._given) if len(given) <= number}
-                return not missing or bool(missing & self._left)
+            def missing() -> set[int]:
+                return {other for other, given in enumerate(self._given) if len(given) <= number}
 
-            self._changed.wait_for(settled, WAIT_S)
-            if any(len(given) <= number for given in self._given):
+            self._changed.wait_for(lambda: not missing() or bool(missing() & self._left), WAIT_S)
+            if missing():
                 raise ShardsPart
             return [given[number] for given in self._given]
 
@@ -104,69 +96,42 @@ class MetAttention(NotingAttention):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
     ) -> Tensor:
-        """Return out [B, S_own, H, D]. UnsupportedError for shapes that planned attention does not take."""
-        call = self.note(q, k, v, layer=layer, scale=scale)
-        everyone = self.meeting.exchange(self.rank, (layer, k, v))
+        """Return softmax(scale q k^T) v [B, S_own, H, D] over keys that are not later; 0 for queries of padding.
+
+        UnsupportedError for shapes that planned attention does not take.
+        """
+        everyone = self.meeting.exchange(self.rank, (layer, *self.note(q, k, v, layer)))
         if len({given[0] for given in everyone}) > 1:
             raise UnsupportedError("shards call attention for different layers", field="attention")
         keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))
-        positions = self.meeting.positions
-        return causal_attention(
-            q, keys, values, positions[self.rank], torch.cat(positions), call.scale,
-            valid_tokens=self.meeting.valid_tokens,
-        )  # fmt: skip
-
-
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, *, valid_tokens: int
-) -> Tensor:
-    """Return softmax(scale q k^T) v [B, S_q, H, D] over keys that are not later; 0 for queries from valid_tokens on."""
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
-    allowed = (k_positions[None, :] <= q_positions[:, None]) & (k_positions < valid_tokens)[None, :]
-    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
-    return (out * (q_positions < valid_tokens).to(out.dtype)[None, :, None, None]).contiguous()
+        own, everywhere = self.meeting.positions[self.rank], torch.cat(self.meeting.positions)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * float(q.shape[-1] ** -0.5 if scale is None else scale)
+        allowed = (everywhere <= own[:, None]) & (everywhere < self.meeting.valid_tokens)
+        weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
+        return (out * (own < self.meeting.valid_tokens).to(out.dtype)[:, None, None]).contiguous()
 
 
 def run_together(works: list[Callable[[], Any]], meeting: Meeting) -> list[Any]:
-    """Run one function a copy, each in its thread, in double; return their results, or raise what the first raised."""
-    results: list[Any] = [None] * len(works)
-    errors: list[BaseException | None] = [None] * len(works)
+    """Run one function a copy, each in its thread, in double; return their results, or raise what explains the rest."""
+    with_gradients = torch.is_grad_enabled()  # a thread of its own would begin with them
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> Any:
         try:
-            with Double():
-                results[rank] = works[rank]()
-        except BaseException as error:  # whatever ended a copy is raised in the caller's thread
-            errors[rank] = error
+            with torch.set_grad_enabled(with_gradients), Double():
+                return works[rank]()
         finally:
             meeting.leave(rank)
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raise_first(errors)
-    return results
-
-
-def raise_first(errors: list[BaseException | None]) -> None:
-    """Raise the error that explains the others: a copy that only waited in vain says the least."""
-    found = [error for error in errors if error is not None]
-    if not found:
-        return
-    telling = [error for error in found if not isinstance(error, ShardsPart)]
-    if telling:
-        raise telling[0]
-    raise UnsupportedError("one shard calls attention more often than the other", field="attention")
-
-
-def copies_of(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:
-    """Return fresh copies, so that nothing that a run leaves in a model is seen by another."""
-    return [copy.deepcopy(model) for _ in range(count)]
+    with ThreadPoolExecutor(len(works)) as pool:
+        futures = [pool.submit(run, rank) for rank in range(len(works))]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, ShardsPart):  # a copy that only waited in vain says the least
+            raise error
+    if errors:
+        raise UnsupportedError("one shard calls attention more often than the other", field="attention")
+    return [future.result() for future in futures]
 
 
 class Double(TorchFunctionMode):

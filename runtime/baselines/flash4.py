@@ -47,10 +47,8 @@ def require_flash4_on(device: torch.device) -> None:
         )
 
 
-def flash4_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Return (out in q's dtype [B, H, S_q, D], lse float32 [B, H, S_q], ()). k and v [B, H_kv, S_k, D]: not expanded.
+def flash4_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (out in q's dtype [B, H, S_q, D], lse float32 [B, H, S_q]). k and v [B, H_kv, S_k, D]: not expanded.
 
     causal: S_q equals S_k, row i attends columns up to i.
     """
@@ -58,7 +56,7 @@ def flash4_forward(
     _interface()._flash_attn_fwd(
         *_bshd(q, k, v), out=out.transpose(1, 2), lse=lse, softmax_scale=scale, causal=causal, pack_gqa=False
     )
-    return out, lse, ()
+    return out, lse
 
 
 def flash4_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
@@ -67,9 +65,8 @@ def flash4_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scal
     rows: grad_out, q, out [B, H, S_q, D] and lse float32 [B, H, S_q], the last two merged over all keys.
     """
     grad_out, q, out, lse = rows
-    grads = _interface()._flash_attn_bwd(
-        *_bshd(q, k, v), *_bshd(out, grad_out), lse, softmax_scale=scale, causal=causal
-    )
+    given = _bshd(q, k, v, out, grad_out)
+    grads = _interface()._flash_attn_bwd(*given, lse, softmax_scale=scale, causal=causal)
     grad_q, grad_k, grad_v = _bshd(*grads[:3])
     return grad_q, grad_k, grad_v
 

@@ -10,7 +10,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ...kernels.api import merge
 from ...traces.errors import UnsupportedError
-from ..attention.recompute import current_kept
+from ..attention.recompute import computed_once
+from ..comm.channels import Waiting
 from ..comm.mesh import Mesh
-from .flash4 import flash4_backward, flash4_forward, require_flash4_on
+from .flash4 import Gradients, flash4_backward, flash4_forward, require_flash4_on
 
-Partial = tuple[Tensor, Tensor, tuple[Any, ...]]  # out [B, H, S, D], lse [B, H, S] float, what backward needs besides
-Gradients = tuple[Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # K and V, or their gradients; a partial result: out [B, H, S, D], lse [B, H, S] float
 aten = torch.ops.aten
 
 
@@ -34,13 +34,7 @@ class ZigzagAttention:
     kernel: a name of KERNELS; default: cuDNN's on GPUs. waiting: made around every wait for other ranks, to measure it.
     """
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        *,
-        kernel: str | None = None,
-        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    def __init__(self, mesh: Mesh, *, kernel: str | None = None, waiting: Waiting = nullcontext) -> None:
         self.mesh, self._waiting = mesh, waiting
         self.kernel = kernel or ("cudnn" if mesh.device.type == "cuda" else "cpu")
         if self.kernel == "flash4":
@@ -62,16 +56,16 @@ class ZigzagAttention:
     def close(self) -> None:
         """Nothing is held."""
 
-    def rotate(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    def rotate(self, tensors: Pair) -> Callable[[], Pair]:
         """Start to send tensors to the next rank; return a function that waits for those of the previous one."""
         rank, world = self.mesh.rank, self.mesh.world_size
         following, previous = self.mesh.process((rank + 1) % world), self.mesh.process((rank - 1) % world)
-        landed = tuple(torch.empty_like(tensor) for tensor in tensors)
+        landed = torch.empty_like(tensors[0]), torch.empty_like(tensors[1])
         operations = [dist.P2POp(dist.isend, tensor, following, self.group) for tensor in tensors]
         operations += [dist.P2POp(dist.irecv, tensor, previous, self.group) for tensor in landed]
         works = dist.batch_isend_irecv(operations)
 
-        def wait() -> tuple[Tensor, ...]:
+        def wait() -> Pair:
             with self._waiting():
                 for work in works:
                     work.wait()
@@ -85,13 +79,7 @@ class _Zigzag(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: ZigzagAttention, scale: float) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, H, S, D], as the kernels want it
         ctx.ring, ctx.scale = ring, scale
-        kept = current_kept()
-        if kept is not None and kept.replaying:
-            out, lse = kept.take(q.device)
-        else:
-            out, lse = _forward(ring, q, (k, v), scale)
-            if kept is not None:
-                kept.put(out, lse)
+        out, lse = computed_once(lambda: _forward(ring, q, (k, v), scale), q.device)
         ctx.save_for_backward(q, k, v, out, lse)
         return out.transpose(1, 2).contiguous()
 
@@ -99,11 +87,11 @@ class _Zigzag(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = grads[0].transpose(1, 2).contiguous()
-        gradients = _backward(ctx.ring, (q, out, lse, grad_out), (k, v), ctx.scale)
+        gradients = _backward(ctx.ring, (grad_out, q, out, lse), (k, v), ctx.scale)
         return *(x.to(q.dtype).transpose(1, 2).contiguous() for x in gradients), None, None
 
 
-def _forward(ring: ZigzagAttention, q: Tensor, kv: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+def _forward(ring: ZigzagAttention, q: Tensor, kv: Pair, scale: float) -> Pair:
     kernel = KERNELS[ring.kernel]
     rank, world = ring.mesh.rank, ring.mesh.world_size
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -112,42 +100,40 @@ def _forward(ring: ZigzagAttention, q: Tensor, kv: tuple[Tensor, Tensor], scale:
         wait = ring.rotate(kv) if step + 1 < world else None
         rows, keys, causal = _work(rank, (rank - step) % world, q.shape[2])
         k, v = (kernel.keys(part[:, :, keys], q.shape[1]) for part in kv)
-        out, lse, _ = kernel.attend(q[:, :, rows].contiguous(), k, v, causal, scale)
+        out, lse = kernel.attend(q[:, :, rows].contiguous(), k, v, causal, scale)
         out = out.to(wide)
         if total_out is None or total_lse is None:
             total_out, total_lse = out, lse
         else:
-            so_far = _bshd(total_out[:, :, rows], total_lse[:, :, rows])
-            merged, total_lse[:, :, rows] = merge(*so_far, *_bshd(out, lse))
+            so_far = total_out[:, :, rows].transpose(1, 2), total_lse[:, :, rows]
+            merged, total_lse[:, :, rows] = merge(*so_far, out.transpose(1, 2), lse)
             total_out[:, :, rows] = merged.transpose(1, 2)
-        kv = kv if wait is None else _pair(wait())
+        kv = kv if wait is None else wait()
     assert total_out is not None and total_lse is not None
     return total_out.to(q.dtype), total_lse
 
 
-def _backward(
-    ring: ZigzagAttention, own: tuple[Tensor, Tensor, Tensor, Tensor], kv: tuple[Tensor, Tensor], scale: float
-) -> Gradients:
-    kernel = KERNELS[ring.kernel]
-    q, out, lse, grad_out = own
+def _backward(ring: ZigzagAttention, own: tuple[Tensor, ...], kv: Pair, scale: float) -> Gradients:
+    """own: grad_out, q, out, lse, as the kernels want their rows."""
+    kernel, q = KERNELS[ring.kernel], own[1]
     rank, world = ring.mesh.rank, ring.mesh.world_size
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_q = torch.zeros_like(q, dtype=wide)
-    arriving: Callable[[], tuple[Tensor, ...]] | None = None
+    arriving: Callable[[], Pair] | None = None
     for step in range(world):
         wait = ring.rotate(kv) if step + 1 < world else None
         rows, keys, causal = _work(rank, (rank - step) % world, q.shape[2])
         k, v = (kernel.keys(part[:, :, keys], q.shape[1]) for part in kv)
-        rows_of = [x[:, :, rows].contiguous() for x in (grad_out, q, out, lse)]
+        rows_of = [x[:, :, rows].contiguous() for x in own]
         part_q, part_k, part_v = kernel.differentiate(rows_of, k, v, causal, scale)
         grad_q[:, :, rows] += part_q
-        grad_kv = tuple(torch.zeros_like(x, dtype=wide) for x in kv) if arriving is None else arriving()
+        grad_kv = arriving() if arriving else (torch.zeros_like(kv[0], dtype=wide), torch.zeros_like(kv[1], dtype=wide))
         for into, part in zip(grad_kv, (part_k, part_v), strict=True):
             into[:, :, keys] += part.to(wide).unflatten(1, (into.shape[1], -1)).sum(2)
-        kv = kv if wait is None else _pair(wait())
+        kv = kv if wait is None else wait()
         arriving = ring.rotate(grad_kv) if world > 1 else lambda done=grad_kv: done
     assert arriving is not None
-    return grad_q, *_pair(arriving())
+    return grad_q, *arriving()
 
 
 def _work(rank: int, source: int, tokens: int) -> tuple[slice, slice, bool]:
@@ -164,18 +150,9 @@ def _work(rank: int, source: int, tokens: int) -> tuple[slice, slice, bool]:
     return slice(half, tokens), everything, False
 
 
-def _pair(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    first, second = tensors
-    return first, second
-
-
-def _bshd(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    return out.transpose(1, 2), lse
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
-    results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return results[0], results[1].reshape(q.shape[:3]).float(), results[2:]
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.reshape(q.shape[:3]).float()
 
 
 def _cudnn_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
@@ -187,9 +164,8 @@ def _cudnn_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scal
     )  # fmt: skip
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse, ()
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _cpu_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
@@ -202,7 +178,7 @@ def _cpu_backward(rows: list[Tensor], k: Tensor, v: Tensor, causal: bool, scale:
 class Kernel(NamedTuple):
     """attend and differentiate one block of work; grouped: whether they know grouped queries."""
 
-    attend: Callable[..., Partial]
+    attend: Callable[..., Pair]
     differentiate: Callable[..., Gradients]
     grouped: bool = False
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...traces.errors import UnsupportedError
-from ..attention.recompute import current_kept
+from ..attention.recompute import computed_once
 from ..comm.mesh import Mesh
 
 
@@ -29,7 +29,8 @@ class TorchContextParallel:
         if mesh.device.type != "cuda":
             raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
         self.mesh = mesh
-        self._device_mesh = DeviceMesh.from_group(_group(mesh), "cuda", mesh_dim_names=("context",))
+        group: Any = mesh.new_group(range(mesh.world_size))
+        self._device_mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("context",))
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
@@ -63,19 +64,17 @@ class _TorchRing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: TorchContextParallel, scale: float | None) -> Tensor:
         """Return out, and keep torch's own graph of it; a checkpointed layer's recomputation takes what was kept."""
-        kept = current_kept()
-        if kept is not None and kept.replaying:
-            return kept.take(q.device)[0]
-        leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
-        # The inner graph keeps its own tensors: an activation checkpoint around this layer must not see them, since
-        # nothing of it is computed again. Detached, so that a saved output does not hold its own graph.
-        with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
-            out = ring.forward(leaves[0], leaves[1], leaves[2], scale)
-        ctx.graph = out, leaves, ring
-        result = out.detach().transpose(1, 2).contiguous()
-        if kept is not None:
-            kept.put(result)
-        return result
+
+        def compute() -> tuple[Tensor]:
+            leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+            # The inner graph keeps its own tensors: an activation checkpoint around this layer must not see them, since
+            # nothing of it is computed again. Detached, so that a saved output does not hold its own graph.
+            with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+                out = ring.forward(leaves[0], leaves[1], leaves[2], scale)
+            ctx.graph = out, leaves, ring
+            return (out.detach().transpose(1, 2).contiguous(),)
+
+        return computed_once(compute, q.device)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,9 +83,3 @@ class _TorchRing(torch.autograd.Function):
         with ring.ring():
             gradients = torch.autograd.grad(out, leaves, grads[0].transpose(1, 2).contiguous())
         return *(x.transpose(1, 2).contiguous() for x in gradients), None, None
-
-
-def _group(mesh: Mesh) -> Any:
-    group = mesh.new_group(range(mesh.world_size))
-    assert group is not None
-    return group

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -28,8 +28,10 @@ from .mesh import Mesh
 from .pull import PeerMemory, Pull, Signals, require_peer_access
 
 # Newer versions of PyTorch have them under other names, and warn of the old ones.
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+OF_PARTS = {
+    "all_gather": getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor,
+    "reduce_scatter": getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +51,9 @@ class Message:
     origin: Tensor | None = None
 
 
+Waiting = Callable[[], AbstractContextManager[None]]  # made around a wait for other ranks
+
+
 class Pending(Protocol):
     """A posted group of messages."""
 
@@ -57,7 +62,6 @@ class Pending(Protocol):
 
     def wait(self) -> None:
         """Let what follows on the caller's stream (or thread) see the messages complete."""
-        ...
 
 
 class Channel(Protocol):
@@ -69,34 +73,24 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Finish what was posted and free the channel's thread or stream."""
-        ...
 
 
 def _transmit(group: dist.ProcessGroup, messages: Sequence[Message], first_process: int) -> list[dist.Work]:
     """Hand the messages to torch.distributed in one batch per kind. first_process: that is rank 0 of the peers."""
-    works: list[dist.Work] = []
     point_to_point = [
         dist.P2POp(dist.isend if m.operation == "send" else dist.irecv, m.tensor, first_process + m.peer, group)
         for m in messages
         if m.operation in ("send", "receive")
     ]
-    if point_to_point:
-        works += dist.batch_isend_irecv(point_to_point)
+    works: list[Any] = dist.batch_isend_irecv(point_to_point) if point_to_point else []
     for message in messages:
-        if message.operation not in ("send", "receive"):
-            works.append(_collective(group, message))
+        if message.operation == "all_reduce":
+            works.append(dist.all_reduce(message.tensor, group=group, async_op=True))
+        elif message.operation in OF_PARTS:
+            assert message.output is not None
+            output, tensor = message.output.flatten(), message.tensor.flatten()
+            works.append(OF_PARTS[message.operation](output, tensor, group=group, async_op=True))
     return works
-
-
-def _collective(group: dist.ProcessGroup, message: Message) -> dist.Work:
-    if message.operation == "all_reduce":
-        work = dist.all_reduce(message.tensor, group=group, async_op=True)
-    else:
-        assert message.output is not None
-        function = ALL_GATHER if message.operation == "all_gather" else REDUCE_SCATTER
-        work = function(message.output.flatten(), message.tensor.flatten(), group=group, async_op=True)
-    assert work is not None
-    return work
 
 
 @dataclass(eq=False)
@@ -118,7 +112,7 @@ class _HostPending:
 class HostChannel:
     """A gloo channel. One thread plays the posted groups in order, so that compute goes on meanwhile."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, *, first_process: int = 0) -> None:
+    def __init__(self, name: str, group: dist.ProcessGroup, *, first_process: int) -> None:
         self._name, self._group, self._first_process = name, group, first_process
         self._posted: queue.SimpleQueue[_HostPending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"sparsering-{name}", daemon=True)
@@ -163,7 +157,7 @@ class DeviceChannel:
 
     signals: Signals | None = None
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int = 0) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timed: bool, first_process: int) -> None:
         self._group, self._timed, self._first_process = group, timed, first_process
         self._stream = torch.cuda.Stream(device, priority=-1)  # transfers start before queued compute fills the GPU
 
@@ -175,7 +169,10 @@ class DeviceChannel:
             started.record()
             pulled = [message for message in messages if message.pulled]
             if pulled:
-                self._pull(pulled)
+                assert self.signals is not None
+                readers = [m.peer for m in pulled if m.operation == "send"]
+                pulls = [Pull(m.peer, m.tensor, m.origin) for m in pulled if m.operation == "receive"]
+                self.signals.exchange(readers=readers, pulls=pulls)
             for work in _transmit(self._group, [m for m in messages if not m.pulled], self._first_process):
                 work.wait()
             ended.record()
@@ -184,11 +181,6 @@ class DeviceChannel:
     def close(self) -> None:
         """Wait for what was posted."""
         self._stream.synchronize()
-
-    def _pull(self, messages: Sequence[Message]) -> None:
-        assert self.signals is not None
-        pulls = [Pull(source=m.peer, target=m.tensor, origin=m.origin) for m in messages if m.operation == "receive"]
-        self.signals.exchange(readers=[m.peer for m in messages if m.operation == "send"], pulls=pulls)
 
 
 @cache
@@ -244,7 +236,10 @@ class Channels:
             if communicator not in self._channels:
                 self._open(communicator)
         if shares:
-            self._let_pull()
+            self.peers = self.peers or PeerMemory(self._mesh)
+            for number, channel in enumerate(self._channels.values()):  # all ranks opened them in one order
+                if isinstance(channel, DeviceChannel):
+                    channel.signals = self.peers.signals(number)
         return {name: self._channels[communicator] for name, communicator in named.items()}
 
     def close(self) -> None:
@@ -254,25 +249,18 @@ class Channels:
         self._channels.clear()
         self.peers = None
 
-    def _let_pull(self) -> None:
-        if self.peers is None:
-            self.peers = PeerMemory(self._mesh)
-        for number, channel in enumerate(self._channels.values()):  # all ranks opened them in one order
-            if isinstance(channel, DeviceChannel):
-                channel.signals = self.peers.signals(number)
-
     def _open(self, communicator: Communicator) -> None:
+        device, first = self._mesh.device, self._mesh.process(0)
         for ranks in communicator.groups:
             group = self._mesh.new_group(ranks)
-            if group is not None:
-                self._channels[communicator] = self._channel(communicator.name, group)
-                self._warm_up(self._channels[communicator], ranks)
-
-    def _channel(self, name: str, group: dist.ProcessGroup) -> Channel:
-        first = self._mesh.process(0)
-        if self._mesh.device.type == "cuda":
-            return DeviceChannel(group, self._mesh.device, timed=self._timed, first_process=first)
-        return HostChannel(name, group, first_process=first)
+            if group is None:
+                continue
+            if device.type == "cuda":
+                channel: Channel = DeviceChannel(group, device, timed=self._timed, first_process=first)
+            else:
+                channel = HostChannel(communicator.name, group, first_process=first)
+            self._channels[communicator] = channel
+            self._warm_up(channel, ranks)
 
     def _warm_up(self, channel: Channel, ranks: tuple[int, ...]) -> None:
         """Connect the channel now, and to the end, so that the first layer does not pay for it."""
@@ -285,26 +273,3 @@ class Channels:
             channel.post([sends, Message(operation="receive", tensor=landed, peer=previous)]).wait()
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
-
-
-AllReduce = Callable[[Tensor], Tensor]
-
-
-def reducers(mesh: Mesh) -> tuple[AllReduce, AllReduce]:
-    """Return (sum, maximum) over all ranks on a process group of their own: what choosing patterns needs."""
-    if mesh.world_size == 1:
-        return (lambda tensor: tensor), (lambda tensor: tensor)
-    group = mesh.new_group(range(mesh.world_size))
-
-    def reduce_with(operation: dist.ReduceOp.RedOpType) -> AllReduce:
-        def reduce(tensor: Tensor) -> Tensor:
-            result = tensor.contiguous()  # may be overwritten: see kernels.probe.Collectives
-            try:
-                dist.all_reduce(result, op=operation, group=group)
-            except RuntimeError as error:
-                raise CommunicationError(f"choosing patterns over all ranks: {error}") from error
-            return result
-
-        return reduce
-
-    return reduce_with(dist.ReduceOp.SUM), reduce_with(dist.ReduceOp.MAX)

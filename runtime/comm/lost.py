@@ -13,7 +13,12 @@ class CommunicationError(RuntimeError):
 
 
 class RankLost(RuntimeError):
-    """Ranks that stopped answering, by number, as the survivors agree."""
+    """Ranks that stopped answering, by number, as the survivors agree.
+
+    ranks: these, where the store can still tell the others.
+    """
+
+    ranks: Sequence[int] = ()
 
 
 # What a rank's death looks like to those who talked to it. Other errors are a rank's own.
@@ -23,7 +28,9 @@ SYMPTOMS = (CommunicationError, dist.DistError, torch.AcceleratorError)
 def ranks_lost(ranks: Sequence[int], world_size: int, *, seen_by: str, because: object) -> RankLost:
     """Return the error for ranks that are gone."""
     names = ", ".join(f"rank {rank}" for rank in ranks)
-    return RankLost(f"{names} of {world_size} stopped answering (seen by {seen_by}); {because}")
+    error = RankLost(f"{names} of {world_size} stopped answering (seen by {seen_by}); {because}")
+    error.ranks = ranks
+    return error
 
 
 def host_lost(store_host: str, world_size: int, *, seen_by: str, because: object) -> RankLost:

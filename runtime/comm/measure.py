@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -13,29 +14,11 @@ from ...traces.timeline import COMPUTE_STREAM, Span, Timeline
 from .mesh import Mesh
 
 
-class Marks(Protocol):
-    """Where a span's two clock marks are, once it is over: host nanoseconds, or CUDA events.
-
-    A pending communication fills them in as it goes.
-    """
-
-    started: Any
-    ended: Any
-
-
-@dataclass(kw_only=True, eq=False)
-class _Fixed:
-    started: Any
-    ended: Any
-
-
 @dataclass(eq=False)
-class Recorder:
-    """Collects what one rank did in one layer. Marks cost no synchronisation; they are read by `spans`."""
+class Marker:
+    """Marks on a device's current stream (host time on CPUs). They cost no synchronisation until they are read."""
 
     device: torch.device
-    records: list[tuple[dict[str, Any], Marks]] = field(default_factory=list)  # fields of Span but times and rank
-    origin: Any = None
 
     def mark(self) -> Any:
         """Return the present: host nanoseconds, or an event on the current stream."""
@@ -45,18 +28,38 @@ class Recorder:
         event.record()
         return event
 
+    def between_ms(self, started: Any, ended: Any) -> float:
+        """Return the milliseconds between two marks. Waits for the second."""
+        if self.device.type != "cuda":
+            return (ended - started) / 1e6
+        ended.synchronize()
+        return started.elapsed_time(ended)
+
+
+@dataclass(eq=False)
+class Recorder(Marker):
+    """Collects what one rank did in one layer. Marks are read by `spans`.
+
+    records: fields of Span but times and rank, and what has the span's two marks once it is over, `started` and
+    `ended`: a pending communication fills them in as it goes.
+    """
+
+    records: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
+    origin: Any = None
+
     def begin(self) -> None:
         """Forget what was recorded and start the clock."""
         self.records.clear()
         self.origin = self.mark()
 
-    def add(self, marks: Marks, **what: Any) -> None:
-        """Record a span between two marks, which may be set later. what: its fields, but for times and rank."""
+    def add(self, marks: Any, **what: Any) -> None:
+        """Record a span between the marks of e.g. a pending communication. what: its fields, but for times and rank."""
         self.records.append((what, marks))
 
     def add_compute(self, started: Any, **what: Any) -> None:
         """Record compute that began at `started` and ends now."""
-        self.add(_Fixed(started=started, ended=self.mark()), stream=COMPUTE_STREAM, category="compute", **what)
+        marks = SimpleNamespace(started=started, ended=self.mark())
+        self.add(marks, stream=COMPUTE_STREAM, category="compute", **what)
 
     def spans(self, rank: int) -> list[Span]:
         """Return the spans in microseconds since `begin`; waits for the device."""
@@ -64,14 +67,9 @@ class Recorder:
             torch.cuda.synchronize(self.device)
         spans = []
         for what, marks in self.records:
-            started_us, ended_us = self._since(marks.started), self._since(marks.ended)
+            started_us, ended_us = (1e3 * self.between_ms(self.origin, at) for at in (marks.started, marks.ended))
             spans.append(Span(rank=rank, start_us=started_us, duration_us=max(ended_us - started_us, 0.0), **what))
         return spans
-
-    def _since(self, mark: Any) -> float:
-        if self.device.type == "cuda":
-            return self.origin.elapsed_time(mark) * 1e3
-        return (mark - self.origin) / 1e3
 
 
 def collect_timeline(mesh: Mesh, spans: Sequence[Span], *, topic: str, metadata: dict[str, Any]) -> Timeline | None:

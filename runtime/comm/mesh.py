@@ -1,6 +1,7 @@
 """Joining the other ranks: the only place in the runtime that reads environment variables.
 
-Ranks agree on the plan through the store (no collective) before anything else is sent.
+Ranks agree on the plan through the store (no collective) before anything else is sent. When one fails, the others must
+end with an error that names it, not hang and not guess.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -20,10 +22,10 @@ from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivat
 from torch.distributed.rendezvous import rendezvous
 
 from ...traces.errors import InputError
-from .heartbeat import connection_of_its_own
-from .sentinel import Sentinel, Watch
+from .lost import SYMPTOMS, CommunicationError, RankLost, host_lost, nobody_lost, ranks_lost
+from .sentinel import Sentinel, Watch, connection_of_its_own
 
-DEFAULT_TIMEOUT_S = 600.0
+GRACE = timedelta(seconds=5)
 
 # This process's own, as its process group is: `leave` ends both.
 _sentinels: list[Sentinel] = []
@@ -48,16 +50,6 @@ class Mesh:
     replicas: int = 1
     sentinel: Sentinel | None = None
 
-    @property
-    def backend(self) -> str:
-        """The torch.distributed backend that moves this device's tensors."""
-        return "nccl" if self.device.type == "cuda" else "gloo"
-
-    @property
-    def hosted_by_rank(self) -> bool:
-        """Whether a rank holds the store, and no launcher does."""
-        return self.store_host.startswith("rank")
-
     def process(self, rank: int) -> int:
         """Return the number of this replica's rank among all processes."""
         return self.replica * self.world_size + rank
@@ -70,7 +62,7 @@ class Mesh:
         if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
             raise InputError(f"{self.world_size} processes are no groups of {world_size}", field="world_size")
         replica = self.rank // world_size
-        host = self.store_host if replica == 0 or not self.hosted_by_rank else "rank 0 of replica 0"
+        host = "rank 0 of replica 0" if replica and self.store_host.startswith("rank") else self.store_host
         return replace(
             self, rank=self.rank % world_size, world_size=world_size, replica=replica,
             replicas=self.world_size // world_size, store=PrefixStore(f"replica {replica}", self.store),
@@ -79,10 +71,10 @@ class Mesh:
 
     def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """Return a process group of these ranks of this replica, None on others. Collective over all replicas."""
-        own = None
+        own, backend = None, "nccl" if self.device.type == "cuda" else "gloo"
         for replica in range(self.replicas):
             processes = [replica * self.world_size + rank for rank in ranks]
-            group = dist.new_group(processes, timeout=self.timeout, backend=self.backend)
+            group = dist.new_group(processes, timeout=self.timeout, backend=backend)
             if replica == self.replica and self.rank in ranks and isinstance(group, dist.ProcessGroup):
                 own = group
         return own
@@ -94,12 +86,9 @@ class Mesh:
 
     def collect(self, topic: str, value: Any) -> list[Any] | None:
         """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""
-        self.store.set(f"sparsering/collect/{topic}/{self.rank}", json.dumps(value))
-        if self.rank:
-            return None
-        return [
-            json.loads(self.store.get(f"sparsering/collect/{topic}/{rank}").decode()) for rank in range(self.world_size)
-        ]
+        keys = [f"sparsering/collect/{topic}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        return None if self.rank else [json.loads(self.store.get(key).decode()) for key in keys]
 
     def broadcast(self, topic: str, value: Any) -> Any:
         """Return rank 0's JSON value on every rank, through the store. `topic` must be new."""
@@ -120,7 +109,7 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float | None = 0.0) -> Mesh:
+def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: float | None = 0.0) -> Mesh:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe, or the one that exists.
 
     device: "cpu" or "cuda"; the default is CUDA where there is one. patience_s: after how long a silence a rank is lost
@@ -146,10 +135,13 @@ def join(*, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, pat
             "nccl" if kind == "cuda" else "gloo", store=PrefixStore("default", store), rank=rank,
             world_size=world_size, timeout=timeout, device_id=chosen if kind == "cuda" else None,
         )  # fmt: skip
-    host = _store_host()
+    # torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does.
+    host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     if patience_s and world_size > 1 and not _sentinels:
         watch = Watch(rank=rank, world_size=world_size, store_host=host, patience_s=patience_s, device_type=chosen.type)
-        _watch(store, timeout, watch)
+        connection = connection_of_its_own(store, timeout)  # None where the store is of another kind
+        if connection is not None:
+            _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
     return Mesh(
         rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=host,
         sentinel=_sentinels[0] if _sentinels else None,
@@ -168,13 +160,6 @@ def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
     return store, rank, world_size
 
 
-def _watch(store: Store, timeout: timedelta, watch: Watch) -> None:
-    """Start this process's sentinel, where the store is of a kind that it can ask on a connection of its own."""
-    connection = connection_of_its_own(store, timeout)
-    if connection is not None:
-        _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
-
-
 def usual_patience_s(device_type: str, timeout_s: float) -> float:
     """Return half of the time-out on GPUs, where nobody else says who died; 0 on CPUs: gloo notices at once."""
     return timeout_s / 2 if device_type == "cuda" else 0.0
@@ -187,11 +172,6 @@ def _check_patience(patience_s: float, timeout_s: float) -> None:
 
 def _attempt() -> str:
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-
-def _store_host() -> str:
-    """torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does."""
-    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def leave() -> None:
@@ -213,14 +193,22 @@ def leave() -> None:
 
 
 def agree(mesh: Mesh, topic: str, value: str) -> None:
-    """Compare `value` with every rank's through the store; InputError names the first rank that differs.
+    """Compare `value` with every rank's; InputError names the first rank that differs. See `told_by_all`."""
+    values = told_by_all(mesh, topic, value, what=topic, field=topic)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
 
-    topic must be new for every call. A rank that never says its value is named too, after the mesh's timeout;
-    with a sentinel, RankLost names ranks that are lost.
+
+def told_by_all(mesh: Mesh, topic: str, value: Any, *, what: str, field: str) -> list[Any]:
+    """Say a JSON value to all ranks through the store, and return that of each. topic must be new for every call.
+
+    InputError, with `what` as the word for it, names a rank that never says its own, after the mesh's timeout; with a
+    sentinel, RankLost names ranks that are lost.
     """
     prefix = f"sparsering/{topic}"
-    mesh.store.set(f"{prefix}/{mesh.rank}", value)
-    values: list[str] = []
+    mesh.store.set(f"{prefix}/{mesh.rank}", json.dumps(value))
+    values: list[Any] = []
     for rank in range(mesh.world_size):
         try:
             mesh.store.wait([f"{prefix}/{rank}"], mesh.timeout)
@@ -228,11 +216,59 @@ def agree(mesh: Mesh, topic: str, value: str) -> None:
             lost = mesh.sentinel.verdict(wait=True) if mesh.sentinel is not None else None
             if lost is not None:
                 raise lost from error
-            raise InputError(f"rank {rank} did not say its {topic} in {mesh.timeout}", field=topic) from error
-        values.append(mesh.store.get(f"{prefix}/{rank}").decode())
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
+            raise InputError(f"rank {rank} did not say its {what} in {mesh.timeout}", field=field) from error
+        values.append(json.loads(mesh.store.get(f"{prefix}/{rank}").decode()))
+    return values
+
+
+def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLost:
+    """Return an error that names the ranks that are gone, after a failed communication.
+
+    Every survivor signs in at the store and gives the others GRACE to do so: whoever does not is lost. When all sign
+    in, nobody died: a rank was late beyond the time-out, or a link failed, and the error says what was being sent.
+    When the store itself cannot be reached, whoever hosts it is lost. `topic` is the same on all ranks.
+    """
+    prefix = f"sparsering/survivors/{topic}"
+    seen_by = f"rank {mesh.rank}"
+    lost: list[int] = []
+    try:
+        mesh.store.set(f"{prefix}/{mesh.rank}", "here")
+        for rank in range(mesh.world_size):
+            key = f"{prefix}/{rank}"
+            if not lost:
+                with suppress(dist.DistStoreError, RuntimeError):
+                    mesh.store.wait([key], GRACE)
+            if not mesh.store.check([key]):  # raises when the store itself is gone
+                lost.append(rank)
+    except (dist.DistError, RuntimeError):
+        return host_lost(mesh.store_host, mesh.world_size, seen_by=seen_by, because=error)
+    if not lost:
+        return nobody_lost(mesh.rank, because=error)
+    return ranks_lost(lost, mesh.world_size, seen_by=seen_by, because=error)
+
+
+@contextmanager
+def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
+    """Raise RankLost where a lost rank makes what is inside fail, or end with what nobody sent.
+
+    For errors that a rank's death may look like, waits until the sentinel can tell; others pass at once, and so does
+    everything where no sentinel watches.
+    """
+    sentinel = mesh.sentinel
+    if sentinel is None:
+        yield
+        return
+    sentinel.check()
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        lost = sentinel.verdict(wait=isinstance(error, SYMPTOMS))
+        if lost is None:
+            raise
+        raise lost from error
+    sentinel.check()
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -7,43 +7,25 @@ cudaMemcpyAsync (`copy_device_to_device` in torch's Copy.cu), which a copy engin
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...traces.errors import InputError
-from .mesh import Mesh
+from .mesh import Mesh, told_by_all
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PAD_BYTES = 16
 _questions = count()  # ranks ask in the same order
 
 
-class SignalPad(Protocol):
-    """One flag for every (channel, rank that puts, rank that waits); both kinds of calls go on the current stream.
-
-    Putting sets the flag, after everything before it on the stream, and first waits until it is not set. Waiting takes
-    it away. Ranks are those of the mesh.
-    """
-
-    def put_signal(self, dst_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
-        """Set the flag for `dst_rank`."""
-        ...
-
-    def wait_signal(self, src_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
-        """Wait for the flag of `src_rank` and take it away."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pull:
+class Pull(NamedTuple):
     """Copy `origin`, which lies on rank `source`, to `target`: contiguous, of one type and shape."""
 
     source: int
@@ -54,6 +36,10 @@ class Pull:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Signals:
     """Ready and done between every two ranks that exchange data in a group call of one communicator.
+
+    pad: torch's handle of symmetric memory, with one flag for every (channel, rank of the mesh that puts, rank that
+    waits). `put_signal` sets it, after everything before on the current stream, and first waits until it is not set;
+    `wait_signal` waits for it there and takes it away. ready, done: channels.
 
     Why this cannot deadlock, and never puts a flag that is still set: in a schedule that `check_order` accepts, the
     calls of two ranks that exchange meet one to one, in the same order on both, and calls that meet, with all that
@@ -66,7 +52,7 @@ class Signals:
     a call where the plan says so, and for nothing else.
     """
 
-    pad: SignalPad
+    pad: Any
     ready: int
     done: int
     timeout_ms: int
@@ -145,7 +131,7 @@ class PeerMemory:
         rank, world_size = self._mesh.rank, self._mesh.world_size
         following, previous = (rank + 1) % world_size, (rank - 1) % world_size
         origin = self._pad.of_peer(self._pad.memory, following)
-        pull = Pull(source=following, target=torch.empty_like(self._pad.memory), origin=origin)
+        pull = Pull(following, torch.empty_like(self._pad.memory), origin)
         self.signals(0).exchange(readers=[previous], pulls=[pull])
         torch.cuda.synchronize(self._mesh.device)
 
@@ -155,10 +141,13 @@ def require_peer_access(mesh: Mesh) -> None:
 
     Asked of the machine, and not of NCCL, whose idea of nodes can be set.
     """
-    topic = f"sparsering/peer access {next(_questions)}"
-    own = [_host(), str(torch.cuda.get_device_properties(mesh.device).uuid)]
-    places = [(host, gpu) for host, gpu in _told_by_all(mesh, topic, own)]
-    problems = _told_by_all(mesh, f"{topic} verdict", why_not_readable(mesh.rank, places, _has_access(mesh.device)))
+    topic = f"peer access {next(_questions)}"
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    # This machine, and the container on it: ranks hand each other memory through its file system.
+    own = [f"{socket.gethostname()} {boot}", str(torch.cuda.get_device_properties(mesh.device).uuid)]
+    places = [(host, gpu) for host, gpu in told_by_all(mesh, topic, own, what="place", field="pull")]
+    problem = why_not_readable(mesh.rank, places, _has_access(mesh.device))
+    problems = told_by_all(mesh, f"{topic} verdict", problem, what="place", field="pull")
     for rank, problem in enumerate(problems):
         if problem:
             raise InputError(f"rank {rank} cannot pull: {problem}", field="pull")
@@ -182,30 +171,6 @@ def why_not_readable(
 
 
 def _has_access(device: torch.device) -> Callable[[str], bool | None]:
-    visible = {
-        str(torch.cuda.get_device_properties(index).uuid): index for index in range(torch.cuda.device_count())
-    }  # a rank may be started with its own GPU alone in sight: then mapping the memory says whether it works
-
-    def has_access(gpu: str) -> bool | None:
-        return torch.cuda.can_device_access_peer(device, visible[gpu]) if gpu in visible else None
-
-    return has_access
-
-
-def _host() -> str:
-    """Name this machine, and the container on it: ranks hand each other memory through its file system."""
-    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
-    return f"{socket.gethostname()} {boot}"
-
-
-def _told_by_all(mesh: Mesh, topic: str, value: Any) -> list[Any]:
-    """Return every rank's JSON value, through the store; InputError for a rank that never says its own."""
-    mesh.store.set(f"{topic}/{mesh.rank}", json.dumps(value))
-    values = []
-    for rank in range(mesh.world_size):
-        try:
-            mesh.store.wait([f"{topic}/{rank}"], mesh.timeout)
-        except (torch.distributed.DistStoreError, RuntimeError) as error:
-            raise InputError(f"rank {rank} did not say its place in {mesh.timeout}", field="pull") from error
-        values.append(json.loads(mesh.store.get(f"{topic}/{rank}").decode()))
-    return values
+    # A rank may be started with its own GPU alone in sight: then mapping the memory says whether it works.
+    visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(torch.cuda.device_count())}
+    return lambda gpu: torch.cuda.can_device_access_peer(device, visible[gpu]) if gpu in visible else None

@@ -1,8 +1,9 @@
 """Watching the other ranks: who falls silent is named, and nobody waits for it for ever.
 
 On GPUs a rank that dies leaves the others in a wait for a device that nothing will ever wake. A sentinel on a thread of
-its own hears the heartbeats of all (heartbeat.py). When ranks are lost, it aborts the process groups, so that the main
-thread comes back and raises RankLost at its next check; a main thread that does not end then is ended.
+its own hears the heartbeats of all: what every rank says at the store every few seconds, a number that grows, or its
+last word (LEFT, or LOST with the ranks that it found lost). When ranks are lost, it aborts the process groups, so that
+the main thread comes back and raises RankLost at its next check; a main thread that does not end then is ended.
 """
 
 from __future__ import annotations
@@ -12,19 +13,32 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ...traces.errors import InputError
-from .heartbeat import LEFT, LOST, Heartbeat, lost_ranks
 from .lost import RankLost, host_lost, nobody_lost, ranks_lost
 
 BEATS = 8  # in the time after which a silent rank is lost
 STDERR = 2
+LEFT, LOST = "left", "lost"
+
+
+def connection_of_its_own(store: Store, timeout: timedelta) -> Store | None:
+    """Return another connection to the server of a TCPStore, prefixes left out; None for other kinds of store.
+
+    A wait on one connection holds up everybody who shares it.
+    """
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return None
+    return TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +74,76 @@ class Watch:
         return self.store_host == f"rank {self.rank}"
 
 
+class Heartbeat:
+    """Says this rank's word and hears all others', once every `interval_s`, until `stop`, on a thread of its own.
+
+    rounds: how often all were heard; heard: each rank's word then, None of ranks that said nothing yet. said_last:
+    whether the store has this rank's last word. error: what the store failed with; nothing is said or heard after it.
+    Only this thread blocks with a store that does not answer.
+    """
+
+    def __init__(self, store: Store, *, rank: int, world_size: int, interval_s: float) -> None:
+        self.heard: list[str | None] = [None] * world_size
+        self.rounds = 0
+        self.said_last = False
+        self.error: Exception | None = None
+        self._store, self._rank, self._interval_s = store, rank, interval_s
+        self._keys = [f"rank {number}" for number in range(world_size)]
+        self._last_word: str | None = None
+        self._stopped, self._wake = threading.Event(), threading.Event()
+        self._news = threading.Condition()
+        store.set(self._keys[rank], "0")  # from here on, silence counts
+        self._thread = threading.Thread(target=self._serve, name="sparsering-heartbeat", daemon=True)
+        self._thread.start()
+
+    def say(self, word: str, *, timeout_s: float) -> None:
+        """Say the last word; wait at most so long until the store has it. A word that was said stands."""
+        self._last_word = self._last_word or word
+        self._wake.set()
+        with self._news:
+            self._news.wait_for(lambda: self.said_last or self.error is not None, timeout_s)
+
+    def stop(self, *, timeout_s: float) -> None:
+        """Say nothing more. Waits for a round that is under way."""
+        self._stopped.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+
+    def wait_for_last_words(self, *, but: Collection[int] = (), timeout_s: float) -> None:
+        """Wait, at most so long, until all others, `but` these ranks, said their last word."""
+        ranks = [rank for rank in range(len(self._keys)) if rank not in (self._rank, *but)]
+
+        def all_ended() -> bool:
+            return all((self.heard[rank] or "").startswith((LEFT, LOST)) for rank in ranks)
+
+        with self._news:
+            self._news.wait_for(lambda: self.error is not None or all_ended(), timeout_s)
+
+    def _serve(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._round()
+                self._wake.wait(self._interval_s)
+                self._wake.clear()
+        except Exception as error:  # whoever watches says what it means
+            with self._news:
+                self.error = error
+                self._news.notify_all()
+
+    def _round(self) -> None:
+        word = self._last_word
+        self._store.set(self._keys[self._rank], word or str(self.rounds + 1))
+        self.said_last = word is not None
+        # Asking for a key that is not there yet would wait for it.
+        began = [rank for rank, heard in enumerate(self.heard) if heard or self._store.check([self._keys[rank]])]
+        words = self._store.multi_get([self._keys[rank] for rank in began])
+        heard = dict(zip(began, words, strict=True))
+        with self._news:
+            self.heard = [heard[rank].decode() if rank in heard else None for rank in range(len(self._keys))]
+            self.rounds += 1
+            self._news.notify_all()
+
+
 class Silence:
     """For how long each rank has said nothing new. Time in which nobody could be heard is not counted against it.
 
@@ -80,14 +164,6 @@ class Silence:
     def beyond(self, patience_s: float) -> list[int]:
         """Return the ranks that have been silent for longer."""
         return [rank for rank, silent_s in enumerate(self.silent_s) if silent_s > patience_s]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the main thread raises; ranks: those that it calls lost, where the store can still tell the others."""
-
-    error: RankLost
-    ranks: tuple[int, ...] = ()
 
 
 class Sentinel:
@@ -153,7 +229,7 @@ class Sentinel:
                 self._deliver(found)
             before = now
 
-    def _judge(self, elapsed_s: float) -> Verdict | None:
+    def _judge(self, elapsed_s: float) -> RankLost | None:
         heartbeat, watch = self._heartbeat, self.watch
         if heartbeat.error is not None or self._mute_s > watch.patience_s:
             return self._without_store(heartbeat.error)
@@ -166,50 +242,49 @@ class Sentinel:
         self._rounds, self._mute_s = heartbeat.rounds, 0.0
         return self._of_ranks()
 
-    def _of_ranks(self) -> Verdict | None:
+    def _of_ranks(self) -> RankLost | None:
         """Judge by what was heard. What another rank found comes first: all name the same ranks."""
         watch, because = self.watch, f"no heartbeat for {self.watch.patience_s:g} s"
         for teller, word in enumerate(self._silence.words):
-            told = lost_ranks(word)
-            if told:
-                error = ranks_lost(told, watch.world_size, seen_by=f"rank {teller}", because=because)
-                return Verdict(error=error, ranks=tuple(told))
+            if word is not None and word.startswith(LOST):
+                told = [int(rank) for rank in word.removeprefix(LOST).split(",")]
+                return ranks_lost(told, watch.world_size, seen_by=f"rank {teller}", because=because)
         if self._silence.beyond(watch.patience_s):
             silent = self._silence.beyond(watch.patience_s / 2)  # who died with it may have been heard a beat longer
-            error = ranks_lost(silent, watch.world_size, seen_by=f"rank {watch.rank}", because=because)
-            return Verdict(error=error, ranks=tuple(silent))
+            return ranks_lost(silent, watch.world_size, seen_by=f"rank {watch.rank}", because=because)
         if self._broken_s > watch.patience_s + 2 * watch.interval_s:
-            return Verdict(error=nobody_lost(watch.rank, because="a process group was aborted by its watchdog"))
+            return nobody_lost(watch.rank, because="a process group was aborted by its watchdog")
         return None
 
-    def _without_store(self, error: Exception | None) -> Verdict | None:
+    def _without_store(self, error: Exception | None) -> RankLost | None:
         watch = self.watch
-        host = 0 if watch.store_host.startswith("rank") else None
-        if host is not None and self._heartbeat.heard[host] == LEFT:
+        if watch.store_host.startswith("rank") and self._heartbeat.heard[0] == LEFT:
             self._closing.set()  # in order, and nobody can be heard any more
             return None
         because = f"no answer for {watch.patience_s:g} s" if error is None else str(error).partition("\n")[0]
-        seen_by = f"rank {watch.rank}"
-        return Verdict(error=host_lost(watch.store_host, watch.world_size, seen_by=seen_by, because=because))
+        return host_lost(watch.store_host, watch.world_size, seen_by=f"rank {watch.rank}", because=because)
 
-    def _deliver(self, verdict: Verdict) -> None:
+    def _deliver(self, error: RankLost) -> None:
         """Tell the other ranks, then the main thread; free it; end the process when it does not end."""
         watch = self.watch
-        if verdict.ranks:
-            word = LOST + ",".join(map(str, verdict.ranks))
+        if error.ranks:
+            word = LOST + ",".join(map(str, error.ranks))
             self._heartbeat.say(word, timeout_s=2 * watch.interval_s)
             if watch.is_host:  # once this process ends, the others would take it for the lost one
-                self._heartbeat.wait_for_last_words(but=verdict.ranks, timeout_s=BEATS / 2 * watch.interval_s)
+                self._heartbeat.wait_for_last_words(but=error.ranks, timeout_s=BEATS / 2 * watch.interval_s)
         if self._closing.is_set():
             return  # the main thread has left meanwhile
-        self.error = verdict.error  # before the main thread comes back, which must not believe what it then holds
+        self.error = error  # before the main thread comes back, which must not believe what it then holds
         # A thread without Python ends the process even where an abort never gives the interpreter back.
         faulthandler.dump_traceback_later(2 * watch.grace_s, exit=True, file=STDERR)
-        if watch.device_type == "cuda":
-            self._aborts += map(_start_abort, _process_groups())
+        # Each on a thread of its own: it may wait for the device, which the abort of another group sets free.
+        for group in _process_groups() if watch.device_type == "cuda" else ():
+            thread = threading.Thread(target=_abort, args=(group,), name="sparsering-abort", daemon=True)
+            thread.start()
+            self._aborts.append(thread)
         self._found.set()
         time.sleep(watch.grace_s)
-        os.write(STDERR, f"sparsering: {verdict.error}\n".encode())
+        os.write(STDERR, f"sparsering: {error}\n".encode())
         os._exit(1)
 
     def _broken(self) -> bool:
@@ -227,13 +302,6 @@ def _has_failed(group: dist.ProcessGroup) -> bool:
         return group._get_backend(torch.device("cuda")).get_error().name != "SUCCESS"
     except (RuntimeError, AttributeError):  # it has no such backend, or this torch does not tell
         return False
-
-
-def _start_abort(group: dist.ProcessGroup) -> threading.Thread:
-    """Abort a group on a thread of its own: it may wait for the device, which the abort of another group sets free."""
-    thread = threading.Thread(target=_abort, args=(group,), name="sparsering-abort", daemon=True)
-    thread.start()
-    return thread
 
 
 def _abort(group: dist.ProcessGroup) -> None:

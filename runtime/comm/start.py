@@ -26,15 +26,14 @@ def start_ranks(
     world_size: int,
     environment: Mapping[str, str],
     module: str = f"{PACKAGE}.cli",
-    own: Sequence[Mapping[str, str]] = (),
     stdout: IO[bytes] | None = None,
     stderr: IO[bytes] | None = None,
 ) -> int:
     """Run `python -m <module> <arguments>` as ranks 0 … world_size - 1 and return the first failure's exit code.
 
     Rank 0 keeps this process's stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by
-    themselves, then are stopped. environment, own: what every rank starts with, and what each has beside it. stdout,
-    stderr: files to write to instead. InputError when there is no rank to start.
+    themselves, then are stopped. environment: what every rank starts with. stdout, stderr: files to write to instead.
+    InputError when there is no rank to start.
     """
     if world_size < 1:
         raise InputError(f"must be at least 1, not {world_size}", field="world_size")
@@ -43,10 +42,10 @@ def start_ranks(
     with _noted_signals() as check:
         try:
             for rank in range(world_size):
-                place = {**rank_environment(rank, world_size, port), **(own[rank] if own else {})}
                 output = stdout if rank == 0 else stderr or sys.stderr
                 command = [sys.executable, "-m", module, *arguments]
-                processes.append(subprocess.Popen(command, env={**environment, **place}, stdout=output, stderr=stderr))
+                place = {**environment, **rank_environment(rank, world_size, port)}
+                processes.append(subprocess.Popen(command, env=place, stdout=output, stderr=stderr))
             return _join(processes, check)
         finally:
             for process in processes:

@@ -33,8 +33,8 @@ def data(
     manifest = written.manifest
     figures = {
         "folder": str(output), "tokens": written.tokens, "documents": manifest.documents,
-        "shards": len(manifest.shards),
-        "tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary, "digest": manifest.digest,
+        "shards": len(manifest.shards), "tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary,
+        "digest": manifest.digest,
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(figures))

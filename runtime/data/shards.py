@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from ...traces.dataset.manifest import parse_model
 from ...traces.errors import InputError
-from ...traces.files import read_sealed, sealed, sha256_of_file, write_json
-from ...traces.validation import validation_error
+from ...traces.files import read_sealed, sha256_of_file
 
 DATA_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -56,10 +56,6 @@ class DataManifest(_Record):
     shards: list[TokenShard] = Field(min_length=1)
     digest: str = ""
 
-    def save(self, folder: Path) -> None:
-        """Seal and write the manifest, atomically. Its digest stands for those of the files too, which it holds."""
-        write_json(folder / MANIFEST_NAME, sealed(self.model_dump(mode="json")))
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSequence:
@@ -76,32 +72,35 @@ class TokenData:
     def __init__(self, folder: Path, manifest: DataManifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._ends = np.cumsum([shard.tokens for shard in manifest.shards])
+        self.tokens = int(self._ends[-1])  # of all shards
 
     @classmethod
     def open(cls, folder: Path) -> TokenData:
         """Read the manifest and check that every file is there in full length; InputError in one line."""
-        if not (folder / MANIFEST_NAME).is_file():
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
             raise InputError("is no data folder: it holds no manifest.json (see `sparsering data`)", source=folder)
-        data = cls(folder, read_manifest(folder / MANIFEST_NAME))
+        raw = read_sealed(path, newest_schema=DATA_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
+        data = cls(folder, parse_model(DataManifest, raw, source=path))
         item_bytes = np.dtype(data.manifest.dtype).itemsize
-        for shard in data.manifest.shards:
-            _check_size(folder / shard.file, shard.tokens * item_bytes)
-        _check_size(folder / DOCUMENTS_NAME, data.manifest.documents * 8)
+        sizes = {shard.file: shard.tokens * item_bytes for shard in data.manifest.shards}
+        for name, size_bytes in (sizes | {DOCUMENTS_NAME: data.manifest.documents * 8}).items():
+            try:
+                actual = (folder / name).stat().st_size
+            except OSError as error:
+                told = f"is listed in the manifest and cannot be read: {error.strerror}"
+                raise InputError(told, source=folder / name) from error
+            if actual != size_bytes:
+                told = f"is {actual} bytes, the manifest says {size_bytes}"
+                raise InputError(told, source=folder / name, field="bytes")
         return data
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all shards."""
-        return int(self._ends[-1])
 
     def sequences(self, seq_len_tokens: int) -> int:
         """Return how many whole sequences there are; InputError when there is none."""
-        count = self.tokens // seq_len_tokens
-        if not count:
-            raise InputError(
-                f"holds {self.tokens} tokens, a sequence has {seq_len_tokens}", source=self.folder, field="tokens"
-            )
-        return count
+        if self.tokens < seq_len_tokens:
+            told = f"holds {self.tokens} tokens, a sequence has {seq_len_tokens}"
+            raise InputError(told, source=self.folder, field="tokens")
+        return self.tokens // seq_len_tokens
 
     def verify(self) -> None:
         """Compare every file with its digest; InputError names the first that was altered."""
@@ -114,14 +113,10 @@ class TokenData:
     def sequence(self, index: int, seq_len_tokens: int) -> TokenSequence:
         """Return sequence `index` of the corpus."""
         assert 0 <= index < self.sequences(seq_len_tokens)
-        start = index * seq_len_tokens
-        places = np.arange(start, start + seq_len_tokens)
-        document = np.searchsorted(self._starts, places, side="right")
-        return TokenSequence(
-            index=index,
-            tokens=self._read(start, start + seq_len_tokens),
-            documents=(document - document[0]).astype(np.int32),
-        )
+        start, stop = index * seq_len_tokens, (index + 1) * seq_len_tokens
+        document = np.searchsorted(self._starts, np.arange(start, stop), side="right")
+        documents = (document - document[0]).astype(np.int32)
+        return TokenSequence(index=index, tokens=self._read(start, stop), documents=documents)
 
     def at_step(self, step: int, slot: int, *, slots: int, seq_len_tokens: int, seed: int) -> TokenSequence:
         """Return the sequence of one of the `slots` (microbatch, replica) of a training step."""
@@ -130,10 +125,10 @@ class TokenData:
 
     def _read(self, start: int, stop: int) -> NDArray[np.int64]:
         parts: list[NDArray[Any]] = []
-        for number, end in enumerate(self._ends):
-            first = int(end) - self.manifest.shards[number].tokens
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            first = int(end) - shard.size
             if first < stop and start < end:
-                parts.append(self._shards[number][max(start - first, 0) : stop - first])
+                parts.append(shard[max(start - first, 0) : stop - first])
         tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max(initial=0) >= self.manifest.vocabulary:
             raise InputError(f"has token {tokens.max()} of {self.manifest.vocabulary}", source=self.folder)
@@ -150,15 +145,6 @@ class TokenData:
         if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self.tokens:
             raise InputError("must ascend from 0 within the tokens", source=self.folder / DOCUMENTS_NAME)
         return starts
-
-
-def read_manifest(path: Path) -> DataManifest:
-    """Read and check a manifest: version, digest, every field; InputError in one line."""
-    raw = read_sealed(path, newest_schema=DATA_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
-    try:
-        return DataManifest.model_validate(raw)
-    except ValidationError as error:
-        raise validation_error(error, path) from error
 
 
 def sequence_index(number: int, *, count: int, seed: int) -> int:
@@ -181,12 +167,3 @@ def _feistel(value: int, half_bits: int, key: str) -> int:
         mixed = int.from_bytes(sha256(f"{key}/{turn}/{right}".encode()).digest()[:8], "little")
         left, right = right, left ^ (mixed & mask)
     return left << half_bits | right
-
-
-def _check_size(path: Path, size_bytes: int) -> None:
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"is listed in the manifest and cannot be read: {error.strerror}", source=path) from error
-    if actual != size_bytes:
-        raise InputError(f"is {actual} bytes, the manifest says {size_bytes}", source=path, field="bytes")

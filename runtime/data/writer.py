@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.errors import InputError
-from ...traces.files import read_bytes, sha256_of_bytes, write_atomically
+from ...traces.files import read_bytes, sealed, sha256_of_bytes, write_atomically, write_json
 from ...traces.progress import Progress, no_progress
-from .shards import DOCUMENTS_NAME, DataManifest, TokenShard, TokenType
+from .shards import DOCUMENTS_NAME, MANIFEST_NAME, DataManifest, TokenShard, TokenType
 
-BYTE_VOCABULARY = 256
-BYTE_SEPARATOR = 0
 SHARD_TOKENS = 1 << 27
 MAX_FILE_BYTES = 16 << 30
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
@@ -48,22 +46,14 @@ class Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Every byte is a token; documents end with a zero byte."""
-    return Tokenizer("byte", BYTE_VOCABULARY, BYTE_SEPARATOR)
+    return Tokenizer("byte", 256, 0)
 
 
 def model_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a local model folder; InputError when there is none."""
-    from transformers import AutoTokenizer
+    from ..model.load import read_tokenizer
 
-    from ..model.load import TOKENIZER_FILES
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # else transformers would look for it elsewhere
-        raise InputError("holds no tokenizer", source=folder, field="tokenizer")
-    try:
-        own: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
-        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder,
-                         field="tokenizer") from error  # fmt: skip
+    own = read_tokenizer(folder)
     return Tokenizer(folder.name, len(own), own.eos_token_id, lambda text: own.encode(text, add_special_tokens=False))
 
 
@@ -79,31 +69,52 @@ def write_data(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("is not empty" if folder.is_dir() else "is no folder", source=folder)
-    files = list(_files(inputs))
-    writer = _Writer(folder, tokenizer.vocabulary, shard_tokens)
+    files, vocabulary = list(_files(inputs)), tokenizer.vocabulary
+    sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
+    dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
+    starts: list[int] = []
+    shards: list[TokenShard] = []
+    waiting: list[NDArray[Any]] = []
+    tokens = written = 0
     for number, path in enumerate(files):
-        for document in _documents(path, tokenizer, text_field):
-            writer.add(document, path)
+        for ids in _documents(path, tokenizer, text_field):
+            if not ids.size:
+                continue
+            if ids.min() < 0 or ids.max() >= vocabulary:
+                raise InputError(f"has token {ids.max()} of a vocabulary of {vocabulary}", source=path)
+            starts.append(tokens)
+            tokens += ids.size
+            waiting.append(ids.astype(dtype))
+            if tokens - written >= shard_tokens:
+                shards.append(_write_shard(folder, len(shards), waiting))
+                waiting, written = [], tokens
         progress("reading", number + 1, len(files))
-    return writer.finish(tokenizer.name)
+    if waiting:
+        shards.append(_write_shard(folder, len(shards), waiting))
+    if not shards:
+        raise InputError("the inputs hold no token", field="inputs")
+    places = np.asarray(starts, dtype="<i8").tobytes()
+    write_atomically(folder / DOCUMENTS_NAME, places)
+    manifest = DataManifest(
+        tokenizer=tokenizer.name, vocabulary=vocabulary, dtype=dtype, documents=len(starts),
+        documents_sha256=sha256_of_bytes(places), shards=shards,
+    )  # fmt: skip
+    # The manifest's digest stands for those of the files too, which it holds.
+    write_json(folder / MANIFEST_NAME, sealed(manifest.model_dump(mode="json")))
+    return manifest
 
 
 def _files(inputs: Iterable[Path]) -> Iterator[Path]:
     for path in inputs:
         if path.is_file():
             yield path
-        elif path.is_dir():
-            yield from _walk(path)
-        else:
+        elif not path.is_dir():
             raise InputError("no such file or folder", source=path)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
-        for name in sorted(names):
-            if name.endswith((*TEXT_SUFFIXES, ".jsonl", ".npy")):
-                yield Path(place) / name
+        for place, folders, names in os.walk(path):  # nothing for a file
+            folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+            for name in sorted(names):
+                if name.endswith((*TEXT_SUFFIXES, ".jsonl", ".npy")):
+                    yield Path(place) / name
 
 
 def _documents(path: Path, tokenizer: Tokenizer, text_field: str) -> Iterator[NDArray[np.int64]]:
@@ -140,49 +151,8 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
             yield text
 
 
-class _Writer:
-    """Gathers documents and writes a shard whenever enough are there."""
-
-    def __init__(self, folder: Path, vocabulary: int, shard_tokens: int) -> None:
-        self.folder, self.vocabulary, self.shard_tokens = folder, vocabulary, shard_tokens
-        sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
-        self.dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
-        self.starts: list[int] = []
-        self.shards: list[TokenShard] = []
-        self.tokens = 0
-        self._waiting: list[NDArray[Any]] = []
-        self._waiting_tokens = 0
-
-    def add(self, ids: NDArray[np.int64], source: Path) -> None:
-        if not ids.size:
-            return
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            raise InputError(f"has token {ids.max()} of a vocabulary of {self.vocabulary}", source=source)
-        self.starts.append(self.tokens)
-        self.tokens += ids.size
-        self._waiting.append(ids.astype(self.dtype))
-        self._waiting_tokens += ids.size
-        if self._waiting_tokens >= self.shard_tokens:
-            self._write()
-
-    def finish(self, tokenizer: str) -> DataManifest:
-        """Write what waits, the documents' starts and the manifest, and return it; InputError when nothing came."""
-        if self._waiting:
-            self._write()
-        if not self.shards:
-            raise InputError("the inputs hold no token", field="inputs")
-        starts = np.asarray(self.starts, dtype="<i8").tobytes()
-        write_atomically(self.folder / DOCUMENTS_NAME, starts)
-        manifest = DataManifest(
-            tokenizer=tokenizer, vocabulary=self.vocabulary, dtype=self.dtype, documents=len(self.starts),
-            documents_sha256=sha256_of_bytes(starts), shards=self.shards,
-        )  # fmt: skip
-        manifest.save(self.folder)
-        return manifest
-
-    def _write(self) -> None:
-        tokens = np.concatenate(self._waiting).astype(np.dtype(self.dtype).newbyteorder("<"))
-        data, name = tokens.tobytes(), f"tokens-{len(self.shards):05d}.bin"
-        write_atomically(self.folder / name, data)
-        self.shards.append(TokenShard(file=name, tokens=tokens.size, sha256=sha256_of_bytes(data)))
-        self._waiting, self._waiting_tokens = [], 0
+def _write_shard(folder: Path, number: int, documents: list[NDArray[Any]]) -> TokenShard:
+    tokens = np.concatenate(documents)
+    data, name = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(), f"tokens-{number:05d}.bin"
+    write_atomically(folder / name, data)
+    return TokenShard(file=name, tokens=tokens.size, sha256=sha256_of_bytes(data))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,16 +37,14 @@ def demo(
     if seq_len % 64:
         raise InputError(f"is {seq_len}, must be a multiple of 64", field="--seq-len")
 
-    from .demo import DemoSettings, Services, run_demo
-    from .model import TrainingSettings
+    from .demo import Demo, run_demo
 
-    services = Services(**{service.name: context.obj[service.name] for service in fields(Services)})
-    settings = DemoSettings(
-        seq_len_tokens=seq_len, training=TrainingSettings(seconds=train_seconds, seed=seed), seed=seed,
-        command=shlex.join(["sparsering", *sys.argv[1:]]),
-    )  # fmt: skip
+    services = dict(context.obj)  # what is missing here is missed now, not in two minutes
     with replaced_folder(output) as folder:
-        metrics = run_demo(folder, settings, services)
+        metrics = run_demo(Demo(
+            folder=folder, seq_len_tokens=seq_len, train_seconds=train_seconds, seed=seed, services=services,
+            command=shlex.join(["sparsering", *sys.argv[1:]]),
+        ))  # fmt: skip
         missing = [name for name in CONTENT if not (folder / name).exists()]
         assert not missing, missing
     if as_json:

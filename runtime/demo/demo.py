@@ -1,7 +1,7 @@
 """The whole road on one small machine: train, capture, plan, simulate, run, verify, report.
 
 Everything goes through the same doors that users have: the trace writer, the planner, `sparsering run` on processes of
-its own. What simulator and report do is handed in (`Services`), since the runtime does not import the simulator.
+its own. What simulator and report do is handed in, since the runtime does not import the simulator.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ from ..comm.start import start_ranks
 from ..hf.capture import CaptureSettings, capture_model, trace_header
 from .calibrate import Calibration, FittedCost, calibrate
 from .folder import KIND, MEASURED, METRICS, PLAN_CLUSTER, PLAN_LOCAL, REPORT, SIMULATED, TRACE
-from .model import MODEL_ID, Trained, TrainingSettings, make_model, train
-from .sample_text import byte_tokens, standard_library_bytes
+from .model import MODEL_ID, make_model, standard_library_bytes, train
 from .stages import Stage, Stages
 
 CLUSTER_PRESET = "a100-hdr-4x8"
@@ -49,52 +48,36 @@ LOCAL_PRESET = "local-cpu-4"
 SELECTOR = FlexVerticalSlash(column_mass=0.7, column_cap=128, slash_mass=0.7, slash_cap=64)
 TRAINING_TEXT_BYTES = 2_000_000
 STAGES = 8
+BLOCK_SIZE = 64
+REPEATS = 3  # measured runs of the local plan, of which the median is kept
 METRICS_SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """Sizes of the demo. repeats: measured runs of the local plan, of which the median is kept."""
+class Demo:
+    """One demo: its folder, its sizes, and what other houses do for it.
 
-    seq_len_tokens: int = 8192
-    block_size: int = 64
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    repeats: int = 3
-    seed: int = 0
-    command: str = "sparsering demo"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Services:
-    """What other houses do for the demo.
-
-    evaluator: a `planner.evaluation.Evaluator`; simulate_plan: (plan, pattern, cluster, cost=) -> an object with
-    `timeline` and `makespan_us`; timeline_metrics: timeline -> list of objects with `to_json()`;
-    write_report: (folder) writes the page from all that the folder holds.
+    train_seconds: train for no longer; command: what stands in the files as their origin. services: evaluator, a
+    `planner.evaluation.Evaluator`; simulate_plan, (plan, pattern, cluster, cost=) -> an object with `timeline`;
+    timeline_metrics, timeline -> list of objects with `to_json()`; write_report, (folder) writes the page from all that
+    the folder holds.
     """
 
-    evaluator: Any
-    simulate_plan: Callable[..., Any]
-    timeline_metrics: Callable[[Timeline], list[Any]]
-    write_report: Callable[[Path], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Demo:
-    """One demo under way."""
-
     folder: Path
-    settings: DemoSettings
-    services: Services
-    stages: Stages
+    seq_len_tokens: int
+    train_seconds: float
+    seed: int
+    command: str
+    services: Mapping[str, Any]
+    stages: Stages = field(default_factory=lambda: Stages(total=STAGES))
 
 
-def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[str, Any]:
-    """Fill `folder` with the demo's files and return the content of its metrics.json.
+def run_demo(demo: Demo) -> dict[str, Any]:
+    """Fill the demo's folder with its files and return the content of its metrics.json.
 
     `verified` in it says whether the run agrees with the reference. Raises InputError for sizes that cannot be.
     """
-    demo = _Demo(folder=folder, settings=settings, services=services, stages=Stages(total=STAGES))
+    folder, services = demo.folder, demo.services
     trained, window, model = _train(demo)
     trace = _capture(demo, model, window)
     layer = trace.layers[len(trace.layers) // 2]
@@ -108,63 +91,68 @@ def run_demo(folder: Path, settings: DemoSettings, services: Services) -> dict[s
         space = SearchSpace(layers=(layer,))
         cluster = _plan(demo, stage, PLAN_CLUSTER, trace, load_cluster(CLUSTER_PRESET), space)
     with demo.stages.stage("Simulate the local plan") as stage:
-        simulated = services.simulate_plan(local, pattern, fitted.cluster, cost=fitted.cost).timeline
+        simulated = services["simulate_plan"](local, pattern, fitted.cluster, cost=fitted.cost).timeline
         simulated.save(folder / SIMULATED)
         stage.said = f"{simulated.makespan_us / 1e3:,.0f} ms for one layer, forward and backward"
     with demo.stages.stage("Run it on 4 processes, check every number against the reference") as stage:
-        options = ["--repeats", str(settings.repeats), "--verify"]
-        summary = _run(demo, folder / PLAN_LOCAL, layer, folder / MEASURED, options)
+        summary = _run(demo, folder / PLAN_LOCAL, layer, folder / MEASURED, ["--repeats", str(REPEATS), "--verify"])
         measured = Timeline.load(folder / MEASURED)
         verified = bool(summary["verified"]) and all(one["ok"] for one in summary["verified"])
-        stage.said = _said_of_run(summary, verified)
+        worst = max((one["error"] for one in summary["verified"]), default=float("nan"))
+        verdict = f"largest error {worst:.0e}" if verified else "WRONG: see metrics.json"
+        stage.said = f"{summary['step_time_us'] / 1e3:,.0f} ms; {verdict}"
     metrics = {
         "kind": KIND,
         "schema_version": METRICS_SCHEMA_VERSION,
-        **_provenance(settings),
-        "training": asdict(trained),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": demo.command,
+        "seed": demo.seed,
+        "versions": {"python": platform.python_version()}
+        | library_versions("sparsering", "torch", "transformers", "numpy"),
+        "hardware": {"machine": platform.machine(), "system": sys.platform, "cores": os.cpu_count(),
+                     "torch_threads": torch.get_num_threads()},
+        "training": trained,
         "trace": describe(trace),
         "layer": layer,
         "plans": {PLAN_CLUSTER: _plan_record(cluster), PLAN_LOCAL: _plan_record(local)},
         "calibration": fitted.record(),
         "step_time_us": {"simulated": simulated.makespan_us, "measured": summary["step_time_us"]},
         "measured_step_times_us": summary["step_times_us"],
-        "simulated": [one.to_json() for one in services.timeline_metrics(simulated)],
-        "measured": [one.to_json() for one in services.timeline_metrics(measured)],
+        "simulated": [one.to_json() for one in services["timeline_metrics"](simulated)],
+        "measured": [one.to_json() for one in services["timeline_metrics"](measured)],
         "verification": summary["verified"],
         "verified": verified,
-    }
+    }  # fmt: skip
     write_json(folder / METRICS, metrics)
     with demo.stages.stage("Write the report") as stage:
-        services.write_report(folder)
+        services["write_report"](folder)
         stage.said = f"{(folder / REPORT).stat().st_size / 1e6:.1f} MB"
     return metrics | {"seconds": dict(demo.stages.seconds)}
 
 
-def _train(demo: _Demo) -> tuple[Trained, Tensor, Any]:
+def _train(demo: Demo) -> tuple[dict[str, Any], Tensor, Any]:
     """Return what training did, tokens that it did not see, and the model."""
-    seq_len_tokens = demo.settings.seq_len_tokens
     with demo.stages.stage("Train a small model on Python's standard library") as stage:
         stage("reading the sources", 0, 1)
-        needed = TRAINING_TEXT_BYTES + seq_len_tokens
-        tokens = byte_tokens(standard_library_bytes(at_least_bytes=needed))[:needed]
-        model = make_model(seed=demo.settings.seed, seq_len_tokens=seq_len_tokens)
-        trained = train(model, tokens[:TRAINING_TEXT_BYTES], demo.settings.training, progress=stage)
+        needed = TRAINING_TEXT_BYTES + demo.seq_len_tokens
+        text = bytearray(standard_library_bytes(at_least_bytes=needed)[:needed])
+        tokens = torch.frombuffer(text, dtype=torch.uint8).long()
+        model = make_model(seed=demo.seed, seq_len_tokens=demo.seq_len_tokens)
+        trained = train(model, tokens[:TRAINING_TEXT_BYTES], seconds=demo.train_seconds, seed=demo.seed, progress=stage)
         stage.said = (
-            f"{trained.parameters / 1e6:.1f} M parameters, {trained.steps} steps, "
-            f"loss {trained.first_loss:.2f} → {trained.last_loss:.2f} per byte"
+            f"{trained['parameters'] / 1e6:.1f} M parameters, {trained['steps']} steps, "
+            f"loss {trained['first_loss']:.2f} → {trained['last_loss']:.2f} per byte"
         )
     return trained, tokens[TRAINING_TEXT_BYTES:], model
 
 
-def _capture(demo: _Demo, model: Any, window: Tensor) -> Trace:
+def _capture(demo: Demo, model: Any, window: Tensor) -> Trace:
     """Capture one window that the model was not trained on."""
-    settings = demo.settings
-    with demo.stages.stage(f"Capture what it attends to over {settings.seq_len_tokens:,} tokens") as stage:
+    with demo.stages.stage(f"Capture what it attends to over {demo.seq_len_tokens:,} tokens") as stage:
         header = trace_header(
-            model, model_id=MODEL_ID, seq_len_tokens=settings.seq_len_tokens, block_size=settings.block_size,
-            seed=settings.seed,
-        )  # fmt: skip
-        capture = CaptureSettings(selector=SELECTOR, seed=settings.seed)
+            model, model_id=MODEL_ID, seq_len_tokens=demo.seq_len_tokens, block_size=BLOCK_SIZE, seed=demo.seed
+        )
+        capture = CaptureSettings(selector=SELECTOR, seed=demo.seed)
         with TraceWriter(demo.folder / TRACE, header) as writer:
             capture_model(model, window, writer, capture, progress=stage)
         trace = Trace.open(demo.folder / TRACE)
@@ -176,61 +164,52 @@ def _capture(demo: _Demo, model: Any, window: Tensor) -> Trace:
     return trace
 
 
-def _calibrate(demo: _Demo, trace: Trace, layer: int, pattern: LayerPattern) -> Calibration:
+def _calibrate(demo: Demo, trace: Trace, layer: int, pattern: LayerPattern) -> Calibration:
     """Time a plain zigzag ring on this machine and fit costs to it."""
     with (
         demo.stages.stage("Time this machine on a plain ring (4 processes)") as stage,
         tempfile.TemporaryDirectory() as made,
     ):
         path, timeline = Path(made) / "plan.json", Path(made) / "timeline.json.gz"
-        preset = load_cluster(LOCAL_PRESET)
-        plan = _plain_ring(trace, preset)
+        preset, header = load_cluster(LOCAL_PRESET), trace.header
+        plan = make_plan(
+            attention=AttentionSpec(
+                model=ModelShape(**header.model.model_dump(exclude={"model_id"})), seq_len_tokens=header.seq_len_tokens,
+                block_size=header.block_size, dtype="float64", columns_capacity=summarize(trace).columns_capacity,
+            ),
+            placement=zigzag(
+                seq_len_tokens=header.seq_len_tokens, world_size=preset.world_size, granularity_tokens=header.block_size
+            ),
+            forward=Ring(prefetch=1), pattern=pattern_spec(trace, "trace", ()),
+            kernels=KernelSpec(backend="blockwise"),
+        )  # fmt: skip
         plan.save(path)
         summary = _run(demo, path, layer, timeline, ["--repeats", "1"])
         stage.said = f"{summary['step_time_us'] / 1e3:,.0f} ms for one layer"
         return calibrate(preset, plan, pattern, Timeline.load(timeline))
 
 
-def _plain_ring(trace: Trace, cluster: Cluster) -> Plan:
-    header = trace.header
-    return make_plan(
-        attention=AttentionSpec(
-            model=ModelShape(**header.model.model_dump(exclude={"model_id"})),
-            seq_len_tokens=header.seq_len_tokens,
-            block_size=header.block_size,
-            dtype="float64",
-            columns_capacity=summarize(trace).columns_capacity,
-        ),
-        placement=zigzag(
-            seq_len_tokens=header.seq_len_tokens, world_size=cluster.world_size, granularity_tokens=header.block_size
-        ),
-        forward=Ring(prefetch=1),
-        pattern=pattern_spec(trace, "trace", ()),
-        kernels=KernelSpec(backend="blockwise"),
-    )
-
-
 def _plan(
-    demo: _Demo, stage: Stage, name: str, trace: Trace, cluster: Cluster, space: SearchSpace, *,
+    demo: Demo, stage: Stage, name: str, trace: Trace, cluster: Cluster, space: SearchSpace, *,
     cost: FittedCost | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the trace for a cluster, write the plan and return it as it was written."""
     plan = plan_trace(
-        trace, cluster, space, cost=cost, evaluator=demo.services.evaluator, progress=stage,
-        provenance={"command": demo.settings.command, "seed": demo.settings.seed},
+        trace, cluster, space, cost=cost, evaluator=demo.services["evaluator"], progress=stage,
+        provenance={"command": demo.command, "seed": demo.seed},
     )  # fmt: skip
     plan.save(demo.folder / name)
     stage.said = plan.predictions["verdict"]
     return load_plan(demo.folder / name)
 
 
-def _run(demo: _Demo, plan: Path, layer: int, output: Path, options: Sequence[str]) -> dict[str, Any]:
+def _run(demo: Demo, plan: Path, layer: int, output: Path, options: Sequence[str]) -> dict[str, Any]:
     """Do `sparsering run` on processes of its own and return the figures that it prints.
 
     A run that fails to verify returns its figures too; any other failure raises RuntimeError with what was said.
     """
     arguments = ["run", str(plan), "--trace", str(demo.folder / TRACE), "--layer", str(layer), "--output", str(output)]
-    arguments += ["--seed", str(demo.settings.seed), "--device", "cpu", "--json", *options]
+    arguments += ["--seed", str(demo.seed), "--device", "cpu", "--json", *options]
     environment = inherited_environment(world_size=4)
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
         code = start_ranks(arguments, world_size=4, environment=environment, stdout=printed, stderr=complaints)
@@ -246,12 +225,6 @@ def _run(demo: _Demo, plan: Path, layer: int, output: Path, options: Sequence[st
     return summary
 
 
-def _said_of_run(summary: Mapping[str, Any], verified: bool) -> str:
-    worst = max((one["error"] for one in summary["verified"]), default=float("nan"))
-    verdict = f"largest error {worst:.0e}" if verified else "WRONG: see metrics.json"
-    return f"{summary['step_time_us'] / 1e3:,.0f} ms; {verdict}"
-
-
 def _plan_record(plan: Plan) -> dict[str, Any]:
     told = {key: value for key, value in plan.predictions.items() if key != "candidates"}
     return {
@@ -261,15 +234,3 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "backward": plan.backward.model_dump(),
         "predictions": told,
     }
-
-
-def _provenance(settings: DemoSettings) -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": settings.command,
-        "seed": settings.seed,
-        "versions": {"python": platform.python_version()}
-        | library_versions("sparsering", "torch", "transformers", "numpy"),
-        "hardware": {"machine": platform.machine(), "system": sys.platform, "cores": os.cpu_count(),
-                     "torch_threads": torch.get_num_threads()},
-    }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...traces.errors import InputError
@@ -32,16 +32,11 @@ def require_replaceable(folder: Path) -> None:
     foreign = [name for name in found if name not in CONTENT]
     if foreign:
         raise InputError(f"holds {foreign[0]!r}, which no demo wrote; choose another --output", source=folder)
-    if found and not _is_ours(folder):
-        raise InputError("was not written by the demo; choose another --output", source=folder)
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
+    metrics = None
+    with suppress(InputError):
         metrics = read_json(folder / METRICS)
-    except InputError:
-        return False
-    return isinstance(metrics, dict) and metrics.get("kind") == KIND
+    if found and not (isinstance(metrics, dict) and metrics.get("kind") == KIND):
+        raise InputError("was not written by the demo; choose another --output", source=folder)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ Shape legend: B sequences, S tokens.
 from __future__ import annotations
 
 import math
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,47 +21,48 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from ...traces.progress import Progress, no_progress
-from .sample_text import BYTE_VOCABULARY
+from ...traces.errors import InputError
+from ...traces.progress import Progress
 
 MODEL_ID = "demo-qwen2-byte"
-LAYERS = 4
-HEADS = 6
-KV_HEADS = 2
-HEAD_DIM = 64
 HIDDEN = 128
+STEPS = 400
+SEQUENCES = 2
+TRAINING_SEQ_LEN = 384
+PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
 TRIAL_STEPS = 4
+MOST_BYTES_OF_A_FILE = 24_576
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """How the model is trained. seconds: stop after that many, though `steps` are not done (slow machines)."""
+def standard_library_bytes(*, at_least_bytes: int, folder: Path | None = None) -> bytes:
+    """Return at least so many bytes of the standard library's sources, the folder by default this Python's own.
 
-    steps: int = 400
-    seconds: float = 60.0
-    sequences: int = 2
-    seq_len_tokens: int = 384
-    peak_learning_rate: float = 3e-3
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What training did. losses: natural log per byte, of the first step and the mean of the last ten."""
-
-    steps: int
-    seconds: float
-    first_loss: float
-    last_loss: float
-    parameters: int
+    Files are taken in the order of their names, the large ones first cut off: no file dominates, and the same Python
+    gives the same text. Raises InputError when there is less: some distributions come without sources.
+    """
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    parts: list[bytes] = []
+    found = 0
+    for path in sorted(root.rglob("*.py")):
+        if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            parts.append(path.read_bytes()[:MOST_BYTES_OF_A_FILE])
+        except OSError:
+            continue
+        found += len(parts[-1]) + 1
+        if found >= at_least_bytes:
+            return b"\n".join(parts)
+    raise InputError(f"holds {found} bytes of Python sources, {at_least_bytes} are needed", source=root)
 
 
 def make_model(*, seed: int, seq_len_tokens: int) -> PreTrainedModel:
-    """Return the model with fresh weights, in float32: 6 query heads on 2 KV heads, head dimension 64."""
+    """Return the model with fresh weights, in float32. Bytes are its tokens."""
     settings: dict[str, Any] = {
-        "vocab_size": BYTE_VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "head_dim": HEAD_DIM,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "vocab_size": 256, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "head_dim": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
         # Qwen2's own 0.02 is for wide models; with it so small a one attends to everything alike for long.
         "initializer_range": HIDDEN**-0.5,
         "max_position_embeddings": seq_len_tokens, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -71,33 +73,40 @@ def make_model(*, seed: int, seq_len_tokens: int) -> PreTrainedModel:
         return Qwen2ForCausalLM(Qwen2Config(**settings))
 
 
-def train(
-    model: PreTrainedModel, tokens: Tensor, settings: TrainingSettings, *, progress: Progress = no_progress
-) -> Trained:
-    """Train in place with AdamW on random windows of `tokens` (int64 [any]); seeded, but for where time ends it."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_learning_rate, betas=(0.9, 0.98))
+def train(model: PreTrainedModel, tokens: Tensor, *, seconds: float, seed: int, progress: Progress) -> dict[str, Any]:
+    """Train in place with AdamW on random windows of `tokens` (int64 [any]); seeded, but for where time ends it.
+
+    seconds: stop after that many, though not all steps are done (slow machines). Returns plain values; losses are
+    natural log per byte, of the first step and the mean of the last ten.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98))
     model.train()
+    places = torch.arange(TRAINING_SEQ_LEN + 1)
     losses: list[float] = []
     began = time.monotonic()
     with _threads_by_trial() as pick_threads:
-        for step in range(settings.steps):
+        for step in range(STEPS):
             pick_threads(step)
+            # The learning rate: a linear warm-up, then a cosine over steps or time.
+            done = min(1.0, max(step / STEPS, (time.monotonic() - began) / seconds))
+            share = min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1.0 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
-                group["lr"] = settings.peak_learning_rate * _pace(step, time.monotonic() - began, settings)
-            losses.append(_train_step(model, optimizer, _windows(tokens, settings, generator)))
-            progress(f"loss {losses[-1]:.2f}", step + 1, settings.steps)
-            if time.monotonic() - began > settings.seconds:
+                group["lr"] = PEAK_LEARNING_RATE * share
+            starts = torch.randint(tokens.numel() - places.numel(), (SEQUENCES, 1), generator=generator)
+            losses.append(_train_step(model, optimizer, tokens[starts + places]))
+            progress(f"loss {losses[-1]:.2f}", step + 1, STEPS)
+            if time.monotonic() - began > seconds:
                 break
     model.eval()
     last = losses[-10:]
-    return Trained(
-        steps=len(losses),
-        seconds=time.monotonic() - began,
-        first_loss=losses[0],
-        last_loss=sum(last) / len(last),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    return {
+        "steps": len(losses),
+        "seconds": time.monotonic() - began,
+        "first_loss": losses[0],
+        "last_loss": sum(last) / len(last),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 @contextmanager
@@ -127,20 +136,8 @@ def _threads_by_trial() -> Iterator[Callable[[int], None]]:
         torch.set_num_threads(most)
 
 
-def _pace(step: int, elapsed_s: float, settings: TrainingSettings) -> float:
-    """Return the learning rate's share of its peak: a linear warm-up, then a cosine over steps or time."""
-    done = max(step / settings.steps, elapsed_s / settings.seconds)
-    return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
-
-
-def _windows(tokens: Tensor, settings: TrainingSettings, generator: torch.Generator) -> Tensor:
-    """Return int64 [B, S + 1] of consecutive tokens."""
-    length = settings.seq_len_tokens + 1
-    starts = torch.randint(tokens.numel() - length, (settings.sequences, 1), generator=generator)
-    return tokens[starts + torch.arange(length)]
-
-
 def _train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, windows: Tensor) -> float:
+    """Do one step on int64 [B, S + 1] of consecutive tokens and return its loss."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     optimizer.zero_grad(set_to_none=True)

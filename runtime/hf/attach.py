@@ -39,14 +39,9 @@ def attach(
     chosen = plan.pattern.source == "choose"
     masks = PlannedChoice(bound).of_layer if chosen else _replay(bound, trace, training_step)
     return Attached(
-        body,
-        PlannedAttention(bound),
-        masks,
-        positions=bound.own_positions,
-        seq_len_tokens=plan.seq_len_tokens,
-        one_sequence=chosen,
-        first_loss=partial(check_first_loss, mesh),
-    )
+        body, PlannedAttention(bound), masks, positions=bound.own_positions, seq_len_tokens=plan.seq_len_tokens,
+        one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
+    )  # fmt: skip
 
 
 def check_padding(config: Any, plan: Plan) -> None:

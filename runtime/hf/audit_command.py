@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,20 +37,15 @@ def audit(
     if as_json:
         typer.echo(json.dumps(asdict(found) | {"kernels": _kernels(found)}))
     elif found.right:
-        typer.echo(_told(found))
+        shape = ", ".join(f"{value} {name}" for name, value in (found.shape or {}).items())
+        worst = max(error for road in found.errors.values() for error in road.values())
+        typer.echo(
+            f"right: {found.model_class} at {found.seq_len_tokens:,} tokens ({shape})\n"
+            f"a small copy ({found.layers} layers, {found.parameters:,} parameters), alone and split in two: loss, "
+            f"logits and gradients agree to {worst:.1e} ({found.seconds:.1f} s)\n"
+            f"kernels: {', '.join(f'{name} {told}' for name, told in _kernels(found).items())}"
+        )
     found.require(source=model)
-
-
-def _told(found: Audit) -> str:
-    shape = ", ".join(f"{value} {name}" for name, value in (found.shape or {}).items())
-    worst = max(error for road in found.errors.values() for error in road.values())
-    return (
-        f"right: {found.model_class} at {found.seq_len_tokens:,} tokens ({shape})\n"
-        f"a small copy ({found.layers} layers, {found.parameters:,} parameters), alone and split in two: loss, logits "
-        f"and gradients agree to {worst:.1e} "
-        f"({found.seconds:.1f} s)\n"
-        f"kernels: {', '.join(f'{name} {told}' for name, told in _kernels(found).items())}"
-    )
 
 
 def _kernels(found: Audit) -> dict[str, str]:
@@ -57,12 +53,9 @@ def _kernels(found: Audit) -> dict[str, str]:
     head_dim = (found.shape or {}).get("head_dim")
     if head_dim is None:
         return {}
-    told = {}
+    told = dict.fromkeys(BACKENDS, "no")
     for backend in BACKENDS:
-        try:
+        with suppress(UnsupportedError):
             computed = computed_head_dim(backend, head_dim=head_dim, dtype="bfloat16", block_size=128)
-        except UnsupportedError:
-            told[backend] = "no"
-            continue
-        told[backend] = "yes" if computed == head_dim else f"padded to {computed}"
+            told[backend] = "yes" if computed == head_dim else f"padded to {computed}"
     return told

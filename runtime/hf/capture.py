@@ -37,8 +37,6 @@ from ..audit.result import Audit
 from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
 
-SAMPLED_ROWS = 64
-
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
@@ -47,59 +45,38 @@ class CaptureSettings:
     seed:         of the rows that kept_mass_sampled looks at (the same for all layers of a step)
     sampled_rows: how many of them
     sparse:       continue with sparse attention by the chosen pattern, rather than with dense attention
-    backend:      kernels of sparse attention; None: triton on a GPU, blockwise elsewhere
     """
 
     selector: Selector
     seed: int = 0
-    sampled_rows: int = SAMPLED_ROWS
+    sampled_rows: int = 64
     sparse: bool = False
-    backend: str | None = None
 
 
 def trace_header(
-    model: PreTrainedModel,
-    *,
-    model_id: str,
-    seq_len_tokens: int,
-    block_size: int,
-    seed: int = 0,
-    layers: tuple[int, ...] | None = None,
-    audited: Audit | None = None,
-) -> TraceHeader:
+    model: PreTrainedModel, *, model_id: str, seq_len_tokens: int, block_size: int, seed: int = 0,
+    layers: tuple[int, ...] | None = None, audited: Audit | None = None,
+) -> TraceHeader:  # fmt: skip
     """Return the header of a trace of this model.
 
     layers: which to record, all by default. audited: the model's audit where it was made already. Raises InputError if
     impossible, UnsupportedError with the reason when the model does not pass the audit.
     """
     audited = audited or require_model(model, seq_len_tokens=seq_len_tokens, allow_hooks=True)
-    stated = model_shape(model.config)
-    shape: dict[str, Any] = {"model_id": model_id} | stated.model_dump()
-    parse_model(ModelShape, shape)
-    return parse_model(
-        TraceHeader,
-        {
-            "model": shape,
-            "recorded_layers": list(range(stated.layers)) if layers is None else list(layers),
-            "seq_len_tokens": seq_len_tokens,
-            "block_size": block_size,
-            "origin": "real",
-            "seed": seed,
-            "audit_sha256": audited.model_sha256,
-            "versions": library_versions("sparsering", "torch", "transformers", "pyarrow"),
-        },
-    )
+    shape = parse_model(ModelShape, {"model_id": model_id} | model_shape(model.config).model_dump())
+    recorded = range(shape.layers) if layers is None else layers
+    facts = {
+        "model": shape.model_dump(), "recorded_layers": list(recorded), "audit_sha256": audited.model_sha256,
+        "seq_len_tokens": seq_len_tokens, "block_size": block_size, "origin": "real", "seed": seed,
+        "versions": library_versions("sparsering", "torch", "transformers", "pyarrow"),
+    }  # fmt: skip
+    return parse_model(TraceHeader, facts)
 
 
 def capture_model(
-    model: PreTrainedModel,
-    token_ids: Tensor,
-    writer: TraceWriter,
-    settings: CaptureSettings,
-    *,
-    training_step: int | None = None,
-    progress: Progress = no_progress,
-) -> int:
+    model: PreTrainedModel, token_ids: Tensor, writer: TraceWriter, settings: CaptureSettings, *,
+    training_step: int | None = None, progress: Progress = no_progress,
+) -> int:  # fmt: skip
     """Run the model on one sequence and append what it attends to as one training step; return that step.
 
     token_ids: [S] or [1, S], on any device; S is the trace's seq_len_tokens. training_step: the next one by default.
@@ -112,8 +89,9 @@ def capture_model(
         raise InputError(f"has {ids.shape[1]} tokens, the trace {header.seq_len_tokens}", field="token_ids")
     check_angles(model)
     require_model(model, seq_len_tokens=header.seq_len_tokens, allow_hooks=True)
-    if settings.sparse:
-        _check_kernels(model, settings, header)
+    if settings.sparse:  # heads that the kernels do not compute are refused before the first layer
+        dtype, head_dim = str(model.dtype).removeprefix("torch."), header.model.head_dim
+        computed_head_dim(_backend(model.device), head_dim=head_dim, dtype=dtype, block_size=header.block_size)
     step_number = writer.next_step if training_step is None else training_step
     positions = torch.arange(header.seq_len_tokens, device=model.device)
     with writer.step(step_number) as step, _in_eval_mode(model), torch.no_grad():
@@ -127,16 +105,9 @@ def capture_model(
     return step_number
 
 
-def _check_kernels(model: PreTrainedModel, settings: CaptureSettings, header: TraceHeader) -> None:
-    """Refuse heads that the kernels of sparse attention do not compute, before the first layer."""
-    computed_head_dim(
-        _backend(settings, model.device.type), head_dim=header.model.head_dim,
-        dtype=str(model.dtype).removeprefix("torch."), block_size=header.block_size,
-    )  # fmt: skip
-
-
-def _backend(settings: CaptureSettings, device_type: str) -> str:
-    return settings.backend or ("triton" if device_type == "cuda" else "blockwise")
+def _backend(device: torch.device) -> str:
+    """Return whose kernels compute sparse attention on this device."""
+    return "triton" if device.type == "cuda" else "blockwise"
 
 
 def pattern_of(mask: AttentionMask) -> LayerPattern:
@@ -181,8 +152,7 @@ class _Recorder:
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
         if self.settings.sparse and mask is not None:
-            backend = _backend(self.settings, q.device.type)
-            return full_attention(q, k, v, mask, scale=factor, backend=backend)[0]
+            return full_attention(q, k, v, mask, scale=factor, backend=_backend(q.device))[0]
         return dense_causal(q, k, v, scale=factor)
 
     def close(self) -> None:

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ...traces.commands import print_trace
 from ...traces.dataset.manifest import MANIFEST_NAME
 from ...traces.dataset.store import Trace
 from ...traces.dataset.writer import TraceWriter
 from ...traces.errors import InputError
 from ...traces.progress import shown_progress
 from ...traces.published import read_published
-from ..attention.selectors import PublishedSettings, published_selector
+from ...traces.stats import describe
+from ..attention.selectors import published_selector
 from .selector_options import SelectorOptions, with_selector_options
 
-
-class TokenizerName(StrEnum):
-    """Where token ids come from."""
-
-    auto = "auto"
-    byte = "byte"
-    model = "model"
-
-
-class DtypeName(StrEnum):
-    """Weights and activations."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+TokenizerName = StrEnum("TokenizerName", ["auto", "byte", "model"])
+DtypeName = StrEnum("DtypeName", ["auto", "float32", "bfloat16", "float16"])
 
 
 def capture(
@@ -74,31 +62,32 @@ def capture(
 
     selector = chosen.selector() if settings is None else None
     audit(read_config(model)[1], seq_len_tokens=seq_len).require(source=model)
-    windows = read_windows(texts, model_path=model, tokenizer=tokenizer.value, seq_len_tokens=seq_len, count=steps)
-    loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype.value, seed=seed)
+    windows = read_windows(texts, model_path=model, tokenizer=tokenizer, seq_len_tokens=seq_len, count=steps)
+    loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype, seed=seed)
     check_vocabulary(windows, loaded)
     model_id = model.name if model.is_dir() else model.parent.resolve().name or model.stem
     header = trace_header(
-        loaded,
-        model_id=f"{model_id} (random weights)" if random_weights else model_id,
-        seq_len_tokens=seq_len,
-        block_size=block_size,
-        seed=seed,
-        layers=parse_layers(layers),
-    )
+        loaded, model_id=f"{model_id} (random weights)" if random_weights else model_id, seq_len_tokens=seq_len,
+        block_size=block_size, seed=seed, layers=parse_layers(layers),
+    )  # fmt: skip
     if settings is not None:
-        selector = _published(settings, chosen, layers=header.model.layers, heads=header.model.heads)
+        for option in chosen.given:
+            raise InputError(f"comes from {settings}, it cannot be given beside --settings", field=option)
+        shape = header.model
+        selector = published_selector(read_published(settings, layers=shape.layers, heads=shape.heads))
     assert selector is not None
     capture_settings = CaptureSettings(selector=selector, seed=seed, sparse=sparse)
     with TraceWriter(output, header) as writer, shown_progress() as progress:
         for step in range(writer.next_step, steps):
             capture_model(loaded, windows[step], writer, capture_settings, training_step=step, progress=progress)
-    _print_summary(Trace.open(output), as_json)
+    written = Trace.open(output)
+    if as_json:
+        typer.echo(json.dumps(describe(written), indent=1))
+    else:
+        print_trace(written)
 
 
-def capture_verb() -> Callable[..., None]:
-    """Return `capture` with the options of all selectors that are registered now."""
-    return with_selector_options(capture)
+capture_verb = partial(with_selector_options, capture)  # with the options of all selectors that are registered then
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:
@@ -115,19 +104,3 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
             raise InputError(f"{item.strip()!r} is no ascending range", field="--layers")
         chosen.update(range(int(first), stop + 1))
     return tuple(sorted(chosen))
-
-
-def _published(path: Path, chosen: SelectorOptions, *, layers: int, heads: int) -> PublishedSettings:
-    for option in chosen.given:
-        raise InputError(f"comes from {path}, it cannot be given beside --settings", field=option)
-    return published_selector(read_published(path, layers=layers, heads=heads))
-
-
-def _print_summary(trace: Trace, as_json: bool) -> None:
-    from ...traces.commands import print_trace
-    from ...traces.stats import describe
-
-    if as_json:
-        typer.echo(json.dumps(describe(trace), indent=1))
-    else:
-        print_trace(trace)

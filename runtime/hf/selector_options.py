@@ -26,12 +26,11 @@ class SelectorOptions:
 
     def selector(self) -> Selector:
         """Return what was asked for. InputError for a setting that the selector has not, or cannot have."""
-        settings = fields(selectors()[self.name])
+        names = {option_of(one): one.name for one in fields(selectors()[self.name])}
         for option in self.given:
-            if option not in map(option_of, settings):
+            if option not in names:
                 raise InputError(f"{self.name} has no such setting", field=option)
-        given = {one.name: self.given[option_of(one)] for one in settings if option_of(one) in self.given}
-        return make_selector(self.name, given)
+        return make_selector(self.name, {names[option]: value for option, value in self.given.items()})
 
 
 def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -39,17 +38,20 @@ def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     Raises ValueError when a setting is spelt as another option of the verb.
     """
-    options = {option.strip("-").replace("-", "_"): option for option in _settings()}
+    settings: dict[str, dict[str, Field[Any]]] = {}  # option -> selector -> a setting of it that the option sets
+    for selector, kind in selectors().items():
+        for setting in fields(kind):
+            settings.setdefault(option_of(setting), {})[selector] = setting
+    options = {option.strip("-").replace("-", "_"): option for option in settings}
 
     def with_options(**arguments: Any) -> None:
         given = {option: arguments.pop(name) for name, option in options.items()}
-        chosen = SelectorOptions(
-            name=arguments.pop("selector").value, given={key: v for key, v in given.items() if v is not None}
-        )
+        given = {option: value for option, value in given.items() if value is not None}
+        chosen = SelectorOptions(name=arguments.pop("selector").value, given=given)
         verb(**arguments, chosen=chosen)
 
     own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "chosen"]
-    added = [_selector_parameter(), *(_parameter(name, option) for name, option in options.items())]
+    added = [_selector_parameter(), *(_parameter(name, option, settings[option]) for name, option in options.items())]
     names = {one.name: one.annotation for one in (*own, *added)}
     if len(names) < len(own) + len(added):
         raise ValueError(f"settings of selectors are spelt as other options of {verb.__name__}: {options}")
@@ -57,15 +59,6 @@ def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.Signature([one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*own, *added)])
     setattr(with_options, "__signature__", signature)  # noqa: B010 (not in a function's type)
     return with_options
-
-
-def _settings() -> dict[str, dict[str, Field[Any]]]:
-    """Return option -> selector -> a setting of it that the option sets."""
-    found: dict[str, dict[str, Field[Any]]] = {}
-    for name, kind in selectors().items():
-        for setting in fields(kind):
-            found.setdefault(option_of(setting), {})[name] = setting
-    return found
 
 
 def _selector_parameter() -> Parameter:
@@ -76,8 +69,7 @@ def _selector_parameter() -> Parameter:
     return Parameter("selector", Parameter.KEYWORD_ONLY, default=names(DEFAULT_SELECTOR), annotation=kind)
 
 
-def _parameter(name: str, option: str) -> Parameter:
-    settings = _settings()[option]
+def _parameter(name: str, option: str, settings: Mapping[str, Field[Any]]) -> Parameter:
     selectors_by_text: dict[str, list[str]] = {}
     for selector, setting in settings.items():
         selectors_by_text.setdefault(setting.metadata["about"], []).append(selector)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import torch
@@ -25,11 +26,7 @@ from .shape import attention_modules, model_body
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
 # What the model's own loss needs beside labels, and what it would do without.
-LOSS_ARGUMENTS = {
-    "shift_labels": "is missing beside labels: the loss would shift them again (pass all that shard() returns)",
-    "num_items_in_batch": "is missing beside labels: the loss would be this rank's own mean (pass all that shard() "
-    "returns)",
-}
+LOSS_ARGUMENTS = {"shift_labels": "shift them again", "num_items_in_batch": "be this rank's own mean"}
 LayerMask = Callable[[int], AttentionMask | Chooser]
 FirstLoss = Callable[[Module, dict[str, Any]], None]  # of the model and its arguments, see `first_loss.py`
 
@@ -45,7 +42,6 @@ class Attention(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
-        ...
 
 
 class Attached:
@@ -63,11 +59,9 @@ class Attached:
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
-        self.model, self.planned, self._masks = model, planned, masks
-        self.positions = PositionGuard(positions)
-        self.seq_len_tokens = seq_len_tokens
-        self._first_loss = first_loss
-        self._one_sequence, self._detached = one_sequence, False
+        self.model, self.planned, self.masks = model, planned, masks
+        self.positions, self.seq_len_tokens = PositionGuard(positions), seq_len_tokens
+        self._first_loss, self._one_sequence, self._detached = first_loss, one_sequence, False
         self._before = model.config._attn_implementation or "eager"
         self._modules = attention_modules(model)
         model.set_attn_implementation(ATTENTION_NAME)
@@ -76,23 +70,16 @@ class Attached:
         for module in self._modules:
             module._sparsering = self
         body: Module = model_body(model)
-        labels, call, settle = (_uncompiled(hook) for hook in (self._check_labels, self._check_call, self._settle))
+        uncompiled: Any = torch.compiler.disable  # the hooks look at values
         self._hooks = [
-            model.register_forward_pre_hook(labels, with_kwargs=True),
-            body.register_forward_pre_hook(call, with_kwargs=True),
-            body.register_forward_hook(settle),
+            model.register_forward_pre_hook(uncompiled(self._check_labels), with_kwargs=True),
+            body.register_forward_pre_hook(uncompiled(self._check_call), with_kwargs=True),
+            body.register_forward_hook(uncompiled(lambda module, args, output: self.positions.settle())),
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of the model attends through the same channels: ranks must call copies in the same order."""
         return self
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Return the attention output [B, S_own, H, D] of one layer."""
-        if self._detached:
-            raise InputError("was detached from its plan; attach it again", field="model")
-        mask = None if self._masks is None else self._masks(layer)
-        return self.planned(q, k, v, mask, scale=scale, layer=layer)
 
     def detach(self) -> None:
         """Give the model its own attention back and free the channels."""
@@ -113,9 +100,10 @@ class Attached:
                                    field="output_router_logits")  # fmt: skip
         if given.get("labels") is None:
             return
-        for name in LOSS_ARGUMENTS:
+        for name, otherwise in LOSS_ARGUMENTS.items():
             if given.get(name) is None:
-                raise UnsupportedError(LOSS_ARGUMENTS[name], field=name)
+                told = f"is missing beside labels: the loss would {otherwise} (pass all that shard() returns)"
+                raise UnsupportedError(told, field=name)
         if self._first_loss is not None:
             self._first_loss(module, given)
             self._first_loss = None
@@ -123,30 +111,25 @@ class Attached:
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         own: Any = module  # this model or a copy of it
         if own.config._attn_implementation != ATTENTION_NAME:
-            if self._detached:
-                raise InputError("was detached from its plan; attach it again", field="model")
+            self.require_attached()
             raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
                              "their shards", field="attn_implementation")  # fmt: skip
-        embeddings = _embeddings(own)
+        embeddings = None
+        with suppress(NotImplementedError):  # a class that does not say which they are
+            embeddings = own.get_input_embeddings()
         if getattr(embeddings, "neftune_noise_alpha", None) and getattr(embeddings, "training", False):
             raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
         given = _arguments(module, args, keywords)
         self.positions.check(given.get("position_ids"))
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
         if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
             raise UnsupportedError(f"is {tokens.shape[0]}; patterns are chosen for one sequence at a time",
                                    field="batch size")  # fmt: skip
 
-    def _settle(self, module: Module, args: Any, output: Any) -> None:
-        self.positions.settle()
-
-
-def _embeddings(model: Any) -> Module | None:
-    """Return a model's input embeddings; None for a class that does not say which they are."""
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return None
+    def require_attached(self) -> None:
+        """Raise InputError once it is detached."""
+        if self._detached:
+            raise InputError("was detached from its plan; attach it again", field="model")
 
 
 def _arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -163,19 +146,13 @@ def plain_model(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of a hook: it looks at values."""
-    disabled: Any = torch.compiler.disable(hook)
-    return disabled
-
-
 @torch.compiler.disable
 def _planned_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function of transformers' interface: [B, H, S, D] in, [B, S, H, D] out."""
-    attached = getattr(module, "_sparsering", None)
+    attached: Attached | None = getattr(module, "_sparsering", None)
     if attached is None:
         raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
     check_attention_call(
@@ -185,7 +162,10 @@ def _planned_attention(
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(low) for tensor in (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attached.attend(module.layer_idx, q, k, v, scaling), None
+    attached.require_attached()
+    layer = module.layer_idx
+    mask = None if attached.masks is None else attached.masks(layer)
+    return attached.planned(q, k, v, mask, scale=scaling, layer=layer), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

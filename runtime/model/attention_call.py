@@ -33,22 +33,17 @@ def check_attention_call(
     if dropout:
         raise UnsupportedError(f"is {dropout}; attention dropout is not supported", field="dropout")
     if query.shape[2] != key.shape[2]:
-        raise UnsupportedError(
-            f"{query.shape[2]} queries on {key.shape[2]} keys: a key/value cache is not supported", field="attention"
-        )
+        told = f"{query.shape[2]} queries on {key.shape[2]} keys: a key/value cache is not supported"
+        raise UnsupportedError(told, field="attention")
     if not getattr(module, "is_causal", True):
         raise UnsupportedError(f"{type(module).__name__} is not causal", field="is_causal")
     for name, value in keywords.items():
-        _check_keyword(name, value, seq_len_tokens=seq_len_tokens)
-
-
-def _check_keyword(name: str, value: Any, *, seq_len_tokens: int) -> None:
-    if name in HARMLESS or value is None or value is (name == "is_causal"):
-        return
-    if name == "sliding_window" and isinstance(value, int) and value >= seq_len_tokens:
-        return
-    shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise UnsupportedError(f"is {shown}; this attention keyword is not supported", field=name)
+        if name in HARMLESS or value is None or value is (name == "is_causal"):
+            continue
+        if name == "sliding_window" and isinstance(value, int) and value >= seq_len_tokens:
+            continue
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise UnsupportedError(f"is {shown}; this attention keyword is not supported", field=name)
 
 
 def refuse_masks(

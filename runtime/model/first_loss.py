@@ -5,15 +5,14 @@ By then trainers have made weights equal, and labels are there. One exchange thr
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...traces.errors import InputError
+from ...traces.files import sha256_of_bytes
 from ..comm.mesh import Mesh, agree
 from .shard import IGNORED_LABEL
 
@@ -27,9 +26,10 @@ def check_first_loss(mesh: Mesh, model: torch.nn.Module, given: dict[str, Any]) 
     given: the arguments of the model's call. Raises InputError when labels are not shifted, when num_items_in_batch is
     less than the valid labels of all ranks, or when ranks hold different weights.
     """
-    labels = given["shift_labels"]
+    labels, ids = given["shift_labels"], given.get("input_ids")
     valid = labels != IGNORED_LABEL
-    if _are_the_tokens(labels, given.get("input_ids"), valid):
+    # A text of one repeated token rightly predicts itself.
+    if ids is not None and bool((labels == ids)[valid].all()) and ids[valid].unique().numel() > 1:
         raise InputError("are the tokens themselves, not shifted: pass what shard() returns", field="shift_labels")
     topic = f"first loss {next(_LOSSES)}"
     mesh.store.set(f"sparsering/{topic}/{mesh.rank}", str(int(valid.sum())))
@@ -38,23 +38,7 @@ def check_first_loss(mesh: Mesh, model: torch.nn.Module, given: dict[str, Any]) 
     if stated < total:
         raise InputError(f"is {stated}, ranks have {total} valid labels: pass what shard() returns",
                          field="num_items_in_batch")  # fmt: skip
-    agree(mesh, f"{topic} weights", _digest(model))
-
-
-def _are_the_tokens(labels: Tensor, ids: Tensor | None, valid: Tensor) -> bool:
-    """Whether every token is to predict itself; a text of one repeated token rightly does."""
-    if ids is None:
-        return False
-    told = ids[valid]
-    return bool((labels == ids)[valid].all()) and told.unique().numel() > 1
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """Return a digest of a few elements of every parameter that is whole on this rank."""
-    sampled: list[Tensor] = [
-        parameter.detach().reshape(-1)[:SAMPLED].double()
-        for parameter in model.parameters()
-        if not isinstance(parameter, DTensor) and parameter.device.type != "meta"
-    ]
+    whole = [p for p in model.parameters() if not isinstance(p, DTensor) and p.device.type != "meta"]  # on this rank
+    sampled = [parameter.detach().reshape(-1)[:SAMPLED].double() for parameter in whole]
     data = torch.cat(sampled).cpu().numpy().tobytes() if sampled else b""
-    return hashlib.sha256(data).hexdigest()
+    agree(mesh, f"{topic} weights", sha256_of_bytes(data))

@@ -25,20 +25,18 @@ class ModelWithLoss(Module):
             raise UnsupportedError(f"{type(model).__name__} has no output embedding", field="model")
         self.model = model
         self._body = [model_body(model)]  # in a list: it is a part of `model` already, not another module
-        self._form = head_form(model.config)
-        self._implementation: LossName = implementation
-        self._chunk_tokens = chunk_tokens
+        self._scale, self._softcap = head_form(model.config)
+        self._settings: Any = {"implementation": implementation, "chunk_tokens": chunk_tokens}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the token losses of this rank's shard. All int64 [B, S_own]; labels are shifted already."""
         hidden = self._body[0](input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
         head: Any = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        if self._form.scale != 1.0:
-            hidden = hidden * self._form.scale
-            bias = None if bias is None else bias * self._form.scale
+        if self._scale != 1.0:
+            hidden = hidden * self._scale
+            bias = None if bias is None else bias * self._scale
         return linear_cross_entropy_sum(
-            hidden.flatten(0, 1), head.weight.to(hidden.dtype), labels.flatten(),
-            bias=None if bias is None else bias.to(hidden.dtype), softcap=self._form.softcap,
-            implementation=self._implementation, chunk_tokens=self._chunk_tokens,
+            hidden.flatten(0, 1), head.weight.to(hidden.dtype), labels.flatten(), softcap=self._softcap,
+            bias=None if bias is None else bias.to(hidden.dtype), **self._settings,
         )  # fmt: skip

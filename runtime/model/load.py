@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from ...traces.files import read_bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 MAX_TEXT_BYTES = 1 << 30
-
-TokenizerChoice = Literal["auto", "byte", "model"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,11 +46,19 @@ def load_model(
         raise InputError(f"{dtype!r} is not one of auto, {', '.join(DTYPES)}", field="dtype")
     stated = getattr(config, "dtype", None) or torch.float32
     chosen = DTYPES.get(dtype) or (stated if device.type == "cuda" else torch.float32)
-    if random_weights:
-        return _placed(_random_model(config, chosen, seed, source=Path(path)), device)
-    if not list(folder.glob("*.safetensors")):
-        raise InputError("holds no safetensors weights (a config alone needs random weights)", source=folder)
-    return _placed(pretrained(folder, config, dtype=chosen), device)
+    if not random_weights:
+        if not list(folder.glob("*.safetensors")):
+            raise InputError("holds no safetensors weights (a config alone needs random weights)", source=folder)
+        model: Any = pretrained(folder, config, dtype=chosen)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+            except Exception as error:  # whatever its class says about the values, one line says it
+                told = f"makes no causal language model ({type(error).__name__}: {error})"
+                raise InputError(told, source=path) from error
+    return model.to(device).eval()
 
 
 def pretrained(folder: Path, config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,12 +69,6 @@ def pretrained(folder: Path, config: Any, *, dtype: torch.dtype) -> PreTrainedMo
         )
     except Exception as error:  # whatever is wrong with a user's weights, one line says it
         raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
-
-
-def _placed(model: torch.nn.Module, device: torch.device) -> PreTrainedModel:
-    model.to(device)
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
 
 
 def read_config(path: Path) -> tuple[Path, Any]:
@@ -84,49 +84,42 @@ def read_config(path: Path) -> tuple[Path, Any]:
         raise InputError(f"is no model configuration ({type(error).__name__}: {told})", source=source) from error
 
 
-def _random_model(config, dtype: torch.dtype, seed: int, *, source: Path) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except Exception as error:  # whatever its class says about the values, one line says it
-            told = f"makes no causal language model ({type(error).__name__}: {error})"
-            raise InputError(told, source=source) from error
-
-
 def read_windows(
-    texts: Sequence[Path], *, model_path: Path, tokenizer: TokenizerChoice, seq_len_tokens: int, count: int
+    texts: Sequence[Path], *, model_path: Path, tokenizer: str, seq_len_tokens: int, count: int
 ) -> list[Tensor]:
     """Return `count` consecutive windows of int64 [seq_len_tokens] token ids from the files, in the order given.
 
     tokenizer: "byte" takes every byte as a token id, "model" the model folder's own, "auto" the latter where it
     exists. Raises InputError when the text is too short, saying how long it is.
     """
-    ids = _tokenize(texts, model_path if model_path.is_dir() else model_path.parent, tokenizer)
-    if ids.numel() < count * seq_len_tokens:
-        raise InputError(
-            f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need "
-            f"{count * seq_len_tokens}",
-            field="text",
-        )
-    return [ids[start : start + seq_len_tokens] for start in range(0, count * seq_len_tokens, seq_len_tokens)]
-
-
-def _tokenize(texts: Sequence[Path], folder: Path, choice: TokenizerChoice) -> Tensor:
+    folder = model_path if model_path.is_dir() else model_path.parent
     data = [read_bytes(path, max_bytes=MAX_TEXT_BYTES) for path in texts]
-    has_own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if choice == "byte" or (choice == "auto" and not has_own):
+    if tokenizer == "byte" or (tokenizer == "auto" and not _has_tokenizer(folder)):
         joined = b"\n".join(data)
-        return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long() if joined else torch.zeros(0).long()
-    if not has_own:
+        ids = torch.frombuffer(bytearray(joined), dtype=torch.uint8).long() if joined else torch.zeros(0).long()
+    else:
+        encode = read_tokenizer(folder).encode
+        ids = torch.tensor([i for text in data for i in encode(text.decode(errors="replace"))], dtype=torch.int64)
+    needed = count * seq_len_tokens
+    if ids.numel() < needed:
+        told = f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need {needed}"
+        raise InputError(told, field="text")
+    return list(ids[:needed].split(seq_len_tokens))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a local model folder; InputError when there is none."""
+    if not _has_tokenizer(folder):  # else transformers would look for it elsewhere
         raise InputError("holds no tokenizer", source=folder, field="tokenizer")
     try:
-        own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
-        raise InputError(
-            f"cannot be loaded ({type(error).__name__}: {error})", source=folder, field="tokenizer"
-        ) from error
-    return torch.tensor([i for text in data for i in own.encode(text.decode(errors="replace"))], dtype=torch.int64)
+        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder,
+                         field="tokenizer") from error  # fmt: skip
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def check_vocabulary(ids: Sequence[Tensor], model: PreTrainedModel) -> None:

@@ -15,15 +15,9 @@ LossName = Literal["chunked", "liger"]
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    implementation: LossName,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    chunk_tokens: int = 2048,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, implementation: LossName, bias: Tensor | None = None,
+    softcap: float | None = None, chunk_tokens: int = 2048,
+) -> Tensor:  # fmt: skip
     """Return the float32 sum over tokens of -log softmax(logits)[label]; labels of -100 count nothing.
 
     logits = hidden @ weight.T + bias, or softcap * tanh(logits / softcap). hidden [T, E], weight [V, E], bias [V],
@@ -103,16 +97,16 @@ def _chunk(logits: Tensor, labels: Tensor, softcap: float | None, wide: torch.dt
     valid = labels != IGNORED_LABEL
     target = torch.where(valid, labels, 0)[:, None]
     scores = logits.to(wide)
-    slope = None
+    capped = None
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
-        scores, slope = softcap * capped, 1 - capped**2
+        scores = softcap * capped
     normalizer = torch.logsumexp(scores, dim=-1)
     chosen = scores.gather(1, target)[:, 0]
     total = torch.where(valid, normalizer - chosen, 0).sum()
     gradient = scores.sub_(normalizer[:, None]).exp_()
     gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
     gradient.masked_fill_(~valid[:, None], 0)
-    if slope is not None:
-        gradient.mul_(slope)
+    if capped is not None:
+        gradient.mul_(1 - capped**2)
     return total, gradient.to(logits.dtype)

@@ -24,7 +24,7 @@ class PositionGuard:
     def __init__(self, own: Tensor) -> None:
         """own: int64 [S_own], this rank's positions in the order of its shard."""
         self._plan, self._expected = own, own[None]
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def expect(self, position_ids: Tensor | None) -> None:
         """Take other positions [B, S_own] for right until told otherwise: documents that restart. None: the plan's."""
@@ -42,24 +42,22 @@ class PositionGuard:
             raise InputError(f"shape {tuple(position_ids.shape)} is not [B, {self._plan.numel()}] of this rank's shard",
                              field="position_ids")  # fmt: skip
         differs = (position_ids != self._expected.to(position_ids.device)).any()
-        if differs.device.type != "cuda":
-            self._refuse(bool(differs))
-            return
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(differs, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = flag, event
+        event = None
+        if differs.device.type == "cuda":
+            differs = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = differs, event
+        if event is None:
+            self.settle()
 
     def settle(self) -> None:
         """Raise InputError when the values of the last call were not this rank's."""
-        if self._pending is not None:
-            flag, event = self._pending
-            self._pending = None
+        if self._pending is None:
+            return
+        (differs, event), self._pending = self._pending, None
+        if event is not None:
             event.synchronize()
-            self._refuse(bool(flag))
-
-    def _refuse(self, differs: bool) -> None:
         if differs:
             raise InputError("are not those of this rank's shard: call shard() with this rank's number",
                              field="position_ids")  # fmt: skip

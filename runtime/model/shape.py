@@ -5,7 +5,7 @@ Shape legend: H query heads, H_kv K/V heads, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,17 +19,8 @@ from ...traces.errors import UnsupportedError
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadForm:
-    """What lies between the head's product and the loss: softcap * tanh(scale * x / softcap), or scale * x."""
-
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 def setting(config: Any, name: str) -> Any:
@@ -68,33 +59,32 @@ def text_config(config: Any) -> Any:
     return text
 
 
-def head_form(config: Any) -> HeadForm:
-    """Return what a configuration says of the logits: their scale and their cap."""
-    text = text_config(config)
-    scale, softcap = 1.0, None
-    for name, power in SCALES.items():
-        value = setting(text, name)
-        if isinstance(value, int | float) and value > 0:
-            scale *= float(value) ** power
-    for name in SOFTCAPS:
-        value = setting(text, name)
-        if isinstance(value, int | float) and value > 0:
-            softcap = float(value)
-    return HeadForm(scale=scale, softcap=softcap)
+def positive_settings(config: Any, names: Iterable[str], kind: Any = int) -> dict[str, Any]:
+    """Return those of the settings that are numbers above 0, in the order of the names."""
+    found = {name: setting(config, name) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, kind) and value > 0}
+
+
+def head_form(config: Any) -> tuple[float, float | None]:
+    """Return (scale, softcap) of the logits: softcap * tanh(scale * x / softcap), or scale * x without a softcap."""
+    text, scale, softcap = text_config(config), 1.0, None
+    for name, value in positive_settings(text, SCALES, int | float).items():
+        scale *= float(value) ** SCALES[name]
+    for value in positive_settings(text, SOFTCAPS, int | float).values():
+        softcap = float(value)
+    return scale, softcap
 
 
 def active_parameters(model: PreTrainedModel) -> int | None:
     """Return how many parameters a token meets: of experts, those that it visits. None where the number is not said."""
     text = text_config(model.config)
-    total = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in model.parameters()) - experts
     if not experts:
         return total
-    counts = [value for name in EXPERTS if type(value := setting(text, name)) is int and value > 0]
-    visited = [value for name in EXPERTS_OF_A_TOKEN if type(value := setting(text, name)) is int and value > 0]
-    if not counts or not visited:
-        return None
-    return total + experts * visited[0] // counts[0]
+    counts = list(positive_settings(text, EXPERTS).values())
+    visited = list(positive_settings(text, EXPERTS_OF_A_TOKEN).values())
+    return total + experts * visited[0] // counts[0] if counts and visited else None
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
@@ -130,8 +120,7 @@ def check_angles(model: Module) -> None:
     """Refuse rotation frequencies below float32, which lose relative positions at long range, as TF32 would."""
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedError(
-                f"is {buffer.dtype}, float32 is needed: load the model with dtype= instead of converting it", field=name
-            )
+            told = f"is {buffer.dtype}, float32 is needed: load the model with dtype= instead of converting it"
+            raise UnsupportedError(told, field=name)
     if torch.backends.cuda.matmul.allow_tf32:
         raise UnsupportedError("is on: rotation angles would lose their positions", field="allow_tf32")

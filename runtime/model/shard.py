@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...planner.plan import Plan
 from ...traces.errors import InputError, UnsupportedError
-
-IGNORED_LABEL = -100
+from .losses import IGNORED_LABEL
 
 
 def shard(batch: dict[str, Tensor], plan: Plan, rank: int, *, pad_token_id: int = 0) -> dict[str, Tensor]:

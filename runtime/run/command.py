@@ -18,9 +18,8 @@ from ...planner.replay import Recorded, find_trace, recorded_layer
 from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern
 from ...traces.timeline import Timeline
-from ..comm.failures import naming_lost_ranks
 from ..comm.lost import RankLost
-from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave
+from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave, naming_lost_ranks
 from ..comm.start import start_ranks
 from .execute import RunOptions, RunResult, execute
 
@@ -115,9 +114,8 @@ def _report(plan: Plan, result: RunResult, output: Path | None, as_json: bool) -
     if as_json:
         typer.echo(json.dumps(summary | {"plan_digest": plan.digest}))
         return
-    table = Table(title=f"{plan.forward.layout} over {plan.world_size} ranks, {plan.placement.name} placement")
-    for heading in ("", "figure"):
-        table.add_column(heading)
+    title = f"{plan.forward.layout} over {plan.world_size} ranks, {plan.placement.name} placement"
+    table = Table("", "figure", title=title)
     table.add_row("step time (median), µs", f"{summary['step_time_us']:.0f}")
     if summary["peak_bytes"]:
         table.add_row("peak memory, bytes", str(summary["peak_bytes"]))

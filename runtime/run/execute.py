@@ -17,15 +17,13 @@ from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern
 from ...traces.timeline import Span, Timeline
 from ..attention.bound import BoundPlan, bind
-from ..attention.heads import Chooser
+from ..attention.heads import Pattern
 from ..attention.masks import mask_of
 from ..attention.patterns import PlannedChoice
 from ..attention.planned import PlannedAttention
 from ..comm.measure import Recorder, collect_timeline
 from ..comm.mesh import Mesh
 from .verify import Verdict, verify
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ class RunResult:
 
 
 def execute(
-    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, tell: Tell = lambda text: None
+    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, tell: Callable[[str], None]
 ) -> RunResult | None:
     """Run one layer forward and backward `repeats` times; the result on rank 0, None elsewhere. Collective.
 
@@ -77,7 +75,10 @@ def execute(
     recorder = Recorder(device=mesh.device)
     bound = bind(plan, mesh)
     planned = PlannedAttention(bound, recorder=recorder)
-    mask = _mask(bound, pattern, options.layer)
+    if pattern is not None:
+        mask: Pattern = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
+    else:
+        mask = PlannedChoice(bound).of_layer(options.layer)
     inputs = _inputs(bound, options.seed)
     own = {name: tensor[:, bound.own_positions].contiguous() for name, tensor in inputs.items()}
     if not options.verify:
@@ -94,20 +95,11 @@ def execute(
             spans.append(recorder.spans(mesh.rank))
         if repeat == 0 and options.verify:
             tell("verifying in float64")
-            verdicts = verify(bound, _chosen(mask, own, scale), inputs, results, scale)
+            chosen = mask if isinstance(mask, AttentionMask) else mask(own["q"], own["k"], scale)
+            verdicts = verify(bound, chosen, inputs, results, scale)
             inputs.clear()
     planned.agree_on_patterns()
     return _gathered(bound, spans, verdicts, peak)
-
-
-def _mask(bound: BoundPlan, pattern: LayerPattern | None, layer: int) -> AttentionMask | Chooser:
-    if pattern is not None:
-        return mask_of(pattern, columns_capacity=bound.plan.columns_capacity, device=bound.mesh.device)
-    return PlannedChoice(bound).of_layer(layer)
-
-
-def _chosen(mask: AttentionMask | Chooser, own: dict[str, Tensor], scale: float) -> AttentionMask:
-    return mask if isinstance(mask, AttentionMask) else mask(own["q"], own["k"], scale)
 
 
 def _inputs(bound: BoundPlan, seed: int) -> dict[str, Tensor]:
@@ -115,17 +107,14 @@ def _inputs(bound: BoundPlan, seed: int) -> dict[str, Tensor]:
     model, device, tokens = bound.plan.model, bound.mesh.device, bound.placement.padded_tokens
     generator = torch.Generator(device).manual_seed(seed)
     heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads, "grad_out": model.heads}
-    kind = torch.float64 if bound.dtype == torch.float64 else torch.float32
+    drawn = {"generator": generator, "device": device, "dtype": torch.promote_types(bound.dtype, torch.float32)}
     return {
-        name: torch.randn(1, tokens, count, model.head_dim, generator=generator, device=device, dtype=kind).to(
-            bound.dtype
-        )
-        for name, count in heads.items()
+        name: torch.randn(1, tokens, count, model.head_dim, **drawn).to(bound.dtype) for name, count in heads.items()
     }
 
 
 def _step(
-    planned: PlannedAttention, own: dict[str, Tensor], mask: AttentionMask | Chooser, recorder: Recorder, layer: int
+    planned: PlannedAttention, own: dict[str, Tensor], mask: Pattern, recorder: Recorder, layer: int
 ) -> dict[str, Tensor]:
     q, k, v = (own[name].detach().requires_grad_() for name in "qkv")
     dist.barrier()
@@ -140,7 +129,8 @@ def _step(
 
 def _gathered(bound: BoundPlan, repeats: list[list[Span]], verdicts: list[Verdict], peak: int) -> RunResult | None:
     mesh = bound.mesh
-    metadata = {"plan_digest": bound.plan.digest, "backend": bound.backend, "device": _device_name(mesh)}
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    metadata = {"plan_digest": bound.plan.digest, "backend": bound.backend, "device": device}
     timelines = [
         collect_timeline(mesh, spans, topic=f"{bound.topic}/{number}", metadata=metadata)
         for number, spans in enumerate(repeats)
@@ -157,7 +147,3 @@ def _gathered(bound: BoundPlan, repeats: list[list[Span]], verdicts: list[Verdic
         verdicts=[Verdict(**fields) for rank_verdicts, _ in everyone for fields in rank_verdicts],
         peak_bytes=[rank_peak for _, rank_peak in everyone],
     )
-
-
-def _device_name(mesh: Mesh) -> str:
-    return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"

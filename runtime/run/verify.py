@@ -103,9 +103,8 @@ class _Oracle:
 
     def _scores(self, head: int, q: Tensor, k: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
         """Return masked scores [c, keys], in float32 at least."""
-        scores = (q @ k.T) * self.scale
-        wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-        return wide.masked_fill_(~whole(self.mask, head, rows, keys), float("-inf"))
+        scores = ((q @ k.T) * self.scale).to(torch.promote_types(q.dtype, torch.float32))
+        return scores.masked_fill_(~whole(self.mask, head, rows, keys), float("-inf"))
 
     def _rows(self, head: int, dtype: torch.dtype, out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
         k_all, v_all = (self._head(name, head, self.everywhere, dtype) for name in ("k", "v"))
@@ -124,8 +123,7 @@ class _Oracle:
 
     def _keys(self, dtype: torch.dtype, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         kv_heads, dim = self.inputs["k"].shape[2], self.inputs["k"].shape[3]
-        shape = (1, self.own.numel(), kv_heads, dim)
-        dk, dv = (torch.zeros(shape, dtype=lse.dtype, device=self.own.device) for _ in range(2))
+        dk, dv = (lse.new_zeros(1, self.own.numel(), kv_heads, dim) for _ in range(2))
         for head in range(self.heads):
             k_all, v_all = (self._head(name, head, self.own, dtype) for name in ("k", "v"))
             for _, rows in self._chunks(self.everywhere, self.own.numel()):
@@ -144,7 +142,7 @@ class _Oracle:
         """Return [1, H, S] in natural order from every rank's [1, H, S_own]."""
         parts = [torch.empty_like(own) for _ in self.bound.positions]
         dist.all_gather(parts, own.contiguous())
-        whole_sequence = torch.empty(*own.shape[:2], self.everywhere.numel(), dtype=own.dtype, device=own.device)
+        whole_sequence = own.new_empty(*own.shape[:2], self.everywhere.numel())
         for positions, part in zip(self.bound.positions, parts, strict=True):
             whole_sequence[:, :, positions] = part
         return whole_sequence

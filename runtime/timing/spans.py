@@ -1,8 +1,7 @@
-"""How long attention takes in a training step, forward, backward and choosing apart, whatever computes it."""
+"""How long attention takes in a training step, forward, backward, choosing and waiting for others apart."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,26 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comm.measure import Marker
 from ..model.attached import Attention
 
 PARTS = ("attention_forward", "attention_backward", "choosing")
 
 
-class Clock:
-    """Marks on the device's current stream (host time on CPUs); reading them waits for the device."""
+class Clock(Marker):
+    """Adds up the time between marks by parts; reading it waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        super().__init__(device)
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._open: list[Any] = []
-
-    def mark(self) -> Any:
-        """Return the present."""
-        if self._device.type != "cuda":
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     @contextmanager
     def span(self, part: str) -> Iterator[None]:
@@ -50,18 +42,41 @@ class Clock:
 
     def take_ms(self) -> dict[str, float]:
         """Return milliseconds of each part since the last call, and forget them. Waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         totals = {part: sum(self.between_ms(*ends) for ends in self._spans[part]) for part in PARTS}
         self._spans.clear()
         return totals
 
-    def between_ms(self, started: Any, ended: Any) -> float:
-        """Return the milliseconds between two marks. Waits for the second."""
-        if self._device.type != "cuda":
-            return (ended - started) / 1e6
-        ended.synchronize()
-        return started.elapsed_time(ended)
+
+class Exposure:
+    """How long attention's compute waits for other ranks in a training step; marks are taken while it is `on`.
+
+    On GPUs two events stand around every point where the compute stream waits for messages: it reaches the first when
+    all earlier kernels are done, the second when the messages have landed too. On CPUs it is the time for which the
+    computing thread stands still. A late rank shows on those that wait for it. On, nothing is synchronised.
+    waits: (before, after) of each wait since the last reading, as a `Marker` marks time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on = False
+        self.waits: list[tuple[Any, Any]] = []
+        self._marker = Marker(device)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what the block enqueues (GPUs) or lasts (CPUs): nothing but waiting may stand in it."""
+        if not self.on:
+            yield
+            return
+        before = self._marker.mark()
+        yield
+        self.waits.append((before, self._marker.mark()))
+
+    def take_ms(self) -> float:
+        """Return the milliseconds waited since the last call, and forget them. Waits for the last mark."""
+        waits, self.waits = self.waits, []
+        return sum(self._marker.between_ms(*ends) for ends in waits)
 
 
 class TimedAttention:

@@ -36,18 +36,12 @@ def cut(config: TrainConfig, sequence: TokenSequence, plan: Plan, *, rank: int, 
     part = shard({"input_ids": ids, "labels": labels}, plan, rank)
     positions = part["position_ids"]
     if asked.positions:
-        positions = _restarted(positions, np.concatenate([[0], starts]), plan.seq_len_tokens)
-    documents = torch.from_numpy(sequence.documents).to(device) if asked.attention else None
+        first = torch.from_numpy(np.append(0, starts)[np.searchsorted(starts, positions.numpy(), side="right")])
+        positions = torch.where(positions < plan.seq_len_tokens, positions - first, positions)  # padding keeps its own
     return Microbatch(
         input_ids=part["input_ids"].to(device),
         position_ids=positions.to(device),
         labels=part["labels"].to(device),
         valid=int((part["labels"] != IGNORED_LABEL).sum()),
-        documents=documents,
+        documents=torch.from_numpy(sequence.documents).to(device) if asked.attention else None,
     )
-
-
-def _restarted(positions: Tensor, starts: np.ndarray, seq_len_tokens: int) -> Tensor:
-    """Count positions from the start of their document; padding keeps its own."""
-    first = torch.from_numpy(starts[np.searchsorted(starts, positions.numpy(), side="right") - 1])
-    return torch.where(positions < seq_len_tokens, positions - first, positions)

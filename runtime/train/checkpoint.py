@@ -9,6 +9,7 @@ All ranks must see the same folder.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from torch.nn import Module
 from ...traces.errors import InputError
 from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, sync_folder, write_json
 from ..comm.mesh import Mesh
+from .config import CheckpointSection
 
 CHECKPOINT_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -40,6 +42,7 @@ POLL_S = 0.02
 MAX_MANIFEST_BYTES = 64 << 20
 _FOLDER = re.compile(r"^step-[0-9]{8}$")
 _FILE = re.compile(r"^(\.metadata|__[0-9]+_[0-9]+\.distcp)$")
+_made = itertools.count(1)  # all ranks make theirs in the same order
 
 
 class Checkpointer:
@@ -48,32 +51,26 @@ class Checkpointer:
     facts: JSON values that say which run this is; they stand in the manifest.
     """
 
-    _made = 0
-
-    def __init__(
-        self, folder: Path, mesh: Mesh, *, facts: dict[str, Any], keep_last: int = 2, asynchronous: bool = True
-    ) -> None:
-        self.folder, self.mesh, self.facts = folder, mesh, facts
-        self._keep_last, self._asynchronous = keep_last, asynchronous
-        Checkpointer._made += 1
-        self._topic = f"checkpoints {Checkpointer._made}"
+    def __init__(self, section: CheckpointSection, mesh: Mesh, *, facts: dict[str, Any]) -> None:
+        self.section, self._folder, self._mesh, self._facts = section, section.folder, mesh, facts
+        self._topic = f"checkpoints {next(_made)}"
         group = dist.new_group(backend="gloo", timeout=mesh.timeout)  # its own: it works beside training
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"step-*{PARTIAL}"):
+            section.folder.mkdir(parents=True, exist_ok=True)
+            for left in section.folder.glob(f"step-*{PARTIAL}"):
                 shutil.rmtree(left)
         dist.barrier(self._group)
 
     def save(self, step: int, model: Module, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after `step` optimizer steps. Collective. Waits for the previous save, not for this one."""
         self.finish()
-        partial = self.folder / f"step-{step:08d}{PARTIAL}"
+        partial = self._folder / f"step-{step:08d}{PARTIAL}"
         state = _state(model, optimizer)
-        if self._asynchronous:
+        if self.section.asynchronous:
             pending = async_save(state, checkpoint_id=partial, process_group=self._group)
             self._thread = threading.Thread(target=self._complete, args=(partial, step, pending), daemon=True)
             self._thread.start()
@@ -92,9 +89,9 @@ class Checkpointer:
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, as rank 0 sees it. Collective."""
-        found = newest_checkpoint(self.folder) if self.mesh.rank == 0 else None
-        name = self.mesh.broadcast(f"{self._topic} newest", None if found is None else found.name)
-        return None if name is None else self.folder / name
+        found = newest_checkpoint(self._folder) if self._mesh.rank == 0 else None
+        name = self._mesh.broadcast(f"{self._topic} newest", found and found.name)
+        return name and self._folder / name
 
     def load(self, path: Path, model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Verify a checkpoint's files, load its state in place and return its manifest. Collective.
@@ -103,10 +100,10 @@ class Checkpointer:
         """
         manifest = read_checkpoint_manifest(path)
         names = sorted(manifest["files"])
-        problem = _first_problem(path, manifest, names[self.mesh.rank :: self.mesh.world_size])
-        problems = self.mesh.collect(f"{self._topic} verified {path.name}", problem)
+        problem = _first_problem(path, manifest, names[self._mesh.rank :: self._mesh.world_size])
+        problems = self._mesh.collect(f"{self._topic} verified {path.name}", problem)
         found = next((text for text in problems or [] if text), None)
-        if (told := self.mesh.broadcast(f"{self._topic} problem {path.name}", found)) is not None:
+        if (told := self._mesh.broadcast(f"{self._topic} problem {path.name}", found)) is not None:
             raise InputError(told)
         state = _state(model, optimizer)
         load(state, checkpoint_id=path, process_group=self._group)
@@ -123,39 +120,35 @@ class Checkpointer:
 
     def _seal(self, partial: Path, step: int) -> None:
         """Digest this rank's files; on rank 0 wait for all digests, write the manifest and rename the folder."""
-        own = list(partial.glob(f"__{self.mesh.rank}_*.distcp"))
-        own += [partial / ".metadata"] if self.mesh.rank == 0 else []
+        own = list(partial.glob(f"__{self._mesh.rank}_*.distcp"))
+        own += [partial / ".metadata"] if self._mesh.rank == 0 else []
         digests = {path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for path in own}
-        write_json(partial / f"digests-{self.mesh.rank}.json", digests)
-        if self.mesh.rank:
+        write_json(partial / f"digests-{self._mesh.rank}.json", digests)
+        if self._mesh.rank:
             return
-        files = self._all_digests(partial)
-        raw = {
-            "schema_version": CHECKPOINT_SCHEMA_VERSION, "kind": "sparsering-checkpoint", "step": step,
-            "facts": self.facts, "files": files,
-        }  # fmt: skip
-        write_json(partial / MANIFEST_NAME, sealed(raw))
-        for rank in range(self.mesh.world_size):
-            (partial / f"digests-{rank}.json").unlink()
-        final = partial.with_suffix("")
-        if final.exists():  # the same step of an earlier run that was not resumed
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        sync_folder(self.folder)
-        for old in complete_checkpoints(self.folder)[: -self._keep_last]:
-            shutil.rmtree(old)
-
-    def _all_digests(self, partial: Path) -> dict[str, Any]:
         files: dict[str, Any] = {}
-        deadline = time.monotonic() + self.mesh.timeout.total_seconds()
-        for rank in range(self.mesh.world_size):
+        deadline = time.monotonic() + self._mesh.timeout.total_seconds()
+        for rank in range(self._mesh.world_size):
             path = partial / f"digests-{rank}.json"
             while not path.is_file():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"rank {rank} did not finish its part of {partial.name}")
                 time.sleep(POLL_S)
             files |= read_json(path)
-        return files
+        raw = {
+            "schema_version": CHECKPOINT_SCHEMA_VERSION, "kind": "sparsering-checkpoint", "step": step,
+            "facts": self._facts, "files": files,
+        }  # fmt: skip
+        write_json(partial / MANIFEST_NAME, sealed(raw))
+        for rank in range(self._mesh.world_size):
+            (partial / f"digests-{rank}.json").unlink()
+        final = partial.with_suffix("")
+        if final.exists():  # the same step of an earlier run that was not resumed
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync_folder(self._folder)
+        for old in complete_checkpoints(self._folder)[: -self.section.keep_last]:
+            shutil.rmtree(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -173,8 +166,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest: version, digest, file names; InputError in one line."""
     source = path / MANIFEST_NAME
-    if not source.is_file():
-        raise InputError("is no complete checkpoint: it holds no manifest.json", source=path)
     raw = read_sealed(source, newest_schema=CHECKPOINT_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
     if not isinstance(raw.get("files"), dict):
         raise InputError("is no checkpoint's manifest", source=source)

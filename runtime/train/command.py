@@ -1,7 +1,8 @@
-"""The verb `sparsering train`: checks a run, shows or exports it, or starts its ranks."""
+"""The verb `sparsering train`: checks a run, shows or exports it, starts its ranks, or is one of them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,13 +10,21 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
-from ..comm.mesh import inherited_environment, is_rank
+from ...traces.errors import InputError
+from ..comm.lost import RankLost
+from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave, naming_lost_ranks
 from ..comm.start import run_to_its_end
-from .__main__ import run_rank
 from .config import TrainConfig, load_config
 from .export import export_checkpoint
+from .loop import Trainer
+from .metrics import StepResult
+from .optimizer import TrainingError
 from .setup import Setup, set_up
+
+AS_RANK = "`torchrun … -m sparsering.runtime.train config.yaml`: one rank of a training run."
 
 
 def train(
@@ -44,19 +53,13 @@ def train(
     if dry_run:
         _show(setup, as_json)
         return
-    raise typer.Exit(start(config, loaded))
-
-
-def start(path: Path, config: TrainConfig) -> int:
-    """Start torchrun on this host, one process per rank; return its exit code. Killed workers restart all ranks."""
-    world = config.parallel.world_size
-    assert __package__ is not None
+    world_size = loaded.parallel.world_size
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-        "--max-restarts", str(config.max_restarts), "-m", __package__, str(path),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+        "--max-restarts", str(loaded.max_restarts), "-m", __name__.rpartition(".")[0], str(config),
     ]  # fmt: skip
-    environment = inherited_environment(world_size=world) | {"PYTHONSAFEPATH": "1"}
-    return run_to_its_end(command, environment=environment)
+    environment = inherited_environment(world_size=world_size) | {"PYTHONSAFEPATH": "1"}
+    raise typer.Exit(run_to_its_end(command, environment=environment))
 
 
 def _show(setup: Setup, as_json: bool) -> None:
@@ -74,3 +77,59 @@ def _show(setup: Setup, as_json: bool) -> None:
     console.print(f"plan digest: {summary['plan_digest']}")
     console.print(f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step")
     console.print("memory per rank: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.items()))
+
+
+def main() -> int:
+    """Train as the rank that the environment says; 2 and one line for unusable input, 1 for a broken run."""
+    parser = argparse.ArgumentParser(prog="sparsering.runtime.train", description=AS_RANK)
+    parser.add_argument("config", type=Path, help="the run's YAML file")
+    try:
+        return run_rank(load_config(parser.parse_args().config))
+    except InputError as error:
+        print(f"sparsering: {error}", file=sys.stderr)
+        return 2
+
+
+def run_rank(config: TrainConfig) -> int:
+    """Train as the rank that the environment says; 0 when all steps are done.
+
+    1, and one line on standard error, when the run broke or ranks were lost. Raises InputError for unusable input.
+    """
+    try:
+        world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
+        try:
+            _train(config, world)
+        finally:
+            leave()  # while an error is on its way out: then there is no goodbye
+    except (TrainingError, RankLost) as error:
+        print(f"sparsering: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(config: TrainConfig, world: Mesh) -> None:
+    """Train and leave in order. Rank 0 alone reads all data once to verify it."""
+    setup = set_up(config, verify_data=world.rank == 0)
+    if world.world_size != config.parallel.world_size:
+        raise InputError(f"{config.parallel.world_size} ranks are configured, {world.world_size} were started",
+                         field="parallel")  # fmt: skip
+    with naming_lost_ranks(world):
+        trainer = Trainer(setup, world)
+        first = trainer.resume()
+    console = Console(stderr=True, quiet=bool(world.rank))
+    if setup.made_here and config.attention == "planned":
+        console.print(f"no plan given: default plan {setup.plan.digest[:12]} ({setup.made_here})")
+    if first:
+        console.print(f"resumed at step {first}")
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Bars(*columns, TextColumn("{task.fields[figures]}"), console=console) as bars:
+        task = bars.add_task("training", total=config.steps, completed=first, figures="")
+
+        def show(result: StepResult) -> None:
+            loss = "-" if result.loss is None else f"{result.loss:.4f}"
+            told = f"loss {loss}  {result.tokens / result.seconds:,.0f} tokens/s  |g| {result.grad_norm:.3g}"
+            bars.update(task, completed=result.step + 1, figures=told)
+
+        trainer.run(show)
+    with naming_lost_ranks(world):
+        trainer.close()

@@ -7,15 +7,16 @@ names file, field and value.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic.functional_validators import AfterValidator
 
 from ...kernels.select import DEFAULT_SELECTOR
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.registry import make_layout
-from ...planner.plan import DType
 from ...planner.schedule.backends import facts_of
+from ...planner.specs import DType
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
@@ -23,6 +24,13 @@ from ...traces.yaml_files import read_yaml
 
 MAX_CONFIG_BYTES = 1 << 16
 AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
+
+
+def _rooted(path: Path, info: Any) -> Path:
+    return (info.context or Path()) / path
+
+
+RootedPath = Annotated[Path, AfterValidator(_rooted)]  # relative to the folder that is the validation's context
 
 
 class _Section(BaseModel):
@@ -36,9 +44,14 @@ class ModelSection(_Section):
     original_max_position_embeddings: 32768}.
     """
 
-    path: Path
+    path: RootedPath
     random_weights: bool = False
     rope_parameters: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The model folder, or the one that the config's file lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 class DocumentsSection(_Section):
@@ -52,7 +65,7 @@ class DocumentsSection(_Section):
 class DataSection(_Section):
     """folder: what `sparsering data` wrote."""
 
-    folder: Path
+    folder: RootedPath
     documents: DocumentsSection = DocumentsSection()
 
 
@@ -82,8 +95,8 @@ class PlanSection(_Section):
     {chunks: 2, pull: true}; what is not given has the layout's default.
     """
 
-    file: Path | None = None
-    trace: Path | None = None
+    file: RootedPath | None = None
+    trace: RootedPath | None = None
     pattern: PatternSection = PatternSection()
     layout: str = "gather"
     layout_parameters: dict[str, StrictBool | StrictInt] = Field(default_factory=dict)
@@ -139,7 +152,7 @@ class MemorySection(_Section):
 class CheckpointSection(_Section):
     """folder: where; every_steps: how often; keep_last: how many; asynchronous: write while training goes on."""
 
-    folder: Path
+    folder: RootedPath
     every_steps: int = Field(default=100, ge=1)
     keep_last: int = Field(default=2, ge=1)
     asynchronous: bool = True
@@ -149,7 +162,7 @@ class CheckpointSection(_Section):
 class TraceOutSection(_Section):
     """Every so many steps the live patterns are appended to a trace, from which the next plan can be made."""
 
-    folder: Path
+    folder: RootedPath
     every_steps: int = Field(default=100, ge=1)
 
 
@@ -160,7 +173,7 @@ class MetricsSection(_Section):
     the steps that are recorded for the trace.
     """
 
-    folder: Path
+    folder: RootedPath
     every_steps: int = Field(default=1, ge=1)
     kept_mass_every_steps: int | None = Field(default=None, ge=1)
     tensorboard: bool = False
@@ -226,16 +239,6 @@ def load_config(path: Path) -> TrainConfig:
 def parse_config(document: dict[str, Any], *, source: Path | str = "config", base: Path = Path()) -> TrainConfig:
     """Check a configuration; relative paths are relative to `base`. InputError in one line."""
     try:
-        config = TrainConfig.model_validate(document)
+        return TrainConfig.model_validate(document, context=base)
     except ValidationError as error:
         raise validation_error(error, source) from error
-    rooted = _rooted(config.model_dump(), base)
-    return TrainConfig.model_validate(rooted)
-
-
-def _rooted(value: Any, base: Path) -> Any:
-    if isinstance(value, Path):
-        return value if value.is_absolute() else base / value
-    if isinstance(value, dict):
-        return {key: _rooted(item, base) for key, item in value.items()}
-    return value

@@ -46,15 +46,10 @@ def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    _copy_tokenizer(config.model.path, partial)
+    for name in TOKENIZER_FILES:
+        if (config.model.folder / name).is_file():
+            shutil.copyfile(config.model.folder / name, partial / name)
     if output.exists():
         output.rmdir()
     os.replace(partial, output)
     return {"step": manifest["step"], "folder": str(output)}
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    folder = source if source.is_dir() else source.parent
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)

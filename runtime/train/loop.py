@@ -5,6 +5,7 @@ Shape legend: S_own tokens of this rank's shard; world = replicas × ranks that 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,16 +22,14 @@ from ..attention.planned import PlannedAttention
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.ring import ZigzagAttention
 from ..baselines.torch_ring import TorchContextParallel
-from ..comm.failures import naming_lost_ranks
-from ..comm.mesh import Mesh, agree
+from ..comm.mesh import Mesh, agree, naming_lost_ranks
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
 from ..model.shape import decoder_layers
-from ..timing.exposure import Exposure
-from ..timing.spans import Clock, TimedAttention
+from ..timing.spans import Clock, Exposure, TimedAttention
 from .batch import Microbatch, cut
 from .checkpoint import Checkpointer
-from .metrics import Meter, Outputs, StepResult, observed_of
+from .metrics import Outputs, StepResult, measured_values, observed_of
 from .model import build_model, master_dtype, shard_model
 from .optimizer import (
     FiniteWatch,
@@ -41,8 +40,10 @@ from .optimizer import (
     learning_rate,
     make_optimizer,
 )
-from .patterns import NOTHING, LayerMasks, Observed, planned_masks
-from .setup import Setup, check_facts
+from .patterns import NOTHING, LayerMasks, Observed
+from .setup import Setup
+
+_made = itertools.count(1)  # all ranks make theirs in the same order
 
 
 class Trainer:
@@ -52,13 +53,11 @@ class Trainer:
     Raises InputError when ranks differ in configuration or plan.
     """
 
-    _made = 0
-
     def __init__(self, setup: Setup, world: Mesh, *, replayed: Sequence[AttentionMask] | None = None) -> None:
-        Trainer._made += 1
+        topic = f"training {next(_made)}"
         self.setup, self.world, self.config = setup, world, setup.config
-        agree(world, f"training {Trainer._made} configuration", setup.config.digest)
-        agree(world, f"training {Trainer._made} facts", str(sorted(setup.run_facts().items())))
+        agree(world, f"{topic} configuration", setup.config.digest)
+        agree(world, f"{topic} facts", str(sorted(setup.run_facts().items())))
         self.mesh = world.replica_of(setup.config.parallel.context)
         self.clock, self.exposure = Clock(world.device), Exposure(world.device)
         self.hf_model = build_model(
@@ -71,23 +70,23 @@ class Trainer:
         self.model = shard_model(self.hf_model, setup.config, device_mesh)
         own = torch.from_numpy(setup.plan.make_placement().positions(self.mesh.rank)).to(world.device)
         self.attached = Attached(
-            self.hf_model, TimedAttention(attention, self.clock), self._mask_of_layer, positions=own,
+            self.hf_model, TimedAttention(attention, self.clock), self.masks and self.masks.of_layer, positions=own,
             seq_len_tokens=setup.config.seq_len_tokens,
         )  # fmt: skip
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = self.mesh.new_group(range(self.mesh.world_size))
-        self.checkpoints = self._checkpointer()
+        section = setup.config.checkpoint
+        self.checkpoints = Checkpointer(section, world, facts=setup.run_facts()) if section else None
         self.next_step = 0
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, if there is one and it is wanted; return the next step. Collective."""
-        section = self.config.checkpoint
-        if self.checkpoints is not None and section is not None and section.resume:
+        if self.checkpoints is not None and self.checkpoints.section.resume:
             newest = self.checkpoints.newest()
             if newest is not None:
                 manifest = self.checkpoints.load(newest, self.hf_model, self.optimizer)
-                check_facts(manifest["facts"], self.setup.run_facts(), source=str(newest))
+                self.setup.check_resumed(manifest["facts"], source=newest)
                 self.next_step = manifest["step"]
         return self.next_step
 
@@ -98,15 +97,24 @@ class Trainer:
 
         stop_before: leave the run there, to be resumed; the learning rate stays that of the whole run.
         """
-        last = self.config.steps if stop_before is None else min(stop_before, self.config.steps)
-        outputs = self._outputs()
+        config, section = self.config, self.config.checkpoint
+        last = config.steps if stop_before is None else min(stop_before, config.steps)
+        header = None
+        if config.trace_out is not None and self.world.rank == 0:
+            header = trace_header(
+                self.hf_model, model_id=config.model.path.name, seq_len_tokens=config.seq_len_tokens,
+                block_size=self.setup.plan.block_size, seed=config.seed, audited=self.setup.audited,
+            )  # fmt: skip
+        outputs = Outputs(config, rank=self.world.rank, first_step=self.next_step, header=header)
         results: list[StepResult] = []
         try:
             while self.next_step < last:
                 with naming_lost_ranks(self.world):
-                    results.append(self.step(observed_of(self.config, self.next_step)))
+                    results.append(self.step(observed_of(config, self.next_step)))
                     outputs.write(results[-1], self.masks)
-                    self._save_if_due()
+                    done = self.next_step
+                    if section and self.checkpoints and (done % section.every_steps == 0 or done == config.steps):
+                        self.checkpoints.save(done, self.hf_model, self.optimizer)
                 report(results[-1])
             if self.checkpoints is not None:
                 self.checkpoints.finish()
@@ -141,9 +149,7 @@ class Trainer:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Finish checkpoints and channels. Collective."""
-        if self.checkpoints is not None:
-            self.checkpoints.finish()
+        """Give the model its own attention back and close the channels. Collective."""
         self.attached.detach()
 
     def _attention(self, replayed: Sequence[AttentionMask] | None) -> Attention:
@@ -154,42 +160,12 @@ class Trainer:
             return TorchContextParallel(self.mesh)
         bound = bind(self.setup.plan, self.mesh)
         planned = PlannedAttention(bound)
-        planned.channels = self.exposure.channels(planned.channels)
-        self.masks = planned_masks(
-            bound, trace=self.setup.resolved.trace, clock=self.clock, exposure=self.exposure, seed=self.config.seed
-        )
-        self.masks.replayed = replayed
-        return planned
-
-    def _mask_of_layer(self, layer: int) -> Any:
-        return None if self.masks is None else self.masks.of_layer(layer)
-
-    def _checkpointer(self) -> Checkpointer | None:
-        section = self.config.checkpoint
-        if section is None:
-            return None
-        return Checkpointer(
-            section.folder, self.world, facts=self.setup.run_facts(), keep_last=section.keep_last,
-            asynchronous=section.asynchronous,
+        planned.waiting = self.exposure.waiting
+        self.masks = LayerMasks(
+            bound, trace=self.setup.trace, clock=self.clock, exposure=self.exposure, seed=self.config.seed,
+            replayed=replayed,
         )  # fmt: skip
-
-    def _save_if_due(self) -> None:
-        """Save a checkpoint of the state after the steps done so far, where one is due. Collective."""
-        section, done = self.config.checkpoint, self.next_step
-        if self.checkpoints is None or section is None:
-            return
-        if done % section.every_steps == 0 or done == self.config.steps:
-            self.checkpoints.save(done, self.hf_model, self.optimizer)
-
-    def _outputs(self) -> Outputs:
-        header = None
-        if self.config.trace_out is not None and self.world.rank == 0:
-            plan = self.setup.plan
-            header = trace_header(
-                self.hf_model, model_id=self.config.model.path.name, seq_len_tokens=plan.seq_len_tokens,
-                block_size=plan.block_size, seed=self.config.seed, audited=self.setup.audited,
-            )  # fmt: skip
-        return Outputs(self.config, rank=self.world.rank, first_step=self.next_step, header=header)
+        return planned
 
     def _microbatch(self, number: int) -> Microbatch:
         """Return this rank's shard of one sequence of the next step: a pure function of configuration and place."""
@@ -237,9 +213,9 @@ class Trainer:
         return (loss / count if count else None), norm
 
     def _measured(self, seconds: float) -> dict[str, Any]:
-        setup, device = self.setup, self.world.device
         loads = None if self.masks is None else self.masks.take_loads()
-        meter = Meter(self.config, setup.facts, setup.plan, device=device, world_size=self.world.world_size)
-        # PyTorch's own ring cannot be seen into.
-        exposed_ms = None if self.config.attention == "torch-context-parallel" else self.exposure.take_ms()
-        return meter.values(seconds, loads) | {"exposed_communication_ms": exposed_ms}
+        seen_into = self.config.attention != "torch-context-parallel"  # PyTorch's own ring is not
+        values = measured_values(
+            self.config, self.setup.facts, self.setup.plan, self.world, seconds=seconds, loads=loads
+        )  # fmt: skip
+        return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}

@@ -1,4 +1,4 @@
-"""The model of a training run: checked, built, its layers checkpointed, its parameters sharded over all processes.
+"""The model of a training run: counted, checked, built, its layers checkpointed, its parameters sharded over all ranks.
 
 Parameters and optimizer states are float32 (float64 for float64 runs) and sharded; computation is in the run's type.
 
@@ -7,6 +7,7 @@ Whether it may be trained at all is the audit's to say (`runtime/audit`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ...planner.plan import ModelShape
 from ...traces.errors import InputError
 from ..attention.recompute import checkpoint_layer
 from ..model.head_loss import ModelWithLoss
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
-from ..model.shape import check_angles, decoder_layers
+from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
 from .config import ModelSection, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model from its configuration alone.
+
+    parameters: counted without memory; matrix_parameters: those that a token meets in matrix products, of experts the
+    ones it visits (None where the model does not say how many); layer_parameters: of one decoder layer.
+    """
+
+    shape: ModelShape
+    parameters: int
+    matrix_parameters: int | None
+    layer_parameters: int
 
 
 def read_model_config(section: ModelSection) -> Any:
@@ -43,6 +59,24 @@ def read_model_config(section: ModelSection) -> Any:
     return config
 
 
+def model_facts(config: Any) -> ModelFacts:
+    """Return what the configuration says of the model; parameters are counted on the meta device."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever its class says about the values, one line says it
+            told = f"makes no causal language model ({type(error).__name__}: {error})"
+            raise InputError(told, field="model.path") from error
+    active = active_parameters(model)
+    lookups = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return ModelFacts(
+        shape=model_shape(config),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        matrix_parameters=None if active is None else active - lookups,
+        layer_parameters=sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters()),
+    )
+
+
 def build_model(section: ModelSection, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """Return the model with all its parameters in `dtype`: random ones made on the device, files read on the host."""
     if section.random_weights:
@@ -50,24 +84,18 @@ def build_model(section: ModelSection, config: Any, *, device: torch.device, dty
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     else:
-        folder = section.path if section.path.is_dir() else section.path.parent
-        model = pretrained(folder, config, dtype=dtype)
+        model = pretrained(section.folder, config, dtype=dtype)
     check_angles(model)
     return model.train()
-
-
-def fuse_layers(model: PreTrainedModel) -> None:
-    """Let liger-kernel's fused kernels compute norms, rotation and MLP (GPUs). Attention and loss stay ours."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
-
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
 
 
 def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
     """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
     layers = decoder_layers(model)
-    if config.memory.fused_layers:
-        fuse_layers(model)
+    if config.memory.fused_layers:  # norms, rotation and MLP; attention and loss stay ours
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
     if config.memory.checkpoint_layers:
         for layer in layers[: max(len(layers) - config.memory.whole_layers, 0)]:
             checkpoint_layer(layer, offload=config.memory.offload)

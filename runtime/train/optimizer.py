@@ -53,11 +53,6 @@ class GradientNorms:
         """The norm of all gradients together."""
         return self.squares.sum().sqrt()
 
-    def broken(self) -> list[str]:
-        """Names of the parameters whose gradient is not finite."""
-        finite = torch.isfinite(self.squares).tolist()
-        return [name for name, ok in zip(self.names, finite, strict=True) if not ok]
-
 
 def gradient_norms(parameters: Iterable[tuple[str, Parameter]]) -> GradientNorms:
     """Return the norms of gradients that are sharded over all processes. Collective.
@@ -110,7 +105,9 @@ class FiniteWatch:
                 layer = first(layers)
                 ranks = broken[:, direction, layer].nonzero()[:, 0].tolist()
                 return f"{name} of layer {layer} is not finite on rank {', '.join(map(str, ranks))}"
-        return f"the gradient of {', '.join(norms.broken()[:4]) or 'the loss'} is not finite (on some rank)"
+        finite = norms.squares.isfinite().tolist()
+        broken_names = [name for name, ok in zip(norms.names, finite, strict=True) if not ok]
+        return f"the gradient of {', '.join(broken_names[:4]) or 'the loss'} is not finite (on some rank)"
 
     def _hook(self, number: int) -> Any:
         def note(direction: int, tensor: Tensor) -> None:

@@ -8,8 +8,9 @@ Shape legend: H query heads, N mask blocks, W ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,36 +24,28 @@ from ...traces.dataset.writer import LayerRecord
 from ..attention.bound import BoundPlan
 from ..attention.heads import Chooser
 from ..attention.masks import RunningHash
-from ..attention.patterns import PlannedChoice
-from ..comm.channels import reducers
+from ..attention.patterns import PlannedChoice, collectives_over
 from ..hf.capture import pattern_of
-from ..timing.exposure import Exposure
-from ..timing.spans import Clock
+from ..timing.spans import Clock, Exposure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What a training step looks at beyond its loss; of patterns, those of its first microbatch.
 
-    measured: density, imbalance and exposed communication. weighed: of a measured step also the kept mass. recorded:
-    whole patterns and their kept mass, for the trace.
+    measured: density, imbalance and exposed communication. weighed: also the mass that patterns keep. recorded: whole
+    patterns, for the trace, which asks for their mass too.
     """
 
     measured: bool = False
     weighed: bool = False
     recorded: bool = False
 
-    @property
-    def masses(self) -> bool:
-        """Whether the mass that patterns keep is worked out."""
-        return self.recorded or (self.measured and self.weighed)
-
 
 NOTHING = Observed()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerLoad:
+class LayerLoad(NamedTuple):
     """What one layer's pattern costs and keeps.
 
     density [H]; imbalance: worker imbalance of active blocks (max over mean); kept_mass [H]: share of attention's mass
@@ -64,44 +57,44 @@ class LayerLoad:
     kept_mass: list[float] | None
 
 
-@dataclass(eq=False)
-class _Watched:
+class _Watched(NamedTuple):
     rows: Tensor  # [H, N] active key blocks of every query block
-    masses: tuple[Tensor, Tensor] | None = None  # kept mass [H], by the probe's queries and by sampled ones
-    record: AttentionMask | None = None
+    masses: tuple[Tensor, Tensor] | None  # kept mass [H], by the probe's queries and by sampled ones
+    record: AttentionMask | None
 
 
-@dataclass(eq=False)
 class LayerMasks:
-    """Gives every layer its mask (`of_layer`), and watches what is given.
+    """Gives every layer its mask (`of_layer`), and watches what is given. Making it is collective.
 
-    source: layer -> mask or chooser; seed: of the sampled queries.
-    replayed: one mask a layer, used in place of what the source chooses. documents int32 [S]: laid over the masks of
-    this microbatch. observed: what is kept of them.
+    trace: its last step is replayed; None: the plan's selector chooses. exposure: counts the reductions of choosing.
+    seed: of the sampled queries. replayed: one mask a layer, used in place of what would be. source: layer -> mask or
+    chooser. documents int32 [S]: laid over the masks of this microbatch. observed: what is kept of them.
     """
 
-    bound: BoundPlan
-    source: Callable[[int], AttentionMask | Chooser]
-    clock: Clock
-    seed: int = 0
-    replayed: Sequence[AttentionMask] | None = None
-    documents: Tensor | None = None
-    observed: Observed = NOTHING
-    _watched: dict[int, _Watched] = field(default_factory=dict)
-    _collectives: Collectives | None = None
-
-    def __post_init__(self) -> None:
-        self._hash = RunningHash(self.bound.mesh.device)
+    def __init__(
+        self, bound: BoundPlan, *, trace: Trace | None, clock: Clock, exposure: Exposure, seed: int,
+        replayed: Sequence[AttentionMask] | None = None,
+    ) -> None:  # fmt: skip
+        self._bound, self._clock, self._seed, self._replayed = bound, clock, seed, replayed
+        self.source: Callable[[int], AttentionMask | Chooser]
+        if trace is not None:
+            self.source = bound.replayed(trace, trace.steps[-1]).__getitem__
+        else:
+            self.source = PlannedChoice(bound, exposure.waiting).of_layer
+        self.documents: Tensor | None = None
+        self.observed = NOTHING
+        self._watched: dict[int, _Watched] = {}
+        self._hash = RunningHash(bound.mesh.device)
 
     def of_layer(self, layer: int) -> Chooser:
         """Return a function of this rank's (q, k, scale) that gives the layer's mask. Collective when it chooses."""
 
         def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
             given = self.source(layer)
-            with self.clock.span("choosing"):
+            with self._clock.span("choosing"):
                 mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
-            if self.replayed is not None:
-                mask = self.replayed[layer]
+            if self._replayed is not None:
+                mask = self._replayed[layer]
             if self.documents is not None:
                 mask = replace(mask, documents=self.documents)
             self._observe(layer, mask, q, k, scale)
@@ -113,26 +106,24 @@ class LayerMasks:
         """Return an int64 that stands for all masks given since the last call, on the device."""
         return self._hash.take()
 
-    def take_loads(self) -> dict[int, LayerLoad]:
-        """Return and forget what the watched layers cost and keep. Waits for the device."""
-        owners = self._owners()
-        loads: dict[int, LayerLoad] = {}
-        for layer, watched in sorted(self._watched.items()):
+    def take_loads(self) -> list[LayerLoad]:
+        """Return, layer by layer, and forget what those watched cost and keep. Waits for the device."""
+        first = np.arange(0, self._bound.plan.seq_len_tokens, self._bound.plan.block_size)
+        owners = torch.from_numpy(self._bound.placement.owner_of_tokens()[first]).to(self._bound.mesh.device)  # [N]
+        loads: list[LayerLoad] = []
+        for _, watched in sorted(self._watched.items()):
             blocks = watched.rows.shape[1]
             density = watched.rows.sum(1).double() / (blocks * (blocks + 1) / 2)
-            work = torch.zeros(self.bound.mesh.world_size, dtype=torch.float64, device=owners.device)
+            work = torch.zeros(self._bound.mesh.world_size, dtype=torch.float64, device=owners.device)
             work.index_add_(0, owners, watched.rows.sum(0).double())
-            loads[layer] = LayerLoad(
-                density=density.tolist(),
-                imbalance=(work.max() / work.mean()).item(),
-                kept_mass=None if watched.masses is None else watched.masses[1].clamp(0, 1).tolist(),
-            )
+            kept_mass = None if watched.masses is None else watched.masses[1].clamp(0, 1).tolist()
+            loads.append(LayerLoad(density.tolist(), (work.max() / work.mean()).item(), kept_mass))
         self._watched = {layer: watched for layer, watched in self._watched.items() if watched.record is not None}
         return loads
 
     def take_records(self) -> dict[int, LayerRecord]:
         """Return the recorded layers on the host, as a trace takes them, and forget them."""
-        spec = self.bound.plan.pattern
+        spec = self._bound.plan.pattern
         records: dict[int, LayerRecord] = {}
         for layer, watched in sorted(self._watched.items()):
             assert watched.record is not None and watched.masses is not None
@@ -152,35 +143,17 @@ class LayerMasks:
         with torch.no_grad():
             self._hash.note(mask)
             if self.observed.measured or self.observed.recorded:
-                masses = self._masses(mask, q, k, scale) if self.observed.masses else None
+                masses = self._masses(mask, q, k, scale) if self.observed.weighed else None
                 self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.observed.recorded else None)
 
     def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if self._collectives is None:
-            total, largest = reducers(self.bound.mesh)
-            self._collectives = Collectives(all_reduce_sum=total, all_reduce_max=largest)
-        shard = self.bound.shard_tensors(q, k, self.documents)
+        shard = self._bound.shard_tensors(q, k, self.documents)
         common: dict[str, Any] = {"scale": scale, "collectives": self._collectives}
-        return kept_mass_probe(shard, mask, **common), kept_mass_sampled(shard, mask, seed=self.seed, **common)
+        return kept_mass_probe(shard, mask, **common), kept_mass_sampled(shard, mask, seed=self._seed, **common)
 
-    def _owners(self) -> Tensor:
-        """Return int64 [N], the rank that owns the first token of each block."""
-        first = np.arange(0, self.bound.plan.seq_len_tokens, self.bound.plan.block_size)
-        return torch.from_numpy(self.bound.placement.owner_of_tokens()[first]).to(self.bound.mesh.device)
-
-
-def planned_masks(bound: BoundPlan, *, trace: Trace | None, clock: Clock, exposure: Exposure, seed: int) -> LayerMasks:
-    """Return the masks of a plan: replayed from the trace's last step, or chosen. Collective.
-
-    exposure: counts the reductions of choosing.
-    """
-    if trace is not None:
-        source: Callable[[int], AttentionMask | Chooser] = bound.replayed(trace, trace.steps[-1]).__getitem__
-    else:
-        choice = PlannedChoice(bound)
-        choice.wrap_reductions(exposure.reduction)
-        source = choice.of_layer
-    return LayerMasks(bound=bound, source=source, clock=clock, seed=seed)
+    @cached_property
+    def _collectives(self) -> Collectives:
+        return collectives_over(self._bound.mesh)
 
 
 def block_rows(mask: AttentionMask) -> Tensor:

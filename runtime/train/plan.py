@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,65 +11,47 @@ from ...kernels.select.registry import Selector, selectors
 from ...kernels.select.sink_window import dense
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.ring import Ring
-from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, load_plan, make_plan
+from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, load_plan, make_plan
 from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.selectors import dense_pattern, make_selector
+from ..attention.selectors import make_selector, pattern_chosen_by
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
 from .config import TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResolvedPlan:
-    """trace: what the plan replays, if it does; made_here: one line about a plan that no file gave."""
+def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tuple[Plan, Trace | None, str | None]:
+    """Return the plan, the trace that it replays (if it does), and one line about a plan that no file gave.
 
-    plan: Plan
-    trace: Trace | None = None
-    made_here: str | None = None
-
-
-def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> ResolvedPlan:
-    """Return the plan, checked against configuration and model before any GPU work. InputError in one line.
-
-    Dense baselines that are not planned get a plan for its zigzag placement alone.
+    All is checked against configuration and model before any GPU work: InputError in one line. Dense baselines that
+    are not planned get a plan for its zigzag placement alone.
     """
     backend = config.plan.backend or ("triton" if device == "cuda" else "blockwise")
     if config.attention == FLASH4_RING:
         require_flash4(device, dtype=getattr(torch, config.dtype), head_dim=shape.head_dim)
     if config.attention in ("dense-zigzag", FLASH4_RING, "torch-context-parallel"):
-        plan = _zigzag_plan(config, shape, _named_only(backend, config, shape))
-        return ResolvedPlan(plan=plan, made_here=f"{config.attention}, zigzag placement")
+        return _zigzag_plan(config, shape, backend), None, f"{config.attention}, zigzag placement"
     if config.plan.file is not None:
-        return _from_file(config, shape)
-    _require_kernels(backend, config, shape)
-    plan = _default_plan(config, shape, backend)
-    _check_documents(config, plan)
-    selector = plan.pattern.selector
-    words = "dense, every diagonal" if config.attention == "dense" else f"{selector} {plan.pattern.settings}"
-    made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
-    return ResolvedPlan(plan=plan, made_here=made_here)
+        plan, trace = _from_file(config, shape, config.plan.file)
+        made_here = None
+    else:
+        plan, trace = _default_plan(config, shape, backend), None
+        pattern = plan.pattern
+        words = "dense, every diagonal" if config.attention == "dense" else f"{pattern.selector} {pattern.settings}"
+        made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
+    if config.data.documents.attention:
+        selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
+        keeping = [name for name, kind in selectors().items() if kind.keeps_documents]
+        if selector not in keeping:
+            raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(keeping)} and dense "
+                                   "attention can keep documents apart", field="data.documents.attention")  # fmt: skip
+    return plan, trace, made_here
 
 
-def _require_kernels(backend: str, config: TrainConfig, shape: ModelShape) -> None:
-    """Raise UnsupportedError where the kernels do not take the model's heads."""
-    computed_head_dim(backend, head_dim=shape.head_dim, dtype=config.dtype, block_size=config.plan.block_size)
-
-
-def _named_only(backend: str, config: TrainConfig, shape: ModelShape) -> str:
-    """Return kernels for a plan that no kernels follow: blockwise, which takes any heads, where these do not."""
-    try:
-        _require_kernels(backend, config, shape)
-    except UnsupportedError:
-        return "blockwise"
-    return backend
-
-
-def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
-    assert config.plan.file is not None
-    plan = load_plan(config.plan.file)
+def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan, Trace | None]:
+    plan = load_plan(file)
     try:
         plan.require(
             world_size=config.parallel.context, model=shape, seq_len_tokens=config.seq_len_tokens, dtype=config.dtype
@@ -78,7 +60,7 @@ def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
             raise InputError(f"the plan says {plan.kernels.backend!r}, the configuration {config.plan.backend!r}",
                              field="plan.backend")  # fmt: skip
     except InputError as error:
-        raise type(error)(str(error), source=config.plan.file) from error
+        raise type(error)(str(error), source=file) from error
     trace = None
     if plan.pattern.source == "trace":
         if config.plan.trace is None:
@@ -95,11 +77,11 @@ def _from_file(config: TrainConfig, shape: ModelShape) -> ResolvedPlan:
         raise InputError("the plan chooses its patterns and replays no trace", field="plan.trace")
     else:
         _selector(plan.pattern.selector or "", plan.pattern.settings)
-    _check_documents(config, plan)
-    return ResolvedPlan(plan=plan, trace=trace)
+    return plan, trace
 
 
 def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+    _require_kernels(backend, config, shape)
     if config.attention == "dense":
         selector: Selector = dense(config.seq_len_tokens)
     else:
@@ -108,10 +90,9 @@ def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.plan.block_size,
     )  # fmt: skip
-    pattern = PatternSpec(source="choose", selector=selector.name, settings=selector.settings)
-    attention = _attention(config, shape, columns_capacity=min(selector.most_columns, config.seq_len_tokens))
+    columns_capacity = min(selector.most_columns, config.seq_len_tokens)
     try:
-        return _plan(attention, backend, placement, config.plan.make_layout(), pattern)
+        return _plan(config, shape, backend, placement, config.plan.make_layout(), selector, columns_capacity)
     except InputError as error:
         raise type(error)(str(error), field="plan.layout_parameters") from error
 
@@ -125,32 +106,34 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
     if config.data.documents.attention:
         raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
+    try:
+        _require_kernels(backend, config, shape)
+    except UnsupportedError:
+        backend = "blockwise"  # the plan only names kernels, which nothing follows: these take any heads
     placement = zigzag(
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.seq_len_tokens // chunks,
     )  # fmt: skip
-    pattern = dense_pattern(config.seq_len_tokens)
-    return _plan(_attention(config, shape, columns_capacity=0), backend, placement, Ring(), pattern)
+    return _plan(config, shape, backend, placement, Ring(), dense(config.seq_len_tokens), 0)
 
 
-def _attention(config: TrainConfig, shape: ModelShape, *, columns_capacity: int) -> AttentionSpec:
-    return AttentionSpec(
-        model=shape,
-        seq_len_tokens=config.seq_len_tokens,
-        block_size=config.plan.block_size,
-        dtype=config.dtype,
-        columns_capacity=columns_capacity,
-    )
+def _require_kernels(backend: str, config: TrainConfig, shape: ModelShape) -> None:
+    """Raise UnsupportedError where the kernels do not take the model's heads."""
+    computed_head_dim(backend, head_dim=shape.head_dim, dtype=config.dtype, block_size=config.plan.block_size)
 
 
-def _plan(attention: AttentionSpec, backend: str, placement: Placement, layout: Layout, pattern: PatternSpec) -> Plan:
+def _plan(
+    config: TrainConfig, shape: ModelShape, backend: str, placement: Placement, layout: Layout, selector: Selector,
+    columns_capacity: int,
+) -> Plan:  # fmt: skip
     plan = make_plan(
-        attention=attention,
-        placement=placement,
-        forward=layout,
-        pattern=pattern,
+        attention=AttentionSpec(
+            model=shape, seq_len_tokens=config.seq_len_tokens, block_size=config.plan.block_size, dtype=config.dtype,
+            columns_capacity=columns_capacity,
+        ),
+        placement=placement, forward=layout, pattern=pattern_chosen_by(selector),
         kernels=KernelSpec.model_validate({"backend": backend}),
-    )
+    )  # fmt: skip
     return plan.with_record(provenance={"made_by": "sparsering train"})
 
 
@@ -159,13 +142,3 @@ def _selector(name: str, settings: dict[str, Any]) -> Selector:
         return make_selector(name, settings)
     except InputError as error:
         raise InputError(str(error), field="plan.pattern") from error
-
-
-def _check_documents(config: TrainConfig, plan: Plan) -> None:
-    if not config.data.documents.attention:
-        return
-    selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
-    keeping = [name for name, kind in selectors().items() if kind.keeps_documents]
-    if selector not in keeping:
-        raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(keeping)} and dense "
-                               "attention can keep documents apart", field="data.documents.attention")  # fmt: skip

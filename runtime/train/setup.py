@@ -6,13 +6,16 @@ Nothing here joins other processes or touches a device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...planner.cost.memory import layer_memory
-from ...planner.plan import ELEMENT_BYTES, Plan
+from ...planner.plan import Plan
 from ...planner.schedule.schedule import DIRECTIONS
+from ...planner.specs import ELEMENT_BYTES
+from ...traces.dataset.store import Trace
 from ...traces.errors import InputError
 from ..audit.audit import audit
 from ..audit.result import Audit
@@ -21,64 +24,94 @@ from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
-from .facts import ModelFacts, model_facts
-from .metrics import TensorBoard
-from .model import read_model_config
-from .plan import ResolvedPlan, resolve_plan
-
-MASTER_BYTES = 4
+from .model import ModelFacts, master_dtype, model_facts, read_model_config
+from .plan import resolve_plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A checked run. model_config: transformers'; audited: what the audit of it said."""
+    """A checked run.
+
+    model_config: transformers'; audited: what the audit of it said; trace: what the plan replays, if it does;
+    made_here: one line about a plan that no file gave.
+    """
 
     config: TrainConfig
     device: str
     model_config: Any
     audited: Audit
     facts: ModelFacts
-    resolved: ResolvedPlan
+    plan: Plan
+    trace: Trace | None
+    made_here: str | None
     data: TokenData
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that attention follows."""
-        return self.resolved.plan
 
     def run_facts(self) -> dict[str, Any]:
         """Return what makes two runs the same run: it stands in checkpoints."""
-        config = self.config
+        own = ("seed", "seq_len_tokens", "sequences_per_step", "dtype")
         return {
-            "model_type": self.facts.model_type,
+            "model_type": self.model_config.model_type,
             "parameters": self.facts.parameters,
             "shape": self.facts.shape.model_dump(),
-            "world_size": config.parallel.world_size,
+            "world_size": self.config.parallel.world_size,
             "plan_digest": self.plan.digest,
             "data_digest": self.data.manifest.digest,
-            "seed": config.seed,
-            "seq_len_tokens": config.seq_len_tokens,
-            "sequences_per_step": config.sequences_per_step,
-            "dtype": config.dtype,
-        }
+        } | {name: getattr(self.config, name) for name in own}
+
+    def check_resumed(self, saved: dict[str, Any], *, source: Path) -> None:
+        """Refuse to go on from a checkpoint of another run, whose facts are `saved`: InputError names what differs."""
+        for name, value in self.run_facts().items():
+            if saved.get(name) != value:
+                told = f"the checkpoint has {saved.get(name)!r}, the run {value!r}: train into another folder, "
+                raise InputError(f"{told}or export the checkpoint and start from it", source=source, field=name)
 
     def summary(self) -> dict[str, Any]:
         """Return what `--dry-run` shows."""
-        memory = memory_estimate(self.config, self.facts, self.plan)
         return {
             "configuration": self.config.model_dump(mode="json"),
             "model": {
-                "type": self.facts.model_type,
+                "type": self.model_config.model_type,
                 "parameters": self.facts.parameters,
                 "audit": {"right": self.audited.right, "errors": self.audited.errors, "digest": self.audited.digest},
             },
             "device": self.device,
             "plan_digest": self.plan.digest,
-            "plan": self.resolved.made_here or str(self.config.plan.file),
+            "plan": self.made_here or str(self.config.plan.file),
             "sequences": self.data.sequences(self.config.seq_len_tokens),
             "tokens_per_step": self.config.sequences_per_step * self.config.seq_len_tokens,
-            "memory_bytes_per_rank": memory,
+            "memory_bytes_per_rank": self.memory_bytes(),
         }
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Estimate bytes by purpose on one rank at the peak of a step, and their "total": allocators differ."""
+        model, facts, plan, memory = self.model_config, self.facts, self.plan, self.config.memory
+        shape, world, layers = plan.attention_shape(), self.config.parallel.world_size, facts.shape.layers
+        element, tokens = ELEMENT_BYTES[self.config.dtype], shape.tokens_per_rank
+        master = master_dtype(self.config).itemsize
+        intermediate = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
+        root = facts.parameters - layers * facts.layer_parameters
+        row = tokens * model.hidden_size * element
+        queries = tokens * shape.heads * shape.head_dim * element
+        keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
+        kept_kv = plan.schedule("forward").kept_bytes
+        kept = row + queries + tokens * shape.heads * shape.accumulator_bytes + kept_kv
+        kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
+        layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * intermediate * element
+        whole = min(memory.whole_layers, layers) if memory.checkpoint_layers else layers
+        backend, reordered = plan.kernels.backend, plan.head_orders is not None
+        attention = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
+        chunk = min(memory.loss_chunk_tokens, tokens) * model.vocab_size * (2 * master + 2 * element)
+        parts = {
+            "parameters": master * facts.parameters // world,
+            "gradients": master * facts.parameters // world,
+            "optimizer": 2 * master * facts.parameters // world,
+            "gathered_parameters": element * (2 * facts.layer_parameters + 2 * root) + master * facts.layer_parameters,
+            "kept_for_backward": 0 if memory.offload else (layers - whole) * kept,
+            "whole_layers": max(whole, 1) * layer,
+            "attention": max(one.total_bytes for one in attention),
+            "loss": chunk + master * model.vocab_size * model.hidden_size + row,
+        }
+        return parts | {"total": sum(parts.values())}
 
 
 def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
@@ -92,71 +125,28 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     audited.require(source=config.model.path)
     facts = model_facts(model_config)
     data = TokenData.open(config.data.folder)
-    if data.manifest.vocabulary > facts.vocabulary:
-        raise InputError(f"has a vocabulary of {data.manifest.vocabulary}, the model of {facts.vocabulary}",
+    if data.manifest.vocabulary > model_config.vocab_size:
+        raise InputError(f"has a vocabulary of {data.manifest.vocabulary}, the model of {model_config.vocab_size}",
                          source=config.data.folder, field="vocabulary")  # fmt: skip
     data.sequences(config.seq_len_tokens)
     if verify_data:
         data.verify()
-    resolved = resolve_plan(config, facts.shape, device=device)
-    check_padding(model_config, resolved.plan)
+    plan, trace, made_here = resolve_plan(config, facts.shape, device=device)
+    check_padding(model_config, plan)
     for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
     if config.metrics is not None and config.metrics.tensorboard:
-        TensorBoard.require()
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        except ImportError as error:
+            raise InputError("needs the package tensorboard: pip install 'sparsering[tensorboard]'",
+                             field="metrics.tensorboard") from error  # fmt: skip
     setup = Setup(
-        config=config, device=device, model_config=model_config, audited=audited, facts=facts, resolved=resolved,
-        data=data,
+        config=config, device=device, model_config=model_config, audited=audited, facts=facts, plan=plan, trace=trace,
+        made_here=made_here, data=data,
     )  # fmt: skip
-    _check_resume(setup)
+    newest = newest_checkpoint(config.checkpoint.folder) if config.checkpoint and config.checkpoint.resume else None
+    if newest is not None:
+        setup.check_resumed(read_checkpoint_manifest(newest)["facts"], source=newest)
     return setup
-
-
-def _check_resume(setup: Setup) -> None:
-    section = setup.config.checkpoint
-    found = newest_checkpoint(section.folder) if section is not None and section.resume else None
-    if found is not None:
-        check_facts(read_checkpoint_manifest(found)["facts"], setup.run_facts(), source=str(found))
-
-
-def check_facts(saved: dict[str, Any], run: dict[str, Any], *, source: str) -> None:
-    """Refuse to go on from a checkpoint of another run: InputError names what differs."""
-    for name, value in run.items():
-        if saved.get(name) != value:
-            raise InputError(f"the checkpoint has {saved.get(name)!r}, the run {value!r}: train into another folder, "
-                             "or export the checkpoint and start from it", source=source, field=name)  # fmt: skip
-
-
-def memory_estimate(config: TrainConfig, facts: ModelFacts, plan: Plan) -> dict[str, int]:
-    """Return bytes by purpose on one rank at the peak of a step, and their "total". An estimate: allocators differ."""
-    shape, world = plan.attention_shape(), config.parallel.world_size
-    element, tokens = ELEMENT_BYTES[config.dtype], shape.tokens_per_rank
-    master = 8 if config.dtype == "float64" else MASTER_BYTES
-    root = facts.parameters - facts.shape.layers * facts.layer_parameters
-    row = tokens * facts.hidden * element
-    queries = tokens * shape.heads * shape.head_dim * element
-    keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
-    kept = row + queries + tokens * shape.heads * shape.accumulator_bytes
-    kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
-    kept_kv = plan.schedule("forward").kept_bytes
-    kept += kept_kv
-    layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * facts.intermediate * element
-    layers = facts.shape.layers
-    whole = min(config.memory.whole_layers, layers) if config.memory.checkpoint_layers else layers
-    backend = plan.kernels.backend
-    reordered = plan.head_orders is not None
-    memories = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
-    attention = max(memory.total_bytes for memory in memories)
-    chunk = min(config.memory.loss_chunk_tokens, tokens) * facts.vocabulary * (2 * master + 2 * element)
-    parts = {
-        "parameters": master * facts.parameters // world,
-        "gradients": master * facts.parameters // world,
-        "optimizer": 2 * master * facts.parameters // world,
-        "gathered_parameters": element * (2 * facts.layer_parameters + 2 * root) + master * facts.layer_parameters,
-        "kept_for_backward": 0 if config.memory.offload else (layers - whole) * kept,
-        "whole_layers": max(whole, 1) * layer,
-        "attention": attention,
-        "loss": chunk + master * facts.vocabulary * facts.hidden + row,
-    }
-    return parts | {"total": sum(parts.values())}

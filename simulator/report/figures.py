@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import plotly.graph_objects as go
 import plotly.io as pio
-from plotly.offline import get_plotlyjs
 
 Figure: TypeAlias = go.Figure
 
@@ -42,8 +41,3 @@ def styled(figure: Figure, *, height: int, **layout: Any) -> Figure:
 def html_of(name: str, figure: Figure) -> str:
     """Return the figure as a <div>; the page brings plotly itself, once."""
     return pio.to_html(figure, full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"figure-{name}")
-
-
-def plotly_script() -> str:
-    """Return plotly's own source for the page's one <script>."""
-    return get_plotlyjs()

@@ -11,31 +11,28 @@ from ...planner.plan import Plan
 from .figures import BLUE, FAINT, GREEN, GREY, INK, styled
 
 MOST_ROWS = 18
+TIMES = ("forward_us", "backward_us", "step_time_us")
 
 
 def layouts_figure(plan: Plan) -> go.Figure:
     """Return the plan, all plain layouts and the best of the others, quickest on top, forward and backward stacked."""
     rows = shown_rows(plan)
     figure = go.Figure()
-    names = [row["name"] for row in rows]
     for direction, opacity in (("forward", 1.0), ("backward", 0.62)):
-        figure.add_trace(
-            go.Bar(
-                x=[row[f"{direction}_us"] for row in rows],
-                y=names,
-                orientation="h",
-                marker={"color": [row["colour"] for row in rows], "opacity": opacity, "line": {"width": 0}},
-                customdata=[[row["note"], row["step_time_us"]] for row in rows],
-                hovertemplate=f"%{{y}}<br>{direction} %{{x:,.0f}} µs of %{{customdata[1]:,.0f}} µs"
-                "<br>%{customdata[0]}<extra></extra>",
-                text=[f" {row['step_time_us']:,.0f} µs  {row['note']}" for row in rows]
-                if direction == "backward"
-                else None,
-                textposition="outside",
-                cliponaxis=False,
-                textfont={"size": 12, "color": INK},
-                showlegend=False,
-            )
+        ends = [f" {row['step_time_us']:,.0f} µs  {row['note']}" for row in rows] if direction == "backward" else None
+        figure.add_bar(
+            x=[row[f"{direction}_us"] for row in rows],
+            y=[row["name"] for row in rows],
+            orientation="h",
+            marker={"color": [row["colour"] for row in rows], "opacity": opacity, "line": {"width": 0}},
+            customdata=[[row["note"], row["step_time_us"]] for row in rows],
+            hovertemplate=f"%{{y}}<br>{direction} %{{x:,.0f}} µs of %{{customdata[1]:,.0f}} µs"
+            "<br>%{customdata[0]}<extra></extra>",
+            text=ends,
+            textposition="outside",
+            cliponaxis=False,
+            textfont={"size": 12, "color": INK},
+            showlegend=False,
         )
     bound = plan.predictions["bound_us"]
     longest = max(row["step_time_us"] for row in rows)
@@ -56,12 +53,7 @@ def shown_rows(plan: Plan) -> list[dict[str, Any]]:
     others = [row for row in told["candidates"] if not row["baseline"]]
     others.sort(key=lambda row: (row["evaluator"] != told["evaluator"], row["step_time_us"]))
     rows = [_row(row, told["evaluator"]) for row in [*plain, *others[: MOST_ROWS - 1 - len(plain)]]]
-    picked = {
-        "name": "<b>the plan</b>",
-        "note": "",
-        "colour": GREEN,
-        **{key: told[key] for key in ("forward_us", "backward_us", "step_time_us")},
-    }
+    picked = {"name": "<b>the plan</b>", "note": "", "colour": GREEN, **{key: told[key] for key in TIMES}}
     return sorted([picked, *rows], key=lambda row: (row["step_time_us"], row is not picked))
 
 
@@ -72,9 +64,6 @@ def _row(row: Mapping[str, Any], evaluator: str) -> dict[str, Any]:
         "" if row["fits_memory"] else "too large",
         "" if row["evaluator"] == evaluator else "estimate",
     ]
-    return {
-        "name": f"{row['placement']} {row['granularity_tokens']} · {row['in_words']}",
-        "note": ", ".join(filter(None, remarks)),
-        "colour": BLUE if row["baseline"] else GREY,
-        **{key: row[key] for key in ("forward_us", "backward_us", "step_time_us")},
-    }
+    name, note = f"{row['placement']} {row['granularity_tokens']} · {row['in_words']}", ", ".join(filter(None, remarks))
+    colour = BLUE if row["baseline"] else GREY
+    return {"name": name, "note": note, "colour": colour, **{key: row[key] for key in TIMES}}

@@ -21,8 +21,6 @@ from ...traces.pattern import LayerPattern
 from ..engine import simulate
 from .figures import LOAD_SCALE, styled
 
-PLAIN_RING = Ring(prefetch=1)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loads:
@@ -85,25 +83,23 @@ def load_figure(loads: list[Loads]) -> go.Figure:
         for one in loads
     ]
     figure = make_subplots(rows=1, cols=len(loads), subplot_titles=titles, horizontal_spacing=0.05)
-    most = max(int(one.pairs.max()) for one in loads)
-    for number, one in enumerate(loads):
+    for number, one in enumerate(loads, start=1):
         ranks, phases = one.pairs.shape
-        figure.add_trace(
-            go.Heatmap(
-                z=one.pairs.astype(np.int32),
-                coloraxis="coloraxis",
-                xgap=1 if phases <= 40 else 0,
-                ygap=1 if ranks <= 40 else 0,
-                hovertemplate="rank %{y}, phase %{x}: %{z:,} tile pairs<extra></extra>",
-            ),
+        figure.add_heatmap(
+            z=one.pairs.astype(np.int32),
+            coloraxis="coloraxis",
+            xgap=1 if phases <= 40 else 0,
+            ygap=1 if ranks <= 40 else 0,
+            hovertemplate="rank %{y}, phase %{x}: %{z:,} tile pairs<extra></extra>",
             row=1,
-            col=number + 1,
+            col=number,
         )
-        figure.update_xaxes(title="phase", showgrid=False, zeroline=False, dtick=_tick(phases), row=1, col=number + 1)
-        figure.update_yaxes(showgrid=False, zeroline=False, dtick=_tick(ranks), autorange="reversed", row=1,
-                            col=number + 1)  # fmt: skip
+        axis = {"showgrid": False, "zeroline": False, "row": 1, "col": number}
+        figure.update_xaxes(title="phase", dtick=_tick(phases), **axis)
+        figure.update_yaxes(dtick=_tick(ranks), autorange="reversed", **axis)
     figure.update_yaxes(title="rank", col=1)
     bar = {"title": {"text": "tile pairs", "side": "right"}, "thickness": 14}
+    most = max(int(one.pairs.max()) for one in loads)
     figure.update_layout(coloraxis={"colorscale": LOAD_SCALE, "cmin": 0, "cmax": most, "colorbar": bar})
     height = 430 if loads[0].pairs.shape[0] > 8 else 290
     return styled(figure, height=height, margin={"l": 56, "r": 24, "t": 70, "b": 52})

@@ -43,8 +43,7 @@ def masks_figure(trace: Trace) -> go.Figure:
                            vertical_spacing=0.14)  # fmt: skip
     for number, one in enumerate(heads):
         row, column = number // PER_ROW + 1, number % PER_ROW + 1
-        for trace_of_map in _map(one):
-            figure.add_trace(trace_of_map, row=row, col=column)
+        figure.add_traces(_map(one), rows=row, cols=column)
         last = one.of.seq_len_tokens
         ticks = {"showgrid": False, "constrain": "domain", "dtick": _tick(last), "tickformat": "d"}
         figure.update_xaxes(range=[0, last], row=row, col=column, **ticks)
@@ -67,13 +66,10 @@ def chosen_heads(trace: Trace, count: int) -> list[ShownHead]:
     """Return `count` heads of the last training step at even distances in the order of their density."""
     found = []
     for layer in trace.layers:
-        pattern = trace.layer_pattern(trace.steps[-1], layer)
-        found += [
-            ShownHead(
-                layer=layer, head=number, density=head_density(head, pattern.num_blocks), pattern=head, of=pattern
-            )
-            for number, head in enumerate(pattern.heads)
-        ]
+        of = trace.layer_pattern(trace.steps[-1], layer)
+        for number, head in enumerate(of.heads):
+            density = head_density(head, of.num_blocks)
+            found.append(ShownHead(layer=layer, head=number, density=density, pattern=head, of=of))
     found.sort(key=lambda one: one.density)
     places = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
     return [found[place] for place in places]
@@ -97,20 +93,20 @@ def _map(one: ShownHead) -> list[go.Heatmap]:
         active, columns = (_coarser(values, step) for values in (active, columns))
     centre = (np.arange(active.shape[0]) + 0.5) * step * one.of.block_size
     common = {"x": centre, "y": centre, "showscale": False, "hoverongaps": False}
-    share = np.where((columns > 0) & (active == 0), columns, np.nan).astype(np.float32)
+    place = "queries around %{y:.0f}, keys around %{x:.0f}: "
     return [
         go.Heatmap(
             z=np.where(active > 0, 1.0, np.nan).astype(np.float32),
             colorscale=[[0, BLUE], [1, BLUE]],
-            hovertemplate="queries around %{y:.0f}, keys around %{x:.0f}: whole block<extra></extra>",
+            hovertemplate=f"{place}whole block<extra></extra>",
             **common,
         ),
         go.Heatmap(
-            z=share,
+            z=np.where((columns > 0) & (active == 0), columns, np.nan).astype(np.float32),
             zmin=0.0,
             zmax=0.25,
             colorscale=[[0, "#fbe3cf"], [0.2, "#f0b27e"], [1, ORANGE]],
-            hovertemplate="queries around %{y:.0f}, keys around %{x:.0f}: columns, %{z:.0%} of the keys<extra></extra>",
+            hovertemplate=place + "columns, %{z:.0%} of the keys<extra></extra>",
             **common,
         ),
     ]

@@ -1,7 +1,7 @@
 """The demo's report: one self-contained page made of the files of its folder, and of nothing else.
 
 `write_report` reads the trace, both plans, both timelines and metrics.json, so a page can be made again at any time.
-What the figures show is in report_figures.py; the words are in templates/report.html.
+What the figures show is in the files beside this one; the words are in templates/report.html.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from ...planner.cost.cluster import load_cluster
 from ...planner.plan import Plan, load_plan
 from ...traces.dataset.store import Trace
 from ...traces.files import read_json, write_atomically
 from ...traces.timeline import Timeline
-from .figures import Figure, html_of, plotly_script
+from .figures import Figure, html_of
 from .layouts import layouts_figure
 from .load import Loads, load_figure, spread_loads
 from .masks import masks_figure
@@ -53,13 +54,9 @@ def write_report(folder: Path) -> None:
 
 
 def _render(
-    metrics: Mapping[str, Any],
-    trace: Trace,
-    cluster_plan: Plan,
-    local_plan: Plan,
-    loads: Mapping[str, Sequence[Loads]],
-    figures: Mapping[str, Figure],
-) -> str:
+    metrics: Mapping[str, Any], trace: Trace, cluster_plan: Plan, local_plan: Plan,
+    loads: Mapping[str, Sequence[Loads]], figures: Mapping[str, Figure],
+) -> str:  # fmt: skip
     environment = Environment(
         loader=PackageLoader(__package__ or "sparsering.simulator.report", "templates"),
         autoescape=select_autoescape(["html"]),
@@ -67,12 +64,14 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["ms"] = lambda us: f"{us / 1e3:,.1f}"
-    environment.filters["duration"] = duration
-    environment.filters["us"] = lambda us: f"{us:,.0f}"
-    environment.filters["percent"] = lambda share: f"{share:.0%}"
-    environment.filters["signed_percent"] = lambda share: f"{share:+.0%}".replace("-", "−")
-    environment.filters["error"] = lambda value: f"{value:.1e}".replace("-", "−")
+    environment.filters |= {
+        "ms": lambda us: f"{us / 1e3:,.1f}",
+        "duration": duration,
+        "us": "{:,.0f}".format,
+        "percent": "{:.0%}".format,
+        "signed_percent": lambda share: f"{share:+.0%}".replace("-", "−"),
+        "error": lambda value: f"{value:.1e}".replace("-", "−"),
+    }
     rows = metrics["trace"]["layers"]
     return environment.get_template(TEMPLATE).render(
         sentence=sentence(cluster_plan),
@@ -90,7 +89,7 @@ def _render(
         directions=_compared(metrics),
         verification=worst_errors(metrics["verification"]),
         figures={name: Markup(html_of(name, figure)) for name, figure in figures.items()},
-        plotly=Markup(plotly_script()),
+        plotly=Markup(get_plotlyjs()),
     )
 
 
@@ -124,16 +123,8 @@ def worst_errors(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(one["name"] for one in verdicts):
         own = [one for one in verdicts if one["name"] == name]
         worst = max(own, key=lambda one: one["error"])
-        rows.append(
-            {
-                "name": name,
-                "error": worst["error"],
-                "rank": worst["rank"],
-                "tolerance": min(one["tolerance"] for one in own),
-                "ranks": len(own),
-                "ok": all(one["ok"] for one in own),
-            }
-        )
+        rest = {"tolerance": min(one["tolerance"] for one in own), "ok": all(one["ok"] for one in own)}
+        rows.append({"name": name, "error": worst["error"], "rank": worst["rank"], "ranks": len(own), **rest})
     return rows
 
 

@@ -23,8 +23,8 @@ KINDS = (
 
 def timelines_figure(simulated: Timeline, measured: Timeline) -> go.Figure:
     """Return both timelines with a common time axis in milliseconds. Both have the same ranks and streams."""
-    streams = _streams([*simulated.spans, *measured.spans])
-    lanes = simulated.world_size * len(streams)
+    others = {span.stream for span in (*simulated.spans, *measured.spans)} - {COMPUTE_STREAM}
+    streams = [COMPUTE_STREAM, *sorted(others)]
     titles = [
         f"<b>{timeline.source}</b>: {timeline.makespan_us / 1e3:,.0f} ms for one layer, forward and backward"
         for timeline in (simulated, measured)
@@ -35,24 +35,16 @@ def timelines_figure(simulated: Timeline, measured: Timeline) -> go.Figure:
             spans = [span for span in timeline.spans if wanted(span)]
             if spans:
                 figure.add_trace(_bars(name, spans, colour, streams, show=row == 1), row=row, col=1)
-        ticks = [_lane(rank, stream, streams) for rank in range(timeline.world_size) for stream in streams]
-        labels = [
-            f"<b>rank {rank}</b> {stream}" if stream == COMPUTE_STREAM else stream
-            for rank in range(timeline.world_size)
-            for stream in streams
-        ]
+        lanes = [(rank, stream) for rank in range(timeline.world_size) for stream in streams]
+        ticks = [_lane(rank, stream, streams) for rank, stream in lanes]
+        labels = [f"<b>rank {rank}</b> {stream}" if stream == COMPUTE_STREAM else stream for rank, stream in lanes]
         figure.update_yaxes(tickvals=ticks, ticktext=labels, autorange="reversed", showgrid=False, zeroline=False,
                             tickfont={"size": 11}, row=row, col=1)  # fmt: skip
     figure.update_xaxes(rangemode="tozero", showticklabels=True)
     figure.update_xaxes(title="time since the layer began, ms", row=2)
-    return styled(figure, height=2 * LANE_PIXELS * (lanes + simulated.world_size) + 190, barmode="overlay",
+    return styled(figure, height=2 * LANE_PIXELS * simulated.world_size * (len(streams) + 1) + 190, barmode="overlay",
                   margin={"l": 120, "r": 24, "t": 84, "b": 52},
                   legend={"orientation": "h", "yref": "container", "y": 1.0, "yanchor": "top", "x": 0.0})  # fmt: skip
-
-
-def _streams(spans: Sequence[Span]) -> list[str]:
-    """Return compute first, then the communicators by name."""
-    return [COMPUTE_STREAM, *sorted({span.stream for span in spans} - {COMPUTE_STREAM})]
 
 
 def _lane(rank: int, stream: str, streams: Sequence[str]) -> float:

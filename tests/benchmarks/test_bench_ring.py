@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from rank_pool import processes_of
-from sparsering.benchmarks.lib.masks import density_of
+from sparsering.benchmarks.lib.masks import MASKS, density_of
 from sparsering.benchmarks.lib.ring_plans import (
-    FAMILIES,
     Case,
     cluster_of,
     make_case_plan,
@@ -28,7 +27,7 @@ from sparsering.benchmarks.lib.ring_plans import (
 from sparsering.planner.check.check import check
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.kernels import plan_cost
-from sparsering.planner.cost.recurrence import recurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.plan import Plan
 from sparsering.planner.schedule.launches import rank_launches
 from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
@@ -36,7 +35,7 @@ from sparsering.planner.schedule.workload import Workload, workload
 from sparsering.traces.pattern import element_mask
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list(MASKS))
 def test_every_family_is_planned(family: str) -> None:
     work = make_work(family, seq_len=4096, density=0.1, columns=64, seed=0, heads=16)
     assert 0.03 < density_of(work.mask) < 0.4
@@ -82,7 +81,7 @@ def test_the_planner_prefers_few_launches_where_transfers_hide(family: str) -> N
 
 
 def _compute_us(plan: Plan, way: Direction, counted: Workload, cluster: Cluster) -> float:
-    return float(recurrence(plan.schedule(way), counted, cluster, plan_cost(plan, cluster)).compute_us.max())
+    return float(CompiledRecurrence()(plan.schedule(way), counted, cluster, plan_cost(plan, cluster)).compute_us.max())
 
 
 def test_packed_documents_are_dense_within_and_nothing_across() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from layout_cases import layouts_for
-from sparsering.planner.cost.recurrence import recurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.cost.timing import legs_of
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
@@ -302,7 +302,7 @@ def test_a_transport_without_a_model_is_refused() -> None:
 def test_a_pull_is_priced_as_a_send_within_one_node(direction: Direction) -> None:
     sent, pulled = (tiny.schedule("gather", 4, direction, chunks=2, pull=pull) for pull in (False, True))
     inputs = tiny.dense_workload(4), tiny.cluster(), COST
-    for evaluate in (simulate, recurrence):
+    for evaluate in (simulate, CompiledRecurrence()):
         assert evaluate(sent, *inputs).makespan_us == evaluate(pulled, *inputs).makespan_us
         with pytest.raises(InputError, match="cluster: ranks pull within one node only, tiny has 2 GPUs a node"):
             evaluate(pulled, inputs[0], tiny.cluster(nodes=2, gpus=2), COST)

@@ -13,8 +13,9 @@ from sparsering.kernels import api
 from sparsering.kernels.mask import AttentionMask, whole
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
 from sparsering.planner.layouts.gather import Gather
-from sparsering.planner.plan import AttentionSpec, DType, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.placement import striped
+from sparsering.planner.specs import DType
 
 pytest.importorskip("triton")
 

@@ -37,8 +37,8 @@ def test_statistics_by_hand(tmp_path: Path) -> None:
     assert block_overlap(first[0], second[0], 4) == pytest.approx(4 / 9)  # diagonals of 4, 3 and 2 pairs
     assert block_overlap(first[1], second[1], 4) == pytest.approx(1 / 3)
     overlap = step_overlap(trace, 0, 1)
-    assert overlap.columns == pytest.approx((2 / 5 + 1) / 2)
-    assert overlap.blocks == pytest.approx((4 / 9 + 1 / 3) / 2)
+    assert overlap["columns"] == pytest.approx((2 / 5 + 1) / 2)
+    assert overlap["blocks"] == pytest.approx((4 / 9 + 1 / 3) / 2)
     (summary,) = describe(trace)["layers"]
     assert summary["density_mean"] == pytest.approx((6 + 2 + 7 + 2) / 4 / 10)
     assert (summary["columns_max"], summary["columns_mean"]) == (4, 7 / 4)

@@ -7,6 +7,7 @@ seen before anything in it is believed. It holds no text and no token ids.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -167,8 +168,6 @@ def library_versions(*packages: str) -> dict[str, str]:
     """Return package -> installed version, for the header; packages that are not installed are left out."""
     found = {}
     for name in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

@@ -26,25 +26,16 @@ BLOCK_MASK = "block-mask"
 MAX_SETTINGS_BYTES = 4096
 MASS_SLACK = 1e-6
 
-SCHEMA = pa.schema(
-    [
-        pa.field("training_step", pa.int64(), nullable=False),
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("head", pa.int32(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("selector", pa.string(), nullable=False),
-        pa.field("settings", pa.string(), nullable=False),
-        pa.field("columns", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-        pa.field("diagonals", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-        pa.field("block_bits", pa.binary()),
-        pa.field("density", pa.float64(), nullable=False),
-        pa.field("kept_mass_probe", pa.float64()),
-        pa.field("kept_mass_sampled", pa.float64()),
-    ]
-)
+_INT32S = pa.list_(pa.field("element", pa.int32(), nullable=False))
+MASSES = ("kept_mass_probe", "kept_mass_sampled")
+_TYPES = {
+    "training_step": pa.int64(), "layer": pa.int32(), "head": pa.int32(), "kind": pa.string(), "selector": pa.string(),
+    "settings": pa.string(), "columns": _INT32S, "diagonals": _INT32S, "block_bits": pa.binary(),
+    "density": pa.float64(), **dict.fromkeys(MASSES, pa.float64()),
+}  # fmt: skip
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name in ("block_bits", *MASSES)) for name, kind in _TYPES.items()])
 LISTS = ("columns", "diagonals")
 LIST_LEAVES = tuple(f"{name}.list.element" for name in LISTS)
-MASSES = ("kept_mass_probe", "kept_mass_sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +135,7 @@ def encode_layer(training_step: int, layer: int, pattern: LayerPattern, choices:
 def _list_array(lists: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     offsets = np.cumsum([0, *(values.size for values in lists)], dtype=np.int32)
     flat = np.concatenate(lists).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(flat), type=SCHEMA.field("columns").type)
+    return pa.ListArray.from_arrays(offsets, pa.array(flat), type=_INT32S)
 
 
 def _settings_json(settings: Mapping[str, Any]) -> str:
@@ -225,11 +216,9 @@ def _choice(values: Mapping[str, Any]) -> HeadChoice:
         raise InputError(f"is not valid JSON ({error})", field="settings") from error
     if not isinstance(settings, dict):
         raise InputError("must be a JSON object", field="settings")
-    masses = {name: values[name] for name in MASSES}
-    return HeadChoice(selector=values["selector"], settings=settings, **masses)
+    return HeadChoice(selector=values["selector"], settings=settings, **{name: values[name] for name in MASSES})
 
 
 def _split_lists(array: pa.ListArray) -> list[NDArray[np.int32]]:
-    offsets = array.offsets.to_numpy()
     values = array.values.to_numpy()
-    return [values[start:stop] for start, stop in pairwise(offsets)]
+    return [values[start:stop] for start, stop in pairwise(array.offsets.to_numpy())]

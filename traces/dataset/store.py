@@ -72,11 +72,9 @@ class Trace:
         """Return the checked rows of one layer in head order."""
         if layer not in self.layers:
             raise InputError(f"{layer} was not recorded", source=self.folder, field="layer")
-        part = self._part(training_step)
+        source = self.folder / self._part(training_step).file
         table = self._read_row_group(training_step, self.layers.index(layer))
-        return decode_layer(
-            table, self.header, training_step=training_step, layer=layer, source=self.folder / part.file
-        )
+        return decode_layer(table, self.header, training_step=training_step, layer=layer, source=source)
 
     def heads(self, training_step: int) -> tuple[HeadRow, ...]:
         """Return the checked rows of one training step, by layer, then head."""
@@ -117,11 +115,8 @@ class Trace:
         file = self._open_part[1]
         claimed_bytes = file.metadata.row_group(number).total_byte_size
         if claimed_bytes > max_layer_bytes(self.header):
-            raise InputError(
-                f"decompresses to {claimed_bytes} bytes, at most {max_layer_bytes(self.header)} are possible",
-                source=path,
-                field=f"row group {number}",
-            )
+            problem = f"decompresses to {claimed_bytes} bytes, at most {max_layer_bytes(self.header)} are possible"
+            raise InputError(problem, source=path, field=f"row group {number}")
         try:
             table = file.read_row_group(number, use_threads=False)
             table.validate(full=True)

@@ -17,20 +17,11 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import sha256_of_bytes, write_atomically
 from ..pattern import LayerPattern
-from .manifest import (
-    MANIFEST_NAME,
-    TraceHeader,
-    TraceManifest,
-    TracePart,
-    make_manifest,
-    read_manifest,
-    write_manifest,
-)
+from .manifest import MANIFEST_NAME, TraceHeader, TraceManifest, TracePart, make_manifest, read_manifest, write_manifest
 from .rows import LIST_LEAVES, SCHEMA, HeadChoice, encode_layer
 
 ZSTD_LEVEL = 9
@@ -56,10 +47,18 @@ class TraceWriter:
             raise
 
     def _open_or_start(self) -> TraceManifest:
-        _remove_leftovers(self.folder)
-        if (self.folder / MANIFEST_NAME).exists():
+        # Temporary files of a writer that was killed: the lock is held, so none of them is in use.
+        for pattern in (".part-*.parquet.*.partial", f".{MANIFEST_NAME}.*.partial"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        file = self.folder / MANIFEST_NAME
+        if file.exists():
             manifest = read_manifest(self.folder)
-            _check_same_header(manifest.header, self.header, self.folder)
+            for name in TraceHeader.model_fields:
+                there, here = getattr(manifest.header, name), getattr(self.header, name)
+                if there != here:
+                    problem = f"the trace has {there!r}, not {here!r}: start another trace"
+                    raise InputError(problem, source=file, field=name)
             return manifest
         foreign = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
         if foreign:
@@ -91,16 +90,10 @@ class TraceWriter:
         Nothing reaches the trace when the body raises, or unless all recorded layers were appended.
         """
         if self.steps and training_step <= self.steps[-1]:
-            raise InputError(
-                f"{training_step} does not follow {self.steps[-1]}, the last one recorded",
-                source=self.folder,
-                field="training_step",
-            )
+            problem = f"{training_step} does not follow {self.steps[-1]}, the last one recorded"
+            raise InputError(problem, source=self.folder, field="training_step")
         step = StepWriter(self.header, training_step)
         yield step
-        self._commit(step)
-
-    def _commit(self, step: StepWriter) -> None:
         data = step.finish()
         part = TracePart(
             file=f"part-{step.training_step:08d}.parquet",
@@ -157,16 +150,16 @@ class StepWriter:
         ):
             if actual != expected:
                 raise InputError(f"the pattern has {actual}, the trace {expected}", field=f"layer {layer}, {name}")
-        self._check_documents(layer, _document_starts(pattern.documents))
-        table = encode_layer(self.training_step, layer, pattern, choices)
-        self._parquet.write_table(table, row_group_size=table.num_rows)
-        self._written += 1
-
-    def _check_documents(self, layer: int, starts: tuple[int, ...] | None) -> None:
+        starts = None
+        if pattern.documents is not None:
+            starts = (0, *(int(place) + 1 for place in np.flatnonzero(np.diff(pattern.documents))))
         if self._written == 0:
             self.document_starts_tokens = starts
         elif starts != self.document_starts_tokens:
             raise InputError("all layers of a step must share their documents", field=f"layer {layer}, documents")
+        table = encode_layer(self.training_step, layer, pattern, choices)
+        self._parquet.write_table(table, row_group_size=table.num_rows)
+        self._written += 1
 
     def finish(self) -> bytes:
         """Return the part's bytes; InputError when a recorded layer is missing."""
@@ -175,28 +168,6 @@ class StepWriter:
             raise InputError(f"layer {missing} is missing from training step {self.training_step}", field="layer")
         self._parquet.close()
         return self._buffer.getvalue()
-
-
-def _document_starts(documents: NDArray[np.int32] | None) -> tuple[int, ...] | None:
-    if documents is None:
-        return None
-    return (0, *(int(place) + 1 for place in np.flatnonzero(np.diff(documents))))
-
-
-def _check_same_header(found: TraceHeader, given: TraceHeader, folder: Path) -> None:
-    for name in TraceHeader.model_fields:
-        there, here = getattr(found, name), getattr(given, name)
-        if there != here:
-            raise InputError(
-                f"the trace has {there!r}, not {here!r}: start another trace", source=folder / MANIFEST_NAME, field=name
-            )
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a writer that was killed. The lock is held, so none of them is in use."""
-    for pattern in (".part-*.parquet.*.partial", f".{MANIFEST_NAME}.*.partial"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> int:

@@ -109,7 +109,7 @@ def test_large_csr_indexes_are_counted_first(monkeypatch: pytest.MonkeyPatch) ->
     mask = mask_of(12 * BLOCK, toeplitz=False)
     everything = positions(list(range(12)))
     expected = pairs_of(block_task(mask, everything, everything).queries, transposed=False)
-    monkeypatch.setattr("sparsering.kernels.index.csr.UNCOUNTED_LIMIT", 0)
+    monkeypatch.setattr("sparsering.kernels.index.device_lists.UNCOUNTED_LIMIT", 0)
     assert pairs_of(block_task(mask, everything, everything).queries, transposed=False) == expected
 
 

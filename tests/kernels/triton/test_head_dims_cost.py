@@ -113,7 +113,7 @@ def launch_peak_bytes(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) ->
     rows = torch.zeros(2, 1, shape.heads, tokens)
     given: dict[str, Any] = {"columns": (gathered[0], gathered[1], of_columns), "grad_columns": tuple(of_gathered)}
     given |= {"final_q": torch.empty_like(q), "add_q": False, "add_kv": False, "scale": SCALE}
-    assert of_columns.data.usable.numel() and of_columns.data.first_tile.numel()  # made at the first use, and kept
+    assert of_columns.data.bits[0].numel() and of_columns.data.first_tile.numel()  # made at the first use, and kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         calls.block_backward(grad_out, q, k, v, rows[0], rows[1], index, **grads, **given)
         gc.collect()

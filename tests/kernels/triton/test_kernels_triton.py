@@ -238,11 +238,11 @@ def test_usable_columns_are_those_of_earlier_inactive_blocks() -> None:
     assert mask.columns is not None
     q_blocks = [0, 2, 3, 4, 5]
     at = torch.cat([torch.arange(b * 32, (b + 1) * 32) for b in q_blocks])
-    task = api.column_index(mask, at, backend="triton").data
+    usable, limits = api.column_index(mask, at, backend="triton").data.bits
     for head in range(mask.heads):
         columns = mask.columns[head].tolist()
         for tile, block in enumerate(q_blocks):
-            bits = [(int(task.usable[head, tile, c // 64]) >> (c % 64)) & 1 for c in range(len(columns))]
+            bits = [(int(usable[head, tile, c // 64]) >> (c % 64)) & 1 for c in range(len(columns))]
             right = [
                 block < 5 and c < 150 and c // 32 < block and not mask.active[head, block - c // 32] for c in columns
             ]
@@ -250,7 +250,7 @@ def test_usable_columns_are_those_of_earlier_inactive_blocks() -> None:
             before = sum(c < 150 and c // 32 < block for c in columns) if block < 5 else 0
             own = sum(c < 150 and c // 32 == block for c in columns) if not mask.active[head, 0] else 0
             reach = max((c + 1 for c, bit in enumerate(bits) if bit), default=0)
-            assert task.limits[head, tile].tolist() == [reach, before, before + own]
+            assert limits[head, tile].tolist() == [reach, before, before + own]
 
 
 def test_parts_fused_in_one_launch_agree() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 from search_cases import BLOCK, problem
 from sparsering.planner.cost.bounds import Allowed, communication_bound_us, compute_bound_us, exchange_bound_us
-from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload

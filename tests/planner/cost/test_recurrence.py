@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.evaluation import Evaluation
-from sparsering.planner.cost.recurrence import longest_paths, recurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence, levels_of, longest_paths
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
@@ -57,7 +57,7 @@ def workloads(draw: st.DrawFn, world: int) -> Workload:
 def both(
     schedule: Schedule, workload: Workload, cluster: Cluster, cost: tiny.PairCost
 ) -> tuple[Evaluation, Evaluation]:
-    engine, quick = simulate(schedule, workload, cluster, cost), recurrence(schedule, workload, cluster, cost)
+    engine, quick = simulate(schedule, workload, cluster, cost), CompiledRecurrence()(schedule, workload, cluster, cost)
     assert quick.compute_us.tolist() == engine.compute_us.tolist()
     assert quick.phase_us.tolist() == engine.phase_us.tolist()
     assert quick.peak_buffer_bytes == engine.peak_buffer_bytes
@@ -131,9 +131,9 @@ def test_more_bandwidth_is_never_slower(
 ) -> None:
     schedule = layout.build(shape=tiny.shape(4, columns=8, blocks_per_rank=4), direction=direction)
     workload, cost = data.draw(workloads(4)), tiny.PairCost()
-    slow = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **links), cost)
+    slow = CompiledRecurrence()(schedule, workload, tiny.cluster(nodes=2, gpus=2, **links), cost)
     wider = links | {"bandwidth": links["bandwidth"] * more, "nic_bandwidth": links["nic_bandwidth"] * more}
-    fast = recurrence(schedule, workload, tiny.cluster(nodes=2, gpus=2, **wider), cost)
+    fast = CompiledRecurrence()(schedule, workload, tiny.cluster(nodes=2, gpus=2, **wider), cost)
     assert fast.makespan_us <= slow.makespan_us
 
 
@@ -145,7 +145,8 @@ def test_longest_paths_are_those_of_networkx(edges: list[tuple[int, int, int]]) 
     graph.add_weighted_edges_from((a, b, weight) for (a, b), weight in forward.items())
     expected = [nx.dag_longest_path_length(graph.subgraph({node} | nx.ancestors(graph, node))) for node in range(12)]
     table = np.array([(a, b, weight) for (a, b), weight in forward.items()], dtype=np.int64).reshape(-1, 3)
-    assert longest_paths(12, table[:, 0], table[:, 1], table[:, 2]).tolist() == expected
+    levels = levels_of(12, table[:, 0], table[:, 1])
+    assert longest_paths(12, levels, table[:, 2]).tolist() == expected
 
 
 def test_a_circle_is_refused() -> None:
@@ -153,7 +154,7 @@ def test_a_circle_is_refused() -> None:
     first, *rest = schedule.phases(1)
     swapped = Phase(index=0, group_calls=first.group_calls[::-1], tasks=first.tasks)
     with pytest.raises(ScheduleError, match="wait in a circle"):
-        recurrence(
+        CompiledRecurrence()(
             with_programs(schedule, {1: [swapped, *rest]}), tiny.dense_workload(3), tiny.cluster(), tiny.PairCost()
         )
 
@@ -163,12 +164,12 @@ def test_a_missing_end_is_refused() -> None:
     first, last = schedule.phases(0)
     broken = with_programs(schedule, {0: [Phase(index=0, tasks=first.tasks), Phase(index=1, tasks=last.tasks)]})
     with pytest.raises(ScheduleError, match="has 1 of 2 ends"):
-        recurrence(broken, tiny.dense_workload(2), tiny.cluster(), tiny.PairCost())
+        CompiledRecurrence()(broken, tiny.dense_workload(2), tiny.cluster(), tiny.PairCost())
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="workload"):
-        recurrence(tiny.schedule("ring", 2), tiny.dense_workload(4), tiny.cluster(), tiny.PairCost())
+        CompiledRecurrence()(tiny.schedule("ring", 2), tiny.dense_workload(4), tiny.cluster(), tiny.PairCost())
 
 
 def test_collectives_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from search_cases import problem
-from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.search.selection import select
 from sparsering.simulator.engine import simulate

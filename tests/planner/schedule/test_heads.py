@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from ring_cases import PATTERNS, Case, make_case_plan, make_placement
 from search_cases import allowing, problem
-from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.layouts.ulysses import Ulysses
 from sparsering.planner.plan import load_plan
 from sparsering.planner.schedule.heads import balanced_order, head_load, heaviest, is_order, key_order

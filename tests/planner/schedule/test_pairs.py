@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from ring_cases import PATTERNS, Case, make_case_plan
 from sparsering.planner.check.check import check
-from sparsering.planner.cost.recurrence import recurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
@@ -27,7 +27,7 @@ from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
 from sparsering.planner.search.problem import SearchSpace
 from sparsering.planner.search.sampling import summarize
 from sparsering.planner.search.search import make_problem, plan_trace
-from sparsering.runtime.attention.masks import PairGuard, mask_of, mask_pairs, replayed_mask
+from sparsering.runtime.attention.masks import PairGuard, mask_of, mask_pairs
 from sparsering.simulator.engine import simulate
 from sparsering.simulator.simulate_plan import simulate_plan
 from sparsering.traces.errors import InputError
@@ -112,7 +112,7 @@ def test_engine_and_recurrence_play_reduced_schedules_alike(data: st.DataObject,
     rows = data.draw(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4))
     schedule = layout.build(shape=tiny.shape(4), direction=direction, pairs=Pairs.of(np.array(rows)))
     work, cluster, cost = tiny.dense_workload(4), tiny.cluster(gpus=4), tiny.PairCost()
-    quick, played = recurrence(schedule, work, cluster, cost), simulate(schedule, work, cluster, cost)
+    quick, played = CompiledRecurrence()(schedule, work, cluster, cost), simulate(schedule, work, cluster, cost)
     assert quick.compute_us.tolist() == played.compute_us.tolist()
     assert quick.makespan_us >= quick.compute_us.max()
     if isinstance(layout, Ring) and direction == "forward":
@@ -148,9 +148,9 @@ def test_another_pattern_is_refused_by_name() -> None:
                 pattern="documents")  # fmt: skip
     plan, pattern = make_case_plan(case, leave_out=True), PATTERNS["documents"].pattern
     device, other = torch.device("cpu"), replace(pattern, documents=None)
-    replayed_mask(plan, pattern, layer=5, device=device)
+    plan.require_covered(pattern, about="layer 5")
     with pytest.raises(InputError, match=r"pairs: layer 5 activates the queries of rank 2 against the keys of rank 0"):
-        replayed_mask(plan, other, layer=5, device=device)
+        plan.require_covered(other, about="layer 5")
     with pytest.raises(InputError, match="a pair that the plan leaves out"):
         simulate_plan(plan, other, tiny.cluster(gpus=4))
     guard = PairGuard(plan.active_pairs(), plan.make_placement())

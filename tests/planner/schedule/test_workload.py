@@ -176,8 +176,6 @@ def test_datasheet_times_of_backward_are_two_kernels() -> None:
     # dQ as long as its longest query row, dK/dV as their longest key row
     apart = (BLOCK, work_of(8, 8, 5, longest_key=7))
     assert us("backward", apart) == pytest.approx(2 + (5 * 3 / 7 + 7 * 4 / 7) * 4 * both)
-    one_pass = cost_of(one_pass_backward=True)
-    assert us("backward", apart, cost=one_pass) == pytest.approx(1 + 5 * 4 * both)
     # a program of dK/dV walks the query heads of its K/V head: 8 key rows are 2 programs
     grouped = cost_of(queries_per_kv_head=4)
     assert us("backward", (BLOCK, work_of(8, 8, 1)), cost=grouped) == pytest.approx(2 + (3 / 7 + 4 / 7 * 2) * 8 * both)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from search_cases import problem
 from sparsering.planner.cost.cluster import Cluster
-from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.layouts.layout import Offers
 from sparsering.planner.layouts.registry import known_layouts
 from sparsering.planner.search.candidates import baselines, layout_choices, placement_choices
@@ -54,7 +54,7 @@ def test_candidates_of_four_nodes_of_eight():
         ("contiguous", 128), ("zigzag", 128), ("striped", 1),
         *((name, size) for name in ("striped", "balanced") for size in (128, 256, 512, 1024)),
     }  # fmt: skip
-    plain = [str(one) for one in baselines(offers, block_size=128)]
+    plain = [f"{placement}, {layout}" for placement, layout in baselines(offers, block_size=128)]
     assert plain == [
         *(f"striped (128 tokens), gather (chunks {count})" for count in (1, 2, 4, 31)),
         "striped (128 tokens), ring (prefetch 1)",
@@ -101,7 +101,7 @@ def test_what_cannot_be_picked_is_refused(changes: dict[str, Any], message: str)
 def test_token_striping_of_long_sequences_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sparsering.planner.search.selection.MAX_TOKEN_STRIPING_TOKENS", 512)
     found = select(problem(blocks=16), quick=CompiledRecurrence())
-    assert not any(rated.step.placement.granularity_tokens == 1 for rated in found.table)
+    assert not any(step.placement.granularity_tokens == 1 for step in found.table)
     assert "token striping is not looked at beyond 512 tokens" in found.notes
 
 

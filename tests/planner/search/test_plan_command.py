@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from sparsering import cli
 from sparsering.planner.cost.cluster import load_cluster
 from sparsering.planner.layouts.layout import Layout
-from sparsering.planner.plan import load_plan
+from sparsering.planner.plan import built_schedule, load_plan
 from sparsering.planner.schedule import schedule as schedule_module
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.search.problem import SearchSpace
@@ -262,6 +262,7 @@ def test_a_check_builds_and_hashes_each_direction_once(tmp_path: Path, monkeypat
         counts["hashed"] += 1
         return plain(*given, **named)
 
+    built_schedule.cache_clear()
     monkeypatch.setattr(Layout, "build", building)
     monkeypatch.setattr(schedule_module, "hashlib", SimpleNamespace(sha256=hashing))
     assert CliRunner().invoke(cli.app, ["check", str(tmp_path / "plan.json")]).exit_code == 0

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 import tiny
 from search_cases import BLOCK, allowing, of_model, problem, problems, senseless
-from sparsering.planner.cost.bounds import Allowed, lower_bound
-from sparsering.planner.cost.compiled import CompiledRecurrence
+from sparsering.planner.cost.bounds import Allowed, compute_bound_us, lower_bound_us
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.memory import layer_memory
-from sparsering.planner.cost.recurrence import recurrence
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.registry import layout_names
 from sparsering.planner.layouts.ring import Ring
@@ -43,7 +42,7 @@ def whimsical(schedule, workload, cluster, cost) -> Evaluation:
 
 
 def plain_steps(found: Selection) -> list[Step]:
-    return [rated.step for rated in found.baselines]
+    return list(found.baselines)
 
 
 def check_promises(given_problem: Problem, found: Selection) -> None:
@@ -54,14 +53,14 @@ def check_promises(given_problem: Problem, found: Selection) -> None:
     memory_bytes, limit_bytes = pick.memory_bytes, given_problem.memory_limit_bytes
     assert memory_bytes <= limit_bytes
     step_time_us, name = pick.step_time_us, pick.rater.name
-    rivals = [rated.step for rated in found.table if rated.step.eligible and rated.step.rater.name == name]
+    rivals = [step for step in found.table if step.eligible and step.rater.name == name]
     own_us, quickest_us = competing_us(pick), min(competing_us(step) for step in rivals)
     assert own_us <= quickest_us
     plain_us = min((step.step_time_us for step in rivals if step in plain_steps(found)), default=math.inf)
     assert step_time_us <= plain_us
-    plain = {rated.baseline for rated in found.baselines}
+    plain = {(step.placement, step.forward_layout) for step in found.baselines}
     assert plain == set(baselines(given_problem.space.offers(given_problem.cluster), block_size=BLOCK))
-    assert {rated.step.rater.name for rated in found.baselines} == {name}
+    assert {step.rater.name for step in found.baselines} == {name}
 
 
 @given(given_problem=problems())
@@ -91,7 +90,7 @@ def test_no_plain_layout_beats_the_pick_under_a_whimsical_evaluator(given_proble
 @settings(max_examples=6)
 def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem, share: float):
     free = select(given_problem, quick=CompiledRecurrence())
-    sizes = [rated.step.memory_bytes for rated in free.table if rated.step.why_not is None]
+    sizes = [step.memory_bytes for step in free.table if step.why_not is None]
     limit = int(min(sizes) + share * (max(sizes) - min(sizes)))
     limited = allowing(given_problem, memory_limit_bytes=limit)
     found = select(limited, quick=CompiledRecurrence())
@@ -105,7 +104,7 @@ def test_the_memory_limit_is_kept_or_refused_in_one_line(given_problem: Problem,
 
 @given(given_problem=problems(), data=st.data())
 @settings(max_examples=20)
-def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data):
+def test_kept_events_and_times_change_nothing(given_problem: Problem, data):
     cluster, compiled = given_problem.cluster, CompiledRecurrence()
     choices = placement_choices(given_problem.attention, world_size=cluster.world_size)
     placement = data.draw(st.sampled_from(choices)).build(
@@ -123,16 +122,15 @@ def test_compiled_recurrence_equals_the_recurrence(given_problem: Problem, data)
         for sample in given_problem.samples:  # the second one meets the kept events
             work = workload(sample.pattern, placement)
             one = compiled(schedule, work, cluster, given_problem.cost)
-            other = recurrence(schedule, work, cluster, given_problem.cost)
+            other = CompiledRecurrence()(schedule, work, cluster, given_problem.cost)
             assert (one.makespan_us, one.peak_buffer_bytes) == (other.makespan_us, other.peak_buffer_bytes)
             assert np.array_equal(one.phase_us, other.phase_us)
-            bound = lower_bound(
-                workload=work, cluster=cluster, cost=given_problem.cost, shape=shape, direction=direction,
-                allowed=Allowed(keep_kv=layout.kept_slots is not None),
-            )  # fmt: skip
+            allowed = Allowed(keep_kv=layout.kept_slots is not None)
+            bound_us = lower_bound_us(work, cluster, given_problem.cost, shape, direction, allowed)
+            compute_bound = compute_bound_us(work, given_problem.cost, direction)
             # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
             simulated = simulate(schedule, work, cluster, given_problem.cost)
-            bound_us, compute_bound, simulated_us = bound.total_us, bound.compute_us, simulated.makespan_us
+            simulated_us = simulated.makespan_us
             assert compute_bound <= other.makespan_us + 0.01
             assert bound_us <= simulated_us + 0.01
 
@@ -161,7 +159,7 @@ def test_kv_are_kept_where_memory_allows():
     rich = problem(kind="dense", gpus=4, blocks=16, bandwidth=10.0)
     found = select(allowing(rich, layouts=("ring", "gather")), quick=CompiledRecurrence())
     assert found.pick.forward_layout.kept_slots and found.pick.backward_layout.kept_slots
-    assert not any(rated.baseline.layout.kept_slots for rated in found.baselines if rated.baseline)
+    assert not any(step.forward_layout.kept_slots for step in found.baselines)
     shape = rich.shape(ScoreBoard(problem=rich).placement(found.pick.placement))
     deep = of_model(rich, layers=50)
     kept = 3 * shape.kv_bytes
@@ -241,20 +239,20 @@ def test_token_striping_is_looked_at_but_never_picked_for_triton():
         select(problem(kind="dense", blocks=16, backend=backend, placements=("striped",)), quick=CompiledRecurrence())
         for backend in ("triton", "reference")
     )
-    rows = [rated for rated in whole_blocks.table if rated.step.placement.granularity_tokens == 1]
+    rows = [step for step in whole_blocks.table if step.placement.granularity_tokens == 1]
     assert rows
-    assert {rated.step.why_not for rated in rows} >= {"triton needs whole blocks"}
-    assert not any(rated.step.eligible for rated in rows)
+    assert {step.why_not for step in rows} >= {"triton needs whole blocks"}
+    assert not any(step.eligible for step in rows)
     assert whole_blocks.pick.placement.granularity_tokens % BLOCK == 0
-    assert any(one.step.eligible for one in tokens.table if one.step.placement.granularity_tokens == 1)
+    assert any(one.eligible for one in tokens.table if one.placement.granularity_tokens == 1)
 
 
 def test_heads_are_split_where_they_can_be_and_a_note_says_where_not():
     """Whole head parallelism is looked at under one placement, since all are alike to it; eight ranks have 4 heads."""
     found = select(problem(kind="vertical-slash", gpus=4), quick=CompiledRecurrence())
-    choices = [one.step.placement for one in found.table if one.step.forward_layout.head_groups == 4]
+    choices = [one.placement for one in found.table if one.forward_layout.head_groups == 4]
     assert len(set(choices)) == 1
-    assert len([one for one in found.table if one.step.forward_layout.head_groups == 2]) > 1
+    assert len([one for one in found.table if one.forward_layout.head_groups == 2]) > 1
     too_many = select(problem(kind="dense", gpus=8), quick=CompiledRecurrence())
     assert "not for these sizes: ulysses (4 heads (2 K/V heads) cannot be split evenly over 8 ranks)" in too_many.notes
 
@@ -269,9 +267,9 @@ def test_where_transfers_hide_only_launches_tell_chunks_apart(backend: str, laun
     only = allowing(given_problem, layouts=("gather",), placements=("striped",))
     found = select(only, quick=CompiledRecurrence())
     forward_us = {
-        str(rated.step.forward_layout): rated.step.forward.makespan_us
-        for rated in found.table
-        if rated.step.placement == found.pick.placement
+        str(step.forward_layout): step.forward.makespan_us
+        for step in found.table
+        if step.placement == found.pick.placement
     }
     assert forward_us["gather (chunks 3)"] - forward_us["gather (chunks 1)"] == pytest.approx(launches_less)
     assert found.pick.forward_layout.parameters["chunks"] == 1

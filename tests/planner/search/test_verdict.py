@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from search_cases import allowing, problem, senseless
-from sparsering.planner.cost.compiled import CompiledRecurrence
 from sparsering.planner.cost.evaluation import Evaluation
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.search.selection import select
 from sparsering.planner.search.verdict import predictions, verdict
 from sparsering.simulator.engine import simulate

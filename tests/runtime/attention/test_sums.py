@@ -22,7 +22,6 @@ from sparsering.runtime.attention.layer import Layer
 from sparsering.runtime.attention.masks import Indexes, mask_of
 from sparsering.runtime.attention.program import Program
 from sparsering.runtime.attention.sums import KeySums
-from sparsering.runtime.attention.transfers import LayerTransfers
 from sparsering.traces.pattern import dense
 
 TOKENS, HEADS, HEAD_DIM = 64, 2, 16
@@ -38,7 +37,7 @@ class Backward:
 
     slots: Slots
     sums: KeySums
-    transfers: LayerTransfers
+    layer: Layer
     launches: BackwardLaunches
 
 
@@ -79,11 +78,11 @@ def backward(dtype: torch.dtype = torch.float64, tasks: tuple[Task, ...] = (TASK
     queries = q, grad_out, lse.to(summed), delta
     layer = Layer(program=program, indexes=indexes, slots=slots, kv=(k, v), queries=queries, sums=sums)
     launches = BackwardLaunches(layer=layer, scale=0.25)
-    return Backward(slots=slots, sums=sums, transfers=LayerTransfers(layer), launches=launches)
+    return Backward(slots=slots, sums=sums, layer=layer, launches=launches)
 
 
 def land(played: Backward, transfer: Transfer, value: float) -> None:
-    for part in played.transfers.incoming(transfer):
+    for part in played.layer.incoming(transfer):
         part.fill_(value)
 
 
@@ -97,7 +96,7 @@ def computed() -> tuple[Tensor, Tensor]:
 def test_a_task_adds_to_a_sum_that_landed_in_its_slot() -> None:
     played = backward()
     land(played, LANDS, 3.0)
-    played.transfers.received([LANDS])
+    played.layer.received([LANDS])
     played.launches.compute((TASK,))
     for part, alone in zip(played.slots["dkv:0"], computed(), strict=True):
         torch.testing.assert_close(part, alone + 3.0)
@@ -109,7 +108,7 @@ def test_tasks_of_some_heads_add_up_to_one_of_all(landed: float) -> None:
     played = backward(tasks=tasks)
     if landed:
         land(played, LANDS, landed)
-        played.transfers.received([LANDS])
+        played.layer.received([LANDS])
     for task in tasks:
         played.launches.compute((task,))
     for part, alone in zip(played.slots["dkv:0"], computed(), strict=True):
@@ -121,7 +120,7 @@ def test_a_sum_that_landed_and_went_on_is_not_added_to(sent_first: bool) -> None
     """It may be waited for after what sent it on: both are in one communicator's queue."""
     played = backward()
     land(played, LANDS, 3.0)
-    for step in [played.transfers.sent, lambda _: played.transfers.received([LANDS])][:: 1 if sent_first else -1]:
+    for step in [played.layer.sent, lambda _: played.layer.received([LANDS])][:: 1 if sent_first else -1]:
         step(GOES_ON)
     played.launches.compute((TASK,))
     for part, alone in zip(played.slots["dkv:0"], computed(), strict=True):
@@ -136,6 +135,6 @@ def test_sums_are_added_in_the_order_of_the_waits_rounded_or_not(dtype: torch.dt
     narrow = replace(LANDS, sequence=1, buffer="dkv:1", accumulate_into="dkv:0", narrow=True)
     land(played, home, 3.0)
     land(played, narrow, 5.0)
-    played.transfers.received([home, narrow])
+    played.layer.received([home, narrow])
     assert {float(part.mean()) for part in played.slots["dkv:0"]} == {5.0}
     assert {float(part.mean()) for part in played.sums.finish()} == {3.0}

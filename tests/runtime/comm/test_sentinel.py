@@ -28,8 +28,7 @@ TIMEOUT_S = 60.0
 # A rank that joins as the commands do, and works without talking to anybody until it is told that somebody is lost.
 JOINING = """
 import sys, time
-from sparsering.runtime.comm.failures import RankLost, naming_lost_ranks
-from sparsering.runtime.comm.mesh import join, leave
+from sparsering.runtime.comm.mesh import RankLost, join, leave, naming_lost_ranks
 mesh = join(device="cpu", timeout_s=60, patience_s=float(sys.argv[1]))
 print("ready", flush=True)
 try:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sparsering.cli import app
 from sparsering.planner.plan import load_plan
 from sparsering.runtime.demo.folder import CONTENT, KIND, replaced_folder
-from sparsering.runtime.demo.sample_text import standard_library_bytes
+from sparsering.runtime.demo.model import standard_library_bytes
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 from sparsering.traces.timeline import COMPUTE_STREAM, Timeline

@@ -24,8 +24,7 @@ from sparsering.planner.schedule.placement import striped
 from sparsering.runtime.model import shape
 from sparsering.runtime.model.losses import linear_cross_entropy_sum
 from sparsering.runtime.train.config import OptimizerSection, load_config, parse_config
-from sparsering.runtime.train.facts import model_facts
-from sparsering.runtime.train.model import read_model_config
+from sparsering.runtime.train.model import model_facts, read_model_config
 from sparsering.runtime.train.optimizer import learning_rate
 from sparsering.runtime.train.setup import set_up
 from sparsering.traces.errors import InputError
@@ -101,17 +100,22 @@ def test_parameters_are_counted_without_memory(tmp_path: Path) -> None:
     facts = model_facts(config)
     model = AutoModelForCausalLM.from_config(config)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
-    assert facts.embedding_parameters == 256 * 32
+    assert facts.matrix_parameters == facts.parameters  # the head's product is with the embedding
+    untied = model_facts(AutoConfig.from_pretrained(write_model(tmp_path / "untied", tie_word_embeddings=False)))
+    assert untied.matrix_parameters == facts.parameters
+    assert untied.parameters == facts.parameters + 256 * 32
     assert facts.shape == ModelShape(layers=2, heads=4, kv_heads=2, head_dim=8)
 
 
 def test_a_token_meets_the_experts_that_it_visits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = model_facts(case_config("qwen3-moe"))
     experts = 2 * 4 * 3 * 64 * 32  # layers, experts, matrices, hidden, inner
-    assert facts.active_parameters == facts.parameters - experts // 2
-    assert model_facts(case_config("llama")).active_parameters == model_facts(case_config("llama")).parameters
+    lookups = 256 * 64  # of the embedding, which is not the head's
+    assert facts.matrix_parameters == facts.parameters - lookups - experts // 2
+    dense = model_facts(case_config("llama"))
+    assert dense.matrix_parameters == dense.parameters - lookups
     monkeypatch.setattr(shape, "EXPERTS_OF_A_TOKEN", ())  # as where a family has another name for it
-    assert model_facts(case_config("qwen3-moe")).active_parameters is None
+    assert model_facts(case_config("qwen3-moe")).matrix_parameters is None
 
 
 def _plan(folder: Path, **changes: Any) -> str:
@@ -132,7 +136,7 @@ def _plan(folder: Path, **changes: Any) -> str:
 
 def test_a_plan_file_is_followed(tmp_path: Path) -> None:
     setup = set_up(parse_config(write_run(tmp_path, plan={"file": _plan(tmp_path)})))
-    assert setup.resolved.made_here is None
+    assert setup.made_here is None
     assert setup.summary()["plan_digest"] == setup.plan.digest
     memory = setup.summary()["memory_bytes_per_rank"]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
@@ -142,12 +146,12 @@ def test_a_plan_file_is_followed(tmp_path: Path) -> None:
 def test_the_default_plan_is_of_the_layout_and_parameters_given(tmp_path: Path) -> None:
     plain = set_up(parse_config(write_run(tmp_path / "plain")))
     assert plain.plan.forward.value == Gather(chunks=1)
-    assert "layout gather (chunks 1)" in (plain.resolved.made_here or "")
+    assert "layout gather (chunks 1)" in (plain.made_here or "")
     kept = {"layout_parameters": {"keep_kv": True, "pull": True}}
     pulls = set_up(parse_config(write_run(tmp_path / "pulls", plan=kept)))
     for way in (pulls.plan.forward, pulls.plan.backward):
         assert way.value == Gather(chunks=1, keep_kv=True, pull=True)
-    assert "layout gather (chunks 1, keep_kv, pull)" in (pulls.resolved.made_here or "")
+    assert "layout gather (chunks 1, keep_kv, pull)" in (pulls.made_here or "")
     ring = set_up(parse_config(write_run(tmp_path / "ring", plan={"layout": "ring"})))
     assert ring.plan.forward.value == Ring()
 

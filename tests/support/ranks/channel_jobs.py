@@ -16,7 +16,7 @@ from sparsering.planner.plan import Plan
 from sparsering.runtime.attention.planned import PlannedAttention
 from sparsering.runtime.comm.channels import Channel
 from sparsering.runtime.comm.mesh import Mesh
-from sparsering.runtime.timing.exposure import Exposure
+from sparsering.runtime.timing.spans import Exposure
 from sparsering.traces.pattern import LayerPattern
 
 
@@ -79,7 +79,7 @@ def exposed_communication(
 
     def wrap(planned: PlannedAttention) -> None:
         _hook(planned, late)
-        planned.channels = exposure.channels(planned.channels)
+        planned.waiting = exposure.waiting
         exposure.on = on
 
     began = time.perf_counter()

@@ -11,8 +11,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sparsering.runtime.comm.heartbeat import connection_of_its_own
-from sparsering.runtime.comm.sentinel import Sentinel, Watch
+from sparsering.runtime.comm.sentinel import Sentinel, Watch, connection_of_its_own
 
 LONG = timedelta(seconds=600)
 

@@ -12,9 +12,10 @@ import tiny
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape
+from sparsering.planner.replay import Recorded
 from sparsering.planner.schedule.workload import unit_load
 from sparsering.planner.search.problem import Problem, SearchSpace
-from sparsering.planner.search.sampling import Sample, TraceSummary
+from sparsering.planner.search.sampling import TraceSummary
 from sparsering.traces.synthetic import SyntheticSettings, synthesize
 
 BLOCK = 64
@@ -50,7 +51,7 @@ def problem(
             columns_capacity=-(-most_columns // 64) * 64,
         ),
         samples=tuple(
-            Sample(training_step=0, layer=layer, pattern=pattern) for layer, pattern in enumerate(patterns)
+            Recorded(training_step=0, layer=layer, pattern=pattern) for layer, pattern in enumerate(patterns)
         ),
         summary=TraceSummary(
             columns_capacity=-(-most_columns // 64) * 64,
