@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
+from sparsering.planner.cost.kernels import DeviceCost
 from sparsering.planner.layouts.registry import parse_layout
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import Placement, striped
@@ -29,7 +30,7 @@ CELL, PIXELS_PER_US = 22, 13.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairCost:
+class PairCost(DeviceCost):
     """One microsecond for every pair of blocks."""
 
     backend: str = "reference"

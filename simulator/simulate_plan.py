@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..planner.cost.cluster import Cluster
-from ..planner.cost.kernels import CostModel, plan_cost
+from ..planner.cost.kernels import CostModel
+from ..planner.cost.measured import plan_cost
 from ..planner.plan import Plan
 from ..planner.schedule.workload import workload
 from ..traces.errors import InputError

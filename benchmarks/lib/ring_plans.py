@@ -10,7 +10,7 @@ import numpy as np
 
 from ...kernels.mask import AttentionMask
 from ...planner.cost.cluster import Cluster, Nics, load_cluster
-from ...planner.cost.kernels import datasheet_cost
+from ...planner.cost.measured import cluster_cost
 from ...planner.cost.memory import layer_memory
 from ...planner.cost.recurrence import CompiledRecurrence
 from ...planner.layouts.layout import Layout
@@ -169,7 +169,7 @@ def _picked(
     problem = Problem(
         space=space,
         cluster=cluster,
-        cost=datasheet_cost(cluster.gpu, attention.model, block_size=size, backend=backend),
+        cost=cluster_cost(cluster, attention.model, block_size=size, backend=backend),
         attention=attention,
         samples=(Recorded(training_step=0, layer=0, pattern=pattern),),
         summary=TraceSummary(

@@ -11,10 +11,11 @@ from ...traces.errors import InputError
 from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml
 from ..specs import Strict
+from .tables import Calibration
 
 CLUSTER_SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parent.parent / "presets"
-MAX_CLUSTER_BYTES = 1 << 16
+MAX_CLUSTER_BYTES = 1 << 20
 
 
 class Kernels(Strict):
@@ -99,6 +100,7 @@ class Cluster(Strict):
     gpu: Gpu
     intra_node: NodeLink
     inter_node: Nics | None = None
+    calibration: Calibration | None = Field(default=None, description="what `sparsering calibrate` measured")
     notes: str = ""
 
     @property

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..plan import Plan
 from ..schedule.backends import kernel_head_dim
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction, Task
 from ..schedule.workload import TaskWork, Workload
 from ..specs import ELEMENT_BYTES, DType, ModelShape
-from .cluster import Cluster, Gpu
+from .cluster import Gpu
+from .constants import NO_CONSTANTS, LayerConstants
 
 BACKWARD_FLOPS_FACTOR = 2.5  # five matrix products where forward has two
 # Kernels for dQ and for dK/dV share what backward takes by their matrix products: both compute two of the five anew.
@@ -29,6 +29,11 @@ class CostModel(Protocol):
         """The kernels whose launches these are."""
         ...
 
+    @property
+    def constants(self) -> LayerConstants:
+        """What a layer takes beside its launches."""
+        ...
+
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         """Return the microseconds that a launch takes alone on its GPU. work: of each of its tasks.
 
@@ -36,9 +41,26 @@ class CostModel(Protocol):
         """
         ...
 
+    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return the microseconds that the host takes to issue a launch; asked where `constants` has a host."""
+        ...
+
+
+class DeviceCost:
+    """What a `CostModel` says that knows launches alone: no constants, no host."""
+
+    @property
+    def constants(self) -> LayerConstants:
+        """Nothing."""
+        return NO_CONSTANTS
+
+    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return nothing: the host is taken to be ahead of the device."""
+        return 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
-class DatasheetCost:
+class DatasheetCost(DeviceCost):
     """Times from peak rate, efficiency and memory bandwidth: overhead, waves and accumulators of every kernel.
 
     Waves: programs take the longest rows first. Rows on P resident programs end no sooner than total / P, and no
@@ -152,13 +174,6 @@ def datasheet_cost(
         element_bytes=ELEMENT_BYTES[dtype],
         backend=PORTABLE_BACKEND if backend == "fastest" else backend,
         computed_head_dim=kernel_head_dim(backend, model.head_dim),
-    )
-
-
-def plan_cost(plan: Plan, cluster: Cluster) -> DatasheetCost:
-    """Return the datasheet's costs of a plan's launches on a cluster."""
-    return datasheet_cost(
-        cluster.gpu, plan.model, block_size=plan.block_size, dtype=plan.dtype, backend=plan.kernels.backend
     )
 
 

@@ -11,15 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ...traces.pattern import HeadPattern, LayerPattern
+from ...traces.pattern import HeadPattern, LayerPattern, VerticalSlash
 from .placement import Placement
 
 RowLengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of query rows, of key rows
+
+
+class MaskKind(NamedTuple):
+    """Which kernels and indexes a mask takes. listed: active blocks as bits, not as diagonals; documents: packed."""
+
+    listed: bool = False
+    documents: bool = False
+
+
+DIAGONALS = MaskKind()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +38,7 @@ class TaskWork:
     """The work of one task: tile pairs, query rows (head, tile) that have any, and the longest of these rows.
 
     The same of key rows, which dK and dV are summed over: a row is a head's key tile. Of columns they are not counted.
-    rows: all query rows of the task, which are as many as its key rows.
+    rows: all query rows of the task, which are as many as its key rows. mask: of the layer.
     """
 
     tile_pairs: int
@@ -36,6 +47,7 @@ class TaskWork:
     key_rows_with_work: int
     longest_key_row: int
     rows: int
+    mask: MaskKind = DIAGONALS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +69,7 @@ class Workload:
     columns: NDArray[np.int64]
     column_rows: NDArray[np.int64]
     longest_column_row: NDArray[np.int64]
+    mask: MaskKind = DIAGONALS
 
     @property
     def world_size(self) -> int:
@@ -73,6 +86,7 @@ class Workload:
             key_rows_with_work=int(self.key_rows[chosen].sum()),
             longest_key_row=int(self.longest_key[chosen].max(initial=0)),
             rows=self._rows(heads),
+            mask=self.mask,
         )
 
     def columns_task(self, query: int, heads: tuple[int, int]) -> TaskWork:
@@ -85,6 +99,7 @@ class Workload:
             key_rows_with_work=0,
             longest_key_row=0,
             rows=self._rows(heads),
+            mask=self.mask,
         )
 
     def with_heads(self, order: Sequence[int]) -> Workload:
@@ -125,6 +140,10 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
         columns=columns,
         column_rows=column_rows,
         longest_column_row=longest_column_row,
+        mask=MaskKind(
+            listed=not all(isinstance(head, VerticalSlash) for head in pattern.heads),
+            documents=pattern.documents is not None,
+        ),
     )
 
 

@@ -14,7 +14,8 @@ from ...traces.progress import Progress, no_progress
 from ..check.check import check, check_step
 from ..cost.cluster import Cluster
 from ..cost.evaluation import Evaluator
-from ..cost.kernels import CostModel, datasheet_cost
+from ..cost.kernels import CostModel
+from ..cost.measured import cluster_cost
 from ..cost.recurrence import CompiledRecurrence
 from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
 from ..schedule.backends import computed_head_dim
@@ -74,8 +75,7 @@ def make_problem(
     return Problem(
         space=space,
         cluster=cluster,
-        cost=cost
-        or datasheet_cost(cluster.gpu, model, block_size=header.block_size, dtype=space.dtype, backend=backend),
+        cost=cost or cluster_cost(cluster, model, block_size=header.block_size, dtype=space.dtype, backend=backend),
         attention=AttentionSpec(
             model=model,
             seq_len_tokens=header.seq_len_tokens,

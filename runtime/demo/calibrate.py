@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ...planner.cost.cluster import Cluster
-from ...planner.cost.kernels import task_work
+from ...planner.cost.kernels import DeviceCost, task_work
 from ...planner.plan import Plan
 from ...planner.schedule.backends import facts_of
 from ...planner.schedule.launches import Launch
@@ -40,7 +40,7 @@ class FittedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FittedCost:
+class FittedCost(DeviceCost):
     """A `CostModel` of this machine, for a backend that launches every task alone."""
 
     tasks: Mapping[Key, FittedTask]

@@ -11,7 +11,8 @@ from plotly.subplots import make_subplots
 
 from ...planner.cost.cluster import Cluster
 from ...planner.cost.evaluation import imbalance
-from ...planner.cost.kernels import plan_cost, task_work
+from ...planner.cost.kernels import task_work
+from ...planner.cost.measured import plan_cost
 from ...planner.layouts.ring import Ring
 from ...planner.plan import Plan
 from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement

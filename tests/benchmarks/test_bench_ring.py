@@ -26,7 +26,7 @@ from sparsering.benchmarks.lib.ring_plans import (
 )
 from sparsering.planner.check.check import check
 from sparsering.planner.cost.cluster import Cluster
-from sparsering.planner.cost.kernels import plan_cost
+from sparsering.planner.cost.measured import plan_cost
 from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.plan import Plan
 from sparsering.planner.schedule.launches import rank_launches

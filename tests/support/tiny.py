@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
+from sparsering.planner.cost.kernels import DeviceCost
 from sparsering.planner.layouts.registry import make_layout
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS
@@ -27,7 +28,7 @@ CHOICE = HeadChoice(selector="flex", settings={"column_cap": 9, "column_mass": 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairCost:
+class PairCost(DeviceCost):
     """So many microseconds per launch that has work, and per tile pair; backward twice that of pairs."""
 
     us_per_pair: float = 3.0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparsering.planner.cost.cluster import load_cluster
+from sparsering.planner.cost.kernels import DeviceCost
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.launches import Launch
@@ -25,7 +26,7 @@ TOKENS, BLOCK = 2048, 64
 
 
 @dataclass(frozen=True)
-class KnownCost:
+class KnownCost(DeviceCost):
     """100 µs a task, 5 a row, 7 a tile pair; backward three times that, columns half."""
 
     backend: str = "blockwise"

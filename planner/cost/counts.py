@@ -1,0 +1,49 @@
+"""What of a launch decides how long it takes: the few numbers that measured costs are tables of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..schedule.launches import Launch
+from ..schedule.workload import TaskWork
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchCounts:
+    """Counts of one launch, over all its query heads.
+
+    tile_pairs: active pairs of a query tile and a key tile; column_tile_pairs: of a query tile and a tile of gathered
+    columns; rows: query tiles of all heads; longest_row: key tiles of the longest; key_rows: key tiles of all query
+    heads; longest_key_row: query tiles of the longest; cells: pairs that the index had to look at, rows x key tiles.
+    """
+
+    tile_pairs: int
+    column_tile_pairs: int
+    rows: int
+    longest_row: int
+    key_rows: int
+    longest_key_row: int
+    cells: int
+
+    @classmethod
+    def of(cls, launch: Launch, work: Sequence[TaskWork]) -> LaunchCounts:
+        """Count a launch. work: of each of its tasks."""
+        keyed = [one for task, one in zip(launch.tasks, work, strict=True) if task.key is not None]
+        columns = [one for task, one in zip(launch.tasks, work, strict=True) if task.key is None]
+        heads = launch.tasks[0].heads[1] - launch.tasks[0].heads[0]
+        return cls.of_work(keyed, columns, heads=heads)
+
+    @classmethod
+    def of_work(cls, keyed: Sequence[TaskWork], columns: Sequence[TaskWork], *, heads: int) -> LaunchCounts:
+        """Count the work of one query shard with several key shards, and with gathered columns."""
+        rows = [*keyed, *columns][0].rows
+        return cls(
+            tile_pairs=sum(one.tile_pairs for one in keyed),
+            column_tile_pairs=sum(one.tile_pairs for one in columns),
+            rows=rows,
+            longest_row=sum(one.longest_row for one in keyed),
+            key_rows=len(keyed) * rows,
+            longest_key_row=max((one.longest_key_row for one in keyed), default=0),
+            cells=rows * len(keyed) * rows // heads,
+        )

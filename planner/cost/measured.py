@@ -1,0 +1,97 @@
+"""Costs of a calibrated cluster: launches by their measured prices, and what a layer takes beside its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..plan import Plan
+from ..schedule.launches import Launch
+from ..schedule.schedule import Direction
+from ..schedule.workload import MaskKind, TaskWork
+from ..specs import ELEMENT_BYTES, DType, ModelShape
+from .cluster import Cluster
+from .constants import LayerConstants
+from .counts import LaunchCounts
+from .kernels import ACCUMULATOR_BYTES, PORTABLE_BACKEND, CostModel, datasheet_cost
+from .tables import Calibration, LaunchTable, far_share
+
+Tables = Mapping[tuple[Direction, MaskKind], LaunchTable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCost:
+    """A `CostModel` of measured prices. key_bytes_of_a_tile: K and V of one key tile, of all K/V heads."""
+
+    backend: str
+    tables: Tables
+    cache_bytes: int
+    key_bytes_of_a_tile: int
+    constants: LayerConstants
+
+    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return the microseconds of one launch and of its index; one without any work costs nothing."""
+        if not any(one.tile_pairs for one in work):
+            return 0.0
+        prices, counts = self._table(direction, work[0].mask).prices, LaunchCounts.of(launch, work)
+        heads = launch.tasks[0].heads[1] - launch.tasks[0].heads[0]
+        far = far_share(counts.key_rows // heads * self.key_bytes_of_a_tile, self.cache_bytes)
+        return prices.launch_us(counts, far=far, resumed=not launch.begins) + prices.index_us(counts)
+
+    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return the microseconds that the host takes to issue a launch, its index included."""
+        if not any(one.tile_pairs for one in work):
+            return 0.0
+        prices = self._table(direction, work[0].mask).prices
+        return prices.host + prices.host_index
+
+    def _table(self, direction: Direction, mask: MaskKind) -> LaunchTable:
+        """Return the table for a kind of mask, or the nearest: with or without documents, then the other index."""
+        kinds = [MaskKind(listed=listed, documents=documents)
+                 for listed in (mask.listed, not mask.listed)
+                 for documents in (mask.documents, not mask.documents)]  # fmt: skip
+        return next(self.tables[direction, kind] for kind in kinds if (direction, kind) in self.tables)
+
+
+def cluster_cost(
+    cluster: Cluster, model: ModelShape, *, block_size: int, dtype: DType = "bfloat16", backend: str = PORTABLE_BACKEND
+) -> CostModel:
+    """Return the measured costs of a model's attention on a cluster, where its file has them; else the datasheet's."""
+    named, calibration = PORTABLE_BACKEND if backend == "fastest" else backend, cluster.calibration
+    tables: Tables = {}
+    if calibration is not None and ELEMENT_BYTES[dtype] == calibration.element_bytes:
+        tables = calibration.tables_of(
+            backend=named,
+            head_dim=model.head_dim,
+            queries_per_kv_head=model.heads // model.kv_heads,
+            block_size=block_size,
+        )
+    if calibration is None or len({direction for direction, _ in tables}) < 2:
+        return datasheet_cost(cluster.gpu, model, block_size=block_size, dtype=dtype, backend=backend)
+    return MeasuredCost(
+        backend=named,
+        tables=tables,
+        cache_bytes=calibration.cache_bytes,
+        key_bytes_of_a_tile=2 * block_size * model.kv_heads * model.head_dim * ELEMENT_BYTES[dtype],
+        constants=_constants(cluster, calibration, model, ELEMENT_BYTES[dtype]),
+    )
+
+
+def plan_cost(plan: Plan, cluster: Cluster) -> CostModel:
+    """Return the costs of a plan's launches on a cluster."""
+    return cluster_cost(cluster, plan.model, block_size=plan.block_size, dtype=plan.dtype, backend=plan.kernels.backend)
+
+
+def _constants(cluster: Cluster, calibration: Calibration, model: ModelShape, element_bytes: int) -> LayerConstants:
+    """Return what is bound by the bandwidth of the GPU's memory, and the host's prices."""
+    bandwidth = cluster.gpu.memory_bandwidth_bytes_per_us
+    if bandwidth is None:
+        return LayerConstants(host=calibration.host)
+    wide = max(ACCUMULATOR_BYTES, element_bytes)
+    rounded_bytes = wide + element_bytes if wide > element_bytes else 0
+    return LayerConstants(
+        delta_us_per_token=2 * model.heads * model.head_dim * element_bytes / bandwidth,
+        round_us_per_token=2 * model.kv_heads * model.head_dim * rounded_bytes / bandwidth,
+        landing_us_per_byte=3 / bandwidth,  # what landed and the sum are read, the sum is written
+        host=calibration.host,
+    )

@@ -1,0 +1,1 @@
+"""Measuring what attention costs on this machine: kernels, indexes, the host, links."""

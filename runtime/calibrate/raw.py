@@ -1,0 +1,81 @@
+"""The measured points of a calibration on disk, kept case by case: one that was stopped goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...planner.cost.counts import LaunchCounts
+from ...planner.cost.tables import LaunchPoint, MaskKind
+from ...planner.specs import ModelShape
+from ...traces.errors import InputError
+from ...traces.files import read_json, write_json
+from .points import Case
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What one set of prices is for: a backend, heads, blocks."""
+
+    backend: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    @property
+    def model(self) -> ModelShape:
+        """One layer of such heads."""
+        return ModelShape(layers=1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
+
+
+@dataclass(kw_only=True)
+class RawPoints:
+    """Points by shape and case, of one machine. facts: what must be equal for points to be used again."""
+
+    path: Path
+    facts: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    links: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, facts: dict[str, Any]) -> RawPoints:
+        """Read what is there, or begin anew. InputError where a file is of another machine or other versions."""
+        points = cls(path=path, facts=facts)
+        if not path.exists():
+            return points
+        document = read_json(path, max_bytes=MAX_BYTES)
+        if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(f"is no file of schema version {SCHEMA_VERSION}", source=path, field="schema_version")
+        if document.get("facts") != facts:
+            raise InputError("is of another machine or of other versions; move it away", source=path, field="facts")
+        points.entries, points.links = document["entries"], document["links"]
+        return points
+
+    def has(self, shape: Shape, case: Case) -> bool:
+        """Whether a case was measured."""
+        return any(entry["shape"] == asdict(shape) and entry["case"] == asdict(case) for entry in self.entries)
+
+    def add(self, shape: Shape, case: Case, points: list[LaunchPoint]) -> None:
+        """Keep what a case gave, and write the file."""
+        found = [asdict(point) | {"mask": point.mask._asdict()} for point in points]
+        self.entries.append({"shape": asdict(shape), "case": asdict(case), "points": found})
+        self.save()
+
+    def save(self) -> None:
+        """Write the file."""
+        write_json(self.path, {"schema_version": SCHEMA_VERSION, "facts": self.facts, "entries": self.entries,
+                               "links": self.links})  # fmt: skip
+
+    def of_shape(self, shape: Shape) -> Iterator[LaunchPoint]:
+        """Yield all points of a shape."""
+        for entry in self.entries:
+            if entry["shape"] == asdict(shape):
+                for point in entry["points"]:
+                    mask, counts = MaskKind(**point["mask"]), LaunchCounts(**point["counts"])
+                    yield LaunchPoint(**{**point, "mask": mask, "counts": counts})
