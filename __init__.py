@@ -1,7 +1,7 @@
 """sparsering: record a model's dynamic sparse attention, plan how to spread it over GPUs, run that plan.
 
 The public face. Names are imported when they are first used, so that `sparsering.kernels` works where pydantic and
-simpy are not installed, and `sparsering.planner` works where torch is not.
+scipy are not installed, and `sparsering.planner` works where torch is not.
 """
 
 from __future__ import annotations

@@ -67,6 +67,11 @@ VERBS = {
         function="inspect",
         help="Check every byte of a trace and show what it holds.",
     ),
+    "cluster": Verb(
+        module="planner.cluster_command",
+        function="cluster",
+        help="Turn a topology and nccl-tests into a cluster file.",
+    ),
     "plan": Verb(
         module="planner.commands",
         function="plan",
@@ -87,6 +92,11 @@ VERBS = {
         function="run",
         help="Execute a plan here and measure its timeline (needs torch).",
     ),
+    "calibrate": Verb(
+        module="runtime.calibrate.command",
+        function="calibrate",
+        help="Measure kernels here, as a cluster file (needs torch).",
+    ),
     "data": Verb(
         module="runtime.data.command",
         function="data",
@@ -101,6 +111,11 @@ VERBS = {
         module="simulator.commands",
         function="compare",
         help="Set two timelines side by side, phase by phase.",
+    ),
+    "validate": Verb(
+        module="simulator.validate_command",
+        function="validate",
+        help="Set measured results beside predictions; judge them.",
     ),
     "demo": Verb(
         module="runtime.demo.command",

@@ -246,9 +246,33 @@ def training_table(result: Result) -> list[str]:
     return table(columns, result.rows)
 
 
+def simulator_table(result: Result) -> list[str]:
+    """Return how quickly schedules are evaluated, one line a schedule: rank-phases a second and peak memory."""
+    same = ("layout", "direction", "ranks", "rank_phases", "slowdown")
+    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result.rows:
+        problem = problems.setdefault(tuple(row[name] for name in same), {name: row[name] for name in same})
+        if row["metric"] == "engine_peak_memory_bytes":
+            problem["memory"] = row["value"]
+        else:
+            problem[row["evaluator"]] = row["value"]
+            if row["evaluator"] == "engine":
+                problem["seconds"] = row["seconds"]
+    columns = [
+        Column(heading="layout", cell=plain("layout")), Column(heading="direction", cell=plain("direction")),
+        Column(heading="ranks", cell=plain("ranks")), Column(heading="rank-phases", cell=measured("rank_phases")),
+        Column(heading="transfers slow compute", cell=lambda row: "yes" if row["slowdown"] else "no"),
+        Column(heading="engine, 1/s", cell=measured("engine")), Column(heading="engine, s", cell=measured("seconds")),
+        Column(heading="memory, MiB", cell=measured("memory", scale=2**-20)),
+        Column(heading="recurrence, first, 1/s", cell=measured("recurrence, first")),
+        Column(heading="recurrence, again, 1/s", cell=measured("recurrence, again")),
+    ]  # fmt: skip
+    return table(columns, list(problems.values()))
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
-    "training": training_table,
+    "training": training_table, "simulator": simulator_table,
 }  # fmt: skip
 ELSEWHERE = frozenset({"models"})  # benchmarks/models.py writes docs/models.md itself
 

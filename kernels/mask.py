@@ -12,9 +12,11 @@ not active). Merged by their lse they make the whole.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,37 @@ def document_of(mask: AttentionMask, positions: Tensor) -> Tensor | None:
     if mask.documents is None:
         return None
     return mask.documents[positions.long().clamp(max=mask.seq_len_tokens - 1)]
+
+
+_REACH: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def document_reach(mask: AttentionMask, *, transposed: bool) -> Tensor | None:
+    """int32 [N]: over how many block diagonals each block shares a document; None without documents.
+
+    Of query blocks back to keys; transposed: of key blocks on to queries. Where documents do not rise along the
+    sequence, all N. Kept with the documents; does not wait for the device.
+    """
+    documents = mask.documents
+    if documents is None:
+        return None
+    known: dict[Any, Tensor] = _REACH.setdefault(documents, {})  # pyright: ignore[reportAssignmentType]
+    version = 0 if documents.is_inference() else documents._version
+    key = mask.seq_len_tokens, mask.block_size, transposed, version
+    if key not in known:
+        known[key] = _reach(mask, documents[: mask.seq_len_tokens].contiguous(), transposed=transposed)
+    return known[key]
+
+
+def _reach(mask: AttentionMask, documents: Tensor, *, transposed: bool) -> Tensor:
+    size, blocks = mask.block_size, torch.arange(mask.blocks, device=documents.device)
+    if transposed:
+        last = (blocks * size + size - 1).clamp(max=mask.seq_len_tokens - 1)
+        reach = (torch.searchsorted(documents, documents[last], right=True) - 1) // size - blocks
+    else:
+        reach = blocks - torch.searchsorted(documents, documents[blocks * size]) // size
+    rising = (documents[1:] >= documents[:-1]).all()
+    return torch.where(rising, reach, mask.blocks).to(torch.int32)
 
 
 def allowed_pairs(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Tensor:

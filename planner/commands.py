@@ -22,7 +22,8 @@ from ..traces.files import require_output
 from ..traces.progress import shown_progress
 from .check.check import CheckReport, check_step
 from .check.check import check as prove
-from .cost.cluster import load_cluster, preset_names
+from .chosen_cluster import chosen_cluster
+from .cost.cluster import preset_names
 from .layouts.registry import layout_names
 from .plan import KernelSpec, Plan, load_launches, load_plan
 from .schedule.backends import known_backends
@@ -107,7 +108,7 @@ def plan(
     with shown_progress() as report:
         made = plan_trace(
             Trace.open(trace),
-            load_cluster(cluster),
+            chosen_cluster(cluster),
             space,
             evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
             provenance={"command": shlex.join(["sparsering", *sys.argv[1:]]), "seed": seed},

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..planner.cost.cluster import load_cluster, preset_names
+from ..planner.chosen_cluster import chosen_cluster
+from ..planner.cost.cluster import preset_names
 from ..planner.plan import load_plan
 from ..planner.replay import find_trace, recorded_layer
 from ..traces.errors import InputError
@@ -42,7 +43,7 @@ def simulate(
     if output is not None:
         Timeline.require_writable(output)
     made = load_plan(plan)
-    where = load_cluster(cluster)
+    where = chosen_cluster(cluster)
     recorded = recorded_layer(find_trace(made, plan, trace), training_step, layer)
     with Console(stderr=True).status("simulating"):
         noise = Jitter(sigma=jitter, seed=seed)
@@ -55,6 +56,7 @@ def simulate(
         "plan": str(plan),
         "plan_digest": made.digest,
         "cluster": where.name,
+        "gpus": {"used": made.world_size, "of": where.world_size},
         "validity": "measured cluster" if where.origin == "measured" else UNVALIDATED,
         "training_step": recorded.training_step,
         "layer": recorded.layer,
@@ -113,6 +115,9 @@ def _show_simulation(facts: dict[str, Any], metrics: list[DirectionMetrics]) -> 
     console.print(
         f"step time {_time(facts['step_time_us'])}, buffers {facts['peak_buffer_bytes'] / 2**20:.1f} MiB a rank"
     )
+    gpus = facts["gpus"]
+    if gpus["used"] < gpus["of"]:
+        console.print(f"{gpus['used']} of the cluster's {gpus['of']} GPUs are used: the plan has no more ranks")
     console.print(f"[dim]{escape(facts['validity'])}[/dim]")
     if facts["timeline"]:
         console.print(f"timeline: {escape(facts['timeline'])} (open it in https://ui.perfetto.dev)")

@@ -1,38 +1,42 @@
-"""The reference semantics of a schedule, played in simulated time (simpy, integer nanoseconds).
+"""The reference semantics of a schedule, played in simulated time: one heap of events, integer nanoseconds.
 
-Every rank is a process that walks through its phases (schedule.py says what happens in which order): wait, launch
-transfers, compute; the tasks of a phase in the kernel launches that the backend makes of them (schedule/launches.py).
-Every group call is a process that waits for its turn in its communicator's queue on that rank, joins its transfers, and
-ends with the last of them. A transfer is a rendezvous: it begins, one link latency later, when all its ends have
-joined; its bytes share links with all others (network.py). While data moves to or from a GPU, its compute slows by the
-cluster's `communication_slowdown`, or by its `pull_slowdown` where copy engines alone move it.
+Every rank walks through its phases (schedule.py says what happens in which order): wait, launch transfers, compute; the
+tasks of a phase in the kernel launches that the backend makes of them (schedule/launches.py). A group call waits for
+its turn in its communicator's queue on that rank, joins its transfers, and ends with the last of them. A transfer is a
+rendezvous: it begins, one link latency later, when all its ends have joined; its bytes share links with all others
+(network.py). While data moves to or from a GPU, its compute slows by the cluster's `communication_slowdown`, or by its
+`pull_slowdown` where copy engines alone move it.
 
-Not modelled: adding landed gradients to a buffer, choosing patterns, the host.
+Beside launches a rank's compute stream is busy with what `CostModel.constants` says: before its first phase, after the
+waits for gradients that land, after its last phase. Where the constants have a host, each rank's host issues everything
+in order and never waits for the device, on which nothing starts before it was issued. `Evaluation.compute_us` counts
+launches alone.
+
+Not modelled: choosing patterns, and copies that only some masks or models need.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import simpy
 
 from ..planner.cost.cluster import Cluster
 from ..planner.cost.evaluation import Evaluation
-from ..planner.cost.kernels import CostModel, task_work
-from ..planner.cost.timing import check_sizes, latency_ns, launch_ns, legs_of
+from ..planner.cost.kernels import CostModel
+from ..planner.cost.timing import NS_PER_US, check_sizes, landing_ns
 from ..planner.schedule.launches import Launch, rank_launches
-from ..planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
+from ..planner.schedule.schedule import Phase, Schedule, Transfer
 from ..planner.schedule.workload import Workload
 from ..traces.errors import InputError, ScheduleError
 from ..traces.timeline import Timeline
-from .network import Network
-from .recorder import Recorder, TransferTimes, followed_by
-
-Process = Generator[simpy.Event, Any, None]
+from .clock import Event
+from .recorder import followed_by
+from .transfers import Call, Setting, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +71,24 @@ def simulate(
     jitter: Jitter = STEADY,
     timeline: bool = False,
 ) -> Evaluation:
-    """Play one direction of one layer; an `Evaluator`.
+    """Play one direction of one layer, host and device both beginning at 0; an `Evaluator`.
 
     Raises InputError for sizes that do not fit, ScheduleError when the schedule deadlocks.
     """
-    check_sizes(schedule, workload, cluster)
-    return _Engine(schedule, workload, cluster, cost, jitter).run(with_timeline=timeline)
+    return _play(schedule, Setting(workload, cluster, cost), jitter, timeline)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerEvaluation:
-    """Forward and backward of one layer; `timeline` holds both, backward beginning when all ranks ended forward."""
+    """Forward and backward of one layer in one go; `timeline` holds both, backward beginning when all ranks ended it.
+
+    backward: as it follows forward, its host ahead by what forward left it. backward_alone_us: what backward takes when
+    host and device begin together, which is how it is timed on its own.
+    """
 
     forward: Evaluation
     backward: Evaluation
+    backward_alone_us: float
     timeline: Timeline | None = None
 
     @property
@@ -98,147 +106,231 @@ def simulate_layer(
     jitter: Jitter = STEADY,
     timeline: bool = False,
 ) -> LayerEvaluation:
-    """Play forward, then backward from the moment at which the last rank ended forward; see `simulate`."""
-    forward, backward = (
-        simulate(schedule, workload, cluster, cost, jitter=jitter, timeline=timeline) for schedule in schedules
-    )
+    """Play forward, then backward from the moment at which the last rank ended forward; see `simulate`.
+
+    The hosts go on to issue backward as soon as they have issued forward.
+    """
+    setting = Setting(workload, cluster, cost)
+    forward, issued_ns = _play(schedules[0], setting, jitter, timeline)
+    if cost.constants.host is None:
+        backward, _ = _play(schedules[1], setting, jitter, timeline)
+        alone_us = backward.makespan_us
+    else:
+        ended_ns = round(forward.makespan_us * NS_PER_US)
+        backward, _ = _play(schedules[1], setting, jitter, timeline, [one - ended_ns for one in issued_ns])
+        alone_us = _play(schedules[1], setting, jitter, False)[0].makespan_us
     joined = None
     if forward.timeline and backward.timeline:
         joined = followed_by(forward.timeline, backward.timeline, start_us=forward.makespan_us)
-    return LayerEvaluation(forward=forward, backward=backward, timeline=joined)
+    return LayerEvaluation(forward=forward, backward=backward, backward_alone_us=alone_us, timeline=joined)
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Rendezvous:
-    """A transfer for which some ends may still be missing."""
+def _play(
+    schedule: Schedule, setting: Setting, jitter: Jitter, timeline: bool, host_begins_ns: Sequence[int] = ()
+) -> tuple[Evaluation, list[int]]:
+    """Play one direction; return also when each rank's host has issued it.
 
-    missing: int
-    done: simpy.Event
-    started_ns: int = 0
-    arrived_ns: int = 0
+    host_begins_ns: by rank, when its host begins, which may be before the device does; empty: at 0.
+    """
+    check_sizes(schedule, setting.workload, setting.cluster)
+    begins_ns = host_begins_ns or [0] * schedule.world_size
+    jittered = [jitter.of_rank(rank) if jitter.sigma else None for rank in range(schedule.world_size)]
+    with _no_collections():
+        stage = Stage(schedule, setting, timeline)
+        ranks = [_Rank(stage, rank, jittered[rank], begins_ns[rank]) for rank in range(schedule.world_size)]
+        stage.clock.first += [rank.begin for rank in ranks]
+        stage.clock.run()
+    for rank in ranks:
+        rank.refuse_deadlock()
+    stage.refuse_deadlock()
+    times = stage.transfer_times() if timeline else None
+    return stage.recorder.evaluation(schedule.buffer_bytes, times), [rank.issued_ns for rank in ranks]
 
 
-class _Engine:
-    """One run of one schedule."""
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Let the cyclic garbage collector rest: a run keeps all that it makes, which would be looked at over and over."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
-    def __init__(
-        self, schedule: Schedule, workload: Workload, cluster: Cluster, cost: CostModel, jitter: Jitter
-    ) -> None:
-        self.schedule, self.workload, self.cluster, self.cost = schedule, workload, cluster, cost
-        self.jittered = [jitter.of_rank(rank) if jitter.sigma else int for rank in range(schedule.world_size)]
-        self.environment = simpy.Environment()
-        self.network = Network(self.environment, cluster)
-        self.recorder = Recorder(schedule.direction, schedule.world_size)
-        self.position = [0] * schedule.world_size  # the phase that each rank is in
-        self._rendezvous: dict[tuple[str, int, str], _Rendezvous] = {}
-        self._call_ends: list[dict[str, simpy.Event]] = [{} for _ in range(schedule.world_size)]  # by transfer id
-        self._tails: dict[tuple[int, str], simpy.Event] = {}  # end of the last call of a rank on a communicator
 
-    @property
-    def now(self) -> int:
-        return int(self.environment.now)
+class _Beside:
+    """A launch computed beside transfers, up to the next change of its speed or to its end."""
 
-    def run(self, *, with_timeline: bool) -> Evaluation:
-        ranks = [self.environment.process(self._rank(rank)) for rank in range(self.schedule.world_size)]
-        self.environment.run()
-        self._refuse_deadlock(ranks)
-        phases = max(len(self.schedule.phases(rank)) for rank in range(self.schedule.world_size))
-        times = self._transfer_times() if with_timeline else None
-        return self.recorder.evaluation(phases, self.schedule.buffer_bytes, times)
+    __slots__ = ("_is_over", "_rank", "_speed", "_start_ns")
 
-    def _rank(self, rank: int) -> Process:
-        """Walk through a rank's phases: wait, launch, compute."""
-        launches = rank_launches(self.schedule.phases(rank), backend=self.cost.backend)
-        for number, phase in enumerate(self.schedule.phases(rank)):
-            self.position[rank] = number
-            for name in phase.waits:
-                yield self._end_of(rank, phase, name)
-            for call in phase.group_calls:
-                self._launch(rank, phase, call)
-            for launch in launches[number]:
-                yield from self._compute(rank, number, launch)
-        self.recorder.ended(self.now)
+    def __init__(self, rank: _Rank) -> None:
+        self._rank, self._is_over = rank, False
+        stage = rank.stage
+        self._start_ns, self._speed = stage.clock.now, 1 - stage.network.slowdown(rank.rank)
+        stage.clock.after(max(1, round(rank.left_ns / self._speed)), self._interrupt)
+        stage.network.on_flip(rank.rank, self._interrupt)
 
-    def _end_of(self, rank: int, phase: Phase, name: str) -> simpy.Event:
-        if name not in self._call_ends[rank]:
-            raise ScheduleError(f"rank {rank} phase {phase.index} waits for {name}, which it never launched")
-        return self._call_ends[rank][name]
+    def _interrupt(self) -> None:
+        """The end or a change of speed, whichever comes first."""
+        if not self._is_over:
+            self._is_over = True
+            self._rank.stage.clock.queue.append(self._resume)
 
-    def _launch(self, rank: int, phase: Phase, call: GroupCall) -> None:
-        """Queue a group call behind the communicator's earlier ones on this rank."""
-        previous = self._tails.get((rank, call.communicator))
-        end = self.environment.process(self._group_call(rank, phase, call, previous))
-        self._tails[rank, call.communicator] = end
-        self._call_ends[rank].update((transfer.id, end) for transfer in call.transfers)
-
-    def _group_call(self, rank: int, phase: Phase, call: GroupCall, previous: simpy.Event | None) -> Process:
-        if previous is not None:
-            yield previous
-        start_ns = self.now
-        joined = [self._join(rank, transfer) for transfer in call.transfers]
-        yield self.environment.all_of([rendezvous.done for rendezvous in joined])
-        group = self.schedule.communicator(call.communicator).group_of(rank)
-        self.recorder.transferred(rank, phase.index, call, group, start_ns, self.now)
-
-    def _join(self, rank: int, transfer: Transfer) -> _Rendezvous:
-        """Add one end of a transfer; the last one starts it."""
-        group = self.schedule.communicator(transfer.communicator).group_of(rank)
-        collective = transfer.source == ALL_RANKS
-        key = (transfer.communicator, group[0] if collective else ALL_RANKS, transfer.id)
-        if key not in self._rendezvous:
-            ends = len(group) if collective else 2
-            self._rendezvous[key] = _Rendezvous(missing=ends, done=self.environment.event())
-        rendezvous = self._rendezvous[key]
-        rendezvous.missing -= 1
-        if rendezvous.missing < 0:
-            raise ScheduleError(f"rank {rank} joins {transfer.id} on {transfer.communicator} once too often")
-        if rendezvous.missing == 0:
-            self.environment.process(self._transfer(transfer, group, rendezvous))
-        return rendezvous
-
-    def _transfer(self, transfer: Transfer, group: tuple[int, ...], rendezvous: _Rendezvous) -> Process:
-        """Move a transfer's bytes, one link latency after its last end has joined."""
-        legs = legs_of(transfer, group)
-        yield self.environment.timeout(latency_ns(self.cluster, legs))
-        rendezvous.started_ns = self.now
-        yield self.environment.all_of([self.network.move(leg) for leg in legs])
-        rendezvous.arrived_ns = self.now
-        rendezvous.done.succeed()
-
-    def _compute(self, rank: int, phase: int, launch: Launch) -> Process:
-        """Compute the tasks of one launch, slower while this GPU communicates."""
-        work = [task_work(task, self.workload) for task in launch.tasks]
-        work_ns = self.jittered[rank](launch_ns(launch, work, self.cost, self.schedule.direction))
-        if not work_ns:
-            return
-        start_ns = self.now
-        if self.cluster.gpu.communication_slowdown or self.cluster.gpu.pull_slowdown:
-            yield from self._compute_beside_transfers(rank, float(work_ns))
+    def _resume(self) -> None:
+        rank = self._rank
+        rank.left_ns -= (rank.stage.clock.now - self._start_ns) * self._speed
+        if rank.left_ns > 0.5:
+            _Beside(rank)
         else:
-            yield self.environment.timeout(work_ns)
-        self.recorder.computed(rank, phase, launch.tasks, start_ns, self.now)
+            rank.computed()
 
-    def _compute_beside_transfers(self, rank: int, left_ns: float) -> Process:
-        while left_ns > 0.5:
-            speed = 1 - self.network.slowdown(rank)
-            start_ns = self.now
-            whole = self.environment.timeout(max(1, round(left_ns / speed)))
-            yield whole | self.network.flip(rank)
-            left_ns -= (self.now - start_ns) * speed
 
-    def _transfer_times(self) -> TransferTimes:
-        return {
-            (communicator, name): (rendezvous.started_ns, rendezvous.arrived_ns)
-            for (communicator, group, name), rendezvous in self._rendezvous.items()
-            if group == ALL_RANKS
-        }
+class _Rank:
+    """A rank that walks through its phases.
 
-    def _refuse_deadlock(self, ranks: list[simpy.Process]) -> None:
-        for rank, process in enumerate(ranks):
-            if process.is_alive:
-                phase = self.schedule.phases(rank)[self.position[rank]]
-                stuck = [name for name in phase.waits if not self._call_ends[rank][name].processed]
-                raise ScheduleError(f"rank {rank} phase {phase.index} waits forever for {', '.join(stuck)}")
-        for (rank, communicator), end in self._tails.items():
-            if not end.processed:
-                raise ScheduleError(f"rank {rank} has a call on {communicator} that never ends")
+    left_ns: of the launch that it computes; issued_ns: when its host has issued all that it has come to.
+    """
+
+    __slots__ = (
+        "_calls", "_constants", "_has_ended", "_issues", "_jittered", "_launched", "_launches", "_number", "_phases",
+        "_start_ns", "_waited", "issued_ns", "left_ns", "rank", "stage",
+    )  # fmt: skip
+
+    def __init__(self, stage: Stage, rank: int, jittered: Callable[[int], int] | None, host_begins_ns: int) -> None:
+        self.stage, self.rank, self._jittered = stage, rank, jittered
+        self._phases = stage.schedule.phases(rank)
+        self._launches = rank_launches(self._phases, backend=stage.cost.backend)
+        self._constants = stage.cost.constants
+        self._calls: dict[str, tuple[Call, Transfer]] = {}  # by transfer id
+        self._number, self._waited, self._launched = 0, 0, 0  # places: phase, and in it wait and launch
+        self._has_ended = False
+        self.left_ns, self._start_ns = 0.0, 0
+        self._issues: Iterator[int] = iter(())  # when the launches of this phase have been issued
+        host, self.issued_ns = self._constants.host, host_begins_ns
+        if host is not None:
+            forward = stage.schedule.direction == "forward"
+            self.issued_ns += round((host.forward_layer if forward else host.backward_layer) * NS_PER_US)
+
+    def begin(self) -> None:
+        """Walk, after what comes before the first phase."""
+        us = self._constants.begin_us(self.stage.schedule.direction, self.stage.workload.tokens_per_rank)
+        self._busy(round(us * NS_PER_US), self._walk)
+
+    def computed(self) -> None:
+        """Go on after a launch."""
+        stage, launch = self.stage, self._launches[self._number][self._launched - 1]
+        stage.recorder.computed(self.rank, self._number, launch.tasks, self._start_ns, stage.clock.now)
+        self._after_calls()
+
+    def refuse_deadlock(self) -> None:
+        """Raise ScheduleError unless the rank has come to its end."""
+        if not self._has_ended:
+            phase = self._phases[self._number]
+            stuck = [name for name in phase.waits if not self._calls[name][0].has_ended]
+            raise ScheduleError(f"rank {self.rank} phase {phase.index} waits forever for {', '.join(stuck)}")
+
+    def _busy(self, duration_ns: int, then: Event) -> None:
+        """Do nothing else on the compute stream for so long."""
+        if duration_ns:
+            self.stage.clock.after(duration_ns, then)
+        else:
+            then()
+
+    def _walk(self) -> None:
+        """Go on from the waits of a phase."""
+        calls = self._calls
+        while self._number < len(self._phases):
+            phase = self._phases[self._number]
+            for name in phase.waits[self._waited :]:
+                if name not in calls:
+                    problem = f"waits for {name}, which it never launched"
+                    raise ScheduleError(f"rank {self.rank} phase {phase.index} {problem}")
+                call = calls[name][0]
+                if not call.has_ended:
+                    call.on_end(self._walk)
+                    return
+                self._waited += 1
+            if self._constants.landing_us_per_byte and phase.waits:
+                landed = [calls[name][1] for name in phase.waits]
+                landing = landing_ns(self._constants, landed, self.rank)
+                if landing:
+                    self.stage.clock.after(landing, self._after_landing)
+                    return
+            self._issue_calls(phase)
+            if not self._compute():
+                return
+        us = self._constants.end_us(self.stage.schedule.direction, self.stage.workload.tokens_per_rank)
+        self._busy(round(us * NS_PER_US), self._end)
+
+    def _after_landing(self) -> None:
+        self._issue_calls(self._phases[self._number])
+        self._after_calls()
+
+    def _after_calls(self) -> None:
+        if self._compute():
+            self._walk()
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self.stage.recorder.ended(self.stage.clock.now)
+
+    def _issue_calls(self, phase: Phase) -> None:
+        """Queue the calls of a phase, each behind the communicator's earlier ones on this rank."""
+        calls_ns = self._issue(phase) if self._constants.host is not None else None
+        for number, call in enumerate(phase.group_calls):
+            names = [transfer.id for transfer in call.transfers]
+            made = Call(self.stage, self.rank, phase, call, names)
+            for name, transfer in zip(names, call.transfers, strict=True):
+                self._calls[name] = (made, transfer)
+            if calls_ns is not None and calls_ns[number] > self.stage.clock.now:
+                self.stage.clock.after(calls_ns[number] - self.stage.clock.now, made.begin)
+            else:
+                self.stage.clock.first.append(made.begin)
+
+    def _issue(self, phase: Phase) -> list[int]:
+        """Let the host issue a phase; return when it has issued each call."""
+        host = self._constants.host
+        assert host is not None
+        calls_ns = [round(host.call * NS_PER_US)] * len(phase.group_calls)
+        prices, launches = self.stage.prices, self._launches[self._number]
+        launches_ns = [prices.host_ns(launch) for launch in launches]
+        issued: dict[bool, list[int]] = {True: [], False: []}
+        first_phase = phase.index == 0
+        for are_calls in (not first_phase, first_phase):
+            for duration_ns in calls_ns if are_calls else launches_ns:
+                self.issued_ns += duration_ns
+                issued[are_calls].append(self.issued_ns)
+        self._issues = iter(issued[False])
+        return issued[True]
+
+    def _compute(self) -> bool:
+        """Start the next launch that takes any time; after the last one, move on to the next phase and return True."""
+        launches = self._launches[self._number]
+        while self._launched < len(launches):
+            launch = launches[self._launched]
+            self._launched += 1
+            work_ns = self._work_ns(launch)
+            issued_ns = next(self._issues, 0)
+            if work_ns:
+                self.left_ns = float(work_ns)
+                waits_ns = issued_ns - self.stage.clock.now
+                if waits_ns > 0:
+                    self.stage.clock.after(waits_ns, self._launch)
+                else:
+                    self._launch()
+                return False
+        self._number, self._waited, self._launched = self._number + 1, 0, 0
+        return True
+
+    def _work_ns(self, launch: Launch) -> int:
+        alone_ns = self.stage.prices.launch_ns(launch)
+        return alone_ns if self._jittered is None else self._jittered(alone_ns)
+
+    def _launch(self) -> None:
+        stage = self.stage
+        self._start_ns = stage.clock.now
+        if stage.network.slows:
+            _Beside(self)
+        else:
+            stage.clock.after(int(self.left_ns), self.computed)

@@ -18,35 +18,40 @@ TransferTimes = Mapping[tuple[str, str], tuple[int, int]]  # (communicator, tran
 
 
 class Recorder:
-    """Collects what every rank computed and transferred. Times in nanoseconds."""
+    """Collects what every rank computed and transferred. Times in nanoseconds. shape: ranks, and phases of the longest.
 
-    def __init__(self, direction: Direction, world_size: int) -> None:
-        self._direction = direction
-        self._world_size = world_size
+    keeps_spans: for a timeline; without, only sums are kept.
+    """
+
+    def __init__(self, direction: Direction, shape: tuple[int, int], *, keeps_spans: bool) -> None:
+        self._direction, self.keeps_spans = direction, keeps_spans
+        self._phase_ns = [[0] * shape[1] for _ in range(shape[0])]
         self._launches: list[tuple[int, int, tuple[Task, ...], int, int]] = []
         self._calls: list[tuple[int, int, GroupCall, tuple[int, ...], int, int]] = []
         self._end_ns = 0
 
     def computed(self, rank: int, phase: int, tasks: tuple[Task, ...], start_ns: int, end_ns: int) -> None:
         """Note the tasks of one launch."""
-        self._launches.append((rank, phase, tasks, start_ns, end_ns))
+        self._phase_ns[rank][phase] += end_ns - start_ns
+        if self.keeps_spans:
+            self._launches.append((rank, phase, tasks, start_ns, end_ns))
 
     def transferred(
         self, rank: int, phase: int, call: GroupCall, group: tuple[int, ...], start_ns: int, end_ns: int
     ) -> None:
         """Note a group call, from its turn on its communicator to its end."""
-        self._calls.append((rank, phase, call, group, start_ns, end_ns))
+        if self.keeps_spans:
+            self._calls.append((rank, phase, call, group, start_ns, end_ns))
         self.ended(end_ns)
 
     def ended(self, time_ns: int) -> None:
         """Note that something ended."""
-        self._end_ns = max(self._end_ns, time_ns)
+        if time_ns > self._end_ns:
+            self._end_ns = time_ns
 
-    def evaluation(self, phases: int, buffer_bytes: int, transfers: TransferTimes | None) -> Evaluation:
+    def evaluation(self, buffer_bytes: int, transfers: TransferTimes | None) -> Evaluation:
         """Return the run; with a timeline when the times of its transfers are given."""
-        phase_ns = np.zeros((self._world_size, phases), dtype=np.int64)
-        for rank, phase, _, start_ns, end_ns in self._launches:
-            phase_ns[rank, phase] += end_ns - start_ns
+        phase_ns = np.array(self._phase_ns, dtype=np.int64)
         return Evaluation(
             makespan_us=self._end_ns / NS_PER_US,
             compute_us=phase_ns.sum(axis=1) / NS_PER_US,
@@ -63,7 +68,7 @@ class Recorder:
         spans = [*launches, *(self._call_span(*record) for record in self._calls)]
         return Timeline(
             source="simulated",
-            world_size=self._world_size,
+            world_size=len(self._phase_ns),
             spans=tuple(sorted(spans, key=lambda span: (span.start_us, span.rank, span.stream))),
             flows=tuple(flow for rank, _, call, *_ in self._calls for flow in _sends(rank, call, transfers)),
         )

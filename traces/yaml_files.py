@@ -1,4 +1,4 @@
-"""The one reader of YAML: configurations and cluster files, read by the core schema of YAML 1.2 and nothing beyond it.
+"""The one reader and writer of YAML: configurations and cluster files, by the core schema of YAML 1.2 and nothing more.
 
 Only what a settings file needs is read: mappings with text as keys, lists, text, true and false, null, integers of 64
 bits and finite numbers. `1.0e6` and `1e6` are numbers and a date is text. Anchors, aliases, keys that stand twice, deep
@@ -158,3 +158,8 @@ class _CoreLoader(yaml.SafeLoader):
 def _line(text: str | bytes, position: int) -> str:
     newline: Any = "\n" if isinstance(text, str) else b"\n"
     return f"line {text[:position].count(newline) + 1}"
+
+
+def yaml_text(document: Any) -> str:
+    """Return plain values as text that `read_yaml` reads: keys in their order, short lists in a line."""
+    return yaml.safe_dump(document, sort_keys=False, width=118, default_flow_style=None)

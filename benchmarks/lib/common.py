@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, nccl.version()))
-    for name in ("triton", "transformers", "flash_attn", "simpy"):
+    for name in ("triton", "transformers", "flash_attn"):
         if hasattr(sys.modules.get(name), "__version__"):
             found[name] = sys.modules[name].__version__
     if "flash_attn.cute.interface" in sys.modules:

@@ -126,7 +126,8 @@ def predicted_times(plan: Plan, work: Work, cluster: Cluster) -> dict[str, Any]:
     return {
         "predicted_for": cluster.name,
         "predicted_forward_ms": simulated.forward.makespan_us / 1e3,
-        "predicted_backward_ms": simulated.backward.makespan_us / 1e3,
+        "predicted_backward_ms": simulated.backward_alone_us / 1e3,
+        "predicted_step_ms": simulated.makespan_us / 1e3,
     }
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..mask import AttentionMask, document_of
+from ..mask import AttentionMask, document_of, document_reach
 from .device_lists import csr_lists, periodic_lists, residue_lists, row_fields
 from .periodic import PeriodicTables, periodic_tables
 
@@ -234,17 +234,17 @@ def _lists(
         fields, entries, work = _csr_lists(mask, rows, others, own, transposed=transposed)
         order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
         return TileLists(rows=fields, entries=entries, order=order, sign=1)
-    order = rows.order(falling=not transposed)
+    order, reach = rows.order(falling=not transposed), document_reach(mask, transposed=transposed)
     if residues is not None:  # rows of one residue share a sorted list of diagonals; no row has a list of its own
         entries, before, stride = residues
         first = int(others.blocks[0]) if len(others.blocks) else 0
-        given = mask.active, rows.device_blocks, before
+        given = mask.active, rows.device_blocks, before, reach
         tiles = others.valid_tiles(mask)
         fields = row_fields(*given, stride=stride, first=first, others=tiles, transposed=transposed)
         return TileLists(rows=fields, entries=entries, order=order, sign=1 if transposed else -1)
     tables = rows.periodic_tables(others, mask.blocks, transposed=transposed)
     if tables is not None:
-        fields, entries = periodic_lists(mask.active, tables, rows.device_blocks, own, transposed=transposed)
+        fields, entries = periodic_lists(mask.active, tables, rows.device_blocks, own, reach, transposed=transposed)
     else:
         fields, entries, _ = _csr_lists(mask, rows, others, own, transposed=transposed)
     return TileLists(rows=fields, entries=entries, order=order, sign=1)

@@ -5,6 +5,7 @@ block I and visits key tiles u = (I - first - d) / stride = m - entry; transpose
 tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder and quotient of the row's distance from
 the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
 periodic_kernel and periodic_rows_kernel, where they are periodic: see periodic.py.
+Where documents are packed, `reach` int32 [N] says how many diagonals a row of each block has inside its documents.
 lists_kernel, for block masks and irregular placements: one list of visited tiles per row, counted, then written. Rows
 read their line of the mask once per pass, so that nothing of the size rows times tiles is ever stored.
 """
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..jit import run
-from ..mask import AttentionMask
+from ..mask import AttentionMask, document_reach
 from .periodic import PeriodicTables
 
 _CHUNK, _ROWS = 1024, 128
@@ -73,7 +74,7 @@ def residue_kernel(active, entries, before, stride, length, blocks, CHUNK: tl.co
 
 
 @triton.jit(do_not_specialize=["tiles", "stride", "first", "others", "length", "blocks"])
-def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others, length, blocks,
+def rows_kernel(active, row_blocks, before, reach_of, fields, tiles, stride, first, others, length, blocks,
                 TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
     """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H). others: valid tiles."""
     head = tl.program_id(1)
@@ -91,8 +92,11 @@ def rows_kernel(active, row_blocks, before, fields, tiles, stride, first, others
     else:
         low, high, own = m - others + 1, m + 1, m
     low = tl.minimum(tl.maximum(low, 0), length)
-    high = tl.minimum(tl.maximum(high, low), length)
     valid = (rows < tiles) & (block < blocks)
+    if reach_of is not None:
+        reach = tl.load(reach_of + block, mask=valid, other=0)
+        high = tl.minimum(high, (reach - residue + stride) // stride)
+    high = tl.minimum(tl.maximum(high, low), length)
     high = tl.where(valid, high, low)
     line = (head * stride + residue) * (length + 1)
     skipped = tl.load(before + line + low, mask=valid, other=0)
@@ -136,8 +140,8 @@ def periodic_kernel(active, constant, present, by_shard, entries, before, classe
 
 
 @triton.jit(do_not_specialize=["tiles", "classes", "blocks", "reach", "room"])
-def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_tiles, fields, tiles, classes, blocks,
-                         reach, room, SECTIONS: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_tiles, reach_of, fields, tiles, classes,
+                         blocks, reach, room, SECTIONS: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
     """fields int32 [H, T, 4] (start, count, base, diagonal) of every row. Grid (T / SIZE, H). See periodic_kernel."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -149,6 +153,8 @@ def periodic_rows_kernel(active, before, row_blocks, row_class, row_base, own_ti
     else:
         diagonals = block + 1
     diagonals = tl.where(valid, diagonals, 1)  # so many stay in the sequence
+    if reach_of is not None:
+        diagonals = tl.minimum(diagonals, tl.load(reach_of + block, mask=valid, other=0) + 1)
     section = (diagonals - 1) // reach
     listing = head * classes + tl.load(row_class + rows, mask=inside, other=0)
     start = listing * room + section * (section + 1) // 2 * reach
@@ -171,21 +177,21 @@ def residue_lists(active: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return entries, before
 
 
-def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, *, stride: int, first: int, others: int,
-               transposed: bool) -> Tensor:
+def row_fields(active: Tensor, row_blocks: Tensor, before: Tensor, reach: Tensor | None, *, stride: int, first: int,
+               others: int, transposed: bool) -> Tensor:
     """int32 [H, T, 4]: see rows_kernel. row_blocks int32 [T]; first block, stride and valid tiles of the other side."""
     (heads, blocks), tiles = active.shape, row_blocks.shape[0]
     fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=active.device)
     if tiles:
         run(
             rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
-            active.contiguous().view(torch.uint8), row_blocks, before, fields, tiles, stride, first, others,
+            active.contiguous().view(torch.uint8), row_blocks, before, reach, fields, tiles, stride, first, others,
             -(-blocks // stride), blocks, TRANSPOSED=transposed, SIZE=_ROWS)
     return fields
 
 
-def periodic_lists(active: Tensor, tables: PeriodicTables, row_blocks: Tensor, own_tiles: Tensor, *,
-                   transposed: bool) -> tuple[Tensor, Tensor]:
+def periodic_lists(active: Tensor, tables: PeriodicTables, row_blocks: Tensor, own_tiles: Tensor,
+                   reach_of: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
     """(rows [H, T, 4], entries) of block.TileLists for active [H, N], to be added to the base. Does not wait.
 
     row_blocks int32 [T]: the rows' mask blocks; own_tiles int64 [T]: the other side's tile of each, or -1. See
@@ -204,13 +210,13 @@ def periodic_lists(active: Tensor, tables: PeriodicTables, row_blocks: Tensor, o
         reach, room, SECTIONS=sections, CHUNK=min(_CHUNK, triton.next_power_of_2(blocks)))
     run(
         periodic_rows_kernel, (triton.cdiv(tiles, _ROWS), heads),
-        flags, before, row_blocks, tables.row_class, tables.base, own_tiles, fields, tiles, classes, blocks, reach,
-        room, SECTIONS=sections, TRANSPOSED=transposed, SIZE=_ROWS)
+        flags, before, row_blocks, tables.row_class, tables.base, own_tiles, reach_of, fields, tiles, classes, blocks,
+        reach, room, SECTIONS=sections, TRANSPOSED=transposed, SIZE=_ROWS)
     return fields, entries.view(-1)
 
 
 @triton.jit(do_not_specialize=["tiles", "others", "blocks"])
-def lists_kernel(active, row_blocks, other_blocks, counts, starts, entries, tiles, others, blocks,
+def lists_kernel(active, row_blocks, other_blocks, reach_of, counts, starts, entries, tiles, others, blocks,
                  TOEPLITZ: tl.constexpr, TRANSPOSED: tl.constexpr, FILL: tl.constexpr, SIZE: tl.constexpr):
     """counts int32 [H, T], or with FILL entries from starts [H, T] on. Grid (T, H).
 
@@ -220,6 +226,9 @@ def lists_kernel(active, row_blocks, other_blocks, counts, starts, entries, tile
     block = tl.load(row_blocks + row)
     line = head * tiles + row
     found = 0
+    reach = blocks
+    if reach_of is not None:
+        reach = tl.load(reach_of + block, mask=block < blocks, other=0)
     first_entry = tl.cast(0, tl.int64)
     if FILL:
         first_entry = tl.load(starts + line)
@@ -230,6 +239,7 @@ def lists_kernel(active, row_blocks, other_blocks, counts, starts, entries, tile
             causal = (other > block) & (other < blocks)
         else:
             causal = (other >= 0) & (other < tl.where(block < blocks, block, 0))
+        causal &= tl.abs(block - other) <= reach
         if TOEPLITZ:
             offset = head * blocks + tl.abs(block - other)
         else:
@@ -255,6 +265,7 @@ def csr_lists(
     counts = torch.empty(heads, tiles, dtype=torch.int32, device=row_blocks.device)
     given = {
         "active": active.contiguous().view(torch.uint8), "row_blocks": row_blocks, "other_blocks": other_blocks,
+        "reach_of": document_reach(mask, transposed=transposed),
         "tiles": tiles, "others": other_blocks.shape[0], "blocks": mask.blocks, "TOEPLITZ": mask.is_toeplitz,
         "TRANSPOSED": transposed, "SIZE": min(_CHUNK, triton.next_power_of_2(max(other_blocks.shape[0], 1))),
     }

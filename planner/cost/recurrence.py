@@ -2,12 +2,16 @@
 
 Same semantics as the simulator's engine (see schedule.py), with these simplifications: a transfer moves at the
 bandwidth of its slowest port, shared only among the transfers that the same call puts on that port; different calls
-do not slow each other, and communication does not slow compute. Without such contention both agree to the nanosecond;
-with it, the recurrence is a lower bound. Times are integer nanoseconds.
+do not slow each other, and communication does not slow compute. The host is taken to be ahead of the device; what else
+the costs' constants say is honoured. Without contention both agree to the nanosecond. With it, the recurrence is an
+estimate, most often below the engine and no bound: a call's transfers share a port here as long as the longest of them
+takes, where the engine gives what one leaves to the others, and ends that join late meet on other ports there.
+Times are integer nanoseconds.
 
-Nodes of the system: the beginning of every phase of every rank (and the rank's end), the start and the end of every
-group call, and every transfer. An edge carries what must pass between two of them. The events and their order depend on
-the schedule and the cluster alone; a workload only changes how long launches take.
+Nodes of the system: the beginning of a rank, of every phase of it (before and after gradients that landed are added),
+and its end, the start and the end of every group call, and every transfer. An edge carries what must pass between two
+of them. The events and their order depend on the schedule and the cluster alone; a workload only changes how long
+launches take.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from numpy.typing import NDArray
 
 from ...traces.errors import ScheduleError
 from ..schedule.launches import Launch, rank_launches
-from ..schedule.schedule import ALL_RANKS, Direction, GroupCall, Phase, Schedule, Task
+from ..schedule.schedule import ALL_RANKS, Direction, GroupCall, Phase, Schedule, Task, Transfer
 from ..schedule.workload import TaskWork, Workload
 from .cluster import Cluster
+from .constants import LayerConstants
 from .evaluation import Evaluation
 from .kernels import CostModel, task_work
 from .timing import (
@@ -33,6 +38,7 @@ from .timing import (
     Port,
     capacity_bytes_per_us,
     check_sizes,
+    landing_ns,
     latency_ns,
     launch_ns,
     legs_of,
@@ -45,6 +51,9 @@ from .timing import (
 TaskKey = tuple[int, int, int, int]
 # (its tasks, begins, ends): what a launch's time depends on beside its direction
 LaunchKey = tuple[tuple[TaskKey, ...], bool, bool]
+
+
+ANY_LANDING = LayerConstants(landing_us_per_byte=1.0)  # says after which transfers there may be something to add
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +75,7 @@ class CompiledRecurrence:
         table_key = (id(workload), id(cost), schedule.direction)
         if table_key not in self._tables:
             self._tables[table_key] = _LaunchTable(workload=workload, cost=cost, direction=schedule.direction)
-        return self._events[key].evaluate(self._tables[table_key])
+        return self._events[key].evaluate(self._tables[table_key], cost.constants)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -114,6 +123,10 @@ class _Events:
         self.schedule, self.cluster, self.nodes = schedule, cluster, 0
         self._edges: list[tuple[int, int, int]] = []  # a weight of -1: of the transfer's node that it leads to
         self._transfers: dict[tuple[str, int, str], _Joined] = {}
+        self._beginnings: list[int] = []  # edges into the first phase of each rank
+        self._landings: list[tuple[int, int, list[Transfer]]] = []  # edges, with rank and transfers waited for
+        self._endings: list[int] = []  # edges into the end of each rank
+        self._constants: tuple[LayerConstants, int, NDArray[np.int64]] | None = None
         programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
         self.cells = len(programs), max(len(program) for program in programs)
         self.launches: dict[LaunchKey, Launch] = {}
@@ -134,11 +147,11 @@ class _Events:
         self.edges = self._weighted_edges()
         self.levels = levels_of(self.nodes, self.edges[:, 0], self.edges[:, 1])
 
-    def evaluate(self, table: _LaunchTable) -> Evaluation:
+    def evaluate(self, table: _LaunchTable, constants: LayerConstants) -> Evaluation:
         """Return the prediction under one workload."""
         phase_ns = np.zeros(self.cells[0] * self.cells[1], dtype=np.int64)
         np.add.at(phase_ns, self.cell_of, table.times_ns(self.launches)[self.launch_of])
-        weight = self.edges[:, 2].copy()
+        weight = self._weight(constants, table.workload.tokens_per_rank).copy()
         weight[self.phase_edges] = phase_ns[self.phase_cells]
         phase_ns = phase_ns.reshape(self.cells)
         return Evaluation(
@@ -148,28 +161,49 @@ class _Events:
             peak_buffer_bytes=self.schedule.buffer_bytes,
         )
 
+    def _weight(self, constants: LayerConstants, tokens: int) -> NDArray[np.int64]:
+        """Return int64 [edges]: the edges' weights with these constants; that of compute is left at 0."""
+        if self._constants is None or self._constants[:2] != (constants, tokens):
+            weight, direction = self.edges[:, 2].copy(), self.schedule.direction
+            weight[self._beginnings] = round(constants.begin_us(direction, tokens) * NS_PER_US)
+            weight[self._endings] = round(constants.end_us(direction, tokens) * NS_PER_US)
+            for edge, rank, transfers in self._landings:
+                weight[edge] = landing_ns(constants, transfers, rank)
+            self._constants = constants, tokens, weight
+        return self._constants[2]
+
     def _node(self) -> int:
         self.nodes += 1
         return self.nodes - 1
 
     def _add_rank(self, rank: int, program: Sequence[Phase]) -> list[int]:
         """Add the program of one rank; return where each phase's compute stands among the edges."""
-        end_of: dict[str, int] = {}  # transfer id -> end of the call that this rank launched it with
+        end_of: dict[str, tuple[int, Transfer]] = {}  # transfer id -> end of the call that this rank launched it with
         tail: dict[str, int] = {}  # communicator -> end of its last call
         begin, computes = self._node(), []
+        begin = self._after(begin, self._beginnings)
         for phase in program:
             for name in phase.waits:
                 if name not in end_of:
                     raise ScheduleError(f"rank {rank} phase {phase.index} waits for {name}, which it never launched")
-                self._edges.append((end_of[name], begin, 0))
+                self._edges.append((end_of[name][0], begin, 0))
+            landed = [end_of[name][1] for name in phase.waits if ANY_LANDING.landing_us(end_of[name][1], rank)]
+            if landed:
+                self._landings.append((len(self._edges), rank, landed))
+                begin = self._after(begin, [])
             for call in phase.group_calls:
                 tail[call.communicator] = self._add_call(rank, call, begin, tail.get(call.communicator))
-                end_of.update((transfer.id, tail[call.communicator]) for transfer in call.transfers)
-            following = self._node()
-            computes.append(len(self._edges))
-            self._edges.append((begin, following, 0))
-            begin = following
+                end_of.update((transfer.id, (tail[call.communicator], transfer)) for transfer in call.transfers)
+            begin = self._after(begin, computes)
+        self._after(begin, self._endings)
         return computes
+
+    def _after(self, node: int, edges: list[int]) -> int:
+        """Add a node that follows another, and return it; note the edge between them in `edges`."""
+        following = self._node()
+        edges.append(len(self._edges))
+        self._edges.append((node, following, 0))
+        return following
 
     def _add_call(self, rank: int, call: GroupCall, begin: int, previous_end: int | None) -> int:
         start, end = self._node(), self._node()

@@ -10,7 +10,7 @@ carries of sends, a pull counts as so many bytes fewer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ...traces.errors import InputError, UnsupportedError
@@ -18,6 +18,7 @@ from ..schedule.launches import Launch
 from ..schedule.schedule import ALL_RANKS, Direction, Schedule, Transfer
 from ..schedule.workload import TaskWork, Workload
 from .cluster import Cluster, Link
+from .constants import LayerConstants
 from .kernels import CostModel
 
 NS_PER_US = 1000
@@ -110,6 +111,11 @@ def transfer_ns(nbytes: float, bytes_per_us: float) -> int:
 def launch_ns(launch: Launch, work: Sequence[TaskWork], cost: CostModel, direction: Direction) -> int:
     """Return the time that a launch takes alone on its GPU. work: of each of its tasks."""
     return round(cost.launch_us(launch, work, direction) * NS_PER_US)
+
+
+def landing_ns(constants: LayerConstants, transfers: Iterable[Transfer], rank: int) -> int:
+    """Return what a rank's compute stream does with what landed when it has waited for these transfers."""
+    return round(sum(constants.landing_us(transfer, rank) for transfer in transfers) * NS_PER_US)
 
 
 def check_sizes(schedule: Schedule, workload: Workload, cluster: Cluster) -> None:

@@ -7,7 +7,6 @@ both kinds of keys at once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,15 +41,14 @@ def launches_of(tasks: Sequence[Task], *, backend: str, batch: int = 1) -> list[
 def rank_launches(phases: Sequence[Phase], *, backend: str) -> list[list[Launch]]:
     """Return the launches of each of a rank's phases, of one sequence at a time."""
     cut = [launches_of(phase.tasks, backend=backend) for phase in phases]
-    left = Counter(_sum_of(tasks) for together in cut for tasks in together)
-    begun: set[tuple[object, ...]] = set()
+    sums = [_sum_of(tasks) for together in cut for tasks in together]
+    first = {into: number for number, into in reversed(list(enumerate(sums)))}
+    last = {into: number for number, into in enumerate(sums)}
+    numbered = iter(enumerate(sums))
 
     def launch(tasks: tuple[Task, ...]) -> Launch:
-        into = _sum_of(tasks)
-        left[into] -= 1
-        made = Launch(tasks=tasks, begins=into not in begun, ends=not left[into])
-        begun.add(into)
-        return made
+        number, into = next(numbered)
+        return Launch(tasks=tasks, begins=first[into] == number, ends=last[into] == number)
 
     return [[launch(tasks) for tasks in together] for together in cut]
 
@@ -88,4 +86,5 @@ def _joins(launch: Sequence[Task], task: Task, backend: str, batch: int) -> bool
 
 def _sum_of(tasks: Sequence[Task]) -> tuple[object, ...]:
     """Name what a launch adds to: out (dQ) of some queries and heads."""
-    return tasks[0].query, tasks[0].heads, tasks[0].out_buffer
+    query = tasks[0].query
+    return query.sequence_part, query.head_group, tasks[0].heads, tasks[0].out_buffer

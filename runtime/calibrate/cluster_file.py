@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
-import yaml
-
 from ...planner.cost.cluster import Cluster, Gpu, NodeLink
 from ...planner.cost.tables import Calibration, HostPrices, LaunchPoint, LaunchTable, fit_prices
+from ...traces.yaml_files import yaml_text
 from .links import LinkTimes
 from .machine import CPU_CACHE_BYTES, Rates
 from .raw import RawPoints, Shape
@@ -38,7 +37,7 @@ def calibrated(
     ]
     return base.model_copy(
         update={
-            "name": f"{base.name}-calibrated",
+            "name": base.name if base.calibration else f"{base.name}-calibrated",
             "origin": "measured",
             "gpu": _gpu(base.gpu, raw.facts, rates, links),
             "intra_node": _link(base.intra_node, links),
@@ -58,7 +57,7 @@ def calibrated(
 def cluster_yaml(cluster: Cluster) -> str:
     """Return the text of a cluster's file."""
     document = cluster.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
-    return yaml.safe_dump(_rounded(document), sort_keys=False, width=118, default_flow_style=None)
+    return yaml_text(_rounded(document))
 
 
 def _rounded(value: Any) -> Any:

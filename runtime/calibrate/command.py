@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -13,15 +12,16 @@ from typing import Annotated
 import torch
 import typer
 
-from ...planner.cost.cluster import Cluster, load_cluster, preset_names
+from ...planner.chosen_cluster import chosen_cluster
+from ...planner.cost.cluster import Cluster, preset_names
 from ...planner.cost.tables import HostPrices
 from ...planner.schedule.backends import facts_of
 from ...planner.schedule.schedule import DIRECTIONS
-from ...traces.errors import InputError
+from ...traces.errors import InputError, UnsupportedError
 from ...traces.files import write_atomically
 from ...traces.progress import Progress, shown_progress
-from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave
-from ..comm.start import free_port, rank_environment, start_ranks
+from ..comm.mesh import Mesh, inherited_environment, is_rank, join_or_be_alone, leave
+from ..comm.start import start_ranks
 from .cases import calibration_cases
 from .cluster_file import calibrated, cluster_yaml
 from .host import layer_host_us
@@ -30,7 +30,7 @@ from .machine import machine_facts, measure_rates
 from .points import draw, measure
 from .raw import RawPoints, Shape
 
-SECONDS_OF_A_CASE, SECONDS_OF_LINKS, SECONDS_TO_START = 1.2, 20, 30
+SECONDS_OF_A_CASE = 1.2
 TIMEOUT_S = 3600.0
 GPU_TOKENS, CPU_TOKENS = 262144, 4096
 
@@ -45,7 +45,7 @@ def calibrate(
     head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a mask block.")] = 128,
     backend: Annotated[str, typer.Option(help="Kernels; several with commas. On CPUs: blockwise.")] = "triton",
-    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: the links between two GPUs of this host, too.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: links too, between two processes on CPUs.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     longest_tokens: Annotated[
         int | None, typer.Option(min=1024, help="No longer sequences; default: 262144, on CPUs 4096.")
@@ -56,14 +56,17 @@ def calibrate(
     The points go to a file beside it (.points.json): a calibration that was stopped goes on from there. A later one,
     with --cluster this file, adds other heads or backends.
     """
-    base, shapes = load_cluster(cluster), _shapes(heads, head_dim, block_size, backend)
+    base, shapes = chosen_cluster(cluster), _shapes(heads, head_dim, block_size, backend)
     if output.suffix not in (".yaml", ".yml"):
         raise InputError("must end in .yaml", source=output)
     if gpus == 2 and not is_rank():
         raise typer.Exit(_start_two())
-    os.environ |= {} if is_rank() else rank_environment(0, 1, free_port())
-    mesh = join(device=device, timeout_s=TIMEOUT_S)
+    mesh = join_or_be_alone(device=device, timeout_s=TIMEOUT_S)
     try:
+        if mesh.world_size == 2 and mesh.device.type == "cuda":
+            raise UnsupportedError(
+                "links between GPUs are not measured: give nccl-tests' table to `sparsering cluster`", field="gpus"
+            )
         links = measure_links(mesh) if mesh.world_size == 2 else []
         if mesh.rank == 0:
             _measure_rest(mesh, base, shapes, links, output, longest_tokens)
@@ -116,7 +119,11 @@ def _measure_launches(
 ) -> None:
     """Measure every case that is not in the file yet."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wanted = [(shape, case) for shape in shapes for case in calibration_cases(longest_tokens=longest_tokens)]
+    wanted = [
+        (shape, case)
+        for shape in shapes
+        for case in calibration_cases(longest_tokens=longest_tokens, joins_keys=facts_of(shape.backend).joins_keys)
+    ]
     missing = [(shape, case) for shape, case in wanted if not raw.has(shape, case)]
     if device.type == "cuda" and missing:
         typer.echo(f"{len(missing)} launches to measure, about {len(missing) * SECONDS_OF_A_CASE:.0f} s", err=True)

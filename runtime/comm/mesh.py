@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from ...traces.errors import InputError
 from .lost import SYMPTOMS, CommunicationError, RankLost, host_lost, nobody_lost, ranks_lost
 from .sentinel import Sentinel, Watch, connection_of_its_own
+from .start import free_port, rank_environment
 
 GRACE = timedelta(seconds=5)
 
@@ -107,6 +108,13 @@ def inherited_environment(*, world_size: int) -> dict[str, str]:
 def is_rank() -> bool:
     """Whether this process was started as one rank of several (RANK and WORLD_SIZE are set)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_or_be_alone(*, device: str | None, timeout_s: float) -> Mesh:
+    """Join as `join` does where this process was started as a rank; else be the only rank."""
+    if not is_rank():
+        os.environ.update(rank_environment(0, 1, free_port()))
+    return join(device=device, timeout_s=timeout_s)
 
 
 def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: float | None = 0.0) -> Mesh:

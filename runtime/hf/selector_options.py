@@ -26,11 +26,12 @@ class SelectorOptions:
 
     def selector(self) -> Selector:
         """Return what was asked for. InputError for a setting that the selector has not, or cannot have."""
-        names = {option_of(one): one.name for one in fields(selectors()[self.name])}
+        settings = {one.name: option_of(one) for one in fields(selectors()[self.name])}  # some share an option
         for option in self.given:
-            if option not in names:
+            if option not in settings.values():
                 raise InputError(f"{self.name} has no such setting", field=option)
-        return make_selector(self.name, {names[option]: value for option, value in self.given.items()})
+        given = {name: self.given[option] for name, option in settings.items() if option in self.given}
+        return make_selector(self.name, given)
 
 
 def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:

@@ -57,6 +57,32 @@ def _render(
     metrics: Mapping[str, Any], trace: Trace, cluster_plan: Plan, local_plan: Plan,
     loads: Mapping[str, Sequence[Loads]], figures: Mapping[str, Figure],
 ) -> str:  # fmt: skip
+    rows = metrics["trace"]["layers"]
+    return rendered_page(
+        TEMPLATE,
+        {name: html_of(name, figure) for name, figure in figures.items()},
+        sentence=sentence(cluster_plan),
+        metrics=metrics,
+        density=_mean(rows, "density_mean"),
+        columns=_mean(rows, "columns_mean"),
+        kept=_mean(rows, "kept_mass_sampled_mean"),
+        worst_error=max((one["error"] for one in metrics["verification"]), default=0.0),
+        trace=trace.header,
+        trace_bytes=sum(path.stat().st_size for path in trace.folder.iterdir() if path.is_file()),
+        cluster_plan=cluster_plan,
+        local_plan=local_plan,
+        in_words=in_words,
+        loads=loads,
+        directions=_compared(metrics),
+        verification=worst_errors(metrics["verification"]),
+    )
+
+
+def rendered_page(template: str, figures: Mapping[str, str], **values: Any) -> str:
+    """Return a template of this folder as a page that needs no network: plotly stands in it once.
+
+    figures: HTML of `html_of` by name; they and `values` are what the template may use.
+    """
     environment = Environment(
         loader=PackageLoader(__package__ or "sparsering.simulator.report", "templates"),
         autoescape=select_autoescape(["html"]),
@@ -72,25 +98,8 @@ def _render(
         "signed_percent": lambda share: f"{share:+.0%}".replace("-", "−"),
         "error": lambda value: f"{value:.1e}".replace("-", "−"),
     }
-    rows = metrics["trace"]["layers"]
-    return environment.get_template(TEMPLATE).render(
-        sentence=sentence(cluster_plan),
-        metrics=metrics,
-        density=_mean(rows, "density_mean"),
-        columns=_mean(rows, "columns_mean"),
-        kept=_mean(rows, "kept_mass_sampled_mean"),
-        worst_error=max((one["error"] for one in metrics["verification"]), default=0.0),
-        trace=trace.header,
-        trace_bytes=sum(path.stat().st_size for path in trace.folder.iterdir() if path.is_file()),
-        cluster_plan=cluster_plan,
-        local_plan=local_plan,
-        in_words=in_words,
-        loads=loads,
-        directions=_compared(metrics),
-        verification=worst_errors(metrics["verification"]),
-        figures={name: Markup(html_of(name, figure)) for name, figure in figures.items()},
-        plotly=Markup(get_plotlyjs()),
-    )
+    drawn = {name: Markup(html) for name, html in figures.items()}
+    return environment.get_template(template).render(figures=drawn, plotly=Markup(get_plotlyjs()), **values)
 
 
 def sentence(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from source_files import MAY_IMPORT, PACKAGE, ROOT, imported_modules, relative, 
 
 LAPTOP_HOUSES = ("traces", "planner", "simulator")
 GPU_LIBRARIES = {"accelerate", "flash_attn", "liger_kernel", "safetensors", "torch", "transformers", "triton"}
-PLAN_LIBRARIES = {"networkx", "plotly", "pyarrow", "pydantic", "scipy", "simpy", "yaml"}
+PLAN_LIBRARIES = {"networkx", "plotly", "pyarrow", "pydantic", "scipy", "yaml"}
 MAY_READ_ENVIRONMENT = {"cli.py", "runtime/comm/mesh.py"}
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb"}
 

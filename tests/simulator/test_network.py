@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import pytest
-import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from sparsering.planner.cost.timing import Leg, Port, capacity_bytes_per_us, route
+from sparsering.simulator.clock import Clock
 from sparsering.simulator.network import Network, max_min_rates
 
 A, B, C = Port("gpu-out", 0, 0), Port("gpu-in", 0, 1), Port("nic-switch")
@@ -56,18 +57,12 @@ def test_rates_are_max_min_fair(capacity: list[float], routes: list[set[int]]) -
 
 def arrivals(sends: list[tuple[int, int, int, int]], **cluster: float) -> list[tuple[int, int]]:
     """Play (start, source, destination, bytes) and return (nanosecond, number of the flow) in order of arrival."""
-    environment = simpy.Environment()
-    network = Network(environment, tiny.cluster(**cluster))  # type: ignore[arg-type]
-    log: list[tuple[int, int]] = []
-
-    def send(number: int, start: int, source: int, destination: int, nbytes: int):
-        yield environment.timeout(start)
-        yield network.move(Leg(source, destination, nbytes))
-        log.append((int(environment.now), number))
-
-    for number, flow in enumerate(sends):
-        environment.process(send(number, *flow))
-    environment.run()
+    clock, log = Clock(), []
+    network = Network(clock, tiny.cluster(**cluster))  # type: ignore[arg-type]
+    for number, (start, source, destination, nbytes) in enumerate(sends):
+        done = partial(lambda number: log.append((clock.now, number)), number)
+        clock.after(start, partial(network.move, Leg(source, destination, nbytes), done))
+    clock.run()
     return sorted(log)
 
 

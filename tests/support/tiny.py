@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
+from sparsering.planner.cost.constants import NO_CONSTANTS, LayerConstants
 from sparsering.planner.cost.kernels import DeviceCost
 from sparsering.planner.layouts.registry import make_layout
 from sparsering.planner.schedule.launches import Launch
@@ -38,6 +39,17 @@ class PairCost(DeviceCost):
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         pairs = sum(one.tile_pairs for one in work)
         return (pairs > 0) * self.us_per_launch + pairs * self.us_per_pair * (2 if direction == "backward" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusyCost(PairCost):
+    """A cost with what a layer takes beside its launches; us_to_issue: of the host, for a launch that has work."""
+
+    constants: LayerConstants = NO_CONSTANTS  # pyright: ignore[reportIncompatibleMethodOverride]
+    us_to_issue: float = 0.0
+
+    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
+        return self.us_to_issue if any(one.tile_pairs for one in work) else 0.0
 
 
 def cluster(

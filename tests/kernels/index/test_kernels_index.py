@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -13,6 +14,7 @@ from sparsering.kernels.index.device_lists import periodic_kernel
 from sparsering.kernels.index.periodic import SECTIONS, periodic_tables, sections_of
 from sparsering.kernels.jit import run
 from sparsering.kernels.mask import AttentionMask
+from sparsering.planner.schedule.pairs import documents_share
 
 BLOCK = 16
 
@@ -103,6 +105,34 @@ def test_lists_hold_exactly_the_active_pairs(placement: str, toeplitz: bool, seq
     expected = pairs_by_definition(mask, q_blocks, k_blocks)
     assert pairs_of(task.queries, transposed=False) == expected
     assert pairs_of(task.keys, transposed=True) == expected
+
+
+@pytest.mark.parametrize("toeplitz", [True, False], ids=["toeplitz", "csr"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("seq_len", [16 * BLOCK, 11 * BLOCK + 5])
+def test_blocks_of_other_documents_are_not_visited(placement: str, toeplitz: bool, seq_len: int) -> None:
+    """Documents of less than a block and of several, with their ends inside of blocks and between two."""
+    q_blocks, k_blocks = PLACEMENTS[placement]
+    lengths = torch.tensor([5, 7, 3 * BLOCK + 4, BLOCK, 2 * BLOCK, 4 * BLOCK - 1, 20 * BLOCK])
+    documents = torch.repeat_interleave(torch.arange(7), lengths)[: 16 * BLOCK].int()
+    mask = replace(mask_of(seq_len, toeplitz=toeplitz), documents=documents)
+    shared = documents_share(documents.numpy(), BLOCK, seq_len, np.tri(mask.blocks, dtype=bool))
+    task = block_task(mask, positions(q_blocks), positions(k_blocks))
+    expected = {
+        (head, row, tile)
+        for head, row, tile in pairs_by_definition(mask, q_blocks, k_blocks)
+        if shared[q_blocks[row], k_blocks[tile]]
+    }
+    assert pairs_of(task.queries, transposed=False) == expected
+    assert pairs_of(task.keys, transposed=True) == expected
+
+
+def test_documents_that_do_not_rise_leave_no_block_out() -> None:
+    q_blocks, k_blocks = PLACEMENTS["striped own"]
+    documents = (torch.arange(16 * BLOCK) // BLOCK % 2).int()
+    mask = replace(mask_of(16 * BLOCK, toeplitz=True), documents=documents)
+    task = block_task(mask, positions(q_blocks), positions(k_blocks))
+    assert pairs_of(task.queries, transposed=False) == pairs_by_definition(mask, q_blocks, k_blocks)
 
 
 def test_large_csr_indexes_are_counted_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The recurrence against the engine: equal to the nanosecond where nothing contends, otherwise a lower bound."""
+"""The recurrence against the engine: equal to the nanosecond where nothing contends, else close and seldom above."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from sparsering.planner.cost.cluster import Cluster
+from sparsering.planner.cost.constants import LayerConstants
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.recurrence import CompiledRecurrence, levels_of, longest_paths
 from sparsering.planner.layouts.gather import Gather
@@ -110,7 +111,7 @@ LAYOUTS = st.sampled_from([Ring(), Ring(prefetch=2), Gather(chunks=2), Hierarchi
 
 
 @given(st.data(), LAYOUTS, clusters, costs, st.sampled_from(["forward", "backward"]), st.integers(0, 40))
-def test_never_above_the_engine(
+def test_not_above_the_engine_in_these_cases(
     data: st.DataObject,
     layout: Layout,
     links: dict[str, Any],
@@ -177,5 +178,9 @@ def test_collectives_by_hand() -> None:
     work, cluster, free = tiny.dense_workload(4), tiny.cluster(gpus=4), tiny.PairCost(us_per_pair=0.0)
     engine, quick = both(tiny.schedule("collective", 4), work, cluster, free)
     assert engine.makespan_us == quick.makespan_us == 1 + 3 * 4
+    constants = LayerConstants(delta_us_per_token=0.3, round_us_per_token=0.2, landing_us_per_byte=0.1)
+    busy = tiny.BusyCost(us_per_pair=0.0, constants=constants)
+    engine, quick = both(tiny.schedule("collective", 4, "backward"), work, cluster, busy)
+    assert engine.makespan_us == quick.makespan_us == 4 * 0.3 + (1 + 3 * 4) + (1 + 3 * 8) + 4 * 0.2
     engine, quick = both(tiny.schedule("collective", 4, "backward"), work, cluster, free)
     assert engine.makespan_us == quick.makespan_us == (1 + 3 * 4) + (1 + 3 * 8)

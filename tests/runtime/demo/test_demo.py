@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from browser import drawn, opened
 from sparsering.cli import app
 from sparsering.planner.plan import load_plan
 from sparsering.runtime.demo.folder import CONTENT, KIND, replaced_folder
@@ -23,7 +24,6 @@ from sparsering.traces.errors import InputError
 from sparsering.traces.timeline import COMPUTE_STREAM, Timeline
 
 RUNNER = CliRunner()
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +120,9 @@ def test_the_report_asks_nobody_and_says_what_planning_gains(made):
 
 @pytest.mark.slow
 def test_the_report_opens_in_a_browser(made, tmp_path: Path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
-             "--enable-logging=stderr", "--virtual-time-budget=30000", f"--user-data-dir={tmp_path}"]  # fmt: skip
-    page = (made[0] / "report.html").as_uri()
-    done = subprocess.run([browser, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    document = opened(made[0] / "report.html", tmp_path)
     for name in ("masks", "cluster_load", "local_load", "layouts", "timelines"):
-        drawn = done.stdout.partition(f'id="figure-{name}"')[2].partition("<script")[0]
-        assert "main-svg" in drawn, f"{name} was not drawn"
+        assert "main-svg" in drawn(document, name), f"{name} was not drawn"
 
 
 @pytest.mark.slow

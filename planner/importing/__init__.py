@@ -1,0 +1,1 @@
+"""Cluster files from the texts of other tools: `nvidia-smi topo -m` and nccl-tests."""

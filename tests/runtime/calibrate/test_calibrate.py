@@ -1,0 +1,96 @@
+"""Calibrating on CPUs: what is measured becomes a cluster file that plans and simulations use; it can go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsering.cli import app
+from sparsering.planner.cost.cluster import load_cluster
+from sparsering.planner.cost.kernels import DatasheetCost
+from sparsering.planner.cost.measured import MeasuredCost, cluster_cost
+from sparsering.planner.specs import ModelShape
+from sparsering.runtime.calibrate import command
+from sparsering.runtime.calibrate.cases import calibration_cases
+from sparsering.runtime.calibrate.raw import RawPoints
+from sparsering.traces.errors import InputError
+from sparsering.traces.files import read_json
+
+MODEL = ModelShape(layers=1, heads=2, kv_heads=1, head_dim=16)
+GIVEN = ["calibrate", "--cluster", "local-cpu-4", "--heads", "2:1", "--head-dim", "16", "--block-size", "16",
+         "--backend", "blockwise", "--device", "cpu", "--longest-tokens", "1024"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibrate") / "here.yaml"
+    done = CliRunner().invoke(app, [*GIVEN, "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "blockwise forward" in done.stdout and str(path) in done.stdout
+    return path
+
+
+def test_the_file_prices_launches_of_what_was_measured_alone(calibrated: Path) -> None:
+    cluster = load_cluster(calibrated)
+    assert cluster.origin == "measured" and cluster.calibration is not None
+    kinds = {(table.direction, table.listed, table.documents) for table in cluster.calibration.tables}
+    assert kinds == {(way, listed, packed) for way in ("forward", "backward") for listed in (0, 1) for packed in (0, 1)}
+    given = {"block_size": 16, "dtype": "float32", "backend": "blockwise"}
+    assert isinstance(cluster_cost(cluster, MODEL, **given), MeasuredCost)
+    wider = MODEL.model_copy(update={"head_dim": 32})
+    assert isinstance(cluster_cost(cluster, wider, **given), DatasheetCost), "of another head dim nothing was measured"
+    assert isinstance(cluster_cost(cluster, MODEL, **given | {"dtype": "bfloat16"}), DatasheetCost)
+
+
+def test_it_goes_on_where_it_was_stopped(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = read_json(calibrated.with_suffix(".points.json"))
+    assert len(raw["entries"]) == len(calibration_cases(longest_tokens=1024, joins_keys=False))
+    raw["entries"] = raw["entries"][:-3]
+    points = RawPoints(path=calibrated.with_suffix(".points.json"), facts=raw["facts"], entries=raw["entries"])
+    points.save()
+    measured = []
+    true_measure = command.measure
+    monkeypatch.setattr(command, "measure", lambda *given: measured.append(given) or true_measure(*given))
+    done = CliRunner().invoke(app, [*GIVEN, "-o", str(calibrated)])
+    assert done.exit_code == 0, done.output
+    assert len(measured) == 3
+
+
+def test_points_of_another_machine_are_not_mixed_in(calibrated: Path) -> None:
+    facts = read_json(calibrated.with_suffix(".points.json"))["facts"]
+    with pytest.raises(InputError, match="of another machine or of other versions"):
+        RawPoints.open(calibrated.with_suffix(".points.json"), facts | {"device": "another"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--heads", "3:2", "-o", "x.yaml"], "'3:2' is not query and K/V heads"),
+        (["--backend", "cuda", "-o", "x.yaml"], "'cuda'"),
+        (["-o", "x.json"], "must end in .yaml"),
+        (["--cluster", "nowhere", "-o", "x.yaml"], "no such file or preset"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], told: str) -> None:
+    done = CliRunner().invoke(app, [*GIVEN, *arguments])
+    assert done.exit_code == 2 and done.stdout == ""
+    assert told in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_links_between_two_processes(tmp_path: Path) -> None:
+    command_line = [sys.executable, "-m", "sparsering.cli", *GIVEN, "--gpus", "2", "-o", str(tmp_path / "two.yaml")]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    found, base = load_cluster(tmp_path / "two.yaml").intra_node, load_cluster("local-cpu-4").intra_node
+    (link,) = read_json(tmp_path / "two.points.json")["links"]
+    assert link["transport"] == "p2p" and all(us > 0 for us in link["microseconds"])
+    assert found.bandwidth_bytes_per_us > 0 and found.bandwidth_bytes_per_us != base.bandwidth_bytes_per_us
