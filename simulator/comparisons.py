@@ -102,6 +102,7 @@ class _Layer(_Row):
     peak_bytes: float | None = Field(default=None, gt=0, le=MOST)
     predicted_forward_ms: float | None = Field(default=None, gt=0, le=MOST)
     predicted_backward_ms: float | None = Field(default=None, gt=0, le=MOST)
+    predicted_step_ms: float | None = Field(default=None, gt=0, le=MOST)
     predicted_peak_bytes: float | None = Field(default=None, gt=0, le=MOST)
 
 
@@ -147,8 +148,8 @@ def _layer_rows(raw: dict[str, Any], source: str, spread: float) -> Iterator[Com
     row = validated(_Layer, raw, source)
     own = _common(row, raw, source, spread, " ".join([row.impl, row.layout, row.transport]))
     forward, backward = row.predicted_forward_ms, row.predicted_backward_ms
-    step = forward + backward if forward and backward else None
-    found = (
+    step = row.predicted_step_ms or (forward + backward if forward and backward else None)
+    found: tuple[tuple[Quantity, float | None, float | None, float], ...] = (
         ("forward", row.forward_ms, forward, 1e3),
         ("backward", row.backward_ms, backward, 1e3),
         ("step", row.step_ms, step, 1e3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_launch_is_priced_by_the_kind_of_its_mask_and_its_index() -> None:
     assert isinstance(cost, MeasuredCost)
     part = ShardId(sequence_part=0, head_group=0)
     task = Task(query=part, key=ShardId(sequence_part=1, head_group=0), heads=(0, 16), key_buffer="kv:0")
-    given = {"tile_pairs": 900, "rows_with_work": 60, "longest_row": 30, "key_rows_with_work": 60,
+    given: dict[str, Any] = {"tile_pairs": 900, "rows_with_work": 60, "longest_row": 30, "key_rows_with_work": 60,
              "longest_key_row": 20, "rows": 64}  # fmt: skip
 
     def us(mask: MaskKind, *, begins: bool = True) -> float:

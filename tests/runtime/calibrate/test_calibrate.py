@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -40,7 +41,7 @@ def test_the_file_prices_launches_of_what_was_measured_alone(calibrated: Path) -
     assert cluster.origin == "measured" and cluster.calibration is not None
     kinds = {(table.direction, table.listed, table.documents) for table in cluster.calibration.tables}
     assert kinds == {(way, listed, packed) for way in ("forward", "backward") for listed in (0, 1) for packed in (0, 1)}
-    given = {"block_size": 16, "dtype": "float32", "backend": "blockwise"}
+    given: dict[str, Any] = {"block_size": 16, "dtype": "float32", "backend": "blockwise"}
     assert isinstance(cluster_cost(cluster, MODEL, **given), MeasuredCost)
     wider = MODEL.model_copy(update={"head_dim": 32})
     assert isinstance(cluster_cost(cluster, wider, **given), DatasheetCost), "of another head dim nothing was measured"
