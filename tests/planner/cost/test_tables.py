@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_launch_is_priced_by_the_kind_of_its_mask_and_its_index() -> None:
     assert us(MaskKind(), begins=False) == pytest.approx(by_hand + 64 * 0.1)
     assert us(MaskKind(listed=True)) == pytest.approx(by_hand + 980)
     assert us(MaskKind(listed=True, documents=True)) == pytest.approx(by_hand + 980), "the nearest that was measured"
-    nothing = TaskWork(**given | {"tile_pairs": 0})
+    nothing = replace(TaskWork(**given), tile_pairs=0)
     assert cost.launch_us(Launch(tasks=(task,)), [nothing], "forward") == 0.0
     assert cost.host_us([TaskWork(**given)], "forward") == 400.0
 

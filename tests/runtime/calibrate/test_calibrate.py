@@ -45,7 +45,7 @@ def test_the_file_prices_launches_of_what_was_measured_alone(calibrated: Path) -
     assert isinstance(cluster_cost(cluster, MODEL, **given), MeasuredCost)
     wider = MODEL.model_copy(update={"head_dim": 32})
     assert isinstance(cluster_cost(cluster, wider, **given), DatasheetCost), "of another head dim nothing was measured"
-    assert isinstance(cluster_cost(cluster, MODEL, **given | {"dtype": "bfloat16"}), DatasheetCost)
+    assert isinstance(cluster_cost(cluster, MODEL, block_size=16, dtype="bfloat16", backend="blockwise"), DatasheetCost)
 
 
 def test_it_goes_on_where_it_was_stopped(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
