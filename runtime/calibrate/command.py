@@ -67,11 +67,14 @@ def calibrate(
             raise UnsupportedError(
                 "links between GPUs are not measured: give nccl-tests' table to `sparsering cluster`", field="gpus"
             )
-        links = measure_links(mesh) if mesh.world_size == 2 else []
-        if mesh.rank == 0:
-            _measure_rest(mesh, base, shapes, links, output, longest_tokens)
-        mesh.collect("calibrated", mesh.rank)  # the others wait here, in the store
-        mesh.broadcast("calibration is over", mesh.rank)
+        raw = RawPoints.open(output.with_suffix(".points.json"), machine_facts(mesh.device))  # all ranks refuse alike
+        if mesh.world_size == 2:
+            raw.links = [asdict(one) for one in measure_links(mesh)]
+        try:
+            if mesh.rank == 0:
+                _measure_rest(mesh, base, shapes, raw, output, longest_tokens)
+        finally:
+            mesh.broadcast("calibration is over", None)  # the other rank waits here, whatever became of the rest
     finally:
         leave()
 
@@ -94,11 +97,10 @@ def _shapes(heads: str, head_dim: int, block_size: int, backends: str) -> list[S
 
 
 def _measure_rest(
-    mesh: Mesh, base: Cluster, shapes: Sequence[Shape], links: list[LinkTimes], output: Path, longest: int | None
+    mesh: Mesh, base: Cluster, shapes: Sequence[Shape], raw: RawPoints, output: Path, longest: int | None
 ) -> None:
     on_gpu = mesh.device.type == "cuda"
-    raw = RawPoints.open(output.with_suffix(".points.json"), machine_facts(mesh.device))
-    raw.links = [asdict(one) for one in links] or raw.links
+    raw.save()
     by_transport = {one["transport"]: LinkTimes(**one) for one in raw.links}
     with shown_progress() as progress:
         _measure_launches(raw, shapes, mesh.device, longest or (GPU_TOKENS if on_gpu else CPU_TOKENS), progress)
