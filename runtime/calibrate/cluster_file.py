@@ -26,7 +26,7 @@ def calibrated(
     host: HostPrices | None,
     links: Mapping[str, LinkTimes],
 ) -> Cluster:
-    """Return `base` with what was measured in place of what it says."""
+    """Return `base` with what was measured in place of what it says; its `origin` stays unless all was."""
     cache_bytes = raw.facts.get("cache_bytes", CPU_CACHE_BYTES)
     tables = [table for shape in shapes for table in _tables(shape, list(raw.of_shape(shape)), cache_bytes)]
     known = {(table.backend, table.head_dim, table.queries_per_kv_head, table.block_size) for table in tables}
@@ -38,7 +38,7 @@ def calibrated(
     return base.model_copy(
         update={
             "name": base.name if base.calibration else f"{base.name}-calibrated",
-            "origin": "measured",
+            "origin": "measured" if links and base.nodes == 1 else base.origin,
             "gpu": _gpu(base.gpu, raw.facts, rates, links),
             "intra_node": _link(base.intra_node, links),
             "calibration": Calibration(
