@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...traces.synthetic import GENERATORS
 from .points import Case
 
 # The sequence as a part of the longest, and ranks that share it: of 256K tokens, shards of 8K to 64K.
 SHARES = ((8, 4), (4, 2), (2, 8), (2, 2), (1, 4))
 DENSITIES = (0.01, 0.03, 0.1)
-KINDS = ("vertical-slash", "xattention", "moba-block", "packed-documents", "listed-documents")
+# Synthetic masks of an asked density, diagonals first; documents with diagonals, and with their blocks listed.
+OF_DENSITY = [name for name, made in GENERATORS.items() if "density" in made.uses and "skew" not in made.uses]
+KINDS = (*OF_DENSITY, "packed-documents", "listed-documents")
 COLUMNS = (256, 1024)
 SEED = 31
 

@@ -13,6 +13,7 @@ from ...planner.specs import AttentionSpec, KernelSpec, PatternSpec
 from ..attention.bound import bind
 from ..attention.planned import PlannedAttention
 from ..comm.mesh import Mesh
+from .cases import KINDS
 from .points import SLEEP_CYCLES, Case, Drawn, draw
 from .raw import Shape
 
@@ -24,7 +25,7 @@ def layer_host_us(mesh: Mesh, shape: Shape) -> tuple[float, float]:
 
     mesh: of one rank. The mask is of diagonals; its index is made anew. Medians.
     """
-    case = Case(kind="vertical-slash", seq_len_tokens=TOKENS, world_size=1, rank=0, density=DENSITY)
+    case = Case(kind=KINDS[0], seq_len_tokens=TOKENS, world_size=1, rank=0, density=DENSITY)
     drawn = draw(case, shape.model, shape.block_size, mesh.device)
     bound = bind(_plan(drawn, shape, "bfloat16" if mesh.device.type == "cuda" else "float32"), mesh)
     planned = PlannedAttention(bound)
