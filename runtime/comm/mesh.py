@@ -24,7 +24,6 @@ from torch.distributed.rendezvous import rendezvous
 from ...traces.errors import InputError
 from .lost import SYMPTOMS, CommunicationError, RankLost, host_lost, nobody_lost, ranks_lost
 from .sentinel import Sentinel, Watch, connection_of_its_own
-from .start import free_port, rank_environment
 
 GRACE = timedelta(seconds=5)
 
@@ -111,9 +110,13 @@ def is_rank() -> bool:
 
 
 def join_or_be_alone(*, device: str | None, timeout_s: float) -> Mesh:
-    """Join as `join` does where this process was started as a rank; else be the only rank."""
-    if not is_rank():
-        os.environ.update(rank_environment(0, 1, free_port()))
+    """Join as `join` does where this process was started as a rank; else be the only rank.
+
+    The environment stays as it is: what this process starts or does later was not started as a rank either.
+    """
+    if not is_rank() and not dist.is_initialized():
+        kind = device or _usual_device()
+        _start_groups(kind, _device(kind, 0), dist.HashStore(), rank=0, world_size=1, timeout_s=timeout_s)
     return join(device=device, timeout_s=timeout_s)
 
 
@@ -124,7 +127,7 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     (sentinel.py), less than timeout_s; 0 watches nobody, None stands for `usual_patience_s`. InputError when the
     environment is incomplete.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device or _usual_device()
     if patience_s is None:
         patience_s = usual_patience_s(kind, timeout_s)
     _check_patience(patience_s, timeout_s)
@@ -139,10 +142,7 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
             # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process.
             # By default the watchdog would end it first, and by std::terminate.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo", store=PrefixStore("default", store), rank=rank,
-            world_size=world_size, timeout=timeout, device_id=chosen if kind == "cuda" else None,
-        )  # fmt: skip
+        _start_groups(kind, chosen, store, rank=rank, world_size=world_size, timeout_s=timeout_s)
     # torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does.
     host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     if patience_s and world_size > 1 and not _sentinels:
@@ -153,6 +153,19 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     return Mesh(
         rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=host,
         sentinel=_sentinels[0] if _sentinels else None,
+    )  # fmt: skip
+
+
+def _usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _start_groups(
+    kind: str, device: torch.device, store: Store, *, rank: int, world_size: int, timeout_s: float
+) -> None:
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", store=PrefixStore("default", store), rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=timeout_s), device_id=device if kind == "cuda" else None,
     )  # fmt: skip
 
 
