@@ -72,7 +72,7 @@ Masks = list[AttentionMask]
 
 def main() -> None:
     """Start the ranks, or be one."""
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     if arguments.merge:
         print(_table([row for path in arguments.merge for row in read_json(path)["rows"]]))
         return
@@ -93,34 +93,35 @@ def main() -> None:
     leave()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--impl", nargs="+", default=["ours"], choices=IMPLEMENTATIONS)
-    parser.add_argument("--seq-len", type=int, default=524288)
-    parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02],
+def parser() -> argparse.ArgumentParser:
+    """Return the command line: what a result's `command` was parsed by."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--gpus", type=int, default=8)
+    options.add_argument("--impl", nargs="+", default=["ours"], choices=IMPLEMENTATIONS)
+    options.add_argument("--seq-len", type=int, default=524288)
+    options.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02],
                         help="asked of the mask's slashes; at 0.05 and 0.02 masks have 6.3 %% and 2.6 %%")  # fmt: skip
-    parser.add_argument("--columns", type=int, default=1024)
-    parser.add_argument("--slashes", type=int, default=1024, help="token distances that the paid-for choice takes")
-    parser.add_argument("--layout", default="gather:chunks=2", help="name:parameter=value,…; forward/backward")
-    parser.add_argument("--backend", default=None, help="kernels; default: triton on GPUs, blockwise on CPUs")
-    parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--warmups", type=int, default=1)
-    parser.add_argument("--dense-steps", type=int, help="measured steps of dense rings (slow); default: as all")
-    parser.add_argument("--dense-warmups", type=int, help="warm-ups of dense rings; default: as all")
-    parser.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
-    parser.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
-    parser.add_argument("--whole-layers", type=int, default=0, help="layers that are not recomputed, as memory allows")
-    parser.add_argument("--dense-whole-layers", type=int, help="the same for dense rings; default: as all")
-    parser.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
-    parser.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help="two gloo processes and a tiny model, to try the road")
-    parser.add_argument("--merge", type=Path, nargs="+", help="result files to show side by side")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, help="folder for the model configuration and the random tokens")
-    return parser
+    options.add_argument("--columns", type=int, default=1024)
+    options.add_argument("--slashes", type=int, default=1024, help="token distances that the paid-for choice takes")
+    options.add_argument("--layout", default="gather:chunks=2", help="name:parameter=value,…; forward/backward")
+    options.add_argument("--backend", default=None, help="kernels; default: triton on GPUs, blockwise on CPUs")
+    options.add_argument("--layers", type=int, default=36)
+    options.add_argument("--steps", type=int, default=3, help="measured steps")
+    options.add_argument("--warmups", type=int, default=1)
+    options.add_argument("--dense-steps", type=int, help="measured steps of dense rings (slow); default: as all")
+    options.add_argument("--dense-warmups", type=int, help="warm-ups of dense rings; default: as all")
+    options.add_argument("--loss", default="auto", choices=["auto", "chunked", "liger"])
+    options.add_argument("--fused-layers", action="store_true", help="liger-kernel's norms, rotation and MLP, for all")
+    options.add_argument("--whole-layers", type=int, default=0, help="layers that are not recomputed, as memory allows")
+    options.add_argument("--dense-whole-layers", type=int, help="the same for dense rings; default: as all")
+    options.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
+    options.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--toy", action="store_true", help="two gloo processes and a tiny model, to try the road")
+    options.add_argument("--merge", type=Path, nargs="+", help="result files to show side by side")
+    options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--work", type=Path, help="folder for the model configuration and the random tokens")
+    return options
 
 
 def _start(arguments: argparse.Namespace, work: Path) -> int:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, did_you_mean
 from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml
 from ..specs import Strict
@@ -47,6 +47,16 @@ class Gpu(Kernels):
     pull_slowdown: float | None = Field(
         default=None, ge=0, lt=1, description="the same while copy engines alone carry it; None: no less"
     )
+    matmul_efficiency: float = Field(
+        default=0.75, gt=0, le=1, description="share of the peak that the matrix products of whole layers reach"
+    )
+    streaming_efficiency: float = Field(
+        default=0.79, gt=0, le=1, description="share of the memory's bandwidth that what lies between them reaches"
+    )
+    dense_forward_efficiency: float | None = Field(
+        default=None, gt=0, le=1, description="of dense attention's kernels; None: as the sparse ones"
+    )
+    dense_backward_efficiency: float | None = Field(default=None, gt=0, le=1, description="the same, backward")
 
     def kernels_of(self, backend: str) -> Kernels:
         """Return the efficiencies of a backend's kernels."""
@@ -134,7 +144,8 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
     if not path.suffix and not path.exists():
         preset = PRESETS / f"{name_or_path}.yaml"
         if not preset.exists():
-            raise InputError(f"no such file or preset; presets are {', '.join(preset_names())}", source=path)
+            near = did_you_mean(name_or_path, names := preset_names())
+            raise InputError(f"no such file or preset; presets are {', '.join(names)}{near}", source=path)
         path = preset
     return parse_cluster(read_yaml(path, max_bytes=MAX_CLUSTER_BYTES), source=path)
 

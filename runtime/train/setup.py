@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 
-from ...planner.cost.memory import layer_memory
 from ...planner.plan import Plan
-from ...planner.schedule.schedule import DIRECTIONS
-from ...planner.specs import ELEMENT_BYTES
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError
 from ..audit.audit import audit
@@ -24,7 +21,8 @@ from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
-from .model import ModelFacts, master_dtype, model_facts, read_model_config
+from .estimate.memory import memory_bytes
+from .model import ModelFacts, model_facts, read_model_config
 from .plan import resolve_plan
 
 
@@ -79,39 +77,8 @@ class Setup:
             "plan": self.made_here or str(self.config.plan.file),
             "sequences": self.data.sequences(self.config.seq_len_tokens),
             "tokens_per_step": self.config.sequences_per_step * self.config.seq_len_tokens,
-            "memory_bytes_per_rank": self.memory_bytes(),
+            "memory_bytes_per_rank": memory_bytes(self.config, self.model_config, self.facts, self.plan),
         }
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Estimate bytes by purpose on one rank at the peak of a step, and their "total": allocators differ."""
-        model, facts, plan, memory = self.model_config, self.facts, self.plan, self.config.memory
-        shape, world, layers = plan.attention_shape(), self.config.parallel.world_size, facts.shape.layers
-        element, tokens = ELEMENT_BYTES[self.config.dtype], shape.tokens_per_rank
-        master = master_dtype(self.config).itemsize
-        intermediate = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
-        root = facts.parameters - layers * facts.layer_parameters
-        row = tokens * model.hidden_size * element
-        queries = tokens * shape.heads * shape.head_dim * element
-        keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
-        kept_kv = plan.schedule("forward").kept_bytes
-        kept = row + queries + tokens * shape.heads * shape.accumulator_bytes + kept_kv
-        kept += 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
-        layer = kept_kv + 6 * row + 2 * queries + keys + 4 * tokens * intermediate * element
-        whole = min(memory.whole_layers, layers) if memory.checkpoint_layers else layers
-        backend, reordered = plan.kernels.backend, plan.head_orders is not None
-        attention = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
-        chunk = min(memory.loss_chunk_tokens, tokens) * model.vocab_size * (2 * master + 2 * element)
-        parts = {
-            "parameters": master * facts.parameters // world,
-            "gradients": master * facts.parameters // world,
-            "optimizer": 2 * master * facts.parameters // world,
-            "gathered_parameters": element * (2 * facts.layer_parameters + 2 * root) + master * facts.layer_parameters,
-            "kept_for_backward": 0 if memory.offload else (layers - whole) * kept,
-            "whole_layers": max(whole, 1) * layer,
-            "attention": max(one.total_bytes for one in attention),
-            "loss": chunk + master * model.vocab_size * model.hidden_size + row,
-        }
-        return parts | {"total": sum(parts.values())}
 
 
 def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:

@@ -1,0 +1,1 @@
+"""A whole training step: what surrounds attention, part by part, as time on the busiest GPU."""

@@ -1,0 +1,68 @@
+"""Bytes of one rank at the peak of a training step, by purpose: what stays, what is kept for backward, what works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ....planner.cost.memory import layer_memory
+from ....planner.plan import Plan
+from ....planner.schedule.schedule import DIRECTIONS
+from ....planner.specs import ELEMENT_BYTES
+from ..config import TrainConfig
+from ..model import ModelFacts, master_dtype
+
+LIGER_ROWS = 2  # pieces of logits that liger-kernel's loss holds: the chunk's, and their float32 copies' share
+
+
+def memory_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan: Plan) -> dict[str, int]:
+    """Return bytes by purpose on one rank at the peak of a step, and their "total". Allocators differ.
+
+    The peak is where backward begins: all that forward kept is there, and the gradients, which grow as that shrinks,
+    count only where they outgrow it. `working` is what works then: the loss, or attention's backward; or later, when
+    whole layers are gone, the first layer that is computed again, as far as it exceeds what they held.
+    """
+    memory, layers, ranks = config.memory, facts.shape.layers, config.parallel.world_size
+    whole = min(memory.whole_layers, layers) if memory.checkpoint_layers else layers
+    own, element = _Layer(config, model_config, plan), ELEMENT_BYTES[config.dtype]
+    masters = master_dtype(config).itemsize * facts.parameters // ranks
+    gathered = element * 2 * (facts.parameters - (layers - 1) * facts.layer_parameters)
+    kept = 0 if memory.offload else (layers - whole) * own.kept
+    again = max(own.all, own.attention) - whole * own.all if whole < layers else 0
+    parts = {
+        "parameters": masters,
+        "optimizer": 2 * masters,
+        "gathered_parameters": gathered + master_dtype(config).itemsize * facts.layer_parameters,
+        "kept_for_backward": kept,
+        "whole_layers": whole * own.all,
+        "gradients_beyond_kept": max(0, masters - kept - whole * own.all),
+        "working": max(own.loss, again, own.attention - own.beside_mlp if whole else 0),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+class _Layer:
+    """Bytes of one layer: all of it, what stays where it is computed again, its attention at work; and the loss's."""
+
+    def __init__(self, config: TrainConfig, model: Any, plan: Plan) -> None:
+        shape, element, memory = plan.attention_shape(), ELEMENT_BYTES[config.dtype], config.memory
+        tokens, wide = shape.tokens_per_rank, max(4, element)
+        row = tokens * model.hidden_size * element
+        queries = tokens * shape.heads * shape.head_dim * element
+        keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
+        of_mlp = tokens * (getattr(model, "intermediate_size", None) or 4 * model.hidden_size) * element
+        kept_kv = plan.schedule("forward").kept_bytes
+        columns = 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
+        self.beside_mlp = 6 * row + 2 * queries + keys + kept_kv
+        self.kept = row + queries + tokens * shape.heads * shape.accumulator_bytes + kept_kv + columns
+        # Fused norms keep one number a token and a fused activation nothing; plain ones their float32 copies.
+        self.all = (
+            self.beside_mlp + (3 if memory.fused_layers else 5) * of_mlp + (0 if memory.fused_layers else 6 * row)
+        )
+        backend, reordered = plan.kernels.backend, plan.head_orders is not None
+        own = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
+        self.attention = self.beside_mlp + max(one.total_bytes for one in own)
+        chunk = min(memory.loss_chunk_tokens, tokens)
+        if memory.loss != "chunked":  # liger-kernel's: as many pieces as the vocabulary is wider than hidden states
+            chunk = -(-tokens * model.hidden_size // model.vocab_size)
+        logits = chunk * model.vocab_size * (LIGER_ROWS * element + wide)
+        self.loss = logits + wide * model.vocab_size * model.hidden_size + 2 * row
