@@ -270,9 +270,26 @@ def simulator_table(result: Result) -> list[str]:
     return table(columns, list(problems.values()))
 
 
+def fidelity_table(result: Result) -> list[str]:
+    """Return predictions over what was measured, and whether something in them was fitted to the row."""
+
+    def share(name: str) -> Cell:
+        return ratio(lambda row: row.get(f"predicted_{name}"), lambda row: row.get(f"measured_{name}"))
+
+    columns = [
+        Column(heading="measured", cell=plain("configuration")), Column(heading="of", cell=plain("direction")),
+        Column(heading="measured, s", cell=measured("measured_us", scale=1e-6)),
+        Column(heading="predicted ÷ measured", cell=share("us")),
+        Column(heading="its attention", cell=share("attention_us")), Column(heading="all else", cell=share("other_us")),
+        Column(heading="memory", cell=share("bytes")),
+        Column(heading="fitted to", cell=lambda row: "yes" if row.get("calibration") else "no"),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
-    "training": training_table, "simulator": simulator_table,
+    "training": training_table, "simulator": simulator_table, "fidelity": fidelity_table,
 }  # fmt: skip
 ELSEWHERE = frozenset({"models"})  # benchmarks/models.py writes docs/models.md itself
 

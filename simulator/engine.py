@@ -29,10 +29,10 @@ from ..planner.cost.cluster import Cluster
 from ..planner.cost.evaluation import Evaluation
 from ..planner.cost.kernels import CostModel
 from ..planner.cost.timing import NS_PER_US, check_sizes, landing_ns
-from ..planner.schedule.launches import Launch, rank_launches
 from ..planner.schedule.schedule import Phase, Schedule, Transfer
 from ..planner.schedule.workload import Workload
 from ..traces.errors import InputError, ScheduleError
+from ..traces.progress import Progress, no_progress
 from ..traces.timeline import Timeline
 from .clock import Event
 from .recorder import followed_by
@@ -105,12 +105,13 @@ def simulate_layer(
     *,
     jitter: Jitter = STEADY,
     timeline: bool = False,
+    progress: Progress = no_progress,
 ) -> LayerEvaluation:
     """Play forward, then backward from the moment at which the last rank ended forward; see `simulate`.
 
     The hosts go on to issue backward as soon as they have issued forward.
     """
-    setting = Setting(workload, cluster, cost)
+    setting = Setting(workload, cluster, cost, progress)
     forward, issued_ns = _play(schedules[0], setting, jitter, timeline)
     if cost.constants.host is None:
         backward, _ = _play(schedules[1], setting, jitter, timeline)
@@ -194,13 +195,13 @@ class _Rank:
 
     __slots__ = (
         "_calls", "_constants", "_has_ended", "_issues", "_jittered", "_launched", "_launches", "_number", "_phases",
-        "_start_ns", "_waited", "issued_ns", "left_ns", "rank", "stage",
+        "_start_ns", "_times_ns", "_waited", "issued_ns", "left_ns", "rank", "stage",
     )  # fmt: skip
 
     def __init__(self, stage: Stage, rank: int, jittered: Callable[[int], int] | None, host_begins_ns: int) -> None:
         self.stage, self.rank, self._jittered = stage, rank, jittered
         self._phases = stage.schedule.phases(rank)
-        self._launches = rank_launches(self._phases, backend=stage.cost.backend)
+        self._launches, self._times_ns = stage.launches[rank], stage.device_ns[rank]
         self._constants = stage.cost.constants
         self._calls: dict[str, tuple[Call, Transfer]] = {}  # by transfer id
         self._number, self._waited, self._launched = 0, 0, 0  # places: phase, and in it wait and launch
@@ -293,8 +294,7 @@ class _Rank:
         host = self._constants.host
         assert host is not None
         calls_ns = [round(host.call * NS_PER_US)] * len(phase.group_calls)
-        prices, launches = self.stage.prices, self._launches[self._number]
-        launches_ns = [prices.host_ns(launch) for launch in launches]
+        launches_ns = self.stage.host_ns[self.rank][self._number]
         issued: dict[bool, list[int]] = {True: [], False: []}
         first_phase = phase.index == 0
         for are_calls in (not first_phase, first_phase):
@@ -306,11 +306,12 @@ class _Rank:
 
     def _compute(self) -> bool:
         """Start the next launch that takes any time; after the last one, move on to the next phase and return True."""
-        launches = self._launches[self._number]
-        while self._launched < len(launches):
-            launch = launches[self._launched]
+        times_ns = self._times_ns[self._number]
+        while self._launched < len(times_ns):
+            work_ns = times_ns[self._launched]
+            if self._jittered is not None:
+                work_ns = self._jittered(work_ns)
             self._launched += 1
-            work_ns = self._work_ns(launch)
             issued_ns = next(self._issues, 0)
             if work_ns:
                 self.left_ns = float(work_ns)
@@ -321,11 +322,8 @@ class _Rank:
                     self._launch()
                 return False
         self._number, self._waited, self._launched = self._number + 1, 0, 0
+        self.stage.phase_done()
         return True
-
-    def _work_ns(self, launch: Launch) -> int:
-        alone_ns = self.stage.prices.launch_ns(launch)
-        return alone_ns if self._jittered is None else self._jittered(alone_ns)
 
     def _launch(self) -> None:
         stage = self.stage

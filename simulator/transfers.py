@@ -13,21 +13,24 @@ from typing import NamedTuple
 from ..planner.cost.cluster import Cluster
 from ..planner.cost.kernels import CostModel
 from ..planner.cost.timing import Leg, legs_of
+from ..planner.schedule.launches import rank_launches
 from ..planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
 from ..planner.schedule.workload import Workload
 from ..traces.errors import ScheduleError
+from ..traces.progress import Progress, no_progress
 from .clock import Clock, Event
 from .network import Network
-from .pricing import Prices
+from .pricing import launch_times
 from .recorder import Recorder, TransferTimes
 
 
 class Setting(NamedTuple):
-    """What a schedule is played on."""
+    """What a schedule is played on, and who is told how far it is."""
 
     workload: Workload
     cluster: Cluster
     cost: CostModel
+    progress: Progress = no_progress
 
 
 class Stage:
@@ -38,11 +41,22 @@ class Stage:
         self.workload = setting.workload
         self.clock = Clock()
         self.network = Network(self.clock, setting.cluster)
-        self.prices = Prices(setting.workload, setting.cost, schedule.direction)
-        phases = max(len(schedule.phases(rank)) for rank in range(schedule.world_size))
+        programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
+        self.launches = [rank_launches(program, backend=setting.cost.backend) for program in programs]
+        self.device_ns, self.host_ns = launch_times(
+            self.launches, setting.workload, setting.cost, schedule.direction
+        )  # fmt: skip
+        phases = max(len(program) for program in programs)
         self.recorder = Recorder(schedule.direction, (schedule.world_size, phases), keeps_spans=with_timeline)
         self.tails: dict[tuple[int, str], Call] = {}  # the last call of a rank on a communicator
         self._meetings: dict[str, _Meetings] = {}
+        self._progress, self._phases_done = setting.progress, 0
+        self._phases = sum(len(schedule.phases(rank)) for rank in range(schedule.world_size))
+
+    def phase_done(self) -> None:
+        """Count a phase of a rank as done."""
+        self._phases_done += 1
+        self._progress(f"simulating {self.schedule.direction}", self._phases_done, self._phases)
 
     def meetings(self, communicator: str) -> _Meetings:
         """Return the transfers of a communicator."""

@@ -82,7 +82,7 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
     def share(pairs: int) -> TaskWork:
         return TaskWork(
             tile_pairs=pairs, rows_with_work=rows, longest_row=0, key_rows_with_work=world * rows, longest_key_row=0,
-            rows=rows,
+            rows=rows, mask=workload.mask,
         )  # fmt: skip
 
     block_pairs, column_pairs = int(workload.active.sum()) // world, int(workload.columns.sum()) // world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ...traces.errors import InputError, did_you_mean
 from ...traces.validation import validated
-from ...traces.yaml_files import read_yaml
+from ...traces.yaml_files import read_yaml, with_settings
 from ..specs import Strict
 from .tables import Calibration
 
@@ -138,8 +139,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_cluster(name_or_path: str | Path) -> Cluster:
-    """Read a cluster from a YAML file or by preset name; InputError names file, field and value."""
+def load_cluster(name_or_path: str | Path, settings: Sequence[str] = ()) -> Cluster:
+    """Read a cluster from a YAML file or by preset name; InputError names file, field and value.
+
+    settings: take the place of what the file says, each as `gpu.memory_bytes=80e9`.
+    """
     path = Path(name_or_path)
     if not path.suffix and not path.exists():
         preset = PRESETS / f"{name_or_path}.yaml"
@@ -147,7 +151,8 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
             near = did_you_mean(name_or_path, names := preset_names())
             raise InputError(f"no such file or preset; presets are {', '.join(names)}{near}", source=path)
         path = preset
-    return parse_cluster(read_yaml(path, max_bytes=MAX_CLUSTER_BYTES), source=path)
+    document = read_yaml(path, max_bytes=MAX_CLUSTER_BYTES)
+    return parse_cluster(with_settings(document, settings, source=path), source=path)
 
 
 def parse_cluster(document: object, *, source: str | Path) -> Cluster:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..schedule.launches import Launch
 from ..schedule.workload import TaskWork
+from .batch import BatchWork, LaunchBatch, Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,4 +49,34 @@ class LaunchCounts:
             key_rows=len(keyed) * rows,
             longest_key_row=max((one.longest_key_row for one in keyed), default=0),
             cells=rows * len(keyed) * rows // heads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchCounts:
+    """The fields of LaunchCounts for many launches, int64 [L] each; key_rows_of_a_head: key tiles of one query head."""
+
+    tile_pairs: Numbers
+    column_tile_pairs: Numbers
+    rows: Numbers
+    longest_row: Numbers
+    key_rows: Numbers
+    longest_key_row: Numbers
+    cells: Numbers
+    key_rows_of_a_head: Numbers
+
+    @classmethod
+    def of(cls, batch: LaunchBatch, work: BatchWork) -> BatchCounts:
+        """Count a batch's launches as `LaunchCounts.of` counts one."""
+        keyed, rows = batch.keyed.astype(np.int64), work.rows[batch.first_task]
+        shards, heads = batch.total(keyed), batch.head_counts
+        return cls(
+            tile_pairs=batch.total(work.tile_pairs * keyed),
+            column_tile_pairs=batch.total(work.tile_pairs * (1 - keyed)),
+            rows=rows,
+            longest_row=batch.total(work.longest_row * keyed),
+            key_rows=shards * rows,
+            longest_key_row=batch.largest(work.longest_key_row * keyed),
+            cells=rows * shards * rows // heads,
+            key_rows_of_a_head=shards * rows // heads,
         )

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..schedule.backends import kernel_head_dim
 from ..schedule.launches import Launch
-from ..schedule.schedule import Direction, Task
+from ..schedule.schedule import Direction, Task, TaskKind
 from ..schedule.workload import TaskWork, Workload
 from ..specs import ELEMENT_BYTES, DType, ModelShape
+from .batch import BatchWork, LaunchBatch
 from .cluster import Gpu
 from .constants import NO_CONSTANTS, LayerConstants
 
@@ -41,22 +45,35 @@ class CostModel(Protocol):
         """
         ...
 
-    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return the microseconds that the host takes to issue a launch; asked where `constants` has a host."""
+    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return what `launch_us` says of each launch of a batch, float64 [L]."""
+        ...
+
+    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return what the host takes to issue each launch, float64 [L]; asked where `constants` has a host."""
         ...
 
 
 class DeviceCost:
-    """What a `CostModel` says that knows launches alone: no constants, no host."""
+    """What a `CostModel` says that knows launches alone: no constants, no host; launches of a batch one by one."""
 
     @property
     def constants(self) -> LayerConstants:
         """Nothing."""
         return NO_CONSTANTS
 
-    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return nothing: the host is taken to be ahead of the device."""
-        return 0.0
+    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
+        """Return the microseconds of one launch: for others to say."""
+        raise AssertionError(f"{type(self).__name__} prices no launches")
+
+    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds of each launch, asked one by one."""
+        pairs = zip(batch.launches, work.of_launches(batch), strict=True)
+        return np.array([self.launch_us(launch, its, direction) for launch, its in pairs], dtype=np.float64)
+
+    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return nothing for each: the host is taken to be ahead of the device."""
+        return np.zeros(len(batch.launches))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,68 +113,70 @@ class DatasheetCost(DeviceCost):
 
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         """Return the microseconds of one launch; one without any work costs nothing: it is taken as not launched."""
-        if not any(one.tile_pairs for one in work):
-            return 0.0
-        parts = [(one, self._pair_us(task, direction)) for task, one in zip(launch.tasks, work, strict=True)]
-        longest_us = sum(one.longest_row * us for one, us in parts)
-        kernels_us = [self._waves_us(parts, max(one.rows_with_work for one, _ in parts), longest_us)]
-        if direction == "backward":
-            keyed = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is not None]
-            columns = [part for task, part in zip(launch.tasks, parts, strict=True) if task.key is None]
-            kernels_us = [QUERY_SHARE * kernels_us[0]]
-            if keyed:
-                rows = -(-sum(one.key_rows_with_work for one, _ in keyed) // self._sharing(launch))
-                longest_us = max(one.longest_key_row * us for one, us in keyed)
-                kernels_us.append(KEY_SHARE * self._waves_us(keyed, rows, longest_us))
-            if columns:
-                kernels_us.append(KEY_SHARE * sum(one.tile_pairs * us for one, us in columns))
-        traffic_us = self._traffic_us(launch, work, direction)
-        return len(kernels_us) * self.gpu.launch_overhead_us + sum(kernels_us) + traffic_us
+        return float(self.launches_us(LaunchBatch.of([launch]), BatchWork.of(work), direction)[0])
 
-    def _sharing(self, launch: Launch) -> int:
-        """Return how many of a launch's query heads share a K/V head: a head group may have fewer than there are."""
-        first, last = launch.tasks[0].heads
-        return self.queries_per_kv_head if self.heads is None else min(self.queries_per_kv_head, last - first)
+    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds of each launch, float64 [L]."""
+        pair_us = np.where(batch.keyed, self._pair_us("block", direction), self._pair_us("columns", direction))
+        pairs_us, rows = work.tile_pairs * pair_us, batch.largest(work.rows_with_work)
+        kernels_us = self._waves_us(batch.total(pairs_us), rows, batch.total(work.longest_row * pair_us))
+        kernels: NDArray[np.float64] = np.ones(len(batch.launches))
+        if direction == "backward":
+            keyed, any_keys = batch.keyed, batch.largest(batch.keyed)
+            rows = -(-batch.total(work.key_rows_with_work * keyed) // self._sharing(batch))
+            longest_us = batch.largest(work.longest_key_row * pair_us * keyed)
+            of_keys_us = KEY_SHARE * self._waves_us(batch.total(pairs_us * keyed), rows, longest_us)
+            of_columns_us = KEY_SHARE * batch.total(pairs_us * ~keyed)
+            kernels_us = QUERY_SHARE * kernels_us + np.where(any_keys, of_keys_us, 0.0) + of_columns_us
+            kernels += any_keys.astype(float) + batch.largest(~keyed)
+        total_us = kernels * self.gpu.launch_overhead_us + kernels_us + self._traffic_us(batch, work, direction)
+        return np.where(batch.total(work.tile_pairs) > 0, total_us, 0.0)
+
+    def _sharing(self, batch: LaunchBatch) -> NDArray[np.int64]:
+        """Return how many of a launch's query heads share a K/V head [L]: a head group may have fewer of them."""
+        shared = np.full(len(batch.launches), self.queries_per_kv_head, dtype=np.int64)
+        return shared if self.heads is None else np.minimum(shared, batch.head_counts)
 
     @property
     def _kernel_head_dim(self) -> int:
         return self.computed_head_dim or self.head_dim
 
-    def _waves_us(self, parts: Sequence[tuple[TaskWork, float]], rows: int, longest_us: float) -> float:
-        """Return the time of a kernel over so many rows. parts: work, and the time of a tile pair on the whole GPU."""
+    def _waves_us(
+        self, total_us: NDArray[np.float64], rows: NDArray[np.int64], longest_us: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return the times of kernels [L]. total_us: of their tile pairs, each with the whole GPU; so many rows."""
         programs = self.gpu.multiprocessors * self.gpu.programs_per_multiprocessor
-        total_us = sum(work.tile_pairs * pair_us for work, pair_us in parts)
-        return programs * max(total_us / min(programs, max(rows, 1)), longest_us)
+        return programs * np.maximum(total_us / np.clip(rows, 1, programs), longest_us)
 
-    def _pair_us(self, task: Task, direction: Direction) -> float:
+    def _pair_us(self, kind: TaskKind, direction: Direction) -> float:
         flops = 4.0 * self.block_size**2 * self._kernel_head_dim
         kernels = self.gpu.kernels_of(self.backend)
         efficiency = kernels.block_forward_efficiency
         if direction == "backward":
             flops *= BACKWARD_FLOPS_FACTOR
             efficiency = kernels.block_backward_efficiency
-        if task.kind == "columns":
+        if kind == "columns":
             efficiency *= kernels.column_efficiency
         return flops / (self.gpu.peak_flops_per_us * efficiency)
 
-    def _traffic_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return the time of accumulators, and of copies."""
+    def _traffic_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the times of accumulators, and of copies [L]."""
         if self.gpu.memory_bandwidth_bytes_per_us is None:
-            return 0.0
-        accumulator = max(ACCUMULATOR_BYTES, self.element_bytes)
-        rows = work[0].rows * self.block_size
-        query_bytes = (self.element_bytes if launch.ends else accumulator) + (0 if launch.begins else accumulator)
-        backward = direction == "backward"
+            return np.zeros(len(batch.launches))
+        backward, accumulator = direction == "backward", max(ACCUMULATOR_BYTES, self.element_bytes)
+        rows = work.rows[batch.first_task] * self.block_size
+        read = np.where(batch.begins, 0, accumulator)
+        query_bytes = np.where(batch.ends, self.element_bytes, accumulator) + read
         # Of every row of the queries: K and V of the key shards, and dK and dV, which are written in backward alone.
-        keys = 2 * sum(task.key is not None for task in launch.tasks) / self._sharing(launch)
-        key_bytes = keys * accumulator if backward else 0
-        first, last = launch.tasks[0].heads
-        copies = launch.begins and self.heads is not None and last - first < self.heads  # a head group's queries, once
-        copied_bytes = 2 * self.element_bytes * (3 if backward else 2) if copies else 0
+        keys = 2 * batch.total(batch.keyed.astype(np.int64)) / self._sharing(batch)
+        key_bytes = keys * accumulator if backward else np.zeros(len(batch.launches))
+        # A head group's queries are copied once.
+        copies = batch.begins & (batch.head_counts < (self.heads or 0))
+        copied_bytes = np.where(copies, 2 * self.element_bytes * (3 if backward else 2), 0)
         moved = self._kernel_head_dim * (query_bytes + key_bytes) + self.head_dim * copied_bytes
         if self._kernel_head_dim != self.head_dim:  # copies: one of the two sizes is read, the other written
             operand_bytes = self.element_bytes * ((2 if backward else 1) + keys)
-            moved += (self.head_dim + self._kernel_head_dim) * (operand_bytes + query_bytes + key_bytes)
+            moved = moved + (self.head_dim + self._kernel_head_dim) * (operand_bytes + query_bytes + key_bytes)
         return rows * moved / self.gpu.memory_bandwidth_bytes_per_us
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..plan import Plan
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction
 from ..schedule.workload import MaskKind, TaskWork
 from ..specs import ELEMENT_BYTES, DType, ModelShape
+from .batch import BatchWork, LaunchBatch
 from .cluster import Cluster
 from .constants import LayerConstants
-from .counts import LaunchCounts
+from .counts import BatchCounts
 from .kernels import ACCUMULATOR_BYTES, PORTABLE_BACKEND, CostModel, datasheet_cost
 from .tables import Calibration, LaunchTable, far_share
 
@@ -31,19 +35,19 @@ class MeasuredCost:
 
     def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
         """Return the microseconds of one launch and of its index; one without any work costs nothing."""
-        if not any(one.tile_pairs for one in work):
-            return 0.0
-        prices, counts = self._table(direction, work[0].mask).prices, LaunchCounts.of(launch, work)
-        heads = launch.tasks[0].heads[1] - launch.tasks[0].heads[0]
-        far = far_share(counts.key_rows // heads * self.key_bytes_of_a_tile, self.cache_bytes)
-        return prices.launch_us(counts, far=far, resumed=not launch.begins) + prices.index_us(counts)
+        return float(self.launches_us(LaunchBatch.of([launch]), BatchWork.of(work), direction)[0])
 
-    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return the microseconds that the host takes to issue a launch, its index included."""
-        if not any(one.tile_pairs for one in work):
-            return 0.0
-        prices = self._table(direction, work[0].mask).prices
-        return prices.host + prices.host_index
+    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds of each launch and of its index, float64 [L]."""
+        prices, counts = self._table(direction, work.mask).prices, BatchCounts.of(batch, work)
+        far = far_share(counts.key_rows_of_a_head * self.key_bytes_of_a_tile, self.cache_bytes)
+        us = prices.launch_us(counts, far=far, resumed=~batch.begins) + prices.index_us(counts)
+        return np.where(batch.total(work.tile_pairs) > 0, us, 0.0)
+
+    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds that the host takes to issue each launch, its index included, float64 [L]."""
+        prices = self._table(direction, work.mask).prices
+        return np.where(batch.total(work.tile_pairs) > 0, prices.host + prices.host_index, 0.0)
 
     def _table(self, direction: Direction, mask: MaskKind) -> LaunchTable:
         """Return the table for a kind of mask, or the nearest: with or without documents, then the other index."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -16,7 +17,7 @@ from scipy.optimize import nnls
 from ..schedule.schedule import Direction
 from ..schedule.workload import MaskKind
 from ..specs import Strict
-from .counts import LaunchCounts
+from .counts import BatchCounts, LaunchCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,17 @@ class LaunchPrices(Strict):
     host: float = Field(ge=0)
     host_index: float = Field(ge=0)
 
-    def launch_us(self, counts: LaunchCounts, *, far: float, resumed: bool) -> float:
-        """Return the device's time without the index. far: share of K and V that the cache cannot hold."""
+    def launch_us(self, counts: LaunchCounts | BatchCounts, *, far: Any, resumed: Any) -> Any:
+        """Return the device's time without the index: a number, or float64 [L] of a batch's launches.
+
+        far: share of K and V that the cache cannot hold; resumed: whether there are earlier results.
+        """
         prices = dict(zip(_FEATURES, features(counts, far), strict=True))
         total = sum(value * getattr(self, name) for name, value in prices.items())
-        return total + (self.resumed_row * counts.rows if resumed else 0.0)
+        return total + self.resumed_row * counts.rows * resumed
 
-    def index_us(self, counts: LaunchCounts) -> float:
-        """Return the device's time to make the index."""
+    def index_us(self, counts: LaunchCounts | BatchCounts) -> Any:
+        """Return the device's time to make the index, or float64 [L] of a batch's."""
         return self.index_launch + self.index_row * counts.rows + self.index_cell * counts.cells
 
 
@@ -106,8 +110,11 @@ _FEATURES = (
 )  # fmt: skip
 
 
-def features(counts: LaunchCounts, far: float) -> tuple[float, ...]:
-    """Return what the prices of a launch with a ready index are multiplied with, in the order of their names."""
+def features(counts: LaunchCounts | BatchCounts, far: Any) -> tuple[Any, ...]:
+    """Return what the prices of a launch with a ready index are multiplied with, in the order of their names.
+
+    Numbers, or arrays [L] of a batch's launches.
+    """
     return (
         1.0,
         counts.tile_pairs,
@@ -116,14 +123,14 @@ def features(counts: LaunchCounts, far: float) -> tuple[float, ...]:
         counts.longest_row,
         counts.key_rows,
         counts.longest_key_row,
-        float(counts.column_tile_pairs > 0),
+        1.0 * (counts.column_tile_pairs > 0),
         counts.column_tile_pairs,
     )
 
 
-def far_share(key_bytes: int, cache_bytes: int) -> float:
-    """Return the share of K and V that the GPU's cache cannot hold."""
-    return max(0.0, 1.0 - cache_bytes / key_bytes) if key_bytes else 0.0
+def far_share(key_bytes: Any, cache_bytes: int) -> Any:
+    """Return the share of K and V that the GPU's cache cannot hold. key_bytes: a number or an array."""
+    return np.maximum(0.0, 1.0 - cache_bytes / np.maximum(key_bytes, 1)) * (key_bytes > 0)
 
 
 def fit_prices(points: Sequence[LaunchPoint], *, cache_bytes: int) -> tuple[LaunchPrices, list[float]]:

@@ -13,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...traces.errors import InputError, UnsupportedError
 from ..schedule.launches import Launch
 from ..schedule.schedule import ALL_RANKS, Direction, Schedule, Transfer
 from ..schedule.workload import TaskWork, Workload
+from .batch import BatchWork, LaunchBatch
 from .cluster import Cluster, Link
 from .constants import LayerConstants
 from .kernels import CostModel
@@ -111,6 +115,23 @@ def transfer_ns(nbytes: float, bytes_per_us: float) -> int:
 def launch_ns(launch: Launch, work: Sequence[TaskWork], cost: CostModel, direction: Direction) -> int:
     """Return the time that a launch takes alone on its GPU. work: of each of its tasks."""
     return round(cost.launch_us(launch, work, direction) * NS_PER_US)
+
+
+def launches_ns(
+    batch: LaunchBatch, workload: Workload, cost: CostModel, direction: Direction
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what each launch takes alone on its GPU, and the host to issue it, int64 [L] each; 0 without a host."""
+    if not batch.launches:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    work = BatchWork.under(workload, batch)
+    device_us, host_us = cost.launches_us(batch, work, direction), np.zeros(len(batch.launches))
+    if cost.constants.host is not None:
+        host_us = cost.hosts_us(batch, work, direction)
+    return _whole_ns(device_us), _whole_ns(host_us)
+
+
+def _whole_ns(us: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.rint(us * NS_PER_US).astype(np.int64)
 
 
 def landing_ns(constants: LayerConstants, transfers: Iterable[Transfer], rank: int) -> int:

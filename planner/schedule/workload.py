@@ -10,7 +10,7 @@ Shape legend: W ranks, H query heads, N mask blocks, T tiles per rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,34 @@ class TaskWork:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class HeadCounts:
+    """Counts of some heads together, in the order of TaskWork's fields; of longest rows the longest of any head.
+
+    blocks: int64 [5, W, W] for (query rank, key rank); columns: int64 [3, W].
+    """
+
+    blocks: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, counts: Workload, heads: slice) -> HeadCounts:
+        """Sum up a workload's counts over heads."""
+        of_blocks = (
+            counts.active[..., heads].sum(axis=-1),
+            counts.rows[..., heads].sum(axis=-1),
+            counts.longest[..., heads].max(axis=-1, initial=0),
+            counts.key_rows[..., heads].sum(axis=-1),
+            counts.longest_key[..., heads].max(axis=-1, initial=0),
+        )
+        of_columns = (
+            counts.columns[..., heads].sum(axis=-1),
+            counts.column_rows[..., heads].sum(axis=-1),
+            counts.longest_column_row[..., heads].max(axis=-1, initial=0),
+        )
+        return cls(blocks=np.stack(of_blocks), columns=np.stack(of_columns))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
     """Counts of one layer. active, rows, longest: int64 [W, W, H] for (query rank, key rank, head); columns: [W, H].
 
@@ -70,6 +98,14 @@ class Workload:
     column_rows: NDArray[np.int64]
     longest_column_row: NDArray[np.int64]
     mask: MaskKind = DIAGONALS
+    _of_heads: dict[tuple[int, int], HeadCounts] = field(init=False, default_factory=dict, repr=False)
+
+    def of_heads(self, heads: tuple[int, int]) -> HeadCounts:
+        """Return the counts of query heads [heads[0], heads[1]) together, worked out once."""
+        found = self._of_heads.get(heads)
+        if found is None:
+            found = self._of_heads[heads] = HeadCounts.of(self, slice(*heads))
+        return found
 
     @property
     def world_size(self) -> int:
@@ -78,29 +114,19 @@ class Workload:
 
     def block_task(self, query: int, key: int, heads: tuple[int, int]) -> TaskWork:
         """Return the work of the queries of rank `query` against the keys of rank `key`."""
-        chosen = (query, key, slice(*heads))
-        return TaskWork(
-            tile_pairs=int(self.active[chosen].sum()),
-            rows_with_work=int(self.rows[chosen].sum()),
-            longest_row=int(self.longest[chosen].max(initial=0)),
-            key_rows_with_work=int(self.key_rows[chosen].sum()),
-            longest_key_row=int(self.longest_key[chosen].max(initial=0)),
-            rows=self._rows(heads),
-            mask=self.mask,
-        )
+        return self._task_work(self.of_heads(heads).blocks[:, query, key], heads)
 
     def columns_task(self, query: int, heads: tuple[int, int]) -> TaskWork:
         """Return the work of the queries of rank `query` against all gathered columns."""
-        chosen = (query, slice(*heads))
+        return self._task_work([*self.of_heads(heads).columns[:, query], 0, 0], heads)
+
+    def _task_work(self, counts: Sequence[int] | NDArray[np.int64], heads: tuple[int, int]) -> TaskWork:
+        tile_pairs, rows_with_work, longest_row, key_rows_with_work, longest_key_row = map(int, counts)
         return TaskWork(
-            tile_pairs=int(self.columns[chosen].sum()),
-            rows_with_work=int(self.column_rows[chosen].sum()),
-            longest_row=int(self.longest_column_row[chosen].max(initial=0)),
-            key_rows_with_work=0,
-            longest_key_row=0,
-            rows=self._rows(heads),
+            tile_pairs=tile_pairs, rows_with_work=rows_with_work, longest_row=longest_row,
+            key_rows_with_work=key_rows_with_work, longest_key_row=longest_key_row, rows=self.rows_of(heads),
             mask=self.mask,
-        )
+        )  # fmt: skip
 
     def with_heads(self, order: Sequence[int]) -> Workload:
         """Return the same work with the heads in another order."""
@@ -108,7 +134,8 @@ class Workload:
         by_head += ("columns", "column_rows", "longest_column_row")
         return replace(self, **{name: getattr(self, name)[..., list(order)] for name in by_head})
 
-    def _rows(self, heads: tuple[int, int]) -> int:
+    def rows_of(self, heads: tuple[int, int]) -> int:
+        """Return the query rows (head, tile) of one rank, which are as many as its key rows."""
         return -(-self.tokens_per_rank // self.block_size) * (heads[1] - heads[0])
 
     def pairs_per_rank(self) -> NDArray[np.int64]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sparsering.planner.cost.batch import BatchWork, LaunchBatch
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
 from sparsering.planner.cost.constants import NO_CONSTANTS, LayerConstants
 from sparsering.planner.cost.kernels import DeviceCost
@@ -48,8 +50,8 @@ class BusyCost(PairCost):
     constants: LayerConstants = NO_CONSTANTS  # pyright: ignore[reportIncompatibleMethodOverride]
     us_to_issue: float = 0.0
 
-    def host_us(self, work: Sequence[TaskWork], direction: Direction) -> float:
-        return self.us_to_issue if any(one.tile_pairs for one in work) else 0.0
+    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        return np.where(batch.total(work.tile_pairs) > 0, self.us_to_issue, 0.0)
 
 
 def cluster(

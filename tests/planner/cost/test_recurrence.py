@@ -14,7 +14,8 @@ import tiny
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.constants import LayerConstants
 from sparsering.planner.cost.evaluation import Evaluation
-from sparsering.planner.cost.recurrence import CompiledRecurrence, levels_of, longest_paths
+from sparsering.planner.cost.paths import Paths
+from sparsering.planner.cost.recurrence import CompiledRecurrence
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
@@ -146,8 +147,8 @@ def test_longest_paths_are_those_of_networkx(edges: list[tuple[int, int, int]]) 
     graph.add_weighted_edges_from((a, b, weight) for (a, b), weight in forward.items())
     expected = [nx.dag_longest_path_length(graph.subgraph({node} | nx.ancestors(graph, node))) for node in range(12)]
     table = np.array([(a, b, weight) for (a, b), weight in forward.items()], dtype=np.int64).reshape(-1, 3)
-    levels = levels_of(12, table[:, 0], table[:, 1])
-    assert longest_paths(12, levels, table[:, 2]).tolist() == expected
+    paths = Paths.through(12, table[:, 0], table[:, 1])
+    assert paths.longest(table[:, 2]).tolist() == expected
 
 
 def test_a_circle_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsering.planner.cost.batch import BatchWork, LaunchBatch
 from sparsering.planner.cost.cluster import Cluster, load_cluster, parse_cluster
 from sparsering.planner.cost.counts import LaunchCounts
 from sparsering.planner.cost.measured import MeasuredCost, cluster_cost
@@ -114,7 +115,8 @@ def test_a_launch_is_priced_by_the_kind_of_its_mask_and_its_index() -> None:
     assert us(MaskKind(listed=True, documents=True)) == pytest.approx(by_hand + 980), "the nearest that was measured"
     nothing = replace(TaskWork(**given), tile_pairs=0)
     assert cost.launch_us(Launch(tasks=(task,)), [nothing], "forward") == 0.0
-    assert cost.host_us([TaskWork(**given)], "forward") == 400.0
+    batch, work = LaunchBatch.of([Launch(tasks=(task,))] * 2), BatchWork.of([TaskWork(**given), nothing])
+    assert cost.hosts_us(batch, work, "forward").tolist() == [400.0, 0.0]
 
 
 def test_what_was_not_measured_is_priced_by_the_data_sheet() -> None:
