@@ -9,9 +9,13 @@ export PYTHONSAFEPATH := 1
 export TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
+# Test files that run side by side. Many of them start processes of their own: more than two gain little.
+WORKERS ?= 2
+HOUSES := traces planner simulator kernels runtime
 STAMP := .venv/.stamp
+SITE_STAMP := .venv/.site-stamp
 
-.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format docs map measured package clean
+.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format docs site map measured package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,14 +23,13 @@ help:  ## show this list
 setup: $(STAMP)  ## .venv with everything (also done by the targets below)
 
 $(STAMP): pyproject.toml .ci/setup
-	@.ci/setup
-	@touch $@
+	@EXTRAS=$${EXTRAS:-gpu,dev,examples} .ci/setup
 
 demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/report.html
 	@$(BIN)/sparsering demo
 
 test: $(STAMP)  ## all tests that need no GPU, but for the next ones
-	$(BIN)/pytest -m "not gpu and not many_ranks and not examples" --durations=15
+	$(BIN)/pytest -m "not gpu and not many_ranks and not examples" -n $(WORKERS) --dist loadfile --durations=15
 
 test-examples: $(STAMP)  ## the README's script, examples/ and launchers, as users start them: two minutes
 	$(BIN)/pytest -m examples
@@ -50,7 +53,20 @@ format: $(STAMP)  ## let ruff rewrite what it can
 docs: $(STAMP) map measured  ## rewrite all that is generated in docs/
 	@$(BIN)/python docs/write_registries.py
 	@$(BIN)/python docs/write_figures.py
+	@$(BIN)/python docs/write_settings.py
+	@$(BIN)/python docs/write_support.py
+	@$(BIN)/python docs/write_worked_mask.py
 	@python3 docs/write_includes.py
+
+site: $(SITE_STAMP)  ## the documentation as a web site in site/; a broken link or a page nobody finds fails
+	@rm -rf build/api && mkdir -p build/api/sparsering
+	@cp -R __init__.py $(HOUSES) build/api/sparsering/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(SITE_STAMP): $(STAMP)
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
 
 map:  ## rewrite the map of folders in docs/architecture.md
 	@python3 docs/write_map.py
@@ -63,4 +79,4 @@ package: $(STAMP)  ## wheel and source distribution into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove everything that make made
-	rm -rf .venv .typings build dist demo-out *.egg-info
+	rm -rf .venv .typings build dist demo-out site *.egg-info

@@ -10,25 +10,35 @@ its own may not see is *injected* here: a row in `SERVICES` names it, and a verb
     def plan(context: typer.Context, trace: Path, ...) -> None:
         evaluator = context.obj["evaluator"]   # imported now; the house annotates it with a protocol of its own
 
-Errors: `InputError` from anywhere becomes one line on stderr and exit code 2; a missing optional package becomes one
-line that says what to install and exit code 1. Everything else is a bug and keeps its traceback.
+Errors: `InputError` from anywhere, and options that cannot be read, become one line on stderr and exit code 2; a
+missing optional package, or memory that does not suffice, one line and exit code 1; Ctrl-C one line and exit code 130.
+Everything else is a bug and keeps its traceback. Where several ranks would say the same, the first of a host says it.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.main
 from typer.core import TyperGroup
 
 from . import __version__
-from .traces.errors import InputError
+from .traces.errors import InputError, did_you_mean, unknown_name
 
 PACKAGE = __package__ or "sparsering"
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it
+REFUSED_BY_THE_SYSTEM = (
+    errno.EACCES, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
+)  # fmt: skip
 GPU_EXTRA = {"liger_kernel", "safetensors", "torch", "transformers", "triton"}
 
 
@@ -107,15 +117,30 @@ VERBS = {
         function="train",
         help="Train a model on long sequences by a plan (needs torch).",
     ),
+    "estimate": Verb(
+        module="runtime.train.estimate.command",
+        function="estimate",
+        help="Say what a training run will take (needs torch).",
+    ),
     "compare": Verb(
         module="simulator.commands",
         function="compare",
         help="Set two timelines side by side, phase by phase.",
     ),
+    "export": Verb(
+        module="traces.exporting.command",
+        function="export",
+        help="Write a timeline as other tools read it, a file per rank.",
+    ),
     "validate": Verb(
         module="simulator.validate_command",
         function="validate",
         help="Set measured results beside predictions; judge them.",
+    ),
+    "report": Verb(
+        module="simulator.report.command",
+        function="report",
+        help="One HTML page on any files of ours: does planning help?",
     ),
     "demo": Verb(
         module="runtime.demo.command",
@@ -123,9 +148,9 @@ VERBS = {
         help="The whole road on this machine, no GPU (needs torch).",
     ),
     "doctor": Verb(
-        module="kernels.commands",
+        module="runtime.doctor.command",
         function="doctor",
-        help="Show which kernel backends work here (needs torch).",
+        help="Show what works here, and what mends what does not.",
     ),
 }
 
@@ -133,8 +158,9 @@ VERBS = {
 SERVICES = {
     "evaluator": ("simulator.engine", "simulate"),
     "simulate_plan": ("simulator.simulate_plan", "simulate_plan"),
+    "verb_modules": ("cli", "verb_modules"),
     "timeline_metrics": ("simulator.metrics", "timeline_metrics"),
-    "write_report": ("simulator.report.page", "write_report"),
+    "write_report": ("simulator.report.demo", "write_report"),
 }
 
 
@@ -156,18 +182,73 @@ class LazyGroup(TyperGroup):
     """Lists all verbs from the table; imports a verb's house only when that verb is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise unknown_name(args[0], VERBS, field="verb")
         name, listed, rest = super().resolve_command(ctx, args)
         return name, listed if name is None else _command(name), rest
 
+    def make_context(self, *args: Any, **named: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **named)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except InputError as error:
-            typer.echo(f"sparsering: {error}", err=True)
-            raise typer.Exit(2) from error
-        except ModuleNotFoundError as error:
-            typer.echo(f"sparsering: {_advice(error)}", err=True)
-            raise typer.Exit(1) from error
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Make what a user can cause one line on stderr and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _end(128 + signal.SIGINT, "interrupted", error)
+    except InputError as error:
+        _end(2, str(error), error)
+    except ModuleNotFoundError as error:
+        _end(1, _advice(error), error)
+    except MemoryError as error:
+        _end(1, f"not enough memory: {error}".rstrip(": "), error)
+    except USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        _end(2, _usage_problem(error), error)
+    except OSError as error:
+        if error.filename is None or error.errno not in REFUSED_BY_THE_SYSTEM:
+            raise
+        _end(2, f"{error.filename}: {(error.strerror or '').lower()}", error)
+
+
+def _end(code: int, problem: str, cause: BaseException) -> NoReturn:
+    """Say the line, unless another rank does, and end with the code."""
+    mesh: Any = sys.modules.get(f"{PACKAGE}.runtime.comm.mesh")  # not imported: no other ranks
+    if mesh is None or mesh.speaks(at_once=isinstance(cause, KeyboardInterrupt)):
+        typer.echo(f"sparsering: {problem}", err=True)
+    raise typer.Exit(code) from cause
+
+
+def _usage_problem(error: Any) -> str:
+    """Return what is wrong with the options, in one line: which, its value, what is allowed, what was meant perhaps."""
+    if (option := getattr(error, "option_name", None)) and hasattr(error, "possibilities"):
+        known = [name for one in error.ctx.command.params for name in one.opts] if error.ctx else []
+        return f"{option}: there is no such option{did_you_mean(option, known)}"
+    problem = " ".join((error.message or "is missing").split()).rstrip(".").removeprefix("Value error, ")
+    refused = getattr(error.__cause__, "errors", list)()  # of the library that reads the values
+    if problem.startswith("Input should be "):
+        problem = f"must be {problem.removeprefix('Input should be ')}, not {refused[0]['input'] if refused else ''}"
+    parameter = getattr(error, "param", None)
+    where = getattr(error, "param_hint", None) or (parameter and max(parameter.opts, key=len))
+    if where and not where.startswith("-"):
+        where = where.upper()  # as --help writes an argument
+    value, between, choices = problem.partition(" is not one of ")
+    if between:
+        return str(unknown_name(value.strip("'"), choices.split("'")[1::2], field=where))
+    return f"{where}: {problem}" if where else problem
+
+
+def verb_modules() -> dict[str, str]:
+    """Return the module of every verb, as "planner.commands": from its house follows what it needs."""
+    return {name: verb.module for name, verb in VERBS.items()}
 
 
 def _command(name: str) -> Any:
@@ -184,14 +265,14 @@ def _advice(error: ModuleNotFoundError) -> str:
     """One line for a module that may rightly be absent; any other missing module is raised again, as the bug it is."""
     missing = error.name or ""
     if missing.partition(".")[0] in GPU_EXTRA:
-        return f"this needs {missing}: pip install 'sparsering[gpu]'"
+        return f"this needs {missing}, which is not installed: `sparsering doctor` prints the command that installs it"
     if missing in {f"{PACKAGE}.{verb.module}" for verb in VERBS.values()}:
         return f"{missing} is not part of this installation"
     raise error
 
 
 app = typer.Typer(
-    cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=LazyGroup, add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
 
@@ -220,7 +301,15 @@ for _name, _verb in VERBS.items():
 
 def main() -> None:
     """Entry point of the console script `sparsering`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is said by us, in one line
+    if "RANK" not in os.environ:  # a rank may wait for others in a place that no handler reaches
+        signal.signal(signal.SIGTERM, _terminated)
     app(prog_name="sparsering")
+
+
+def _terminated(number: int, _: Any) -> NoReturn:
+    """End in order on SIGTERM: temporary files are removed, ranks are ended."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

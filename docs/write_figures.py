@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
-from sparsering.planner.cost.kernels import DeviceCost
+from sparsering.planner.cost.model import DeviceCost
 from sparsering.planner.layouts.registry import parse_layout
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import Placement, striped

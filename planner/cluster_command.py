@@ -11,8 +11,8 @@ import typer
 from ..traces.errors import InputError
 from ..traces.files import write_atomically
 from ..traces.yaml_files import yaml_text
-from .chosen_cluster import chosen_cluster, doubts
-from .cost.cluster import load_cluster, preset_names
+from .chosen_cluster import chosen_cluster, doubts, require_cluster_output
+from .cost.cluster import preset_names
 from .importing.cluster_file import imported_cluster
 from .importing.nccl_tests import TESTS, read_nccl_table
 from .importing.topology import read_topology
@@ -20,7 +20,12 @@ from .importing.topology import read_topology
 
 def cluster(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the cluster (.yaml).")],
-    base: Annotated[str, typer.Option(help=f"Says what the texts do not: a YAML file or {', '.join(preset_names())}.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help=f"Says what the texts do not: a YAML file or {', '.join(preset_names())}.", autocompletion=preset_names
+        ),
+    ],
     topology: Annotated[Path | None, typer.Option(help="What `nvidia-smi topo -m` printed.")] = None,
     nccl_tests: Annotated[
         list[Path] | None,
@@ -39,7 +44,7 @@ def cluster(
     """
     if topology is None and not nccl_tests:
         raise InputError("give --topology, --nccl-tests or both: without them there is nothing to import")
-    _require_output(output)
+    require_cluster_output(output)
     rest = chosen_cluster(base)
     node = None if topology is None else read_topology(topology)
     tables = [(path, read_nccl_table(path, test=test)) for path in nccl_tests or []]
@@ -51,16 +56,3 @@ def cluster(
         typer.echo("\n".join([*made.lines, f"wrote {output} ({made.cluster.origin})"]))
     for doubt in doubts(made.cluster):
         typer.echo(f"warning: {output}: {doubt}", err=True)
-
-
-def _require_output(path: Path) -> None:
-    """Refuse to write a cluster in the place of something else."""
-    if path.suffix not in (".yaml", ".yml"):
-        raise InputError("must end in .yaml", source=path)
-    if path.is_dir():
-        raise InputError("cannot be written: is a folder", source=path)
-    if path.exists() and path.stat().st_size:
-        try:
-            load_cluster(path)
-        except InputError as error:
-            raise InputError("exists and is no cluster file: it is not overwritten", source=path) from error

@@ -5,52 +5,50 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from ..traces.dataset.store import Trace
-from ..traces.errors import InputError, ScheduleError
+from ..traces.errors import InputError, ScheduleError, unknown_name
 from ..traces.files import require_output
 from ..traces.progress import shown_progress
 from .check.check import CheckReport, check_step
 from .check.check import check as prove
-from .chosen_cluster import chosen_cluster
-from .cost.cluster import preset_names
+from .chosen_cluster import ClusterOption, SetOption, chosen_cluster
 from .layouts.registry import layout_names
 from .plan import KernelSpec, Plan, load_launches, load_plan
 from .schedule.backends import known_backends
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
 from .search.search import plan_trace
+from .search.selection import SIMULATED_RANKS
+from .shown import PROVED, show_plan, show_proof
 from .specs import DType
 
-SHOWN_CANDIDATES = 12
 BACKENDS = known_backends()
 EVALUATORS = ("simulator", "recurrence")
-PROVED = (
-    "every (query shard, key shard, head) computed exactly once",
-    "every dK/dV and output contribution home exactly once",
-    "nothing used before it arrives or overwritten while in use",
-    "no buffer beyond those stated",
-    "no deadlock: launches, waits and buffer releases close no circle",
+LAYERS_HELP = (
+    f"Layers to evaluate, as 0,17; default: four, spread. The simulator takes as many of them as {SIMULATED_RANKS} "
+    "divided by the cluster's GPUs, at least one."
 )
 
 
 def plan(
     context: typer.Context,
     trace: Annotated[Path, typer.Option(help="Folder of a trace.")],
-    cluster: Annotated[str, typer.Option(help=f"YAML file or preset: {', '.join(preset_names())}.")],
+    cluster: ClusterOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
-    dtype: Annotated[str, typer.Option(help=f"Of q, k, v: {', '.join(get_args(DType))}.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.")] = "fastest",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of q, k, v: {', '.join(get_args(DType))}.", autocompletion=lambda: get_args(DType))
+    ] = "bfloat16",
+    backend: Annotated[
+        str, typer.Option(help=f"Kernels that will run: {', '.join(BACKENDS)}.", autocompletion=known_backends)
+    ] = "fastest",
     launches: Annotated[
         Path | None, typer.Option(help="Launch settings for the kernels: a file of `doctor --kernels --tune`.")
     ] = None,
@@ -61,13 +59,19 @@ def plan(
         float, typer.Option(help="The same, as a share of the GPU's memory.")
     ] = DEFAULT_MEMORY_FRACTION,
     steps: Annotated[str | None, typer.Option(help="Training steps to evaluate, as 0,10; default: the last.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to evaluate, as 0,17; default: four, spread.")] = None,
+    layers: Annotated[str | None, typer.Option(help=LAYERS_HELP)] = None,
     evaluator: Annotated[str, typer.Option(help="Has the last word: simulator or recurrence.")] = "simulator",
     layout: Annotated[
-        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(layout_names())}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Restrict to it; may be repeated: {', '.join(layout_names())}.", autocompletion=layout_names
+        ),
     ] = None,
     placement: Annotated[
-        list[str] | None, typer.Option(help=f"Restrict to it; may be repeated: {', '.join(PLACEMENTS)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Restrict to it; may be repeated: {', '.join(PLACEMENTS)}.", autocompletion=lambda: PLACEMENTS
+        ),
     ] = None,
     narrow_gradients: Annotated[
         bool,
@@ -77,6 +81,7 @@ def plan(
         bool,
         typer.Option("--no-pulls", help="Send, even where the cluster's GPUs could read each other's memory."),
     ] = False,
+    settings: SetOption = None,
     pattern: Annotated[str, typer.Option(help="trace: replay its patterns; choose: choose anew as it did.")] = "trace",
     seed: Annotated[int, typer.Option(help="Recorded in the plan's provenance.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -88,7 +93,7 @@ def plan(
         ("--evaluator", evaluator, EVALUATORS),
     ):
         if value not in known:
-            raise InputError(f"{value!r} is not one of {', '.join(known)}", field=field)
+            raise unknown_name(value, known, field=field)
     require_output(output, kind="plan", key="placement")
     space = SearchSpace(
         layouts=tuple(layout or ()),
@@ -108,7 +113,7 @@ def plan(
     with shown_progress() as report:
         made = plan_trace(
             Trace.open(trace),
-            chosen_cluster(cluster),
+            chosen_cluster(cluster, settings),
             space,
             evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
             provenance={"command": shlex.join(["sparsering", *sys.argv[1:]]), "seed": seed},
@@ -118,7 +123,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps({"plan": str(output), **_summary(made), "predictions": made.predictions}))
     else:
-        _show_plan(made, output)
+        show_plan(made, output)
 
 
 def check(
@@ -139,7 +144,7 @@ def check(
         figures = {direction: _figures(made.schedule(direction), one) for direction, one in reports.items()}
         typer.echo(json.dumps({"plan": str(plan), **_summary(made), "proved": list(PROVED), "figures": figures}))
     else:
-        _show_proof(made, reports)
+        show_proof(made, reports)
 
 
 @contextmanager
@@ -180,71 +185,3 @@ def _figures(schedule: Schedule, report: CheckReport) -> dict[str, Any]:
     sent_bytes = {name: max(values) for name, values in report.sent_bytes.items()}
     stated = {"schedule_sha256": schedule.sha256(), "buffer_bytes": schedule.buffer_bytes}
     return stated | asdict(report) | {"sent_bytes": sent_bytes}
-
-
-def _show_plan(made: Plan, output: Path) -> None:
-    console, told = Console(highlight=False, markup=False), made.predictions
-    mark = ", unvalidated" if told["unvalidated"] else ""
-    lines = [
-        f"picked: {_in_words(made)}",
-        f"step {told['step_time_us']:,.0f} µs (forward {told['forward_us']:,.0f}, backward {told['backward_us']:,.0f}; "
-        f"{told['evaluator']}{mark}), {told['gap']:.1%} above the lower bound of {told['bound_us']:,.0f} µs",
-        f"worker imbalance {told['worker_imbalance']:.3f}, step imbalance {told['step_imbalance']:.3f}, "
-        f"exposed {told['exposed_fraction']:.1%}",
-        f"memory of one layer {told['memory_bytes'] / 1e6:,.0f} MB, {told['peak_buffer_bytes'] / 1e6:,.0f} MB of it "
-        f"buffers; limit {told['memory_limit_bytes'] / 1e6:,.0f} MB",
-    ]
-    if made.pairs is not None:
-        counts = _summary(made)["shard_pairs"]
-        lines.append(
-            f"{counts['computed']} of {counts['all']} pairs of shards can have work; the others are neither computed "
-            "nor sent"
-        )
-    lines += [f"note: {note}" for note in told["notes"]]
-    console.print(_candidates_table(told))
-    console.print(told["verdict"], style="bold")
-    console.print(*lines, f"wrote {output} (digest {made.digest[:12]})", sep="\n")
-
-
-def _candidates_table(told: Mapping[str, Any]) -> Table:
-    rows = sorted(told["candidates"], key=lambda row: (row["evaluator"] != told["evaluator"], row["step_time_us"]))
-    shown = [row for number, row in enumerate(rows) if number < SHOWN_CANDIDATES or row["baseline"]]
-    table = Table(
-        title=f"{len(shown)} of {len(rows)} candidates, one layout in both directions", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in ("placement", "layout", "step µs", "worker", "phases", ""):
-        table.add_column(
-            name, justify="right" if name in ("step µs", "worker", "phases") else "left", no_wrap=name != ""
-        )
-    for row in shown:
-        remarks = ["plain" if row["baseline"] else "", row["why_not"], "" if row["fits_memory"] else "too large"]
-        remarks.append("" if row["evaluator"] == told["evaluator"] else "estimate")
-        table.add_row(
-            f"{row['placement']} {row['granularity_tokens']}",
-            row["in_words"],
-            f"{row['step_time_us']:,.0f}",
-            f"{row['worker_imbalance']:.3f}",
-            f"{row['step_imbalance']:.3f}",
-            ", ".join(filter(None, remarks)),
-        )
-    table.caption = "worker: worker imbalance; phases: step imbalance; estimate: by the recurrence"
-    return table
-
-
-def _in_words(made: Plan) -> str:
-    placed = f"{made.placement.name} in units of {made.placement.granularity_tokens} tokens on {made.world_size} ranks"
-    return f"{placed}, forward {made.forward.value}, backward {made.backward.value}"
-
-
-def _show_proof(made: Plan, reports: Mapping[Direction, CheckReport]) -> None:
-    table = Table(title=f"plan {made.digest[:12]}", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("direction", "tasks", "transfers", "phases", "peak MB", "buffers MB", "sent MB"):
-        table.add_column(name, justify="left" if name == "direction" else "right")
-    table.caption = "sent: the most that one rank sends"
-    for direction, report in reports.items():
-        sent = max(map(sum, zip(*report.sent_bytes.values(), strict=True)), default=0)
-        sizes = (report.peak_bytes, made.schedule(direction).buffer_bytes, sent)
-        counts = (report.tasks, report.transfers, report.phases)
-        table.add_row(direction, *map(str, counts), *(f"{size / 1e6:,.1f}" for size in sizes))
-    console = Console(highlight=False, markup=False)
-    console.print(_in_words(made), table, *(f"proved: {line}" for line in PROVED), sep="\n")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..traces.errors import InputError, shown
+from ..traces.errors import InputError, shown, unknown_name
 from ..traces.files import read_json
 from ..traces.timeline import COMPUTE_STREAM, Timeline, from_chrome
 from ..traces.validation import validated
@@ -136,7 +136,7 @@ def _result_rows(document: Any, path: Path, spread: float) -> Iterable[Compariso
     kind, raw = document["benchmark"], document.get("rows")
     readers = {"ring": _layer_rows, "rank": _layer_rows, "fidelity": _fidelity_rows, "phases": _phase_rows}
     if kind not in readers:
-        raise InputError(f"{shown(kind)} is not one of {', '.join(readers)}", source=path, field="benchmark")
+        raise unknown_name(kind, readers, source=path, field="benchmark")
     if not isinstance(raw, list) or not all(isinstance(row, dict) for row in raw):
         raise InputError("must be a list of objects", source=path, field="rows")
     found = [one for number, row in enumerate(raw) for one in readers[kind](row, f"{path}: rows.{number}", spread)]

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..planner.cost.cluster import Cluster
 from ..planner.cost.evaluation import Evaluation
-from ..planner.cost.kernels import CostModel
+from ..planner.cost.model import CostModel
 from ..planner.cost.timing import NS_PER_US, check_sizes, landing_ns
 from ..planner.schedule.schedule import Phase, Schedule, Transfer
 from ..planner.schedule.workload import Workload

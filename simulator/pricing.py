@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from ..planner.cost.batch import LaunchBatch
-from ..planner.cost.kernels import CostModel
+from ..planner.cost.model import CostModel
 from ..planner.cost.timing import launches_ns
+from ..planner.schedule.batch import LaunchBatch
 from ..planner.schedule.launches import Launch
 from ..planner.schedule.schedule import Direction
 from ..planner.schedule.workload import Workload

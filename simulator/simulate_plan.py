@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..planner.cost.cluster import Cluster
-from ..planner.cost.kernels import CostModel
 from ..planner.cost.measured import plan_cost
+from ..planner.cost.model import CostModel
 from ..planner.plan import Plan
 from ..planner.schedule.workload import workload
 from ..traces.errors import InputError
 from ..traces.pattern import LayerPattern
+from ..traces.progress import Progress, no_progress
 from .engine import STEADY, Jitter, LayerEvaluation, simulate_layer
 
 UNVALIDATED = "unvalidated: from data sheets, not from measurements on this cluster"
@@ -25,6 +26,7 @@ def simulate_plan(
     cost: CostModel | None = None,
     jitter: Jitter = STEADY,
     timeline: bool = True,
+    progress: Progress = no_progress,
 ) -> LayerEvaluation:
     """Play forward and backward of one layer under the plan; its timeline says plan, cluster and validity.
 
@@ -48,6 +50,7 @@ def simulate_plan(
         cost,
         jitter=jitter,
         timeline=timeline,
+        progress=progress,
     )
     if result.timeline is None:
         return result

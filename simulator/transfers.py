@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..planner.cost.cluster import Cluster
-from ..planner.cost.kernels import CostModel
+from ..planner.cost.model import CostModel
 from ..planner.cost.timing import Leg, legs_of
 from ..planner.schedule.launches import rank_launches
 from ..planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from ..traces.errors import InputError
+from ..traces.output import Table, say, show
 from .comparisons import Comparisons, Quantity, finite_share, read_comparisons
 from .validate import Errors, Verdict, errors_by_place, judge, parse_tolerances
 
@@ -39,10 +37,10 @@ def validate(
     median (or nothing), p95, max, bias, regret, which it bounds from above, or tau, from below. Rows marked as
     calibration are counted apart. Timelines are matched by their plan.
     """
-    bounds = parse_tolerances(tolerance)
-    read = read_comparisons(files, spread=finite_share(spread, "--spread"))
+    bounds, share = parse_tolerances(tolerance), finite_share(spread, "--spread")
     if report is not None:
         _require_report(report)
+    read = read_comparisons(files, spread=share)
     verdicts = judge(read.rows)
     missed = [line for line in (bound.missed(verdicts) for bound in bounds) if line is not None]
     if report is not None:
@@ -90,25 +88,42 @@ def _document(read: Comparisons, verdicts: Mapping[Quantity, Verdict], missed: S
 
 
 def _show(read: Comparisons, verdicts: Mapping[Quantity, Verdict]) -> None:
-    console = Console(highlight=False, markup=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="predicted / measured - 1")
-    for name in ("", "rows", "median", "p95", "max", "bias", "tau", "regret"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    say(_answer(verdicts), answer=True)
+    rows = []
     for name, verdict in verdicts.items():
         tau = "–" if verdict.tau is None else f"{verdict.tau:.3f} ({verdict.pairs})"
         regret = "–" if verdict.regret is None else f"{verdict.regret:.1%} ({len(verdict.choices)})"
-        table.add_row(name, *_cells(verdict.errors), tau, regret)
+        rows.append((name, *_cells(verdict.errors), tau, regret))
         if verdict.calibration is not None:
-            table.add_row(f"{name}, calibrated on", *_cells(verdict.calibration), "", "")
-    table.caption = "bias: signed median; tau: order of alternatives (pairs); regret: largest (workloads)"
-    console.print(table)
+            rows.append((f"{name}, calibrated on", *_cells(verdict.calibration), "", ""))
+    show(
+        Table(
+            title="predicted / measured - 1",
+            columns=("", "rows", "median", "p95", "max", "bias", "tau", "regret"),
+            rows=rows,
+            note="median, p95, max: of the errors' sizes; bias: signed median; tau: order of alternatives (pairs); "
+            "regret: largest (workloads)",
+        )
+    )
     places = sorted(errors_by_place(read.rows).items(), key=lambda item: -item[1].median)
     if places:
         worst = places[:SHOWN_PLACES]
         told = (f"{way} rank {rank} phase {phase} {one.bias:+.1%}".strip() for (way, rank, phase), one in worst)
-        console.print(f"worst of {len(places)} (rank, phase): {'; '.join(told)}")
+        say(f"worst of {len(places)} (rank, phase): {'; '.join(told)}")
     if read.one_sided:
-        console.print(f"left out: {read.one_sided} (rank, phase) that compute in one of two timelines only")
+        say(f"left out: {read.one_sided} (rank, phase) that compute in one of two timelines only")
+
+
+def _answer(verdicts: Mapping[Quantity, Verdict]) -> str:
+    """Return one line: how far predictions are off, of the first quantity that was judged, and of how many rows."""
+    judged = ((name, verdict.errors) for name, verdict in verdicts.items() if verdict.errors is not None)
+    name, errors = next(judged, ("", None))
+    if errors is None:
+        return "Nothing can be judged: all rows were calibrated on."
+    return (
+        f"Predictions of {name} are off by {errors.median:.1%} in the median and {errors.max:.1%} at most, over "
+        f"{errors.rows} measured rows."
+    )
 
 
 def _cells(errors: Errors | None) -> tuple[str, ...]:

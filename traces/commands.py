@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .dataset.store import Trace
 from .errors import InputError
+from .output import Table, say, show
 from .pattern import BLOCK_SIZES
+from .progress import shown_progress
 from .stats import describe, summarize
 from .synthetic import GENERATORS, SyntheticSettings, write_synthetic_trace
 
@@ -20,7 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as J
 
 
 def synthesize(
-    kind: Annotated[str, typer.Argument(help=", ".join(GENERATORS))],
+    kind: Annotated[str, typer.Argument(help=", ".join(GENERATORS), autocompletion=lambda: list(GENERATORS))],
     output: Annotated[Path, typer.Option("--output", "-o", help="Trace folder; one that exists is continued.")],
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 131072,
     block_size: Annotated[int, typer.Option(help="Tokens of a mask block: 64 or 128.")] = 128,
@@ -46,9 +46,11 @@ def synthesize(
         seq_len_tokens=seq_len, heads=heads, block_size=block_size, density=density, columns=columns,
         chunk_tokens=chunk, sink_tokens=sinks, window_tokens=window, skew=skew, mean_document_tokens=document,
     )  # fmt: skip
-    trace = write_synthetic_trace(
-        output, kind, settings, layers=layers, steps=steps, seed=seed, kv_heads=kv_heads, head_dim=head_dim
-    )
+    with shown_progress() as progress:
+        trace = write_synthetic_trace(
+            output, kind, settings, layers=layers, steps=steps, seed=seed, kv_heads=kv_heads, head_dim=head_dim,
+            progress=progress,
+        )  # fmt: skip
     _show(trace, as_json)
 
 
@@ -57,42 +59,73 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a trace and show what it holds."""
-    opened = Trace.open(trace)
-    opened.verify()
-    _show(opened, as_json)
+    _show(Trace.open(trace), as_json)
 
 
 def _show(trace: Trace, as_json: bool) -> None:
+    """Read, and so check, every row of the trace, and print what it holds."""
     if as_json:
-        typer.echo(json.dumps(describe(trace), indent=1))
+        with shown_progress() as progress:
+            described = describe(trace, progress=progress)
+        typer.echo(json.dumps(described, indent=1))
     else:
         print_trace(trace)
 
 
 def print_trace(trace: Trace) -> None:
-    """Print a few lines on the whole trace and one row per layer to standard output."""
-    header = trace.header
-    shape = f"{header.model.layers} layers × {header.model.heads} heads ({header.model.kv_heads} KV)"
-    size = sum(part.bytes for part in trace.manifest.parts)
-    typer.echo(f"{trace.folder}: {header.origin}, {header.model.model_id}, {shape}, D = {header.model.head_dim}")
-    typer.echo(
-        f"{header.seq_len_tokens} tokens in blocks of {header.block_size}; {len(trace.steps)} training steps, "
-        f"{size / 1000:.1f} kB, digest {trace.digest()[:12]}"
+    """Check a trace and print to standard output what it is, a few lines about it, and a row for each layer."""
+    with shown_progress() as progress:
+        layers = summarize(trace, progress=progress) if trace.steps else []
+    header, size = trace.header, sum(part.bytes for part in trace.manifest.parts)
+    say(_answer(trace, layers), answer=True)
+    shape = f"{header.model.layers} layers × {header.model.heads} query heads ({header.model.kv_heads} K/V heads)"
+    say(
+        f"{trace.folder}: {header.origin}, of {header.model.model_id}, {shape}, head dimension {header.model.head_dim}",
+        f"{header.seq_len_tokens:,} tokens in blocks of {header.block_size}; {len(trace.steps)} training steps, "
+        f"{size / 1e6:,.3f} MB, digest {trace.digest()[:12]}",
+        *(f"ignored, not listed in the manifest: {name}" for name in trace.unlisted_parts),
     )
-    for name in trace.unlisted_parts:
-        typer.echo(f"ignored, not listed in the manifest: {name}")
-    if trace.steps:
-        Console().print(_layer_table(trace))
+    if layers:
+        show(_layer_table(layers))
 
 
-def _layer_table(trace: Trace) -> Table:
-    """One row per layer; probe, sampled and lowest (sampled) are shares of attention kept."""
-    table = Table(box=None, pad_edge=False, caption="probe, sampled, lowest: share of attention kept")
-    for name in ("layer", "density", "min", "max", "columns", "probe", "sampled", "lowest", "selector"):
-        table.add_column(name, justify="left" if name == "selector" else "right", no_wrap=True)
-    for row in summarize(trace):
-        densities = [f"{row[f'density_{name}']:.3f}" for name in ("mean", "min", "max")]
-        masses = [row[f"kept_mass_{name}"] for name in ("probe_mean", "sampled_mean", "sampled_min")]
-        shares = ["" if mass is None else f"{mass:.3f}" for mass in masses]
-        table.add_row(str(row["layer"]), *densities, f"{row['columns_mean']:.0f}", *shares, ", ".join(row["selectors"]))
-    return table
+def _answer(trace: Trace, layers: list[dict[str, Any]]) -> str:
+    """Return one line: that the trace is whole, and how much of all attention it holds."""
+    if not layers:
+        return "Whole, but it holds no training step yet."
+    heads = len(layers) * trace.header.model.heads * len(trace.steps)
+    mean = sum(row["density_mean"] for row in layers) / len(layers)
+    low, high = min(row["density_min"] for row in layers), max(row["density_max"] for row in layers)
+    masses = [row["kept_mass_sampled_mean"] for row in layers if row["kept_mass_sampled_mean"] is not None]
+    kept = f", which keep {sum(masses) / len(masses):.1%} of the attention" if masses else ""
+    return (
+        f"Whole: every byte agrees with its digest. {heads:,} recorded heads attend {mean:.1%} of all causal blocks in "
+        f"the mean (from {low:.1%} to {high:.1%}){kept}."
+    )
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    """One row per layer; columns about kept attention only where it was measured."""
+    masses = {
+        name: key
+        for name, key in (
+            ("kept (probe)", "kept_mass_probe_mean"),
+            ("kept (sampled)", "kept_mass_sampled_mean"),
+            ("least kept", "kept_mass_sampled_min"),
+        )
+        if any(row[key] is not None for row in layers)
+    }
+    rows = []
+    for row in layers:
+        densities = [f"{row[f'density_{name}']:.1%}" for name in ("mean", "min", "max")]
+        shares = ["" if row[key] is None else f"{row[key]:.1%}" for key in masses.values()]
+        selectors = ", ".join(row["selectors"])
+        rows.append((str(row["layer"]), *densities, f"{row['columns_mean']:,.0f}", *shares, selectors))
+    note = "density: active causal blocks, mean, lowest and highest of the heads; columns: tokens that all later attend"
+    kept = "; kept: share of attention, for the queries that chose (probe) and for sampled ones; least: of any head"
+    return Table(
+        columns=("layer", "density", "min", "max", "columns", *masses, "selector"),
+        rows=rows,
+        note=note + (kept if masses else ""),
+        text=("selector",),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 MAX_SHOWN_CHARACTERS = 60
@@ -29,6 +30,21 @@ class UnsupportedError(InputError):
 
 class ScheduleError(AssertionError):
     """A schedule that breaks a rule of `planner.check.check`; the message names rank, phase and the object."""
+
+
+def unknown_name(
+    value: object, known: Collection[str], *, source: str | Path | None = None, field: str | None = None
+) -> InputError:
+    """Return the error for a name that is none of `known`: it lists them, and asks whether the nearest was meant."""
+    problem = f"{shown(value)} is not one of {', '.join(known)}{did_you_mean(value, known)}"
+    return InputError(problem, source=source, field=field)
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """Return "; did you mean 'ring'?" for a misspelt name, nothing where no name is near."""
+    by_lower_case = {name.lower(): name for name in known}
+    nearest = get_close_matches(str(value).lower(), by_lower_case, n=1, cutoff=0.65)
+    return f"; did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
 
 
 def field_name(place: Iterable[str | int]) -> str:

@@ -6,6 +6,7 @@ rename, fsync of the folder. Digests are SHA-256 in lower-case hexadecimal.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
@@ -57,10 +58,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # also Ctrl-C: nothing is left beside the target
         Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise InputError(f"cannot be written: {error.strerror}", source=path) from error
     sync_folder(path.parent)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove the temporary files of `write_atomically(path)` that a process left which was killed while it wrote."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,14 +19,15 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Yield a callback that draws one bar for each stage on a terminal, once the work has lasted two seconds."""
+    """Yield a callback that draws a bar and the time left for each stage, on a terminal, after two seconds of work."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    parts = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bars = Bars(*parts, console=console, transient=True)
+    parts = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
+    left = TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)
+    bars = Bars(*parts, *left, console=console, transient=True)
     tasks: dict[str, TaskID] = {}
     began = time.monotonic()
 

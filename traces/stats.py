@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset.rows import HeadRow
+from .dataset.rows import HeadChoice, HeadRow
 from .dataset.store import Trace
 from .errors import InputError
 from .pattern import HeadPattern, VerticalSlash
+from .progress import Progress, no_progress
 
 
 def jaccard(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
@@ -48,28 +49,40 @@ def step_overlap(trace: Trace, first_step: int, second_step: int) -> dict[str, f
     return {"columns": float(np.mean(columns)), "blocks": float(np.mean(pairs))}
 
 
-def summarize(trace: Trace) -> list[dict[str, Any]]:
+def summarize(trace: Trace, *, progress: Progress = no_progress) -> list[dict[str, Any]]:
     """Return one summary per recorded layer, over all its heads and training steps; InputError where there is none yet.
 
-    Its keys are columns of `sparsering inspect`; masses are None where none was recorded.
+    Reads, and so checks, every byte of the trace. Its keys are columns of `sparsering inspect`; masses are None where
+    none was recorded.
     """
     if not trace.steps:
         raise InputError("holds no training step yet", source=trace.folder)
-    gathered: dict[int, list[HeadRow]] = {layer: [] for layer in trace.layers}
-    for step in trace.steps:  # step by step: a part is read and verified once
-        for row in trace.heads(step):
-            gathered[row.layer].append(row)
-    return [_summarize_layer(layer, rows) for layer, rows in gathered.items()]
+    gathered: dict[int, list[_HeadFigures]] = {layer: [] for layer in trace.layers}
+    for rows in trace.each_layer(progress=progress):
+        gathered[rows[0].layer] += [_HeadFigures.of(row) for row in rows]
+    return [_summarize_layer(layer, figures) for layer, figures in gathered.items()]
 
 
-def _summarize_layer(layer: int, rows: list[HeadRow]) -> dict[str, Any]:
-    densities = [row.density for row in rows]
-    columns = [row.pattern.columns.size for row in rows]
-    sampled = [row.choice.kept_mass_sampled for row in rows if row.choice.kept_mass_sampled is not None]
-    probe = [row.choice.kept_mass_probe for row in rows if row.choice.kept_mass_probe is not None]
+class _HeadFigures(NamedTuple):
+    """What a summary keeps of a head: masks of all heads together would not fit into memory."""
+
+    density: float
+    columns: int
+    choice: HeadChoice
+
+    @classmethod
+    def of(cls, row: HeadRow) -> _HeadFigures:
+        return cls(density=row.density, columns=row.pattern.columns.size, choice=row.choice)
+
+
+def _summarize_layer(layer: int, heads: list[_HeadFigures]) -> dict[str, Any]:
+    densities, columns = [head.density for head in heads], [head.columns for head in heads]
+    choices = [head.choice for head in heads]
+    sampled = [choice.kept_mass_sampled for choice in choices if choice.kept_mass_sampled is not None]
+    probe = [choice.kept_mass_probe for choice in choices if choice.kept_mass_probe is not None]
     return {
         "layer": layer,
-        "selectors": sorted({row.choice.selector for row in rows}),
+        "selectors": sorted({choice.selector for choice in choices}),
         "density_mean": float(np.mean(densities)),
         "density_min": min(densities),
         "density_max": max(densities),
@@ -81,7 +94,7 @@ def _summarize_layer(layer: int, rows: list[HeadRow]) -> dict[str, Any]:
     }
 
 
-def describe(trace: Trace) -> dict[str, Any]:
+def describe(trace: Trace, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Return the whole trace as plain JSON values: header, steps, digest, what is unlisted, one row per layer."""
     header = trace.header.model_dump(mode="json")
     overlaps = [{"from": a, "to": b, **step_overlap(trace, a, b)} for a, b in pairwise(trace.steps)]
@@ -92,6 +105,6 @@ def describe(trace: Trace) -> dict[str, Any]:
         "steps": list(trace.steps),
         "unlisted_parts": list(trace.unlisted_parts),
         "bytes": sum(part.bytes for part in trace.manifest.parts),
-        "layers": summarize(trace) if trace.steps else [],
+        "layers": summarize(trace, progress=progress) if trace.steps else [],
         "step_overlap": overlaps,
     }

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .block_draws import gated_blocks, wanted_blocks
 from .dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from .dataset.rows import HeadChoice
 from .dataset.store import Trace
 from .dataset.writer import TraceWriter
-from .errors import InputError
+from .errors import InputError, unknown_name
 from .pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, dense, num_blocks
+from .progress import Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def synthesize(
 
 def write_synthetic_trace(
     folder: Path | str, kind: str, settings: SyntheticSettings, *, layers: int = 1, steps: int = 1, seed: int = 0,
-    kv_heads: int | None = None, head_dim: int = 128,
+    kv_heads: int | None = None, head_dim: int = 128, progress: Progress = no_progress,
 ) -> Trace:  # fmt: skip
     """Write a trace of `steps` training steps and `layers` layers of one kind, and return it opened.
 
@@ -113,9 +114,10 @@ def write_synthetic_trace(
     versions = library_versions("sparsering", "numpy", "pyarrow")
     recorded |= {"recorded_layers": list(range(layers)), "seed": seed, "versions": versions}
     with TraceWriter(folder, parse_model(TraceHeader, {"model": model, **recorded})) as writer:
-        for training_step in range(writer.next_step, writer.next_step + steps):
+        for number, training_step in enumerate(range(writer.next_step, writer.next_step + steps)):
             with writer.step(training_step) as part:
                 for layer in range(layers):
+                    progress("drawing layers", number * layers + layer, steps * layers)
                     pattern = synthesize(kind, settings, seed=seed, training_step=training_step, layer=layer)
                     part.append(layer, pattern, [choice] * settings.heads)
     return Trace.open(folder)
@@ -123,7 +125,7 @@ def write_synthetic_trace(
 
 def _generator(kind: str) -> Generator:
     if kind not in GENERATORS:
-        raise InputError(f"{kind!r} is not one of {', '.join(GENERATORS)}", field="kind")
+        raise unknown_name(kind, GENERATORS, field="kind")
     return GENERATORS[kind]
 
 
@@ -179,51 +181,16 @@ def _skewed(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPa
 
 
 def _xattention_head(settings: SyntheticSettings, rng: Random) -> BlockMask:
-    """Block masks as a cumulative threshold leaves them (XAttention, arXiv 2503.16428).
-
-    Key blocks differ in how often they are wanted (heavy tail), query blocks in how many they want, near ones are
-    wanted more; the first block and the diagonal always stay.
-    """
-    blocks = settings.blocks
-    wanted = rng.pareto(1.5, blocks).astype(np.float32)[None, :] + np.float32(0.05)
-    rows = rng.lognormal(0.0, 0.5, blocks).astype(np.float32)[:, None]
-    distance = np.abs(np.arange(blocks)[:, None] - np.arange(blocks)[None, :]).astype(np.float32)
-    causal = np.tri(blocks, dtype=bool)
-    weight = np.where(causal, wanted * rows / np.sqrt(1 + distance), np.float32(0))
-    asked_pairs = settings.density * causal.sum()
-    bits = rng.random((blocks, blocks), dtype=np.float32) < _scaled_to_sum(weight, asked_pairs)
-    bits[:, 0] = True
-    np.fill_diagonal(bits, True)
-    return BlockMask(bits=bits)
-
-
-def _scaled_to_sum(weight: NDArray[np.float32], total: float) -> NDArray[np.float32]:
-    """Return probabilities proportional to `weight`, cut at 1, whose sum comes near `total`."""
-    probability = np.minimum(weight * (total / weight.sum()), 1)
-    for _ in range(8):  # what the cut removed is given to the others
-        probability = np.minimum(probability * (total / probability.sum()), 1)
-    return probability
+    return BlockMask(bits=wanted_blocks(settings.blocks, settings.density, rng))
 
 
 def _moba_head(settings: SyntheticSettings, rng: Random) -> BlockMask:
-    """A gate that keeps the same number of key chunks for every query block, its own among them (MoBA's idea,
-    arXiv 2502.13189, by blocks of queries rather than by token)."""
     if settings.chunk_tokens % settings.block_size:
         raise InputError(
             f"{settings.chunk_tokens} is no multiple of block_size {settings.block_size}", field="chunk_tokens"
         )
-    blocks, blocks_per_chunk = settings.blocks, settings.chunk_tokens // settings.block_size
-    own = np.arange(blocks) // blocks_per_chunk
-    chunks = int(own[-1]) + 1
-    score = rng.gumbel(size=(1, chunks)) + rng.gumbel(size=(blocks, chunks))
-    causal = np.arange(chunks)[None, :] <= own[:, None]
-    score[~causal] = -np.inf
-    score[np.arange(blocks), own] = np.inf
-    rank = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
-    kept_pairs = np.array([np.minimum(own + 1, kept).sum() for kept in range(1, chunks + 1)]) * blocks_per_chunk
-    kept = 1 + int(np.searchsorted(kept_pairs[:-1], settings.density * blocks * (blocks + 1) / 2))
-    chosen = (rank < kept) & causal
-    return BlockMask(bits=np.repeat(chosen, blocks_per_chunk, axis=1)[:, :blocks] & np.tri(blocks, dtype=bool))
+    chunk_blocks = settings.chunk_tokens // settings.block_size
+    return BlockMask(bits=gated_blocks(settings.blocks, settings.density, rng, chunk_blocks=chunk_blocks))
 
 
 def _packed_documents(settings: SyntheticSettings, own: Random, shared: Random) -> LayerPattern:

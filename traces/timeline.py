@@ -125,6 +125,8 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
 
 def from_chrome(document: Any, *, source: str | Path) -> Timeline:
     """Build a Timeline from a Chrome trace object written by `to_chrome`; InputError when it is none or cannot be."""
+    if not isinstance(document, dict) or not {"otherData", "traceEvents"} <= document.keys():
+        raise InputError("is not a timeline of this tool: traceEvents and otherData are missing", source=source)
     try:
         header = document["otherData"]
         version = header["schema_version"]
@@ -143,8 +145,10 @@ def from_chrome(document: Any, *, source: str | Path) -> Timeline:
         )
     except InputError as error:
         raise InputError(str(error), source=None if error.source else source) from error
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"is not a timeline of this tool ({type(error).__name__}: {error})", source=source) from error
+    except KeyError as error:
+        raise InputError(f"is not a timeline of this tool: {error} is missing", source=source) from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"is not a timeline of this tool ({error})", source=source) from error
 
 
 def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:

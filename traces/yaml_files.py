@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +55,32 @@ def read_yaml(path: Path, *, max_bytes: int) -> Any:
         raise InputError(problem, source=path, field=_line(text, error.position)) from error
     root = loader.whole()
     return None if root is None else loader.value_of(root, ())
+
+
+def with_settings(document: Any, settings: Iterable[str], *, source: Path) -> Any:
+    """Return a document that `read_yaml` gave with values set from the command line, each as `gpu.memory_bytes=80e9`.
+
+    A value is read as YAML is; an empty one is null. Mappings that the document lacks are made. InputError, naming the
+    setting, when it is not of this form or leads through something that is no mapping.
+    """
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(keys):
+            raise InputError(f"{shown(setting)} is not of the form section.key=value", field="--set")
+        loader = _CoreLoader(text, Path(f"--set {name}"))
+        root = loader.whole()
+        document = _with_value(document, keys, None if root is None else loader.value_of(root, ()), source)
+    return document
+
+
+def _with_value(document: Any, keys: Sequence[str], value: Any, source: Path) -> Any:
+    if not keys:
+        return value
+    if document is not None and not isinstance(document, dict):
+        raise InputError(f"{shown(document)} is no mapping that could hold {keys[0]!r}", source=source, field="--set")
+    inner = (document or {}).get(keys[0])
+    return (document or {}) | {keys[0]: _with_value(inner, keys[1:], value, source)}
 
 
 class _CoreLoader(yaml.SafeLoader):

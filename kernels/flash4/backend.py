@@ -1,6 +1,6 @@
 """The flash4 backend: the block part by the flash-attn-4 wheels, the column part by the Triton kernels.
 
-Contracts are those of api.py and of Backend. Optional: `pip install --pre 'sparsering[flash4]'`; the wheels are
+Contracts are those of api.py and of Backend. Optional: `pip install --pre flash-attn-4`; the wheels are
 imported at first use. Compute capabilities 9.0 and 10.0 (of which 9.0 was at hand), mask blocks of 128 tokens, head
 dims 64 and 128, float16 and bfloat16; anything else raises ValueError.
 

@@ -18,7 +18,7 @@ from ..schedule.schedule import Direction, ShardId, Task
 from ..schedule.shape import AttentionShape
 from ..schedule.workload import TaskWork, Workload
 from .cluster import Cluster
-from .kernels import CostModel
+from .model import CostModel
 
 
 @dataclass(frozen=True, kw_only=True)

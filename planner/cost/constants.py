@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from ..schedule.schedule import Direction, Transfer
-from .tables import HostPrices
+from ..specs import Strict
+
+
+class HostPrices(Strict):
+    """Microseconds of the thread that issues a layer, beside its launches: a direction's beginning and end, a call."""
+
+    forward_layer: float = Field(ge=0)
+    backward_layer: float = Field(ge=0)
+    call: float = Field(ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

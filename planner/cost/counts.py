@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..schedule.batch import BatchWork, LaunchBatch, Numbers
 from ..schedule.launches import Launch
 from ..schedule.workload import TaskWork
-from .batch import BatchWork, LaunchBatch, Numbers
 
 
 @dataclass(frozen=True, kw_only=True)

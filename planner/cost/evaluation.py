@@ -12,7 +12,7 @@ from ...traces.timeline import Timeline
 from ..schedule.schedule import Schedule
 from ..schedule.workload import Workload
 from .cluster import Cluster
-from .kernels import CostModel
+from .model import CostModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...traces.errors import ScheduleError
+from ..schedule.batch import LaunchBatch, Numbers
 from ..schedule.launches import Launch, rank_launches
 from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
-from .batch import LaunchBatch, Numbers
 from .cluster import Cluster
 from .constants import LayerConstants
 from .paths import Paths

@@ -1,79 +1,27 @@
-"""What a kernel launch costs: planner and simulator ask this protocol; measured costs can stand in for datasheets."""
+"""What kernel launches cost by data sheets: rates, efficiencies, waves; measured costs can stand in for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule.backends import kernel_head_dim
+from ..schedule.batch import BatchWork, LaunchBatch
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction, Task, TaskKind
 from ..schedule.workload import TaskWork, Workload
 from ..specs import ELEMENT_BYTES, DType, ModelShape
-from .batch import BatchWork, LaunchBatch
 from .cluster import Gpu
-from .constants import NO_CONSTANTS, LayerConstants
+from .model import DeviceCost
 
 BACKWARD_FLOPS_FACTOR = 2.5  # five matrix products where forward has two
 # Kernels for dQ and for dK/dV share what backward takes by their matrix products: both compute two of the five anew.
 QUERY_SHARE, KEY_SHARE = 3 / 7, 4 / 7
 ACCUMULATOR_BYTES = 4
 PORTABLE_BACKEND = "triton"  # what "fastest" is priced as: which backend it becomes is settled where a plan runs
-
-
-class CostModel(Protocol):
-    """Time of launches on one GPU. `backend` says which tasks are one launch (see launches.py)."""
-
-    @property
-    def backend(self) -> str:
-        """The kernels whose launches these are."""
-        ...
-
-    @property
-    def constants(self) -> LayerConstants:
-        """What a layer takes beside its launches."""
-        ...
-
-    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return the microseconds that a launch takes alone on its GPU. work: of each of its tasks.
-
-        It may depend on the tasks' shards, heads and kinds, and on begins and ends, but on no buffer's name.
-        """
-        ...
-
-    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
-        """Return what `launch_us` says of each launch of a batch, float64 [L]."""
-        ...
-
-    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
-        """Return what the host takes to issue each launch, float64 [L]; asked where `constants` has a host."""
-        ...
-
-
-class DeviceCost:
-    """What a `CostModel` says that knows launches alone: no constants, no host; launches of a batch one by one."""
-
-    @property
-    def constants(self) -> LayerConstants:
-        """Nothing."""
-        return NO_CONSTANTS
-
-    def launch_us(self, launch: Launch, work: Sequence[TaskWork], direction: Direction) -> float:
-        """Return the microseconds of one launch: for others to say."""
-        raise AssertionError(f"{type(self).__name__} prices no launches")
-
-    def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
-        """Return the microseconds of each launch, asked one by one."""
-        pairs = zip(batch.launches, work.of_launches(batch), strict=True)
-        return np.array([self.launch_us(launch, its, direction) for launch, its in pairs], dtype=np.float64)
-
-    def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
-        """Return nothing for each: the host is taken to be ahead of the device."""
-        return np.zeros(len(batch.launches))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plan import Plan
+from ..schedule.batch import BatchWork, LaunchBatch
 from ..schedule.launches import Launch
 from ..schedule.schedule import Direction
 from ..schedule.workload import MaskKind, TaskWork
 from ..specs import ELEMENT_BYTES, DType, ModelShape
-from .batch import BatchWork, LaunchBatch
 from .cluster import Cluster
 from .constants import LayerConstants
 from .counts import BatchCounts
-from .kernels import ACCUMULATOR_BYTES, PORTABLE_BACKEND, CostModel, datasheet_cost
+from .kernels import ACCUMULATOR_BYTES, PORTABLE_BACKEND, datasheet_cost
+from .model import CostModel
 from .tables import Calibration, LaunchTable, far_share
 
 Tables = Mapping[tuple[Direction, MaskKind], LaunchTable]

@@ -23,7 +23,7 @@ from ..schedule.workload import Workload
 from .cluster import Cluster
 from .evaluation import Evaluation
 from .events import Events
-from .kernels import CostModel
+from .model import CostModel
 from .timing import NS_PER_US, check_sizes, launches_ns
 
 

@@ -17,6 +17,7 @@ from scipy.optimize import nnls
 from ..schedule.schedule import Direction
 from ..schedule.workload import MaskKind
 from ..specs import Strict
+from .constants import HostPrices
 from .counts import BatchCounts, LaunchCounts
 
 
@@ -164,14 +165,6 @@ def _nonnegative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     scale[scale == 0] = 1.0
     found, _ = nnls(matrix / scale, wanted)
     return found / scale
-
-
-class HostPrices(Strict):
-    """Microseconds of the thread that issues a layer, beside its launches: a direction's beginning and end, a call."""
-
-    forward_layer: float = Field(ge=0)
-    backward_layer: float = Field(ge=0)
-    call: float = Field(ge=0)
 
 
 class Calibration(Strict):

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.errors import InputError, UnsupportedError
+from ..schedule.batch import BatchWork, LaunchBatch
 from ..schedule.launches import Launch
 from ..schedule.schedule import ALL_RANKS, Direction, Schedule, Transfer
 from ..schedule.workload import TaskWork, Workload
-from .batch import BatchWork, LaunchBatch
 from .cluster import Cluster, Link
 from .constants import LayerConstants
-from .kernels import CostModel
+from .model import CostModel
 
 NS_PER_US = 1000
 

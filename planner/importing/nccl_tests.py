@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from ...traces.errors import InputError, UnsupportedError, shown
+from ...traces.errors import InputError, UnsupportedError, shown, unknown_name
 from .texts import text_lines
 
 TESTS = ("sendrecv_perf", "all_gather_perf", "alltoall_perf")
@@ -96,7 +96,7 @@ def read_nccl_table(path: Path, *, test: str | None = None) -> NcclTable:
 
 def _test_name(lines: Sequence[str], given: str | None, path: Path) -> str:
     if given is not None and given not in TESTS:
-        raise InputError(f"{given!r} is not one of {', '.join(TESTS)}", field="--test")
+        raise unknown_name(given, TESTS, field="--test")
     found = {name for line in lines for name in re.findall(r"(?<![a-z])([a-z]+(?:_[a-z]+)*_perf)(?![a-z])", line)}
     if other := sorted(found - set(TESTS)):
         raise UnsupportedError(f"{other[0]} is not read; {', '.join(TESTS)} are", source=path)

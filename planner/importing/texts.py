@@ -19,4 +19,9 @@ def text_lines(path: Path) -> list[str]:
         text = read_bytes(path, max_bytes=MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 ({error.reason})", source=path) from error
+    return lines_of(text)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without colours and labels."""
     return [_LABEL.sub("", _COLOUR.sub("", line)) for line in text.splitlines()]

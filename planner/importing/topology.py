@@ -38,12 +38,16 @@ class Topology:
 
 
 def read_topology(path: Path) -> Topology:
-    """Read the text of `nvidia-smi topo -m`.
+    """Read a file with the text of `nvidia-smi topo -m`. Raises as `parse_topology` does."""
+    return parse_topology(text_lines(path), path)
+
+
+def parse_topology(lines: list[str], path: Path) -> Topology:
+    """Read the lines of `nvidia-smi topo -m`. path: what errors call the text.
 
     Raises InputError where it is none or is cut, UnsupportedError where GPUs are not joined as a cluster file can say:
     all pairs alike, by NVLink.
     """
-    lines = text_lines(path)
     devices, first = _header(lines, path)
     cells = _cells(lines[first:], devices, path)
     gpus = [name for name in devices if re.fullmatch(r"GPU\d+", name)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TypeVar
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, did_you_mean, unknown_name
 from .layout import Layout
 
 L = TypeVar("L", bound=Layout)
@@ -37,12 +37,12 @@ def make_layout(name: str, parameters: Mapping[str, object] | None = None) -> La
     Raises InputError, naming the field and its value, for an unknown name or parameter, a missing or a wrong one.
     """
     if name not in _KNOWN:
-        raise InputError(f"{name!r} is not one of {', '.join(layout_names())}", field="layout")
+        raise unknown_name(name, layout_names(), field="layout")
     layout, given = _KNOWN[name], dict(parameters or {})
     needed = {field.name: field.default is MISSING for field in fields(layout)}
     for parameter in given:
         if parameter not in needed:
-            known = f"it has {', '.join(needed)}" if needed else "it has none"
+            known = f"it has {', '.join(needed)}{did_you_mean(parameter, needed)}" if needed else "it has none"
             raise InputError(f"is no parameter of {name!r}: {known}", field=parameter)
     for parameter, missing in needed.items():
         if missing and parameter not in given:

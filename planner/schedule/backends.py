@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...traces.errors import InputError, UnsupportedError
+from ...traces.errors import UnsupportedError, unknown_name
 
 FASTEST = "fastest"
 
@@ -20,7 +20,7 @@ class BackendFacts:
 
     joins_keys: key shards that lie one after the other are one to it. fuses_columns: it attends columns in the launch
     of keys. rounds_gradients: it writes a launch's dK and dV in the type of q, k and v. whole_blocks: shards must hold
-    whole mask blocks.
+    whole mask blocks. needs_gpu: it runs on GPUs alone.
     What it takes, None for any. head_dims: those that its kernels have, ascending. padded_step: other head dims that
     are multiples of it, below the largest, are computed as the next one with zeros behind them
     (kernels/triton/padded.py); None: no others are taken.
@@ -30,6 +30,7 @@ class BackendFacts:
     fuses_columns: bool = False
     rounds_gradients: bool = False
     whole_blocks: bool = False
+    needs_gpu: bool = False
     head_dims: tuple[int, ...] | None = None
     padded_step: int | None = None
     block_sizes: tuple[int, ...] | None = None
@@ -61,6 +62,7 @@ BACKENDS: dict[str, BackendFacts] = {
         joins_keys=True,
         fuses_columns=True,
         whole_blocks=True,
+        needs_gpu=True,
         head_dims=(16, 32, 64, 128),
         padded_step=8,
         block_sizes=(16, 32, 64, 128),
@@ -69,6 +71,7 @@ BACKENDS: dict[str, BackendFacts] = {
         joins_keys=True,
         rounds_gradients=True,
         whole_blocks=True,
+        needs_gpu=True,
         head_dims=(64, 128),
         block_sizes=(128,),
         dtypes=("float16", "bfloat16"),
@@ -96,7 +99,7 @@ def facts_of(backend: str) -> BackendFacts:
     if backend == FASTEST:
         return FASTEST_FACTS
     if backend not in BACKENDS:
-        raise InputError(f"{backend!r} is not one of {', '.join(known_backends())}", field="backend")
+        raise unknown_name(backend, known_backends(), field="backend")
     return BACKENDS[backend]
 
 

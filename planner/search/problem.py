@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, unknown_name
 from ..cost.cluster import Cluster
-from ..cost.kernels import ACCUMULATOR_BYTES, CostModel
+from ..cost.kernels import ACCUMULATOR_BYTES
+from ..cost.model import CostModel
 from ..layouts.layout import Offers
 from ..layouts.registry import layout_names
 from ..replay import Recorded
@@ -52,7 +53,7 @@ class SearchSpace:
         for about, names, all_of_them in known:
             for name in names:
                 if name not in all_of_them:
-                    raise InputError(f"{name!r} is not one of {', '.join(all_of_them)}", field=about)
+                    raise unknown_name(name, all_of_them, field=about)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise InputError(f"must be above 0 and at most 1, not {self.memory_fraction}", field="memory_fraction")
         if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.dataset.store import Trace
-from ...traces.errors import InputError, UnsupportedError
+from ...traces.errors import InputError, UnsupportedError, unknown_name
 from ...traces.pattern import num_blocks
 from ...traces.progress import Progress, no_progress
 from ..plan import PatternSpec
@@ -102,7 +102,7 @@ def pattern_spec(trace: Trace, source: str, samples: Sequence[Recorded]) -> Patt
     if source == "trace":
         return PatternSpec(source="trace", trace_sha256=trace.digest())
     if source != "choose":
-        raise InputError(f"{source!r} is neither 'trace' nor 'choose'", field="pattern")
+        raise unknown_name(source, ("trace", "choose"), field="pattern")
     if trace.header.origin == "synthetic":
         raise UnsupportedError("a synthetic trace was not chosen by a selector", source=trace.folder, field="pattern")
     choices = {}

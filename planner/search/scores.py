@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..cost.bounds import Allowed, lower_bound_us
 from ..cost.evaluation import Evaluation, Evaluator, imbalance, step_imbalance
-from ..cost.memory import layer_memory
+from ..cost.memory import LayerMemory, layer_memory
 from ..layouts.layout import Layout
 from ..schedule.pairs import Pairs
 from ..schedule.placement import Placement
@@ -37,11 +37,11 @@ class Rater:
 class Score:
     """One direction of one candidate. evaluations: one per layer shown to the rater; why_not: not to be executed.
 
-    memory_bytes: what a step needs as far as this direction's slots are the larger ones.
+    memory: what a step needs as far as this direction's slots are the larger ones.
     """
 
     evaluations: tuple[Evaluation, ...]
-    memory_bytes: int
+    memory: LayerMemory
     why_not: str | None
     fits_memory: bool
 
@@ -94,7 +94,12 @@ class Step:
     @property
     def memory_bytes(self) -> int:
         """The larger need of the two directions."""
-        return max(self.forward.memory_bytes, self.backward.memory_bytes)
+        return self.memory.total_bytes
+
+    @property
+    def memory(self) -> LayerMemory:
+        """The larger need of the two directions, by what it is for."""
+        return max(self.forward.memory, self.backward.memory, key=lambda one: one.total_bytes)
 
     @property
     def peak_buffer_bytes(self) -> int:
@@ -174,29 +179,28 @@ class ScoreBoard:
         """Whether the layout can be built for these sizes at all."""
         return layout.why_not(self.problem.shape(self.placement(choice))) is None
 
-    def memory_bytes(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> int:
+    def memory(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> LayerMemory:
         """Return the bytes that a step needs as far as this direction's slots are the larger ones."""
-        memory = layer_memory(
+        return layer_memory(
             self.schedule(choice, layout, direction),
             self.problem.shape(self.placement(choice)),
             layers=self.problem.attention.model.layers,
             backend=self.problem.backend,
             reordered=self.problem.head_orders(layout.head_groups) is not None,
         )
-        return memory.total_bytes
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
         key = (rater, choice, layout, direction)
         if key not in self._scores:
-            problem, memory_bytes = self.problem, self.memory_bytes(choice, layout, direction)
+            problem, memory = self.problem, self.memory(choice, layout, direction)
             schedule = self.schedule(choice, layout, direction)
             works = (self.workload(choice, sample, layout.head_groups) for sample in rater.samples)
             self._scores[key] = Score(
                 evaluations=tuple(rater.evaluator(schedule, work, problem.cluster, problem.cost) for work in works),
-                memory_bytes=memory_bytes,
+                memory=memory,
                 why_not=why_not_executable(choice, backend=problem.backend, block_size=problem.attention.block_size),
-                fits_memory=memory_bytes <= problem.memory_limit_bytes,
+                fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
             )
         return self._scores[key]
 
@@ -227,10 +231,10 @@ class ScoreBoard:
         """Return what any layout may do under a placement, those that were not asked for among them."""
         space, cluster = self.problem.space, self.problem.cluster
         layouts = [one for one in layout_choices(space.offers(cluster, restricted=False)) if self.applies(choice, one)]
-        keeping = (self.memory_bytes(choice, one, "backward") for one in layouts if one.kept_slots is not None)
+        keeping = (self.memory(choice, one, "backward") for one in layouts if one.kept_slots is not None)
         return Allowed(
             pairs=self.pairs(choice),
-            keep_kv=any(memory_bytes <= self.problem.memory_limit_bytes for memory_bytes in keeping),
+            keep_kv=any(memory.total_bytes <= self.problem.memory_limit_bytes for memory in keeping),
             narrow_gradients=space.rounds_parts,
             pulls=space.pulls,
             degrees=tuple(sorted({one.head_groups for one in layouts} - {1})),

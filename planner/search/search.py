@@ -14,8 +14,8 @@ from ...traces.progress import Progress, no_progress
 from ..check.check import check, check_step
 from ..cost.cluster import Cluster
 from ..cost.evaluation import Evaluator
-from ..cost.kernels import CostModel
 from ..cost.measured import cluster_cost
+from ..cost.model import CostModel
 from ..cost.recurrence import CompiledRecurrence
 from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
 from ..schedule.backends import computed_head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from .problem import Problem
@@ -20,10 +21,12 @@ def predictions(problem: Problem, selection: Selection) -> dict[str, Any]:
         "evaluator": pick.rater.name,
         "unvalidated": problem.cluster.origin == "datasheet",
         **step_figures(pick),
+        "pick": _picked_row(pick),
         "exposed_us": round(pick.exposed_us, 3),
         "exposed_fraction": round(pick.exposed_us / pick.step_time_us, 6) if pick.step_time_us else 0.0,
         "peak_buffer_bytes": pick.peak_buffer_bytes,
         "memory_bytes": pick.memory_bytes,
+        "memory_parts_bytes": {name: size for name, size in asdict(pick.memory).items() if size},
         "memory_limit_bytes": problem.memory_limit_bytes,
         "bound_us": round(selection.bound_us, 3),
         "gap": round(pick.step_time_us / selection.bound_us - 1.0, 6) if selection.bound_us else 0.0,
@@ -32,6 +35,18 @@ def predictions(problem: Problem, selection: Selection) -> dict[str, Any]:
         "sampled_layers": [[sample.training_step, sample.layer] for sample in rated_samples],
         "candidates": [candidate_row(step, plain=step in selection.baselines) for step in selection.table],
         "notes": _notes(problem, selection),
+    }
+
+
+def _picked_row(pick: Step) -> dict[str, Any] | None:
+    """Return what finds the pick in the table; None where its directions have different layouts."""
+    if pick.forward_layout != pick.backward_layout:
+        return None
+    return {
+        "placement": pick.placement.name,
+        "granularity_tokens": pick.placement.granularity_tokens,
+        "layout": pick.forward_layout.name,
+        "parameters": pick.forward_layout.parameters,
     }
 
 
@@ -101,7 +116,11 @@ def _best_of_the_plainest(selection: Selection) -> Step | None:
 def _notes(problem: Problem, selection: Selection) -> list[str]:
     """Return what a reader should know of how the numbers came about."""
     summary = problem.summary
-    notes = [f"times are means over {len(selection.pick.rater.samples)} of {summary.recorded_layers} recorded layers"]
+    rated, sampled = len(selection.pick.rater.samples), len(problem.samples)
+    first = f"times are means over {rated} of {summary.recorded_layers} recorded layers"
+    if rated < sampled:
+        first += f": {sampled} were read and estimated, on {problem.cluster.world_size} GPUs fewer are simulated"
+    notes = [first]
     if summary.loaded_layers < summary.recorded_layers:
         notes.append(f"balanced placements weigh {summary.loaded_layers} of them, evenly spread")
     if selection.pick.step_time_us < selection.bound_us:

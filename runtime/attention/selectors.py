@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ALONE, Collectives, ShardTensors
-from ...kernels.select.registry import Selector, selector_of
+from ...kernels.select.registry import Selector, selector_of, selectors
 from ...kernels.select.sink_window import dense
 from ...kernels.select.vertical_slash import (
     FixedVerticalSlash,
@@ -18,13 +18,21 @@ from ...kernels.select.vertical_slash import (
 )
 from ...planner.plan import PatternSpec
 from ...traces import published
-from ...traces.errors import InputError
+from ...traces.errors import InputError, did_you_mean, unknown_name
 
 
 def make_selector(name: str, settings: Mapping[str, Any] | None = None) -> Selector:
     """Return a selector; settings that are not given have their defaults. InputError for names and values unknown."""
+    known, settings = selectors(), settings or {}
+    if name not in known:
+        raise unknown_name(name, known, field="selector")
+    names = [one.name for one in fields(known[name])]
+    for setting in settings:
+        if setting not in names:
+            told = f"{name} has no such setting; it has {', '.join(names)}{did_you_mean(setting, names)}"
+            raise InputError(told, field=setting)
     try:
-        return selector_of(name, settings or {})
+        return selector_of(name, settings)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from ...planner.cost.cluster import Cluster, Gpu, NodeLink
-from ...planner.cost.tables import Calibration, HostPrices, LaunchPoint, LaunchTable, fit_prices
+from ...planner.cost.constants import HostPrices
+from ...planner.cost.tables import Calibration, LaunchPoint, LaunchTable, fit_prices
 from ...traces.yaml_files import yaml_text
 from .links import LinkTimes
 from .machine import CPU_CACHE_BYTES, Rates

@@ -29,6 +29,7 @@ from ..attention.masks import mask_of
 
 SLEEP_CYCLES = 30_000_000  # some 15 ms, in which the host issues what is timed
 WARMUPS, REPEATS = 2, 5
+CPU_WARMUPS, CPU_REPEATS = 0, 3  # nothing is compiled, no clock has to rise: the first call of a shape came before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +126,7 @@ class _Shard:
         return api.Columns(k=self.columns[0], v=self.columns[1], index=index)
 
 
-def measure(
-    drawn: Drawn, model: ModelShape, backend: str, dtype: torch.dtype, repeats: int = REPEATS
-) -> list[LaunchPoint]:
+def measure(drawn: Drawn, model: ModelShape, backend: str, dtype: torch.dtype) -> list[LaunchPoint]:
     """Time forward and backward of a case: with an index that is there, and with one that must be made."""
     shard = _shard(drawn, model, backend, dtype)
     case, work = drawn.case, drawn.counts
@@ -138,8 +137,8 @@ def measure(
     if not counts.tile_pairs:
         return []
     shared = {"mask": kind_of(drawn.pattern), "counts": counts, "key_bytes": 2 * shard.k.nbytes}
-    forward = _forward_times(shard, repeats)
-    backward = _backward_times(shard, repeats)
+    forward = _forward_times(shard)
+    backward = _backward_times(shard)
     return [
         LaunchPoint(direction="forward", **shared, **forward),
         LaunchPoint(direction="backward", **shared, **backward),
@@ -173,7 +172,7 @@ def _shard(drawn: Drawn, model: ModelShape, backend: str, dtype: torch.dtype) ->
     )
 
 
-def _forward_times(shard: _Shard, repeats: int) -> dict[str, Any]:
+def _forward_times(shard: _Shard) -> dict[str, Any]:
     queries = api.Queries(q=shard.q, scale=shard.scale)
     index, columns = shard.index(), shard.column_part()
     result = api.forward(queries, shard.keys(index), columns)
@@ -181,19 +180,19 @@ def _forward_times(shard: _Shard, repeats: int) -> dict[str, Any]:
     def earlier() -> api.Partial:
         return result[0].clone(), result[1].clone()
 
-    ready = _timed(lambda: None, lambda _: api.forward(queries, shard.keys(index), columns), repeats, shard.q.device)
+    ready = _timed(lambda: None, lambda _: api.forward(queries, shard.keys(index), columns), shard.q.device)
     resumed = _timed(
-        earlier, lambda past: api.forward(queries, shard.keys(index), columns, earlier=past), repeats, shard.q.device
+        earlier, lambda past: api.forward(queries, shard.keys(index), columns, earlier=past), shard.q.device
     )
 
     def with_new_index(_: None) -> api.Partial:
         return api.forward(queries, shard.keys(shard.index()), shard.column_part())
 
-    fresh = _timed(lambda: None, with_new_index, repeats, shard.q.device)
+    fresh = _timed(lambda: None, with_new_index, shard.q.device)
     return _as_fields(ready, resumed, fresh)
 
 
-def _backward_times(shard: _Shard, repeats: int) -> dict[str, Any]:
+def _backward_times(shard: _Shard) -> dict[str, Any]:
     queries = api.Queries(q=shard.q, scale=shard.scale)
     columns = shard.column_part()
     out, lse = api.forward(queries, shard.keys(shard.index()), columns, final=True)
@@ -222,9 +221,9 @@ def _backward_times(shard: _Shard, repeats: int) -> dict[str, Any]:
 
     index = fresh_index()
     launch(index, add=False)
-    ready = _timed(lambda: None, lambda _: launch(index, add=False), repeats, shard.q.device)
-    resumed = _timed(lambda: None, lambda _: launch(index, add=True), repeats, shard.q.device)
-    fresh = _timed(fresh_index, lambda made: launch(made, add=False), repeats, shard.q.device)
+    ready = _timed(lambda: None, lambda _: launch(index, add=False), shard.q.device)
+    resumed = _timed(lambda: None, lambda _: launch(index, add=True), shard.q.device)
+    fresh = _timed(fresh_index, lambda made: launch(made, add=False), shard.q.device)
     return _as_fields(ready, resumed, fresh)
 
 
@@ -246,9 +245,10 @@ def _as_fields(ready: Times, resumed: Times, fresh: Times) -> dict[str, Any]:
     }
 
 
-def _timed(prepare: Callable[[], Any], body: Callable[[Any], Any], repeats: int, device: torch.device) -> Times:
+def _timed(prepare: Callable[[], Any], body: Callable[[Any], Any], device: torch.device) -> Times:
     """Return medians of what `body` takes on the device while the host is ahead, and on the host while it issues."""
-    found = [once(prepare, body, device) for _ in range(WARMUPS + repeats)][WARMUPS:]
+    warmups, repeats = (WARMUPS, REPEATS) if device.type == "cuda" else (CPU_WARMUPS, CPU_REPEATS)
+    found = [once(prepare, body, device) for _ in range(warmups + repeats)][warmups:]
     return Times(
         device_us=statistics.median(one.device_us for one in found),
         host_us=statistics.median(one.host_us for one in found),

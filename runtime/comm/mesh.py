@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,11 +22,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, unknown_name
 from .lost import SYMPTOMS, CommunicationError, RankLost, host_lost, nobody_lost, ranks_lost
 from .sentinel import Sentinel, Watch, connection_of_its_own
 
 GRACE = timedelta(seconds=5)
+WORD_S = 10.0  # in which a host's first rank says what its others would say too
 
 # This process's own, as its process group is: `leave` ends both.
 _sentinels: list[Sentinel] = []
@@ -109,13 +111,27 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def speaks(*, at_once: bool = False) -> bool:
+    """Return whether this process is to say why it ends: a rank that is not its host's first one lets that one speak.
+
+    Ranks read the same files, so most of what is wrong is the same for all. Another rank waits WORD_S; the launcher
+    ends it once the first one has ended. A rank that lives on has a problem of its own, and says it. at_once: it is
+    the same for all, certainly.
+    """
+    if not is_rank() or os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    if not at_once:
+        time.sleep(WORD_S)
+    return not at_once
+
+
 def join_or_be_alone(*, device: str | None, timeout_s: float) -> Mesh:
     """Join as `join` does where this process was started as a rank; else be the only rank.
 
     The environment stays as it is: what this process starts or does later was not started as a rank either.
     """
     if not is_rank() and not dist.is_initialized():
-        kind = device or _usual_device()
+        kind = device or usual_device()
         _start_groups(kind, _device(kind, 0), dist.HashStore(), rank=0, world_size=1, timeout_s=timeout_s)
     return join(device=device, timeout_s=timeout_s)
 
@@ -127,10 +143,10 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     (sentinel.py), less than timeout_s; 0 watches nobody, None stands for `usual_patience_s`. InputError when the
     environment is incomplete.
     """
-    kind = device or _usual_device()
+    kind = device or usual_device()
     if patience_s is None:
         patience_s = usual_patience_s(kind, timeout_s)
-    _check_patience(patience_s, timeout_s)
+    check_patience(patience_s, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
@@ -156,7 +172,8 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     )  # fmt: skip
 
 
-def _usual_device() -> str:
+def usual_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -186,8 +203,9 @@ def usual_patience_s(device_type: str, timeout_s: float) -> float:
     return timeout_s / 2 if device_type == "cuda" else 0.0
 
 
-def _check_patience(patience_s: float, timeout_s: float) -> None:
-    if not 0 <= patience_s < timeout_s:
+def check_patience(patience_s: float | None, timeout_s: float) -> None:
+    """Raise InputError unless a silence is noticed before the time-out. None: as `join` has it, which it is."""
+    if patience_s is not None and not 0 <= patience_s < timeout_s:
         raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
 
 
@@ -296,7 +314,7 @@ def _device(kind: str, local_rank: int) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
-        raise InputError(f"{kind!r} is neither 'cpu' nor 'cuda'", field="device")
+        raise unknown_name(kind, ("cpu", "cuda"), field="device")
     if local_rank >= torch.cuda.device_count():
         raise InputError(f"local rank {local_rank} has no GPU; there are {torch.cuda.device_count()}", field="device")
     torch.cuda.set_device(local_rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, did_you_mean, shown
 from ...traces.files import read_bytes, sealed, sha256_of_bytes, write_atomically, write_json
 from ...traces.progress import Progress, no_progress
 from .shards import DOCUMENTS_NAME, MANIFEST_NAME, DataManifest, TokenShard, TokenType
@@ -67,8 +68,23 @@ def write_data(
     document each), or folders of these, walked in the order of names. Raises InputError when there is nothing, when a
     file cannot be used, or when the folder holds something already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    is_there = folder.exists()
+    if is_there and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("is not empty" if folder.is_dir() else "is no folder", source=folder)
+    try:
+        return _write_all(inputs, folder, tokenizer, text_field, shard_tokens, progress)
+    except BaseException:  # also Ctrl-C: a folder without a manifest is of no use
+        for left in (*folder.glob("tokens-*.bin"), folder / DOCUMENTS_NAME):
+            left.unlink(missing_ok=True)
+        with suppress(OSError):
+            if not is_there:
+                folder.rmdir()
+        raise
+
+
+def _write_all(
+    inputs: Sequence[Path], folder: Path, tokenizer: Tokenizer, text_field: str, shard_tokens: int, progress: Progress
+) -> DataManifest:
     files, vocabulary = list(_files(inputs)), tokenizer.vocabulary
     sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
     dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
@@ -142,13 +158,22 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"is no JSON object with text in {text_field!r} ({type(error).__name__})", source=path,
-                                 field=f"line {number}") from error  # fmt: skip
-            if not isinstance(text, str):
-                raise InputError(f"{text_field!r} is no text", source=path, field=f"line {number}")
-            yield text
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"is no JSON ({error})", source=path, field=f"line {number}") from error
+            yield _text_of(record, text_field, source=path, field=f"line {number}")
+
+
+def _text_of(record: Any, text_field: str, *, source: Path, field: str) -> str:
+    if not isinstance(record, dict):
+        raise InputError(f"is no JSON object with text in {text_field!r}: {shown(record)}", source=source, field=field)
+    if text_field not in record:
+        near = did_you_mean(text_field, record)
+        told = f"is no JSON object with text in {text_field!r} (--text-field): it has {', '.join(record)}{near}"
+        raise InputError(told, source=source, field=field)
+    if not isinstance(record[text_field], str):
+        raise InputError(f"{text_field!r} is no text", source=source, field=field)
+    return record[text_field]
 
 
 def _write_shard(folder: Path, number: int, documents: list[NDArray[Any]]) -> TokenShard:

@@ -15,7 +15,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ...planner.cost.cluster import Cluster
-from ...planner.cost.kernels import DeviceCost, task_work
+from ...planner.cost.kernels import task_work
+from ...planner.cost.model import DeviceCost
 from ...planner.plan import Plan
 from ...planner.schedule.backends import facts_of
 from ...planner.schedule.launches import Launch

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...traces.errors import InputError
+from ...traces.output import offer_report
 from .folder import CONTENT, PLAN_CLUSTER, PLAN_LOCAL, REPORT, replaced_folder, require_replaceable
 
 LEAST_SEQ_LEN = 1024
@@ -68,3 +69,4 @@ def _show(output: Path, metrics: dict[str, Any]) -> None:
     else:
         console.print(f"[red]The run does not agree with the reference[/red]: largest error {worst:.1e}.")
     console.print(f"Report: {escape(str(output / REPORT))}", soft_wrap=True)
+    offer_report(output)

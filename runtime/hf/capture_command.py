@@ -18,7 +18,6 @@ from ...traces.errors import InputError
 from ...traces.progress import shown_progress
 from ...traces.published import read_published
 from ...traces.stats import describe
-from ..attention.selectors import published_selector
 from .selector_options import SelectorOptions, with_selector_options
 
 TokenizerName = StrEnum("TokenizerName", ["auto", "byte", "model"])
@@ -56,6 +55,7 @@ def capture(
     if (output / MANIFEST_NAME).exists():
         Trace.open(output)  # a trace that cannot be continued is refused before a model is loaded
 
+    from ..attention.selectors import published_selector
     from ..audit.audit import audit
     from ..model.load import check_vocabulary, load_model, pick_device, read_config, read_windows
     from .capture import CaptureSettings, capture_model, trace_header

@@ -1,4 +1,7 @@
-"""Options of a command that say how patterns are chosen: --selector, and one for every setting of every selector."""
+"""Options of a command that say how patterns are chosen: --selector, and one for every setting of every selector.
+
+Selectors are made of torch's tensors. Without torch the command still has its help, with a word on what is not listed.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from inspect import Parameter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...kernels.select import DEFAULT_SELECTOR
-from ...kernels.select.registry import Selector, option_of, selectors
 from ...traces.errors import InputError
-from ..attention.selectors import make_selector
+
+if TYPE_CHECKING:
+    from ...kernels.select.registry import Selector
+
+UNLISTED = "How patterns are chosen. Its names, and options for their settings, are listed where torch is installed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,9 @@ class SelectorOptions:
 
     def selector(self) -> Selector:
         """Return what was asked for. InputError for a setting that the selector has not, or cannot have."""
+        from ...kernels.select.registry import option_of, selectors
+        from ..attention.selectors import make_selector
+
         settings = {one.name: option_of(one) for one in fields(selectors()[self.name])}  # some share an option
         for option in self.given:
             if option not in settings.values():
@@ -40,19 +49,23 @@ def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
     Raises ValueError when a setting is spelt as another option of the verb.
     """
     settings: dict[str, dict[str, Field[Any]]] = {}  # option -> selector -> a setting of it that the option sets
-    for selector, kind in selectors().items():
-        for setting in fields(kind):
-            settings.setdefault(option_of(setting), {})[selector] = setting
+    known = _registered()
+    for selector, kind in known.items():
+        for option, setting in _settings_by_option(kind).items():
+            settings.setdefault(option, {})[selector] = setting
     options = {option.strip("-").replace("-", "_"): option for option in settings}
 
     def with_options(**arguments: Any) -> None:
         given = {option: arguments.pop(name) for name, option in options.items()}
         given = {option: value for option, value in given.items() if value is not None}
-        chosen = SelectorOptions(name=arguments.pop("selector").value, given=given)
+        chosen = SelectorOptions(name=str(arguments.pop("selector")), given=given)
         verb(**arguments, chosen=chosen)
 
     own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "chosen"]
-    added = [_selector_parameter(), *(_parameter(name, option, settings[option]) for name, option in options.items())]
+    added = [
+        _selector_parameter(known),
+        *(_parameter(name, option, settings[option]) for name, option in options.items()),
+    ]
     names = {one.name: one.annotation for one in (*own, *added)}
     if len(names) < len(own) + len(added):
         raise ValueError(f"settings of selectors are spelt as other options of {verb.__name__}: {options}")
@@ -62,8 +75,27 @@ def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def _selector_parameter() -> Parameter:
-    known = selectors()
+def _registered() -> dict[str, type[Selector]]:
+    """Return all selectors by name; none without torch."""
+    try:
+        from ...kernels.select.registry import selectors
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        return {}
+    return selectors()
+
+
+def _settings_by_option(kind: type[Selector]) -> dict[str, Field[Any]]:
+    from ...kernels.select.registry import option_of
+
+    return {option_of(setting): setting for setting in fields(kind)}
+
+
+def _selector_parameter(known: Mapping[str, type[Selector]]) -> Parameter:
+    if not known:
+        unlisted = Annotated[str, typer.Option("--selector", help=UNLISTED)]
+        return Parameter("selector", Parameter.KEYWORD_ONLY, default=DEFAULT_SELECTOR, annotation=unlisted)
     told = "; ".join(f"{name}: {kind.help}{'' if kind.causal else ' (looks ahead)'}" for name, kind in known.items())
     names: Any = StrEnum("SelectorName", {name.replace("-", "_"): name for name in known})
     kind = Annotated[names, typer.Option("--selector", help=f"How patterns are chosen. {told}.")]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ...traces.errors import InputError
-from ...traces.files import read_bytes
+from ...traces.errors import InputError, shown, unknown_name
+from ...traces.files import read_bytes, read_json
+from .rope import check_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -25,9 +26,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"{name!r} is no device", field="device") from error
+        raise InputError(f"{shown(name)} is none of auto, cpu, cuda, cuda:0, …", field="device") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"{name!r} is neither cpu nor cuda", field="device")
+        raise InputError(f"{shown(name)} is none of auto, cpu, cuda, cuda:0, …", field="device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"{name!r} is not here: {torch.cuda.device_count()} CUDA devices", field="device")
     return device
@@ -43,7 +44,7 @@ def load_model(
     """
     folder, config = read_config(Path(path))
     if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"{dtype!r} is not one of auto, {', '.join(DTYPES)}", field="dtype")
+        raise unknown_name(dtype, ("auto", *DTYPES), field="dtype")
     stated = getattr(config, "dtype", None) or torch.float32
     chosen = DTYPES.get(dtype) or (stated if device.type == "cuda" else torch.float32)
     if not random_weights:
@@ -77,6 +78,7 @@ def read_config(path: Path) -> tuple[Path, Any]:
     source = path / "config.json" if path.is_dir() else path
     if not source.is_file():
         raise InputError("no such file", source=source)
+    check_rope(read_json(source), source=source)
     try:
         return folder, AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with a user's file, one line says it

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ...planner.plan import Plan, load_plan
 from ...planner.replay import Recorded, find_trace, recorded_layer
-from ...traces.errors import InputError
-from ...traces.pattern import LayerPattern
+from ...traces.files import remove_partials
 from ...traces.timeline import Timeline
-from ..comm.lost import RankLost
-from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave, naming_lost_ranks
-from ..comm.start import start_ranks
-from .execute import RunOptions, RunResult, execute
 
 
 def run(
@@ -53,48 +43,38 @@ def run(
     Joins the other ranks when RANK is set (torchrun); otherwise starts all ranks on this host. Exit code 1 when
     --verify finds an error too large, or ranks are lost.
     """
+    from ..comm.lost import RankLost  # torch is imported when ranks are run, not when the verb is listed
+    from ..comm.mesh import check_patience, inherited_environment, is_rank, join
+    from ..comm.start import start_ranks
+    from .execute import RunOptions
+    from .rank import crowded, report, require_devices, require_kernels, run_rank
+
     if output is not None:
         Timeline.require_writable(output)
     loaded = load_plan(plan)
     recorded = _replayed(loaded, plan, trace, training_step, layer)
     pattern, number = (recorded.pattern, recorded.layer) if recorded is not None else (None, layer or 0)
     options = RunOptions(repeats=repeats, warmups=warmups, verify=verify, seed=seed, layer=number)
+    require_kernels(loaded, plan, device=device)
     if not is_rank():
-        _require_devices(device, loaded.world_size)
+        require_devices(loaded, device=device)
+        check_patience(patience_s, timeout_s)
+        if (warning := crowded(loaded.world_size, device=device)) is not None:
+            typer.echo(f"warning: {plan}: {warning}", err=True)
         environment = inherited_environment(world_size=loaded.world_size)
-        raise typer.Exit(start_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment))
+        try:
+            code = start_ranks(sys.argv[1:], world_size=loaded.world_size, environment=environment)
+        finally:
+            if output is not None:
+                remove_partials(output)  # of a rank that was ended while it wrote
+        raise typer.Exit(code)
     mesh = join(device=device, timeout_s=timeout_s, patience_s=patience_s)
     try:
-        passed = _run_rank(mesh, loaded, pattern, options, lambda result: _report(loaded, result, output, as_json))
+        passed = run_rank(mesh, loaded, pattern, options, lambda result: report(loaded, result, output, as_json))
     except RankLost as error:
         typer.echo(f"sparsering: {error}", err=True)
         raise typer.Exit(1) from error
     raise typer.Exit(0 if passed else 1)
-
-
-def _run_rank(
-    mesh: Mesh, plan: Plan, pattern: LayerPattern | None, options: RunOptions, report: Callable[[RunResult], None]
-) -> bool:
-    """Execute the plan as one rank; rank 0 reports. Return, on all ranks, whether all verdicts are good."""
-    console = Console(stderr=True, quiet=bool(mesh.rank))
-    try:
-        with naming_lost_ranks(mesh):
-            with console.status("starting") as status:
-                result = execute(plan, mesh, pattern, options, lambda text: status.update(text))
-            if result is not None:
-                report(result)
-            return mesh.broadcast("verified", result is None or all(v.ok for v in result.verdicts))
-    finally:
-        leave()
-
-
-def _require_devices(device: str | None, ranks: int) -> None:
-    """Refuse once what every rank that is started on this host would refuse: InputError names the device."""
-    if device not in (None, "cpu", "cuda"):
-        raise InputError(f"{device!r} is neither 'cpu' nor 'cuda'", field="device")
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus < ranks:
-        raise InputError(f"the plan is for {ranks} ranks, this host has {gpus} GPUs", field="device")
 
 
 def _replayed(
@@ -105,22 +85,3 @@ def _replayed(
     recorded = recorded_layer(find_trace(plan, path, trace), training_step, layer)
     plan.require(seq_len_tokens=recorded.pattern.seq_len_tokens)
     return recorded
-
-
-def _report(plan: Plan, result: RunResult, output: Path | None, as_json: bool) -> None:
-    if output is not None:
-        result.timeline.save(output)
-    summary = result.summary()
-    if as_json:
-        typer.echo(json.dumps(summary | {"plan_digest": plan.digest}))
-        return
-    title = f"{plan.forward.layout} over {plan.world_size} ranks, {plan.placement.name} placement"
-    table = Table("", "figure", title=title)
-    table.add_row("step time (median), µs", f"{summary['step_time_us']:.0f}")
-    if summary["peak_bytes"]:
-        table.add_row("peak memory, bytes", str(summary["peak_bytes"]))
-    for name in dict.fromkeys(verdict.name for verdict in result.verdicts):
-        worst = max((v for v in result.verdicts if v.name == name), key=lambda v: v.error / max(v.tolerance, 1e-300))
-        mark = "ok" if worst.ok else "FAILED"
-        table.add_row(f"{name}, largest error", f"{worst.error:.2e} (allowed {worst.tolerance:.2e}) {mark}")
-    Console().print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ...kernels.mask import AttentionMask
 from ...planner.plan import Plan
 from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern
+from ...traces.progress import Progress, no_progress
 from ...traces.timeline import Span, Timeline
 from ..attention.bound import BoundPlan, bind
 from ..attention.heads import Pattern
@@ -61,7 +61,7 @@ class RunResult:
 
 
 def execute(
-    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, tell: Callable[[str], None]
+    plan: Plan, mesh: Mesh, pattern: LayerPattern | None, options: RunOptions, progress: Progress = no_progress
 ) -> RunResult | None:
     """Run one layer forward and backward `repeats` times; the result on rank 0, None elsewhere. Collective.
 
@@ -86,18 +86,21 @@ def execute(
     spans: list[list[Span]] = []
     peak = 0
     verdicts: list[Verdict] = []
-    for repeat in range(options.warmups + options.repeats):
-        tell(f"repeat {repeat + 1} of {options.warmups + options.repeats}")
+    all_repeats = options.warmups + options.repeats
+    for repeat in range(all_repeats):
+        progress("repeats", repeat, all_repeats)
         results = _step(planned, own, mask, recorder, options.layer)
         if mesh.device.type == "cuda":
             peak = max(peak, torch.cuda.max_memory_allocated(mesh.device) + planned.pool.uncounted_bytes)
         if repeat >= options.warmups:
             spans.append(recorder.spans(mesh.rank))
         if repeat == 0 and options.verify:
-            tell("verifying in float64")
+            progress("verifying in float64", 0, 1)
             chosen = mask if isinstance(mask, AttentionMask) else mask(own["q"], own["k"], scale)
             verdicts = verify(bound, chosen, inputs, results, scale)
+            progress("verifying in float64", 1, 1)
             inputs.clear()
+    progress("repeats", all_repeats, all_repeats)
     planned.agree_on_patterns()
     return _gathered(bound, spans, verdicts, peak)
 

@@ -6,29 +6,42 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from ...traces.errors import InputError
-from ..comm.lost import RankLost
-from ..comm.mesh import Mesh, inherited_environment, is_rank, join, leave, naming_lost_ranks
-from ..comm.start import run_to_its_end
+from ...traces.output import offer_report, rounded_parts, say
 from .config import TrainConfig, load_config
-from .export import export_checkpoint
-from .loop import Trainer
-from .metrics import StepResult
-from .optimizer import TrainingError
-from .setup import Setup, set_up
+
+if TYPE_CHECKING:  # what needs torch is imported when the verb runs, not when it is listed
+    from ..comm.mesh import Mesh
+    from .metrics import StepResult
+    from .setup import Setup
 
 AS_RANK = "`torchrun … -m sparsering.runtime.train config.yaml`: one rank of a training run."
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML file.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change the configuration, as optimizer.learning_rate=1e-4; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Write a first configuration for this model folder to --output; starts nothing.")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="With --init: the folder that `sparsering data` wrote.")] = Path("data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="With --init: the file to write.")] = Path(
+        "config.yaml"
+    ),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show it, start nothing.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write the newest checkpoint as a model folder; no GPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
@@ -42,7 +55,17 @@ def train(
     torch-context-parallel. `metrics` writes a JSON line per step and rank (speed, MFU, density, kept mass, imbalance,
     exposed communication, memory, loss) and, if asked, TensorBoard's files. docs/training.md has every key.
     """
-    loaded = load_config(config)
+    from ..comm.mesh import inherited_environment, is_rank
+    from ..comm.start import QUIET_TORCHRUN, run_to_its_end
+    from .export import export_checkpoint
+    from .setup import set_up
+
+    if init is not None:
+        _write_starter(init, data, output)
+        return
+    if config is None:
+        raise InputError("is missing: a YAML file, or --init MODEL_FOLDER to have one written", field="CONFIG")
+    loaded = load_config(config, settings or ())
     if is_rank():
         raise typer.Exit(run_rank(loaded))
     if export is not None:
@@ -55,11 +78,28 @@ def train(
         return
     world_size = loaded.parallel.world_size
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+        sys.executable, "-m", QUIET_TORCHRUN, "--standalone", "--nproc-per-node", str(world_size),
         "--max-restarts", str(loaded.max_restarts), "-m", __name__.rpartition(".")[0], str(config),
+        *(part for setting in settings or () for part in ("--set", setting)),
     ]  # fmt: skip
     environment = inherited_environment(world_size=world_size) | {"PYTHONSAFEPATH": "1"}
-    raise typer.Exit(run_to_its_end(command, environment=environment))
+    code = run_to_its_end(command, environment=environment)
+    if code == 0 and loaded.metrics is not None and not as_json:
+        offer_report(loaded.metrics.folder)
+    raise typer.Exit(code)
+
+
+def _write_starter(model: Path, data: Path, output: Path) -> None:
+    from .starter import write_starter
+
+    setup = write_starter(model, data, output)
+    config = setup.config
+    say(
+        f"wrote {output}: {setup.facts.parameters:,} parameters, sequences of {config.seq_len_tokens:,} tokens over "
+        f"{config.parallel.context} ranks",
+        _memory_line(setup.summary()["memory_bytes_per_rank"]),
+        f"next: sparsering train {output} --dry-run",
+    )
 
 
 def _show(setup: Setup, as_json: bool) -> None:
@@ -67,27 +107,45 @@ def _show(setup: Setup, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    console = Console()
-    console.print_json(json.dumps(summary["configuration"]))
-    model, memory = summary["model"], summary["memory_bytes_per_rank"]
+    say(json.dumps(summary["configuration"], indent=2))
+    model = summary["model"]
     worst = max(error for road in model["audit"]["errors"].values() for error in road.values())
-    console.print(f"model: {model['type']}, {model['parameters']:,} parameters; audited: a small copy split over two "
-                  f"ranks equals it alone to {worst:.0e}")  # fmt: skip
-    console.print(f"plan: {summary['plan']}")
-    console.print(f"plan digest: {summary['plan_digest']}")
-    console.print(f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step")
-    console.print("memory per rank: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.items()))
+    say(
+        f"model: {model['type']}, {model['parameters']:,} parameters; audited: a small copy split over two ranks "
+        f"equals it alone to {worst:.0e}",
+        f"plan: {summary['plan']}",
+        f"plan digest: {summary['plan_digest']}",
+        f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step",
+        _memory_line(summary["memory_bytes_per_rank"]),
+        "This run can start: nothing was found that would stop it.",
+    )
+
+
+def _memory_line(sizes: dict[str, int]) -> str:
+    """Return what a rank needs at its peak and what of it each part is, in whole MB that add up."""
+    whole = rounded_parts({name: size for name, size in sizes.items() if name != "total" and size}, 1e6)
+    parts = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in whole.items())
+    return f"memory per rank: about {sum(whole.values()):,} MB, of which {parts}"
 
 
 def main() -> int:
     """Train as the rank that the environment says; 2 and one line for unusable input, 1 for a broken run."""
+    from ..comm.mesh import speaks
+
     parser = argparse.ArgumentParser(prog="sparsering.runtime.train", description=AS_RANK)
     parser.add_argument("config", type=Path, help="the run's YAML file")
+    parser.add_argument("--set", action="append", default=[], help="change the configuration, as section.key=value")
     try:
-        return run_rank(load_config(parser.parse_args().config))
+        given = parser.parse_args()
+        return run_rank(load_config(given.config, given.set))
     except InputError as error:
-        print(f"sparsering: {error}", file=sys.stderr)
+        if speaks():
+            print(f"sparsering: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if speaks(at_once=True):
+            print("sparsering: interrupted", file=sys.stderr)
+        return 130
 
 
 def run_rank(config: TrainConfig) -> int:
@@ -95,6 +153,10 @@ def run_rank(config: TrainConfig) -> int:
 
     1, and one line on standard error, when the run broke or ranks were lost. Raises InputError for unusable input.
     """
+    from ..comm.lost import RankLost
+    from ..comm.mesh import join, leave
+    from .optimizer import TrainingError
+
     try:
         world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
         try:
@@ -109,6 +171,10 @@ def run_rank(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, world: Mesh) -> None:
     """Train and leave in order. Rank 0 alone reads all data once to verify it."""
+    from ..comm.mesh import naming_lost_ranks
+    from .loop import Trainer
+    from .setup import set_up
+
     setup = set_up(config, verify_data=world.rank == 0)
     if world.world_size != config.parallel.world_size:
         raise InputError(f"{config.parallel.world_size} ranks are configured, {world.world_size} were started",
@@ -121,8 +187,9 @@ def _train(config: TrainConfig, world: Mesh) -> None:
         console.print(f"no plan given: default plan {setup.plan.digest[:12]} ({setup.made_here})")
     if first:
         console.print(f"resumed at step {first}")
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bars(*columns, TextColumn("{task.fields[figures]}"), console=console) as bars:
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")
+    figures = TimeRemainingColumn(), TextColumn("{task.fields[figures]}")
+    with Bars(*columns, *figures, console=console) as bars:
         task = bars.add_task("training", total=config.steps, completed=first, figures="")
 
         def show(result: StepResult) -> None:

@@ -6,6 +6,7 @@ names file, field and value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +21,7 @@ from ...planner.specs import DType
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
-from ...traces.yaml_files import read_yaml
+from ...traces.yaml_files import read_yaml, with_settings
 
 MAX_CONFIG_BYTES = 1 << 16
 AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
@@ -166,8 +167,18 @@ class TraceOutSection(_Section):
     every_steps: int = Field(default=100, ge=1)
 
 
+class WandbSection(_Section):
+    """A run of Weights & Biases. name: it makes one up where none is given; mode: offline runs are uploaded later."""
+
+    project: str = Field(min_length=1, max_length=128)
+    name: str | None = Field(default=None, min_length=1, max_length=128)
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
 class MetricsSection(_Section):
     """folder: one JSON-lines file per rank; tensorboard: also an event file of rank 0, where the package is present.
+
+    wandb: also a run of Weights & Biases, of rank 0.
 
     kept_mass_every_steps: how often kept attention mass is weighed, which takes passes over all keys; None: only in
     the steps that are recorded for the trace.
@@ -177,6 +188,7 @@ class MetricsSection(_Section):
     every_steps: int = Field(default=1, ge=1)
     kept_mass_every_steps: int | None = Field(default=None, ge=1)
     tensorboard: bool = False
+    wandb: WandbSection | None = None
     peak_flops_per_device: float | None = Field(default=None, gt=0)
 
 
@@ -228,9 +240,12 @@ class TrainConfig(_Section):
         return sha256_of_bytes(canonical_json(self.model_dump(mode="json")))
 
 
-def load_config(path: Path) -> TrainConfig:
-    """Read and check a YAML file; relative paths in it are relative to its folder. InputError in one line."""
-    document = read_yaml(path, max_bytes=MAX_CONFIG_BYTES)
+def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a YAML file; relative paths in it are relative to its folder. InputError in one line.
+
+    settings: take the place of what the file says, each as `optimizer.learning_rate=1e-4`.
+    """
+    document = with_settings(read_yaml(path, max_bytes=MAX_CONFIG_BYTES), settings, source=path)
     if not isinstance(document, dict):
         raise InputError("must be a mapping of keys", source=path)
     return parse_config(document, source=path, base=path.parent)
@@ -241,4 +256,4 @@ def parse_config(document: dict[str, Any], *, source: Path | str = "config", bas
     try:
         return TrainConfig.model_validate(document, context=base)
     except ValidationError as error:
-        raise validation_error(error, source) from error
+        raise validation_error(error, source, TrainConfig) from error

@@ -1,22 +1,21 @@
-"""What a training step did, and where that is written: JSON lines, TensorBoard's files, a trace."""
+"""What a training step did, and where that is written: the writers of its metrics, and a trace."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from ...planner.plan import Plan
 from ...traces.dataset.manifest import TraceHeader
 from ...traces.dataset.writer import TraceWriter
-from ...traces.errors import InputError
 from ..comm.mesh import Mesh
 from .config import TrainConfig
 from .model import ModelFacts
 from .patterns import LayerLoad, LayerMasks, Observed
+from .writers.opened import open_writers
 
 BACKWARD_TO_FORWARD = 2.5  # attention: 2 matrix products forward, 5 backward
 # Dense bfloat16 peaks of data sheets, by a part of the device's name.
@@ -111,57 +110,30 @@ def observed_of(config: TrainConfig, step: int) -> Observed:
 
 
 class Outputs:
-    """One rank's: metrics of every rank; of rank 0 also TensorBoard's files and, with a header, the trace.
+    """One rank's: its metrics, through the writers that the configuration names, and with a header the trace.
 
-    Metrics are one JSON object per line, flushed line by line: what is written survives the process. first_step: where
-    the run begins or goes on; what TensorBoard has of an earlier run from there on no longer counts. Raises InputError
-    where a folder cannot be written.
+    first_step: where the run begins or goes on. Raises InputError where a folder cannot be written.
     """
 
     def __init__(self, config: TrainConfig, *, rank: int, first_step: int, header: TraceHeader | None) -> None:
-        self._config, self._rank = config, rank
-        section, trace_out = config.metrics, config.trace_out
-        self._lines: IO[str] | None = None
-        self._board: Any = None
-        if section is not None:
-            try:
-                section.folder.mkdir(parents=True, exist_ok=True)
-                self._lines = (section.folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
-                if section.tensorboard and rank == 0:
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    self._board = SummaryWriter(str(section.folder), purge_step=first_step or None)
-            except OSError as error:
-                told = f"cannot be written: {error.strerror}"
-                raise InputError(told, source=section.folder, field="metrics.folder") from error
+        self._config, trace_out = config, config.trace_out
+        self._writers = open_writers(config, rank=rank, first_step=first_step)
         self._trace = TraceWriter(trace_out.folder, header) if trace_out and header else None
 
     def write(self, result: StepResult, masks: LayerMasks | None) -> None:
         """Write what was observed of a step; takes the recorded patterns from `masks`."""
         observed, values = observed_of(self._config, result.step), result.values()
-        if self._lines is not None and observed.measured:
-            self._lines.write(json.dumps({"rank": self._rank} | values, allow_nan=False) + "\n")
-            self._lines.flush()
-        if self._board is not None and observed.measured:
-            self._write_scalars(result.step, values)
+        for writer in self._writers if observed.measured else ():
+            writer.write(result.step, values)
         if observed.recorded and masks is not None:
             records = masks.take_records()
             if self._trace is not None and (not self._trace.steps or result.step > self._trace.steps[-1]):
                 self._trace.append(result.step, records)  # a resumed run passes recorded steps again: they are equal
 
-    def _write_scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Write what is a number, and of lists (one value a layer) every number apart."""
-        for name, value in values.items():
-            numbered = enumerate(value) if isinstance(value, list) else ()
-            for tag, number in ((name, value), *((f"{name}/{place:03d}", entry) for place, entry in numbered)):
-                if isinstance(number, int | float) and name != "step":
-                    self._board.add_scalar(tag, number, step)
-
     def close(self) -> None:
         """Close all files."""
-        for output in (self._lines, self._board, self._trace):
-            if output is not None:
-                output.close()
+        for output in (*self._writers, *filter(None, [self._trace])):
+            output.close()
 
 
 def _mean(values: Sequence[float]) -> float:

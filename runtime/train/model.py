@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...planner.plan import ModelShape
 from ...traces.errors import InputError
+from ...traces.files import read_json
 from ..attention.recompute import checkpoint_layer
 from ..model.head_loss import ModelWithLoss
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
+from ..model.rope import check_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
 from .config import ModelSection, TrainConfig
 
@@ -44,6 +46,8 @@ def read_model_config(section: ModelSection) -> Any:
     source = section.path / "config.json" if section.path.is_dir() else section.path
     if not source.is_file():
         raise InputError("no such model configuration", source=source, field="model.path")
+    check_rope(read_json(source), source=source)
+    check_rope({"rope_parameters": section.rope_parameters}, source="model")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         if section.rope_parameters is not None:

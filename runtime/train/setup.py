@@ -14,6 +14,7 @@ import torch
 from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError
+from ..attention.here import require_backend_here
 from ..audit.audit import audit
 from ..audit.result import Audit
 from ..data.shards import TokenData
@@ -24,6 +25,7 @@ from .config import TrainConfig
 from .estimate.memory import memory_bytes
 from .model import ModelFacts, model_facts, read_model_config
 from .plan import resolve_plan
+from .writers.opened import require_packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +101,14 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     if verify_data:
         data.verify()
     plan, trace, made_here = resolve_plan(config, facts.shape, device=device)
+    if config.attention == "planned":
+        require_backend_here(plan.kernels.backend, device=device, source=config.plan.file)
     check_padding(model_config, plan)
     for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
-    if config.metrics is not None and config.metrics.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-        except ImportError as error:
-            raise InputError("needs the package tensorboard: pip install 'sparsering[tensorboard]'",
-                             field="metrics.tensorboard") from error  # fmt: skip
+    if config.metrics is not None:
+        require_packages(config.metrics)
     setup = Setup(
         config=config, device=device, model_config=model_config, audited=audited, facts=facts, plan=plan, trace=trace,
         made_here=made_here, data=data,

@@ -1,1 +1,1 @@
-"""The demo's report: figures and one self-contained HTML page."""
+"""Pages: what `report`, `validate` and the demo write, each one self-contained HTML file."""

@@ -13,10 +13,9 @@ import pytest
 
 import tiny
 from reference_engine import reference
-from sparsering.planner.cost.constants import LayerConstants
+from sparsering.planner.cost.constants import HostPrices, LayerConstants
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.recurrence import CompiledRecurrence
-from sparsering.planner.cost.tables import HostPrices
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.simulator.engine import simulate, simulate_layer
 

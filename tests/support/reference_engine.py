@@ -15,7 +15,8 @@ import simpy
 from reference_network import Network
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.evaluation import Evaluation
-from sparsering.planner.cost.kernels import CostModel, task_work
+from sparsering.planner.cost.kernels import task_work
+from sparsering.planner.cost.model import CostModel
 from sparsering.planner.cost.timing import NS_PER_US, check_sizes, latency_ns, launch_ns, legs_of
 from sparsering.planner.schedule.launches import Launch, rank_launches
 from sparsering.planner.schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsering.planner.cost.batch import BatchWork, LaunchBatch
 from sparsering.planner.cost.cluster import Cluster, parse_cluster
 from sparsering.planner.cost.constants import NO_CONSTANTS, LayerConstants
-from sparsering.planner.cost.kernels import DeviceCost
+from sparsering.planner.cost.model import DeviceCost
 from sparsering.planner.layouts.registry import make_layout
+from sparsering.planner.schedule.batch import BatchWork, LaunchBatch
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS
 from sparsering.planner.schedule.schedule import Direction, Schedule

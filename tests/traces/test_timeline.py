@@ -66,9 +66,9 @@ CHANGES = {
     "microseconds are expected, not 'now'": span_with(ts="now"),
     "microseconds are expected, not inf": span_with(dur=float("inf")),
     "does not fit 2 ranks": span_with(dur=-1.0),
-    "is not a timeline of this tool (KeyError": span_with(tid=99),
-    "is not a timeline of this tool (TypeError": span_with(args=3),
-    "is not a timeline of this tool (KeyError: (0, 'f'))": lambda document: document["traceEvents"].pop(),
+    "is not a timeline of this tool: 99 is missing": span_with(tid=99),
+    "is not a timeline of this tool (": span_with(args=3),
+    "is not a timeline of this tool: (0, 'f') is missing": lambda document: document["traceEvents"].pop(),
 }
 
 

@@ -161,7 +161,7 @@ def parse_model(model: type[Model], value: Any, *, source: str | Path | None = N
     try:
         return model.model_validate_json(json.dumps(value, allow_nan=False))
     except ValidationError as error:
-        raise validation_error(error, source) from error
+        raise validation_error(error, source, model) from error
 
 
 def library_versions(*packages: str) -> dict[str, str]:

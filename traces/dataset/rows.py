@@ -36,6 +36,8 @@ _TYPES = {
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name in ("block_bits", *MASSES)) for name, kind in _TYPES.items()])
 LISTS = ("columns", "diagonals")
 LIST_LEAVES = tuple(f"{name}.list.element" for name in LISTS)
+BITS = "block_bits"
+LEAVES = (*(name for name in _TYPES if name not in LISTS), *LIST_LEAVES)  # columns as Parquet names them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def head_density(pattern: HeadPattern, blocks: int) -> float:
 
 def pack_bits(bits: NDArray[np.bool_]) -> bytes:
     """Return the lower triangle of bool [N, N], row by row, eight pairs a byte, the first in the highest bit."""
-    return np.packbits(bits[np.tri(bits.shape[0], dtype=bool)]).tobytes()
+    return np.packbits(np.concatenate([row[: number + 1] for number, row in enumerate(bits)])).tobytes()
 
 
 def unpack_bits(data: bytes, blocks: int) -> NDArray[np.bool_]:
@@ -90,11 +92,14 @@ def unpack_bits(data: bytes, blocks: int) -> NDArray[np.bool_]:
     if len(data) != packed_bytes(blocks):
         problem = f"is {len(data)} bytes, {packed_bytes(blocks)} are needed for {blocks} blocks"
         raise InputError(problem, field="block_bits")
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(bool)
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).view(bool)
     if flat[pairs:].any():
         raise InputError(f"has bits beyond the {pairs} block pairs", field="block_bits")
     bits = np.zeros((blocks, blocks), dtype=bool)
-    bits[np.tri(blocks, dtype=bool)] = flat[:pairs]
+    start = 0
+    for number, row in enumerate(bits, start=1):  # a mask of the lower triangle would take five times as long
+        row[:number] = flat[start : start + number]
+        start += number
     return bits
 
 

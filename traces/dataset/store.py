@@ -6,6 +6,8 @@ killed) is ignored and reported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..files import read_bytes, sha256_of_bytes
 from ..pattern import LayerPattern
+from ..progress import Progress, no_progress
+from ..samples.located import located
 from .manifest import TraceHeader, TraceManifest, TracePart, read_manifest
 from .rows import SCHEMA, HeadRow, decode_layer, max_layer_bytes
 
@@ -35,9 +39,10 @@ class Trace:
     def open(cls, folder: Path | str) -> Trace:
         """Read the manifest and check that every listed part is there in full length.
 
+        folder: a trace, or `sample:` and the name of one that comes with the package (traces/samples/README.md).
         Parts are compared with their digests when they are read (`verify` reads all). InputError in one line.
         """
-        path = Path(folder)
+        path = located(folder)
         trace = cls(path, read_manifest(path))
         for part in trace.manifest.parts:
             _check_size(path / part.file, part)
@@ -97,10 +102,18 @@ class Trace:
         lengths = np.diff([*starts, self.header.seq_len_tokens])
         return np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
 
-    def verify(self) -> None:
+    def verify(self, *, progress: Progress = no_progress) -> None:
         """Read and check every row of every part; InputError at the first thing that is wrong."""
-        for training_step in self.steps:
-            self.heads(training_step)
+        for _ in self.each_layer(progress=progress):
+            pass
+
+    def each_layer(self, *, progress: Progress = no_progress) -> Iterator[tuple[HeadRow, ...]]:
+        """Yield the checked rows of one layer after the other, step by step: a part is read and compared once."""
+        recorded = list(product(self.steps, self.layers))
+        for number, (training_step, layer) in enumerate(recorded):
+            progress("reading the trace", number, len(recorded))
+            yield self.layer_rows(training_step, layer)
+        progress("reading the trace", len(recorded), len(recorded))
 
     def _part(self, training_step: int) -> TracePart:
         if training_step not in self._parts:

@@ -11,20 +11,22 @@ import io
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..files import sha256_of_bytes, write_atomically
 from ..pattern import LayerPattern
 from .manifest import MANIFEST_NAME, TraceHeader, TraceManifest, TracePart, make_manifest, read_manifest, write_manifest
-from .rows import LIST_LEAVES, SCHEMA, HeadChoice, encode_layer
+from .rows import BITS, LEAVES, LIST_LEAVES, SCHEMA, HeadChoice, encode_layer
 
 ZSTD_LEVEL = 9
+BITS_ZSTD_LEVEL = 1  # of block masks: 9 takes ten times as long and saves less than a sixth
 
 LayerRecord: TypeAlias = tuple[LayerPattern, Sequence[HeadChoice]]
 
@@ -39,6 +41,7 @@ class TraceWriter:
     def __init__(self, folder: Path | str, header: TraceHeader) -> None:
         self.folder = Path(folder)
         self.header = header
+        self._is_new = False
         self._release = weakref.finalize(self, _unlock, _lock(self.folder))
         try:
             self._manifest = self._open_or_start()
@@ -57,14 +60,14 @@ class TraceWriter:
             for name in TraceHeader.model_fields:
                 there, here = getattr(manifest.header, name), getattr(self.header, name)
                 if there != here:
-                    problem = f"the trace has {there!r}, not {here!r}: start another trace"
-                    raise InputError(problem, source=file, field=name)
+                    raise _another(there, here, file, name)
             return manifest
         foreign = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
         if foreign:
             raise InputError(f"is not empty and is no trace: it holds {foreign[0]!r}", source=self.folder)
         manifest = make_manifest(self.header, ())
         write_manifest(self.folder, manifest)
+        self._is_new = True
         return manifest
 
     @property
@@ -115,8 +118,20 @@ class TraceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None and self._is_new and not self.steps:  # nothing was recorded: nothing is left
+            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
         self.close()
+
+
+def _another(there: Any, here: Any, file: Path, name: str) -> InputError:
+    """Return the refusal to go on with a trace whose header has another value, or another part of a value."""
+    for part in type(there).model_fields if isinstance(there, BaseModel) and type(there) is type(here) else ():
+        if getattr(there, part) != getattr(here, part):
+            return _another(getattr(there, part), getattr(here, part), file, f"{name}.{part}")
+    return InputError(f"the trace has {shown(there)}, not {shown(here)}: start another trace", source=file, field=name)
 
 
 class StepWriter:
@@ -132,7 +147,7 @@ class StepWriter:
             self._buffer,
             SCHEMA,
             compression="zstd",
-            compression_level=ZSTD_LEVEL,
+            compression_level={path: BITS_ZSTD_LEVEL if path == BITS else ZSTD_LEVEL for path in LEAVES},
             use_dictionary=False,  # would take the place of the delta encoding
             column_encoding=dict.fromkeys(LIST_LEAVES, "DELTA_BINARY_PACKED"),
             write_statistics=False,

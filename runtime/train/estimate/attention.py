@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ....planner.cost.cluster import Cluster
-from ....planner.cost.kernels import CostModel, datasheet_cost
+from ....planner.cost.kernels import datasheet_cost
+from ....planner.cost.model import CostModel
 from ....planner.plan import Plan
 from ....traces.dataset.store import Trace
 from ....traces.errors import InputError

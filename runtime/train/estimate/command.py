@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,9 @@ from ....planner.cost.cluster import preset_names
 from ....traces.dataset.store import Trace
 from ....traces.progress import shown_progress
 from ..config import load_config
-from .run import Arm, RunEstimate, estimate_run
+
+if TYPE_CHECKING:
+    from .run import Arm, RunEstimate
 
 UNVALIDATED = "unvalidated: rates of data sheets, and shares of them that were measured on other machines"
 MEASURED = "from rates measured on this cluster's GPUs"
@@ -38,6 +40,8 @@ def estimate(
     around it, the loss, the optimizer and sharded parameters come from the cluster's rates. docs/predictions.md says
     how far such estimates were off. Exit code 2 and one line for what has no prices (experts, offload).
     """
+    from .run import estimate_run  # torch is imported to estimate, not to list the verb
+
     chosen, loaded = chosen_cluster(cluster), load_config(config)
     with shown_progress() as progress:
         found = estimate_run(

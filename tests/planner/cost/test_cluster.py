@@ -62,9 +62,9 @@ NODE_LINK = {"name": "port", "bandwidth_bytes_per_us": 1.0, "latency_us": 1.0}
             "c.yaml: intra_node: a switch's capacity beside pulls is not modelled: give one of the two",
         ),
         ({"nodes": 0}, "c.yaml: nodes: Input should be greater than 0, not 0"),
-        ({"gpus": 8}, "c.yaml: gpus: Extra inputs are not permitted, not 8"),
+        ({"gpus": 8}, "c.yaml: gpus: unknown key (its value is 8); did you mean 'gpu'?"),
         ({"schema_version": 2}, "c.yaml: schema_version: is 2; this version reads up to 1"),
-        ({"origin": "rumour"}, "c.yaml: origin: Input should be 'measured' or 'datasheet', not 'rumour'"),
+        ({"origin": "rumour"}, "c.yaml: origin: must be 'measured' or 'datasheet', not 'rumour'"),
         ({"inter_node": None, "nodes": 2}, "c.yaml: inter_node: is needed for more than one node"),
         (
             {"intra_node": {"name": "x", "bandwidth_bytes_per_us": float("inf"), "latency_us": 1}},
@@ -91,7 +91,7 @@ def test_of_several_mistakes_the_most_telling_is_said() -> None:
             parse_cluster(broken, source="c.yaml")
         said[what] = str(caught.value)
     assert said == {
-        "misspelt": "c.yaml: gpu.multiprocesors: Extra inputs are not permitted, not 4",
+        "misspelt": "c.yaml: gpu.multiprocesors: unknown key (its value is 4); did you mean 'multiprocessors'?",
         "value": "c.yaml: nodes: Input should be greater than 0, not 0",
         "missing": "c.yaml: name: is missing",
     }

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsering.planner.cost.batch import BatchWork, LaunchBatch
 from sparsering.planner.cost.cluster import Cluster, load_cluster, parse_cluster
 from sparsering.planner.cost.counts import LaunchCounts
 from sparsering.planner.cost.measured import MeasuredCost, cluster_cost
 from sparsering.planner.cost.tables import LaunchPoint, LaunchPrices, far_share, fit_prices
+from sparsering.planner.schedule.batch import BatchWork, LaunchBatch
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.schedule import Direction, ShardId, Task
 from sparsering.planner.schedule.workload import MaskKind, TaskWork

@@ -125,7 +125,9 @@ def test_tables_for_people(trace: Trace, tmp_path: Path):
     made = load_plan(tmp_path / "plan.json")
     assert made.predictions["verdict"] in words
     assert "recurrence" in words
-    assert "the lower bound of" in words
+    assert result.stdout.startswith(made.predictions["verdict"]), "the answer comes first"
+    assert "lower bound: " in words
+    assert result.stdout.endswith(f"see it: sparsering report {tmp_path / 'plan.json'} -o report.html\n")
     assert f"digest {made.digest[:12]}" in words
     assert "times are means over 1 of 12 recorded layers" in words
 
@@ -182,7 +184,7 @@ def test_check_refuses_a_plan_whose_schedule_changed(planned: tuple[Path, dict[s
         (("--placement", "random"), "placement: 'random' is not one of"),
         (("--narrow-gradients", "--layout", "ring"), "narrow_gradients: no layout that is left to choose from rounds"),
         (("--narrow-gradients", "--dtype", "float32"), "narrow_gradients: sums are kept in float32 as it is"),
-        (("--pattern", "guess"), "pattern: 'guess' is neither 'trace' nor 'choose'"),
+        (("--pattern", "guess"), "pattern: 'guess' is not one of trace, choose"),
         (("--pattern", "choose"), "pattern: a synthetic trace was not chosen by a selector"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparsering.planner.cost.cluster import load_cluster
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.measured import MeasuredCost, cluster_cost
 from sparsering.planner.specs import ModelShape
-from sparsering.runtime.calibrate import command
+from sparsering.runtime.calibrate import measuring
 from sparsering.runtime.calibrate.cases import calibration_cases
 from sparsering.runtime.calibrate.raw import RawPoints
 from sparsering.runtime.comm.mesh import is_rank
@@ -59,8 +60,8 @@ def test_it_goes_on_where_it_was_stopped(calibrated: Path, monkeypatch: pytest.M
     points = RawPoints(path=calibrated.with_suffix(".points.json"), facts=raw["facts"], entries=raw["entries"])
     points.save()
     measured = []
-    true_measure = command.measure
-    monkeypatch.setattr(command, "measure", lambda *given: measured.append(given) or true_measure(*given))
+    true_measure = measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda *given: measured.append(given) or true_measure(*given))
     done = CliRunner().invoke(app, [*GIVEN, "-o", str(calibrated)])
     assert done.exit_code == 0, done.output
     assert len(measured) == 3
@@ -88,7 +89,9 @@ def test_mistakes_are_one_line(arguments: list[str], told: str) -> None:
 
 
 @pytest.mark.slow
-def test_links_between_two_processes(tmp_path: Path) -> None:
+def test_links_between_two_processes(calibrated: Path, tmp_path: Path) -> None:
+    """Launches that were measured are not measured again: their points lie beside the file to be written."""
+    shutil.copy(calibrated.with_suffix(".points.json"), tmp_path / "two.points.json")
     command_line = [sys.executable, "-m", "sparsering.cli", *GIVEN, "--gpus", "2", "-o", str(tmp_path / "two.yaml")]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

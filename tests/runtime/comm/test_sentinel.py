@@ -209,7 +209,7 @@ def test_patience_is_settled_by_the_device() -> None:
         raise InputError("far enough")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sparsering.runtime.comm.mesh._check_patience", stop)
+        patched.setattr("sparsering.runtime.comm.mesh.check_patience", stop)
         for device, patience_s in (("cuda", None), ("cpu", None), ("cuda", 0.0), ("cpu", 7.0)):
             with pytest.raises(InputError, match="far enough"):
                 join(device=device, timeout_s=60.0, patience_s=patience_s)

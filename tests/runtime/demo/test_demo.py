@@ -121,8 +121,10 @@ def test_the_report_asks_nobody_and_says_what_planning_gains(made):
 @pytest.mark.slow
 def test_the_report_opens_in_a_browser(made, tmp_path: Path):
     document = opened(made[0] / "report.html", tmp_path)
-    for name in ("masks", "cluster_load", "local_load", "layouts", "timelines"):
+    # Masks; the work of both plans, before and after; the simulated timeline above the measured one.
+    for name in ("masks-1-1", "load-1-1", "load-1-4", "load-2-1", "load-2-4", "timeline-1-1", "timeline-1-2"):
         assert "main-svg" in drawn(document, name), f"{name} was not drawn"
+    assert document.count('class="bar plan"') == document.count('class="bar baseline"') == 1
 
 
 @pytest.mark.slow

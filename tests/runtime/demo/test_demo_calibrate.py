@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsering.planner.cost.cluster import load_cluster
-from sparsering.planner.cost.kernels import DeviceCost
+from sparsering.planner.cost.model import DeviceCost
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from sparsering.planner.schedule.launches import Launch

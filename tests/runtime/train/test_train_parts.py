@@ -157,7 +157,7 @@ def test_the_default_plan_is_of_the_layout_and_parameters_given(tmp_path: Path) 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"stepz": 3}, "config: stepz: Extra inputs are not permitted"),
+    "unknown key": ({"stepz": 3}, "config: stepz: unknown key"),
     "unknown inner key": ({"optimizer": {"lr": 1.0}}, "optimizer.lr"),
     "wrong type": ({"steps": "many"}, "steps: .*, not 'many'"),
     "no data folder": ({"data": {"folder": "/nowhere"}}, "/nowhere: is no data folder"),
@@ -305,4 +305,4 @@ def test_a_wrong_key_ends_both_ways_to_start_with_one_line(tmp_path: Path) -> No
     for arguments in (["sparsering.cli", "train", path, "--dry-run"], ["sparsering.runtime.train", path]):
         done = subprocess.run([sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
-        assert done.stderr.strip() == f"sparsering: {path}: stepz: Extra inputs are not permitted, not 3"
+        assert done.stderr.strip() == f"sparsering: {path}: stepz: unknown key (its value is 3); did you mean 'steps'?"

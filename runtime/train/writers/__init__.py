@@ -1,0 +1,1 @@
+"""Where metrics of a training run are written: JSON lines, TensorBoard, Weights & Biases."""

@@ -1,0 +1,1 @@
+"""Timelines in the forms that other tools read: `sparsering export`."""
