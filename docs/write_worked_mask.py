@@ -152,9 +152,8 @@ def drawing() -> str:
                 numbers.append(text(x + key * CELL + 11, y + query * CELL + 15, str(phase), size=11, anchor="middle"))
     column = x + COLUMNS[0] / BLOCK_TOKENS * CELL
     top = y + COLUMNS[0] // BLOCK_TOKENS * CELL
-    parts.append(
-        f'<rect x="{column:g}" y="{top:g}" width="4" height="{y + BLOCKS * CELL - top:g}" fill="#d1495b" fill-opacity="0.6"/>'
-    )
+    height = y + BLOCKS * CELL - top
+    parts.append(box(column, top, 4, height, "#d1495b").replace("/>", ' fill-opacity="0.6"/>'))
     parts += numbers
     parts.append(text(column + 2, y + BLOCKS * CELL + 15, "column: token 5", size=11, anchor="middle"))
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 260" width="320" height="260" role="img" '
