@@ -11,11 +11,12 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Test files that run side by side. Many of them start processes of their own: more than two gain little.
 WORKERS ?= 2
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
 HOUSES := traces planner simulator kernels runtime
 STAMP := .venv/.stamp
 SITE_STAMP := .venv/.site-stamp
 
-.PHONY: help setup demo test test-examples test-many-ranks test-gpu lint format docs site map measured package clean
+.PHONY: help setup demo test test-slow test-examples test-many-ranks test-gpu lint format docs site map measured package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +30,10 @@ demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/r
 	@$(BIN)/sparsering demo
 
 test: $(STAMP)  ## all tests that need no GPU, but for the next ones
-	$(BIN)/pytest -m "not gpu and not many_ranks and not examples" -n $(WORKERS) --dist loadfile --durations=15
+	$(BIN)/pytest -m "not slow and not gpu and not many_ranks and not examples" $(SIDE_BY_SIDE) --durations=15
+
+test-slow: $(STAMP)  ## those that take more than ten seconds each: whole runs, interrupted ones, the demo, the documents
+	$(BIN)/pytest -m "slow and not gpu and not many_ranks and not examples" $(SIDE_BY_SIDE) --durations=15
 
 test-examples: $(STAMP)  ## the README's script, examples/ and launchers, as users start them: two minutes
 	$(BIN)/pytest -m examples

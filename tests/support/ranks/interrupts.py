@@ -27,6 +27,7 @@ class Command:
         self.process = subprocess.Popen(
             arguments, cwd=folder, env=environment | {MARK: self.mark}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=_heeds_signals,
         )  # fmt: skip
 
     def processes(self) -> list[int]:
@@ -103,3 +104,8 @@ def loaded(library: str) -> Callable[[Command], bool]:
 def counts(processes: int) -> Callable[[Command], bool]:
     """A sign: the command runs as so many processes."""
     return lambda command: len(command.processes()) >= processes
+
+
+def _heeds_signals() -> None:
+    """Undo what a shell does to commands in the background, whose children inherit it: there Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
