@@ -33,7 +33,7 @@ test: $(STAMP)  ## all tests that need no GPU, but for the next ones
 	$(BIN)/pytest -m "not slow and not gpu and not many_ranks and not examples" $(SIDE_BY_SIDE) --durations=15
 
 test-slow: $(STAMP)  ## those that take more than ten seconds each: whole runs, interrupted ones, the demo, the documents
-	$(BIN)/pytest -m "slow and not gpu and not many_ranks and not examples" $(SIDE_BY_SIDE) --durations=15
+	$(BIN)/pytest -m "slow and not gpu and not many_ranks and not examples" --durations=15
 
 test-examples: $(STAMP)  ## the README's script, examples/ and launchers, as users start them: two minutes
 	$(BIN)/pytest -m examples

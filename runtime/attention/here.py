@@ -22,7 +22,7 @@ def require_backend_here(
 
 def _interpreted() -> bool:
     try:
-        import triton
+        from triton import knobs
     except ModuleNotFoundError:
         return False
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)

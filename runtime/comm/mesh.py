@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
 from ...traces.errors import InputError, unknown_name
@@ -132,7 +132,7 @@ def join_or_be_alone(*, device: str | None, timeout_s: float) -> Mesh:
     """
     if not is_rank() and not dist.is_initialized():
         kind = device or usual_device()
-        _start_groups(kind, _device(kind, 0), dist.HashStore(), rank=0, world_size=1, timeout_s=timeout_s)
+        _start_groups(kind, _device(kind, 0), HashStore(), rank=0, world_size=1, timeout_s=timeout_s)
     return join(device=device, timeout_s=timeout_s)
 
 

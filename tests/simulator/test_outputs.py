@@ -99,7 +99,7 @@ def test_an_empty_file_may_be_filled_and_a_missing_one_made(tmp_path: Path) -> N
 def test_a_device_is_refused_once_not_by_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert refusal(*RUN, "--device", "tpu") == "device: 'tpu' is not one of cpu, cuda"
+    assert refusal(*RUN, "--device", "tpu") == "device: 'tpu' is not one of cpu, cuda; did you mean 'cpu'?"
     assert refusal(*RUN, "--device", "cuda") == "device: the plan is for 4 ranks, this host has 3 GPUs"
 
 

@@ -230,7 +230,7 @@ def test_the_flash4_ring_without_its_wheels_is_one_line(tmp_path: Path, monkeypa
     flash4_launch.wheels.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)  # how Python says that an import must fail
     try:
-        with pytest.raises(InputError, match=r"^attention: 'dense-zigzag-flash4': .*sparsering\[flash4\]") as caught:
+        with pytest.raises(InputError, match=r"^attention: 'dense-zigzag-flash4': .*flash-attn-4") as caught:
             set_up(parse_config(raw))
     finally:
         flash4_launch.wheels.cache_clear()
