@@ -304,7 +304,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is said by us, in one line
     if "RANK" not in os.environ:  # a rank may wait for others in a place that no handler reaches
         signal.signal(signal.SIGTERM, _terminated)
-    app(prog_name="sparsering")
+    try:
+        app(prog_name="sparsering")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends: a library may send again what it had held back
 
 
 def _terminated(number: int, _: Any) -> NoReturn:
