@@ -27,8 +27,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch):
     """Return a function that makes standard output pass for a terminal of a width, without colours."""
 
     def install(width: int) -> None:
-        settings = {"force_terminal": True, "no_color": True, "color_system": None, "highlight": False, "markup": False}
-        monkeypatch.setattr(output, "_console", lambda: Console(width=width, **settings))  # type: ignore[arg-type]
+        made = Console(
+            width=width, force_terminal=True, no_color=True, color_system=None, highlight=False, markup=False
+        )  # fmt: skip
+        monkeypatch.setattr(output, "_console", lambda: made)
 
     return install
 
