@@ -23,8 +23,9 @@ from ..triton import launching
 from ..triton.backend import Triton
 from ..triton.partials import check_partial
 from ..values import BackwardQueries, Columns, Gradients, Keys, Partial, Queries, QueryGradient
+from . import launch
 from .index import Flash4Task, flash4_task
-from .launch import BLOCK_SIZE, attend, key_gradients, wheels
+from .launch import BLOCK_SIZE, attend, key_gradients
 from .merge import merge_part
 
 HEAD_DIMS = (64, 128)
@@ -103,7 +104,7 @@ def _check_device(device: torch.device, block_size: int) -> None:
     """Raise ValueError for what keeps this backend from running a mask here."""
     if block_size != BLOCK_SIZE:
         raise ValueError(f"mask.block_size: {block_size} is not {BLOCK_SIZE} (flash4 backend)")
-    wheels()
+    launch.wheels()
     if device.type != "cuda":
         raise ValueError(f"mask.active: on {device}, the flash4 backend needs a CUDA device")
     capability = torch.cuda.get_device_capability(device)

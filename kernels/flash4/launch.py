@@ -217,5 +217,6 @@ def wheels() -> tuple[Any, Any]:
     except (ImportError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"backend flash4: the flash-attn-4 wheels cannot be imported ({reason}): pip install --pre flash-attn-4"
+            f"backend flash4: the flash-attn-4 wheels cannot be imported ({reason}): "
+            "pip install --pre 'sparsering[flash4]'"
         ) from error

@@ -14,6 +14,7 @@ from ...kernels.select.probe import ALONE, Collectives
 from ...traces.errors import InputError
 from ..comm.channels import CommunicationError, Waiting
 from ..comm.mesh import Mesh
+from ..comm.reuse import common_group
 from .bound import BoundPlan
 from .heads import Chooser
 from .selectors import chosen_mask, make_selector
@@ -34,13 +35,13 @@ def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
 
 
 def collectives_over(mesh: Mesh, waiting: Waiting = nullcontext) -> Collectives:
-    """Return what choosing patterns needs of all ranks, on a process group of its own. Collective.
+    """Return what choosing patterns needs of all ranks, on a process group for that alone. Collective.
 
     waiting: made around every wait for other ranks, to measure it.
     """
     if mesh.world_size == 1:
         return ALONE
-    group = mesh.new_group(range(mesh.world_size))
+    group = common_group(mesh, "choosing")
 
     def reduce(operation: dist.ReduceOp.RedOpType, tensor: torch.Tensor) -> torch.Tensor:
         result = tensor.contiguous()  # may be overwritten: see Collectives

@@ -19,6 +19,7 @@ from ...traces.errors import InputError, UnsupportedError
 from ..comm.channels import Channel, Channels, CommunicationError, Waiting
 from ..comm.measure import Recorder
 from ..comm.mesh import agree, name_lost_ranks, naming_lost_ranks
+from ..comm.reuse import common_channels
 from .bound import BoundPlan
 from .buffers import BufferPool, Slots
 from .heads import Pattern
@@ -49,8 +50,8 @@ class Saved(NamedTuple):
 class PlannedAttention:
     """Attention by a bound plan: channels and buffers, shared by all layers.
 
-    Making it is collective. channels: those of another plan to share; recorder: where to note what every call does.
-    waiting: made around every wait for other ranks, to measure it.
+    Making it is collective. channels: in place of those that all plans of the mesh share, and of its own where a
+    recorder notes what every call does. waiting: made around every wait for other ranks, to measure it.
     """
 
     waiting: Waiting = nullcontext
@@ -59,7 +60,10 @@ class PlannedAttention:
         self.bound, self.recorder = bound, recorder
         programs, mesh = list(bound.programs.values()), bound.mesh
         schedules, kv_heads = [one.schedule for one in programs], [one.groups.kv_heads_of_one for one in programs]
-        self._channels = channels or Channels(mesh, timed=recorder is not None)
+        self._owns_channels = channels is None and recorder is not None
+        if channels is None:
+            channels = Channels(mesh, timed=True) if self._owns_channels else common_channels(mesh)
+        self._channels = channels
         self.channels: Mapping[str, Channel] = self._channels.bind(schedules)
         self.pool = BufferPool(mesh.device, schedules, self._channels.peers, kv_heads=kv_heads)
         self._joined_positions: dict[tuple[int, ...], Tensor] = {}
@@ -158,8 +162,9 @@ class PlannedAttention:
             agree(mesh, f"{self._topic} patterns {self._agreements}", own)
 
     def close(self) -> None:
-        """Finish all channels."""
-        self._channels.close()
+        """End the channels that are its own."""
+        if self._owns_channels:
+            self._channels.close()
 
     def _play(self, layer: Layer, launches: ForwardLaunches | BackwardLaunches) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""

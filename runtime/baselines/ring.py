@@ -22,6 +22,7 @@ from ...traces.errors import UnsupportedError
 from ..attention.recompute import computed_once
 from ..comm.channels import Waiting
 from ..comm.mesh import Mesh
+from ..comm.reuse import common_group
 from .flash4 import Gradients, flash4_backward, flash4_forward, require_flash4_on
 
 Pair = tuple[Tensor, Tensor]  # K and V, or their gradients; a partial result: out [B, H, S, D], lse [B, H, S] float
@@ -41,7 +42,7 @@ class ZigzagAttention:
             require_flash4_on(mesh.device)
         if (self.kernel == "cpu") != (mesh.device.type == "cpu") or self.kernel not in KERNELS:
             raise UnsupportedError(f"{self.kernel!r} does not run on {mesh.device.type}", field="kernel")
-        self.group = mesh.new_group(range(mesh.world_size)) if mesh.world_size > 1 else None
+        self.group = common_group(mesh, "zigzag") if mesh.world_size > 1 else None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None

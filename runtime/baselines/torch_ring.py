@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...traces.errors import UnsupportedError
 from ..attention.recompute import computed_once
 from ..comm.mesh import Mesh
+from ..comm.reuse import common_group
 
 
 class TorchContextParallel:
@@ -29,7 +30,7 @@ class TorchContextParallel:
         if mesh.device.type != "cuda":
             raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
         self.mesh = mesh
-        group: Any = mesh.new_group(range(mesh.world_size))
+        group: Any = common_group(mesh, "torch-context-parallel")
         self._device_mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("context",))
 
     def __call__(

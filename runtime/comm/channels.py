@@ -204,7 +204,7 @@ class Moment:
 
 
 class Channels:
-    """The channels of this rank, made once and shared by all layers and plans that use the same communicators.
+    """Channels of this rank, shared by all layers and plans that are given them and use the same communicators.
 
     Process groups are made in the same order on every rank, so `bind` is collective. `timed` makes GPU channels record
     timing events. peers: memory that all ranks read, from the first schedule on whose ranks pull; None on CPUs.

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,8 +29,9 @@ from .sentinel import Sentinel, Watch, connection_of_its_own
 GRACE = timedelta(seconds=5)
 WORD_S = 10.0  # in which a host's first rank says what its others would say too
 
-# This process's own, as its process group is: `leave` ends both.
+# This process's own, as its process group is: `leave` ends them all.
 _sentinels: list[Sentinel] = []
+_endings: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,11 @@ def _attempt() -> str:
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
+def at_leave(ending: Callable[[], None]) -> None:
+    """Have `leave` call this before it ends the process group."""
+    _endings.append(ending)
+
+
 def leave() -> None:
     """Leave the process group, if there is one, and say goodbye to the others.
 
@@ -225,6 +231,9 @@ def leave() -> None:
         sentinel.close()
     elif sentinel is not None:
         sentinel.say_goodbye()
+    endings, _endings[:] = list(_endings), []
+    for end in () if failing else endings:  # what failed may never end in order
+        end()
     if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
         dist.destroy_process_group()
     if sentinel is not None and not failing:

@@ -82,7 +82,7 @@ class Attached:
         return self
 
     def detach(self) -> None:
-        """Give the model its own attention back and free the channels."""
+        """Give the model its own attention back. Channels stay, for what is attached next (comm/reuse.py)."""
         self._detached = True
         self.model.set_attn_implementation(self._before)
         for module in self._modules:

@@ -23,6 +23,7 @@ from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.ring import ZigzagAttention
 from ..baselines.torch_ring import TorchContextParallel
 from ..comm.mesh import Mesh, agree, naming_lost_ranks
+from ..comm.reuse import common_group
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
 from ..model.shape import decoder_layers
@@ -75,7 +76,7 @@ class Trainer:
         )  # fmt: skip
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
-        self._group = self.mesh.new_group(range(self.mesh.world_size))
+        self._group = common_group(self.mesh, "comparing")
         section = setup.config.checkpoint
         self.checkpoints = Checkpointer(section, world, facts=setup.run_facts()) if section else None
         self.next_step = 0
@@ -149,7 +150,7 @@ class Trainer:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Give the model its own attention back and close the channels. Collective."""
+        """Give the model its own attention back."""
         self.attached.detach()
 
     def _attention(self, replayed: Sequence[AttentionMask] | None) -> Attention:

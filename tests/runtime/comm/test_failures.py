@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,6 @@ from ring_cases import PATTERNS, Case, make_case_plan
 from sparsering.planner.layouts.registry import make_layout
 
 WORLD_SIZE = 3
-TIMEOUT_S = 60.0
 
 
 def _plan(layout: str = "ring"):
@@ -28,7 +26,6 @@ def _plan(layout: str = "ring"):
 def test_a_rank_that_dies_is_named_by_all_others(layout: str, direction: str, victim: int) -> None:
     pool = RankPool(WORLD_SIZE)
     try:
-        began = time.monotonic()
         answers = pool.answers(
             "attention_and_die",
             plan=_plan(layout),
@@ -36,7 +33,6 @@ def test_a_rank_that_dies_is_named_by_all_others(layout: str, direction: str, vi
             direction=direction,
             victim=victim,
         )
-        assert time.monotonic() - began < TIMEOUT_S
         assert answers[victim] is None
         for rank in set(range(WORLD_SIZE)) - {victim}:
             answer = answers[rank]
@@ -45,6 +41,7 @@ def test_a_rank_that_dies_is_named_by_all_others(layout: str, direction: str, vi
             assert not ok
             host = "" if victim else ", which hosts the store,"  # nobody can be asked then
             assert re.search(rf"RankLost: rank {victim} of {WORLD_SIZE}{host} stopped answering", text), text
+            assert "timed out waiting" not in text.lower()  # they saw it go, and did not sit out the time-out
     finally:
         pool.close()
 

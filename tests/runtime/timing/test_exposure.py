@@ -28,9 +28,9 @@ def test_a_late_rank_shows_on_the_one_that_waits(layout: Layout, rank_pools: Poo
     case = Case(world_size=2, placement="striped", granularity_tokens=64, layout=layout, pattern="gqa")
     job = {"plan": make_case_plan(case), "pattern": PATTERNS["gqa"].pattern, "late_rank": LATE_RANK}
     on_time, late = rank_pools(2).run("exposed_communication", **job, late_s=LATE_S, on=True)
-    # Every post of the late rank comes so much later; that rank finds what it needs already there.
+    # The late rank finds what it needs already there. The other waits for every post, but for what it computes itself.
     slept_ms = late["posts"] * LATE_S * 1e3
-    assert 0.8 * slept_ms < on_time["exposed_ms"] < on_time["whole_ms"]
+    assert 0.5 * slept_ms < on_time["exposed_ms"] < on_time["whole_ms"]
     assert late["exposed_ms"] < 0.5 * on_time["exposed_ms"]
     assert on_time["posts"] == on_time["waits"] == late["waits"] >= 2
     assert on_time["after_ms"] == 0.0
@@ -55,6 +55,6 @@ def test_trainers_say_what_each_rank_waited(attention: str, tmp_path: Path, rank
     config = write_run(tmp_path, attention=attention)
     job = {"config": config, "late_rank": LATE_RANK, "late_s": LATE_S}
     (on_time, layers), (late, _) = rank_pools(2).run("train_jobs.late_attention", **job)
-    assert on_time["exposed_communication_ms"] > 0.8 * layers * LATE_S * 1e3 > late["exposed_communication_ms"]
+    assert on_time["exposed_communication_ms"] > 0.5 * layers * LATE_S * 1e3 > late["exposed_communication_ms"]
     for line in (on_time, late):
         assert 0 < line["exposed_communication_ms"] < line["attention_forward_ms"] + line["attention_backward_ms"]

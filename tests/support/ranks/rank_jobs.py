@@ -24,19 +24,13 @@ from sparsering.runtime.attention.bound import bind
 from sparsering.runtime.attention.buffers import BufferPool
 from sparsering.runtime.attention.masks import mask_of
 from sparsering.runtime.attention.planned import PlannedAttention
-from sparsering.runtime.comm.channels import Channels
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.runtime.run.verify import Verdict, verify
 from sparsering.traces.pattern import LayerPattern
 
-_shared: list[Channels] = []
-
 
 def _planned(plan: Plan, mesh: Mesh) -> PlannedAttention:
-    """Bind a plan over the channels of earlier jobs: making process groups is slow."""
-    if not _shared:
-        _shared.append(Channels(mesh))
-    return PlannedAttention(bind(plan, mesh), channels=_shared[0])
+    return PlannedAttention(bind(plan, mesh))
 
 
 def attention(
