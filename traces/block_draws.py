@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 STRIP_ROWS = 128
 WEIGHED_ROWS = 128  # rows that the asked density is fitted on
 FITTING_ROUNDS = 4
-UINT16_VALUES, UINT64_MAX = 1 << 16, (1 << 64) - 1
+UINT16_VALUES, UINT32_MAX, UINT64_MAX = 1 << 16, (1 << 32) - 1, (1 << 64) - 1
 
 
 def wanted_blocks(blocks: int, density: float, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -91,14 +91,17 @@ def gated_blocks(blocks: int, density: float, rng: np.random.Generator, *, chunk
 
 def _earliest(times: NDArray[np.float32], own: NDArray[np.int64], kept: int) -> NDArray[np.bool_]:
     """Return bool [rows, C]: the own chunk of each row and the earliest of those before it, `kept` together."""
-    causal = np.arange(times.shape[1]) <= own[:, None]
-    times[~causal] = np.inf
-    times[np.arange(own.size), own] = -1
-    if kept >= times.shape[1]:
+    chunks = np.arange(times.shape[1], dtype=np.uint32)
+    causal = chunks <= own[:, None]
+    if kept >= chunks.size:
         return causal
-    chosen = np.zeros_like(causal)
-    np.put_along_axis(chosen, np.argpartition(times, kept - 1, axis=1)[:, :kept], True, axis=1)
-    return chosen & causal
+    times[np.arange(own.size), own] = 0
+    # As whole numbers positive floats keep their order; a chunk's number in the last bits keeps two from being alike.
+    number_bits = np.uint32((1 << int(chunks.size - 1).bit_length()) - 1)
+    order = (times.view(np.uint32) & ~number_bits) | chunks
+    order[~causal] = UINT32_MAX
+    last = np.partition(order, kept - 1, axis=1)[:, kept - 1 : kept]
+    return (order <= last) & causal
 
 
 def _kept_chunks(own: NDArray[np.int64], chunk_blocks: int, asked_pairs: float) -> int:

@@ -22,13 +22,14 @@ def require_flash4(device_type: str, *, dtype: torch.dtype, head_dim: int) -> No
     if device_type != "cuda":
         raise UnsupportedError(f"{NAME!r} needs GPUs", field="attention")
     from ...kernels.flash4 import backend as flash4
+    from ...kernels.flash4 import launch
 
     if dtype not in flash4.DTYPES:
         raise UnsupportedError(f"{NAME!r} knows bfloat16 and float16, not {dtype}", field="attention")
     if head_dim not in flash4.HEAD_DIMS:
         raise UnsupportedError(f"{NAME!r} knows heads of {flash4.HEAD_DIMS}, not of {head_dim}", field="attention")
     try:
-        flash4.wheels()
+        launch.wheels()
     except ValueError as error:
         raise UnsupportedError(f"{NAME!r}: {error}", field="attention") from error
 

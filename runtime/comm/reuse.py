@@ -1,8 +1,8 @@
 """What this process makes once for all models and plans that it attaches: process groups, and the channels over them.
 
 Nothing can free a process group before the whole process leaves: on GPUs each holds a communicator's buffers, on CPUs
-threads that look for work a hundred times a second. So who attaches, detaches and attaches again must get what is there.
-Ranks ask for the same things in the same order, as they do for anything collective.
+threads that look for work a hundred times a second. So who attaches, detaches and attaches again must get what is
+there. Ranks ask for the same things in the same order, as they do for anything collective.
 """
 
 from __future__ import annotations

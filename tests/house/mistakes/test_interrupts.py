@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from interrupts import Command, counts, loaded, reads, started, wrote
 from mistakes import TRACE, listing, used
+from sparsering.cli import VERBS
 from train_runs import write_run
 
 pytestmark = pytest.mark.slow
@@ -68,6 +71,14 @@ CASES: dict[str, tuple[str, Callable[[Path], Sign]]] = {
     "simulate": ("simulate plan.json --cluster pipe.yaml -o timeline.json.gz", lambda f: reads(f / "pipe.yaml")),
     "compare": ("compare timeline.json.gz pipe.json", lambda f: reads(f / "pipe.json")),
     "validate": ("validate timeline.json.gz pipe.json", lambda f: reads(f / "pipe.json")),
+    "cluster": (
+        "cluster --base local-cpu-4 --topology pipe.json -o cluster.yaml",
+        lambda f: reads(f / "pipe.json"),
+    ),
+    "export": ("export pipe.json -o out", lambda f: reads(f / "pipe.json")),
+    "report": ("report deep timeline.json.gz -o page.html", lambda f: loaded("libarrow")),
+    "estimate": ("estimate run/config.yaml --cluster pipe.yaml", lambda f: reads(f / "pipe.yaml")),
+    "doctor": ("doctor", lambda f: loaded("libtorch_cpu")),
     "data": ("data texts -o out --shard-tokens 1", lambda f: reads(f / "texts" / "1.txt")),
     "capture": (CAPTURE, lambda f: wrote(f, "out/manifest.json")),
     "audit": ("audit run/model --fresh", lambda f: loaded("libtorch_cpu")),
@@ -75,6 +86,10 @@ CASES: dict[str, tuple[str, Callable[[Path], Sign]]] = {
     "run": ("run plan.json -o timeline.json.gz --repeats 100000", lambda f: counts(5)),
     "train": ("train run/config.yaml", lambda f: wrote(f, "run/metrics/*")),
 }
+
+
+def test_every_verb_is_interrupted_somewhere():
+    assert {*CASES, "calibrate"} == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", CASES)
@@ -93,6 +108,24 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(folder: Path, verb: str):
     assert verb in TELLING or len(lines) == 1
     assert (code, stdout) == (130, "")
     assert _contents(folder) == before
+
+
+# Sends Ctrl-C at the moment when the command line's first library is looked for.
+WHILE_IMPORTING = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from sparsering.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_imported():
+    ended = subprocess.run([sys.executable, "-c", WHILE_IMPORTING], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "sparsering: interrupted\n")
 
 
 def test_a_calibration_keeps_its_points_only(folder: Path):

@@ -238,7 +238,7 @@ def test_the_flash4_ring_without_its_wheels_is_one_line(tmp_path: Path, monkeypa
 
 
 def test_the_flash4_ring_is_placed_like_the_other_dense_rings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsering.kernels.flash4.backend.wheels", lambda: (object(), object()))
+    monkeypatch.setattr("sparsering.kernels.flash4.launch.wheels", lambda: (object(), object()))
     common = {"model": {"head_dim": 64}, "dtype": "bfloat16", "device": "cuda"}
     plans = [
         set_up(parse_config(write_run(tmp_path, attention=attention, **common))).plan

@@ -63,7 +63,7 @@ class Command:
 
 
 @contextmanager
-def started(arguments: str, folder: Path, *, program: str = "-m sparsering.cli") -> Iterator[Command]:
+def started(arguments: str, folder: Path, *, program: str = "-m sparsering") -> Iterator[Command]:
     """Start a command line; nothing of it is left when the block ends, whatever happened."""
     command = Command([sys.executable, *program.split(), *arguments.split()], folder)
     try:
