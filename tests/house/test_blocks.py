@@ -91,7 +91,7 @@ def test_every_block_is_run_shown_from_a_file_or_excused() -> None:
     """YAML is exercised by test_docs.py, files shown whole are held to the files by test_doc_pages.py."""
     left = []
     for block in BLOCKS:
-        if block.language in ("console", "yaml", "mermaid") or block.not_run is not None:
+        if block.language in ("console", "yaml") or block.not_run is not None:
             continue
         if block.language == "python" and block.shows is not None:
             assert (block.document.parent / block.shows).is_file()

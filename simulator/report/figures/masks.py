@@ -15,6 +15,13 @@ from .theme import BLUE, COLUMN_SCALE, Figure, styled
 
 SHOWN = 8
 MOST_CELLS = 192  # rows of a map; longer sequences are shown coarser
+MOST_PERCENT, STRONGEST_PERCENT = 99, 25  # of a block's keys that are columns: in a map at all, and by its colour
+NOTHING = "rgba(0, 0, 0, 0)"
+MAP_SCALE = [
+    [0.0, NOTHING], [0.005, NOTHING],
+    *([0.005 + place * STRONGEST_PERCENT / 100, colour] for place, colour in COLUMN_SCALE),
+    [0.995, COLUMN_SCALE[-1][1]], [0.995, BLUE], [1.0, BLUE],
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +50,7 @@ def chosen_heads(trace: Trace, count: int = SHOWN) -> list[ShownHead]:
 
 def mask_figure(one: ShownHead) -> Figure:
     """Return the map of one head: queries downwards, keys to the right, in tokens."""
-    figure = go.Figure(_map(one))
+    figure = go.Figure([_map(one)])
     last = one.of.seq_len_tokens
     values = [0, last // 2, last]
     ticks = {"tickvals": values, "ticktext": [_short(value) for value in values], "showgrid": False}
@@ -79,25 +86,13 @@ def block_map(pattern: LayerPattern, head: HeadPattern, step: int = 1) -> tuple[
     return active, columns
 
 
-def _map(one: ShownHead) -> list[go.Heatmap]:
+def _map(one: ShownHead) -> go.Heatmap:
+    """Return the map in whole percent, a byte a cell: pages hold many of them."""
     step = -(-one.of.num_blocks // MOST_CELLS)
     active, columns = block_map(one.of, one.pattern, step)
+    percent = np.where(active, 100, np.minimum(np.ceil(100 * columns), MOST_PERCENT)).astype(np.uint8)
     centre = (np.arange(active.shape[0]) + 0.5) * step * one.of.block_size
-    common = {"x": centre, "y": centre, "showscale": False, "hoverongaps": False}
-    place = "queries around %{y:.0f}, keys around %{x:.0f}: "
-    return [
-        go.Heatmap(
-            z=np.where(active, 1.0, np.nan).astype(np.float32),
-            colorscale=[[0, BLUE], [1, BLUE]],
-            hovertemplate=f"{place}whole block<extra></extra>",
-            **common,
-        ),
-        go.Heatmap(
-            z=np.where((columns > 0) & ~active, columns, np.nan).astype(np.float32),
-            zmin=0.0,
-            zmax=0.25,
-            colorscale=COLUMN_SCALE,
-            hovertemplate=place + "columns, %{z:.0%} of the keys<extra></extra>",
-            **common,
-        ),
-    ]
+    return go.Heatmap(
+        z=percent, zmin=0, zmax=100, x=centre, y=centre, showscale=False, colorscale=MAP_SCALE,
+        hovertemplate="queries around %{y:.0f}, keys around %{x:.0f}: up to %{z} % of a block's keys<extra></extra>",
+    )  # fmt: skip
