@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -212,6 +213,8 @@ def _one_line() -> Iterator[None]:
     except USAGE_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
+        if hasattr(error, "option_name") and _lacks_options(error):
+            _end(1, _needs("torch"), error)
         _end(2, _usage_problem(error), error)
     except OSError as error:
         if error.filename is None or error.errno not in REFUSED_BY_THE_SYSTEM:
@@ -261,11 +264,21 @@ def _command(name: str) -> Any:
     return typer.main.get_command(single)
 
 
+def _needs(package: str) -> str:
+    return f"this needs {package}, which is not installed: `sparsering doctor` prints the command that installs it"
+
+
+def _lacks_options(error: Any) -> bool:
+    """Whether the verb has more options where torch is installed, which it is not."""
+    verb = VERBS.get(error.ctx.info_name) if error.ctx else None
+    return verb is not None and verb.made and find_spec("torch") is None
+
+
 def _advice(error: ModuleNotFoundError) -> str:
     """One line for a module that may rightly be absent; any other missing module is raised again, as the bug it is."""
     missing = error.name or ""
     if missing.partition(".")[0] in GPU_EXTRA:
-        return f"this needs {missing}, which is not installed: `sparsering doctor` prints the command that installs it"
+        return _needs(missing)
     if missing in {f"{PACKAGE}.{verb.module}" for verb in VERBS.values()}:
         return f"{missing} is not part of this installation"
     raise error

@@ -140,3 +140,8 @@ def test_without_torch_it_says_what_is_missing(tmp_path: Path, monkeypatch: pyte
         "plan", "simulate", "doctor", "export",
     }  # fmt: skip
     assert (verbs["run"], verbs["train"], verbs["capture"]) == ("missing",) * 3
+    arguments = ["capture", "--model", "m", "--text", "t", "-o", "o", "--columns", "64"]  # an option of a selector
+    done = subprocess.run([*python, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("sparsering: this needs torch, which is not installed")
+    assert done.stderr.count("\n") == 1
