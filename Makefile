@@ -16,7 +16,7 @@ HOUSES := traces planner simulator kernels runtime
 STAMP := .venv/.stamp
 SITE_STAMP := .venv/.site-stamp
 
-.PHONY: help setup demo test test-slow test-examples test-many-ranks test-gpu lint format docs site map measured package clean
+.PHONY: help setup demo test test-slow test-examples test-many-ranks test-gpu soak lint format docs site map measured package clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +30,10 @@ demo: $(STAMP)  ## the whole road on this machine, no GPU needed: see demo-out/r
 	@$(BIN)/sparsering demo
 
 test: $(STAMP)  ## all tests that need no GPU, but for the next ones
-	$(BIN)/pytest -m "not slow and not gpu and not many_ranks and not examples" $(SIDE_BY_SIDE) --durations=15
+	$(BIN)/pytest -m "not slow and not gpu and not many_ranks and not examples and not soak" $(SIDE_BY_SIDE) --durations=15
 
 test-slow: $(STAMP)  ## those that take more than ten seconds each: whole runs, interrupted ones, the demo, the documents
-	$(BIN)/pytest -m "slow and not gpu and not many_ranks and not examples" --durations=15
+	$(BIN)/pytest -m "slow and not gpu and not many_ranks and not examples and not soak" --durations=15
 
 test-examples: $(STAMP)  ## the README's script, examples/ and launchers, as users start them: two minutes
 	$(BIN)/pytest -m examples
@@ -44,7 +44,10 @@ test-many-ranks: $(STAMP)  ## 32 processes on this machine: minutes, 12 GB
 test-gpu: $(STAMP)  ## the tests that need NVIDIA GPUs
 	$(BIN)/pytest -m gpu --durations=15
 
-lint: $(STAMP)  ## ruff, pyright, import direction
+soak: $(STAMP)  ## 50,000 hostile files of every format, for memory and hangs too: hours (SOAK_EXAMPLES=1000 for less)
+	$(BIN)/pytest -m soak --durations=0
+
+lint: $(SITE_STAMP)  ## ruff, pyright, import direction
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -217,6 +217,8 @@ def _one_line() -> Iterator[None]:
             _end(1, _needs("torch"), error)
         _end(2, _usage_problem(error), error)
     except OSError as error:
+        if error.errno == errno.ENOENT and "usable temporary directory" in str(error):
+            _end(2, "TMPDIR: no folder for temporary files can be written to (disks may be full)", error)
         if error.filename is None or error.errno not in REFUSED_BY_THE_SYSTEM:
             raise
         _end(2, f"{error.filename}: {(error.strerror or '').lower()}", error)
@@ -225,7 +227,7 @@ def _one_line() -> Iterator[None]:
 def _end(code: int, problem: str, cause: BaseException) -> NoReturn:
     """Say the line, unless another rank does, and end with the code."""
     mesh: Any = sys.modules.get(f"{PACKAGE}.runtime.comm.mesh")  # not imported: no other ranks
-    if mesh is None or mesh.speaks(at_once=isinstance(cause, KeyboardInterrupt)):
+    if mesh is None or mesh.speaks(problem, at_once=isinstance(cause, KeyboardInterrupt)):
         typer.echo(f"sparsering: {problem}", err=True)
     raise typer.Exit(code) from cause
 
@@ -315,6 +317,7 @@ for _name, _verb in VERBS.items():
 def main() -> None:
     """Entry point of the console script `sparsering`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is said by us, in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages long
     if "RANK" not in os.environ:  # a rank may wait for others in a place that no handler reaches
         signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -44,7 +44,8 @@ def kind_of(annotation: Any) -> str:
 def limits(field: FieldInfo) -> str:
     """Return the bounds of a number, as " ≥ 1"."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{signs[name]} {getattr(one, name):g}" for one in field.metadata for name in signs if hasattr(one, name)]
+    named = [(sign, getattr(one, name, None)) for one in field.metadata for name, sign in signs.items()]
+    found = [f"{sign} {limit:,}" for sign, limit in named if limit is not None]
     return ", " + ", ".join(found) if found else ""
 
 

@@ -38,7 +38,9 @@ from .specs import (
 )
 
 PLAN_SCHEMA_VERSION = 1
-MAX_PLAN_BYTES = 256 << 20
+MAX_PLAN_BYTES = 64 << 20
+MAX_PLAN_VALUES = 4 << 20
+MAX_LAUNCHES_BYTES = 1 << 20
 UNDIGESTED = {"digest", "predictions", "provenance"}
 RECORD = "record_sha256"  # in the file only: SHA-256 of predictions and provenance
 
@@ -223,13 +225,13 @@ def make_plan(
 
 def load_launches(path: Path) -> TunedLaunches:
     """Read what `sparsering doctor --kernels --tune` wrote. InputError names file, field and value."""
-    return validated(TunedLaunches, read_json(path, max_bytes=MAX_PLAN_BYTES), path)
+    return validated(TunedLaunches, read_json(path, max_bytes=MAX_LAUNCHES_BYTES), path)
 
 
 def load_plan(path: Path | str) -> Plan:
     """Read and verify a plan file: schema, digest, permutation, kernels. InputError names file, field and value."""
     path = Path(path)
-    document = read_json(path, max_bytes=MAX_PLAN_BYTES)
+    document = read_json(path, max_bytes=MAX_PLAN_BYTES, max_values=MAX_PLAN_VALUES, exact=True)
     record = document.pop(RECORD, None) if isinstance(document, dict) else None
     plan = validated(Plan, document, path, newest_schema=PLAN_SCHEMA_VERSION)
     if plan.digest != plan.compute_digest():

@@ -12,6 +12,10 @@ from .schedule.shape import AttentionShape
 DType = Literal["bfloat16", "float16", "float32", "float64"]
 ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 SHA256 = "^[0-9a-f]{64}$"
+# Beyond these a number is a mistake, and what follows from it would take memory without bound.
+MAX_RANKS = MAX_LAYERS = MAX_HEADS = MAX_HEAD_DIM = 4096
+MAX_SEQ_LEN_TOKENS = 1 << 27
+MAX_BLOCK_SIZE = 1 << 20
 
 
 class Strict(BaseModel):
@@ -23,20 +27,20 @@ class Strict(BaseModel):
 class ModelShape(Strict):
     """What a plan needs to know of the model."""
 
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    layers: int = Field(gt=0, le=MAX_LAYERS)
+    heads: int = Field(gt=0, le=MAX_HEADS)
+    kv_heads: int = Field(gt=0, le=MAX_HEADS)
+    head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
 
 
 class AttentionSpec(Strict):
     """What is to be attended: a model, the length of its sequences, mask blocks, types, columns gathered at most."""
 
     model: ModelShape
-    seq_len_tokens: int = Field(gt=0)
-    block_size: int = Field(gt=0)
+    seq_len_tokens: int = Field(gt=0, le=MAX_SEQ_LEN_TOKENS)
+    block_size: int = Field(gt=0, le=MAX_BLOCK_SIZE)
     dtype: DType
-    columns_capacity: int = Field(ge=0)
+    columns_capacity: int = Field(ge=0, le=MAX_SEQ_LEN_TOKENS + MAX_BLOCK_SIZE)
 
     def shape_of(self, *, world_size: int, tokens_per_rank: int) -> AttentionShape:
         """Return the sizes that schedules are built from, on so many ranks with so many tokens each."""
@@ -57,8 +61,8 @@ class PlacementSpec(Strict):
     """A placement in the file. units: unit numbers in rank-major order, ranks * units per rank of them."""
 
     name: str
-    world_size: int = Field(gt=0, le=65536)
-    granularity_tokens: int = Field(gt=0)
+    world_size: int = Field(gt=0, le=MAX_RANKS)
+    granularity_tokens: int = Field(gt=0, le=MAX_SEQ_LEN_TOKENS)
     units: tuple[int, ...]
 
 

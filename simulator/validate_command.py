@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..traces.errors import InputError
+from ..traces.files import open_regular
 from ..traces.output import Table, say, show
 from .comparisons import Comparisons, Quantity, finite_share, read_comparisons
 from .validate import Errors, Verdict, errors_by_place, judge, parse_tolerances
@@ -68,7 +69,7 @@ def _require_report(path: Path) -> None:
 
 def _beginning(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(1000).decode(errors="replace")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", source=path) from error

@@ -28,7 +28,7 @@ def synthesize(
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key/value heads.", show_default="heads / 8")] = None,
     head_dim: Annotated[int, typer.Option(min=1, help="Head dimension.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Layers.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, those that the trace has included.")] = 1,
     density: Annotated[float, typer.Option(help="Share of active causal blocks.")] = 0.05,
     columns: Annotated[int, typer.Option(min=0, help="Token columns per head.")] = 1024,
     chunk: Annotated[int, typer.Option(min=1, help="moba-block: tokens of a key chunk.")] = 512,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 MAX_SHOWN_CHARACTERS = 60
 MAX_FIELD_CHARACTERS = 120
+# What a terminal obeys or what hides other text: control characters but tab and newline, marks that turn the direction
+# of writing; and halves of characters, which cannot be written at all.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -17,9 +22,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, problem: str, *, source: str | Path | None = None, field: str | None = None) -> None:
-        where = ": ".join(str(part) for part in (source, field) if part is not None)
+        where = ": ".join(str(part) for part in (source, field) if part is not None).replace("\n", "\\n")
         message = " ".join(problem.split())
-        super().__init__(f"{where}: {message}" if where else message)
+        super().__init__(printable(f"{where}: {message}" if where else message))
         self.source = None if source is None else str(source)
         self.field = field
 
@@ -53,9 +58,28 @@ def field_name(place: Iterable[str | int]) -> str:
     return shortened(".".join(part if part.isprintable() else repr(part) for part in parts), MAX_FIELD_CHARACTERS)
 
 
+def printable(text: str) -> str:
+    """Return the text with its control characters written out, as \\x1b, so that no terminal obeys them."""
+    return CONTROL.sub(lambda odd: odd[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
 def shown(value: object) -> str:
-    """Return a value as Python writes it, cut where it is long."""
-    return shortened(repr(value), MAX_SHOWN_CHARACTERS)
+    """Return a value as Python writes it, cut where it is long: a large one is not written out to be cut."""
+    return shortened(repr(_beginning(value)), MAX_SHOWN_CHARACTERS)
+
+
+def _beginning(value: object, level: int = 0) -> object:
+    """Return a value of JSON without what would not be shown anyway; others as they are."""
+    most = MAX_SHOWN_CHARACTERS if level < 2 else 2 if level < 8 else 1
+    if type(value) is str:
+        return value[: 2 * MAX_SHOWN_CHARACTERS]
+    if type(value) is list:
+        return [_beginning(one, level + 1) for one in value[:most]]
+    if type(value) is tuple:
+        return tuple(_beginning(one, level + 1) for one in value[:most])
+    if type(value) is dict:
+        return {_beginning(key): _beginning(one, level + 1) for key, one in islice(value.items(), most)}
+    return value
 
 
 def shortened(text: str, most: int) -> str:

@@ -2,6 +2,9 @@
 
 Every file that this package writes goes through `write_atomically`: a temporary name beside the target, fsync,
 rename, fsync of the folder. Digests are SHA-256 in lower-case hexadecimal.
+
+Every file that is read goes through `open_regular`: a named pipe, a device or a folder is refused and not waited for.
+JSON is parsed by `strict_json` within stated limits.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, shown
+from .strict_json import MAX_VALUES, parse_json
 
-MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 128 << 20  # also of what a compressed file decompresses to
+GZIP_MAGIC = b"\x1f\x8b"
+NON_ASCII_SHARE = 4  # text beyond ASCII may take four bytes of memory for each of its characters
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -29,11 +37,11 @@ def sha256_of_bytes(data: bytes) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of the file's bytes in hexadecimal; InputError when it cannot be read."""
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", source=path) from error
 
 
 def canonical_json(value: Any) -> bytes:
@@ -108,26 +116,58 @@ def require_output(path: Path, *, kind: str, key: str) -> None:
         raise InputError(f"exists and is no {kind}: it is not overwritten", source=path)
 
 
-def read_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Return the file's bytes; InputError when it is missing, unreadable or larger than `max_bytes`."""
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading. InputError when it is missing, unreadable, or no regular file, which might never end."""
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > max_bytes:
-            raise InputError(f"is {size_bytes} bytes; at most {max_bytes} are read", source=path)
-        return path.read_bytes()
+        _require_regular(path, os.stat(path))  # before it is opened: opening alone makes some devices do something
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _require_regular(path, os.fstat(handle))  # what lies there now
+            return open(handle, "rb")  # whoever called closes it
+        except BaseException:
+            os.close(handle)
+            raise
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot be read: {error}", source=path) from error  # a NUL in the name
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Read JSON (gzip when the name ends in `.gz`); InputError in one line when it is truncated or not JSON."""
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise InputError("cannot be read: Is a directory", source=path)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("cannot be read: is no regular file (a pipe or a device: write it to a file first)",
+                         source=path)  # fmt: skip
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return a regular file's bytes; InputError when it is none, unreadable or larger than `max_bytes`."""
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > max_bytes:
+            raise InputError(f"is {size_bytes} bytes; at most {max_bytes} are read", source=path)
+        try:
+            return file.read(size_bytes)
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_VALUES, exact: bool = False) -> Any:
+    """Read JSON, compressed by gzip or not; InputError in one line when it is truncated, no JSON or beyond a limit.
+
+    max_bytes: also of what it decompresses to; of text that is not all ASCII a quarter. max_values, exact: see
+    `strict_json.parse_json`.
+    """
     data = read_bytes(path, max_bytes=max_bytes)
-    if path.suffix == ".gz":
+    if path.suffix == ".gz" or data.startswith(GZIP_MAGIC):
         data = _decompress(data, path, max_bytes)
-    try:
-        return json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not valid JSON ({error})", source=path) from error
+    if len(data) > max_bytes // NON_ASCII_SHARE and not data.isascii():
+        problem = f"is {len(data)} bytes, not all of them ASCII; at most {max_bytes // NON_ASCII_SHARE} are read"
+        raise InputError(problem, source=path)
+    return parse_json(data, path, max_values=max_values, exact=exact)
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,22 +176,21 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "digest": sha256_of_bytes(canonical_json(rest))}
 
 
-def read_sealed(path: Path, *, newest_schema: int, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_sealed(
+    path: Path, *, newest_schema: int, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
     """Read a `sealed` JSON object: `schema_version` first, then the digest; InputError in one line."""
-    raw = read_json(path, max_bytes=max_bytes)
+    raw = read_json(path, max_bytes=max_bytes, max_values=max_values, exact=True)
     if not isinstance(raw, dict):
         raise InputError("must be a JSON object", source=path)
     version, stated = raw.get("schema_version"), raw.get("digest")
     if type(version) is not int or version < 1:
-        raise InputError(f"must be a whole number from 1, not {version!r}", source=path, field="schema_version")
+        raise InputError(f"must be a whole number from 1, not {shown(version)}", source=path, field="schema_version")
     if version > newest_schema:
         raise InputError(f"is {version}; this version reads up to {newest_schema}", source=path, field="schema_version")
-    try:
-        actual = sealed(raw)["digest"]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"holds a value that JSON cannot carry ({error})", source=path) from error
+    actual = sealed(raw)["digest"]
     if stated != actual:
-        raise InputError(f"is {stated!r}, the contents have {actual}: altered", source=path, field="digest")
+        raise InputError(f"is {shown(stated)}, the contents have {actual}: altered", source=path, field="digest")
     return raw
 
 
@@ -165,8 +204,6 @@ def _decompress(data: bytes, path: Path, max_bytes: int) -> bytes:
         raise InputError(f"decompresses to more than {max_bytes} bytes", source=path)
     if not decoder.eof:
         raise InputError("is a truncated gzip file", source=path)
+    if decoder.unused_data:
+        raise InputError(f"has {len(decoder.unused_data)} bytes after its end as a gzip file", source=path)
     return plain
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
 from rich.console import Console
+
+from .errors import printable
 
 GAP = 2  # characters between columns
 
@@ -47,7 +49,7 @@ class Table:
 def say(*paragraphs: str, answer: bool = False) -> None:
     """Print paragraphs to standard output. answer: what the command found, which stands out on a terminal."""
     console = _console()
-    for paragraph in paragraphs:
+    for paragraph in map(printable, paragraphs):
         if console.is_terminal:
             console.print(paragraph, style="bold" if answer else None)
         else:
@@ -56,6 +58,7 @@ def say(*paragraphs: str, answer: bool = False) -> None:
 
 def show(table: Table) -> None:
     """Print a table to standard output, whole."""
+    table = replace(table, rows=[[printable(cell) for cell in row] for row in table.rows])
     console = _console()
     room = console.width if console.is_terminal else None
     if table.title:

@@ -7,16 +7,17 @@ The score is what the publisher measured, larger is better; it is kept, not used
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import InputError
-from .files import read_bytes
+from .errors import InputError, shortened, shown
+from .files import read_json
 
-MAX_PUBLISHED_BYTES = 256 << 20
+MAX_PUBLISHED_BYTES = 16 << 20
+MAX_PUBLISHED_VALUES = 1 << 20
+MAX_LAYERS = MAX_HEADS = 4096
 MAX_BUDGET_TOKENS = 1 << 30
 
 
@@ -51,35 +52,27 @@ def read_published(
     layers, heads: the model's; a file of another shape is refused. Without them any rectangular shape is taken.
     """
     source = Path(path)
-    try:
-        raw = json.loads(read_bytes(source, max_bytes=MAX_PUBLISHED_BYTES), object_pairs_hook=_no_repeats)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not valid JSON ({error})", source=source) from error
+    raw = read_json(source, max_bytes=MAX_PUBLISHED_BYTES, max_values=MAX_PUBLISHED_VALUES)
     if not isinstance(raw, list) or not raw:
         raise InputError("must be a non-empty list of layers", source=source)
+    if len(raw) > MAX_LAYERS:
+        raise InputError(f"has {len(raw)} layers; at most {MAX_LAYERS} are read", source=source, field="layers")
     if layers is not None and len(raw) != layers:
         raise InputError(f"has {len(raw)} layers, the model has {layers}", source=source, field="layers")
     count = heads if heads is not None else len(raw[0]) if isinstance(raw[0], dict) else 0
     return tuple(_read_layer(value, layer, count, source) for layer, value in enumerate(raw))
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated key {next(name for name in names if names.count(name) > 1)!r}")
-    return found
-
-
 def _read_layer(value: Any, layer: int, heads: int, source: Path) -> tuple[HeadBudget, ...]:
     if not isinstance(value, dict):
         raise InputError("must be an object of heads", source=source, field=f"layer {layer}")
+    if len(value) > MAX_HEADS:
+        problem = f"has {len(value)} heads; at most {MAX_HEADS} are read"
+        raise InputError(problem, source=source, field=f"layer {layer}")
     expected = [str(head) for head in range(heads)]
     if not value or sorted(value) != sorted(expected):
         stray = sorted(set(value) ^ set(expected))
-        problem = f"must have heads 0 to {heads - 1}, differs in {', '.join(stray[:4]) or 'all'}"
+        problem = f"must have heads 0 to {heads - 1}, differs in {shortened(', '.join(stray[:4]), 60) or 'all'}"
         raise InputError(problem, source=source, field=f"layer {layer}")
     found = []
     for head in expected:
@@ -92,13 +85,13 @@ def _read_layer(value: Any, layer: int, heads: int, source: Path) -> tuple[HeadB
 
 def _read_head(value: Any) -> HeadBudget:
     if not isinstance(value, list) or len(value) != 4:
-        raise InputError(f"must be [name, columns, slashes, score], not {_short(value)}")
+        raise InputError(f"must be [name, columns, slashes, score], not {shown(value)}")
     name, columns, slashes, score = value
     if name == "vertical_and_slash":
         budgets = {"columns": _budget(columns, "columns"), "slashes": _budget(slashes, "slashes")}
         return FixedBudget(**budgets, score=_number(score, "score"))
     if name != "flex_vertical_and_slash":
-        raise InputError(f"pattern {_short(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
+        raise InputError(f"pattern {shown(name)} is neither vertical_and_slash nor flex_vertical_and_slash")
     columns_mass, columns_cap = _mass_and_cap(columns, "columns")
     slashes_mass, slashes_cap = _mass_and_cap(slashes, "slashes")
     score = _number(score, "score")
@@ -108,7 +101,7 @@ def _read_head(value: Any) -> HeadBudget:
 
 def _mass_and_cap(value: Any, name: str) -> tuple[float, int]:
     if not isinstance(value, list) or len(value) != 2:
-        raise InputError(f"{name} must be [p, cap], not {_short(value)}")
+        raise InputError(f"{name} must be [p, cap], not {shown(value)}")
     mass = _number(value[0], f"{name} p")
     if not 0.0 < mass <= 1.0:
         raise InputError(f"{name} p must be above 0 and at most 1, not {mass}")
@@ -117,15 +110,11 @@ def _mass_and_cap(value: Any, name: str) -> tuple[float, int]:
 
 def _budget(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value <= MAX_BUDGET_TOKENS:
-        raise InputError(f"{name} must be a whole number from 1, not {_short(value)}")
+        raise InputError(f"{name} must be a whole number from 1, not {shown(value)}")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {_short(value)}")
+        raise InputError(f"{name} must be a finite number, not {shown(value)}")
     return float(value)
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value)[:60]

@@ -100,7 +100,8 @@ def write_synthetic_trace(
     """Write a trace of `steps` training steps and `layers` layers of one kind, and return it opened.
 
     kv_heads defaults to one for eight query heads where that divides, else to the number of query heads.
-    An existing trace of the same header is continued.
+    An existing trace of the same header is continued to that many steps: what it has stays. Raises InputError when
+    that was drawn with other settings.
     """
     uses = _generator(kind).uses
     if layers < 1 or steps < 1:
@@ -114,13 +115,24 @@ def write_synthetic_trace(
     versions = library_versions("sparsering", "numpy", "pyarrow")
     recorded |= {"recorded_layers": list(range(layers)), "seed": seed, "versions": versions}
     with TraceWriter(folder, parse_model(TraceHeader, {"model": model, **recorded})) as writer:
-        for number, training_step in enumerate(range(writer.next_step, writer.next_step + steps)):
+        if writer.steps:
+            _require_same(Trace.open(folder), choice)
+        for training_step in range(writer.next_step, steps):
             with writer.step(training_step) as part:
                 for layer in range(layers):
-                    progress("drawing layers", number * layers + layer, steps * layers)
+                    progress("drawing layers", training_step * layers + layer, steps * layers)
                     pattern = synthesize(kind, settings, seed=seed, training_step=training_step, layer=layer)
                     part.append(layer, pattern, [choice] * settings.heads)
     return Trace.open(folder)
+
+
+def _require_same(trace: Trace, choice: HeadChoice) -> None:
+    """Raise InputError unless the first head of a trace was drawn as `choice` says."""
+    there = trace.layer_rows(trace.steps[0], trace.layers[0])[0].choice.settings
+    for name, value in choice.settings.items():
+        if there.get(name) != value:
+            told = f"the trace there was drawn with {there.get(name)}, not {value}: write into another folder"
+            raise InputError(told, source=trace.folder, field=name)
 
 
 def _generator(kind: str) -> Generator:

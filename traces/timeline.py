@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, shown
+from .errors import MAX_SHOWN_CHARACTERS, InputError, shortened, shown
 from .files import read_json, require_output, write_json
 
 TIMELINE_SCHEMA_VERSION = 1
 COMPUTE_STREAM = "compute"
 SOURCES = ("simulated", "measured")
 MAX_RANKS = MAX_PHASES = 1 << 14
+MAX_CELLS = 1 << 22  # ranks × phases: those who compare timelines keep a few numbers for each
+MAX_NAME_CHARACTERS = 1024
 MAX_BYTES = 1 << 50
 MAX_MICROSECONDS = 1e15
 
@@ -75,10 +77,10 @@ class Timeline:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise InputError(f"must be one of {SOURCES}, not {self.source!r}", field="source")
+            raise InputError(f"must be one of {SOURCES}, not {shown(self.source)}", field="source")
         for span in self.spans:
             if not 0 <= span.rank < self.world_size or span.duration_us < 0:
-                raise InputError(f"{span} does not fit {self.world_size} ranks", field="spans")
+                raise InputError(f"{shortened(str(span), 300)} does not fit {self.world_size} ranks", field="spans")
 
     @property
     def makespan_us(self) -> float:
@@ -124,7 +126,10 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
 
 
 def from_chrome(document: Any, *, source: str | Path) -> Timeline:
-    """Build a Timeline from a Chrome trace object written by `to_chrome`; InputError when it is none or cannot be."""
+    """Build a Timeline from a Chrome trace object written by `to_chrome`; InputError when it is none or cannot be.
+
+    At most MAX_RANKS ranks, MAX_PHASES phases and MAX_CELLS of both together are taken.
+    """
     if not isinstance(document, dict) or not {"otherData", "traceEvents"} <= document.keys():
         raise InputError("is not a timeline of this tool: traceEvents and otherData are missing", source=source)
     try:
@@ -132,23 +137,36 @@ def from_chrome(document: Any, *, source: str | Path) -> Timeline:
         version = header["schema_version"]
         if version != TIMELINE_SCHEMA_VERSION:
             raise InputError(
-                f"is {version!r}; this version reads {TIMELINE_SCHEMA_VERSION}", source=source, field="schema_version"
+                f"is {shown(version)}; this version reads {TIMELINE_SCHEMA_VERSION}",
+                source=source,
+                field="schema_version",
             )
         events = document["traceEvents"]
-        streams = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
-        return Timeline(
-            source=header["source"],
+        streams = {e["tid"]: _text(e["args"]["name"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+        timeline = Timeline(
+            source=_text(header["source"]),
             world_size=_whole(header["world_size"], MAX_RANKS),
             spans=tuple(_span_of(event, streams) for event in events if event["ph"] == "X"),
             flows=tuple(_flows_of(events, streams)),
             metadata=header["metadata"],
         )
+        _require_few_cells(timeline)
+        return timeline
     except InputError as error:
         raise InputError(str(error), source=None if error.source else source) from error
     except KeyError as error:
-        raise InputError(f"is not a timeline of this tool: {error} is missing", source=source) from error
+        missing = shown(error.args[0])
+        raise InputError(f"is not a timeline of this tool: {missing} is missing", source=source) from error
     except (TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"is not a timeline of this tool ({error})", source=source) from error
+        told = shortened(str(error), 2 * MAX_SHOWN_CHARACTERS)
+        raise InputError(f"is not a timeline of this tool ({told})", source=source) from error
+
+
+def _require_few_cells(timeline: Timeline) -> None:
+    phases = 1 + max((span.phase for span in timeline.spans), default=0)
+    if timeline.world_size * phases > MAX_CELLS:
+        problem = f"{timeline.world_size} ranks × {phases} phases are more than the {MAX_CELLS} that are read"
+        raise InputError(problem, field="traceEvents")
 
 
 def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:
@@ -156,14 +174,21 @@ def _span_of(event: dict[str, Any], streams: dict[int, str]) -> Span:
     return Span(
         rank=_whole(event["pid"], MAX_RANKS),
         stream=streams[event["tid"]],
-        name=event["name"],
-        category=event["cat"],
-        direction=arguments["direction"],
+        name=_text(event["name"]),
+        category=_text(event["cat"]),
+        direction=_text(arguments["direction"]),
         phase=_whole(arguments["phase"], MAX_PHASES),
         start_us=_microseconds(event["ts"]),
         duration_us=_microseconds(event["dur"]),
         nbytes=_whole(arguments["nbytes"], MAX_BYTES),
     )
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > MAX_NAME_CHARACTERS:
+        problem = f"text of at most {MAX_NAME_CHARACTERS} characters is expected, not {shown(value)}"
+        raise InputError(problem, field="traceEvents")
+    return value
 
 
 def _whole(value: Any, most: int) -> int:
@@ -185,5 +210,5 @@ def _flows_of(events: list[dict[str, Any]], streams: dict[int, str]) -> list[Flo
             place = {"rank": _whole(event["pid"], MAX_RANKS), "stream": streams[event["tid"]]}
             ends[event["id"], event["ph"]] = FlowEnd(**place, time_us=_microseconds(event["ts"]))
         if event["ph"] == "s":
-            names[event["id"]] = event["name"]
+            names[event["id"]] = _text(event["name"])
     return [Flow(name=names[id], source=ends[id, "s"], destination=ends[id, "f"]) for id in sorted(names)]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from .errors import InputError, field_name, shortened, shown
+from .errors import CONTROL, InputError, field_name, shortened, shown
 from .files import read_bytes
 
 MAX_DEPTH = 50
@@ -152,7 +152,7 @@ class _CoreLoader(yaml.SafeLoader):
         return values
 
     def _text(self, node: yaml.ScalarNode, place: tuple[str, ...]) -> str:
-        if odd := re.search(r"[\0\ud800-\udfff]", node.value):
+        if odd := CONTROL.search(node.value):
             raise self._refusal(f"{shown(node.value)} holds U+{ord(odd[0]):04X}, which is no text", node, place)
         return node.value
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ...traces.errors import InputError, did_you_mean
 from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml, with_settings
-from ..specs import Strict
+from ..specs import MAX_RANKS, Strict
 from .tables import Calibration
 
 CLUSTER_SCHEMA_VERSION = 1
@@ -158,6 +158,9 @@ def load_cluster(name_or_path: str | Path, settings: Sequence[str] = ()) -> Clus
 def parse_cluster(document: object, *, source: str | Path) -> Cluster:
     """Build a Cluster from parsed YAML; InputError names the field and the value."""
     cluster = validated(Cluster, document, source, newest_schema=CLUSTER_SCHEMA_VERSION)
+    if cluster.world_size > MAX_RANKS:
+        problem = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs are {cluster.world_size}; at most {MAX_RANKS}"
+        raise InputError(problem, source=source, field="nodes")
     if cluster.nodes > 1 and cluster.inter_node is None:
         raise InputError("is needed for more than one node", source=source, field="inter_node")
     return cluster

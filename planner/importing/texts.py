@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...traces.errors import InputError
+from ...traces.errors import CONTROL, InputError
 from ...traces.files import read_bytes
 
 MAX_TEXT_BYTES = 1 << 24
@@ -23,5 +23,5 @@ def text_lines(path: Path) -> list[str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text without colours and labels."""
-    return [_LABEL.sub("", _COLOUR.sub("", line)) for line in text.splitlines()]
+    """Return the lines of a text without colours, labels and other control characters."""
+    return [_LABEL.sub("", CONTROL.sub("", _COLOUR.sub("", line))) for line in text.splitlines()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,14 +47,54 @@ class Saved(NamedTuple):
     indexes: Indexes
 
 
+class PlayedForward(NamedTuple):
+    """One layer's forward as it was played on this rank, heads in the plan's order: q, k, v, the mask and results.
+
+    q, out [B, S, H, D], k, v [B, S, H_kv, D], lse [B, H, S].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: AttentionMask
+    scale: float
+    out: Tensor
+    lse: Tensor
+
+
+class PlayedBackward(NamedTuple):
+    """One layer's backward: grad_out and dq [B, S, H, D], dk and dv [B, S, H_kv, D] in the accumulator's type."""
+
+    forward: PlayedForward
+    grad_out: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class Watch(Protocol):
+    """Who is shown what layers were given and returned, on all ranks at the same places."""
+
+    def after_forward(self, layer: int | None, played: PlayedForward) -> None:
+        """Look at a layer's forward. layer: its number, where attention was told it."""
+        ...
+
+    def after_backward(self, layer: int | None, played: PlayedBackward) -> None:
+        """Look at a layer's backward."""
+        ...
+
+
 class PlannedAttention:
     """Attention by a bound plan: channels and buffers, shared by all layers.
 
     Making it is collective. channels: in place of those that all plans of the mesh share, and of its own where a
-    recorder notes what every call does. waiting: made around every wait for other ranks, to measure it.
+    recorder notes what every call does. waiting: made around every wait for other ranks, to measure it. watch: is
+    shown every layer. poisons: whether buffers for other ranks' data are filled with NaN before every layer.
     """
 
     waiting: Waiting = nullcontext
+    watch: Watch | None = None
+    poisons: bool = False
 
     def __init__(self, bound: BoundPlan, *, channels: Channels | None = None, recorder: Recorder | None = None) -> None:
         self.bound, self.recorder = bound, recorder
@@ -95,7 +135,7 @@ class PlannedAttention:
         if order is not None:
             mask = order.of_mask(mask, q, k)
             q, k, v = order.of_inputs(q, k, v)
-        out, lse = _RingFunction.apply(q, k, v, self, mask, factor)  # pyright: ignore[reportGeneralTypeIssues]
+        out, lse = _RingFunction.apply(q, k, v, self, mask, factor, layer)  # pyright: ignore[reportGeneralTypeIssues]
         return (out, lse) if order is None else order.back(out, lse)
 
     def forward(self, qkv: Tensors, mask: Pattern, scale: float) -> Saved:
@@ -139,6 +179,8 @@ class PlannedAttention:
         """Return the slots of one direction for K/V shaped like `k`; kept: those of the layer's own."""
         dtypes = {"kv": k.dtype, "dkv": accumulator_dtype(k.dtype)}
         slots = self.pool.slots(self.bound.programs[direction].schedule, k.shape, dtypes)
+        for tensor in (one for name in slots for one in slots[name]) if self.poisons else ():
+            tensor.fill_(torch.nan)
         return slots if kept is None else slots.with_kept(kept)
 
     def note_pattern(self, mask: AttentionMask) -> None:
@@ -192,13 +234,21 @@ class PlannedAttention:
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: PlannedAttention, mask: Pattern, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: PlannedAttention, mask: Pattern, scale: float,
+        layer: int | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Play the plan's forward, or take its results where a checkpointed layer kept them."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        saved = Saved(*computed_once(lambda: planned.forward((q, k, v), mask, scale), q.device))
+
+        def play_forward() -> Saved:
+            saved = planned.forward((q, k, v), mask, scale)
+            if planned.watch is not None:
+                planned.watch.after_forward(layer, _played((q, k, v), saved, scale))
+            return saved
+
+        saved = Saved(*computed_once(play_forward, q.device))
         ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.columns, saved.kept_kv)
-        ctx.given = planned, saved.indexes, scale
+        ctx.given = planned, saved.indexes, scale, layer
         ctx.mark_non_differentiable(saved.lse)
         return saved.out, saved.lse
 
@@ -211,7 +261,15 @@ class _RingFunction(torch.autograd.Function):
                 "gradients of gradients of planned attention are not supported", field="create_graph"
             )
         q, k, v, out, lse, columns, kept_kv = ctx.saved_tensors
-        planned, indexes, scale = ctx.given
-        saved = Saved(out, lse, columns, kept_kv, indexes)
-        grad_q, grad_k, grad_v = planned.backward(grads[0].contiguous(), (q, k, v), saved, scale)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        planned, indexes, scale, layer = ctx.given
+        saved, grad_out = Saved(out, lse, columns, kept_kv, indexes), grads[0].contiguous()
+        grad_q, grad_k, grad_v = planned.backward(grad_out, (q, k, v), saved, scale)
+        if planned.watch is not None:
+            played = PlayedBackward(_played((q, k, v), saved, scale), grad_out, grad_q, grad_k, grad_v)
+            planned.watch.after_backward(layer, played)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+
+
+def _played(qkv: Tensors, saved: Saved, scale: float) -> PlayedForward:
+    q, k, v = qkv
+    return PlayedForward(q=q, k=k, v=v, mask=saved.indexes.mask, scale=scale, out=saved.out, lse=saved.lse)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...planner.schedule.schedule import Communicator, Schedule
 from ...traces.errors import InputError
+from .group import Mesh
 from .lost import CommunicationError
-from .mesh import Mesh
 from .pull import PeerMemory, Pull, Signals, require_peer_access
 
 # Newer versions of PyTorch have them under other names, and warn of the old ones.

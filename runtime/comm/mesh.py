@@ -6,99 +6,38 @@ end with an error that names it, not hang and not guess.
 
 from __future__ import annotations
 
+import atexit
 import gc
-import json
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.rendezvous import rendezvous
 
 from ...traces.errors import InputError, unknown_name
-from .lost import SYMPTOMS, CommunicationError, RankLost, host_lost, nobody_lost, ranks_lost
+from .group import Mesh, told_by_all, words_of
+from .lost import RankLost, is_symptom
+from .place import Place, open_store
+from .roll_call import roll_call
 from .sentinel import Sentinel, Watch, connection_of_its_own
+from .tied import end_with
+from .words import Words, attempt_prefix
 
-GRACE = timedelta(seconds=5)
 WORD_S = 10.0  # in which a host's first rank says what its others would say too
+AT_ONCE_S = 1.0  # how long a rank that cannot begin looks for a store to say so
 
 # This process's own, as its process group is: `leave` ends them all.
 _sentinels: list[Sentinel] = []
+_words: list[Words] = []
+_joins = itertools.count(1)  # all ranks join equally often
+_said: list[BaseException] = []  # why this process ends, once it was told to the others
 _endings: list[Callable[[], None]] = []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """This process among its peers: its rank, its device, and the store that all share.
-
-    store_host: who holds the store, in words: without it nobody can ask who is left
-    sentinel: who watches the other processes; None where nobody does
-    replica, replicas: of so many groups of `world_size` consecutive processes that do the same on other data, this one
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    store: Store
-    timeout: timedelta
-    store_host: str = "rank 0"
-    replica: int = 0
-    replicas: int = 1
-    sentinel: Sentinel | None = None
-
-    def process(self, rank: int) -> int:
-        """Return the number of this replica's rank among all processes."""
-        return self.replica * self.world_size + rank
-
-    def replica_of(self, world_size: int) -> Mesh:
-        """Return this process's mesh when all processes split into replicas of `world_size` consecutive ones.
-
-        Raises InputError when they do not.
-        """
-        if self.replicas != 1 or world_size < 1 or self.world_size % world_size:
-            raise InputError(f"{self.world_size} processes are no groups of {world_size}", field="world_size")
-        replica = self.rank // world_size
-        host = "rank 0 of replica 0" if replica and self.store_host.startswith("rank") else self.store_host
-        return replace(
-            self, rank=self.rank % world_size, world_size=world_size, replica=replica,
-            replicas=self.world_size // world_size, store=PrefixStore(f"replica {replica}", self.store),
-            store_host=host,
-        )  # fmt: skip
-
-    def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """Return a process group of these ranks of this replica, None on others. Collective over all replicas."""
-        own, backend = None, "nccl" if self.device.type == "cuda" else "gloo"
-        for replica in range(self.replicas):
-            processes = [replica * self.world_size + rank for rank in ranks]
-            group = dist.new_group(processes, timeout=self.timeout, backend=backend)
-            if replica == self.replica and self.rank in ranks and isinstance(group, dist.ProcessGroup):
-                own = group
-        return own
-
-    def check(self) -> None:
-        """Raise RankLost when the sentinel knows of lost ranks. Before anything is kept that came from others."""
-        if self.sentinel is not None:
-            self.sentinel.check()
-
-    def collect(self, topic: str, value: Any) -> list[Any] | None:
-        """Bring a JSON value of every rank to rank 0 through the store; None elsewhere. `topic` must be new."""
-        keys = [f"sparsering/collect/{topic}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], json.dumps(value))
-        return None if self.rank else [json.loads(self.store.get(key).decode()) for key in keys]
-
-    def broadcast(self, topic: str, value: Any) -> Any:
-        """Return rank 0's JSON value on every rank, through the store. `topic` must be new."""
-        key = f"sparsering/broadcast/{topic}"
-        if self.rank == 0:
-            self.store.set(key, json.dumps(value))
-        return json.loads(self.store.get(key).decode())
 
 
 def inherited_environment(*, world_size: int) -> dict[str, str]:
@@ -112,18 +51,34 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def speaks(*, at_once: bool = False) -> bool:
+def speaks(problem: str, *, at_once: bool = False) -> bool:
     """Return whether this process is to say why it ends: a rank that is not its host's first one lets that one speak.
 
     Ranks read the same files, so most of what is wrong is the same for all. Another rank waits WORD_S; the launcher
     ends it once the first one has ended. A rank that lives on has a problem of its own, and says it. at_once: it is
-    the same for all, certainly.
+    the same for all, certainly. Ranks that have joined, and wait for this one, are told the problem.
     """
-    if not is_rank() or os.environ.get("LOCAL_RANK", "0") == "0":
+    if not is_rank():
         return True
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    began = time.monotonic()
     if not at_once:
-        time.sleep(WORD_S)
-    return not at_once
+        _tell(InputError(problem), wait_s=AT_ONCE_S if first else WORD_S)
+    if not first and not at_once:
+        time.sleep(max(0.0, WORD_S - (time.monotonic() - began)))
+    return first or not at_once
+
+
+def _tell(error: Exception, *, wait_s: float) -> None:
+    """Say why this rank cannot begin to those that wait for it: at the launcher's store, or rank 0's."""
+    if _said:
+        return
+    with suppress(InputError, RankLost, dist.DistError, RuntimeError):
+        place = Place.parsed(os.environ, launcher_hosts=_launcher_hosts())
+        store = PrefixStore(_prefix(1), open_store(place, timeout_s=WORD_S, wait_s=wait_s))
+        words = Words(store, rank=place.rank, world_size=place.world_size, store_host=_host())
+        words.say(error)
+        atexit.register(words.stay)  # until those have read it who come yet
 
 
 def join_or_be_alone(*, device: str | None, timeout_s: float) -> Mesh:
@@ -148,29 +103,77 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     if patience_s is None:
         patience_s = usual_patience_s(kind, timeout_s)
     check_patience(patience_s, timeout_s)
-    timeout = timedelta(seconds=timeout_s)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())  # torchrun, which may be killed
+    prefix = _prefix(next(_joins))
     if dist.is_initialized():
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        words = Words(store, rank=rank, world_size=world_size, store_host=_host())
         chosen = _device(kind, int(os.environ.get("LOCAL_RANK", rank)))
     else:
-        store, rank, world_size = _rendezvous(timeout)
-        chosen = _device(kind, int(os.environ.get("LOCAL_RANK", rank)))
+        words = _meet(prefix, timeout_s)
         if kind == "cuda" and patience_s:
             # "Clean up only": torch's watchdog aborts what fails, the sentinel says who is lost and ends the process.
             # By default the watchdog would end it first, and by std::terminate.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-        _start_groups(kind, chosen, store, rank=rank, world_size=world_size, timeout_s=timeout_s)
-    # torchrun's agent may hold the store (torch.distributed.elastic says so to its workers); else rank 0 does.
-    host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-    if patience_s and world_size > 1 and not _sentinels:
-        watch = Watch(rank=rank, world_size=world_size, store_host=host, patience_s=patience_s, device_type=chosen.type)
-        connection = connection_of_its_own(store, timeout)  # None where the store is of another kind
-        if connection is not None:
-            _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{_attempt()}", connection), watch))
+        chosen = _begun(words, kind, timeout_s)
+    for earlier in _words:
+        earlier.stop()
+    _words[:] = [words]
+    if words.world_size > 1:
+        words.answer()
+    if patience_s and words.world_size > 1 and not _sentinels:
+        _watch(words, prefix, chosen.type, patience_s, timeout_s)
     return Mesh(
-        rank=rank, world_size=world_size, device=chosen, store=store, timeout=timeout, store_host=host,
-        sentinel=_sentinels[0] if _sentinels else None,
+        rank=words.rank, world_size=words.world_size, device=chosen, store=words.store,
+        timeout=timedelta(seconds=timeout_s), store_host=_host(), sentinel=_sentinels[0] if _sentinels else None,
+        words=words,
     )  # fmt: skip
+
+
+def _meet(prefix: str, timeout_s: float) -> Words:
+    """Meet the other ranks where the environment says. InputError when it is incomplete, or the port is no store's."""
+    place = Place.parsed(os.environ, launcher_hosts=_launcher_hosts())
+    store = PrefixStore(prefix, open_store(place, timeout_s=timeout_s))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return Words(store, rank=place.rank, world_size=place.world_size, store_host=_host())
+
+
+def _begun(words: Words, kind: str, timeout_s: float) -> torch.device:
+    """Call the roll and start the process group; return this rank's device. What fails is told to the others."""
+    try:
+        roll_call(words, timeout_s=timeout_s)
+        device = _device(kind, int(os.environ.get("LOCAL_RANK", words.rank)))
+        _start_groups(kind, device, words.store, rank=words.rank, world_size=words.world_size, timeout_s=timeout_s)
+    except BaseException as error:
+        is_loss = is_symptom(error) and not isinstance(error, RankLost)
+        told = words.survivors(range(words.world_size), error) if is_loss else error
+        _said.append(told)
+        words.say(told)
+        words.end()
+        if not isinstance(told, RankLost):
+            words.stay()  # who comes late finds the store, and refuses alike
+        raise told from (error if is_loss else None)
+    return device
+
+
+def _watch(words: Words, prefix: str, device_type: str, patience_s: float, timeout_s: float) -> None:
+    connection = connection_of_its_own(words.store, timedelta(seconds=timeout_s))
+    if connection is None:  # the store is of another kind
+        return
+    watch = Watch(rank=words.rank, world_size=words.world_size, store_host=words.store_host, patience_s=patience_s,
+                  device_type=device_type)  # fmt: skip
+    heard = words.over(PrefixStore(prefix, connection)).heard
+    _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{prefix}", connection), watch, heard))
+
+
+def _launcher_hosts() -> bool:
+    """Whether a launcher holds the store: torchrun's agent says so to its workers, and `start_ranks` likewise."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _host() -> str:
+    return "the launcher" if _launcher_hosts() else "rank 0"
 
 
 def usual_device() -> str:
@@ -187,18 +190,6 @@ def _start_groups(
     )  # fmt: skip
 
 
-def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
-    """Return (store, rank, world size) as the environment says. InputError when it is incomplete."""
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"not started as a rank ({error}); use torchrun", field="environment") from error
-    # torchrun keeps its store when it restarts workers: what the last attempt's ranks left there must not be read.
-    store = PrefixStore(_attempt(), store)
-    store.set_timeout(timeout)
-    return store, rank, world_size
-
-
 def usual_patience_s(device_type: str, timeout_s: float) -> float:
     """Return half of the time-out on GPUs, where nobody else says who died; 0 on CPUs: gloo notices at once."""
     return timeout_s / 2 if device_type == "cuda" else 0.0
@@ -210,8 +201,9 @@ def check_patience(patience_s: float | None, timeout_s: float) -> None:
         raise InputError(f"{patience_s:g} s is not between 0 and the time-out, {timeout_s:g} s", field="patience_s")
 
 
-def _attempt() -> str:
-    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _prefix(join: int) -> str:
+    """Return what the store's keys begin with: launchers keep their store for the next attempt, and the next join."""
+    return attempt_prefix(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), join)
 
 
 def at_leave(ending: Callable[[], None]) -> None:
@@ -222,22 +214,30 @@ def at_leave(ending: Callable[[], None]) -> None:
 def leave() -> None:
     """Leave the process group, if there is one, and say goodbye to the others.
 
-    While an error is on its way out (in a `finally`) there is no goodbye: the others, who wait for this rank, lose it.
+    While an error is on its way out (in a `finally`) there is no goodbye: the others are told the error.
     """
     gc.collect()  # what holds a process group in a cycle (DDP, Trainers) would end it later, when nobody else does
     sentinel = _sentinels.pop() if _sentinels else None
-    failing = sys.exc_info()[1] is not None
-    if sentinel is not None and failing:
+    words = _words.pop() if _words else None
+    error = sys.exc_info()[1]
+    if words is not None and error is not None and (sentinel is None or sentinel.error is None):
+        _said.append(error)
+        words.say(error)
+    if sentinel is not None and error is not None:
         sentinel.close()
     elif sentinel is not None:
         sentinel.say_goodbye()
     endings, _endings[:] = list(_endings), []
-    for end in () if failing else endings:  # what failed may never end in order
+    for end in () if error is not None else endings:  # what failed may never end in order
         end()
     if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
         dist.destroy_process_group()
-    if sentinel is not None and not failing:
+    if sentinel is not None and error is None:
         sentinel.close()
+    if words is not None and (sentinel is None or sentinel.error is None):
+        words.end()
+    if words is not None:
+        words.stop()
 
 
 def agree(mesh: Mesh, topic: str, value: str) -> None:
@@ -248,75 +248,43 @@ def agree(mesh: Mesh, topic: str, value: str) -> None:
             raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
 
 
-def told_by_all(mesh: Mesh, topic: str, value: Any, *, what: str, field: str) -> list[Any]:
-    """Say a JSON value to all ranks through the store, and return that of each. topic must be new for every call.
+def name_lost_ranks(mesh: Mesh, topic: str, error: BaseException) -> RankLost:
+    """Return an error that names the ranks of this mesh that are gone, after a failed communication about the topic.
 
-    InputError, with `what` as the word for it, names a rank that never says its own, after the mesh's timeout; with a
-    sentinel, RankLost names ranks that are lost.
+    See `Words.survivors`.
     """
-    prefix = f"sparsering/{topic}"
-    mesh.store.set(f"{prefix}/{mesh.rank}", json.dumps(value))
-    values: list[Any] = []
-    for rank in range(mesh.world_size):
-        try:
-            mesh.store.wait([f"{prefix}/{rank}"], mesh.timeout)
-        except (dist.DistStoreError, RuntimeError) as error:
-            lost = mesh.sentinel.verdict(wait=True) if mesh.sentinel is not None else None
-            if lost is not None:
-                raise lost from error
-            raise InputError(f"rank {rank} did not say its {what} in {mesh.timeout}", field=field) from error
-        values.append(json.loads(mesh.store.get(f"{prefix}/{rank}").decode()))
-    return values
-
-
-def name_lost_ranks(mesh: Mesh, topic: str, error: CommunicationError) -> RankLost:
-    """Return an error that names the ranks that are gone, after a failed communication.
-
-    Every survivor signs in at the store and gives the others GRACE to do so: whoever does not is lost. When all sign
-    in, nobody died: a rank was late beyond the time-out, or a link failed, and the error says what was being sent.
-    When the store itself cannot be reached, whoever hosts it is lost. `topic` is the same on all ranks.
-    """
-    prefix = f"sparsering/survivors/{topic}"
-    seen_by = f"rank {mesh.rank}"
-    lost: list[int] = []
-    try:
-        mesh.store.set(f"{prefix}/{mesh.rank}", "here")
-        for rank in range(mesh.world_size):
-            key = f"{prefix}/{rank}"
-            if not lost:
-                with suppress(dist.DistStoreError, RuntimeError):
-                    mesh.store.wait([key], GRACE)
-            if not mesh.store.check([key]):  # raises when the store itself is gone
-                lost.append(rank)
-    except (dist.DistError, RuntimeError):
-        return host_lost(mesh.store_host, mesh.world_size, seen_by=seen_by, because=error)
-    if not lost:
-        return nobody_lost(mesh.rank, because=error)
-    return ranks_lost(lost, mesh.world_size, seen_by=seen_by, because=error)
+    return words_of(mesh).survivors([mesh.process(rank) for rank in range(mesh.world_size)], f"{topic}: {error}")
 
 
 @contextmanager
 def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
     """Raise RankLost where a lost rank makes what is inside fail, or end with what nobody sent.
 
-    For errors that a rank's death may look like, waits until the sentinel can tell; others pass at once, and so does
-    everything where no sentinel watches.
+    For errors that a rank's death may look like, waits until it is clear whether one is lost; others pass at once.
     """
     sentinel = mesh.sentinel
-    if sentinel is None:
-        yield
-        return
-    sentinel.check()
+    if sentinel is not None:
+        sentinel.check()
     try:
         yield
     except RankLost:
         raise
     except RuntimeError as error:
-        lost = sentinel.verdict(wait=isinstance(error, SYMPTOMS))
+        lost = _behind(mesh, error)
         if lost is None:
             raise
         raise lost from error
-    sentinel.check()
+    if sentinel is not None:
+        sentinel.check()
+
+
+def _behind(mesh: Mesh, error: RuntimeError) -> RankLost | None:
+    """Return the loss of ranks that is behind an error; None where the error is this rank's own."""
+    if mesh.sentinel is not None:
+        return mesh.sentinel.verdict(wait=is_symptom(error))
+    if mesh.world_size == 1 or not is_symptom(error):
+        return None
+    return name_lost_ranks(mesh, "work", error)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

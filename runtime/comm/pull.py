@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...traces.errors import InputError
-from .mesh import Mesh, told_by_all
+from .group import Mesh, told_by_all
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PAD_BYTES = 16

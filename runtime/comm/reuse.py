@@ -27,14 +27,15 @@ class _Made:
 _made: list[_Made] = []  # one, or none yet
 
 
-def common_group(mesh: Mesh, purpose: str) -> dist.ProcessGroup:
+def common_group(mesh: Mesh, purpose: str, *, backend: str | None = None) -> dist.ProcessGroup:
     """Return the process group of all ranks of the mesh for one purpose, made at its first use. Collective.
 
-    What is sent over it follows the order of the host's calls, so threads must not share a purpose.
+    What is sent over it follows the order of the host's calls, so threads must not share a purpose. backend: of
+    `Mesh.new_group`; a purpose has one.
     """
     groups, key = _of(mesh).groups, (purpose, mesh.world_size, mesh.replicas)
     if key not in groups:
-        group = mesh.new_group(range(mesh.world_size))
+        group = mesh.new_group(range(mesh.world_size), backend=backend)
         assert group is not None, "this rank is one of the mesh's"
         groups[key] = group
     return groups[key]

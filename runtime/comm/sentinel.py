@@ -13,7 +13,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,14 +78,25 @@ class Heartbeat:
     """Says this rank's word and hears all others', once every `interval_s`, until `stop`, on a thread of its own.
 
     rounds: how often all were heard; heard: each rank's word then, None of ranks that said nothing yet. said_last:
-    whether the store has this rank's last word. error: what the store failed with; nothing is said or heard after it.
+    whether the store has this rank's last word. told: what a rank that raised said of itself, or of others.
+    error: what the store failed with; nothing is said or heard after it.
     Only this thread blocks with a store that does not answer.
     """
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, interval_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        world_size: int,
+        interval_s: float,
+        last_word: Callable[[], RankLost | None] = lambda: None,
+    ) -> None:
         self.heard: list[str | None] = [None] * world_size
         self.rounds = 0
         self.said_last = False
+        self.told: RankLost | None = None
+        self._hear_last_word = last_word
         self.error: Exception | None = None
         self._store, self._rank, self._interval_s = store, rank, interval_s
         self._keys = [f"rank {number}" for number in range(world_size)]
@@ -138,6 +149,7 @@ class Heartbeat:
         began = [rank for rank, heard in enumerate(self.heard) if heard or self._store.check([self._keys[rank]])]
         words = self._store.multi_get([self._keys[rank] for rank in began])
         heard = dict(zip(began, words, strict=True))
+        self.told = self._hear_last_word()
         with self._news:
             self.heard = [heard[rank].decode() if rank in heard else None for rank in range(len(self._keys))]
             self.rounds += 1
@@ -169,13 +181,16 @@ class Silence:
 class Sentinel:
     """Watches from when it is made until `close`. store: a connection that nobody else uses.
 
+    last_word: asks for what ranks that raise say before they end, over the same connection.
     error: what was found, None as long as nobody is lost. After a loss the process ends within `grace_s`, with exit
     code 1 where it does not end by itself.
     """
 
-    def __init__(self, store: Store, watch: Watch) -> None:
+    def __init__(self, store: Store, watch: Watch, last_word: Callable[[], RankLost | None] = lambda: None) -> None:
         self.watch = watch
-        self._heartbeat = Heartbeat(store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s)
+        self._heartbeat = Heartbeat(
+            store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s, last_word=last_word
+        )
         self._silence = Silence(world_size=watch.world_size)
         self._rounds, self._mute_s, self._broken_s = 0, 0.0, 0.0
         self.error: RankLost | None = None
@@ -244,6 +259,8 @@ class Sentinel:
 
     def _of_ranks(self) -> RankLost | None:
         """Judge by what was heard. What another rank found comes first: all name the same ranks."""
+        if self._heartbeat.told is not None:
+            return self._heartbeat.told
         watch, because = self.watch, f"no heartbeat for {self.watch.patience_s:g} s"
         for teller, word in enumerate(self._silence.words):
             if word is not None and word.startswith(LOST):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -15,9 +16,13 @@ from typing import IO, Any
 from ...traces.errors import InputError
 
 PACKAGE = (__package__ or "sparsering").partition(".")[0]
-QUIET_TORCHRUN = f"{__package__}.quiet_torchrun"
+TIED = f"{__package__}.tied"
 POLL_S = 0.05
 GRACE_S = 15.0
+STORE_TIMEOUT_S = 600.0
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # of a lost connection ranks say one line; torch would add pages of its own
+# The ranks of this host alone: the launcher serves their store, and gloo listens where nobody else can reach it.
+LOCAL = {"TORCHELASTIC_USE_AGENT_STORE": "True"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 UNUSABLE_INPUT = 2  # the exit code of a rank that could not begin
 
 
@@ -29,34 +34,105 @@ def start_ranks(
     module: str = f"{PACKAGE}.cli",
     stdout: IO[bytes] | None = None,
     stderr: IO[bytes] | None = None,
+    restarts: int = 0,
 ) -> int:
     """Run `python -m <module> <arguments>` as ranks 0 … world_size - 1 and return the first failure's exit code.
 
-    Rank 0 keeps this process's stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by
-    themselves, then are stopped; at once where it refused its input, which it has said. Ctrl-C is this process's alone:
-    it ends the ranks and raises KeyboardInterrupt. environment: what every rank starts with. stdout, stderr: files to
-    write to instead.
+    This process serves the store, on the loopback address alone, so it outlives every rank. Rank 0 keeps this process's
+    stdout; other ranks' goes to stderr. When a rank fails, the others get GRACE_S to end by themselves, then are
+    stopped; at once where it refused its input, which it has said. Ctrl-C is this process's alone: it ends the ranks
+    and raises KeyboardInterrupt. Ranks end with this process, whatever ends it (tied.py).
+    environment: what every rank starts with. stdout, stderr: files to write to instead. restarts: how often all ranks
+    are started again after one failed, but for refused input.
     InputError when there is no rank to start.
     """
     if world_size < 1:
         raise InputError(f"must be at least 1, not {world_size}", field="world_size")
-    port = free_port()
-    processes: list[subprocess.Popen[bytes]] = []
+    from .place import served_store  # torch, in which the ranks' store is
+
+    store = served_store(timeout_s=STORE_TIMEOUT_S)
+    command = [sys.executable, "-m", TIED, str(os.getpid()), module, *arguments]
+    code = 0
     with _noted_signals() as check:
-        try:
-            for rank in range(world_size):
-                output = stdout if rank == 0 else stderr or sys.stderr
-                command = [sys.executable, "-m", module, *arguments]
-                place = {**environment, **rank_environment(rank, world_size, port)}
-                with _interrupts_kept():
-                    processes.append(subprocess.Popen(command, env=place, stdout=output, stderr=stderr))
-            return _join(processes, check)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-            for process in processes:
-                process.wait()
+        for attempt in range(restarts + 1):
+            ranks = _Ranks(world_size, attempt, store)
+            try:
+                place = {**QUIET, **environment, **LOCAL, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+                ranks.start(command, place, stdout, stderr)
+                code = ranks.join(check)
+            finally:
+                ranks.kill()
+            if code in (0, UNUSABLE_INPUT):
+                break
+    return code
+
+
+class _Ranks:
+    """The ranks of one attempt. store: where they meet, and where the others hear of those that a signal ended."""
+
+    def __init__(self, world_size: int, attempt: int, store: Any) -> None:
+        self._world_size, self._attempt, self._store = world_size, attempt, store
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], stdout: IO[bytes] | None,
+        stderr: IO[bytes] | None,
+    ) -> None:  # fmt: skip
+        """Start all."""
+        for rank in range(self._world_size):
+            output = stdout if rank == 0 else stderr or sys.stderr
+            place = {**environment, **rank_environment(rank, self._world_size, self._store.port)}
+            with _interrupts_kept():
+                self._processes.append(subprocess.Popen(command, env=place, stdout=output, stderr=stderr))
+
+    def join(self, check: Callable[[], None]) -> int:
+        """Wait for all, or for GRACE_S after the first failure; return its exit code."""
+        failed_at, code = None, 0
+        while any(process.poll() is None for process in self._processes):
+            check()
+            if failed_at is None and (code := self._failure()):
+                failed_at = time.monotonic()
+                if code == UNUSABLE_INPUT:
+                    return code
+            if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+                return code
+            time.sleep(POLL_S)
+        return code or self._failure()
+
+    def kill(self) -> None:
+        """End those that still run."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def _failure(self) -> int:
+        """Return the exit code of the first rank that failed, as a shell says it; 0 where none did. Others are told."""
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
+        failed = {rank: code for rank, code in codes.items() if code}
+        killed = {rank: code for rank, code in failed.items() if code < 0}
+        if not failed:
+            return 0
+        because = f"ended with exit code {min(failed.values())}"  # who raised has said why, which stands
+        if killed:
+            names = sorted({signal.Signals(-code).name for code in killed.values()})
+            because = f"ended by {', '.join(names)}"
+        lost = self._tell(list(killed or failed), because)
+        if killed:
+            print(f"sparsering: {lost}", file=sys.stderr, flush=True)
+        first = next(iter(failed.values()))
+        return first if first > 0 else 128 - first
+
+    def _tell(self, ranks: Sequence[int], because: str) -> Exception:
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+
+        from .lost import ranks_lost
+        from .words import Words, attempt_prefix
+
+        store = PrefixStore(attempt_prefix(self._attempt), self._store)
+        words = Words(store, rank=-1, world_size=self._world_size, store_host="the launcher")
+        return words.find(ranks_lost(ranks, self._world_size, seen_by="the launcher", because=because))
 
 
 @contextmanager
@@ -95,62 +171,6 @@ def _noted_signals() -> Iterator[Callable[[], None]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     check()
-
-
-def run_to_its_end(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
-    """Run a launcher of ranks and return its exit code; a signal that ends this process ends it, and so its ranks."""
-    with _noted_signals() as check:
-        with _interrupts_kept():
-            process = subprocess.Popen(command, env=environment)
-        try:
-            while process.poll() is None:
-                check()
-                time.sleep(POLL_S)
-            return process.returncode
-        finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its workers on SIGTERM
-                try:
-                    process.wait(GRACE_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-def _join(processes: Sequence[subprocess.Popen[bytes]], check: Callable[[], None]) -> int:
-    """Wait for all, or for GRACE_S after the first failure; return its exit code."""
-    failed_at, code = None, 0
-    while any(process.poll() is None for process in processes):
-        check()
-        codes = [process.poll() for process in processes]
-        if failed_at is None and any(codes):
-            failed_at = time.monotonic()
-            code = next(value for value in codes if value)
-            _name_killed(codes)
-            if code == UNUSABLE_INPUT:
-                return code
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
-            return code
-        time.sleep(POLL_S)
-    return code or next((process.returncode for process in processes if process.returncode), 0)
-
-
-def _name_killed(codes: Sequence[int | None]) -> None:
-    if any(code is not None and code < 0 for code in codes):
-        ended = {rank: code for rank, code in enumerate(codes) if code is not None}
-        print(f"sparsering: {killed_ranks(ended, world_size=len(codes))}", file=sys.stderr, flush=True)
-
-
-def killed_ranks(codes: Mapping[int, int], *, world_size: int) -> Exception:
-    """Say which ranks a signal ended: they could not say so themselves, and the others may not live to see it.
-
-    codes: by rank, of those that have ended; below 0 for a signal.
-    """
-    from .lost import ranks_lost  # torch, which the launcher itself does not need
-
-    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0}
-    because = f"ended by {', '.join(sorted(set(killed.values())))}"
-    return ranks_lost(list(killed), world_size, seen_by="the launcher", because=because)
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -25,7 +25,8 @@ from ...traces.files import read_sealed, sha256_of_file
 DATA_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DOCUMENTS_NAME = "documents.bin"
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_VALUES = 1 << 20
 FEISTEL_ROUNDS = 4
 TokenType = Literal["uint8", "uint16", "uint32"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -80,7 +81,8 @@ class TokenData:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise InputError("is no data folder: it holds no manifest.json (see `sparsering data`)", source=folder)
-        raw = read_sealed(path, newest_schema=DATA_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
+        raw = read_sealed(path, newest_schema=DATA_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES,
+                      max_values=MAX_MANIFEST_VALUES)  # fmt: skip
         data = cls(folder, parse_model(DataManifest, raw, source=path))
         item_bytes = np.dtype(data.manifest.dtype).itemsize
         sizes = {shard.file: shard.tokens * item_bytes for shard in data.manifest.shards}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.errors import InputError, did_you_mean, shown
-from ...traces.files import read_bytes, sealed, sha256_of_bytes, write_atomically, write_json
+from ...traces.dataset.whole_folder import whole_folder
+from ...traces.errors import InputError, did_you_mean, shortened, shown
+from ...traces.files import open_regular, read_bytes, sealed, sha256_of_bytes, write_atomically, write_json
 from ...traces.progress import Progress, no_progress
+from ...traces.strict_json import require_small
 from .shards import DOCUMENTS_NAME, MANIFEST_NAME, DataManifest, TokenShard, TokenType
 
 SHARD_TOKENS = 1 << 27
 MAX_FILE_BYTES = 16 << 30
+MAX_LINE_BYTES = 128 << 20
+MAX_TOLD_CHARACTERS = 160
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".tex")
 Encode = Callable[[str], Sequence[int]]
@@ -68,18 +71,8 @@ def write_data(
     document each), or folders of these, walked in the order of names. Raises InputError when there is nothing, when a
     file cannot be used, or when the folder holds something already.
     """
-    is_there = folder.exists()
-    if is_there and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("is not empty" if folder.is_dir() else "is no folder", source=folder)
-    try:
-        return _write_all(inputs, folder, tokenizer, text_field, shard_tokens, progress)
-    except BaseException:  # also Ctrl-C: a folder without a manifest is of no use
-        for left in (*folder.glob("tokens-*.bin"), folder / DOCUMENTS_NAME):
-            left.unlink(missing_ok=True)
-        with suppress(OSError):
-            if not is_there:
-                folder.rmdir()
-        raise
+    with whole_folder(folder) as working:
+        return _write_all(inputs, working, tokenizer, text_field, shard_tokens, progress)
 
 
 def _write_all(
@@ -143,25 +136,40 @@ def _documents(path: Path, tokenizer: Tokenizer, text_field: str) -> Iterator[ND
 
 
 def _token_array(path: Path) -> NDArray[np.int64]:
+    with open_regular(path):
+        pass  # refused if it is none
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"is no array of tokens ({error})", source=path) from error
+        ids = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header that lies asks for no memory
+    except Exception as error:  # numpy's reader of headers raises what it comes upon
+        problem = f"is no array of tokens ({shortened(str(error), MAX_TOLD_CHARACTERS)})"
+        raise InputError(problem, source=path) from error
+    if not isinstance(ids, np.ndarray):
+        raise InputError("is an archive of arrays, not one array of tokens", source=path)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}", source=path)
     return ids.astype(np.int64)
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_regular(path) as file:
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            field = f"line {number}"
             if not line.strip():
                 continue
-            try:
+            if len(line) > MAX_LINE_BYTES:
+                raise InputError(f"has more than the {MAX_LINE_BYTES} bytes that are read", source=path, field=field)
+            require_small(line, f"{path}: {field}")
+            try:  # others wrote these lines: NaN beside the text or a key given twice does no harm
                 record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"is no JSON ({error})", source=path, field=f"line {number}") from error
-            yield _text_of(record, text_field, source=path, field=f"line {number}")
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"is no JSON ({error})", source=path, field=field) from error
+            text = _text_of(record, text_field, source=path, field=field)
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{text_field!r} is no text ({error.reason})", source=path, field=field) from error
+            yield text
 
 
 def _text_of(record: Any, text_field: str, *, source: Path, field: str) -> str:
@@ -169,7 +177,8 @@ def _text_of(record: Any, text_field: str, *, source: Path, field: str) -> str:
         raise InputError(f"is no JSON object with text in {text_field!r}: {shown(record)}", source=source, field=field)
     if text_field not in record:
         near = did_you_mean(text_field, record)
-        told = f"is no JSON object with text in {text_field!r} (--text-field): it has {', '.join(record)}{near}"
+        has = shortened(", ".join(record), MAX_TOLD_CHARACTERS)
+        told = f"is no JSON object with text in {text_field!r} (--text-field): it has {has}{near}"
         raise InputError(told, source=source, field=field)
     if not isinstance(record[text_field], str):
         raise InputError(f"{text_field!r} is no text", source=source, field=field)

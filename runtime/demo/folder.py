@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ...traces.dataset.whole_folder import remove_left_folders
 from ...traces.errors import InputError
 from ...traces.files import read_json
 
@@ -45,15 +48,19 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     require_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_folders(folder)
         working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    handle = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # says that it is in use
         yield working
         working.chmod(0o755)
         require_replaceable(folder)  # two minutes have passed
         _exchange(working, folder)
     finally:
+        os.close(handle)
         shutil.rmtree(working, ignore_errors=True)
 
 

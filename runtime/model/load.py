@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...traces.errors import InputError, shown, unknown_name
-from ...traces.files import read_bytes, read_json
-from .rope import check_rope
+from ...traces.files import read_bytes
+from .config_file import read_config_file, told
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -57,8 +57,7 @@ def load_model(
             try:
                 model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
             except Exception as error:  # whatever its class says about the values, one line says it
-                told = f"makes no causal language model ({type(error).__name__}: {error})"
-                raise InputError(told, source=path) from error
+                raise InputError(f"makes no causal language model ({told(error)})", source=path) from error
     return model.to(device).eval()
 
 
@@ -69,7 +68,7 @@ def pretrained(folder: Path, config: Any, *, dtype: torch.dtype) -> PreTrainedMo
             folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
         )
     except Exception as error:  # whatever is wrong with a user's weights, one line says it
-        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder) from error
+        raise InputError(f"cannot be loaded ({told(error)})", source=folder) from error
 
 
 def read_config(path: Path) -> tuple[Path, Any]:
@@ -78,12 +77,7 @@ def read_config(path: Path) -> tuple[Path, Any]:
     source = path / "config.json" if path.is_dir() else path
     if not source.is_file():
         raise InputError("no such file", source=source)
-    check_rope(read_json(source), source=source)
-    try:
-        return folder, AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with a user's file, one line says it
-        told = str(error).strip().partition("\n")[0]
-        raise InputError(f"is no model configuration ({type(error).__name__}: {told})", source=source) from error
+    return folder, read_config_file(source)
 
 
 def read_windows(
@@ -104,8 +98,8 @@ def read_windows(
         ids = torch.tensor([i for text in data for i in encode(text.decode(errors="replace"))], dtype=torch.int64)
     needed = count * seq_len_tokens
     if ids.numel() < needed:
-        told = f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need {needed}"
-        raise InputError(told, field="text")
+        problem = f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need {needed}"
+        raise InputError(problem, field="text")
     return list(ids[:needed].split(seq_len_tokens))
 
 
@@ -116,8 +110,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with a user's tokenizer, one line says it
-        raise InputError(f"cannot be loaded ({type(error).__name__}: {error})", source=folder,
-                         field="tokenizer") from error  # fmt: skip
+        raise InputError(f"cannot be loaded ({told(error)})", source=folder, field="tokenizer") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -13,7 +13,8 @@ from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 
 from ...planner.plan import ModelShape
-from ...traces.errors import UnsupportedError
+from ...traces.errors import UnsupportedError, shown
+from ...traces.validation import validated
 
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
@@ -37,14 +38,16 @@ def model_shape(config: Any) -> ModelShape:
     found = {name: setting(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")}
     for name, value in found.items():
         if type(value) is not int or value < 1:
-            raise UnsupportedError(f"is {value!r}, or not one for all layers", field=name)
+            raise UnsupportedError(f"is {shown(value)}, or not one for all layers", field=name)
     heads, layers, hidden = found.values()
     head_dim = setting(text, "head_dim") or hidden // heads
     kv_heads = setting(text, "num_key_value_heads") or heads
     if type(head_dim) is not int or type(kv_heads) is not int or min(head_dim, kv_heads) < 1 or heads % kv_heads:
-        raise UnsupportedError(f"are {kv_heads!r} and {head_dim!r} for {heads} heads, or not one for all layers",
+        stated = f"{shown(kv_heads)} and {shown(head_dim)}"
+        raise UnsupportedError(f"are {stated} for {heads} heads, or not one for all layers",
                                field="num_key_value_heads, head_dim")  # fmt: skip
-    return ModelShape(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return validated(ModelShape, shape, "the model's configuration")
 
 
 def text_config(config: Any) -> Any:

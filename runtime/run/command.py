@@ -68,8 +68,8 @@ def run(
             if output is not None:
                 remove_partials(output)  # of a rank that was ended while it wrote
         raise typer.Exit(code)
-    mesh = join(device=device, timeout_s=timeout_s, patience_s=patience_s)
     try:
+        mesh = join(device=device, timeout_s=timeout_s, patience_s=patience_s)
         passed = run_rank(mesh, loaded, pattern, options, lambda result: report(loaded, result, output, as_json))
     except RankLost as error:
         typer.echo(f"sparsering: {error}", err=True)

@@ -85,7 +85,7 @@ def _answer(plan: Plan, result: RunResult) -> str:
     told = f"One layer, forward and backward, took {_ms(middle_us)} on {plan.world_size} ranks ({where})"
     told += f", the median of {len(times_us)} repeats from {_ms(min(times_us))} to {_ms(max(times_us))}."
     predicted_us = plan.predictions.get("step_time_us")
-    if predicted_us is not None:
+    if isinstance(predicted_us, int | float):
         told += f" Predicted for {plan.provenance.get('cluster', 'a cluster')}: {_ms(predicted_us)}."
     if not result.verdicts:
         return f"{told} Results were not checked (--verify does)."

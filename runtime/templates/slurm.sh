@@ -22,7 +22,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Refuse a wrong configuration, plan, model or data folder before any node works.
 sparsering train "$config" --dry-run
 
-export PYTHONSAFEPATH=1 OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus))
+export PYTHONSAFEPATH=1 TORCH_CPP_LOG_LEVEL=ERROR OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus))
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$gpus" \

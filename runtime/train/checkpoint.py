@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn import Module
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, shown
 from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, sync_folder, write_json
 from ..comm.mesh import Mesh
 from .config import CheckpointSection
@@ -39,9 +39,11 @@ CHECKPOINT_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PARTIAL = ".partial"
 POLL_S = 0.02
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_VALUES = 1 << 20
 _FOLDER = re.compile(r"^step-[0-9]{8}$")
 _FILE = re.compile(r"^(\.metadata|__[0-9]+_[0-9]+\.distcp)$")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _made = itertools.count(1)  # all ranks make theirs in the same order
 
 
@@ -166,12 +168,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest: version, digest, file names; InputError in one line."""
     source = path / MANIFEST_NAME
-    raw = read_sealed(source, newest_schema=CHECKPOINT_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
-    if not isinstance(raw.get("files"), dict):
+    raw = read_sealed(source, newest_schema=CHECKPOINT_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES,
+                      max_values=MAX_MANIFEST_VALUES)  # fmt: skip
+    step, facts, files = (raw.get(name) for name in ("step", "facts", "files"))
+    if raw.get("kind") != "sparsering-checkpoint" or not isinstance(facts, dict) or not isinstance(files, dict):
         raise InputError("is no checkpoint's manifest", source=source)
-    for name in raw["files"]:
-        if not _FILE.match(name):
-            raise InputError(f"{name!r} is no file of a checkpoint", source=source, field="files")
+    if type(step) is not int or step < 0:
+        raise InputError(f"must be a whole number from 0, not {shown(step)}", source=source, field="step")
+    for name, stated in files.items():
+        if not _FILE.fullmatch(name):
+            raise InputError(f"{shown(name)} is no file of a checkpoint", source=source, field="files")
+        digest = stated.get("sha256") if isinstance(stated, dict) else None
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise InputError(f"has no SHA-256: {shown(stated)}", source=source, field=f"files.{name}")
     return raw
 
 

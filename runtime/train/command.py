@@ -48,15 +48,15 @@ def train(
 ) -> None:
     """Train a Hugging Face model on long sequences by a plan, on all GPUs of this host or as one rank of torchrun.
 
-    Without RANK in the environment it checks the run, then starts torchrun with one process per rank; with it, it is a
-    rank. Exit code 2 with one line when configuration, plan, model or data cannot be used, before any GPU work.
+    Without RANK in the environment it checks the run, then starts one process per rank; with it, it is a rank.
+    Exit code 2 with one line when configuration, plan, model or data cannot be used, before any GPU work.
 
     In the file, `attention` is planned, or a baseline: dense, dense-zigzag, dense-zigzag-flash4,
     torch-context-parallel. `metrics` writes a JSON line per step and rank (speed, MFU, density, kept mass, imbalance,
     exposed communication, memory, loss) and, if asked, TensorBoard's files. docs/training.md has every key.
     """
     from ..comm.mesh import inherited_environment, is_rank
-    from ..comm.start import QUIET_TORCHRUN, run_to_its_end
+    from ..comm.start import start_ranks
     from .export import export_checkpoint
     from .setup import set_up
 
@@ -77,13 +77,11 @@ def train(
         _show(setup, as_json)
         return
     world_size = loaded.parallel.world_size
-    command = [
-        sys.executable, "-m", QUIET_TORCHRUN, "--standalone", "--nproc-per-node", str(world_size),
-        "--max-restarts", str(loaded.max_restarts), "-m", __name__.rpartition(".")[0], str(config),
-        *(part for setting in settings or () for part in ("--set", setting)),
-    ]  # fmt: skip
-    environment = inherited_environment(world_size=world_size) | {"PYTHONSAFEPATH": "1"}
-    code = run_to_its_end(command, environment=environment)
+    code = start_ranks(
+        [str(config), *(part for setting in settings or () for part in ("--set", setting))], world_size=world_size,
+        environment=inherited_environment(world_size=world_size), module=__name__.rpartition(".")[0],
+        restarts=loaded.max_restarts,
+    )  # fmt: skip
     if code == 0 and loaded.metrics is not None and not as_json:
         offer_report(loaded.metrics.folder)
     raise typer.Exit(code)
@@ -139,11 +137,11 @@ def main() -> int:
         given = parser.parse_args()
         return run_rank(load_config(given.config, given.set))
     except InputError as error:
-        if speaks():
+        if speaks(str(error)):
             print(f"sparsering: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if speaks(at_once=True):
+        if speaks("interrupted", at_once=True):
             print("sparsering: interrupted", file=sys.stderr)
         return 130
 
@@ -154,15 +152,16 @@ def run_rank(config: TrainConfig) -> int:
     1, and one line on standard error, when the run broke or ranks were lost. Raises InputError for unusable input.
     """
     from ..comm.lost import RankLost
-    from ..comm.mesh import join, leave
+    from ..comm.mesh import join, leave, naming_lost_ranks
     from .optimizer import TrainingError
 
     try:
         world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
         try:
-            _train(config, world)
+            with naming_lost_ranks(world):
+                _train(config, world)
         finally:
-            leave()  # while an error is on its way out: then there is no goodbye
+            leave()  # while an error is on its way out: then the others are told
     except (TrainingError, RankLost) as error:
         print(f"sparsering: {error}", file=sys.stderr)
         return 1
@@ -171,7 +170,6 @@ def run_rank(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, world: Mesh) -> None:
     """Train and leave in order. Rank 0 alone reads all data once to verify it."""
-    from ..comm.mesh import naming_lost_ranks
     from .loop import Trainer
     from .setup import set_up
 
@@ -179,9 +177,8 @@ def _train(config: TrainConfig, world: Mesh) -> None:
     if world.world_size != config.parallel.world_size:
         raise InputError(f"{config.parallel.world_size} ranks are configured, {world.world_size} were started",
                          field="parallel")  # fmt: skip
-    with naming_lost_ranks(world):
-        trainer = Trainer(setup, world)
-        first = trainer.resume()
+    trainer = Trainer(setup, world)
+    first = trainer.resume()
     console = Console(stderr=True, quiet=bool(world.rank))
     if setup.made_here and config.attention == "planned":
         console.print(f"no plan given: default plan {setup.plan.digest[:12]} ({setup.made_here})")
@@ -198,5 +195,4 @@ def _train(config: TrainConfig, world: Mesh) -> None:
             bars.update(task, completed=result.step + 1, figures=told)
 
         trainer.run(show)
-    with naming_lost_ranks(world):
-        trainer.close()
+    trainer.close()

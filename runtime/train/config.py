@@ -17,7 +17,7 @@ from ...kernels.select import DEFAULT_SELECTOR
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.registry import make_layout
 from ...planner.schedule.backends import facts_of
-from ...planner.specs import DType
+from ...planner.specs import MAX_SEQ_LEN_TOKENS, DType
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
@@ -167,6 +167,21 @@ class TraceOutSection(_Section):
     every_steps: int = Field(default=100, ge=1)
 
 
+class VerifySection(_Section):
+    """How a run checks itself: at its first step, then at every so many, before the optimizer's step.
+
+    layers: so many random layers are looked into; rows: of each, so many queries and keys, spread over all ranks.
+
+    poison: fill the buffers for other ranks' data with NaN before every layer, so that reading what was not sent again
+    shows in every step; costs a pass over the buffers.
+    """
+
+    every_steps: int = Field(default=100, ge=1)
+    rows: int = Field(default=64, ge=1, le=1 << 14)
+    layers: int = Field(default=1, ge=1)
+    poison: bool = False
+
+
 class WandbSection(_Section):
     """A run of Weights & Biases. name: it makes one up where none is given; mode: offline runs are uploaded later."""
 
@@ -197,7 +212,7 @@ class TrainConfig(_Section):
 
     model: ModelSection
     data: DataSection
-    seq_len_tokens: int = Field(gt=1)
+    seq_len_tokens: int = Field(gt=1, le=MAX_SEQ_LEN_TOKENS)
     steps: int = Field(ge=1)
     attention: AttentionName = "planned"
     plan: PlanSection = PlanSection()
@@ -214,6 +229,7 @@ class TrainConfig(_Section):
     checkpoint: CheckpointSection | None = None
     trace_out: TraceOutSection | None = None
     metrics: MetricsSection | None = None
+    verify: VerifySection | None = VerifySection()
 
     @model_validator(mode="after")
     def _patience_ends_before_the_timeout(self) -> Self:

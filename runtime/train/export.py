@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoModelForCausalLM
 
+from ...traces.dataset.whole_folder import require_empty, whole_folder
 from ...traces.errors import InputError
 from .checkpoint import newest_checkpoint, verify_checkpoint
 from .config import TrainConfig
@@ -33,8 +33,7 @@ def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
     found = newest_checkpoint(config.checkpoint.folder)
     if found is None:
         raise InputError("holds no complete checkpoint", source=config.checkpoint.folder)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError("is not empty", source=output)
+    require_empty(output)
     manifest = verify_checkpoint(found)
     model_config = read_model_config(config.model)
     model = AutoModelForCausalLM.from_config(model_config, dtype=master_dtype(config), trust_remote_code=False)
@@ -42,14 +41,9 @@ def export_checkpoint(config: TrainConfig, output: Path) -> dict[str, Any]:
     load(state, checkpoint_id=found, no_dist=True)
     model.load_state_dict(state["model"])
     model.to(getattr(torch, config.dtype))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    for name in TOKENIZER_FILES:
-        if (config.model.folder / name).is_file():
-            shutil.copyfile(config.model.folder / name, partial / name)
-    if output.exists():
-        output.rmdir()
-    os.replace(partial, output)
+    with whole_folder(output) as working:
+        model.save_pretrained(working)
+        for name in TOKENIZER_FILES:
+            if (config.model.folder / name).is_file():
+                shutil.copyfile(config.model.folder / name, working / name)
     return {"step": manifest["step"], "folder": str(output)}

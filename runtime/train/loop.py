@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ...kernels.mask import AttentionMask
-from ..attention.bound import bind
+from ..attention.bound import BoundPlan, bind
 from ..attention.planned import PlannedAttention
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.ring import ZigzagAttention
 from ..baselines.torch_ring import TorchContextParallel
 from ..comm.mesh import Mesh, agree, naming_lost_ranks
 from ..comm.reuse import common_group
+from ..data.shards import TokenSequence
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
 from ..model.shape import decoder_layers
@@ -42,6 +43,7 @@ from .optimizer import (
     make_optimizer,
 )
 from .patterns import NOTHING, LayerMasks, Observed
+from .selfcheck.check import Given, SelfCheck
 from .setup import Setup
 
 _made = itertools.count(1)  # all ranks make theirs in the same order
@@ -66,6 +68,7 @@ class Trainer:
             seed=setup.config.seed,
         )  # fmt: skip
         self.masks: LayerMasks | None = None
+        self._bound: BoundPlan | None = None
         attention = self._attention(replayed)
         device_mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("all",))
         self.model = shard_model(self.hf_model, setup.config, device_mesh)
@@ -77,6 +80,7 @@ class Trainer:
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = common_group(self.mesh, "comparing")
+        self.check = self._self_check(attention)
         section = setup.config.checkpoint
         self.checkpoints = Checkpointer(section, world, facts=setup.run_facts()) if section else None
         self.next_step = 0
@@ -130,10 +134,15 @@ class Trainer:
         valid = torch.tensor(sum(batch.valid for batch in batches), dtype=torch.float64, device=self.world.device)
         dist.all_reduce(valid)
         self.watch.reset()
+        check = self.check if self.check is not None and self.check.is_due(self.next_step) else None
+        if check is not None:
+            check.begin(self.next_step)
         self.exposure.on = observed.measured
         loss_sum = self._forward_backward(batches, valid, observed)
         norms = gradient_norms(self.hf_model.named_parameters())
         loss, norm = self._checked(loss_sum, valid, norms)
+        if check is not None:
+            check.judge(self.next_step, Given(batch=batches[0], sequence=self._sequence(0)), self.mesh)
         rate = learning_rate(self.next_step, config.optimizer, config.steps)
         clip_gradients(self.hf_model.parameters(), norms.total, config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
@@ -143,6 +152,8 @@ class Trainer:
         parts = self.clock.take_ms()  # waits for the device
         seconds = time.perf_counter() - began
         self.next_step += 1
+        if self.check is not None:
+            self.check.after(self.next_step)
         return StepResult(
             step=self.next_step - 1, loss=loss, grad_norm=norm, learning_rate=rate, valid_tokens=int(valid.item()),
             tokens=config.sequences_per_step * config.seq_len_tokens, seconds=seconds, parts_ms=parts,
@@ -159,7 +170,7 @@ class Trainer:
             return ZigzagAttention(self.mesh, kernel=kernel, waiting=self.exposure.waiting)
         if self.config.attention == "torch-context-parallel":
             return TorchContextParallel(self.mesh)
-        bound = bind(self.setup.plan, self.mesh)
+        self._bound = bound = bind(self.setup.plan, self.mesh)
         planned = PlannedAttention(bound)
         planned.waiting = self.exposure.waiting
         self.masks = LayerMasks(
@@ -168,14 +179,28 @@ class Trainer:
         )  # fmt: skip
         return planned
 
+    def _self_check(self, attention: Attention) -> SelfCheck | None:
+        section = self.config.verify
+        if section is None:
+            return None
+        layers = decoder_layers(self.hf_model)
+        check = SelfCheck(self.setup, section, self.world, self._bound, self.model, layers, self.optimizer)
+        if isinstance(attention, PlannedAttention):
+            attention.watch, attention.poisons = check.attention, section.poison
+        return check
+
     def _microbatch(self, number: int) -> Microbatch:
         """Return this rank's shard of one sequence of the next step: a pure function of configuration and place."""
+        sequence = self._sequence(number)
+        return cut(self.config, sequence, self.setup.plan, rank=self.mesh.rank, device=self.world.device)
+
+    def _sequence(self, number: int) -> TokenSequence:
+        """Return the whole sequence of a microbatch of the next step."""
         config = self.config
-        sequence = self.setup.data.at_step(
+        return self.setup.data.at_step(
             self.next_step, number * config.parallel.data + self.mesh.replica, slots=config.sequences_per_step,
             seq_len_tokens=config.seq_len_tokens, seed=config.seed,
         )  # fmt: skip
-        return cut(config, sequence, self.setup.plan, rank=self.mesh.rank, device=self.world.device)
 
     def _forward_backward(self, batches: list[Microbatch], valid: Tensor, observed: Observed) -> Tensor:
         """Accumulate gradients of the mean loss over all valid tokens; return this rank's summed loss."""

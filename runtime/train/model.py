@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...planner.plan import ModelShape
 from ...traces.errors import InputError
-from ...traces.files import read_json
 from ..attention.recompute import checkpoint_layer
+from ..model.config_file import read_config_file, told
 from ..model.head_loss import ModelWithLoss
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
@@ -46,17 +46,15 @@ def read_model_config(section: ModelSection) -> Any:
     source = section.path / "config.json" if section.path.is_dir() else section.path
     if not source.is_file():
         raise InputError("no such model configuration", source=source, field="model.path")
-    check_rope(read_json(source), source=source)
+    config = read_config_file(source)
     check_rope({"rope_parameters": section.rope_parameters}, source="model")
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         if section.rope_parameters is not None:
             config.rope_parameters = dict(section.rope_parameters)
             config.standardize_rope_params()
             config.validate_rope()
     except Exception as error:  # whatever is wrong with a user's file, one line says it
-        told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise InputError(f"is no usable model configuration ({told})", source=source, field="model") from error
+        raise InputError(f"is no usable model configuration ({told(error)})", source=source, field="model") from error
     if not section.random_weights and not list(source.parent.glob("*.safetensors")):
         raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
                          field="model.path")  # fmt: skip
@@ -69,8 +67,7 @@ def model_facts(config: Any) -> ModelFacts:
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # whatever its class says about the values, one line says it
-            told = f"makes no causal language model ({type(error).__name__}: {error})"
-            raise InputError(told, field="model.path") from error
+            raise InputError(f"makes no causal language model ({told(error)})", field="model.path") from error
     active = active_parameters(model)
     lookups = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     return ModelFacts(

@@ -13,7 +13,7 @@ import torch
 
 from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
-from ...traces.errors import InputError
+from ...traces.errors import InputError, shown
 from ..attention.here import require_backend_here
 from ..audit.audit import audit
 from ..audit.result import Audit
@@ -62,7 +62,7 @@ class Setup:
         """Refuse to go on from a checkpoint of another run, whose facts are `saved`: InputError names what differs."""
         for name, value in self.run_facts().items():
             if saved.get(name) != value:
-                told = f"the checkpoint has {saved.get(name)!r}, the run {value!r}: train into another folder, "
+                told = f"the checkpoint has {shown(saved.get(name))}, the run {value!r}: train into another folder, "
                 raise InputError(f"{told}or export the checkpoint and start from it", source=source, field=name)
 
     def summary(self) -> dict[str, Any]:

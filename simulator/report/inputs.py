@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +12,19 @@ from pydantic import BaseModel, ConfigDict
 
 from ...planner.cost.cluster import MAX_CLUSTER_BYTES, Cluster, load_cluster, parse_cluster, preset_names
 from ...planner.plan import Plan, load_plan
+from ...planner.predicted import check_predictions
 from ...traces.dataset.manifest import MANIFEST_NAME
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError
-from ...traces.files import MAX_JSON_BYTES, canonical_json, read_bytes, sha256_of_bytes
+from ...traces.files import (
+    GZIP_MAGIC,
+    canonical_json,
+    open_regular,
+    read_bytes,
+    read_json,
+    sha256_of_bytes,
+    sha256_of_file,
+)
 from ...traces.timeline import Timeline, from_chrome
 from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml
@@ -29,7 +35,6 @@ MOST_FILES = 20_000
 METRICS = "training metrics"
 TRACE_KIND = "sparsering-trace"
 DEMO_KIND = "sparsering-demo"
-GZIP_MAGIC = b"\x1f\x8b"
 YAML_MARKS = b"gpus_per_node", b"seq_len_tokens"  # of clusters, of configurations of training runs
 
 
@@ -181,14 +186,16 @@ def _read_file(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> None:
     if not path.is_file() or _is_page(path):
         return
     document, kind = _object(path), None
-    if "traceEvents" in document and "schema_version" in (document.get("otherData") or {}):
+    if "traceEvents" in document and "schema_version" in _part(document, "otherData"):
         timeline = from_chrome(document, source=path)
         if not isinstance(timeline.metadata, dict):
             timeline = replace(timeline, metadata={})
         found.timelines.append((path, timeline))
         kind = f"{timeline.source} timeline"
     elif {"placement", "forward", "backward", "kernels", "digest"} <= document.keys():
-        found.plans.append((path, load_plan(path)))
+        plan = load_plan(path)
+        check_predictions(plan.predictions, path)
+        found.plans.append((path, plan))
         kind = "plan"
     elif isinstance(document.get("quantities"), dict) and {"phases", "missed"} <= document.keys():
         found.validations.append((path, validated(Validation, document, path)))
@@ -203,7 +210,7 @@ def _read_file(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> None:
     if kind is None:
         found.unknown.append(path)
     else:
-        found.sources.append(Source(path=path, kind=kind, digest=sha256_of_bytes(read_bytes(path))))
+        found.sources.append(Source(path=path, kind=kind, digest=sha256_of_file(path)))
 
 
 def _read_text(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> str | None:
@@ -223,31 +230,35 @@ def _read_text(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> str |
 
 
 def _is_page(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return GENERATOR.encode() in file.read(1000)
 
 
 def _object(path: Path) -> dict[str, Any]:
     """Return a file's JSON object, compressed or not; an empty one where it holds none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(2)
         if start != GZIP_MAGIC and not start.lstrip().startswith(b"{"):
             return {}
-        data = read_bytes(path)
-        plain = gzip.decompress(data) if start == GZIP_MAGIC else data
-        document = json.loads(plain) if len(plain) <= MAX_JSON_BYTES else None
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        document = read_json(path)
+    except (OSError, InputError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = document.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping, an empty one where it holds none."""
     try:
-        if path.stat().st_size > MAX_CLUSTER_BYTES or not any(mark in path.read_bytes() for mark in YAML_MARKS):
+        data = read_bytes(path, max_bytes=MAX_CLUSTER_BYTES)
+        if not any(mark in data for mark in YAML_MARKS):
             return {}
         document = read_yaml(path, max_bytes=MAX_CLUSTER_BYTES)
-    except (InputError, OSError):
+    except InputError:
         return {}
     return document if isinstance(document, dict) else {}

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from ...traces.dataset.manifest import library_versions
 from ...traces.errors import InputError
-from ...traces.files import write_atomically
+from ...traces.files import open_regular, write_atomically
 from .figures.theme import PALETTE
 from .inputs import GENERATOR, Inputs, Source, read_inputs
 from .parts.assemble import Report, make_report
@@ -90,7 +90,7 @@ def require_page(path: Path) -> None:
 
 def _beginning(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(TITLE_BYTES).decode(errors="replace")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", source=path) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...traces.errors import InputError
+from ...traces.files import open_regular, read_bytes
+from ...traces.strict_json import parse_json
 from ...traces.validation import validated
 
 SNIFFED_BYTES = 1 << 16
-MOST_METRICS_BYTES = 1 << 30
+MOST_METRICS_BYTES = 256 << 20
+MOST_LINES = 1 << 18
+MOST_LINE_VALUES = 1 << 20
+MOST_DENSITIES = 1 << 23  # of all lines, which are kept; other lists are passed over
 MARKS = {"rank", "step", "step_time_us", "tokens_per_s"}
 US_PER_HOUR = 3.6e9
 
@@ -103,24 +107,31 @@ def metrics_lines(path: Path) -> list[MetricsLine]:
     A last line without its end, which a killed process leaves, does not count. InputError names a line that is wrong.
     """
     try:
-        with path.open("rb") as file:
-            first = json.loads(file.read(SNIFFED_BYTES).partition(b"\n")[0])
-    except (OSError, ValueError, RecursionError):
+        with open_regular(path) as file:
+            first = _values(file.read(SNIFFED_BYTES).partition(b"\n")[0], path)
+    except (OSError, InputError):
         return []
     if not isinstance(first, dict) or not first.keys() >= MARKS:
         return []
-    if path.stat().st_size > MOST_METRICS_BYTES:
-        raise InputError(f"is {path.stat().st_size} bytes; at most {MOST_METRICS_BYTES} are read", source=path)
-    *whole, _ = path.read_bytes().split(b"\n")
-    return [_line(text, f"{path}: line {number}") for number, text in enumerate(whole, start=1) if text.strip()]
+    *whole, _ = read_bytes(path, max_bytes=MOST_METRICS_BYTES).split(b"\n")
+    if len(whole) > MOST_LINES:
+        raise InputError(f"has {len(whole)} lines; at most {MOST_LINES} are read", source=path)
+    lines, kept = [], 0
+    for number, text in enumerate(whole, start=1):
+        if text.strip():
+            lines.append(_line(text, f"{path}: line {number}"))
+            kept += len(lines[-1].density_per_layer)
+        if kept > MOST_DENSITIES:
+            raise InputError(f"has more than {MOST_DENSITIES} of them", source=path, field="density_per_layer")
+    return lines
 
 
 def _line(text: bytes, source: str) -> MetricsLine:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not valid JSON ({error})", source=source) from error
-    return validated(MetricsLine, values, source)
+    return validated(MetricsLine, _values(text, source), source)
+
+
+def _values(text: bytes, source: str | Path) -> Any:
+    return parse_json(text, source, max_values=MOST_LINE_VALUES)
 
 
 def training_runs(files: Mapping[Path, Sequence[MetricsLine]]) -> list[TrainingRun]:

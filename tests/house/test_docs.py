@@ -19,10 +19,10 @@ from sparsering.planner.cost.cluster import PRESETS, load_cluster
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, make_plan
 from sparsering.planner.schedule.placement import striped
 from sparsering.runtime.data.writer import byte_tokenizer, write_data
-from sparsering.runtime.train.config import TrainConfig, load_config
+from sparsering.runtime.train.config import TrainConfig, load_config, parse_config
 from sparsering.traces.synthetic import SyntheticSettings, write_synthetic_trace
 from sparsering.traces.yaml_files import read_yaml
-from train_runs import write_model, write_text
+from train_runs import write_model, write_run, write_text
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
@@ -101,6 +101,8 @@ def exercise(block: str, folder: Path) -> None:
         dry_run(path, document)
     elif keys >= {"nodes", "gpus_per_node", "gpu"}:
         assert load_cluster(path).name == document["name"]
+    elif keys and keys <= set(TrainConfig.model_fields):  # some sections of a training configuration
+        parse_config(write_run(folder / "run") | document)
     else:
         pytest.fail(f"a block of unknown kind: {sorted(keys)}")
 

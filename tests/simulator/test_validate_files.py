@@ -48,7 +48,7 @@ def test_times_that_cannot_be_are_named(name: str, value: Any, tmp_path: Path) -
     (tmp_path / "f.json").write_text(document)
     result = invoke(tmp_path / "f.json")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
-    assert f"f.json: rows.0: {name}: " in result.stderr
+    assert f"f.json: rows.0: {name}: " in result.stderr or f"f.json: rows.0.{name}: " in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def without(layer: int, head: str) -> list[dict[str, Any]]:
 
 WRONG: dict[str, Any] = {
     "is not valid JSON": "[{",
-    "repeated key '0'": f'[{{"0": {json.dumps(FIXED)}, "0": {json.dumps(FIXED)}}}]',
+    "0: the key '0' is given twice": f'[{{"0": {json.dumps(FIXED)}, "0": {json.dumps(FIXED)}}}]',
     "must be a non-empty list of layers": {},
     "layer 1: must be an object of heads": [grid()[0], []],
     "layer 1: must have heads 0 to 2, differs in 2": without(1, "2"),
@@ -63,13 +63,13 @@ WRONG: dict[str, Any] = {
         grid()[0],
     ],
     "layer 1, head 2: must be [name, columns, slashes, score], not [1, 2]": altered(1, "2", [1, 2]),
-    'layer 1, head 2: pattern "block_sparse" is neither': altered(1, "2", ["block_sparse", 1, 2, 0.0]),
+    "layer 1, head 2: pattern 'block_sparse' is neither": altered(1, "2", ["block_sparse", 1, 2, 0.0]),
     "layer 0, head 1: columns must be a whole number from 1, not 0": altered(0, "1", ["vertical_and_slash", 0, 9, 0.0]),
     "slashes must be a whole number from 1, not 2.5": altered(0, "1", ["vertical_and_slash", 1, 2.5, 0.0]),
-    "columns must be a whole number from 1, not true": altered(0, "1", ["vertical_and_slash", True, 2, 0.0]),
+    "columns must be a whole number from 1, not True": altered(0, "1", ["vertical_and_slash", True, 2, 0.0]),
     "slashes must be a whole number from 1, not 1e+99": altered(0, "1", ["vertical_and_slash", 1, 1e99, 0.0]),
-    'score must be a finite number, not "high"': altered(0, "1", ["vertical_and_slash", 1, 2, "high"]),
-    "score must be a finite number, not NaN": altered(0, "1", ["vertical_and_slash", 1, 2, float("nan")]),
+    "score must be a finite number, not 'high'": altered(0, "1", ["vertical_and_slash", 1, 2, "high"]),
+    "0.1.3: NaN is not a number": altered(0, "1", ["vertical_and_slash", 1, 2, float("nan")]),
     "columns must be [p, cap], not 0.9": altered(0, "1", ["flex_vertical_and_slash", 0.9, [0.9, 1], 0.0]),
     "slashes p must be above 0 and at most 1, not 1.5": altered(
         0, "1", ["flex_vertical_and_slash", [0.9, 1], [1.5, 1], 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def test_unknown_kind_and_crooked_chunk() -> None:
 def test_written_as_a_trace(tmp_path: Path, kind: str) -> None:
     settings = SyntheticSettings(seq_len_tokens=3000, heads=8, density=0.3, columns=50)
     write_synthetic_trace(tmp_path, kind, settings, layers=2, steps=2, seed=9)
-    trace = write_synthetic_trace(tmp_path, kind, settings, layers=2, steps=2, seed=9)  # continues it
+    trace = write_synthetic_trace(tmp_path, kind, settings, layers=2, steps=4, seed=9)  # continues it
+    assert write_synthetic_trace(tmp_path, kind, settings, layers=2, steps=4, seed=9).digest() == trace.digest()
     assert (trace.steps, trace.layers, trace.header.origin) == ((0, 1, 2, 3), (0, 1), "synthetic")
     assert (trace.header.model.kv_heads, trace.header.seed) == (1, 9)
     for step in trace.steps:
@@ -157,6 +159,15 @@ def test_written_as_a_trace(tmp_path: Path, kind: str) -> None:
         f"synthetic-{kind}",
         {name: getattr(settings, name) for name in GENERATORS[kind].uses},
     ]
+
+
+def test_a_trace_is_not_continued_with_other_settings(tmp_path: Path) -> None:
+    settings = SyntheticSettings(seq_len_tokens=3000, heads=8, density=0.3)
+    before = write_synthetic_trace(tmp_path, "xattention", settings).digest()
+    for steps in (1, 2):
+        with pytest.raises(InputError, match="density: the trace there was drawn with"):
+            write_synthetic_trace(tmp_path, "xattention", replace(settings, density=0.2), steps=steps)
+    assert Trace.open(tmp_path).digest() == before
 
 
 def test_command(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from ..validation import validation_error
 
 TRACE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 256 << 20
-MAX_SEQ_LEN_TOKENS = 1 << 30
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_VALUES = 2 << 20
+MAX_SEQ_LEN_TOKENS = 1 << 27
+MAX_LAYERS = MAX_HEADS = MAX_HEAD_DIM = 4096
 MAX_PART_BYTES = 4 << 30
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,10 +41,10 @@ class ModelShape(_Record):
     """Which model was recorded, and the shape of its attention."""
 
     model_id: str = Field(min_length=1, max_length=1024)
-    layers: int = Field(ge=1, le=100_000)
-    heads: int = Field(ge=1, le=100_000)
-    kv_heads: int = Field(ge=1, le=100_000)
-    head_dim: int = Field(ge=1, le=100_000)
+    layers: int = Field(ge=1, le=MAX_LAYERS)
+    heads: int = Field(ge=1, le=MAX_HEADS)
+    kv_heads: int = Field(ge=1, le=MAX_HEADS)
+    head_dim: int = Field(ge=1, le=MAX_HEAD_DIM)
 
     @model_validator(mode="after")
     def _grouped(self) -> Self:
@@ -152,7 +154,8 @@ def read_manifest(folder: Path) -> TraceManifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InputError("is not a trace: it holds no manifest.json", source=folder)
-    raw = read_sealed(path, newest_schema=TRACE_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES)
+    raw = read_sealed(path, newest_schema=TRACE_SCHEMA_VERSION, max_bytes=MAX_MANIFEST_BYTES,
+                      max_values=MAX_MANIFEST_VALUES)  # fmt: skip
     return parse_model(TraceManifest, raw, source=path)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import CONTROL, InputError, shown
 from ..pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, num_blocks
+from ..strict_json import parse_json
 from .manifest import TraceHeader
 
 VERTICAL_SLASH = "vertical-slash"
@@ -195,7 +196,7 @@ def _pattern(values: Mapping[str, Any], seq_len_tokens: int, blocks: int) -> Hea
                 raise InputError(f"must be empty for a block mask, has {values[name].size} entries", field=name)
         return BlockMask(bits=unpack_bits(bits, blocks))
     if kind != VERTICAL_SLASH:
-        raise InputError(f"is {kind!r}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}", field="kind")
+        raise InputError(f"is {shown(kind)}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}", field="kind")
     if bits is not None:
         raise InputError("must be empty for a vertical-slash pattern", field="block_bits")
     _check_list("columns", values["columns"], seq_len_tokens)
@@ -215,10 +216,9 @@ def _check_list(name: str, values: NDArray[np.int32], limit: int) -> None:
 
 
 def _choice(values: Mapping[str, Any]) -> HeadChoice:
-    try:
-        settings = json.loads(values["settings"])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not valid JSON ({error})", field="settings") from error
+    if odd := CONTROL.search(values["selector"]):
+        raise InputError(f"{shown(values['selector'])} holds U+{ord(odd[0]):04X}, which is no text", field="selector")
+    settings = parse_json(values["settings"].encode(), "settings", max_values=MAX_SETTINGS_BYTES)
     if not isinstance(settings, dict):
         raise InputError("must be a JSON object", field="settings")
     return HeadChoice(selector=values["selector"], settings=settings, **{name: values[name] for name in MASSES})

@@ -41,12 +41,15 @@ class TraceWriter:
     def __init__(self, folder: Path | str, header: TraceHeader) -> None:
         self.folder = Path(folder)
         self.header = header
-        self._is_new = False
+        self._is_new, was_there = False, self.folder.exists()
         self._release = weakref.finalize(self, _unlock, _lock(self.folder))
         try:
             self._manifest = self._open_or_start()
         except BaseException:
             self._release()
+            if not was_there:
+                with suppress(OSError):
+                    self.folder.rmdir()
             raise
 
     def _open_or_start(self) -> TraceManifest:

@@ -15,16 +15,13 @@ What Holistic Trace Analysis (HTA) needs, and what is done about it:
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import sync_folder, write_json
+from ..dataset.whole_folder import whole_folder
+from ..files import write_json
 from ..timeline import COMPUTE_STREAM, Span, Timeline
 
 HOST_THREAD = 1
@@ -52,24 +49,10 @@ def write_hta(timeline: Timeline, folder: Path) -> list[Path]:
 
     Raises InputError where the folder holds anything or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("exists and is not an empty folder: nothing is written there", source=folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
-    try:
-        names = [f"rank-{rank:05d}.json.gz" for rank in range(timeline.world_size)]
+    names = [f"rank-{rank:05d}.json.gz" for rank in range(timeline.world_size)]
+    with whole_folder(folder) as working:
         for name, document in zip(names, hta_documents(timeline), strict=True):
-            write_json(partial / name, document)
-        partial.chmod(0o755)
-        os.replace(partial, folder)  # an empty folder may be replaced by another
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(folder.parent)
+            write_json(working / name, document)
     return [folder / name for name in names]
 
 

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from interrupts import Command, counts, loaded, reads, started, wrote
+from interrupts import Command, counts, loaded, started, wrote
 from mistakes import TRACE, listing, used
 from sparsering.cli import VERBS
+from sparsering.planner.plan import load_plan
+from sparsering.traces.timeline import Timeline
 from train_runs import write_run
 
 pytestmark = pytest.mark.slow
@@ -23,7 +26,7 @@ CAPTURE = "capture --model run/model --random-weights --text long.txt -o out --s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good files, and a named pipe that whoever reads it waits for."""
+    """Good files, some of them so large that whoever reads them takes seconds."""
     folder, before = tmp_path_factory.mktemp("interrupts"), Path.cwd()
     os.chdir(folder)
     try:
@@ -34,31 +37,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         used("simulate plan.json --cluster local-cpu-4 -o timeline.json.gz")
         write_run(folder / "run", steps=100000, metrics={"folder": str(folder / "run" / "metrics")})
         (folder / "long.txt").write_text("ring plan token block mask\n" * 1000)
-        (folder / "texts").mkdir()
-        (folder / "texts" / "0.txt").write_text("some text\n")
-        os.mkfifo(folder / "texts" / "1.txt")
-        os.mkfifo(folder / "pipe.json")
-        os.mkfifo(folder / "pipe.yaml")
+        (folder / "many.jsonl").write_text('{"text": "some text"}\n' * 20_000)
+        _write_large_files(folder)
     finally:
         os.chdir(before)
     return folder
 
 
+def _write_large_files(folder: Path) -> None:
+    """Write a cluster, a timeline, a plan and a text as large as they may be, or nearly so."""
+    lines = "".join(f"  - {{m: {number}, n: [1, 2, 3, 4]}}\n" for number in range(25_000))
+    (folder / "large.yaml").write_text(f"unknown:\n{lines}")
+    timeline = Timeline.load(folder / "timeline.json.gz")
+    replace(timeline, spans=timeline.spans * (200_000 // len(timeline.spans))).save(folder / "large-timeline.json")
+    plan = load_plan(folder / "plan.json")
+    plan.with_record(provenance={"steps": list(range(2_000_000))}).save(folder / "large-plan.json")
+    (folder / "large.txt").write_text("GPU0 is a line of a legend, and no row of a matrix\n" * 300_000)
+
+
 def _contents(folder: Path) -> dict[str, str]:
-    """The listing without pipes, which nobody can read to the end, and without a training run's metrics."""
-    kept = folder.parent / "pipes"
-    kept.mkdir(exist_ok=True)
-    pipes = [path for path in folder.rglob("*") if path.is_fifo()]
-    moved = [(path, kept / str(number)) for number, path in enumerate(pipes)]
-    for path, place in moved:
-        path.rename(place)
-    try:
-        return {name: digest for name, digest in listing(folder).items() if "metrics" not in name}
-    finally:
-        for path, place in moved:
-            place.rename(path)
+    """The listing without a training run's metrics."""
+    return {name: digest for name, digest in listing(folder).items() if "metrics" not in name}
 
 
+STARTED = loaded("_multiarray_umath")  # of numpy, which every verb imports before it reads a file
 TELLING = ("demo", "train", "run")  # run warns of more ranks than cores
 CASES: dict[str, tuple[str, Callable[[Path], Sign]]] = {
     "synthesize": (
@@ -66,20 +68,20 @@ CASES: dict[str, tuple[str, Callable[[Path], Sign]]] = {
         lambda f: wrote(f, "out/manifest.json"),
     ),
     "inspect": ("inspect deep", lambda f: loaded("libarrow")),
-    "plan": ("plan --trace trace --cluster pipe.yaml -o plan.json", lambda f: reads(f / "pipe.yaml")),
-    "check": ("check pipe.json", lambda f: reads(f / "pipe.json")),
-    "simulate": ("simulate plan.json --cluster pipe.yaml -o timeline.json.gz", lambda f: reads(f / "pipe.yaml")),
-    "compare": ("compare timeline.json.gz pipe.json", lambda f: reads(f / "pipe.json")),
-    "validate": ("validate timeline.json.gz pipe.json", lambda f: reads(f / "pipe.json")),
+    "plan": ("plan --trace trace --cluster large.yaml -o plan.json", lambda f: STARTED),
+    "check": ("check large-plan.json", lambda f: STARTED),
+    "simulate": ("simulate plan.json --cluster large.yaml -o timeline.json.gz", lambda f: STARTED),
+    "compare": ("compare timeline.json.gz large-timeline.json", lambda f: STARTED),
+    "validate": ("validate timeline.json.gz large-timeline.json", lambda f: STARTED),
     "cluster": (
-        "cluster --base local-cpu-4 --topology pipe.json -o cluster.yaml",
-        lambda f: reads(f / "pipe.json"),
+        "cluster --base local-cpu-4 --topology large.txt -o cluster.yaml",
+        lambda f: STARTED,
     ),
-    "export": ("export pipe.json -o out", lambda f: reads(f / "pipe.json")),
+    "export": ("export large-timeline.json -o out", lambda f: STARTED),
     "report": ("report deep timeline.json.gz -o page.html", lambda f: loaded("libarrow")),
-    "estimate": ("estimate run/config.yaml --cluster pipe.yaml", lambda f: reads(f / "pipe.yaml")),
+    "estimate": ("estimate run/config.yaml --cluster large.yaml", lambda f: loaded("libtorch_cpu")),
     "doctor": ("doctor", lambda f: loaded("libtorch_cpu")),
-    "data": ("data texts -o out --shard-tokens 1", lambda f: reads(f / "texts" / "1.txt")),
+    "data": ("data many.jsonl -o out --shard-tokens 1", lambda f: wrote(f, ".out*/tokens-00001.bin")),
     "capture": (CAPTURE, lambda f: wrote(f, "out/manifest.json")),
     "audit": ("audit run/model --fresh", lambda f: loaded("libtorch_cpu")),
     "demo": ("demo -o out", lambda f: wrote(f, ".out.*.partial")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -74,21 +73,6 @@ def started(arguments: str, folder: Path, *, program: str = "-m sparsering") -> 
                 os.kill(number, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-
-def reads(pipe: Path) -> Callable[[Command], bool]:
-    """A sign: the command has opened this named pipe, and waits for what it says."""
-
-    def sign(_: Command) -> bool:
-        try:
-            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return False
-        return True
-
-    return sign
 
 
 def wrote(folder: Path, pattern: str) -> Callable[[Command], bool]:

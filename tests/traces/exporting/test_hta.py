@@ -87,7 +87,7 @@ def test_the_rank_is_found_as_hta_searches_it(folder: Path) -> None:
 
 
 def test_nothing_is_written_beside_other_files(folder: Path) -> None:
-    with pytest.raises(InputError, match="exists and is not an empty folder"):
+    with pytest.raises(InputError, match="is not empty: it holds"):
         write_hta(timeline(), folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["hta"]
     assert len(list(folder.iterdir())) == 2

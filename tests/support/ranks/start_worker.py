@@ -1,0 +1,55 @@
+"""One rank of test_starts.py: joins, adds up with the others, and fails as it is told.
+
+Called as `start_worker.py timeout_s victim how`; the victim fails after the first sum: "raises" outside all transfers,
+"exits" without a word, is "killed", or "raises" while the others wait for what it "says" at the store.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from sparsering.runtime.comm.lost import RankLost
+from sparsering.runtime.comm.mesh import join, leave, naming_lost_ranks, speaks
+from sparsering.traces.errors import InputError
+
+
+def main() -> int:
+    """Be the rank; end as the commands do."""
+    try:
+        mesh = join(device="cpu", timeout_s=float(sys.argv[1]))
+        try:
+            with naming_lost_ranks(mesh):
+                dist.all_reduce(torch.ones(4))
+                if mesh.rank == int(sys.argv[2]):
+                    _fail(sys.argv[3])
+                if sys.argv[3] == "says":
+                    mesh.broadcast("word", 1)
+                    mesh.collect("words", 1)
+                dist.all_reduce(torch.ones(4))
+        finally:
+            leave()
+    except InputError as error:
+        if speaks(str(error)):
+            print(f"sparsering: {error}", file=sys.stderr)
+        return 2
+    except RankLost as error:
+        print(f"sparsering: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _fail(how: str) -> None:
+    if how == "exits":
+        os._exit(3)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError("no data left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Folders that are there whole or not at all: written beside their place, and moved there in the end."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import sync_folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its place when the block ends well; else nothing is left of it.
+
+    What processes left there that were killed is removed: a lock tells it from what somebody writes just now. Raises
+    InputError where `folder` holds anything, or nothing can be written beside it.
+    """
+    require_empty(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_folders(folder)
+        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        handle = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield working
+        working.chmod(0o755)
+        require_empty(folder)  # meanwhile somebody may have written there
+        os.replace(working, folder)  # an empty folder may be replaced by another
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    finally:
+        os.close(handle)
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def require_empty(folder: Path) -> None:
+    """Raise InputError unless the path is free or an empty folder."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError("exists and is no folder", source=folder)
+    if folder.is_dir() and (found := sorted(entry.name for entry in folder.iterdir())):
+        raise InputError(f"is not empty: it holds {found[0]!r}", source=folder)
+
+
+def remove_left_folders(folder: Path) -> None:
+    """Remove what killed processes left beside `folder` while they wrote it; what is locked is in use."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        if not left.is_dir() or left.is_symlink():
+            continue
+        handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
