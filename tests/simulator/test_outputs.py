@@ -65,8 +65,8 @@ def contents(folder: Path) -> dict[str, str]:
         ((*SIMULATE, "-o", "notes.txt/t.json"), "notes.txt/t.json: cannot be written: notes.txt is no folder"),
         ((*RUN, "-o", "plan.json"), "plan.json: exists and is no timeline: it is not overwritten"),
         ((*RUN, "-o", "trace"), "trace: cannot be written: is a folder"),
-        (("data", "notes.txt", "-o", "plan.json"), "plan.json: is no folder"),
-        (("data", "notes.txt", "-o", "trace"), "trace: is not empty"),
+        (("data", "notes.txt", "-o", "plan.json"), "plan.json: exists and is no folder"),
+        (("data", "notes.txt", "-o", "trace"), "trace: is not empty: it holds 'manifest.json'"),
     ],
 )
 def test_what_is_there_stays(
