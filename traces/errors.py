@@ -15,6 +15,9 @@ MAX_FIELD_CHARACTERS = 120
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+MAX_PLACE_CHARACTERS, MAX_PROBLEM_CHARACTERS = 600, 1300  # of a message: values of a file may be of any length
+
+
 class InputError(ValueError):
     """Input that cannot be used: names the file (or argument), the field and the offending value in one line.
 
@@ -23,7 +26,8 @@ class InputError(ValueError):
 
     def __init__(self, problem: str, *, source: str | Path | None = None, field: str | None = None) -> None:
         where = ": ".join(str(part) for part in (source, field) if part is not None).replace("\n", "\\n")
-        message = " ".join(problem.split())
+        message = shortened(" ".join(problem.split()), MAX_PROBLEM_CHARACTERS)
+        where = shortened(where, MAX_PLACE_CHARACTERS)
         super().__init__(printable(f"{where}: {message}" if where else message))
         self.source = None if source is None else str(source)
         self.field = field

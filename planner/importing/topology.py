@@ -85,7 +85,7 @@ def _cells(lines: list[str], devices: list[str], path: Path) -> dict[str, dict[s
             continue
         values = values[: len(devices)]
         for column, value in zip(devices, values, strict=False):
-            known = value == "X" if column == name else value in PATHS or re.fullmatch(r"NV[1-9]\d*", value)
+            known = value == "X" if column == name else value in PATHS or re.fullmatch(r"NV[1-9]\d{0,2}", value)
             if not known:
                 raise InputError(f"{shown(value)} is no link to {column}", source=path, field=name)
         if len(values) < len(devices):

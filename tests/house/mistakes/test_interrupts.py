@@ -108,7 +108,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(folder: Path, verb: str):
     assert [line for line in lines if line.startswith("sparsering: ")] == lines[-1:]
     assert "Traceback" not in stderr
     assert verb in TELLING or len(lines) == 1
-    assert (code, stdout) == (130, "")
+    # A shell shows both as 130: code that C of a library was running in Python makes Python end itself by the signal.
+    assert code in (130, -signal.SIGINT)
+    assert stdout == ""
     assert _contents(folder) == before
 
 
