@@ -33,6 +33,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from . import __version__
+from .signals import heeded
 from .traces.errors import InputError, did_you_mean, unknown_name
 
 PACKAGE = __package__ or "sparsering"
@@ -40,7 +41,6 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not e
 REFUSED_BY_THE_SYSTEM = (
     errno.EACCES, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
 )  # fmt: skip
-IMPORT_POLL_S = 0.02
 GPU_EXTRA = {"liger_kernel", "safetensors", "torch", "transformers", "triton"}
 
 
@@ -319,33 +319,8 @@ def main() -> None:
     """Entry point of the console script `sparsering`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is said by us, in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages long
-    if "RANK" not in os.environ:  # a rank may wait for others in a place that no handler reaches
-        signal.signal(signal.SIGTERM, _terminated)
-        for number in (signal.SIGINT, signal.SIGALRM):
-            signal.signal(number, _interrupted)
-    try:
+    with heeded():
         app(prog_name="sparsering")
-    finally:
-        for number in (signal.SIGINT, signal.SIGALRM):  # it ends: a library may send again what it had held back
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _interrupted(number: int, frame: Any) -> None:
-    """Raise KeyboardInterrupt, but not within an import: libraries take it there for a module that cannot be imported.
-
-    While one goes on, an alarm asks again.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            signal.setitimer(signal.ITIMER_REAL, IMPORT_POLL_S)
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _terminated(number: int, _: Any) -> NoReturn:
-    """End in order on SIGTERM: temporary files are removed, ranks are ended."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
