@@ -65,7 +65,15 @@ TOY = QWEN25_3B | {
     "num_key_value_heads": 2,
 }  # fmt: skip
 MEMORY = ("loss", "offload", "fused_layers", "whole_layers")  # options that are the configuration's own
-NOTED = ("layers", "steps", "warmups", "fused_layers", "whole_layers", "seed")  # options that stand in every row
+NOTED = (
+    "layers",
+    "steps",
+    "warmups",
+    "fused_layers",
+    "whole_layers",
+    "verify_every",
+    "seed",
+)  # options that stand in every row
 UTILISATIONS = ("mfu_actual", "mfu_dense_equivalent")
 Masks = list[AttentionMask]
 
@@ -116,6 +124,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dense-whole-layers", type=int, help="the same for dense rings; default: as all")
     options.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
     options.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
+    options.add_argument(
+        "--verify-every", type=int, help="steps between the run's checks of itself; default: none is measured"
+    )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--toy", action="store_true", help="two gloo processes and a tiny model, to try the road")
     options.add_argument("--merge", type=Path, nargs="+", help="result files to show side by side")
@@ -162,9 +173,9 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
         trainer.step()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    results = [trainer.step(Observed(measured=True)) for _ in range(arguments.steps)]
+    results, own = _steps(trainer, arguments.steps)
     trainer.close()
-    own = _medians(results)
+    own |= _medians(results)
     everyone = world.collect(f"benchmark {implementation} {density}", own)
     if everyone is None:
         return {}
@@ -185,10 +196,30 @@ def _measure(arguments: argparse.Namespace, world: Mesh, implementation: str, de
         "other_ms": step_ms - worst["attention_ms"],
         "loss": last.loss,
         "grad_norm": last.grad_norm,
+        **{name: value for name, value in worst.items() if name.startswith("excess_")},
         **{name: getattr(arguments, name) for name in NOTED},
         "prepared_s": prepared_s,
         "plan_digest": setup.plan.digest,
     }
+
+
+def _steps(trainer: Trainer, steps: int) -> tuple[list[StepResult], dict[str, float]]:
+    """Do the measured steps; return them, milliseconds from one to the next, and what checks found.
+
+    `excess_out` and so on: the largest error over its bound that any check of the steps' attention saw.
+    """
+    results, excesses, device = [], {}, trainer.world.device
+    began = time.perf_counter()
+    for _ in range(steps):
+        due = trainer.check is not None and trainer.check.is_due(trainer.next_step)
+        results.append(trainer.step(Observed(measured=True)))
+        if due and trainer.check is not None and trainer.check.attention is not None:
+            for one in trainer.check.attention.compared:
+                name = f"excess_{one.quantity}"
+                excesses[name] = max(excesses.get(name, 0.0), float(one.excess))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return results, {"between_ms": 1e3 * (time.perf_counter() - began) / steps} | excesses
 
 
 def _effort(arguments: argparse.Namespace, implementation: str) -> argparse.Namespace:
@@ -243,6 +274,7 @@ def _config(arguments: argparse.Namespace, world: Mesh, implementation: str, mas
             "seed": arguments.seed,
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
             "memory": {name: getattr(arguments, name) for name in MEMORY},
+            "verify": arguments.verify_every and {"every_steps": arguments.verify_every},
         }
     )
 

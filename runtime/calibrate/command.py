@@ -12,7 +12,7 @@ import typer
 from ...planner.chosen_cluster import chosen_cluster, require_cluster_output
 from ...planner.cost.cluster import preset_names
 from ...planner.schedule.backends import facts_of
-from ...traces.errors import InputError, UnsupportedError
+from ...traces.errors import InputError
 
 if TYPE_CHECKING:
     from .raw import Shape
@@ -33,7 +33,7 @@ def calibrate(
     head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a mask block.")] = 128,
     backend: Annotated[str, typer.Option(help="Kernels; several with commas. On CPUs: blockwise.")] = "triton",
-    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: links too, between two processes on CPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: links too, between two GPUs of a host; two processes on CPUs.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     longest_tokens: Annotated[
         int | None, typer.Option(min=1024, help="No longer sequences; default: 262144, on CPUs 4096.")
@@ -60,10 +60,6 @@ def calibrate(
         raise typer.Exit(_start_two())
     mesh = join_or_be_alone(device=device, timeout_s=TIMEOUT_S)
     try:
-        if mesh.world_size == 2 and mesh.device.type == "cuda":
-            raise UnsupportedError(
-                "links between GPUs are not measured: give nccl-tests' table to `sparsering cluster`", field="gpus"
-            )
         raw = RawPoints.open(output.with_suffix(".points.json"), machine_facts(mesh.device))  # all ranks refuse alike
         if mesh.world_size == 2:
             raw.links = [asdict(one) for one in measure_links(mesh)]

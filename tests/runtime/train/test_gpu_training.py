@@ -85,3 +85,13 @@ def test_a_stopped_run_resumes_bitwise(loss: str, tmp_path: Path, pool: RankPool
     assert runs["stopped"]["first"] == 2
     for name, value in runs["whole"]["parameters"].items():
         np.testing.assert_array_equal(runs["stopped"]["parameters"][name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("plan", [{"layout": "ring"}, {"layout": "gather"}], ids=lambda plan: plan["layout"])
+def test_twenty_steps_are_equal_bit_by_bit(plan: dict[str, Any], tmp_path: Path, pool: RankPool) -> None:
+    config = _config(tmp_path, steps=20, plan={"block_size": 128, "pattern": SPARSE, **plan})
+    first, second = (pool.run("train_jobs.run", config=config)[0] for _ in range(2))
+    assert len(first["losses"]) == 20
+    assert first["losses"] == second["losses"] and first["norms"] == second["norms"]
+    for name, value in first["parameters"].items():
+        np.testing.assert_array_equal(second["parameters"][name], value, err_msg=name)

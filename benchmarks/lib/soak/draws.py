@@ -1,0 +1,187 @@
+"""Random configurations of attention and of training: plain values that can be written down and played again.
+
+A configuration is a flat dictionary of JSON values with its own seed; `attention_case` makes a plan and a pattern of
+one, the same on every process, so that ranks are sent the values alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from ....planner.layouts.layout import Layout
+from ....planner.layouts.registry import known_layouts, make_layout
+from ....planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
+from ....planner.schedule.pairs import pattern_pairs
+from ....planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
+from ....planner.schedule.workload import unit_load
+from ....planner.specs import DType
+from ....traces.errors import InputError, UnsupportedError
+from ....traces.pattern import LayerPattern
+from ....traces.synthetic import GENERATORS, SyntheticSettings, synthesize
+
+Values = dict[str, Any]
+BLOCK_SIZES = (16, 64, 128)
+MOST_TOKENS = 1200
+LEAST_EXACT_MULTIPLE = 64  # column capacities are multiples of it
+HEADS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (6, 3), (8, 2))
+DTYPES: tuple[tuple[DType, int], ...] = (("float64", 6), ("float32", 2), ("bfloat16", 2))
+SELECTORS: dict[str, dict[str, tuple[int | float, ...]]] = {
+    "sink-window": {"sink_tokens": (0, 4, 30), "window_tokens": (16, 100, 512)},
+    "vertical-slash": {"columns": (0, 16, 64), "slashes": (0, 40, 200), "sink_tokens": (0, 8), "window_tokens": (8, 64)},
+    "vertical-slash-flex": {"column_mass": (0.5, 0.9), "column_cap": (32, 64), "slash_mass": (0.5, 0.9),
+                            "slash_cap": (64, 128)},
+    "xattention": {"stride": (8, 16), "mass": (0.5, 0.9)},
+    "moba-block": {"chunk_tokens": (64, 128), "top_chunks": (1, 3)},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """A plan and the pattern that it plays."""
+
+    plan: Plan
+    pattern: LayerPattern
+
+
+def draw_attention(dice: random.Random) -> Values:
+    """Return a configuration of one layer. It may be refused when its case is made: then draw again."""
+    heads, kv_heads = dice.choice(HEADS)
+    block_size = dice.choice(BLOCK_SIZES)
+    names, weights = zip(*DTYPES, strict=True)
+    world_size = dice.randint(1, 4)
+    tokens = dice.randint(1, MOST_TOKENS)
+    values: Values = {
+        "kind": "attention",
+        "seed": dice.randrange(1 << 31),
+        "world_size": world_size,
+        "mask": dice.choice(sorted(GENERATORS)),
+        "seq_len_tokens": tokens,
+        "block_size": block_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": dice.choice((8, 16, 32, 64, 128)),
+        "density": dice.choice((0.02, 0.1, 0.3, 1.0)),
+        "columns": dice.choice((0, 0, 3, 40, 200)),
+        "documents": dice.choice((0, 0, 2, 5)),
+        "dtype": dice.choices(names, weights)[0],
+        "batch": dice.choice((1, 1, 2)),
+        "placement": dice.choice((*REGULAR_PLACEMENTS, "balanced")),
+        "granularity_tokens": block_size * dice.choice((1, 1, 2)) if dice.random() < 0.8 else dice.choice((1, 7, 32)),
+        "leave_out": dice.random() < 0.3,
+        "reorder_heads": dice.random() < 0.3,
+        "poison": dice.random() < 0.8,
+        "launches": dice.choice(("one", "two")),  # how often the same layer is played in a row
+    }
+    forward = _draw_layout(dice, world_size)
+    backward = forward if dice.random() < 0.5 else _draw_layout(dice, world_size)
+    for way, layout in (("forward", forward), ("backward", backward)):
+        values |= {way: layout.name, f"{way}_parameters": asdict(layout)}
+    return values
+
+
+def attention_case(values: Values) -> AttentionCase:
+    """Return the plan and the pattern of a configuration. InputError or UnsupportedError where there are none."""
+    pattern = _pattern(values)
+    placement = _placement(values, pattern)
+    head_orders = None
+    if values["reorder_heads"]:
+        order = random.Random(values["seed"]).sample(range(values["heads"]), values["heads"])
+        head_orders = (tuple(order),)
+    capacity = -(-pattern.max_columns // LEAST_EXACT_MULTIPLE) * LEAST_EXACT_MULTIPLE
+    plan = make_plan(
+        attention=AttentionSpec(
+            model=ModelShape(layers=1, heads=values["heads"], kv_heads=values["kv_heads"], head_dim=values["head_dim"]),
+            seq_len_tokens=values["seq_len_tokens"], block_size=values["block_size"], dtype=values["dtype"],
+            columns_capacity=capacity,
+        ),
+        placement=placement,
+        forward=make_layout(values["forward"], values["forward_parameters"]),
+        backward=make_layout(values["backward"], values["backward_parameters"]),
+        pattern=PatternSpec(source="trace"),
+        kernels=KernelSpec(backend="blockwise"),
+        pairs=pattern_pairs(pattern, placement) if values["leave_out"] else None,
+        head_orders=head_orders,
+    )  # fmt: skip
+    return AttentionCase(plan=plan, pattern=pattern)
+
+
+def draw_training(dice: random.Random) -> Values:
+    """Return a configuration of a small training run, which is stopped and resumed."""
+    selector = dice.choice(sorted(SELECTORS))
+    context, data = dice.choice(((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4)))
+    layout = _draw_layout(dice, context)
+    steps = dice.randint(2, 4)
+    return {
+        "kind": "training",
+        "seed": dice.randrange(1 << 31),
+        "world_size": context * data,
+        "context": context,
+        "data": data,
+        "selector": selector,
+        "settings": {name: dice.choice(choices) for name, choices in SELECTORS[selector].items()},
+        "layout": layout.name,
+        "layout_parameters": asdict(layout),
+        "seq_len_tokens": dice.randint(130, 700),
+        "block_size": dice.choice((64, 128)),
+        "dtype": dice.choice(("float32", "float32", "float64", "bfloat16")),
+        "microbatches": dice.choice((1, 1, 2)),
+        "documents": {name: dice.random() < 0.3 for name in ("loss", "positions")},
+        "checkpoint_layers": dice.random() < 0.5,
+        "asynchronous": dice.random() < 0.7,
+        "poison": dice.random() < 0.3,
+        "trace_out": dice.random() < 0.3,
+        "metrics": dice.random() < 0.5,
+        "steps": steps,
+        "stop_before": dice.randint(1, steps - 1),
+    }
+
+
+def _draw_layout(dice: random.Random, world_size: int) -> Layout:
+    """Return any value of any registered layout; it may not apply to the sizes."""
+    layout = dice.choice([one for one in known_layouts() if world_size > 1 or one.name != "hierarchical"])
+    counts = sorted({1, 2, 3, world_size})
+    choices = [(False, True) if field.type in (bool, "bool") else counts for field in fields(layout)]
+    values = dice.choice(list(product(*choices)))
+    return layout(**dict(zip((field.name for field in fields(layout)), values, strict=True)))
+
+
+def _pattern(values: Values) -> LayerPattern:
+    tokens, block_size = values["seq_len_tokens"], values["block_size"]
+    settings = SyntheticSettings(
+        seq_len_tokens=tokens, heads=values["heads"], block_size=block_size, density=values["density"],
+        columns=values["columns"], window_tokens=3 * block_size, chunk_tokens=2 * block_size,
+        mean_document_tokens=max(1, tokens // 3),
+    )  # fmt: skip
+    pattern = synthesize(values["mask"], settings, seed=values["seed"])
+    if not values["documents"] or pattern.documents is not None:
+        return pattern
+    cuts = np.sort(np.random.default_rng(values["seed"]).integers(0, tokens, values["documents"] - 1))
+    ids = np.searchsorted(cuts, np.arange(tokens), side="right").astype(np.int32)
+    return replace(pattern, documents=ids)
+
+
+def _placement(values: Values, pattern: LayerPattern) -> Placement:
+    common = {name: values[name] for name in ("seq_len_tokens", "world_size", "granularity_tokens")}
+    if values["placement"] != "balanced":
+        return REGULAR_PLACEMENTS[values["placement"]](**common)
+    padded = REGULAR_PLACEMENTS["striped"](**common).padded_tokens
+    load = unit_load([pattern], granularity_tokens=values["granularity_tokens"], padded_tokens=padded)
+    return balanced(unit_load=load, **common)
+
+
+def playable_attention(dice: random.Random, refused: dict[str, int]) -> Values:
+    """Draw configurations until one has a plan; refused: how often each reason was given, counted on."""
+    while True:
+        values = draw_attention(dice)
+        try:
+            attention_case(values)
+        except (InputError, UnsupportedError) as error:
+            reason = "".join("N" if letter.isdigit() else letter for letter in str(error))[:160]
+            refused[reason] = refused.get(reason, 0) + 1
+            continue
+        return values
