@@ -42,6 +42,9 @@ class Gpu(Kernels):
     memory_bandwidth_bytes_per_us: float | None = Field(
         default=None, gt=0, description="of the GPU's own memory; None: what launches read and write costs nothing"
     )
+    host_bandwidth_bytes_per_us: float | None = Field(
+        default=None, gt=0, description="of copies between the GPU and pinned host memory, one way; None: nobody said"
+    )
     communication_slowdown: float = Field(
         default=0.0, ge=0, lt=1, description="share of compute speed lost while this GPU communicates"
     )

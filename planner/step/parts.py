@@ -91,6 +91,7 @@ def estimate_step(
         StepPart(name="loss", us=loss_us, basis="rates"),
         StepPart(name="sharded parameters, waited for", us=_waited_us(sizes, settings, cluster, a_layer_us / layers),
                  basis="rates"),
+        StepPart(name="copies to the host and back", us=_offloaded_us(settings, cluster), basis="rates"),
         StepPart(name="optimizer", us=optimizer_bytes(sizes, settings) / bytes_per_us, basis="rates"),
     ]  # fmt: skip
     return StepEstimate(parts=tuple(part for part in parts if part.us), tokens=tokens)
@@ -111,6 +112,19 @@ def shard_link_bytes_per_us(cluster: Cluster, ranks: int) -> float:
         if nics.switch_bandwidth_bytes_per_us is not None:
             rates.append(nics.switch_bandwidth_bytes_per_us / nodes)
     return min(rates)
+
+
+def _offloaded_us(settings: StepSettings, cluster: Cluster) -> float:
+    """Return what copying activations to the host and back takes: nothing else is computed meanwhile.
+
+    UnsupportedError where something is copied and the cluster does not say how quickly.
+    """
+    if not settings.offloaded_bytes:
+        return 0.0
+    if cluster.gpu.host_bandwidth_bytes_per_us is None:
+        raise UnsupportedError("is needed for activations that wait in host memory", source=cluster.name,
+                               field="gpu.host_bandwidth_bytes_per_us")  # fmt: skip
+    return 2 * settings.offloaded_bytes * settings.microbatches / cluster.gpu.host_bandwidth_bytes_per_us
 
 
 def _waited_us(sizes: TransformerSizes, settings: StepSettings, cluster: Cluster, a_layer_us: float) -> float:

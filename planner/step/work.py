@@ -36,7 +36,8 @@ class StepSettings:
     tokens: of one rank in one microbatch; ranks: processes that parameters and optimizer states are sharded over.
     whole_layers: so many layers keep everything, the others are computed a second time in backward, but for their
     attention. fused_layers: norms, rotation and the MLP's activation are one kernel each. fused_loss: the head's logits
-    and their gradients are made and used up in one kernel.
+    and their gradients are made and used up in one kernel. mlp_tiles: pieces of the tokens in which the MLP is
+    computed, once more where there are several. offloaded_bytes: that a microbatch brings to the host, and back.
     """
 
     tokens: int
@@ -47,6 +48,8 @@ class StepSettings:
     fused_loss: bool
     element_bytes: int
     master_bytes: int
+    mlp_tiles: int = 1
+    offloaded_bytes: int = 0
 
 
 def layer_runs(sizes: TransformerSizes, settings: StepSettings) -> int:
@@ -57,8 +60,10 @@ def layer_runs(sizes: TransformerSizes, settings: StepSettings) -> int:
 
 def linear_flops(sizes: TransformerSizes, settings: StepSettings) -> float:
     """Return the FLOPs of the layers' matrices on one rank: 2 a parameter and token forward, twice that backward."""
-    runs = layer_runs(sizes, settings) + 2 * sizes.attention.layers
-    return 2.0 * sizes.layer_parameters * settings.tokens * settings.microbatches * runs
+    layers = sizes.attention.layers
+    runs = layer_runs(sizes, settings) + 2 * layers
+    again = GATED_MLP_MATRICES * sizes.hidden * sizes.mlp_hidden * layers if settings.mlp_tiles > 1 else 0
+    return 2.0 * (sizes.layer_parameters * runs + again) * settings.tokens * settings.microbatches
 
 
 def head_flops(sizes: TransformerSizes, settings: StepSettings) -> float:

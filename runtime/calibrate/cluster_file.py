@@ -10,11 +10,14 @@ from typing import Any
 from ...planner.cost.cluster import Cluster, Gpu, NodeLink
 from ...planner.cost.constants import HostPrices
 from ...planner.cost.tables import Calibration, LaunchPoint, LaunchTable, fit_prices
+from ...traces.errors import InputError
 from ...traces.yaml_files import yaml_text
 from .links import LinkTimes
 from .machine import CPU_CACHE_BYTES, Rates
 from .raw import RawPoints, Shape
 
+# Matrices of whole training steps reached 75 % of the peak of H100s and H200s on which one large product reached 79 %.
+SHARE_OF_ONE_PRODUCT = 0.95
 FEWEST_POINTS = 4  # of one kind of mask in one direction: fewer say too little
 
 
@@ -40,7 +43,7 @@ def calibrated(
         update={
             "name": base.name if base.calibration else f"{base.name}-calibrated",
             "origin": "measured" if links and base.nodes == 1 else base.origin,
-            "gpu": _gpu(base.gpu, raw.facts, rates, links),
+            "gpu": gpu_of(base.gpu, raw.facts, rates, links),
             "intra_node": _link(base.intra_node, links),
             "calibration": Calibration(
                 date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -101,19 +104,34 @@ def _kind(point: LaunchPoint) -> tuple[str, bool, bool]:
     return point.direction, point.mask.listed, point.mask.documents
 
 
-def _gpu(gpu: Gpu, facts: Mapping[str, Any], rates: Rates, links: Mapping[str, LinkTimes]) -> Gpu:
+def gpu_of(gpu: Gpu, facts: Mapping[str, Any], rates: Rates, links: Mapping[str, LinkTimes]) -> Gpu:
+    """Return a GPU with what was measured of it: its name, sizes, rates, and what kernels lose beside transfers."""
     update: dict[str, Any] = {
         "name": facts["device"],
         "memory_bytes": facts.get("memory_bytes", gpu.memory_bytes),
         "multiprocessors": facts.get("multiprocessors", gpu.multiprocessors),
         "memory_bandwidth_bytes_per_us": rates.memory_bytes_per_us,
-        "peak_flops_per_us": rates.flops_per_us,
-    }
+        "host_bandwidth_bytes_per_us": rates.host_bytes_per_us,
+    } | _matrix_rates(gpu, rates)
     if "p2p" in links:
         update["communication_slowdown"] = links["p2p"].slowdown
     if "pull" in links:
         update["pull_slowdown"] = links["pull"].slowdown
     return gpu.model_copy(update=update)
+
+
+def _matrix_rates(gpu: Gpu, rates: Rates) -> dict[str, float]:
+    """Return the peak, which stays where it is a GPU's, and the share of it that layers' matrices reach.
+
+    InputError where one product reached more than the peak: the file that this began with is of a slower GPU.
+    """
+    if rates.host_bytes_per_us is None:  # a CPU, of which no data sheet says anything
+        return {"peak_flops_per_us": rates.flops_per_us}
+    reached = rates.flops_per_us / gpu.peak_flops_per_us
+    if reached > 1:
+        problem = f"{gpu.peak_flops_per_us:g} of {gpu.name} is less than a product reached here: {rates.flops_per_us:g}"
+        raise InputError(problem, field="gpu.peak_flops_per_us")
+    return {"matmul_efficiency": SHARE_OF_ONE_PRODUCT * reached}
 
 
 def _link(link: NodeLink, links: Mapping[str, LinkTimes]) -> NodeLink:

@@ -33,7 +33,7 @@ def calibrate(
     head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a mask block.")] = 128,
     backend: Annotated[str, typer.Option(help="Kernels; several with commas. On CPUs: blockwise.")] = "triton",
-    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: links too, between two GPUs of a host; two processes on CPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=2, help="2: the link between two GPUs, too.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     longest_tokens: Annotated[
         int | None, typer.Option(min=1024, help="No longer sequences; default: 262144, on CPUs 4096.")
@@ -46,6 +46,7 @@ def calibrate(
     """
     from ..attention.here import require_backend_here  # torch is imported to measure, not to list the verb
     from ..comm.mesh import is_rank, join_or_be_alone, leave, usual_device
+    from .host import layer_host_us
     from .links import measure_links
     from .machine import machine_facts
     from .measuring import measure_rest
@@ -63,9 +64,10 @@ def calibrate(
         raw = RawPoints.open(output.with_suffix(".points.json"), machine_facts(mesh.device))  # all ranks refuse alike
         if mesh.world_size == 2:
             raw.links = [asdict(one) for one in measure_links(mesh)]
+        layer_us = layer_host_us(mesh, shapes[0]) if mesh.device.type == "cuda" else None
         try:
             if mesh.rank == 0:
-                measure_rest(mesh, base, shapes, raw, output, longest_tokens)
+                measure_rest(mesh, base, shapes, raw, output, longest_tokens, layer_us)
         finally:
             mesh.broadcast("calibration is over", None)  # the other rank waits here, whatever became of the rest
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +21,19 @@ from .raw import Shape
 TOKENS, DENSITY, WARMUPS, REPEATS = 16384, 0.05, 3, 9
 
 
-def layer_host_us(mesh: Mesh, shape: Shape) -> tuple[float, float]:
-    """Return the host's microseconds in forward and in backward of one launch each, everything included.
+class LayerHost(NamedTuple):
+    """The host's microseconds in a layer's forward and backward of one launch each, everything included."""
 
-    mesh: of one rank. The mask is of diagonals; its index is made anew. Medians.
+    forward: float
+    backward: float
+
+
+def layer_host_us(mesh: Mesh, shape: Shape) -> LayerHost:
+    """Play a layer on this rank alone, as every rank does at the same time. Collective: a plan is bound.
+
+    The mask is of diagonals; its index is made anew. Medians.
     """
+    mesh = mesh.replica_of(1)
     case = Case(kind=KINDS[0], seq_len_tokens=TOKENS, world_size=1, rank=0, density=DENSITY)
     drawn = draw(case, shape.model, shape.block_size, mesh.device)
     bound = bind(_plan(drawn, shape, "bfloat16" if mesh.device.type == "cuda" else "float32"), mesh)
@@ -45,8 +54,7 @@ def layer_host_us(mesh: Mesh, shape: Shape) -> tuple[float, float]:
         between = time.perf_counter()
         out.backward(grad_out)
         found.append((between - began, time.perf_counter() - between))
-    forward, backward = (1e6 * statistics.median(column) for column in zip(*found[WARMUPS:], strict=True))
-    return forward, backward
+    return LayerHost(*(1e6 * statistics.median(column) for column in zip(*found[WARMUPS:], strict=True)))
 
 
 def _plan(drawn: Drawn, shape: Shape, dtype: str) -> Plan:

@@ -18,7 +18,7 @@ from ...traces.progress import Progress, shown_progress
 from ..comm.mesh import Mesh
 from .cases import calibration_cases
 from .cluster_file import calibrated, cluster_yaml
-from .host import layer_host_us
+from .host import LayerHost
 from .links import LinkTimes
 from .machine import measure_rates
 from .points import draw, measure
@@ -29,15 +29,19 @@ GPU_TOKENS, CPU_TOKENS = 262144, 4096
 
 
 def measure_rest(
-    mesh: Mesh, base: Cluster, shapes: Sequence[Shape], raw: RawPoints, output: Path, longest: int | None
-) -> None:
-    """Measure all but links, as the one rank that does, and write the cluster file. longest: tokens; None: as usual."""
+    mesh: Mesh, base: Cluster, shapes: Sequence[Shape], raw: RawPoints, output: Path, longest: int | None,
+    layer_us: LayerHost | None,
+) -> None:  # fmt: skip
+    """Measure launches and rates, as the one rank that does, and write the cluster file.
+
+    longest: tokens; None: as usual. layer_us: what the host takes for a layer, which ranks measure together; None: not.
+    """
     on_gpu = mesh.device.type == "cuda"
     raw.save()
     by_transport = {one["transport"]: LinkTimes(**one) for one in raw.links}
     with shown_progress() as progress:
         _measure_launches(raw, shapes, mesh.device, longest or (GPU_TOKENS if on_gpu else CPU_TOKENS), progress)
-    host = _host(mesh, shapes[0], raw, by_transport) if on_gpu else None
+    host = None if layer_us is None else _host(layer_us, shapes[0], raw, by_transport)
     found = calibrated(base, raw, shapes, rates=measure_rates(mesh.device), host=host, links=by_transport)
     write_atomically(output, cluster_yaml(found).encode())
     for table in found.calibration.tables if found.calibration else ():
@@ -68,8 +72,8 @@ def _measure_launches(
         raw.add(shape, case, measure(drawn, shape.model, shape.backend, dtype))
 
 
-def _host(mesh: Mesh, shape: Shape, raw: RawPoints, links: dict[str, LinkTimes]) -> HostPrices:
-    """Return what the host takes for a layer beside its launches, and for a call. mesh: this rank is played alone."""
+def _host(layer_us: LayerHost, shape: Shape, raw: RawPoints, links: dict[str, LinkTimes]) -> HostPrices:
+    """Return what the host takes for a layer beside its launches, and for a call."""
     launched = {
         direction: statistics.median(
             point.fresh_host_us
@@ -78,9 +82,8 @@ def _host(mesh: Mesh, shape: Shape, raw: RawPoints, links: dict[str, LinkTimes])
         )
         for direction in DIRECTIONS
     }
-    forward, backward = layer_host_us(mesh.replica_of(1), shape)
     return HostPrices(
-        forward_layer=max(0.0, forward - launched["forward"]),
-        backward_layer=max(0.0, backward - launched["backward"]),
+        forward_layer=max(0.0, layer_us.forward - launched["forward"]),
+        backward_layer=max(0.0, layer_us.backward - launched["backward"]),
         call=links["p2p"].post_us if "p2p" in links else 0.0,
     )

@@ -16,9 +16,11 @@ from rich.progress import Progress as Bars
 from ...traces.errors import InputError
 from ...traces.output import offer_report, rounded_parts, say
 from .config import TrainConfig, load_config
+from .estimate.command import estimated, told_estimate
 
 if TYPE_CHECKING:  # what needs torch is imported when the verb runs, not when it is listed
     from ..comm.mesh import Mesh
+    from .estimate.run import RunEstimate
     from .metrics import StepResult
     from .setup import Setup
 
@@ -26,6 +28,7 @@ AS_RANK = "`torchrun … -m sparsering.runtime.train config.yaml`: one rank of a
 
 
 def train(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="The run's YAML file.", show_default=False)] = None,
     settings: Annotated[
         list[str] | None,
@@ -43,6 +46,13 @@ def train(
         "config.yaml"
     ),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show it, start nothing.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: estimate time and memory there, as `sparsering estimate` does."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="With --cluster: the patterns that the run is expected to choose.")
+    ] = None,
     export: Annotated[Path | None, typer.Option(help="Write the newest checkpoint as a model folder; no GPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
@@ -66,6 +76,7 @@ def train(
     if config is None:
         raise InputError("is missing: a YAML file, or --init MODEL_FOLDER to have one written", field="CONFIG")
     loaded = load_config(config, settings or ())
+    _require_dry_run(dry_run=dry_run, cluster=cluster, trace=trace)
     if is_rank():
         raise typer.Exit(run_rank(loaded))
     if export is not None:
@@ -74,7 +85,8 @@ def train(
         return
     setup = set_up(loaded)
     if dry_run:
-        _show(setup, as_json)
+        found = None if cluster is None else estimated(context, loaded, cluster, trace)
+        _show(setup, found, as_json)
         return
     world_size = loaded.parallel.world_size
     code = start_ranks(
@@ -100,10 +112,18 @@ def _write_starter(model: Path, data: Path, output: Path) -> None:
     )
 
 
-def _show(setup: Setup, as_json: bool) -> None:
+def _require_dry_run(*, dry_run: bool, cluster: str | None, trace: Path | None) -> None:
+    """Refuse options that a run would take no notice of."""
+    if cluster is not None and not dry_run:
+        raise InputError("goes with --dry-run: a run takes the GPUs that are here", field="--cluster")
+    if trace is not None and cluster is None:
+        raise InputError("goes with --cluster: it is for the estimate alone", field="--trace")
+
+
+def _show(setup: Setup, estimate: RunEstimate | None, as_json: bool) -> None:
     summary = setup.summary()
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps(summary | ({} if estimate is None else {"estimate": estimate.to_json()})))
         return
     say(json.dumps(summary["configuration"], indent=2))
     model = summary["model"]
@@ -115,6 +135,7 @@ def _show(setup: Setup, as_json: bool) -> None:
         f"plan digest: {summary['plan_digest']}",
         f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step",
         _memory_line(summary["memory_bytes_per_rank"]),
+        *([] if estimate is None else ["", *told_estimate(estimate), ""]),
         "This run can start: nothing was found that would stop it.",
     )
 
@@ -154,6 +175,7 @@ def run_rank(config: TrainConfig) -> int:
     from ..comm.lost import RankLost
     from ..comm.mesh import join, leave, naming_lost_ranks
     from .optimizer import TrainingError
+    from .writers.writer import NotWritten
 
     try:
         world = join(device=config.device, timeout_s=config.timeout_s, patience_s=config.patience_s)
@@ -162,7 +184,7 @@ def run_rank(config: TrainConfig) -> int:
                 _train(config, world)
         finally:
             leave()  # while an error is on its way out: then the others are told
-    except (TrainingError, RankLost) as error:
+    except (TrainingError, NotWritten, RankLost) as error:
         print(f"sparsering: {error}", file=sys.stderr)
         return 1
     return 0

@@ -131,7 +131,8 @@ class OptimizerSection(_Section):
 class MemorySection(_Section):
     """checkpoint_layers: recompute all of a layer but its attention; offload: what is kept waits in host memory.
 
-    whole_layers: so many layers, the last ones, keep everything instead, where memory allows it.
+    whole_layers: so many layers, the last ones, keep everything instead, where memory allows it. mlp_tiles: compute a
+    layer's MLP in so many pieces of a rank's tokens, which takes that much less memory for its values.
 
     loss: liger-kernel's fused loss, or plain torch in chunks; fused_layers: liger-kernel's norms, rotation and MLP.
     """
@@ -139,6 +140,7 @@ class MemorySection(_Section):
     checkpoint_layers: bool = True
     offload: bool = False
     whole_layers: int = Field(default=0, ge=0)
+    mlp_tiles: int = Field(default=1, ge=1, le=1024)
     fused_layers: bool = False
     loss: Literal["auto", "chunked", "liger"] = "auto"
     loss_chunk_tokens: int = Field(default=2048, ge=1)

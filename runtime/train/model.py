@@ -24,6 +24,7 @@ from ..model.load import pretrained
 from ..model.losses import pick_implementation
 from ..model.rope import check_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
+from ..model.tiled_mlp import tile_mlp
 from .config import ModelSection, TrainConfig
 
 
@@ -97,6 +98,9 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
 
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    if config.memory.mlp_tiles > 1:
+        for layer in layers:
+            tile_mlp(layer, config.memory.mlp_tiles)
     if config.memory.checkpoint_layers:
         for layer in layers[: max(len(layers) - config.memory.whole_layers, 0)]:
             checkpoint_layer(layer, offload=config.memory.offload)

@@ -15,11 +15,13 @@ from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, shown
 from ..attention.here import require_backend_here
-from ..audit.audit import audit
+from ..audit.audit import audit, causal_class, small_model
 from ..audit.result import Audit
 from ..data.shards import TokenData
 from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
+from ..model.shape import decoder_layers
+from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
 from .estimate.memory import memory_bytes
@@ -107,6 +109,9 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
+    if config.memory.mlp_tiles > 1:
+        for layer in decoder_layers(small_model(model_config, causal_class(model_config), config.seq_len_tokens)):
+            require_tileable(layer)
     if config.metrics is not None:
         require_packages(config.metrics)
     setup = Setup(

@@ -12,7 +12,7 @@ from ....planner.chosen_cluster import chosen_cluster
 from ....planner.cost.cluster import preset_names
 from ....traces.dataset.store import Trace
 from ....traces.progress import shown_progress
-from ..config import load_config
+from ..config import TrainConfig, load_config
 
 if TYPE_CHECKING:
     from .run import Arm, RunEstimate
@@ -38,24 +38,32 @@ def estimate(
 
     Needs the model's configuration, no weights, no data and no GPU (needs torch). Attention is simulated; the layers
     around it, the loss, the optimizer and sharded parameters come from the cluster's rates. docs/predictions.md says
-    how far such estimates were off. Exit code 2 and one line for what has no prices (experts, offload).
+    how far such estimates were off. Exit code 2 and one line for what has no prices (experts).
     """
-    from .run import estimate_run  # torch is imported to estimate, not to list the verb
-
-    chosen, loaded = chosen_cluster(cluster), load_config(config)
-    with shown_progress() as progress:
-        found = estimate_run(
-            loaded, chosen, context.obj["simulate_plan"], trace=None if trace is None else Trace.open(trace),
-            most_layers=layers, choosing_us=choosing_ms * 1e3, progress=progress,
-        )  # fmt: skip
+    found = estimated(context, load_config(config), cluster, trace, layers=layers, choosing_us=choosing_ms * 1e3)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
         return
-    for line in _told(found):
+    for line in told_estimate(found):
         typer.echo(line)
 
 
-def _told(found: RunEstimate) -> list[str]:
+def estimated(
+    context: typer.Context, config: TrainConfig, cluster: str, trace: Path | None, *, layers: int = 4,
+    choosing_us: float = 0.0,
+) -> RunEstimate:  # fmt: skip
+    """Estimate a run as the options of a verb say. context: of the command line, which knows the simulator."""
+    from .run import estimate_run  # torch is imported to estimate, not to list the verb
+
+    with shown_progress() as progress:
+        return estimate_run(
+            config, chosen_cluster(cluster), context.obj["simulate_plan"],
+            trace=None if trace is None else Trace.open(trace), most_layers=layers, choosing_us=choosing_us,
+            progress=progress,
+        )  # fmt: skip
+
+
+def told_estimate(found: RunEstimate) -> list[str]:
     """Return the answer, the parts of a step, and what they rest on; no line is wider than 80 columns."""
     config, arms = found.config, found.arms
     ranks = config.parallel.world_size

@@ -40,6 +40,14 @@ def memory_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan
     return parts | {"total": sum(parts.values())}
 
 
+def offloaded_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan: Plan) -> int:
+    """Return the bytes that a microbatch brings to host memory, and back in backward; 0 without offload."""
+    if not config.memory.offload:
+        return 0
+    recomputed = facts.shape.layers - min(config.memory.whole_layers, facts.shape.layers)
+    return recomputed * _Layer(config, model_config, plan).kept
+
+
 class _Layer:
     """Bytes of one layer: all of it, what stays where it is computed again, its attention at work; and the loss's."""
 
@@ -50,6 +58,7 @@ class _Layer:
         queries = tokens * shape.heads * shape.head_dim * element
         keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
         of_mlp = tokens * (getattr(model, "intermediate_size", None) or 4 * model.hidden_size) * element
+        of_mlp = -(-of_mlp // memory.mlp_tiles)
         kept_kv = plan.schedule("forward").kept_bytes
         columns = 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
         self.beside_mlp = 6 * row + 2 * queries + keys + kept_kv

@@ -111,7 +111,7 @@ class _Run:
     def arm(self, config: TrainConfig, plan: Plan, layer: LayerTimes, *, choosing_us: float) -> Arm:
         """Return the run with one way to compute attention. layer, choosing_us: of one layer."""
         layers = self.facts.shape.layers
-        settings = step_settings(config, self.facts, tokens_per_rank=plan.make_placement().tokens_per_rank)
+        settings = step_settings(config, self.model_config, self.facts, plan)
         attention = AttentionTimes(
             forward_us=layer.forward_us * layers,
             backward_us=layer.backward_us * layers,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....planner.plan import Plan
 from ....planner.specs import ELEMENT_BYTES
 from ....planner.step.work import StepSettings, TransformerSizes
 from ....traces.errors import UnsupportedError
 from ...model.shape import EXPERTS, positive_settings, text_config
 from ..config import TrainConfig
 from ..model import ModelFacts, master_dtype
+from .memory import offloaded_bytes
 
 
 def transformer_sizes(model_config: Any, facts: ModelFacts) -> TransformerSizes:
@@ -33,13 +35,11 @@ def transformer_sizes(model_config: Any, facts: ModelFacts) -> TransformerSizes:
     )
 
 
-def step_settings(config: TrainConfig, facts: ModelFacts, *, tokens_per_rank: int) -> StepSettings:
-    """Return how the configuration computes a step. UnsupportedError for offload, whose copies have no prices."""
+def step_settings(config: TrainConfig, model_config: Any, facts: ModelFacts, plan: Plan) -> StepSettings:
+    """Return how the configuration computes a step under a plan."""
     memory, layers = config.memory, facts.shape.layers
-    if memory.offload:
-        raise UnsupportedError("is true: copies to the host have no prices", field="memory.offload")
     return StepSettings(
-        tokens=tokens_per_rank,
+        tokens=plan.make_placement().tokens_per_rank,
         microbatches=config.microbatches,
         ranks=config.parallel.world_size,
         whole_layers=min(memory.whole_layers, layers) if memory.checkpoint_layers else layers,
@@ -47,4 +47,6 @@ def step_settings(config: TrainConfig, facts: ModelFacts, *, tokens_per_rank: in
         fused_loss=memory.loss != "chunked",
         element_bytes=ELEMENT_BYTES[config.dtype],
         master_bytes=master_dtype(config).itemsize,
+        mlp_tiles=memory.mlp_tiles,
+        offloaded_bytes=offloaded_bytes(config, model_config, facts, plan),
     )

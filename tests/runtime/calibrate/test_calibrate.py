@@ -6,19 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from rank_pool import RankPool
 from sparsering.cli import app
 from sparsering.planner.cost.cluster import load_cluster
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.measured import MeasuredCost, cluster_cost
 from sparsering.planner.specs import ModelShape
-from sparsering.runtime.calibrate import measuring
+from sparsering.runtime.calibrate import cluster_file, measuring
 from sparsering.runtime.calibrate.cases import calibration_cases
+from sparsering.runtime.calibrate.machine import Rates
 from sparsering.runtime.calibrate.raw import RawPoints
 from sparsering.runtime.comm.mesh import is_rank
 from sparsering.traces.errors import InputError
@@ -100,3 +104,19 @@ def test_links_between_two_processes(calibrated: Path, tmp_path: Path) -> None:
     (link,) = read_json(tmp_path / "two.points.json")["links"]
     assert link["transport"] == "p2p" and all(us > 0 for us in link["microseconds"])
     assert found.bandwidth_bytes_per_us > 0 and found.bandwidth_bytes_per_us != base.bandwidth_bytes_per_us
+
+
+def test_two_ranks_measure_the_host_of_a_layer_together(rank_pools: Callable[[int], RankPool]) -> None:
+    for forward_us, backward_us in rank_pools(2).run("channel_jobs.host_of_a_layer"):
+        assert forward_us > 0 and backward_us > 0
+
+
+def test_a_gpus_peak_stays_and_a_slower_gpus_file_is_refused() -> None:
+    gpu = load_cluster("h100-nvlink-8").gpu
+    rates = Rates(memory_bytes_per_us=3e6, flops_per_us=0.8 * gpu.peak_flops_per_us, host_bytes_per_us=5e4)
+    facts = {"device": "NVIDIA H100"}
+    found = cluster_file.gpu_of(gpu, facts, rates, {})
+    assert found.peak_flops_per_us == gpu.peak_flops_per_us and found.host_bandwidth_bytes_per_us == 5e4
+    assert found.matmul_efficiency == pytest.approx(0.95 * 0.8)
+    with pytest.raises(InputError, match=r"gpu\.peak_flops_per_us: .* is less than a product reached here"):
+        cluster_file.gpu_of(gpu, facts, replace(rates, flops_per_us=1.01 * gpu.peak_flops_per_us), {})

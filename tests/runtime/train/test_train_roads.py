@@ -156,6 +156,22 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path) -> None:
     assert f"plan digest: {summary['plan_digest'][:40]}" in told.stdout and "memory per rank:" in told.stdout
 
 
+def test_a_dry_run_says_what_the_run_would_take_on_a_cluster(tmp_path: Path) -> None:
+    write_run(tmp_path, attention="dense-zigzag", plan={})
+    config = str(tmp_path / "config.yaml")
+    shown = CliRunner().invoke(app, ["train", config, "--dry-run", "--cluster", "h100-nvlink-8"])
+    assert shown.exit_code == 0, shown.output
+    assert "a step on 2 GPUs of h100-nvlink-8" in shown.stdout and "unvalidated" in shown.stdout
+    found = CliRunner().invoke(app, ["train", config, "--dry-run", "--cluster", "h100-nvlink-8", "--json"])
+    assert [arm["attention"] for arm in json.loads(found.stdout)["estimate"]["arms"]] == ["dense-zigzag"]
+    for given, told in (
+        (["--cluster", "h100-nvlink-8"], "--cluster: goes with --dry-run"),
+        (["--dry-run", "--trace", str(tmp_path)], "--trace: goes with --cluster"),
+    ):
+        refused = CliRunner().invoke(app, ["train", config, *given])
+        assert refused.exit_code == 2 and told in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_text_becomes_tokens_of_a_models_own_tokenizer(tmp_path: Path) -> None:
     words = {word: number for number, word in enumerate(["<end>", "<unknown>", "ring", "plan", "token", "block"])}
     own = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))

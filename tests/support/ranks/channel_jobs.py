@@ -14,6 +14,8 @@ from typing import Any
 from rank_jobs import attention
 from sparsering.planner.plan import Plan
 from sparsering.runtime.attention.planned import PlannedAttention
+from sparsering.runtime.calibrate.host import layer_host_us
+from sparsering.runtime.calibrate.raw import Shape
 from sparsering.runtime.comm.channels import Channel
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.runtime.timing.spans import Exposure
@@ -130,3 +132,11 @@ def delayed_runs(mesh: Mesh, *, plan: Plan, pattern: LayerPattern, runs: int) ->
         )
         digests.append(hashlib.sha256(b"".join(value.tobytes() for value in results.values())).hexdigest())
     return digests
+
+
+def host_of_a_layer(mesh: Mesh) -> tuple[float, float]:
+    """What the host takes for a layer, as a calibration measures it on every rank at once."""
+    forward, backward = layer_host_us(
+        mesh, Shape(backend="blockwise", heads=2, kv_heads=1, head_dim=16, block_size=128)
+    )
+    return forward, backward

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sparsering.cli import app
+from sparsering.planner.cost.cluster import PRESETS
 from sparsering.runtime.train.estimate.attention import evenly_spaced
 from sparsering.traces.synthetic import SyntheticSettings, write_synthetic_trace
 from sparsering.traces.yaml_files import yaml_text
@@ -85,6 +86,31 @@ def test_layers_that_are_kept_whole_save_time_and_take_memory(folder: Path) -> N
     assert whole["memory_bytes_per_rank"]["total"] > plain["memory_bytes_per_rank"]["total"]
 
 
+def test_offload_and_pieces_of_the_mlp_take_time_and_save_memory(folder: Path) -> None:
+    trace = ["--trace", str(folder / "sparse")]
+    write_model(folder / "wide", max_position_embeddings=TOKENS, intermediate_size=4096)
+    wide = {"path": "wide", "random_weights": True}
+    plain = arms(written(folder, "wide", model=wide), *trace)[0]
+    for name, memory, part in (
+        ("offload", {"offload": True}, "copies to the host and back"),
+        ("tiles", {"mlp_tiles": 8}, "matrices of the layers"),
+    ):
+        arm = arms(written(folder, name, model=wide, memory=memory), *trace)[0]
+        times = [{one["name"]: one["us"] for one in which["parts"]} for which in (plain, arm)]
+        assert times[1][part] > times[0].get(part, 0.0)
+        assert arm["memory_bytes_per_rank"]["total"] < plain["memory_bytes_per_rank"]["total"], name
+
+
+def test_offload_needs_the_rate_of_copies(folder: Path, tmp_path: Path) -> None:
+    cluster = tmp_path / "unknown.yaml"
+    text = (PRESETS / "h100-nvlink-8.yaml").read_text()
+    cluster.write_text("\n".join(line for line in text.splitlines() if "host_bandwidth" not in line))
+    config = written(folder, "unknown", memory={"offload": True})
+    given = ["estimate", str(config), "--cluster", str(cluster), "--trace", str(folder / "sparse")]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2 and "gpu.host_bandwidth_bytes_per_us: is needed" in done.stderr
+
+
 def test_a_dense_run_is_one_arm(folder: Path) -> None:
     (only,) = arms(written(folder, "dense", attention="dense-zigzag", plan={}))
     assert only["attention"] == "dense-zigzag"
@@ -101,7 +127,6 @@ def test_layers_are_spread_evenly() -> None:
     [
         ({}, None, "--trace: the run chooses its patterns"),
         ({"seq_len_tokens": 2 * TOKENS}, "sparse", f"the plan is for {2 * TOKENS}, not for {TOKENS}"),
-        ({"memory": {"offload": True}}, "sparse", "memory.offload: is true: copies to the host have no prices"),
         ({"parallel": {"context": 16}}, "sparse", "parallel: 16 ranks are configured, h100-nvlink-8 has 8 GPUs"),
         ({"model": {"path": "nowhere", "random_weights": True}}, "sparse", "no such model configuration"),
     ],
