@@ -44,7 +44,8 @@ test-many-ranks: $(STAMP)  ## 32 processes on this machine: minutes, 12 GB
 test-gpu: $(STAMP)  ## the tests that need NVIDIA GPUs
 	$(BIN)/pytest -m gpu --durations=15
 
-soak: $(STAMP)  ## 50,000 hostile files of every format, for memory and hangs too: hours (SOAK_EXAMPLES=1000 for less)
+soak: $(STAMP)  ## 2 hours of random configurations, 50,000 hostile files a format, 700 kills (SOAK_HOURS, SOAK_EXAMPLES)
+	$(BIN)/python -m sparsering.benchmarks.soak --hours $${SOAK_HOURS:-2}
 	$(BIN)/pytest -m soak --durations=0
 
 lint: $(SITE_STAMP)  ## ruff, pyright, import direction

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,11 +288,28 @@ def fidelity_table(result: Result) -> list[str]:
     return table(columns, result.rows)
 
 
+def faults_table(result: Result) -> list[str]:
+    """Return runs with a fault by kind and place: how many passed, named rank and cause, and left something."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in result.rows:
+        groups.setdefault((row["fault"], row["place"]), []).append(row)
+    rows: list[Row] = []
+    for (fault, place), runs in sorted(groups.items()):
+        named, seconds = [bool(run["named"]) for run in runs if run["could_know"]], [run["seconds"] for run in runs]
+        rows.append({"fault": fault, "place": place, "runs": len(runs), "passed": sum(run["passed"] for run in runs),
+                     "rank and cause named": f"{sum(named)} of {len(named)}" if named else None,
+                     "seconds, median": number(median(seconds)), "longest": number(max(seconds)),
+                     "left": sum(run["left_running"] + run["left_listening"] for run in runs)})  # fmt: skip
+    return table([Column(heading=name, cell=plain(name)) for name in rows[0]], rows)
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
     "training": training_table, "simulator": simulator_table, "fidelity": fidelity_table,
+    "faults": faults_table,
 }  # fmt: skip
-ELSEWHERE = frozenset({"models"})  # benchmarks/models.py writes docs/models.md itself
+# benchmarks/models.py writes docs/models.md itself; docs/reliability.md says what a soak found.
+ELSEWHERE = frozenset({"models", "soak"})
 
 
 def page_of(benchmark: str) -> Path:

@@ -198,7 +198,8 @@ def make_plan(
     """Build a plan, expand its schedules for their hashes, and seal it with its digest.
 
     backward: its layout; None: that of forward. pairs: those that may have work; None: all. head_orders: by layer.
-    UnsupportedError where the kernels named do not take the head dim, type or block size, or a layout not the sizes.
+    UnsupportedError where the kernels named do not take the head dim, type or block size, or a layout not the sizes;
+    InputError where an order tears the query heads of a K/V head apart.
     """
     plan = Plan(
         **dict(attention),
@@ -216,6 +217,7 @@ def make_plan(
         head_orders=head_orders,
     )
     plan.require_kernels()
+    _check_orders(plan)
     hashes = {direction: plan.build_schedule(direction).sha256() for direction in DIRECTIONS}
     plan = plan.model_copy(
         update={way: plan.spec(way).model_copy(update={"schedule_sha256": hashes[way]}) for way in DIRECTIONS}
@@ -246,6 +248,15 @@ def _record_sha256(document: dict[str, Any]) -> str:
     return sha256_of_bytes(canonical_json({name: document[name] for name in ("predictions", "provenance")}))
 
 
+def _check_orders(plan: Plan) -> None:
+    orders, model = plan.head_orders, plan.model
+    if orders is not None and len(orders) != model.layers:
+        raise InputError(f"are of {len(orders)} layers, not {model.layers}", field="head_orders")
+    for layer, order in enumerate(orders or ()):
+        if not is_order(order, heads=model.heads, kv_heads=model.kv_heads):
+            raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
+
+
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
         plan.require_kernels()
@@ -254,12 +265,7 @@ def _check_contents(plan: Plan, path: Path) -> None:
             raise InputError(f"are of {plan.active_pairs().world_size} ranks, not {plan.world_size}", field="pairs")
         for direction in DIRECTIONS:
             plan.build_schedule(direction)
-        orders, model = plan.head_orders, plan.model
-        if orders is not None and len(orders) != model.layers:
-            raise InputError(f"are of {len(orders)} layers, not {model.layers}", field="head_orders")
-        for layer, order in enumerate(orders or ()):
-            if not is_order(order, heads=model.heads, kv_heads=model.kv_heads):
-                raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
+        _check_orders(plan)
         if plan.columns_capacity > num_blocks(plan.seq_len_tokens, plan.block_size) * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
     except InputError as error:

@@ -67,12 +67,17 @@ class PlacementSpec(Strict):
 
 
 class PatternSpec(Strict):
-    """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector."""
+    """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector.
+
+    listed: whether active blocks are listed one by one, as data gives them, rather than as diagonals: their indexes
+    take memory.
+    """
 
     source: Literal["trace", "choose"]
     selector: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     trace_sha256: str | None = Field(default=None, pattern=SHA256)
+    listed: bool = False
 
 
 class LaunchSpec(Strict):

@@ -20,6 +20,7 @@ from .errors import InputError
 
 BLOCK_SIZES = (64, 128)
 CHECKED_ROWS = 64
+ONES_IN_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 def num_blocks(seq_len_tokens: int, block_size: int) -> int:
@@ -61,30 +62,41 @@ class VerticalSlash:
         return int(np.maximum(blocks - self.diagonals.astype(np.int64), 0).sum())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockMask:
-    """Any causal set of block pairs of one head. bits: bool [N, N], bits[I, J] for query block I and key block J."""
+    """Any causal set of block pairs of one head. bits: bool [N, N], bits[I, J] for query block I and key block J.
 
-    bits: NDArray[np.bool_]
+    It is kept at a bit for each pair: layers of many heads over long sequences would take gigabytes otherwise.
+    """
 
-    def __post_init__(self) -> None:
-        bits = np.asarray(self.bits, dtype=bool)
+    __slots__ = ("_blocks", "_rows")
+
+    def __init__(self, *, bits: NDArray[np.bool_]) -> None:
+        bits = np.asarray(bits, dtype=bool)
         if bits.ndim != 2 or bits.shape[0] != bits.shape[1]:
             raise InputError(f"block bits must be square, not of shape {bits.shape}", field="bits")
         if _attends_later_blocks(bits):
             query, key = np.argwhere(np.triu(bits, 1))[0]
             raise InputError(f"query block {query} must not attend the later key block {key}", field="bits")
-        object.__setattr__(self, "bits", bits)
+        self._blocks, self._rows = bits.shape[0], np.packbits(bits, axis=1)
+
+    @property
+    def bits(self) -> NDArray[np.bool_]:
+        """Active block pairs, bool [N, N]: an array of its own each time."""
+        return np.unpackbits(self._rows, axis=1, count=self._blocks).view(bool)
 
     @property
     def columns(self) -> NDArray[np.int32]:
         """A block mask has no columns: always empty."""
         return np.zeros(0, dtype=np.int32)
 
+    def check_blocks(self, blocks: int) -> None:
+        """Raise InputError unless it is a mask of so many blocks."""
+        if self._blocks != blocks:
+            raise InputError(f"the mask has {self._blocks} blocks where the sequence has {blocks}", field="bits")
+
     def block_bits(self, blocks: int) -> NDArray[np.bool_]:
         """Return bool [N, N]: active block pairs."""
-        if self.bits.shape[0] != blocks:
-            raise InputError(f"the mask has {self.bits.shape[0]} blocks where the sequence has {blocks}", field="bits")
+        self.check_blocks(blocks)
         return self.bits
 
     def active_block_pairs(self, blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -94,7 +106,8 @@ class BlockMask:
 
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
-        return int(np.count_nonzero(self.block_bits(blocks)))
+        self.check_blocks(blocks)
+        return int(ONES_IN_A_BYTE[self._rows].sum(dtype=np.int64))
 
 
 HeadPattern: TypeAlias = VerticalSlash | BlockMask
@@ -128,7 +141,7 @@ class LayerPattern:
 
     def _check_head(self, number: int, head: HeadPattern) -> None:
         if isinstance(head, BlockMask):
-            head.block_bits(self.num_blocks)
+            head.check_blocks(self.num_blocks)
             return
         limits = {"column": (self.seq_len_tokens, "tokens"), "diagonal": (self.num_blocks, "blocks")}
         for name, (limit, unit) in limits.items():
@@ -157,6 +170,11 @@ class LayerPattern:
         blocks = self.num_blocks
         active = sum(head.count_active_blocks(blocks) for head in self.heads)
         return active / (self.num_heads * blocks * (blocks + 1) / 2)
+
+
+def lists_blocks(pattern: LayerPattern) -> bool:
+    """Whether any head's active blocks are no diagonals, but listed one by one."""
+    return any(isinstance(head, BlockMask) for head in pattern.heads)
 
 
 def element_mask(pattern: LayerPattern, head: int) -> NDArray[np.bool_]:

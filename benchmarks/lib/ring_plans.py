@@ -29,7 +29,7 @@ from ...planner.specs import DType
 from ...runtime.hf.capture import pattern_of
 from ...simulator.engine import simulate
 from ...simulator.simulate_plan import simulate_plan
-from ...traces.pattern import LayerPattern
+from ...traces.pattern import LayerPattern, lists_blocks
 from .masks import MASKS
 
 MODEL = ModelShape(layers=1, heads=16, kv_heads=2, head_dim=128)
@@ -98,7 +98,7 @@ def make_case_plan(
         placement=placement,
         forward=forward,
         backward=backward,
-        pattern=PatternSpec(source="trace"),
+        pattern=PatternSpec(source="trace", listed=lists_blocks(work.pattern)),
         kernels=kernels,
         pairs=pattern_pairs(work.pattern, placement) if leave_out else None,
     )
@@ -116,7 +116,10 @@ def cluster_of(name: str, *, world_size: int, nodes: int) -> Cluster:
 def predicted_peak_bytes(plan: Plan) -> int:
     """Return what the plan says that a step of one layer needs on every rank."""
     shape, backend = plan.attention_shape(), plan.kernels.backend
-    given: dict[str, Any] = {"backend": backend, "reordered": plan.head_orders is not None}
+    listed = plan.block_size if plan.pattern.listed else None
+    given: dict[str, Any] = {
+        "backend": backend, "reordered": plan.head_orders is not None, "listed_block_tokens": listed,
+    }  # fmt: skip
     return max(layer_memory(plan.schedule(way), shape, **given).total_bytes for way in DIRECTIONS)
 
 

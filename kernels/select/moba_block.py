@@ -23,7 +23,7 @@ class MobaBlock(Selector):
     when the chunk is no multiple of the block.
     """
 
-    name, causal = "moba-block", True
+    name, causal, listed = "moba-block", True, True
     help = "key chunks by their mean key"
     chunk_tokens: int = count(512, "tokens of a key chunk", option="--chunk")
     top_chunks: int = count(8, "chunks per query block")

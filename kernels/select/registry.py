@@ -40,12 +40,14 @@ class Selector(ABC):
     causal:          no row's mask depends on tokens after the row's own block: what a model learns, it can use when it
                      generates
     keeps_documents: packed documents may be laid over its masks
+    listed:          its masks list active blocks one by one, rather than as diagonals
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     causal: ClassVar[bool]
     keeps_documents: ClassVar[bool] = False
+    listed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for one in _settings(type(self)):

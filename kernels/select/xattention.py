@@ -29,7 +29,7 @@ class XAttention(Selector):
     Choosing raises ValueError when the stride does not divide the block, and when local tokens are not whole blocks.
     """
 
-    name, causal = "xattention", True
+    name, causal, listed = "xattention", True, True
     help = "key blocks by their antidiagonals"
     stride: int = count(16, "stride of the antidiagonals")
     mass: float = share(0.9, "share of attention to keep", option="--p")

@@ -3,8 +3,9 @@
 Counted is what runtime/attention/planned.py holds when backward ends, which is when it holds most: tensors of the
 layer, and the slots, kept through both directions. Kernels need little in passing, but for flash-attn-4: float32
 accumulators, 16-bit gradients and copies of a launch, and its tables; and but for heads that are padded: copies of all
-that a launch reads, and accumulators of their size. Not counted: indexes of the mask (about 1 % where shards are
-long), and whatever else lives on the GPU.
+that a launch reads, and accumulators of their size; and but for masks that list their blocks: lists of tiles, a copy of
+the mask the other way round, and shares of the longest key tiles' gradients. Not counted: indexes of diagonals (about
+1 % where shards are long), and whatever else lives on the GPU.
 
 Shape legend: S tokens of a shard, H query heads, D head dim; e bytes of an element, a bytes of an accumulator.
 """
@@ -26,6 +27,11 @@ PROGRAMS_WANTED, TILES_TOGETHER = 4 * 132, 4096  # of its backward on H100 and H
 TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
 MOST_RANKS = 64
 KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
+# Triton's index of masks that list their blocks, and how its backward shares out key tiles that many queries attend:
+# see kernels/index/device_lists.py and kernels/triton/gradients.py. Larger masks are hashed at once, in a copy.
+LISTING_BACKENDS = frozenset({"triton", "fastest"})
+LIST_ENTRY_BYTES, SPLIT_ROWS, SPLIT_PIECES, SPLIT_LIMIT_BYTES = 4, 16, 32, 128 << 20
+HASHED_AT_ONCE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,7 @@ class LayerMemory:
     kept_bytes: the kept slots of all other layers, which wait for their backward
     workspace_bytes: what kernels hold in passing beyond the returned gradients, which they make room for, and gradients
     rounded to be sent
+    index_bytes: what masks that list their blocks take beside themselves, the shares of gradients included
     """
 
     home_bytes: int
@@ -47,20 +54,24 @@ class LayerMemory:
     buffer_bytes: int
     kept_bytes: int = 0
     workspace_bytes: int = 0
+    index_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes + self.workspace_bytes
+        held = self.home_bytes + self.columns_bytes + self.buffer_bytes + self.kept_bytes
+        return held + self.workspace_bytes + self.index_bytes
 
 
 def layer_memory(
-    schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton", reordered: bool = False
-) -> LayerMemory:
+    schedule: Schedule, shape: AttentionShape, *, layers: int = 1, backend: str = "triton", reordered: bool = False,
+    listed_block_tokens: int | None = None,
+) -> LayerMemory:  # fmt: skip
     """Return the bytes of a step on every rank, as far as this direction's slots are the larger ones.
 
     layers: of the model; each of them keeps its own K/V where the schedule keeps any. backend: of the kernels.
     reordered: whether heads are in an order of the plan's: then there are second copies of q, k, v, out and dout.
+    listed_block_tokens: the size of mask blocks where masks list theirs one by one.
 
     A step needs the larger total of its two directions, which share an arena for their slots.
     """
@@ -84,7 +95,24 @@ def layer_memory(
         buffer_bytes=schedule.buffer_bytes - sum(buffer.capacity_bytes for buffer in results),
         kept_bytes=(layers - 1) * schedule.kept_bytes,
         workspace_bytes=workspace_bytes + (shape.kv_bytes if rounded - narrow else 0),
+        index_bytes=0 if listed_block_tokens is None else _listed_bytes(shape, backend, listed_block_tokens),
     )
+
+
+def _listed_bytes(shape: AttentionShape, backend: str, block_tokens: int) -> int:
+    """Return what a layer's listed mask takes on a rank while its backward runs, the mask itself excepted.
+
+    Lists have room for every causal pair of the rank's queries, and of its keys; half of all pairs are causal.
+    """
+    if backend not in LISTING_BACKENDS:
+        return 0
+    tiles = -(-shape.tokens_per_rank // block_tokens)
+    blocks = tiles * shape.world_size
+    bits = shape.heads * blocks * blocks
+    lists = 2 * LIST_ENTRY_BYTES * shape.heads * tiles * blocks // 2
+    piece = 2 * shape.kv_heads * SPLIT_ROWS * block_tokens * shape.head_dim * shape.accumulator_bytes
+    shares = piece * min(SPLIT_PIECES, SPLIT_LIMIT_BYTES // piece)
+    return lists + bits * (1 + (bits > HASHED_AT_ONCE_BYTES)) + shares
 
 
 def _group_bytes(schedule: Schedule, shape: AttentionShape, q_bytes: int, dq_bytes: int) -> int:

@@ -120,7 +120,7 @@ def active_blocks(pattern: LayerPattern) -> Bits:
         if isinstance(head, VerticalSlash):
             diagonals[head.diagonals] = True
         else:
-            bits = head.bits.copy() if bits is None else np.logical_or(bits, head.bits, out=bits)
+            bits = head.bits if bits is None else np.logical_or(bits, head.bits, out=bits)
     toeplitz = bits_of_diagonals(diagonals)
     any_head = toeplitz if bits is None else toeplitz | bits
     return documents_share(pattern.documents, pattern.block_size, pattern.seq_len_tokens, any_head)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError, unknown_name
-from ...traces.pattern import num_blocks
+from ...traces.pattern import lists_blocks, num_blocks
 from ...traces.progress import Progress, no_progress
 from ..plan import PatternSpec
 from ..replay import Recorded
@@ -29,6 +29,7 @@ class TraceSummary:
     """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
 
     head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
+    listed: whether any head lists its active blocks one by one.
     active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted.
     """
 
@@ -38,6 +39,7 @@ class TraceSummary:
     recorded_layers: int
     active_blocks: NDArray[np.bool_] | None = None
     head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    listed: bool = False
 
 
 def take_samples(
@@ -61,7 +63,7 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
     """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread."""
     recorded = [(step, layer) for step in trace.steps for layer in trace.layers]
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
-    header, most_columns, load = trace.header, 0, 0.0
+    header, most_columns, load, listed = trace.header, 0, 0.0, False
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
     of_heads: dict[int, list[NDArray[np.float64]]] = {}
     reach = np.zeros((blocks, blocks), dtype=bool) if blocks <= MAX_COUNTED_BLOCKS else None
@@ -69,6 +71,7 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         pattern = trace.layer_pattern(step, layer)
         most_columns = max(most_columns, pattern.max_columns)
         of_heads.setdefault(layer, []).append(head_load(pattern))
+        listed |= lists_blocks(pattern)
         if reach is not None:
             reach |= active_blocks(pattern)
         if (step, layer) in loaded:
@@ -82,6 +85,7 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         recorded_layers=len(recorded),
         active_blocks=reach,
         head_load={layer: np.mean(loads, axis=0) for layer, loads in of_heads.items()},
+        listed=listed,
     )
 
 
@@ -99,8 +103,9 @@ def pattern_spec(trace: Trace, source: str, samples: Sequence[Recorded]) -> Patt
 
     "choose" needs one selector with one setting for all sampled heads, and one that a model can be asked for.
     """
+    listed = any(lists_blocks(sample.pattern) for sample in samples)
     if source == "trace":
-        return PatternSpec(source="trace", trace_sha256=trace.digest())
+        return PatternSpec(source="trace", trace_sha256=trace.digest(), listed=listed)
     if source != "choose":
         raise unknown_name(source, ("trace", "choose"), field="pattern")
     if trace.header.origin == "synthetic":
@@ -114,7 +119,7 @@ def pattern_spec(trace: Trace, source: str, samples: Sequence[Recorded]) -> Patt
             f"heads were chosen in {len(choices)} different ways; only one can be planned for", field="pattern"
         )
     (choice,) = choices.values()
-    return PatternSpec(source="choose", selector=choice.selector, settings=dict(choice.settings))
+    return PatternSpec(source="choose", selector=choice.selector, settings=dict(choice.settings), listed=listed)
 
 
 def _check_recorded(trace: Trace, field: str, asked: Sequence[int], recorded: Sequence[int]) -> None:

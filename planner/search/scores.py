@@ -187,6 +187,7 @@ class ScoreBoard:
             layers=self.problem.attention.model.layers,
             backend=self.problem.backend,
             reordered=self.problem.head_orders(layout.head_groups) is not None,
+            listed_block_tokens=self.problem.attention.block_size if self.problem.summary.listed else None,
         )
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:

@@ -19,7 +19,7 @@ from ...planner.schedule.heads import HeadOrder
 from ...planner.schedule.placement import Placement
 from ...planner.schedule.schedule import DIRECTIONS, Direction, Schedule
 from ...traces.dataset.store import Trace
-from ...traces.errors import InputError, UnsupportedError
+from ...traces.errors import InputError, ScheduleError, UnsupportedError
 from ..comm.mesh import Mesh, agree
 from .heads import HeadGroups, HeadPermutation
 from .masks import PairGuard, mask_of
@@ -121,7 +121,10 @@ def _programs(plan: Plan, rank: int, backend: str) -> dict[Direction, Program]:
     schedules: dict[Direction, Schedule] = {direction: plan.schedule(direction) for direction in DIRECTIONS}
     for schedule in schedules.values():
         check_playable(schedule)
-    check_step(schedules["forward"], schedules["backward"])
+    try:
+        check_step(schedules["forward"], schedules["backward"])
+    except ScheduleError as error:  # of layouts that do not go together, as a file may name them
+        raise InputError(f"directions do not fit together: {error}", field="backward") from error
     programs: dict[Direction, Program] = {
         direction: Program(schedule=schedule, rank=rank, groups=_head_groups(plan, schedule), backend=backend)
         for direction, schedule in schedules.items()

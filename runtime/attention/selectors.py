@@ -49,7 +49,7 @@ def chosen_mask(
 
 def pattern_chosen_by(selector: Selector) -> PatternSpec:
     """Return the part of a plan that says: patterns are chosen anew, by this selector."""
-    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings)
+    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings, listed=selector.listed)
 
 
 def dense_pattern(seq_len_tokens: int) -> PatternSpec:

@@ -28,7 +28,11 @@ from ...traces.synthetic import SyntheticSettings, synthesize
 from ..attention.masks import mask_of
 
 SLEEP_CYCLES = 30_000_000  # some 15 ms, in which the host issues what is timed
-WARMUPS, REPEATS = 2, 5
+SLEEP_US = 12_000.0  # what of it the host may take longer than the device, at most
+# GPUs under full load clock lower, after some milliseconds, than in a short burst: on an H200 launches of 10 to 60 ms
+# took 4 to 13 % longer in a ring's layers than alone. So a launch is repeated for so long, and its later repeats count.
+SUSTAINED_US, FEWEST_REPEATS, MOST_REPEATS = 150_000.0, 5, 400
+WARMUPS = 2
 CPU_WARMUPS, CPU_REPEATS = 0, 3  # nothing is compiled, no clock has to rise: the first call of a shape came before
 
 
@@ -247,12 +251,41 @@ def _as_fields(ready: Times, resumed: Times, fresh: Times) -> dict[str, Any]:
 
 def _timed(prepare: Callable[[], Any], body: Callable[[Any], Any], device: torch.device) -> Times:
     """Return medians of what `body` takes on the device while the host is ahead, and on the host while it issues."""
-    warmups, repeats = (WARMUPS, REPEATS) if device.type == "cuda" else (CPU_WARMUPS, CPU_REPEATS)
-    found = [once(prepare, body, device) for _ in range(warmups + repeats)][warmups:]
+    if device.type != "cuda":
+        found = [once(prepare, body, device) for _ in range(CPU_WARMUPS + CPU_REPEATS)][CPU_WARMUPS:]
+    else:
+        alone = [once(prepare, body, device) for _ in range(WARMUPS)][-1]
+        found = _sustained(prepare, body, repeats_of(alone))
     return Times(
         device_us=statistics.median(one.device_us for one in found),
         host_us=statistics.median(one.host_us for one in found),
     )
+
+
+def repeats_of(alone: Times) -> int:
+    """Return how often a launch is repeated: for SUSTAINED_US, or as long as the host can stay ahead of the device."""
+    wanted = SUSTAINED_US / max(alone.device_us, 1.0)
+    behind_us = 2 * alone.host_us - alone.device_us  # what is prepared between two takes the host as much again
+    ahead = SLEEP_US / behind_us if behind_us > 0 else wanted
+    return int(min(max(min(wanted, ahead), FEWEST_REPEATS), MOST_REPEATS))
+
+
+def _sustained(prepare: Callable[[], Any], body: Callable[[Any], Any], repeats: int) -> list[Times]:
+    """Time `body` so many times in a row, the host ahead of the device, and return the later half."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    marks, hosts_us = [], []
+    for _ in range(repeats):
+        given = prepare()
+        marks.append(tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)))
+        began = time.perf_counter()
+        marks[-1][0].record()
+        body(given)
+        marks[-1][1].record()
+        hosts_us.append(1e6 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    later = list(zip(marks, hosts_us, strict=True))[repeats // 2 :]
+    return [Times(device_us=1e3 * first.elapsed_time(last), host_us=host_us) for (first, last), host_us in later]
 
 
 def once(prepare: Callable[[], Any], body: Callable[[Any], Any], device: torch.device) -> Times:

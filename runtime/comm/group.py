@@ -83,7 +83,7 @@ class Mesh:
         return (
             None
             if self.rank
-            else [json.loads(_awaited(self, key, rank=rank, what=topic, field=topic)) for rank, key in enumerate(keys)]
+            else [json.loads(_awaited(self, key, rank=rank, what=topic)) for rank, key in enumerate(keys)]
         )
 
     def broadcast(self, topic: str, value: Any) -> Any:
@@ -91,13 +91,13 @@ class Mesh:
         key = f"sparsering/broadcast/{topic}"
         if self.rank == 0:
             self.store.set(key, json.dumps(value))
-        return json.loads(_awaited(self, key, rank=0, what=topic, field=topic))
+        return json.loads(_awaited(self, key, rank=0, what=topic))
 
 
-def told_by_all(mesh: Mesh, topic: str, value: Any, *, what: str, field: str) -> list[Any]:
+def told_by_all(mesh: Mesh, topic: str, value: Any, *, what: str) -> list[Any]:
     """Say a JSON value to all ranks through the store, and return that of each. topic must be new for every call.
 
-    InputError names a rank that says nothing within the time-out; RankLost names ranks that are lost, or have ended.
+    RankLost names a rank that says nothing within the time-out, or ranks that are lost, or have ended.
     """
     began, timeout_s = time.monotonic(), mesh.timeout.total_seconds()
     keys = [f"sparsering/{topic}/{rank}" for rank in range(mesh.world_size)]
@@ -105,19 +105,20 @@ def told_by_all(mesh: Mesh, topic: str, value: Any, *, what: str, field: str) ->
     values: list[Any] = []
     for rank, key in enumerate(keys):
         left = timeout_s - (time.monotonic() - began)
-        values.append(json.loads(_awaited(mesh, key, rank=rank, what=what, field=field, timeout_s=left)))
+        values.append(json.loads(_awaited(mesh, key, rank=rank, what=what, timeout_s=left)))
     return values
 
 
-def _awaited(mesh: Mesh, key: str, *, rank: int, what: str, field: str, timeout_s: float | None = None) -> bytes:
+def _awaited(mesh: Mesh, key: str, *, rank: int, what: str, timeout_s: float | None = None) -> bytes:
     """Return what a rank says at a key of the mesh's store.
 
-    InputError when it says nothing within the time-out; RankLost when ranks are lost, or have ended, meanwhile.
+    RankLost, the same on all ranks, when it says nothing within the time-out, or when ranks are lost or have ended.
     """
-    deadline = time.monotonic() + (mesh.timeout.total_seconds() if timeout_s is None else timeout_s)
-    if not words_of(mesh).wait(mesh.store, key, deadline):
-        lost = mesh.sentinel.verdict(wait=True) if mesh.sentinel is not None else None
-        raise lost or InputError(f"rank {rank} did not say its {what} in {mesh.timeout}", field=field)
+    words, patience_s = words_of(mesh), mesh.timeout.total_seconds()
+    deadline = time.monotonic() + (patience_s if timeout_s is None else timeout_s)
+    if not words.wait(mesh.store, key, deadline):
+        lost = mesh.sentinel.error if mesh.sentinel is not None else None
+        raise lost or words.missed(mesh.process(rank), f"nothing was heard of its {what} for {patience_s:g} s")
     return mesh.store.get(key)
 
 

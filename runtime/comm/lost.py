@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,16 @@ def host_lost(store_host: str, world_size: int, *, seen_by: str, because: object
     """Return the error for a store that cannot be reached: nobody can be asked who else is gone."""
     host = f"{store_host} of {world_size}" if store_host.startswith("rank") else store_host
     return RankLost(f"{host}, which hosts the store, stopped answering (seen by {seen_by}); {because}")
+
+
+def late(ranks: Mapping[int, str], world_size: int, *, seen_by: str, because: object) -> RankLost:
+    """Return the error for ranks that live and did not come in time; ranks: where each of them was, "" if unknown."""
+    names = ", ".join(f"rank {rank}" for rank in ranks)
+    places = "; ".join(f"rank {rank} was in {place}" for rank, place in ranks.items() if place)
+    where = f"; {places}" if places else ""
+    error = RankLost(f"{names} of {world_size} did not come in time (seen by {seen_by}){where}; {because}")
+    error.ranks = list(ranks)
+    return error
 
 
 def nobody_lost(rank: int, *, because: object) -> RankLost:

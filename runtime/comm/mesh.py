@@ -23,9 +23,9 @@ from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[r
 from ...traces.errors import InputError, unknown_name
 from .group import Mesh, told_by_all, words_of
 from .lost import RankLost, is_symptom
-from .place import Place, open_store
+from .place import Place, connection_of_its_own, open_store
 from .roll_call import roll_call
-from .sentinel import Sentinel, Watch, connection_of_its_own
+from .sentinel import Sentinel, Watch
 from .tied import end_with
 from .words import Words, attempt_prefix
 
@@ -121,9 +121,9 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
         earlier.stop()
     _words[:] = [words]
     if words.world_size > 1:
-        words.answer()
+        words.answer(connection_of_its_own(words.store))
     if patience_s and words.world_size > 1 and not _sentinels:
-        _watch(words, prefix, chosen.type, patience_s, timeout_s)
+        _watch(words, prefix, chosen.type, patience_s)
     return Mesh(
         rank=words.rank, world_size=words.world_size, device=chosen, store=words.store,
         timeout=timedelta(seconds=timeout_s), store_host=_host(), sentinel=_sentinels[0] if _sentinels else None,
@@ -143,6 +143,8 @@ def _begun(words: Words, kind: str, timeout_s: float) -> torch.device:
     """Call the roll and start the process group; return this rank's device. What fails is told to the others."""
     try:
         roll_call(words, timeout_s=timeout_s)
+        if words.world_size > 1:  # before torch waits for others, which hears nobody
+            words.answer(connection_of_its_own(words.store))
         device = _device(kind, int(os.environ.get("LOCAL_RANK", words.rank)))
         _start_groups(kind, device, words.store, rank=words.rank, world_size=words.world_size, timeout_s=timeout_s)
     except BaseException as error:
@@ -151,20 +153,21 @@ def _begun(words: Words, kind: str, timeout_s: float) -> torch.device:
         _said.append(told)
         words.say(told)
         words.end()
-        if not isinstance(told, RankLost):
-            words.stay()  # who comes late finds the store, and refuses alike
+        words.stay()  # who comes late finds the store, and ends alike
+        words.stop()
         raise told from (error if is_loss else None)
     return device
 
 
-def _watch(words: Words, prefix: str, device_type: str, patience_s: float, timeout_s: float) -> None:
-    connection = connection_of_its_own(words.store, timedelta(seconds=timeout_s))
+def _watch(words: Words, prefix: str, device_type: str, patience_s: float) -> None:
+    connection = connection_of_its_own(words.store)
     if connection is None:  # the store is of another kind
         return
     watch = Watch(rank=words.rank, world_size=words.world_size, store_host=words.store_host, patience_s=patience_s,
                   device_type=device_type)  # fmt: skip
-    heard = words.over(PrefixStore(prefix, connection)).heard
-    _sentinels.append(Sentinel(PrefixStore(f"sparsering/sentinel/{prefix}", connection), watch, heard))
+    over = words.over(connection)
+    store = PrefixStore(f"sparsering/sentinel/{prefix}", connection)
+    _sentinels.append(Sentinel(store, watch, last_word=over.heard, tell=over.find))
 
 
 def _launcher_hosts() -> bool:
@@ -242,7 +245,7 @@ def leave() -> None:
 
 def agree(mesh: Mesh, topic: str, value: str) -> None:
     """Compare `value` with every rank's; InputError names the first rank that differs. See `told_by_all`."""
-    values = told_by_all(mesh, topic, value, what=topic, field=topic)
+    values = told_by_all(mesh, topic, value, what=topic)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise InputError(f"rank {rank} has {other[:16]}, rank 0 has {values[0][:16]}", field=topic)
@@ -280,8 +283,10 @@ def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
 
 def _behind(mesh: Mesh, error: RuntimeError) -> RankLost | None:
     """Return the loss of ranks that is behind an error; None where the error is this rank's own."""
-    if mesh.sentinel is not None:
+    if mesh.sentinel is not None and mesh.device.type == "cuda":
         return mesh.sentinel.verdict(wait=is_symptom(error))
+    if mesh.sentinel is not None and mesh.sentinel.error is not None:
+        return mesh.sentinel.error
     if mesh.world_size == 1 or not is_symptom(error):
         return None
     return name_lost_ranks(mesh, "work", error)

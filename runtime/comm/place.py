@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ...traces.errors import InputError
 from .lost import not_opened
@@ -79,6 +79,18 @@ def served_store(address: str = LOOPBACK, port: int = 0, *, timeout_s: float) ->
         )  # fmt: skip
         listener.detach()  # it is the store's now
     return store
+
+
+def connection_of_its_own(store: Store) -> Store | None:
+    """Return another connection to the same keys of a TCPStore's server; None for other kinds of store.
+
+    A wait on one connection holds up everybody who shares it.
+    """
+    server = store
+    while isinstance(server, PrefixStore):
+        server = server.underlying_store
+    clone: Any = getattr(store, "clone", None)  # torch's stubs do not have it
+    return clone() if isinstance(server, TCPStore) else None
 
 
 def _listening(address: str, port: int) -> socket.socket:

@@ -145,9 +145,9 @@ def require_peer_access(mesh: Mesh) -> None:
     boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
     # This machine, and the container on it: ranks hand each other memory through its file system.
     own = [f"{socket.gethostname()} {boot}", str(torch.cuda.get_device_properties(mesh.device).uuid)]
-    places = [(host, gpu) for host, gpu in told_by_all(mesh, topic, own, what="place", field="pull")]
+    places = [(host, gpu) for host, gpu in told_by_all(mesh, topic, own, what="place")]
     problem = why_not_readable(mesh.rank, places, _has_access(mesh.device))
-    problems = told_by_all(mesh, f"{topic} verdict", problem, what="place", field="pull")
+    problems = told_by_all(mesh, f"{topic} verdict", problem, what="place")
     for rank, problem in enumerate(problems):
         if problem:
             raise InputError(f"rank {rank} cannot pull: {problem}", field="pull")

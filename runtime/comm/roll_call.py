@@ -22,7 +22,7 @@ from typing import Any
 
 from ...traces.errors import InputError
 from .lost import RankLost, never_joined
-from .words import Words
+from .words import Words, here_key
 
 # How many parts of a version must agree; None: all of it.
 AGREEING: Mapping[str, int | None] = {
@@ -51,12 +51,12 @@ def roll_call(words: Words, *, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     _take_rank(words)
     own = {"world_size": words.world_size, "versions": own_versions()}
-    words.store.set(f"sparsering/here/{words.rank}", json.dumps(own))
+    words.store.set(here_key(words.rank), json.dumps(own))
     told: list[dict[str, Any]] = []
     for rank in range(words.world_size):
-        if not words.wait(words.store, f"sparsering/here/{rank}", deadline):
+        if not words.wait(words.store, here_key(rank), deadline):
             raise _missing(words, timeout_s)
-        told.append(json.loads(words.store.get(f"sparsering/here/{rank}")))
+        told.append(json.loads(words.store.get(here_key(rank))))
         require_fitting(told)
 
 
@@ -84,10 +84,11 @@ def _take_rank(words: Words) -> None:
     own = f"process {os.getpid()} of {socket.gethostname()}"
     taken = words.store.compare_set(f"sparsering/taken/{words.rank}", "", own).decode()
     if taken != own:
+        words.is_double = True
         raise InputError(f"{words.rank} is taken by {taken}: two processes were started as this rank", field="RANK")
 
 
 def _missing(words: Words, timeout_s: float) -> RankLost:
-    ranks = [rank for rank in range(words.world_size) if not words.store.check([f"sparsering/here/{rank}"])]
+    ranks = words.absent()
     seen_by = f"rank {words.rank}"
     return words.find(never_joined(ranks, words.world_size, seen_by=seen_by, waited_s=timeout_s))

@@ -15,30 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from ...traces.errors import InputError
-from .lost import RankLost, host_lost, nobody_lost, ranks_lost
+from .lost import RankLost, host_lost, late, nobody_lost, ranks_lost
 
 BEATS = 8  # in the time after which a silent rank is lost
 STDERR = 2
 LEFT, LOST = "left", "lost"
-
-
-def connection_of_its_own(store: Store, timeout: timedelta) -> Store | None:
-    """Return another connection to the server of a TCPStore, prefixes left out; None for other kinds of store.
-
-    A wait on one connection holds up everybody who shares it.
-    """
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, TCPStore):
-        return None
-    return TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)
+BROKEN = " broken"  # ends the word of a rank whose process group was aborted: it waited in vain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +65,9 @@ class Watch:
 class Heartbeat:
     """Says this rank's word and hears all others', once every `interval_s`, until `stop`, on a thread of its own.
 
-    rounds: how often all were heard; heard: each rank's word then, None of ranks that said nothing yet. said_last:
-    whether the store has this rank's last word. told: what a rank that raised said of itself, or of others.
+    broken: whether a process group of this process failed. rounds: how often all were heard; heard: each rank's word
+    then, None of ranks that said nothing yet. said_last: whether the store has this rank's last word. told: what a rank
+    that raised said of itself, or of others.
     error: what the store failed with; nothing is said or heard after it.
     Only this thread blocks with a store that does not answer.
     """
@@ -91,12 +80,15 @@ class Heartbeat:
         world_size: int,
         interval_s: float,
         last_word: Callable[[], RankLost | None] = lambda: None,
+        broken: Callable[[], bool] = lambda: False,
+        tell: Callable[[RankLost], object] = lambda lost: None,
     ) -> None:
         self.heard: list[str | None] = [None] * world_size
         self.rounds = 0
         self.said_last = False
         self.told: RankLost | None = None
-        self._hear_last_word = last_word
+        self._hear_last_word, self._is_broken, self._tell = last_word, broken, tell
+        self._untold: RankLost | None = None
         self.error: Exception | None = None
         self._store, self._rank, self._interval_s = store, rank, interval_s
         self._keys = [f"rank {number}" for number in range(world_size)]
@@ -113,6 +105,13 @@ class Heartbeat:
         self._wake.set()
         with self._news:
             self._news.wait_for(lambda: self.said_last or self.error is not None, timeout_s)
+
+    def tell(self, lost: RankLost, *, timeout_s: float) -> None:
+        """Tell everybody at the store why this rank ends, the launcher too; wait at most so long until it is told."""
+        self._untold = lost
+        self._wake.set()
+        with self._news:
+            self._news.wait_for(lambda: self._untold is None or self.error is not None, timeout_s)
 
     def stop(self, *, timeout_s: float) -> None:
         """Say nothing more. Waits for a round that is under way."""
@@ -143,7 +142,11 @@ class Heartbeat:
 
     def _round(self) -> None:
         word = self._last_word
-        self._store.set(self._keys[self._rank], word or str(self.rounds + 1))
+        if self._untold is not None:
+            self._tell(self._untold)
+            self._untold = None
+        beat = f"{self.rounds + 1}{BROKEN if self._is_broken() else ''}"
+        self._store.set(self._keys[self._rank], word or beat)
         self.said_last = word is not None
         # Asking for a key that is not there yet would wait for it.
         began = [rank for rank, heard in enumerate(self.heard) if heard or self._store.check([self._keys[rank]])]
@@ -181,16 +184,23 @@ class Silence:
 class Sentinel:
     """Watches from when it is made until `close`. store: a connection that nobody else uses.
 
-    last_word: asks for what ranks that raise say before they end, over the same connection.
+    last_word: asks for what ranks that raise say before they end, tell: says what was found, over the same connection.
     error: what was found, None as long as nobody is lost. After a loss the process ends within `grace_s`, with exit
     code 1 where it does not end by itself.
     """
 
-    def __init__(self, store: Store, watch: Watch, last_word: Callable[[], RankLost | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        watch: Watch,
+        last_word: Callable[[], RankLost | None] = lambda: None,
+        tell: Callable[[RankLost], object] = lambda lost: None,
+    ) -> None:
         self.watch = watch
         self._heartbeat = Heartbeat(
-            store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s, last_word=last_word
-        )
+            store, rank=watch.rank, world_size=watch.world_size, interval_s=watch.interval_s, last_word=last_word,
+            broken=self._broken, tell=tell,
+        )  # fmt: skip
         self._silence = Silence(world_size=watch.world_size)
         self._rounds, self._mute_s, self._broken_s = 0, 0.0, 0.0
         self.error: RankLost | None = None
@@ -270,7 +280,15 @@ class Sentinel:
             silent = self._silence.beyond(watch.patience_s / 2)  # who died with it may have been heard a beat longer
             return ranks_lost(silent, watch.world_size, seen_by=f"rank {watch.rank}", because=because)
         if self._broken_s > watch.patience_s + 2 * watch.interval_s:
-            return nobody_lost(watch.rank, because="a process group was aborted by its watchdog")
+            aborted = "a process group was aborted by its watchdog"
+            words = self._silence.words
+            came_late = [rank for rank, word in enumerate(words) if word and word != LEFT and not word.endswith(BROKEN)]
+            if not came_late:
+                return nobody_lost(watch.rank, because=aborted)
+            seen_by = f"rank {watch.rank}"
+            error = late(dict.fromkeys(came_late, ""), watch.world_size, seen_by=seen_by, because=aborted)
+            error.ranks = ()  # all whose groups are aborted find it by themselves
+            return error
         return None
 
     def _without_store(self, error: Exception | None) -> RankLost | None:
@@ -284,6 +302,7 @@ class Sentinel:
     def _deliver(self, error: RankLost) -> None:
         """Tell the other ranks, then the main thread; free it; end the process when it does not end."""
         watch = self.watch
+        self._heartbeat.tell(error, timeout_s=2 * watch.interval_s)
         if error.ranks:
             word = LOST + ",".join(map(str, error.ranks))
             self._heartbeat.say(word, timeout_s=2 * watch.interval_s)

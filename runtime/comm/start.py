@@ -73,6 +73,7 @@ class _Ranks:
     def __init__(self, world_size: int, attempt: int, store: Any) -> None:
         self._world_size, self._attempt, self._store = world_size, attempt, store
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._unsaid: Exception | None = None  # how a rank ended, where the others are to say it
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], stdout: IO[bytes] | None,
@@ -97,7 +98,11 @@ class _Ranks:
             if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
                 return code
             time.sleep(POLL_S)
-        return code or self._failure()
+        code = code or self._failure()
+        others_are_well = sum(process.poll() == 0 for process in self._processes) == self._world_size - 1
+        if self._unsaid is not None and others_are_well and code != UNUSABLE_INPUT:
+            print(f"sparsering: {self._unsaid}", file=sys.stderr, flush=True)  # they had ended before
+        return code
 
     def kill(self) -> None:
         """End those that still run."""
@@ -121,6 +126,8 @@ class _Ranks:
         lost = self._tell(list(killed or failed), because)
         if killed:
             print(f"sparsering: {lost}", file=sys.stderr, flush=True)
+        else:
+            self._unsaid = lost
         first = next(iter(failed.values()))
         return first if first > 0 else 128 - first
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
+import re
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -17,14 +19,18 @@ from contextlib import suppress
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from .lost import RankLost, host_lost, nobody_lost, rank_ended, ranks_lost
+from .lost import RankLost, host_lost, late, nobody_lost, rank_ended, ranks_lost
+from .whereabouts import main_thread_place
 
 GRACE_S = 5.0  # in which living ranks answer, and the store's host stays for who still reads
 ANSWER_S = 0.5  # how often a rank looks whether somebody asks
+ENDING_S = 10.0  # in which a rank must come to know a last word by itself: before its launcher ends it
+STDERR = 2
 SHORTEST_S, POLL_S = 0.001, 0.05  # between two looks at the store
 LAST_WORD = "sparsering/last word"
 QUESTIONS = "sparsering/questions"  # how many were asked
 MAX_CHARACTERS = 300
+_TIMED_OUT = re.compile("time-?out|timed out", re.IGNORECASE)
 
 
 def attempt_prefix(attempt: int, join: int = 1) -> str:
@@ -32,13 +38,24 @@ def attempt_prefix(attempt: int, join: int = 1) -> str:
     return f"attempt {attempt}" if join == 1 else f"attempt {attempt} join {join}"
 
 
+def here_key(rank: int) -> str:
+    """Return where a rank answers the roll call."""
+    return f"sparsering/here/{rank}"
+
+
+def ended_key(rank: int) -> str:
+    """Return where a rank says that it reads nothing more."""
+    return f"sparsering/ended/{rank}"
+
+
 class Words:
     """What this process says and hears. store: of all processes; is_host: whether it ends with this process."""
 
     def __init__(self, store: Store, *, rank: int, world_size: int, store_host: str) -> None:
         self.store, self.rank, self.world_size, self.store_host = store, rank, world_size, store_host
+        self.is_double = False  # whether another process is this rank: then what is said of the rank is not of this one
         self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
+        self._stopped, self._known = threading.Event(), threading.Event()
         self._told: RankLost | None = None
         self._lost: set[int] = set()
 
@@ -53,15 +70,23 @@ class Words:
 
     def say(self, error: BaseException) -> None:
         """Say why this rank ends, unless somebody said a last word before. Of lost ranks their finder has told."""
+        self._known.set()
         if isinstance(error, RankLost):
             self._lost |= set(error.ranks)
             return
+        if self.is_double and not self.absent():
+            return  # all are here without this one, and have begun: they go on
         told = _first_line(error)
         said = told if isinstance(error, ValueError) and told else f"{type(error).__name__}: {told}".rstrip(": ")
         self.find(rank_ended(self.rank, self.world_size, said=said))
 
+    def absent(self) -> list[int]:
+        """Return the ranks that have not answered the roll call yet. Raises what the store does when it is gone."""
+        return [rank for rank in range(self.world_size) if not self.store.check([here_key(rank)])]
+
     def find(self, lost: RankLost) -> RankLost:
         """Say that ranks are lost, unless a last word was said before; return the error that all are to raise."""
+        self._known.set()
         with suppress(dist.DistError, RuntimeError):  # nobody can hear it where the store is gone
             self.store.compare_set(LAST_WORD, "", json.dumps({"ranks": list(lost.ranks), "told": str(lost)}))
             return self.heard() or lost
@@ -86,6 +111,7 @@ class Words:
         try:
             while not store.check([key]):
                 if (lost := self.heard()) is not None:
+                    self._known.set()
                     raise lost
                 if time.monotonic() > deadline:
                     return False
@@ -104,23 +130,69 @@ class Words:
 
         A last word tells. Else this rank asks, and who does not answer in GRACE_S is lost: living ranks do, also those
         that still compute or wait for somebody else (`answer`). When all do, nobody died: a rank was late beyond the
-        time-out, or a link failed.
+        time-out, which is who neither sees anything fail nor waits itself, or a link failed.
         """
         seen_by, because = f"rank {self.rank}", _first_line(because)
+        self._known.set()
         try:
-            question = self.store.add(QUESTIONS, 1)
-            self.store.set(_answer(question, self.rank), "here")
-            missing = self._missing({rank: _answer(question, rank) for rank in ranks}, GRACE_S)
+            self.store.set(_failed(self.rank), because)
+            _, missing = self._ask(ranks)
             lost = self.heard()
             if lost is None and missing:
                 lost = self.find(ranks_lost(missing, self.world_size, seen_by=seen_by, because=because))
+            lost = lost or self._late(ranks, seen_by)
+            return lost or self.find(nobody_lost(self.rank, because=because))
         except (dist.DistError, RuntimeError):
             return self._told or host_lost(self.store_host, self.world_size, seen_by=seen_by, because=because)
-        return lost or nobody_lost(self.rank, because=because)
 
-    def answer(self) -> None:
-        """From now on answer those who ask who lives, on a thread of its own, until `stop`."""
-        self._thread = threading.Thread(target=self._serve, name="sparsering-answers", daemon=True)
+    def missed(self, rank: int, because: str) -> RankLost:
+        """Return the error for a rank that did not come in time: where it is, if it lives."""
+        seen_by = f"rank {self.rank}"
+        self._known.set()
+        try:
+            question, missing = self._ask([rank])
+            if missing:
+                return self.find(ranks_lost(missing, self.world_size, seen_by=seen_by, because=because))
+            place, _ = json.loads(self.store.get(_answer(question, rank)))
+            return self.find(late({rank: place}, self.world_size, seen_by=seen_by, because=because))
+        except (dist.DistError, RuntimeError):
+            return self._told or host_lost(self.store_host, self.world_size, seen_by=seen_by, because=because)
+
+    def _late(self, ranks: Sequence[int], seen_by: str) -> RankLost | None:
+        """Return the loss of living ranks that neither see a transfer fail, nor wait for others; None where all do.
+
+        Who waits began to at another moment, perhaps: it gets GRACE_S to see its own transfer fail. None also where
+        nobody's time was over: gloo closes connections then, so others see something else fail.
+        """
+        unfailed = self._missing({rank: _failed(rank) for rank in ranks}, GRACE_S)
+        if (lost := self.heard()) is not None or not unfailed:
+            return lost
+        reasons = [self.store.get(_failed(rank)).decode() for rank in ranks if rank not in unfailed]
+        because = next(filter(_TIMED_OUT.search, reasons), None)
+        if because is None:
+            return None
+        question, missing = self._ask(unfailed)
+        found = {rank: json.loads(self.store.get(_answer(question, rank))) for rank in unfailed if rank not in missing}
+        places = {rank: place for rank, (place, waits) in found.items() if not waits}
+        return self.find(late(places, self.world_size, seen_by=seen_by, because=because)) if places else self.heard()
+
+    def _ask(self, ranks: Sequence[int]) -> tuple[int, list[int]]:
+        """Ask who lives; return the question's number, and who does not answer in GRACE_S."""
+        question = self.store.add(QUESTIONS, 1)
+        self.store.set(_answer(question, self.rank), json.dumps(main_thread_place()))
+        return question, self._missing({rank: _answer(question, rank) for rank in ranks}, GRACE_S)
+
+    def answer(self, connection: Store | None = None) -> None:
+        """From now on answer those who ask who lives, on a thread of its own, until `stop`.
+
+        connection: to the same keys, which nobody else uses: a wait of this process on its other one holds this thread
+        up. The thread also ends this process, with exit code 1, where somebody said a last word and the main thread
+        does not come to know it: torch makes groups by waiting for others' keys, and hears nothing else meanwhile.
+        """
+        if self._thread is not None:
+            return
+        asked = self if connection is None else self.over(connection)
+        self._thread = threading.Thread(target=self._serve, args=(asked,), name="sparsering-answers", daemon=True)
         self._thread.start()
         # A thread that comes back from C++ into an interpreter that is going takes the process down by a signal.
         atexit.register(self.stop)
@@ -132,20 +204,25 @@ class Words:
             self._thread.join(GRACE_S)
         atexit.unregister(self.stop)
 
-    def _serve(self) -> None:
-        answered = 0
+    def _serve(self, asked: Words) -> None:
+        answered, told_at = 0, None
         with suppress(dist.DistError, RuntimeError):  # the store is gone, and with it whoever asks
             while not self._stopped.wait(ANSWER_S):
-                self._told = self.heard()  # for when the store is gone
-                for question in range(answered + 1, self.store.add(QUESTIONS, 0) + 1):
-                    self.store.set(_answer(question, self.rank), "here")
+                self._told = asked.heard()  # for when the store is gone
+                if self._told is not None and not self._known.is_set():
+                    told_at = told_at or time.monotonic()
+                    if time.monotonic() - told_at > ENDING_S:
+                        os.write(STDERR, f"sparsering: {self._told}\n".encode())
+                        os._exit(1)
+                for question in range(answered + 1, asked.store.add(QUESTIONS, 0) + 1):
+                    asked.store.set(_answer(question, self.rank), json.dumps(main_thread_place()))
                     answered = question
 
     def stay(self) -> None:
         """Keep the store open, at most GRACE_S, until all others read nothing more: they may have yet to come."""
         if not self.is_host:
             return
-        keys = {rank: f"sparsering/ended/{rank}" for rank in range(self.world_size) if rank != self.rank}
+        keys = {rank: ended_key(rank) for rank in range(self.world_size) if rank != self.rank}
         with suppress(dist.DistError, RuntimeError):
             self._missing(keys, GRACE_S, listening=False)
 
@@ -155,10 +232,12 @@ class Words:
         Who never came, or is known to be lost, is not waited for.
         """
         with suppress(dist.DistError, RuntimeError):
-            self.store.set(f"sparsering/ended/{self.rank}", "yes")
+            if self.is_double:
+                return
+            self.store.set(ended_key(self.rank), "yes")
             if self.is_host:
-                came = [rank for rank in range(self.world_size) if self.store.check([f"sparsering/here/{rank}"])]
-                keys = {rank: f"sparsering/ended/{rank}" for rank in came if rank not in self._lost}
+                absent = self._lost.union(self.absent())
+                keys = {rank: ended_key(rank) for rank in range(self.world_size) if rank not in absent}
                 self._missing(keys, GRACE_S, listening=False)
 
     def _missing(self, keys: dict[int, str], wait_s: float, *, listening: bool = True) -> list[int]:
@@ -174,6 +253,10 @@ class Words:
 
 def _answer(question: int, rank: int) -> str:
     return f"sparsering/answers/{question}/{rank}"
+
+
+def _failed(rank: int) -> str:
+    return f"sparsering/failed/{rank}"
 
 
 def _first_line(error: object) -> str:

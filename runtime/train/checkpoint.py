@@ -14,12 +14,16 @@ import os
 import re
 import shutil
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -31,14 +35,16 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn import Module
 
 from ...traces.errors import InputError, shown
-from ...traces.files import read_json, read_sealed, sealed, sha256_of_file, sync_folder, write_json
+from ...traces.files import read_sealed, sealed, sha256_of_file, sync_folder, write_json
 from ..comm.mesh import Mesh
+from ..comm.reuse import common_group
 from .config import CheckpointSection
+from .writers.writer import NotWritten
 
 CHECKPOINT_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PARTIAL = ".partial"
-POLL_S = 0.02
+MAX_TOLD_RANKS = 4
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MANIFEST_VALUES = 1 << 20
 _FOLDER = re.compile(r"^step-[0-9]{8}$")
@@ -56,9 +62,7 @@ class Checkpointer:
     def __init__(self, section: CheckpointSection, mesh: Mesh, *, facts: dict[str, Any]) -> None:
         self.section, self._folder, self._mesh, self._facts = section, section.folder, mesh, facts
         self._topic = f"checkpoints {next(_made)}"
-        group = dist.new_group(backend="gloo", timeout=mesh.timeout)  # its own: it works beside training
-        assert isinstance(group, dist.ProcessGroup)
-        self._group = group
+        self._group = common_group(mesh, "checkpoints", backend="gloo")  # its own: it works beside training
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if mesh.rank == 0:
@@ -71,17 +75,18 @@ class Checkpointer:
         """Save the state after `step` optimizer steps. Collective. Waits for the previous save, not for this one."""
         self.finish()
         partial = self._folder / f"step-{step:08d}{PARTIAL}"
-        state = _state(model, optimizer)
-        if self.section.asynchronous:
-            pending = async_save(state, checkpoint_id=partial, process_group=self._group)
-            self._thread = threading.Thread(target=self._complete, args=(partial, step, pending), daemon=True)
-            self._thread.start()
-            return
-        save(state, checkpoint_id=partial, process_group=self._group)
-        self._seal(partial, step)
+        with self._naming_what_failed(step):
+            state, writer = _state(model, optimizer), _Writer(partial)
+            if self.section.asynchronous:
+                pending = async_save(state, storage_writer=writer, process_group=self._group)
+                self._thread = threading.Thread(target=self._complete, args=(partial, step, pending), daemon=True)
+                self._thread.start()
+                return
+            save(state, storage_writer=writer, process_group=self._group)
+            self._seal(partial, step)
 
     def finish(self) -> None:
-        """Wait until what was saved is complete on this rank; raises what went wrong."""
+        """Wait until what was saved is complete on this rank; raises what went wrong, NotWritten for a full disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -115,35 +120,49 @@ class Checkpointer:
 
     def _complete(self, partial: Path, step: int, pending: Any) -> None:
         try:
-            pending.result()
-            self._seal(partial, step)
+            with self._naming_what_failed(step):
+                pending.result()
+                self._seal(partial, step)
         except BaseException as error:  # raised again by `finish`, in the training thread
             self._error = error
+
+    @contextmanager
+    def _naming_what_failed(self, step: int) -> Iterator[None]:
+        """Raise NotWritten, which names the rank and its reason in one line, where a checkpoint cannot be written.
+
+        torch tells every rank what failed on any, as pages of tracebacks in what is no Exception.
+        """
+        try:
+            yield
+        except CheckpointException as error:
+            reasons = {rank: _said(failure) for rank, (failure, _) in error.failures.items()}
+            raise self._not_written(step, reasons) from error
+        except (OSError, InputError) as error:  # ours say which file
+            raise self._not_written(step, {self._mesh.rank: _said(error)}) from error
+
+    def _not_written(self, step: int, reasons: dict[int, str]) -> NotWritten:
+        world = self._mesh.world_size
+        told = [f"rank {rank} of {world}: {reason}" for rank, reason in sorted(reasons.items())]
+        more = f" (and {len(told) - MAX_TOLD_RANKS} more ranks)" if len(told) > MAX_TOLD_RANKS else ""
+        return NotWritten(
+            f"step {step}: its checkpoint could not be written to {self._folder}: "
+            f"{'; '.join(told[:MAX_TOLD_RANKS])}{more}; what was complete before is whole"
+        )
 
     def _seal(self, partial: Path, step: int) -> None:
         """Digest this rank's files; on rank 0 wait for all digests, write the manifest and rename the folder."""
         own = list(partial.glob(f"__{self._mesh.rank}_*.distcp"))
         own += [partial / ".metadata"] if self._mesh.rank == 0 else []
         digests = {path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for path in own}
-        write_json(partial / f"digests-{self._mesh.rank}.json", digests)
-        if self._mesh.rank:
+        everyone = self._mesh.collect(f"{self._topic} digests {partial.name}", digests)  # RankLost where one is gone
+        if everyone is None:
             return
-        files: dict[str, Any] = {}
-        deadline = time.monotonic() + self._mesh.timeout.total_seconds()
-        for rank in range(self._mesh.world_size):
-            path = partial / f"digests-{rank}.json"
-            while not path.is_file():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"rank {rank} did not finish its part of {partial.name}")
-                time.sleep(POLL_S)
-            files |= read_json(path)
+        files = {name: stated for one in everyone for name, stated in one.items()}
         raw = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION, "kind": "sparsering-checkpoint", "step": step,
             "facts": self._facts, "files": files,
         }  # fmt: skip
         write_json(partial / MANIFEST_NAME, sealed(raw))
-        for rank in range(self._mesh.world_size):
-            (partial / f"digests-{rank}.json").unlink()
         final = partial.with_suffix("")
         if final.exists():  # the same step of an earlier run that was not resumed
             shutil.rmtree(final)
@@ -151,6 +170,31 @@ class Checkpointer:
         sync_folder(self._folder)
         for old in complete_checkpoints(self._folder)[: -self.section.keep_last]:
             shutil.rmtree(old)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer. What it raises is what came first: of a full disk it would say that an archive has a gap."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """Write this rank's part."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _first_of(error) from error
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return the error of the operating system that others followed from, or the error itself."""
+    earlier: BaseException | None = error
+    while earlier is not None and not isinstance(earlier, OSError):
+        earlier = earlier.__cause__ or earlier.__context__
+    return earlier or error
+
+
+def _said(error: BaseException) -> str:
+    """Return an error in one line: an operating system's as it says it, others with their kind."""
+    told = str(error).partition("\n")[0]
+    return told if isinstance(error, OSError | InputError) and told else f"{type(error).__name__}: {told}".rstrip(": ")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

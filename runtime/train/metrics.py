@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from ...planner.plan import Plan
 from ...traces.dataset.manifest import TraceHeader
 from ...traces.dataset.writer import TraceWriter
 from ..comm.mesh import Mesh
-from .config import TrainConfig
+from .config import MetricsSection, TraceOutSection, TrainConfig
 from .model import ModelFacts
 from .patterns import LayerLoad, LayerMasks, Observed
 from .writers.opened import open_writers
+from .writers.writer import NotWritten
 
 BACKWARD_TO_FORWARD = 2.5  # attention: 2 matrix products forward, 5 backward
 # Dense bfloat16 peaks of data sheets, by a part of the device's name.
@@ -116,19 +118,31 @@ class Outputs:
     """
 
     def __init__(self, config: TrainConfig, *, rank: int, first_step: int, header: TraceHeader | None) -> None:
-        self._config, trace_out = config, config.trace_out
+        self._config, self._rank, trace_out = config, rank, config.trace_out
         self._writers = open_writers(config, rank=rank, first_step=first_step)
         self._trace = TraceWriter(trace_out.folder, header) if trace_out and header else None
 
     def write(self, result: StepResult, masks: LayerMasks | None) -> None:
         """Write what was observed of a step; takes the recorded patterns from `masks`."""
         observed, values = observed_of(self._config, result.step), result.values()
-        for writer in self._writers if observed.measured else ():
-            writer.write(result.step, values)
+        with self._naming_what_failed(result.step, self._config.metrics):
+            for writer in self._writers if observed.measured else ():
+                writer.write(result.step, values)
         if observed.recorded and masks is not None:
             records = masks.take_records()
             if self._trace is not None and (not self._trace.steps or result.step > self._trace.steps[-1]):
-                self._trace.append(result.step, records)  # a resumed run passes recorded steps again: they are equal
+                with self._naming_what_failed(result.step, self._config.trace_out):
+                    self._trace.append(result.step, records)  # a resumed run passes steps again: they are equal
+
+    @contextmanager
+    def _naming_what_failed(self, step: int, section: MetricsSection | TraceOutSection | None) -> Iterator[None]:
+        """Raise NotWritten, in one line, where what a step did cannot be written: a disk is full, or gone."""
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or (section and section.folder)
+            told = f"what rank {self._rank} measured could not be written to {where}: {error.strerror or error}"
+            raise NotWritten(f"step {step}: {told}") from error
 
     def close(self) -> None:
         """Close all files."""

@@ -7,19 +7,18 @@ a process that takes a gigabyte more than it has, or an input that takes long, f
 from __future__ import annotations
 
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from formats import LAPTOP, Format
-from mutations import as_json, mutated, spoilt
-from sparsering.traces.errors import CONTROL, InputError
+from many_inputs import changed_bytes, changed_values, many, refused_or_read
+from mutations import as_json
 
 if find_spec("torch") is not None:
     from torch_formats import FULL
@@ -29,35 +28,18 @@ else:
 FORMATS = {one.name: one for one in [*LAPTOP, *FULL]}
 STRUCTURED = [name for name, one in FORMATS.items() if one.document is not None]
 FEW, MANY, SOAK = 20, 300, int(os.environ.get("SOAK_EXAMPLES", "50000"))
-GIB = 1 << 30
-LONGEST = timedelta(seconds=30)  # a hang, where a usual input takes milliseconds
 NO_CHECKS = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 Fuzz = Callable[[Format, Path, int], None]
 
 
-def refused_or_read(format: Format, path: Path) -> None:
-    """Read a changed file; fail unless it is read, or refused in one line that no terminal obeys."""
-    try:
-        format.read(path)
-    except InputError as error:
-        told = str(error)
-        assert told and "\n" not in told and not CONTROL.search(told), repr(told)
-        assert len(told) < 2000, "too long to be read"
-
-
 def change_values(format: Format, path: Path, examples: int) -> None:
     """Change an example's values, and let its digests fit."""
-    assert format.document is not None and format.write is not None
-    document, write = format.document(path), format.write
-    others = {one: one.read_bytes() for one in path.parent.rglob("*") if one.is_file()}
+    changes = changed_values(format, path)
 
-    @settings(max_examples=examples, deadline=None if examples < SOAK else LONGEST,
-              suppress_health_check=NO_CHECKS, database=None)  # fmt: skip
-    @given(mutated(document))
-    def judge(changed: object) -> None:
-        for one, data in others.items():
-            one.write_bytes(data)
-        write(path, changed)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=NO_CHECKS, database=None)
+    @given(st.randoms(use_true_random=False))
+    def judge(dice: Random) -> None:
+        changes(dice)
         refused_or_read(format, path)
 
     judge()
@@ -65,13 +47,12 @@ def change_values(format: Format, path: Path, examples: int) -> None:
 
 def change_bytes(format: Format, path: Path, examples: int) -> None:
     """Change an example's bytes, whatever its digests say."""
-    good = path.read_bytes()
+    changes = changed_bytes(format, path)
 
-    @settings(max_examples=examples, deadline=None if examples < SOAK else LONGEST,
-              suppress_health_check=NO_CHECKS, database=None)  # fmt: skip
-    @given(spoilt(good))
-    def judge(changed: bytes) -> None:
-        path.write_bytes(changed)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=NO_CHECKS, database=None)
+    @given(st.randoms(use_true_random=False))
+    def judge(dice: Random) -> None:
+        changes(dice)
         refused_or_read(format, path)
 
     judge()
@@ -92,26 +73,16 @@ def test_many(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
     fuzz(FORMATS[name], FORMATS[name].make(tmp_path), MANY)
 
 
-@contextmanager
-def one_more_gibibyte() -> Iterator[None]:
-    """Let this process have a gibibyte of memory more than it has now: a MemoryError where that does not suffice."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + GIB, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 @every_case
 def test_soak(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
-    path = FORMATS[name].make(tmp_path)
-    FORMATS[name].read(path)  # what it loads does not count
-    with one_more_gibibyte():
-        fuzz(FORMATS[name], path, SOAK)
+    """Twice as many as asked for of a format that has values and bytes: so many of each."""
+    format = FORMATS[name]
+    path = format.make(tmp_path)
+    format.read(path)  # what it loads does not count
+    changes = (changed_values if fuzz is change_values else changed_bytes)(format, path)
+    assert many(format, path, changes, SOAK) == []
 
 
 @every_case

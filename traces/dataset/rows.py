@@ -26,6 +26,9 @@ VERTICAL_SLASH = "vertical-slash"
 BLOCK_MASK = "block-mask"
 MAX_SETTINGS_BYTES = 4096
 MASS_SLACK = 1e-6
+# Beyond these a file of a few bytes could ask for gigabytes: 32 block masks over a million tokens in blocks of 128 fit.
+MAX_LAYER_BYTES = 256 << 20
+MAX_MASK_BLOCKS = 1 << 14
 
 _INT32S = pa.list_(pa.field("element", pa.int32(), nullable=False))
 MASSES = ("kept_mass_probe", "kept_mass_sampled")
@@ -113,7 +116,8 @@ def max_layer_bytes(header: TraceHeader) -> int:
     """Return how large one layer's rows can rightly be once decompressed; more is refused before it is read."""
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
     lists = 16 * (header.seq_len_tokens + blocks)
-    return header.model.heads * (lists + packed_bytes(blocks) + 2 * MAX_SETTINGS_BYTES) + (1 << 20)
+    possible = header.model.heads * (lists + packed_bytes(blocks) + 2 * MAX_SETTINGS_BYTES) + (1 << 20)
+    return min(possible, MAX_LAYER_BYTES)
 
 
 def encode_layer(training_step: int, layer: int, pattern: LayerPattern, choices: Sequence[HeadChoice]) -> pa.Table:
@@ -194,6 +198,8 @@ def _pattern(values: Mapping[str, Any], seq_len_tokens: int, blocks: int) -> Hea
         for name in LISTS:
             if values[name].size:
                 raise InputError(f"must be empty for a block mask, has {values[name].size} entries", field=name)
+        if blocks > MAX_MASK_BLOCKS:
+            raise InputError(f"is over {blocks} blocks; at most {MAX_MASK_BLOCKS} are read", field="block_bits")
         return BlockMask(bits=unpack_bits(bits, blocks))
     if kind != VERTICAL_SLASH:
         raise InputError(f"is {shown(kind)}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}", field="kind")

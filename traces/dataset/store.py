@@ -21,9 +21,12 @@ from ..pattern import LayerPattern
 from ..progress import Progress, no_progress
 from ..samples.located import located
 from .manifest import TraceHeader, TraceManifest, TracePart, read_manifest
+from .pages import BrokenPage, sizes_of_chunk
 from .rows import SCHEMA, HeadRow, decode_layer, max_layer_bytes
 
 MAX_THRIFT_BYTES = 64 << 20
+PLAIN_TEXT = frozenset({0, 6})  # Parquet's PLAIN and DELTA_LENGTH_BYTE_ARRAY: every value stands there in full
+MOST_VALUE_BYTES = 8  # of a number, or of a text's length
 
 
 class Trace:
@@ -33,7 +36,7 @@ class Trace:
         self.folder = folder
         self.manifest = manifest
         self._parts = {part.training_step: part for part in manifest.parts}
-        self._open_part: tuple[int, pq.ParquetFile] | None = None
+        self._open_part: tuple[int, pq.ParquetFile, memoryview] | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> Trace:
@@ -124,11 +127,14 @@ class Trace:
         part = self._part(training_step)
         path = self.folder / part.file
         if self._open_part is None or self._open_part[0] != training_step:
-            self._open_part = (training_step, _open_parquet(path, part, self.header))
-        file = self._open_part[1]
-        claimed_bytes = file.metadata.row_group(number).total_byte_size
-        if claimed_bytes > max_layer_bytes(self.header):
-            problem = f"decompresses to {claimed_bytes} bytes, at most {max_layer_bytes(self.header)} are possible"
+            self._open_part = (training_step, *_open_parquet(path, part, self.header))
+        file, data = self._open_part[1:]
+        try:
+            needed_bytes = _needed_bytes(data, file.metadata.row_group(number))
+        except (BrokenPage, pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"cannot be decoded ({error})", source=path, field=f"row group {number}") from error
+        if needed_bytes > (most_bytes := max_layer_bytes(self.header)):
+            problem = f"unpacks to {needed_bytes} bytes; at most {most_bytes} are read"
             raise InputError(problem, source=path, field=f"row group {number}")
         try:
             table = file.read_row_group(number, use_threads=False)
@@ -147,7 +153,23 @@ def _check_size(path: Path, part: TracePart) -> None:
         raise InputError(f"is {size_bytes} bytes, the manifest says {part.bytes}", source=path, field="bytes")
 
 
-def _open_parquet(path: Path, part: TracePart, header: TraceHeader) -> pq.ParquetFile:
+def _needed_bytes(data: memoryview, group: pq.RowGroupMetaData) -> int:
+    """Return what one layer takes in memory at most once it is unpacked; BrokenPage where its pages do not say it.
+
+    Where texts may repeat each other (a dictionary, shared beginnings), each may be as long as all that is there.
+    """
+    needed_bytes = 0
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        sizes = sizes_of_chunk(data, chunk)
+        repeats = chunk.physical_type == "BYTE_ARRAY" and not sizes.encodings <= PLAIN_TEXT
+        unpacked_bytes = sizes.unpacked_bytes * max(1, sizes.values) if repeats else sizes.unpacked_bytes
+        needed_bytes += unpacked_bytes + MOST_VALUE_BYTES * sizes.values
+    return needed_bytes
+
+
+def _open_parquet(path: Path, part: TracePart, header: TraceHeader) -> tuple[pq.ParquetFile, memoryview]:
+    """Return a part, opened, and its bytes."""
     _check_size(path, part)
     data = read_bytes(path, max_bytes=part.bytes)
     actual = sha256_of_bytes(data)
@@ -169,4 +191,4 @@ def _open_parquet(path: Path, part: TracePart, header: TraceHeader) -> pq.Parque
     ):
         if actual != expected:
             raise InputError(f"has {actual}, {expected} are expected", source=path, field=name)
-    return file
+    return file, memoryview(data)

@@ -7,36 +7,47 @@ one, the same on every process, so that ranks are sent the values alone.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from ....planner.check.check import check_step
 from ....planner.layouts.layout import Layout
 from ....planner.layouts.registry import known_layouts, make_layout
 from ....planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from ....planner.schedule.pairs import pattern_pairs
 from ....planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
+from ....planner.schedule.schedule import DIRECTIONS
 from ....planner.schedule.workload import unit_load
 from ....planner.specs import DType
-from ....traces.errors import InputError, UnsupportedError
+from ....traces.errors import InputError, ScheduleError, UnsupportedError
 from ....traces.pattern import LayerPattern
 from ....traces.synthetic import GENERATORS, SyntheticSettings, synthesize
 
 Values = dict[str, Any]
 BLOCK_SIZES = (16, 64, 128)
+MOST_RANKS = 4
 MOST_TOKENS = 1200
 LEAST_EXACT_MULTIPLE = 64  # column capacities are multiples of it
 HEADS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (6, 3), (8, 2))
 DTYPES: tuple[tuple[DType, int], ...] = (("float64", 6), ("float32", 2), ("bfloat16", 2))
+# What every layout can be asked for.
+PLAIN: Values = {
+    "seq_len_tokens": 512, "block_size": 64, "heads": 12, "kv_heads": 12, "head_dim": 8, "dtype": "float64",
+    "granularity_tokens": 64, "leave_out": False, "reorder_heads": False, "placement": "striped",
+    "mask": "vertical-slash", "columns": 40,
+}  # fmt: skip
 SELECTORS: dict[str, dict[str, tuple[int | float, ...]]] = {
     "sink-window": {"sink_tokens": (0, 4, 30), "window_tokens": (16, 100, 512)},
-    "vertical-slash": {"columns": (0, 16, 64), "slashes": (0, 40, 200), "sink_tokens": (0, 8), "window_tokens": (8, 64)},
-    "vertical-slash-flex": {"column_mass": (0.5, 0.9), "column_cap": (32, 64), "slash_mass": (0.5, 0.9),
-                            "slash_cap": (64, 128)},
+    "vertical-slash": {"columns": (0, 16, 64), "slashes": (0, 40, 200), "sink_tokens": (0, 8),
+                       "window_tokens": (8, 64)},
+    "flex": {"column_mass": (0.5, 0.9), "column_cap": (32, 64), "slash_mass": (0.5, 0.9),
+             "slash_cap": (64, 128)},
     "xattention": {"stride": (8, 16), "mass": (0.5, 0.9)},
-    "moba-block": {"chunk_tokens": (64, 128), "top_chunks": (1, 3)},
+    "moba-block": {"chunk_tokens": (128, 256), "top_chunks": (1, 3)},
 }  # fmt: skip
 
 
@@ -85,13 +96,15 @@ def draw_attention(dice: random.Random) -> Values:
 
 
 def attention_case(values: Values) -> AttentionCase:
-    """Return the plan and the pattern of a configuration. InputError or UnsupportedError where there are none."""
+    """Return the plan and the pattern of a configuration.
+
+    InputError, UnsupportedError or ScheduleError (directions that do not fit together) where there are none.
+    """
     pattern = _pattern(values)
     placement = _placement(values, pattern)
     head_orders = None
     if values["reorder_heads"]:
-        order = random.Random(values["seed"]).sample(range(values["heads"]), values["heads"])
-        head_orders = (tuple(order),)
+        head_orders = (_order(values),)
     capacity = -(-pattern.max_columns // LEAST_EXACT_MULTIPLE) * LEAST_EXACT_MULTIPLE
     plan = make_plan(
         attention=AttentionSpec(
@@ -107,7 +120,39 @@ def attention_case(values: Values) -> AttentionCase:
         pairs=pattern_pairs(pattern, placement) if values["leave_out"] else None,
         head_orders=head_orders,
     )  # fmt: skip
+    check_step(*(plan.schedule(direction) for direction in DIRECTIONS))
     return AttentionCase(plan=plan, pattern=pattern)
+
+
+def opening() -> Iterator[Values]:
+    """Yield a configuration for every set of communicators that any layout asks for, so that all are open early.
+
+    A process opens each once and keeps it: what it holds is flat from then on, not before.
+    """
+    dice, seen = random.Random(0), set()
+    for world_size in range(1, MOST_RANKS + 1):
+        for layout in _every_layout(world_size):
+            values = draw_attention(dice) | PLAIN | {"world_size": world_size}
+            for way in ("forward", "backward"):
+                values |= {way: layout.name, f"{way}_parameters": asdict(layout)}
+            try:
+                plan = attention_case(values).plan
+            except (InputError, UnsupportedError, ScheduleError):
+                continue
+            asked = {(world_size, one) for way in DIRECTIONS for one in plan.schedule(way).communicators}
+            if asked <= seen:
+                continue
+            seen |= asked
+            yield values
+            if world_size == 2:  # the same among two replicas, over other groups
+                again = draw_training(dice) | {"world_size": 4, "context": 2, "data": 2, "layout": layout.name}
+                yield again | {"layout_parameters": asdict(layout)}
+    for world_size in range(1, MOST_RANKS + 1):
+        yield draw_training(dice) | {"world_size": world_size, "context": world_size, "data": 1, "layout": "gather",
+                                     "layout_parameters": {}}  # fmt: skip
+    for replicas in (2, 4):
+        yield draw_training(dice) | {"world_size": replicas, "context": 1, "data": replicas, "layout": "gather",
+                                     "layout_parameters": {}}  # fmt: skip
 
 
 def draw_training(dice: random.Random) -> Values:
@@ -142,12 +187,20 @@ def draw_training(dice: random.Random) -> Values:
 
 
 def _draw_layout(dice: random.Random, world_size: int) -> Layout:
-    """Return any value of any registered layout; it may not apply to the sizes."""
-    layout = dice.choice([one for one in known_layouts() if world_size > 1 or one.name != "hierarchical"])
-    counts = sorted({1, 2, 3, world_size})
-    choices = [(False, True) if field.type in (bool, "bool") else counts for field in fields(layout)]
-    values = dice.choice(list(product(*choices)))
-    return layout(**dict(zip((field.name for field in fields(layout)), values, strict=True)))
+    """Return any value of any registered layout, each layout as often; it may not apply to the sizes."""
+    kind = dice.choice(known_layouts())
+    return dice.choice([one for one in _every_layout(world_size) if type(one) is kind])
+
+
+def _every_layout(world_size: int) -> list[Layout]:
+    """Return every registered layout with every small value of its parameters."""
+    found: list[Layout] = []
+    for kind in known_layouts():
+        counts = sorted({1, 2, 3, world_size})
+        choices = [(False, True) if field.type in (bool, "bool") else counts for field in fields(kind)]
+        names = [field.name for field in fields(kind)]
+        found += [kind(**dict(zip(names, values, strict=True))) for values in product(*choices)]
+    return found
 
 
 def _pattern(values: Values) -> LayerPattern:
@@ -165,6 +218,13 @@ def _pattern(values: Values) -> LayerPattern:
     return replace(pattern, documents=ids)
 
 
+def _order(values: Values) -> tuple[int, ...]:
+    """Return the query heads in a random order of whole groups, those of one K/V head."""
+    size = values["heads"] // values["kv_heads"]
+    groups = random.Random(values["seed"]).sample(range(values["kv_heads"]), values["kv_heads"])
+    return tuple(group * size + head for group in groups for head in range(size))
+
+
 def _placement(values: Values, pattern: LayerPattern) -> Placement:
     common = {name: values[name] for name in ("seq_len_tokens", "world_size", "granularity_tokens")}
     if values["placement"] != "balanced":
@@ -180,7 +240,7 @@ def playable_attention(dice: random.Random, refused: dict[str, int]) -> Values:
         values = draw_attention(dice)
         try:
             attention_case(values)
-        except (InputError, UnsupportedError) as error:
+        except (InputError, UnsupportedError, ScheduleError) as error:
             reason = "".join("N" if letter.isdigit() else letter for letter in str(error))[:160]
             refused[reason] = refused.get(reason, 0) + 1
             continue

@@ -17,16 +17,20 @@ from ....runtime.comm.start import LOCAL, PACKAGE, TIED, free_port, rank_environ
 from .draws import Values
 
 RANK = f"{PACKAGE}.benchmarks.lib.soak.rank"
-ANSWER_TIMEOUT_S = 240.0
+ANSWER_TIMEOUT_S = 900.0  # more than a rank waits for others, also on a machine that is busy otherwise
 END_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a configuration. refused: by the product, in one line, the same on all ranks."""
+    """What came of a configuration. refused: by the product, in one line, the same on all ranks.
+
+    in_step: whether all ranks came to their end, so that they can play another one.
+    """
 
     problems: list[str] = field(default_factory=list)
     refused: str | None = None
+    in_step: bool = True
 
 
 class Pool:
@@ -51,28 +55,33 @@ class Pool:
         listener.close()
 
     def play(self, values: Values) -> Answer:
-        """Have all ranks play a configuration. After problems the pool may be out of step: end it."""
+        """Have all ranks play a configuration."""
         asked = json.dumps(values).encode()
         for connection in self._connections.values():
             connection.send_bytes(asked)
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         problems: list[str] = []
         refused: set[str | None] = set()
+        in_step = True
         for rank in range(self.world_size):
             connection = self._connections[rank]
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
                     problems.append(f"rank {rank}: no answer in {ANSWER_TIMEOUT_S:g} s")
+                    in_step = False
                     continue
                 answer = json.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 problems.append(f"rank {rank}: died, exit code {self.processes[rank].poll()}")
+                in_step = False
                 continue
             problems += [f"rank {rank}: {one}" for one in answer["problems"]]
             refused.add(answer["refused"])
+            in_step &= not answer["raised"]
         if not problems and len(refused) > 1:
             problems.append(f"ranks refuse differently: {refused}")
-        return Answer(problems=problems, refused=None if problems else next(iter(refused)))
+            in_step = False
+        return Answer(problems=problems, refused=None if problems else next(iter(refused)), in_step=in_step)
 
     def end(self) -> list[str]:
         """End the ranks; return what did not end by itself, or ended with an error."""

@@ -18,7 +18,7 @@ from ....runtime.comm.mesh import join, leave
 from ....traces.errors import InputError
 from .jobs import play
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 def main() -> None:
@@ -28,13 +28,13 @@ def main() -> None:
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send_bytes(json.dumps(mesh.rank).encode())
     while (values := json.loads(connection.recv_bytes())) is not None:
-        answer = {"problems": [], "refused": None}
+        answer = {"problems": [], "refused": None, "raised": False}
         try:
             answer["problems"] = play(mesh, values)
         except InputError as error:
             answer["refused"] = str(error)
         except Exception:
-            answer["problems"] = [traceback.format_exc(limit=-6)]
+            answer |= {"problems": [traceback.format_exc(limit=-6)], "raised": True}
         connection.send_bytes(json.dumps(answer).encode())
     leave()
     connection.close()

@@ -1,7 +1,8 @@
-"""Whether what a process holds stays flat: the slope over time after a warm-up, by Theil and Sen, and its bound.
+"""Whether what a process holds stays flat: the slope over time after a warm-up, and its bound.
 
-The median of the slopes between all pairs of samples (Sen 1968, J. Am. Stat. Assoc. 63:1379) is moved neither by a
-sample taken in a busy moment nor by one step up and down.
+Memory goes up and down with what was played last: the median of the slopes between all pairs of samples (Theil and Sen:
+Sen 1968, J. Am. Stat. Assoc. 63:1379) is not moved by samples taken in a busy moment. Counts stand still or grow in
+steps, which that median does not see: theirs is the slope of least squares.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 WARM_UP_SHARE = 0.25  # of the time that was watched
 LEAST_SAMPLES = 4  # after the warm-up: fewer say nothing
 # What a process may gain an hour. Counts are whole: half a one an hour is one more in two hours.
 BOUNDS_AN_HOUR = {
     "memory_bytes": 24 * 2.0**20, "descriptors": 0.5, "threads": 0.5, "listening": 0.5, "children": 0.5,
-    "shared_memory": 0.5,
+    "shared_memory": 0.5, "files": 0.5,
 }  # fmt: skip
 
 
@@ -56,8 +58,13 @@ def trend_of(process: str, quantity: str, times_s: Sequence[float], values: Sequ
     at, held = np.asarray(times_s, float), np.asarray(values, float)
     kept = at >= at[0] + WARM_UP_SHARE * (at[-1] - at[0])
     at, held = at[kept], held[kept]
-    later, earlier = np.triu_indices(at.size, 1)[::-1]
-    slopes = (held[later] - held[earlier]) / (at[later] - at[earlier]) * 3600
-    slope = float(np.median(slopes)) if at.size >= LEAST_SAMPLES else None
+    slope = None
+    if at.size >= LEAST_SAMPLES:
+        slope = 3600 * (_median_slope(at, held) if quantity == "memory_bytes" else float(np.polyfit(at, held, 1)[0]))
     return Trend(process=process, quantity=quantity, samples=int(at.size), first=int(held[0]), last=int(held[-1]),
                  most=int(held.max()), slope=slope)  # fmt: skip
+
+
+def _median_slope(at: NDArray[np.float64], held: NDArray[np.float64]) -> float:
+    later, earlier = np.triu_indices(at.size, 1)[::-1]
+    return float(np.median((held[later] - held[earlier]) / (at[later] - at[earlier])))

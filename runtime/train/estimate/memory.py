@@ -68,7 +68,9 @@ class _Layer:
             self.beside_mlp + (3 if memory.fused_layers else 5) * of_mlp + (0 if memory.fused_layers else 6 * row)
         )
         backend, reordered = plan.kernels.backend, plan.head_orders is not None
-        own = [layer_memory(plan.schedule(d), shape, backend=backend, reordered=reordered) for d in DIRECTIONS]
+        listed = plan.block_size if plan.pattern.listed else None
+        given: dict[str, Any] = {"backend": backend, "reordered": reordered, "listed_block_tokens": listed}
+        own = [layer_memory(plan.schedule(d), shape, **given) for d in DIRECTIONS]
         self.attention = self.beside_mlp + max(one.total_bytes for one in own)
         chunk = min(memory.loss_chunk_tokens, tokens)
         if memory.loss != "chunked":  # liger-kernel's: as many pieces as the vocabulary is wider than hidden states

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 
+class NotWritten(RuntimeError):
+    """What a run has to keep cannot be written: a disk is full, or gone. Names step, rank and reason in one line."""
+
+
 class MetricWriter(Protocol):
     """Takes what was measured of a step: names and JSON values, where a list has one value per layer."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT, JOB = Path(__file__).parents[2] / "support", Path(__file__).with_name("sanitized_kernels.py")
 FOUND = 97  # exit code when the sanitizer has found something
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
@@ -32,7 +32,7 @@ def test_nothing_is_found(tool: str) -> None:
         "--error-exitcode",
         str(FOUND),
         sys.executable,
-        str(SUPPORT / "sanitized_kernels.py"),
+        str(JOB),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -194,3 +194,29 @@ def test_heads_end_to_end_are_counted() -> None:
     assert workspace(4096)[0] == 4096 * max(rows(6, 4, 7 * 6), rows(6 + 2, 4, 6))
     # One rank: a single launch.
     assert workspace(65536, world_size=1)[0] == 65536 * rows(6 + 2, 0, 6)
+
+
+def _measured_rings() -> dict[tuple[bool, int, int, int, str], int]:
+    """Bytes of the fullest GPU by (listed, ranks, tokens, columns, layout)."""
+    found = {}
+    for path in RESULTS.glob("r*-h200x2-2026-11-27T06*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            listed, layout = row["mask"] in ("xattention", "moba"), str(row["layout"]).split()[1]
+            found[listed, row["world_size"], row["seq_len"], row["columns"], layout] = row["peak_bytes"]
+    return found
+
+
+MEASURED_RINGS = _measured_rings()
+
+
+@pytest.mark.parametrize("case", MEASURED_RINGS, ids=str)
+def test_masks_that_list_their_blocks_take_what_two_gpus_measured(case: tuple[bool, int, int, int, str]) -> None:
+    listed, world_size, seq_len_tokens, columns, layout = case
+    shape = AttentionShape(
+        world_size=world_size, tokens_per_rank=seq_len_tokens // world_size, heads=16, kv_heads=2, head_dim=128,
+        element_bytes=2, accumulator_bytes=4, columns_capacity=columns,
+    )  # fmt: skip
+    schedules = [parse_layout(layout).build(shape=shape, direction=way) for way in DIRECTIONS]
+    block = 128 if listed else None
+    predicted = max(layer_memory(one, shape, listed_block_tokens=block).total_bytes for one in schedules)
+    assert 0.97 <= predicted / MEASURED_RINGS[case] <= 1.04

@@ -88,6 +88,9 @@ def test_a_plan_file_holds_orders_and_refuses_others(tmp_path: Path) -> None:
         wrong.model_copy(update={"digest": wrong.compute_digest()}).save(tmp_path / "wrong.json")
         with pytest.raises(InputError, match=problem_):
             load_plan(tmp_path / "wrong.json")
+        if len(orders) == 2:
+            with pytest.raises(InputError, match=problem_):
+                make_case_plan(CASE, head_orders=orders)
 
 
 def test_the_search_evaluates_heads_as_they_are_dealt_out() -> None:

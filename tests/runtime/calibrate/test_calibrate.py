@@ -23,6 +23,7 @@ from sparsering.planner.specs import ModelShape
 from sparsering.runtime.calibrate import cluster_file, measuring
 from sparsering.runtime.calibrate.cases import calibration_cases
 from sparsering.runtime.calibrate.machine import Rates
+from sparsering.runtime.calibrate.points import Times, repeats_of
 from sparsering.runtime.calibrate.raw import RawPoints
 from sparsering.runtime.comm.mesh import is_rank
 from sparsering.traces.errors import InputError
@@ -120,3 +121,11 @@ def test_a_gpus_peak_stays_and_a_slower_gpus_file_is_refused() -> None:
     assert found.matmul_efficiency == pytest.approx(0.95 * 0.8)
     with pytest.raises(InputError, match=r"gpu\.peak_flops_per_us: .* is less than a product reached here"):
         cluster_file.gpu_of(gpu, facts, replace(rates, flops_per_us=1.01 * gpu.peak_flops_per_us), {})
+
+
+def test_launches_are_repeated_while_the_host_stays_ahead() -> None:
+    long, short = Times(device_us=20_000.0, host_us=500.0), Times(device_us=100.0, host_us=400.0)
+    assert repeats_of(long) == 7  # 150 ms
+    assert repeats_of(short) == 17  # the host falls 0.7 ms behind with each, of 12 that the device sleeps
+    assert repeats_of(Times(device_us=900.0, host_us=100.0)) == 166
+    assert repeats_of(Times(device_us=1.0, host_us=0.1)) == 400

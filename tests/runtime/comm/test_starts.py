@@ -96,6 +96,16 @@ STARTS = {
     "a rank that raises": _dies(1, "raises", "rank 1 of 3 ended; it said: OSError: no data left", 1),
     "rank 0 raises": _dies(0, "raises", "rank 0 of 3 ended; it said: OSError: no data left", 1),
     "a rank that raises while others wait for its word": _dies(1, "says", "rank 1 of 3 ended; it said: OSError: no", 1),
+    "a rank that raises while others make a group": _dies(
+        1, "groups", "rank 1 of 3 ended; it said: OSError: no data left", 1
+    ),
+    "a rank that comes late": Start(
+        says=dict.fromkeys(range(3), "rank 1 of 3 did not come in time (seen by rank "),
+        codes=dict.fromkeys(range(3), 1),
+        timeout_s=SHORT_S,
+        victim=1,
+        how="late",
+    ),
     "a rank that exits": _dies(1, "exits", "rank 1 of 3 stopped answering (seen by rank ", 3),
     "a rank that is killed": _dies(2, "killed", "rank 2 of 3 stopped answering (seen by rank ", -signal.SIGKILL),
     "the store's host is killed": _dies(0, "killed", "rank 0 of 3, which hosts the store, stopped ", -signal.SIGKILL),
@@ -218,6 +228,15 @@ def test_the_launcher_tells_the_others_who_was_killed(tmp_path: Path) -> None:
     line = "sparsering: rank 0 of 3 stopped answering (seen by the launcher); ended by SIGKILL"
     assert (launcher.returncode, told.splitlines()) == (128 + signal.SIGKILL, [line] * 3)
     assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_launcher_names_a_rank_that_nobody_else_can(tmp_path: Path) -> None:
+    """The others had ended, with 0, when it failed."""
+    with _launched(tmp_path, "start_worker", "60", "1", "ends") as launcher:
+        _, told = launcher.communicate(timeout=LIMIT_S)
+    line = "sparsering: rank 1 of 3 stopped answering (seen by the launcher); ended with exit code 3"
+    assert (launcher.returncode, told.splitlines()) == (3, [line])
 
 
 @pytest.mark.slow

@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from random import Random
 from typing import Any
-
-from hypothesis import strategies as st
 
 Place = tuple[Any, ...]
 TWICE = "\0twice:"  # a key that begins with this is written as the rest: one object has it twice
@@ -84,38 +83,43 @@ def _nudged(holder: Any, key: Any, value: Any) -> None:
 ACTIONS: list[Callable[[Any, Any, Any], None]] = [_replace, _replace, _drop, _beside, _again, _renamed, _nudged]
 
 
-@st.composite
-def mutated(draw: st.DrawFn, document: Any) -> Any:
-    """A document with one to three changes, anywhere in it."""
-    document = {"": deepcopy(document)}
-    for _ in range(draw(st.integers(1, 3))):
-        all_places = [place for place in places(document) if place]
-        place = all_places[draw(st.integers(0, len(all_places) - 1))]
-        action, value = draw(st.sampled_from(ACTIONS)), deepcopy(draw(st.sampled_from(VALUES)))
-        if draw(st.integers(0, 7)) == 0:  # what stands somewhere else in it
-            value = deepcopy(found(document, all_places[draw(st.integers(0, len(all_places) - 1))]))
+def copied(value: Any) -> Any:
+    """Return a document of its own that is equal; quicker than what copies any object."""
+    if isinstance(value, dict):
+        return {key: copied(one) for key, one in value.items()}
+    return [copied(one) for one in value] if isinstance(value, list) else value
+
+
+def mutate(dice: Random, document: Any, known: list[Place] | None = None) -> Any:
+    """Return a document with one to three changes, anywhere in it. known: the places of the unchanged one."""
+    changed = {"": copied(document)}
+    for turn in range(dice.randint(1, 3)):
+        all_places = known if known and not turn else [("", *place) for place in places(changed[""])]
+        place = dice.choice(all_places)
+        action, value = dice.choice(ACTIONS), copied(dice.choice(VALUES))
+        if dice.randint(0, 7) == 0:  # what stands somewhere else in it
+            value = copied(found(changed, dice.choice(all_places)))
         if len(place) == 1:
-            document[""] = value
+            changed[""] = value
         else:
-            action(found(document, place[:-1]), place[-1], value)
-    return document[""]
+            action(found(changed, place[:-1]), place[-1], value)
+    return changed[""]
 
 
-@st.composite
-def spoilt(draw: st.DrawFn, data: bytes) -> bytes:
-    """Bytes with one to four of them flipped, cut out, repeated, or others put in."""
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(data)))
-        stop = min(len(data), start + draw(st.integers(0, 64)))
-        action = draw(st.sampled_from(["flip", "cut", "repeat", "insert", "end"]))
+def spoil(dice: Random, data: bytes) -> bytes:
+    """Return bytes with one to four of them flipped, cut out, repeated, or others put in."""
+    for _ in range(dice.randint(1, 4)):
+        start = dice.randint(0, len(data))
+        stop = min(len(data), start + dice.randint(0, 64))
+        action = dice.choice(["flip", "cut", "repeat", "insert", "end"])
         if action == "flip" and start < len(data):
-            data = data[:start] + bytes([data[start] ^ 1 << draw(st.integers(0, 7))]) + data[start + 1 :]
+            data = data[:start] + bytes([data[start] ^ 1 << dice.randint(0, 7)]) + data[start + 1 :]
         elif action == "cut":
             data = data[:start] + data[stop:]
         elif action == "repeat":
-            data = data[:stop] + data[start:stop] * draw(st.integers(1, 50)) + data[stop:]
+            data = data[:stop] + data[start:stop] * dice.randint(1, 50) + data[stop:]
         elif action == "insert":
-            data = data[:start] + draw(st.sampled_from(BYTES)) + data[start:]
+            data = data[:start] + dice.choice(BYTES) + data[start:]
         elif action == "end":
             data = data[:start]
     return data

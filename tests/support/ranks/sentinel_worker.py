@@ -11,7 +11,8 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sparsering.runtime.comm.sentinel import Sentinel, Watch, connection_of_its_own
+from sparsering.runtime.comm.place import connection_of_its_own
+from sparsering.runtime.comm.sentinel import Sentinel, Watch
 
 LONG = timedelta(seconds=600)
 
@@ -20,7 +21,7 @@ def main() -> None:
     """Obey: `wait` for a key that nobody sets, `verdict` prints what is found soon, `leave` in order, `go` without."""
     rank, world_size, port = map(int, sys.argv[1:4])
     store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=LONG)
-    connection = connection_of_its_own(PrefixStore("outer", PrefixStore("inner", store)), LONG)
+    connection = connection_of_its_own(PrefixStore("outer", PrefixStore("inner", store)))
     assert connection is not None
     watch = Watch(
         rank=rank, world_size=world_size, store_host="rank 0", patience_s=float(sys.argv[4]), grace_s=0.3

@@ -1,7 +1,8 @@
 """One rank of test_starts.py: joins, adds up with the others, and fails as it is told.
 
 Called as `start_worker.py timeout_s victim how`; the victim fails after the first sum: "raises" outside all transfers,
-"exits" without a word, is "killed", or "raises" while the others wait for what it "says" at the store.
+"exits" without a word, is "killed", is "late" beyond the time-out, or raises while the others wait for what it "says"
+at the store, or for it to make a group ("groups"). Or it "ends" with exit code 3 after all have left.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from sparsering.runtime.comm.lost import RankLost
 from sparsering.runtime.comm.mesh import join, leave, naming_lost_ranks, speaks
 from sparsering.traces.errors import InputError
+
+LATER_S = 15.0  # when the others have found out, and named the rank
 
 
 def main() -> int:
@@ -26,10 +30,12 @@ def main() -> int:
             with naming_lost_ranks(mesh):
                 dist.all_reduce(torch.ones(4))
                 if mesh.rank == int(sys.argv[2]):
-                    _fail(sys.argv[3])
+                    _fail(sys.argv[3], float(sys.argv[1]))
                 if sys.argv[3] == "says":
                     mesh.broadcast("word", 1)
                     mesh.collect("words", 1)
+                if sys.argv[3] == "groups":
+                    dist.new_group(backend="gloo")
                 dist.all_reduce(torch.ones(4))
         finally:
             leave()
@@ -40,10 +46,15 @@ def main() -> int:
     except RankLost as error:
         print(f"sparsering: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 3 if sys.argv[3] == "ends" and mesh.rank == int(sys.argv[2]) else 0
 
 
-def _fail(how: str) -> None:
+def _fail(how: str, timeout_s: float) -> None:
+    if how == "ends":
+        return
+    if how == "late":
+        time.sleep(timeout_s + LATER_S)
+        return
     if how == "exits":
         os._exit(3)
     if how == "killed":

@@ -171,7 +171,7 @@ ROW_CHANGES = {
     "settings: is not valid JSON": lambda rows: rows[0].update(settings="{"),
     "settings: must be a JSON object": lambda rows: rows[0].update(settings="3"),
     "selector: must not be empty": lambda rows: rows[0].update(selector=""),
-    "decompresses to": lambda rows: rows[0].update(settings='"' + "a" * 3_000_000 + '"'),
+    "unpacks to": lambda rows: rows[0].update(settings='"' + "a" * 3_000_000 + '"'),
 }
 
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from gpu_kernel_cases import CASES, Case, build, run
+from gpu_kernel_cases import CASES, build, run
 
-SMALL = [replace(case, tokens=min(case.tokens, 384), padding=min(case.padding, 24)) for case in CASES[:8]]
+SMALL = [replace(case, tokens=min(case.tokens, 256), padding=min(case.padding, 24)) for case in CASES[:4]]
 
 
 def main() -> None:
     """Run forward and backward of each case once, on memory that no cache of torch's holds together."""
-    for case in [*SMALL, Case(tokens=512, padding=0, heads=(4, 2), toeplitz=False, columns=40)]:
+    for case in SMALL:
         tensors, mask = build(case)
         run(tensors, mask, case.head_dim**-0.5, "triton")
         torch.cuda.synchronize()
