@@ -85,8 +85,7 @@ class Step:
             backward_us=layer.backward_us * layers,
             choosing_us=row["choosing_ms"] * 1e3,
         )
-        tokens = plan.make_placement().tokens_per_rank
-        settings = step_settings(self.config, self.facts, tokens_per_rank=tokens)
+        settings = step_settings(self.config, self.model_config, self.facts, plan)
         sizes = transformer_sizes(self.model_config, self.facts)
         step = estimate_step(sizes, settings, self.cluster, times, tokens=row["seq_len"])
         warm = row.get("warmups", 1) > 0
