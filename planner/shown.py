@@ -27,6 +27,7 @@ MEMORY_PARTS = {
     "buffer_bytes": "buffers for other ranks' data",
     "kept_bytes": "keys and values that all other layers keep",
     "workspace_bytes": "what kernels need in passing",
+    "index_bytes": "lists of active blocks and shares of their gradients",
 }
 
 

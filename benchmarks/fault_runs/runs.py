@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...traces.yaml_files import yaml_text
 from . import cases
 from .cases import KINDS, PLACES, Case
 from .judged import EXIT_CODE, PLANTED, VERSION, Seen, limit_s
@@ -141,7 +140,7 @@ class Run:
             "checkpoint": {"folder": "checkpoints", "every_steps": 1, "asynchronous": case.asynchronous},
         }  # fmt: skip
         path = self.folder / name
-        path.write_text(yaml.safe_dump(config | changes))
+        path.write_text(yaml_text(config | changes))
         return path
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from rank_pool import RankPool
 from ring_cases import anchor_pattern
-from sparsering.planner.cost.memory import layer_memory
+from sparsering.planner.cost.memory import LayerMemory, layer_memory
 from sparsering.planner.layouts.collective import Collective
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.layout import Layout
@@ -24,6 +25,7 @@ from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.placement import striped
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
+from sparsering.planner.shown import MEMORY_PARTS
 
 TOKENS, BLOCK = 512, 64
 
@@ -220,3 +222,7 @@ def test_masks_that_list_their_blocks_take_what_two_gpus_measured(case: tuple[bo
     block = 128 if listed else None
     predicted = max(layer_memory(one, shape, listed_block_tokens=block).total_bytes for one in schedules)
     assert 0.97 <= predicted / MEASURED_RINGS[case] <= 1.04
+
+
+def test_every_part_has_words() -> None:
+    assert set(MEMORY_PARTS) == {part.name for part in fields(LayerMemory)}

@@ -291,6 +291,7 @@ def test_patterns_can_be_chosen_as_the_trace_chose_them(tmp_path: Path):
         "selector": "vertical-slash",
         "settings": {"columns": 70, "slashes": 100},
         "trace_sha256": None,
+        "listed": False,
     }
     other = HeadChoice(selector="vertical-slash", settings={"columns": 70, "slashes": 50})
     mixed = recorded(tmp_path / "two", [choice, choice, choice, other])
