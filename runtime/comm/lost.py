@@ -16,10 +16,11 @@ class CommunicationError(RuntimeError):
 class RankLost(RuntimeError):
     """Ranks that stopped answering, by number, as the survivors agree.
 
-    ranks: these, where the store can still tell the others.
+    ranks: these, where the store can still tell the others. alive: they are late, and will want to hear why all end.
     """
 
     ranks: Sequence[int] = ()
+    alive: bool = False
 
 
 # What a rank's death looks like to those who talked to it. Other errors are a rank's own.
@@ -75,7 +76,7 @@ def late(ranks: Mapping[int, str], world_size: int, *, seen_by: str, because: ob
     places = "; ".join(f"rank {rank} was in {place}" for rank, place in ranks.items() if place)
     where = f"; {places}" if places else ""
     error = RankLost(f"{names} of {world_size} did not come in time (seen by {seen_by}){where}; {because}")
-    error.ranks = list(ranks)
+    error.ranks, error.alive = list(ranks), True
     return error
 
 

@@ -72,7 +72,7 @@ class Words:
         """Say why this rank ends, unless somebody said a last word before. Of lost ranks their finder has told."""
         self._known.set()
         if isinstance(error, RankLost):
-            self._lost |= set(error.ranks)
+            self._lost |= set() if error.alive else set(error.ranks)
             return
         if self.is_double and not self.absent():
             return  # all are here without this one, and have begun: they go on
@@ -88,7 +88,8 @@ class Words:
         """Say that ranks are lost, unless a last word was said before; return the error that all are to raise."""
         self._known.set()
         with suppress(dist.DistError, RuntimeError):  # nobody can hear it where the store is gone
-            self.store.compare_set(LAST_WORD, "", json.dumps({"ranks": list(lost.ranks), "told": str(lost)}))
+            word = {"ranks": list(lost.ranks), "alive": lost.alive, "told": str(lost)}
+            self.store.compare_set(LAST_WORD, "", json.dumps(word))
             return self.heard() or lost
         return lost
 
@@ -97,9 +98,9 @@ class Words:
         if not self.store.check([LAST_WORD]):
             return None
         word = json.loads(self.store.get(LAST_WORD))
-        self._lost |= set(word["ranks"])
+        self._lost |= set() if word["alive"] else set(word["ranks"])
         lost = RankLost(word["told"])
-        lost.ranks = word["ranks"]
+        lost.ranks, lost.alive = word["ranks"], word["alive"]
         return lost
 
     def wait(self, store: Store, key: str, deadline: float) -> bool:
