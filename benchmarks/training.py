@@ -65,15 +65,8 @@ TOY = QWEN25_3B | {
     "num_key_value_heads": 2,
 }  # fmt: skip
 MEMORY = ("loss", "offload", "fused_layers", "whole_layers")  # options that are the configuration's own
-NOTED = (
-    "layers",
-    "steps",
-    "warmups",
-    "fused_layers",
-    "whole_layers",
-    "verify_every",
-    "seed",
-)  # options that stand in every row
+# Options that stand in every row.
+NOTED = ("layers", "steps", "warmups", "fused_layers", "whole_layers", "verify_every", "seed")
 UTILISATIONS = ("mfu_actual", "mfu_dense_equivalent")
 Masks = list[AttentionMask]
 
@@ -124,9 +117,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dense-whole-layers", type=int, help="the same for dense rings; default: as all")
     options.add_argument("--offload", action="store_true", help="what checkpointing keeps waits in host memory")
     options.add_argument("--distinct-masks", type=int, default=4, help="masks drawn; layers take them in turn")
-    options.add_argument(
-        "--verify-every", type=int, help="steps between the run's checks of itself; default: none is measured"
-    )
+    options.add_argument("--verify-every", type=int, help="steps between checks of the run by itself; default: none")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--toy", action="store_true", help="two gloo processes and a tiny model, to try the road")
     options.add_argument("--merge", type=Path, nargs="+", help="result files to show side by side")

@@ -177,6 +177,7 @@ class _Finder(abc.MetaPathFinder):
         self._module, self._name, self._before = module, name, before
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> machinery.ModuleSpec | None:
+        """Return how the one module is loaded, its function replaced afterwards; None for all others."""
         if fullname != self._module:
             return None
         sys.meta_path.remove(self)

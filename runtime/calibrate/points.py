@@ -29,8 +29,8 @@ from ..attention.masks import mask_of
 
 SLEEP_CYCLES = 30_000_000  # some 15 ms, in which the host issues what is timed
 SLEEP_US = 12_000.0  # what of it the host may take longer than the device, at most
-# GPUs under full load clock lower, after some milliseconds, than in a short burst: on an H200 launches of 10 to 60 ms
-# took 4 to 13 % longer in a ring's layers than alone. So a launch is repeated for so long, and its later repeats count.
+# On an H200 layers of 10 ms and more took 4 to 13 % longer than their launches, timed in short bursts, had promised:
+# GPUs are known to clock lower under lasting load. So a launch is repeated for so long, and its later repeats count.
 SUSTAINED_US, FEWEST_REPEATS, MOST_REPEATS = 150_000.0, 5, 400
 WARMUPS = 2
 CPU_WARMUPS, CPU_REPEATS = 0, 3  # nothing is compiled, no clock has to rise: the first call of a shape came before

@@ -43,7 +43,7 @@ def require_tileable(layer: Module) -> None:
         raise UnsupportedError(f"`{NAME}` of {type(layer).__name__} returns no values of its input's shape",
                                field="memory.mlp_tiles")  # fmt: skip
     error = (torch.cat(parts, dim=1) - whole).abs().max()
-    if error > 0.05 * whole.abs().max():
+    if error > torch.finfo(weight.dtype).eps ** 0.5 * whole.abs().max():
         raise UnsupportedError(f"`{NAME}` of {type(layer).__name__} looks at several tokens at once",
                                field="memory.mlp_tiles")  # fmt: skip
 
@@ -85,6 +85,7 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, module: Module, within: _Within, tiles: int, names: tuple[str, ...], x: Tensor, *parameters: Tensor
     ) -> Tensor:
+        """Compute all pieces without gradients, and keep the input alone."""
         ctx.save_for_backward(x, *parameters)
         ctx.module, ctx.within, ctx.tiles, ctx.names = module, within, tiles, names
         out = torch.empty_like(x)
@@ -95,6 +96,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Compute each piece again, with its gradients; weights' are summed over pieces in at least float32."""
         x, *parameters = ctx.saved_tensors
         (grad_out,) = grads
         wanted = ctx.needs_input_grad[5:]

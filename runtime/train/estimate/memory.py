@@ -8,6 +8,7 @@ from ....planner.cost.memory import layer_memory
 from ....planner.plan import Plan
 from ....planner.schedule.schedule import DIRECTIONS
 from ....planner.specs import ELEMENT_BYTES
+from ....planner.step.work import GATED_MLP_MATRICES
 from ..config import TrainConfig
 from ..model import ModelFacts, master_dtype
 
@@ -57,15 +58,20 @@ class _Layer:
         row = tokens * model.hidden_size * element
         queries = tokens * shape.heads * shape.head_dim * element
         keys = 2 * tokens * shape.kv_heads * shape.head_dim * element
-        of_mlp = tokens * (getattr(model, "intermediate_size", None) or 4 * model.hidden_size) * element
-        of_mlp = -(-of_mlp // memory.mlp_tiles)
+        mlp_hidden = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
+        of_mlp = -(-tokens * mlp_hidden * element // memory.mlp_tiles)
+        # In pieces, gradients of its weights are summed over them.
+        summed = GATED_MLP_MATRICES * wide * model.hidden_size * mlp_hidden if memory.mlp_tiles > 1 else 0
         kept_kv = plan.schedule("forward").kept_bytes
         columns = 2 * plan.columns_capacity * shape.heads * shape.head_dim * element
         self.beside_mlp = 6 * row + 2 * queries + keys + kept_kv
         self.kept = row + queries + tokens * shape.heads * shape.accumulator_bytes + kept_kv + columns
         # Fused norms keep one number a token and a fused activation nothing; plain ones their float32 copies.
         self.all = (
-            self.beside_mlp + (3 if memory.fused_layers else 5) * of_mlp + (0 if memory.fused_layers else 6 * row)
+            self.beside_mlp
+            + (3 if memory.fused_layers else 5) * of_mlp
+            + (0 if memory.fused_layers else 6 * row)
+            + summed
         )
         backend, reordered = plan.kernels.backend, plan.head_orders is not None
         listed = plan.block_size if plan.pattern.listed else None

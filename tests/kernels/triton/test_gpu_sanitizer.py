@@ -25,15 +25,7 @@ def test_nothing_is_found(tool: str) -> None:
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [
-        TOOL,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        str(FOUND),
-        sys.executable,
-        str(JOB),
-    ]
+    command = [TOOL, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, str(JOB)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards displayed" in done.stdout, done.stdout[-1000:]
