@@ -124,6 +124,8 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
         words.answer(connection_of_its_own(words.store))
     if patience_s and words.world_size > 1 and not _sentinels:
         _watch(words, prefix, chosen.type, patience_s)
+    atexit.unregister(_end_unleft)
+    atexit.register(_end_unleft)  # anew: what is registered last is called first, and it needs the other threads
     return Mesh(
         rank=words.rank, world_size=words.world_size, device=chosen, store=words.store,
         timeout=timedelta(seconds=timeout_s), store_host=_host(), sentinel=_sentinels[0] if _sentinels else None,
@@ -219,10 +221,27 @@ def leave() -> None:
 
     While an error is on its way out (in a `finally`) there is no goodbye: the others are told the error.
     """
+    _leave(sys.exc_info()[1])
+
+
+def _end_unleft() -> None:
+    """End a process that joined and did not `leave`, as a script does whose error nobody caught.
+
+    The host's store stays until the others have read why: else they would name the host, which only came to know first.
+    """
+    if not _words:
+        return
+    error: BaseException | None = getattr(sys, "last_value", None)
+    if error is not None:
+        _leave(error)
+    elif not _sentinels:  # who watches takes the silence for a loss, as it may be: nobody knows why this one exits
+        _words[0].end()
+
+
+def _leave(error: BaseException | None) -> None:
     gc.collect()  # what holds a process group in a cycle (DDP, Trainers) would end it later, when nobody else does
     sentinel = _sentinels.pop() if _sentinels else None
     words = _words.pop() if _words else None
-    error = sys.exc_info()[1]
     if words is not None and error is not None and (sentinel is None or sentinel.error is None):
         _said.append(error)
         words.say(error)

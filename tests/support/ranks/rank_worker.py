@@ -42,7 +42,8 @@ def main() -> None:
         except BaseException as error:
             connection.send((False, traceback.format_exc()))
             if isinstance(error, RankLost):
-                os._exit(1)  # as a run ends: peers that still wait for this rank must see its connections close
+                leave()  # as a run ends: peers that still wait for this rank must see its connections close
+                os._exit(1)
     leave()
 
 
