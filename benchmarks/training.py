@@ -37,11 +37,11 @@ from ..kernels.select.vertical_slash import FixedVerticalSlash
 from ..planner.layouts.registry import parse_layout
 from ..planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
 from ..planner.schedule.placement import striped
-from ..runtime.attention.selectors import pattern_chosen_by
 from ..runtime.baselines.flash4 import NAME as FLASH4_RING
 from ..runtime.comm.mesh import Mesh, join, leave
 from ..runtime.comm.start import start_ranks
 from ..runtime.data.writer import Tokenizer, write_data
+from ..runtime.pattern.selectors import pattern_chosen_by
 from ..runtime.train.config import TrainConfig, parse_config
 from ..runtime.train.loop import Trainer
 from ..runtime.train.metrics import StepResult

@@ -18,6 +18,7 @@ from torch import Tensor
 from .backend import Backend, backend_names, backend_of, register
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
+from .sinks import check_sinks, sink_gradients, with_sinks
 from .values import (
     BackwardQueries,
     BlockIndex,
@@ -161,7 +162,9 @@ class WholeAttention:
         of_columns = _room(columns.k, wide) if columns else None
         into = Gradients(query=QueryGradient(total=total, add=False, final=rounded), keys=of_keys, columns=of_columns)
         delta = backend_of(self.block.backend).row_products(grad_out, out)
-        given = BackwardQueries(q=q, scale=queries.scale, grad_out=grad_out, lse=lse, delta=delta)
+        given = BackwardQueries(
+            q=q, scale=queries.scale, softcap=queries.softcap, grad_out=grad_out, lse=lse, delta=delta
+        )
         backward(given, keys, columns, into)
         if of_columns is not None and self.column is not None:
             scatter_columns((of_columns.k, of_columns.v), self.column, replace(of_keys, add=True))
@@ -175,47 +178,64 @@ class WholeAttention:
 
 
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Attention of a whole sequence on one device, differentiable in q, k, v: block part + column part.
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, backend: str, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of a whole sequence on one device, differentiable in q, k, v and sinks: block part + column part.
 
-    Token t of the tensors is global position t; S may exceed mask.seq_len_tokens (padding). Returns out in q's dtype
-    and lse in the accumulator dtype; lse carries no gradient.
+    Token t of the tensors is global position t; S may exceed mask.seq_len_tokens (padding). softcap: see Queries;
+    sinks [H]: learned logits, see sinks.py. Returns out in q's dtype and lse in the accumulator dtype; lse carries no
+    gradient.
     """
+    if sinks is not None:
+        check_sinks(sinks, q.shape[2])
     whole = WholeAttention.of(mask, q.shape[1], device=q.device, backend=backend)
-    out, lse = _FullAttention.apply(q, k, v, whole, scale)  # pyright: ignore[reportGeneralTypeIssues]
+    out, lse = _FullAttention.apply(q, k, v, sinks, whole, scale, softcap)  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse
 
 
 class _FullAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, whole: WholeAttention, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, whole: WholeAttention, scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return (out, lse), and keep what backward reads."""
-        out, lse = whole.forward(Queries(q=q, scale=scale), k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.given = whole, scale
+        out, lse = whole.forward(Queries(q=q, scale=scale, softcap=softcap), k, v)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.given = whole, scale, softcap
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dq, dk, dv and nothing for the rest. ValueError under create_graph."""
+        """Return dq, dk, dv, those of the sinks, and nothing for the rest. ValueError under create_graph."""
         if torch.is_grad_enabled():
             raise ValueError("create_graph: gradients of gradients of attention are not supported")
-        q, k, v, out, lse = ctx.saved_tensors
-        whole, scale = ctx.given
-        return *whole.backward(Queries(q=q, scale=scale), k, v, (out, lse), grads[0]), None, None
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        whole, scale, softcap = ctx.given
+        grad_sinks = None
+        if sinks is not None:
+            delta = backend_of(whole.block.backend).row_products(grads[0], out)
+            grad_sinks = sink_gradients(lse, delta, sinks).to(sinks.dtype)
+        queries = Queries(q=q, scale=scale, softcap=softcap)
+        return *whole.backward(queries, k, v, (out, lse), grads[0]), grad_sinks, None, None, None
 
 
-def fastest_backend(device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+def fastest_backend(
+    device: torch.device, *, dtype: torch.dtype, head_dim: int, block_size: int, elements: bool = False
+) -> str:
     """The fastest backend for a device: flash4 where it is installed and supported, else triton; blockwise on CPUs.
 
-    flash4 is not bitwise repeatable; triton is.
+    elements: for masks with windows, or scores with a softcap, which flash4 does not compute. flash4 is not bitwise
+    repeatable; triton is.
     """
     if device.type != "cuda":
         return "blockwise"
+    if elements:
+        return "triton"
     flash4 = backend_of("flash4")
     return "flash4" if flash4.takes(device, dtype=dtype, head_dim=head_dim, block_size=block_size) else "triton"
 

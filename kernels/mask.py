@@ -4,9 +4,9 @@ Shape legend of this package: B batch, S tokens of a shard (S_q, S_k), H query h
 dim, C column capacity, N mask blocks of the whole sequence, T tiles of a shard, W ranks.
 
 Token query i (block I) attends key j (block J) iff i and j are valid, j <= i, their documents are equal where given,
-and ((I, J) is an active block pair of the head, or j is one of the head's columns). A rank's work splits in two
-disjoint parts: the *block part* (the block pair is active) and the *column part* (j is a column and the block pair is
-not active). Merged by their lse they make the whole.
+and ((I, J) is an active block pair of the head, or i - j is less than the head's window, or j is one of the head's
+columns). A rank's work splits in two disjoint parts: the *block part* (the block pair is active, or i - j is less than
+the window) and the *column part* (j is a column and not in the block part). Merged by their lse they make the whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .window import check_windows, edge_table, whole_table, window_table
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
@@ -28,6 +30,8 @@ class AttentionMask:
     active: bool [H, N] (block diagonals, Toeplitz) or bool [H, N, N] (active[head, query block, key block]).
     columns: int32 [H, C], sorted token positions of each head, padded at the end with seq_len_tokens; or None.
     documents: int32 [>= seq_len_tokens], the document of each global token position; or None.
+    windows: tokens of each head's sliding window, 0 for none; or None. Block pairs wholly in a window become active:
+        `active` holds them from then on. Known to the host, so that nobody waits for them.
     own_blocks: True if every block pair (I, I) is known to be active, as selectors see to it: kernels are faster then.
         Looked up unless False where that needs no wait (`active` on the CPU); elsewhere True is believed, and not given
         is False. So who replaces `active` on a GPU must say it anew.
@@ -39,6 +43,7 @@ class AttentionMask:
     active: Tensor
     columns: Tensor | None = None
     documents: Tensor | None = None
+    windows: tuple[int, ...] | None = None
     own_blocks: bool | None = None
 
     def __post_init__(self) -> None:
@@ -47,11 +52,28 @@ class AttentionMask:
         if self.block_size < 1:
             raise ValueError(f"AttentionMask.block_size: {self.block_size} is not positive")
         self._check_tensors()
+        self._take_windows()
         if self.own_blocks is not False:
             # True may be that of another mask, which this one was made from by dataclasses.replace.
             on_host = self.active.device.type == "cpu"
             own = self.active[:, 0] if self.is_toeplitz else self.active.diagonal(dim1=1, dim2=2)
             object.__setattr__(self, "own_blocks", bool(own.all()) if on_host else self.own_blocks is True)
+
+    def _take_windows(self) -> None:
+        """Activate what of the windows are whole blocks; forget windows that cut nothing else."""
+        windows = None if self.windows is None else check_windows(self.windows, self.heads)
+        if windows is None or not any(windows):
+            object.__setattr__(self, "windows", None)
+            return
+        # One as long as the sequence cuts nothing, also in its last block.
+        windows = tuple(self.blocks * self.block_size if one >= self.seq_len_tokens else one for one in windows)
+        object.__setattr__(self, "windows", windows)
+        whole = whole_table(windows, self.block_size, self.blocks, self.active.device)
+        if not self.is_toeplitz:
+            distance = torch.arange(self.blocks, device=whole.device)
+            distance = distance[:, None] - distance[None, :]
+            whole = whole[:, distance.clamp(min=0)] & (distance >= 0)
+        object.__setattr__(self, "active", self.active | whole)
 
     def _check_tensors(self) -> None:
         active, columns, documents, blocks = self.active, self.columns, self.documents, self.blocks
@@ -94,10 +116,26 @@ class AttentionMask:
         """C, the columns that a head can hold (0 without columns)."""
         return 0 if self.columns is None else self.columns.shape[1]
 
+    def edges(self) -> Tensor | None:
+        """int32 [H, EDGES]: the block diagonals that each head's window cuts (see window.py); None without windows."""
+        if self.windows is None:
+            return None
+        return edge_table(self.windows, self.block_size, self.blocks, self.active.device)
+
+    def window_lengths(self) -> Tensor | None:
+        """int32 [H]: the windows on the mask's device; None without."""
+        return None if self.windows is None else window_table(self.windows, self.active.device)
+
     def of_heads(self, heads: slice | Tensor) -> AttentionMask:
-        """The same mask for some of the query heads, or for all in another order (int64 [H] on the mask's device)."""
+        """The same mask for some of the query heads, or for all in another order (int64 [H] on the mask's device).
+
+        Waits for the device where windows differ from head to head and come in another order.
+        """
         columns = None if self.columns is None else self.columns[heads]
-        return replace(self, active=self.active[heads], columns=columns)
+        windows = self.windows
+        if windows is not None and (isinstance(heads, slice) or len(set(windows)) > 1):
+            windows = windows[heads] if isinstance(heads, slice) else tuple(windows[head] for head in heads.tolist())
+        return replace(self, active=self.active[heads], columns=columns, windows=windows)
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""
@@ -161,9 +199,19 @@ def active_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_block
     return mask.active[head][q, k]
 
 
+def edge_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
+    """bool, q_blocks broadcast with k_blocks: does the window's edge cut this pair, which is not active besides."""
+    edges = mask.edges()
+    if edges is None:
+        return torch.zeros_like(q_blocks - k_blocks, dtype=torch.bool)
+    distance = q_blocks - k_blocks
+    cut = (distance == edges[head, 0]) | (distance == edges[head, 1])
+    return cut & (distance >= 0) & ~active_block_pairs(mask, head, q_blocks, k_blocks)
+
+
 def block_part(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """bool [S_q, S_k]: the pairs that the block part of one head attends."""
-    return allowed_pairs(mask, q_positions, k_positions) & _in_active_block(mask, head, q_positions, k_positions)
+    return allowed_pairs(mask, q_positions, k_positions) & _in_block_part(mask, head, q_positions, k_positions)
 
 
 def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
@@ -171,12 +219,13 @@ def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
     if mask.columns is None:
         return torch.zeros(q_positions.shape[0], 0, dtype=torch.bool, device=q_positions.device)
     columns = mask.columns[head]
-    return allowed_pairs(mask, q_positions, columns) & ~_in_active_block(mask, head, q_positions, columns)
+    return allowed_pairs(mask, q_positions, columns) & ~_in_block_part(mask, head, q_positions, columns)
 
 
-def _in_active_block(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    q_blocks, k_blocks = q_positions.long() // mask.block_size, k_positions.long() // mask.block_size
-    return active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
+def _in_block_part(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    q, k = q_positions.long()[:, None], k_positions.long()[None, :]
+    active = active_block_pairs(mask, head, q // mask.block_size, k // mask.block_size)
+    return active if mask.windows is None else active | (q - k < mask.windows[head])
 
 
 def whole(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:

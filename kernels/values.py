@@ -44,14 +44,20 @@ class ColumnIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """q [B, S_q, H, D], and the factor that scores are multiplied with."""
+    """q [B, S_q, H, D], and how scores are made: scale * (q k), with a softcap softcap * tanh(scale * (q k) / softcap).
+
+    The factor of the gradient of scores that a softcap adds, 1 - tanh^2, is the backends' to apply.
+    """
 
     q: Tensor
     scale: float
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.q.dim() != 4:
             raise ValueError(f"q: shape {tuple(self.q.shape)} is not [B, S, H, D]")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: {self.softcap} is not positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.validation import validated
 from .layouts.layout import Layout
 from .layouts.registry import make_layout
-from .schedule.backends import computed_head_dim
+from .schedule.backends import computed_head_dim, require_windows
 from .schedule.heads import HeadOrder, is_order
 from .schedule.pairs import Pairs, pattern_pairs
 from .schedule.placement import Placement
@@ -105,6 +105,8 @@ class Plan(AttentionSpec):
         computed_head_dim(
             self.kernels.backend, head_dim=self.model.head_dim, dtype=self.dtype, block_size=self.block_size
         )
+        if self.pattern.windowed:
+            require_windows(self.kernels.backend)
 
     def head_order(self, layer: int | None) -> HeadOrder | None:
         """Return the order of a layer's query heads, None where they stay as they are. InputError names the layer."""
@@ -170,6 +172,9 @@ class Plan(AttentionSpec):
         for field, value in wanted.items():
             planned = getattr(self, field)
             if value is not None and value != planned:
+                if isinstance(value, ModelShape) and (differing := planned.difference(value)):
+                    name, here, there = differing
+                    raise InputError(f"the plan is for {here}, not for {there}", field=f"{field}.{name}")
                 raise InputError(f"the plan is for {planned}, not for {value}", field=field)
 
     def require_covered(self, pattern: LayerPattern, *, about: str = "the pattern") -> None:

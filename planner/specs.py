@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from ..traces.dataset.layer_limits import LAYER_LIMITS
 from .schedule.backends import facts_of
 from .schedule.shape import AttentionShape
 
@@ -25,12 +35,58 @@ class Strict(BaseModel):
 
 
 class ModelShape(Strict):
-    """What a plan needs to know of the model."""
+    """What a plan needs to know of the model.
+
+    windows, chunks: of each layer, how far back the model itself lets it look, in tokens (0: no such limit): query i
+    attends key j where i - j is less than the window, and where i // chunk equals j // chunk. None: no layer has any.
+    softcap: attention scores are softcap * tanh(score / softcap). What is None is left out of the file.
+    """
 
     layers: int = Field(gt=0, le=MAX_LAYERS)
     heads: int = Field(gt=0, le=MAX_HEADS)
     kv_heads: int = Field(gt=0, le=MAX_HEADS)
     head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
+    windows: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    chunks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    softcap: float | None = Field(default=None, gt=0)
+
+    @field_validator("windows", "chunks", mode="after")
+    @classmethod
+    def _none_if_without(cls, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return tokens if tokens is not None and any(tokens) else None
+
+    @model_validator(mode="after")
+    def _of_every_layer(self) -> Self:
+        for name in ("windows", "chunks"):
+            tokens = getattr(self, name)
+            if tokens is not None and len(tokens) != self.layers:
+                raise ValueError(f"{name} are of {len(tokens)} layers, not of {self.layers}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show what is said alone: refusals print whole shapes."""
+        return ((name, value) for name, value in super().__repr_args__() if value is not None)
+
+    def windows_within(self, seq_len_tokens: int) -> bool:
+        """Whether any layer of the model has a window that a sequence of so many tokens is longer than."""
+        return any(0 < window < seq_len_tokens for window in self.windows or ())
+
+    def difference(self, other: ModelShape) -> tuple[str, str, str] | None:
+        """Return (field, what it is here, what it is there) where only a limit of some layer differs; else None."""
+        unlimited: dict[str, Any] = dict.fromkeys(map(str, LAYER_LIMITS))
+        if self.model_copy(update=unlimited) != other.model_copy(update=unlimited):
+            return None
+        none = (0,) * self.layers
+        for name in LAYER_LIMITS:
+            pairs = zip(getattr(self, name) or none, getattr(other, name) or none, strict=True)
+            for layer, (here, there) in enumerate(pairs):
+                if here != there:
+                    return name, f"{here} tokens in layer {layer}", f"{there}"
+        return None
 
 
 class AttentionSpec(Strict):
@@ -66,11 +122,23 @@ class PlacementSpec(Strict):
     units: tuple[int, ...]
 
 
+MODEL = "model"  # in the place of a selector's name: a layer has the pattern that the model itself gives it
+
+
+class SelectorSpec(Strict):
+    """A selector by name, and its settings; or MODEL, where nothing is chosen."""
+
+    selector: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class PatternSpec(Strict):
     """How patterns come about in a run: replayed from the trace with this digest, or chosen anew by a selector.
 
+    by_layer: of each layer its own selector, in the place of one for all; left out of the file where there is none.
     listed: whether active blocks are listed one by one, as data gives them, rather than as diagonals: their indexes
-    take memory.
+    take memory. windowed: whether any pattern has a window that is exact to the token, which kernels that know whole
+    blocks alone do not compute; left out of the file where it is not so.
     """
 
     source: Literal["trace", "choose"]
@@ -78,6 +146,12 @@ class PatternSpec(Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
     trace_sha256: str | None = Field(default=None, pattern=SHA256)
     listed: bool = False
+    windowed: bool = False
+    by_layer: tuple[SelectorSpec, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name not in ("windowed", "by_layer") or value}
 
 
 class LaunchSpec(Strict):

@@ -23,15 +23,33 @@ def jaccard(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
 
 
 def block_overlap(first: HeadPattern, second: HeadPattern, blocks: int) -> float:
-    """Return the Jaccard overlap of two heads' active block pairs; 1 for two empty ones."""
+    """Return the Jaccard overlap of two heads' active block pairs; 1 for two empty ones.
+
+    A pair that a window's edge cuts is shared only with one that a window of the same length cuts.
+    """
     if isinstance(first, VerticalSlash) and isinstance(second, VerticalSlash):
         lengths = blocks - np.arange(blocks)
-        shared = lengths[np.intersect1d(first.diagonals, second.diagonals)].sum()
+        shared = lengths[_shared_diagonals(first, second)].sum()
         union = lengths[np.union1d(first.diagonals, second.diagonals)].sum()
     else:
-        bits = first.block_bits(blocks), second.block_bits(blocks)
-        shared, union = np.count_nonzero(bits[0] & bits[1]), np.count_nonzero(bits[0] | bits[1])
+        whole = [_whole_bits(head, blocks) for head in (first, second)]
+        shared = np.count_nonzero(whole[0] & whole[1])
+        union = np.count_nonzero(first.block_bits(blocks) | second.block_bits(blocks))
     return 1.0 if union == 0 else float(shared / union)
+
+
+def _shared_diagonals(first: VerticalSlash, second: VerticalSlash) -> NDArray[np.int32]:
+    shared = np.intersect1d(first.whole, second.whole, assume_unique=True)
+    if first.window_tokens != second.window_tokens:
+        return shared
+    return np.union1d(shared, np.intersect1d(first.cut, second.cut, assume_unique=True))
+
+
+def _whole_bits(head: HeadPattern, blocks: int) -> NDArray[np.bool_]:
+    """Return the active block pairs that no window's edge cuts, bool [N, N]."""
+    if isinstance(head, VerticalSlash) and head.cut.size:
+        head = VerticalSlash(columns=head.columns, diagonals=head.whole)
+    return head.block_bits(blocks)
 
 
 def step_overlap(trace: Trace, first_step: int, second_step: int) -> dict[str, float]:

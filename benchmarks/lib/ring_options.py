@@ -46,7 +46,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
         arguments.seq_len, arguments.columns = 2048, 64
         arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"
         shape = {"heads": 4, "kv_heads": 2, "head_dim": 32}
-    arguments.model = ModelShape(**(MODEL.model_dump() | shape))
+    arguments.model = MODEL.model_copy(update=shape)
     return arguments
 
 

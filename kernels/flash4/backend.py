@@ -41,6 +41,8 @@ class Flash4(Triton):
     def block_index(self, mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Flash4Task:
         """See Backend. Raises ValueError where the wheels, the GPU or the block size are missing."""
         _check_device(mask.active.device, mask.block_size)
+        if mask.windows is not None:
+            raise ValueError(f"mask.windows: {max(mask.windows)} tokens; the flash4 backend knows whole blocks alone")
         return flash4_task(mask, q_positions, k_positions)
 
     def column_index(self, mask: AttentionMask, q_positions: Tensor) -> ColumnTask:
@@ -59,6 +61,8 @@ class Flash4(Triton):
             return super().forward(queries, None, columns, earlier=earlier, final=final)
         q, index = queries.q, keys.index.data
         _check_tensors(q, keys.k, index)
+        if queries.softcap is not None:
+            raise ValueError(f"softcap: {queries.softcap}; the flash4 backend has none")
         if earlier is not None:
             check_partial(*earlier, q)
         if columns is not None:

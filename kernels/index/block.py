@@ -2,7 +2,8 @@
 
 A *row* is a local query tile (or, transposed, a local key tile); it visits local tiles of the other side. Every local
 tile must be exactly one mask block, so a visited tile needs no element mask, except the row's own block (causality and
-the ragged tail meet only there), which is kept apart as the row's `diagonal`.
+the ragged tail meet only there), which is kept apart as the row's `diagonal`, and at most two whose pairs a sliding
+window cuts: the row's `edges`.
 
 Two sources of one format: *Toeplitz*, where the other side's blocks are an arithmetic progression (block striping, or
 the whole sequence): rows of one residue share one sorted list of diagonals, and an entry is a number of strides; and
@@ -24,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..mask import AttentionMask, document_of, document_reach
 from .device_lists import csr_lists, periodic_lists, residue_lists, row_fields
+from .edges import edge_fields
 from .periodic import PeriodicTables, periodic_tables
 
 ResidueLists = tuple[Tensor, Tensor, int]  # entries, before, stride: see device_lists.py
@@ -189,6 +191,18 @@ class BlockTask:
             self.mask, self.k_side, self.q_side, transposed=True, residues=self._residues(self.q_side.stride())
         )
 
+    @cached_property
+    def query_edges(self) -> Tensor | None:
+        """Tiles that windows cut, of query tiles: see edges.py. None without windows."""
+        tiles = self.k_side.tile_of_block(self.mask.blocks)
+        return edge_fields(self.mask, self.q_side.device_blocks, tiles, transposed=False)
+
+    @cached_property
+    def key_edges(self) -> Tensor | None:
+        """The same of key tiles."""
+        tiles = self.q_side.tile_of_block(self.mask.blocks)
+        return edge_fields(self.mask, self.k_side.device_blocks, tiles, transposed=True)
+
     @kept
     def _residues(self, stride: int | None) -> ResidueLists | None:
         """Diagonals by residue, for a side whose blocks are an arithmetic progression; both directions share them."""
@@ -199,7 +213,8 @@ class BlockTask:
     @property
     def nbytes(self) -> int:
         """Device memory held by both directions."""
-        return self.queries.nbytes + self.keys.nbytes
+        edges = [fields.nbytes for fields in (self.query_edges, self.key_edges) if fields is not None]
+        return self.queries.nbytes + self.keys.nbytes + sum(edges)
 
 
 def block_task(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> BlockTask:

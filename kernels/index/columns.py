@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..jit import run
 from ..mask import AttentionMask
+from ..window import EDGES
 from .block import Side, documents_at, side_of
 
 COLUMN_TILE = 64  # a multiple of every kernel's N
@@ -30,18 +31,21 @@ _CHUNK = 1024
 
 
 @triton.jit
-def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, words, seq_len, blocks,
-                  BLOCK: tl.constexpr, TOEPLITZ: tl.constexpr, CHUNK: tl.constexpr):
+def usable_kernel(columns, active, q_blocks, edges, usable, limits, tiles, capacity, words, seq_len, blocks,
+                  EDGES: tl.constexpr, BLOCK: tl.constexpr, TOEPLITZ: tl.constexpr, CHUNK: tl.constexpr):
     """usable int64 [H, T, words], and one word more that may be read, with a bit for each column of the head.
 
-    Bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block. limits int32 [H, T, 3]: one
-    past the last column with a bit; how many columns lie before the tile's block; how many before its end if the
-    diagonal pair is inactive (else the same number again). Grid (T, H).
+    Bit c % 64 of word c // 64 is set if column c lies in an earlier, inactive block that no window cuts. limits int32
+    [H, T, 3]: one past the last column with a bit; how many columns lie before the tile's block; how many before its
+    end if the diagonal pair is inactive (else the same number again). Of a head whose window cuts blocks, the latter
+    two are instead the first column in such blocks, as far as they are inactive, and one past the last (0, 0 if none).
+    Grid (T, H). edges int32 [H, EDGES], see window.py, or None.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(q_blocks + tile)
     valid_end = tl.where(block < blocks, seq_len, 0)
     reach, earlier, within = 0, 0, 0
+    cut_first, cut_end = 2147483647, 0
     for start in range(0, words * 64, CHUNK):
         slots = start + tl.arange(0, CHUNK)
         positions = tl.load(columns + head * capacity + slots, mask=slots < capacity, other=2147483647)
@@ -53,6 +57,13 @@ def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, wo
         else:
             offset = (head.to(tl.int64) * blocks + block) * blocks + column_block
         open_pair = tl.load(active + offset, mask=valid & (column_block <= block), other=1) == 0
+        if edges is not None:
+            distance, first_edge = block - column_block, tl.load(edges + head * EDGES)
+            cut = (distance == first_edge) | (distance == tl.load(edges + head * EDGES + 1))
+            inside = valid & (column_block <= block) & open_pair & cut
+            cut_first = tl.minimum(cut_first, tl.min(tl.where(inside, slots, 2147483647), 0))
+            cut_end = tl.maximum(cut_end, tl.max(tl.where(inside, slots + 1, 0), 0))
+            open_pair = open_pair & (cut == 0)
         bits = tl.reshape((before & open_pair).to(tl.int64) << (slots % 64).to(tl.int64), [CHUNK // 64, 64])
         word = start // 64 + tl.arange(0, CHUNK // 64)
         packed = usable + (head.to(tl.int64) * tiles + tile) * words + word
@@ -60,10 +71,15 @@ def usable_kernel(columns, active, q_blocks, usable, limits, tiles, capacity, wo
         reach = tl.maximum(reach, tl.max(tl.where(before & open_pair, slots + 1, 0), 0))
         earlier += tl.sum(before.to(tl.int32), 0)
         within += tl.sum((valid & (column_block == block) & open_pair).to(tl.int32), 0)
+    end = earlier + within
+    if edges is not None:
+        has_edge = tl.load(edges + head * EDGES) >= 0
+        earlier = tl.where(has_edge, tl.where(cut_end > 0, cut_first, 0), earlier)
+        end = tl.where(has_edge, cut_end, end)
     line = limits + (head * tiles + tile) * 3
     tl.store(line, reach)
     tl.store(line + 1, earlier)
-    tl.store(line + 2, earlier + within)
+    tl.store(line + 2, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +109,10 @@ class ColumnTask:
         if tiles and capacity:
             run(
                 usable_kernel, (tiles, heads),
-                self.columns, mask.active.contiguous().view(torch.uint8), self.q_side.device_blocks, usable, limits,
-                tiles, capacity, words, mask.seq_len_tokens, mask.blocks, BLOCK=mask.block_size,
-                TOEPLITZ=mask.is_toeplitz, CHUNK=min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE)))
+                self.columns, mask.active.contiguous().view(torch.uint8), self.q_side.device_blocks, mask.edges(),
+                usable, limits, tiles, capacity, words, mask.seq_len_tokens, mask.blocks, EDGES=EDGES,
+                BLOCK=mask.block_size, TOEPLITZ=mask.is_toeplitz,
+                CHUNK=min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE)))
         return usable, limits
 
     @cached_property
@@ -110,7 +127,7 @@ class ColumnTask:
 
     @cached_property
     def has_own(self) -> Tensor:
-        """int32 [H]: whether any tile attends columns of its own block here, because its diagonal pair is inactive."""
+        """int32 [H]: whether any tile attends some columns of a block: of its own, or of one that a window cuts."""
         _, limits = self.bits
         return (limits[:, :, 2] > limits[:, :, 1]).any(1).to(torch.int32)
 

@@ -8,14 +8,14 @@ the tests; it also works on a GPU, slowly. The column part's tiles are in blockw
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backend import Backend, register
-from ..mask import AttentionMask, active_block_pairs, document_of
+from ..mask import AttentionMask, active_block_pairs, document_of, edge_block_pairs
 from ..values import BackwardQueries, Columns, KeyGradients, Keys, Partial, Queries
 from .blockwise_columns import ColumnTile, column_tiles
 from .tiles import Tile, add_gradients, attend, by_head
@@ -30,10 +30,12 @@ class BlockTile(Tile):
     """Rows of one mask block against all keys of its active blocks.
 
     causal: bool [rows, n], which of the last n keys (those of the queries' own block) are not in the future; None when
-    no key shares the block.
+    no key shares the block. edge: the keys of blocks that the window's edge cuts, neighbours, and bool [rows, of them],
+    which lie in the window; None where there are none.
     """
 
     causal: Tensor | None
+    edge: tuple[slice, Tensor] | None = None
 
     @property
     def scores(self) -> int:
@@ -42,9 +44,12 @@ class BlockTile(Tile):
         return (self.rows.stop - self.rows.start) * count
 
     def hide(self, scores: Tensor) -> None:
-        """See Tile: later keys of the own block, and other documents."""
+        """See Tile: later keys of the own block, keys before the window, and other documents."""
         if self.causal is not None:
             scores[..., -self.causal.shape[1] :].masked_fill_(~self.causal, -torch.inf)
+        if self.edge is not None:
+            keys, within = self.edge
+            scores[..., keys].masked_fill_(~within, -torch.inf)
         super().hide(scores)
 
 
@@ -77,11 +82,15 @@ class Blockwise(Backend):
         """See Backend; raises ValueError when positions do not ascend."""
         _check_ascending("q_positions", q_positions)
         _check_ascending("k_positions", k_positions)
-        distinct, pattern_of_head = torch.unique(mask.active, dim=0, return_inverse=True)
+        patterns = mask.active.flatten(1)
+        if mask.windows is not None:
+            lengths = torch.tensor(mask.windows, device=patterns.device)[:, None]
+            patterns = torch.cat([patterns.to(lengths.dtype), lengths], dim=1)
+        distinct, pattern_of_head = torch.unique(patterns, dim=0, return_inverse=True)
         heads = [int((pattern_of_head == p).nonzero()[0]) for p in range(distinct.shape[0])]
-        causal: dict[int, Tensor] = {}
+        known = _Known()
         return BlockwiseIndex(
-            patterns=[_tiles(mask, head, q_positions, k_positions, causal) for head in heads],
+            patterns=[_tiles(mask, head, q_positions, k_positions, known) for head in heads],
             pattern_of_head=pattern_of_head.tolist(),
         )
 
@@ -129,33 +138,58 @@ def _runs(mask: AttentionMask, positions: Tensor) -> tuple[Tensor, Tensor, Tenso
     return blocks, lengths.cumsum(0) - lengths, lengths
 
 
-def _tiles(
-    mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor, causal: dict[int, Tensor]
-) -> list[BlockTile]:
-    """The tiles of one head's pattern. `causal` keeps the tests of own blocks, the same for all patterns."""
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Tests of elements that patterns share: of own blocks by their first row; of edges by offset, sizes and window."""
+
+    causal: dict[int, Tensor] = field(default_factory=dict)
+    within: dict[tuple[bytes, int], Tensor] = field(default_factory=dict)
+
+    def window_test(self, q_positions: Tensor, k_positions: Tensor, window_tokens: int) -> Tensor:
+        """bool [rows, keys]: the key is less than so many tokens before the row."""
+        offsets = torch.cat([q_positions, k_positions]) - q_positions[0]
+        key = offsets.cpu().numpy().tobytes(), window_tokens
+        if key not in self.within:
+            self.within[key] = q_positions[:, None] - k_positions[None, :] < window_tokens
+        return self.within[key]
+
+
+def _tiles(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor, known: _Known) -> list[BlockTile]:
+    """The tiles of one head's pattern."""
     (q_blocks, *q_runs), (k_blocks, k_starts, k_lengths) = _runs(mask, q_positions), _runs(mask, k_positions)
     q_documents, k_documents = document_of(mask, q_positions), document_of(mask, k_positions)
     pairs = active_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
     pairs &= k_blocks[None, :] <= q_blocks[:, None]
+    edges = edge_block_pairs(mask, head, q_blocks[:, None], k_blocks[None, :])
+    pairs |= edges
     row_of_pair, run_of_pair = pairs.nonzero(as_tuple=True)
     keys = _expand(k_starts[run_of_pair], k_lengths[run_of_pair])
     counts = torch.zeros_like(q_blocks).index_add_(0, row_of_pair, k_lengths[run_of_pair])
     own = pairs & (k_blocks[None, :] == q_blocks[:, None])
     own_lengths = (own * k_lengths[None, :]).sum(1).tolist()
+    is_edge = torch.repeat_interleave(edges[row_of_pair, run_of_pair], k_lengths[run_of_pair])
     tiles = []
-    for start, length, row_keys, own_length in zip(
-        *(x.tolist() for x in q_runs), keys.split(counts.tolist()), own_lengths, strict=True
+    rows_of_keys = keys.split(counts.tolist()), is_edge.split(counts.tolist())
+    for start, length, row_keys, row_edges, own_length in zip(
+        *(x.tolist() for x in q_runs), *rows_of_keys, own_lengths, strict=True
     ):
         if not row_keys.shape[0]:
             continue
         rows, taken = slice(start, start + length), _as_slice(row_keys)
-        if own_length and start not in causal:
-            causal[start] = k_positions[row_keys[-own_length:]][None, :] <= q_positions[rows][:, None]
+        if own_length and start not in known.causal:
+            known.causal[start] = k_positions[row_keys[-own_length:]][None, :] <= q_positions[rows][:, None]
         documents = None
         if q_documents is not None and k_documents is not None:
             documents = q_documents[rows], k_documents[taken]
-        own_causal = causal[start] if own_length else None
-        tiles.append(BlockTile(rows=rows, keys=taken, documents=documents, causal=own_causal))
+        edge = None
+        if mask.windows is not None and bool(row_edges.any()):
+            at = row_edges.nonzero()[:, 0]
+            cut = slice(int(at[0]), int(at[-1]) + 1)
+            assert cut.stop - cut.start == len(at), "blocks that an edge cuts are neighbours"
+            within = known.window_test(q_positions[rows], k_positions[row_keys[cut]], mask.windows[head])
+            edge = cut, within
+        own_causal = known.causal[start] if own_length else None
+        tiles.append(BlockTile(rows=rows, keys=taken, documents=documents, causal=own_causal, edge=edge))
     return tiles
 
 

@@ -19,7 +19,8 @@ class ColumnTile(Tile):
     """Query rows against the first columns of their head (later ones lie in the future of all rows).
 
     inactive: bool [runs, keys], the column's block pair is inactive for the queries of this run (of one mask block);
-    run_of_row int64 [rows]; positions of the rows [rows]; columns int64 [keys].
+    run_of_row int64 [rows]; positions of the rows [rows]; columns int64 [keys]. window_tokens: of the head's window,
+    which has the columns inside.
     """
 
     head: int
@@ -27,11 +28,12 @@ class ColumnTile(Tile):
     run_of_row: Tensor
     positions: Tensor
     columns: Tensor
+    window_tokens: int
 
     def hide(self, scores: Tensor) -> None:
-        """See Tile: later columns, those that an active block covers, and other documents."""
+        """See Tile: later columns, those that an active block or the window covers, and other documents."""
         attended = self.inactive[self.run_of_row]
-        attended &= self.columns[None, :] <= self.positions[:, None]
+        attended &= self.columns[None, :] <= self.positions[:, None] - self.window_tokens
         scores.masked_fill_(~attended, -torch.inf)
         super().hide(scores)
 
@@ -71,6 +73,7 @@ def column_tiles(mask: AttentionMask, q_positions: Tensor) -> list[ColumnTile]:
                     run_of_row=run_of_row[rows],
                     positions=valid[rows],
                     columns=own[slots],
+                    window_tokens=0 if mask.windows is None else mask.windows[head],
                 )
             )
     return tiles

@@ -1,8 +1,8 @@
 """The definition of correct: a float64 dense mask, head by head, with the gradients written out. Slow on purpose.
 
-Forward, per head: S = scale * Q K^T where attended, lse = log sum exp S, P = exp(S - lse), O = P V.
-Backward, with the lse and delta = rowsum(dO * O) of the whole attention: dV = P^T dO, dS = P * (dO V^T - delta),
-dQ = scale * dS K, dK = scale * dS^T Q.
+Forward, per head: S = scale * Q K^T where attended, with a softcap c then c tanh(S / c); lse = log sum exp S,
+P = exp(S - lse), O = P V. Backward, with the lse and delta = rowsum(dO * O) of the whole attention: dV = P^T dO,
+dS = P * (dO V^T - delta), with a softcap times 1 - (S / c)^2; dQ = scale * dS K, dK = scale * dS^T Q.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def reference_attention(
     mask: AttentionMask,
     *,
     scale: float,
+    softcap: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S_q, H, D], lse [B, H, S_q]) in float64 of blocks and columns together, for any set of positions."""
     attended = _attended(whole, mask, q_positions=_positions(q, q_positions), k_positions=_positions(k, k_positions))
-    return _forward(Queries(q=q, scale=scale), (k.transpose(1, 2), v.transpose(1, 2)), attended)
+    return _forward(Queries(q=q, scale=scale, softcap=softcap), (k.transpose(1, 2), v.transpose(1, 2)), attended)
 
 
 def reference_gradients(
@@ -45,15 +46,16 @@ def reference_gradients(
     mask: AttentionMask,
     *,
     scale: float,
+    softcap: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in float64, shaped as q, k, v, of reference_attention, by the formulas above."""
     at = {"q_positions": _positions(q, q_positions), "k_positions": _positions(k, k_positions)}
-    out, lse = reference_attention(q, k, v, mask, scale=scale, **at)
+    out, lse = reference_attention(q, k, v, mask, scale=scale, softcap=softcap, **at)
     delta = (grad_out.double().nan_to_num() * out).sum(-1).transpose(1, 2)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v))
-    queries = BackwardQueries(q=q, scale=scale, grad_out=grad_out, lse=lse, delta=delta)
+    queries = BackwardQueries(q=q, scale=scale, softcap=softcap, grad_out=grad_out, lse=lse, delta=delta)
     kv, into = ([x.transpose(1, 2) for x in pair] for pair in ((k, v), (grad_k, grad_v)))
     _backward(queries, kv, _attended(whole, mask, **at), grad_q, into)
     return grad_q, grad_k, grad_v
@@ -131,7 +133,10 @@ def _heads(
         for batch in range(queries.q.shape[0]):
             q = _rows(queries.q[batch, :, head], pairs.any(1))
             k, v = (_rows(x[batch, kv_head], pairs.any(0)) for x in kv)
-            scores = (q @ k.T * queries.scale).masked_fill(~pairs, -torch.inf)
+            scores = q @ k.T * queries.scale
+            if queries.softcap is not None:
+                scores = torch.tanh(scores / queries.softcap) * queries.softcap
+            scores = scores.masked_fill(~pairs, -torch.inf)
             yield batch, head, kv_head, pairs, [q, k, v, scores]
 
 
@@ -153,6 +158,8 @@ def _backward(
         p = _probabilities(scores, queries.lse[batch, head].double())
         row_delta = torch.where(pairs.any(1), queries.delta[batch, head].double(), 0.0)
         ds = p * (grad_out @ v.T - row_delta[:, None]) * queries.scale
+        if queries.softcap is not None:
+            ds = ds * (1 - (scores.masked_fill(~pairs, 0.0) / queries.softcap) ** 2)
         grad_q[batch, :, head] += (ds @ k).to(grad_q.dtype)
         into[0][batch, kv_head] += (ds.T @ q).to(into[0].dtype)
         into[1][batch, kv_head] += (p.T @ grad_out).to(into[1].dtype)

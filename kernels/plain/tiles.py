@@ -43,7 +43,7 @@ def attend(queries: Queries, k: Tensor, v: Tensor, work: Work) -> Partial:
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
     for kv_head, heads, tile in work:
-        scores = _scores(_stack(q, heads, tile), _keys(k, kv_head, tile), tile, scale=queries.scale)
+        scores, _ = _scores(_stack(q, heads, tile), _keys(k, kv_head, tile), tile, queries)
         top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         p = scores.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
@@ -67,9 +67,12 @@ def add_gradients(
         tile_k, tile_v = _keys(k, kv_head, tile), _keys(v, kv_head, tile)
         tile_q, grads, lse, delta = (_stack(x, heads, tile) for x in (q, grad_out, queries.lse, queries.delta))
         finite_lse = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-        p = _scores(tile_q, tile_k, tile, scale=queries.scale).sub_(finite_lse.unsqueeze(-1)).exp_()
+        scores, slope = _scores(tile_q, tile_k, tile, queries, sloped=True)
+        p = scores.sub_(finite_lse.unsqueeze(-1)).exp_()
         _add_rows(dv[:, kv_head], tile, torch.bmm(p.transpose(1, 2), grads))
         ds = torch.bmm(grads, tile_v.transpose(1, 2)).sub_(delta.unsqueeze(-1)).mul_(p)
+        if slope is not None:
+            ds.mul_(slope)
         _unstack(dq, heads, tile, torch.bmm(ds, tile_k))
         _add_rows(dk[:, kv_head], tile, torch.bmm(ds.transpose(1, 2), tile_q))
     grad_q.add_(dq.transpose(1, 2), alpha=queries.scale)
@@ -110,7 +113,14 @@ def _add_rows(x: Tensor, tile: Tile, part: Tensor) -> None:
         x.index_add_(1, tile.keys, part)
 
 
-def _scores(queries: Tensor, keys: Tensor, tile: Tile, *, scale: float) -> Tensor:
-    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+def _scores(
+    rows: Tensor, keys: Tensor, tile: Tile, queries: Queries, *, sloped: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(scores, by how much their softcap flattens each of them: None without one, or unless asked for)."""
+    scores, slope = torch.bmm(rows, keys.transpose(1, 2)).mul_(queries.scale), None
+    if queries.softcap is not None:
+        scores = scores.div_(queries.softcap).tanh_()
+        slope = scores.square().neg_().add_(1) if sloped else None
+        scores.mul_(queries.softcap)
     tile.hide(scores.unflatten(1, (-1, tile.rows.stop - tile.rows.start)))
-    return scores
+    return scores, slope

@@ -41,7 +41,7 @@ class ShardTensors:
 
     q [1, S, H, D], k [1, S, H_kv, D]; positions [S], ascending global positions of the local tokens (padding has
     positions >= seq_len_tokens); granularity_tokens: local tokens come in runs of so many consecutive positions
-    (1 is always true); documents: as in AttentionMask.
+    (1 is always true); documents: as in AttentionMask; softcap: of the scores, see values.Queries.
     Raises ValueError for a batch other than 1 (a pattern belongs to one sequence) and for shapes that do not fit.
     """
 
@@ -52,6 +52,7 @@ class ShardTensors:
     block_size: int
     granularity_tokens: int = 1
     documents: Tensor | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.q.dim() != 4 or self.k.dim() != 4 or self.q.shape[0] != 1 or self.k.shape[0] != 1:
@@ -67,11 +68,11 @@ class ShardTensors:
             raise ValueError(f"granularity_tokens: {self.granularity_tokens} does not divide {self.q.shape[1]} tokens")
 
     @classmethod
-    def whole(cls, q: Tensor, k: Tensor, *, block_size: int) -> Self:
+    def whole(cls, q: Tensor, k: Tensor, *, block_size: int, softcap: float | None = None) -> Self:
         """Return a sequence q [1, S, H, D], k [1, S, H_kv, D] that no other rank has a part of."""
         tokens = q.shape[1]
         return cls(q=q, k=k, positions=torch.arange(tokens, device=q.device), seq_len_tokens=tokens,
-                   block_size=block_size, granularity_tokens=tokens)  # fmt: skip
+                   block_size=block_size, granularity_tokens=tokens, softcap=softcap)  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -122,6 +123,8 @@ def row_logits(shard: ShardTensors, rows: Tensor, row_positions: Tensor, *, scal
     kv_heads = shard.k.shape[2]
     keys = shard.k[0].permute(1, 2, 0)
     logits = float_matmul(rows.reshape(kv_heads, -1, dim), keys).mul_(scale).view(heads, count, -1)
+    if shard.softcap is not None:
+        logits = logits.div_(shard.softcap).tanh_().mul_(shard.softcap)
     everything = shard.chosen(torch.ones(1, shard.blocks, dtype=torch.bool, device=shard.q.device))
     return logits.masked_fill_(~allowed_pairs(everything, row_positions, shard.positions), -torch.inf)
 

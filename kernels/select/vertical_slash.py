@@ -146,7 +146,7 @@ def _scores(shard: ShardTensors, *, scale: float, collectives: Collectives) -> T
     """[2, H, seq_len]: column sums and slash sums over all ranks."""
     at = last_positions(shard)
     rows = query_rows(shard, at, collectives)
-    if shard.q.is_cuda:
+    if shard.q.is_cuda and shard.softcap is None:
         from .probe_triton import column_and_slash_sums, tile_keys
 
         if tile_keys(shard, at.shape[0]):  # the same on every rank, as all shards have one shape

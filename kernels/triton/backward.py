@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import place_of, walk_keys
+from .forward import EDGE_FIELDS, EDGES, place_of, walk_keys
 from .tiles import LOG2_E, grad_kv_step, load_documents, load_pair, load_tile, store_part, write_tile
 
 
@@ -137,6 +137,21 @@ def grad_kv_kernel(
             allowed = tl.arange(0, N)[:, None] - tl.arange(0, M)[None, :] <= query_part * M - part * N
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
                                         batch, head, query, k_document, allowed, scale, True, M, D, TMA, ACC, PRECISION)
+    if blocks.edges is not None:  # of every head, parts of the query tiles whose windows cut this one
+        edge_parts = EDGES * (BLOCK // M)
+        for step in tl.range(0, members * edge_parts, num_stages=1, disable_licm=True):
+            head, nth = kv_head * GROUP + step // edge_parts, step % edge_parts
+            edge = blocks.edges + ((head * rows.tiles + tile) * EDGES + nth // (BLOCK // M)) * EDGE_FIELDS
+            cut, query_part = tl.load(edge), nth % (BLOCK // M)
+            limit, floor = tl.load(edge + 1), tl.load(edge + 2)
+            nearest, farthest = query_part * M - (part + 1) * N + 1, (query_part + 1) * M - 1 - part * N
+            if (cut >= 0) & (nearest < limit) & (farthest >= floor):
+                apart = (query_part * M + tl.arange(0, M))[None, :] - (part * N + tl.arange(0, N))[:, None]
+                allowed = (apart >= floor) & (apart < limit)
+                query = cut * BLOCK + query_part * M
+                k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
+                                            batch, head, query, k_document, allowed, scale, True, M, D, TMA, ACC,
+                                            PRECISION)
     if SPLIT > 0:
         store_part(grad_k, k_acc, line_of_part, part * N, BLOCK, N, D, TMA)
         store_part(grad_v, v_acc, line_of_part, part * N, BLOCK, N, D, TMA)

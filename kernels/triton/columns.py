@@ -71,6 +71,8 @@ def walk_columns(state, query, q_document, column_k, column_v, at, columns, limi
         positions = columns.positions + head * columns.capacity
         if end > earlier:  # columns of the tile's own block: causal element by element
             position = tl.load(columns.q_blocks + tile) * BLOCK + first + tl.arange(0, M)
+            if columns.windows is not None:  # or of the blocks that its window cuts, those before the window
+                position -= tl.load(columns.windows + head)
             bound = columns_up_to(positions, earlier, end, position)
             for start in tl.range(earlier // N * N, end, N, num_stages=1):
                 k, v = load_pair(column_k, column_v, at.column_k, at.column_v, batch, head, start, columns.capacity, N,
@@ -135,6 +137,8 @@ def column_grad_kv_kernel(
             position = tl.load(columns.positions + head * columns.capacity + slots,
                                mask=(slots >= earlier) & (slots < end), other=2147483647)
             first = tl.load(columns.q_blocks + step // (BLOCK // M)) * BLOCK + (step % (BLOCK // M)) * M
+            if columns.windows is not None:
+                first -= tl.load(columns.windows + head)
             allowed = position[:, None] <= (first + tl.arange(0, M))[None, :]
             k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries,
                                         batch, head, step * M, document, allowed, scale, True, M, D, TMA, ACC,

@@ -1,7 +1,7 @@
 """Forward: one program per query tile walks its list of key tiles, and its columns, with one online softmax.
 
-Only the row's own block needs an element mask (causality), and documents. A launch computes the block part, the column
-part, or both: that for which it is given lists. Shape legend: see tiles.py.
+Only the row's own block needs an element mask (causality), blocks that a window cuts, and documents. A launch computes
+the block part, the column part, or both: that for which it is given lists. Shape legend: see tiles.py.
 """
 
 # Triton's language is not Python to a type checker.
@@ -16,8 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..index import edges
 from .columns import walk_columns
 from .tiles import load_documents, load_pair, load_tile, query_step, start_partial, store_partial
+
+EDGES, EDGE_FIELDS = tl.constexpr(edges.EDGES), tl.constexpr(edges.EDGE_FIELDS)
 
 
 @triton.jit
@@ -63,6 +66,21 @@ def walk_keys(state, query, place, k, v, column_k, column_v, at, queries, blocks
                     k_document = tl.load(blocks.documents + key + keys, mask=key + keys < blocks.valid, other=-2)
                     allowed = allowed & (q_document[:, None] == k_document[None, :])
                 state = query_step(state, query, k_tile, v_tile, allowed, scale, True, ACC, PRECISION)
+        if blocks.edges is not None:
+            for step in tl.range(0, EDGES * (BLOCK // N), num_stages=1):
+                edge = blocks.edges + (line * EDGES + step // (BLOCK // N)) * EDGE_FIELDS
+                cut, n = tl.load(edge), step % (BLOCK // N)
+                limit, floor = tl.load(edge + 1), tl.load(edge + 2)
+                nearest, farthest = part * M - (n + 1) * N + 1, (part + 1) * M - 1 - n * N
+                if (cut >= 0) & (nearest < limit) & (farthest >= floor):
+                    key = cut * BLOCK + n * N
+                    k_tile, v_tile = load_pair(k, v, at.k, at.v, batch, kv_head, key, blocks.valid, N, D, TMA, True)
+                    apart = (part * M + tl.arange(0, M))[:, None] - (n * N + keys)[None, :]
+                    allowed = (apart >= floor) & (apart < limit)
+                    if queries.documents is not None:
+                        k_document = tl.load(blocks.documents + key + keys, mask=key + keys < blocks.valid, other=-2)
+                        allowed = allowed & (q_document[:, None] == k_document[None, :])
+                    state = query_step(state, query, k_tile, v_tile, allowed, scale, True, ACC, PRECISION)
         for step in range(0, steps):
             if not AHEAD:
                 entry = tl.load(blocks.entries + start + step // (BLOCK // N))
@@ -84,14 +102,14 @@ def walk_keys(state, query, place, k, v, column_k, column_v, at, queries, blocks
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, prior, column_k, column_v, lse, at, queries, blocks, columns, scale_log2, q_tokens,
+    q, k, v, out, prior, column_k, column_v, lse, at, queries, blocks, columns, scale, q_tokens,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (B * H * T * BLOCK / M), see place_of.
 
     prior, if given: goes on from the partial there (strides of out; may be out itself) and in lse. The rest is in
-    views.py: lse Rows, at TileStrides, queries QueryTiles, blocks BlockLists, columns ColumnLists.
+    views.py: lse Rows, at TileStrides, queries QueryTiles, blocks BlockLists, columns ColumnLists, scale Scale.
     """
     place = place_of(queries, BLOCK, M)
     batch, head, tile, part = place
@@ -100,5 +118,5 @@ def forward_kernel(
     q_tile = load_tile(q, at.q, batch, head, first, queries.valid, M, D, TMA, True)
     state = start_partial(prior, at.out, lse, batch, head, first, rows, q_tokens, M, D, TMA, ACC)
     acc, peak, total = walk_keys(state, (q_tile,), place, k, v, column_k, column_v, at, queries, blocks, columns,
-                                 scale_log2, GROUP, BLOCK, M, N, D, SIGN, TMA, ACC, PRECISION)
+                                 scale, GROUP, BLOCK, M, N, D, SIGN, TMA, ACC, PRECISION)
     store_partial(out, at.out, lse, acc, peak, total, batch, head, first, rows, q_tokens, queries.valid, M, D, TMA)

@@ -134,7 +134,7 @@ def _launch_key_value(
         grad_k=target(into.k),
         grad_v=target(into.v),
         at=strides_of(q=q, k=k, v=v, grad_out=queries.grad_out, grad_k=into.k, grad_v=into.v),
-        blocks=BlockLists(lists.rows, lists.entries, index.k_documents, valid),
+        blocks=BlockLists(lists.rows, lists.entries, index.k_documents, valid, index.key_edges),
         rows=KeyRows(lists.order, first, rows, len(index.k_side.blocks), k.shape[2]),
         GROUP=q.shape[2] // k.shape[2],
         SIGN=lists.sign,

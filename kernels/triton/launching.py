@@ -75,7 +75,7 @@ def query_tiles(q: Tensor, task: Task, order: Tensor | None = None) -> QueryTile
 
 
 def column_lists(columns: Columns, *, own: bool) -> ColumnLists:
-    """The columns of a launch; own: attends those in a query's own block, too."""
+    """The columns of a launch; own: attends those in a query's own block, or that its window cuts, too."""
     task: ColumnTask = columns.index.data
     usable, limits = task.bits
     return ColumnLists(
@@ -86,6 +86,7 @@ def column_lists(columns: Columns, *, own: bool) -> ColumnLists:
         q_blocks=task.q_side.device_blocks if own else None,
         capacity=task.columns.shape[1],
         words=usable.shape[2],
+        windows=task.mask.window_lengths(),
     )
 
 
@@ -117,14 +118,19 @@ def query_launch(
         lists, valid = index.queries, index.k_valid_tokens
         tiled |= {"k": keys.k, "v": keys.v}
         given |= {name: source(tiled[name], valid, launch.n, launch) for name in ("k", "v")}
-        given["blocks"] = BlockLists(lists.rows, lists.entries, index.k_documents, valid)
+        given["blocks"] = BlockLists(lists.rows, lists.entries, index.k_documents, valid, index.query_edges)
         given |= {"GROUP": q.shape[2] // keys.k.shape[2], "SIGN": lists.sign}
     if columns is not None and columns.k.shape[2]:
         tiled |= by_token(columns)
         given |= {name: source(x, x.shape[1], launch.n, launch) for name, x in by_token(columns).items()}
-        given["columns"] = column_lists(columns, own=not columns.index.mask.own_blocks)
+        given["columns"] = column_lists(columns, own=_has_partial_blocks(columns.index.mask))
     tiles = len(task.q_side.blocks) * (task.mask.block_size // launch.m)
     return launch, (q.shape[0] * q.shape[2] * tiles,), given | {"at": strides_of(**tiled)}
+
+
+def _has_partial_blocks(mask: AttentionMask) -> bool:
+    """Whether a query may attend part of the columns of a block: of its own, inactive, or of one that a window cuts."""
+    return not mask.own_blocks or mask.windows is not None
 
 
 def query_task(keys: Keys | None, columns: Columns | None) -> Task:
@@ -175,4 +181,7 @@ def check_parts(queries: Queries, keys: Keys | None, columns: Columns | None) ->
 
 def scale_of(queries: Queries) -> Scale:
     """The factor of scores, as kernels want it."""
-    return Scale(natural=queries.scale, log2=queries.scale * LOG2_E.value)
+    if queries.softcap is None:
+        return Scale(natural=queries.scale, log2=queries.scale * LOG2_E.value)
+    log2 = queries.softcap * LOG2_E.value
+    return Scale(natural=queries.scale, log2=log2, softcap=2 * queries.scale / queries.softcap * LOG2_E.value)

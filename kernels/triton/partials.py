@@ -40,7 +40,7 @@ def write_partial(
             out=source(out, tokens, launch.m, launch),
             prior=None if prior is None else source(prior, tokens, launch.m, launch),
             lse=Rows.of(lse),
-            scale_log2=scale_of(queries).log2,
+            scale=scale_of(queries),
             q_tokens=tokens,
             **given,
         )

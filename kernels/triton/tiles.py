@@ -104,19 +104,38 @@ def store_part(target, values, part, first, capacity, ROWS: tl.constexpr, D: tl.
 
 
 @triton.jit
-def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.constexpr, ACC: tl.constexpr,
+def capped(products, scale):
+    """Products as scores: their hyperbolic tangent where scale (views.Scale) has a softcap, else themselves."""
+    if scale.softcap is not None:
+        products = 1.0 - 2.0 / (1.0 + tl.exp2(products * scale.softcap))
+    return products
+
+
+@triton.jit
+def uncapped_gradients(grad_scores, scores, scale):
+    """Gradients of products from those of scores, which `capped` made."""
+    if scale.softcap is not None:
+        grad_scores = grad_scores * (1.0 - scores * scores)
+    return grad_scores
+
+
+@triton.jit
+def softmax_step(acc, peak, total, q, k, v, allowed, scale, MASKED: tl.constexpr, ACC: tl.constexpr,
                  PRECISION: tl.constexpr):
-    """One online-softmax step in base 2: (acc, peak, total) after the keys k, v; `allowed` bool [M, N] where MASKED."""
-    scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+    """One online-softmax step in base 2: (acc, peak, total) after the keys k, v; `allowed` bool [M, N] where MASKED.
+
+    scale: views.Scale.
+    """
+    scores = capped(tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION), scale)
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale.log2)
         # A row with nothing allowed so far keeps peak -inf: shift by 0, so that exp2 gives 0, not NaN.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale.log2)
         shift = new_peak
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    weights = tl.exp2(scores * scale.log2 - shift[:, None])
     decay = tl.exp2(peak - shift)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
@@ -128,8 +147,8 @@ def softmax_step(acc, peak, total, q, k, v, allowed, scale_log2, MASKED: tl.cons
 def query_step(state, query, k, v, allowed, scale, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """The state of a query tile after the keys k, v; `allowed` bool [M, N] where MASKED.
 
-    Forward: state (acc, peak, total), query (q,), scale that of powers of two. dQ: state (acc,), query (q, grad_out,
-    lse, delta), scale views.Scale.
+    Forward: state (acc, peak, total), query (q,). dQ: state (acc,), query (q, grad_out, lse, delta). scale: see
+    views.Scale.
     """
     if len(query) == 1:
         acc, peak, total = state
@@ -178,12 +197,13 @@ def store_partial(out, at, lse, acc, peak, total, batch, head, first, rows, q_to
 def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, MASKED: tl.constexpr, ACC: tl.constexpr,
                 PRECISION: tl.constexpr):
     """acc [M, D] plus scale * dS k of one key tile; scale: views.Scale; delta is scaled already."""
-    scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+    scores = capped(tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION), scale)
     weights = tl.exp2(scores * scale.log2 - lse[:, None])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
     grad_weights = tl.dot(grad_out, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-    grad_scores = (weights * (grad_weights * scale.natural - delta[:, None])).to(k.dtype)
+    grad_scores = weights * (grad_weights * scale.natural - delta[:, None])
+    grad_scores = uncapped_gradients(grad_scores, scores, scale).to(k.dtype)
     return tl.dot(grad_scores, k, acc, out_dtype=ACC, input_precision=PRECISION)
 
 
@@ -200,7 +220,7 @@ def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, padded, at, quer
     if queries.documents is not None:
         allowed = allowed & (load_documents(queries, query, M, -1)[None, :] == k_document[:, None])
     line = (batch * queries.heads + head) * 2
-    scores = tl.dot(k, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION)
+    scores = capped(tl.dot(k, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION), scale)
     lse = load_row_values(row_values, line, query, padded, M, TMA)
     weights = tl.exp2(scores * scale.log2 - lse[None, :])
     if MASKED or queries.documents is not None:
@@ -208,6 +228,7 @@ def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, padded, at, quer
     grad_v = tl.dot(weights.to(q_tile.dtype), do_tile, grad_v, out_dtype=ACC, input_precision=PRECISION)
     grad_weights = tl.dot(v, tl.trans(do_tile), out_dtype=ACC, input_precision=PRECISION)
     delta = load_row_values(row_values, line + 1, query, padded, M, TMA)
-    grad_scores = (weights * (grad_weights * scale.natural - delta[None, :])).to(q_tile.dtype)
+    grad_scores = weights * (grad_weights * scale.natural - delta[None, :])
+    grad_scores = uncapped_gradients(grad_scores, scores, scale).to(q_tile.dtype)
     grad_k = tl.dot(grad_scores, q_tile, grad_k, out_dtype=ACC, input_precision=PRECISION)
     return grad_k, grad_v

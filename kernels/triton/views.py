@@ -55,10 +55,15 @@ class Rows(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """The factor of scores, and the same times log2 e for powers of two."""
+    """The factor of gradients of scores, and what scores are multiplied with for powers of two.
+
+    softcap: before that, products become tanh(x) where 2 to the power of this times the product is exp(2 x); None
+    without a softcap.
+    """
 
     natural: Any
     log2: Any
+    softcap: Any = None
 
 
 class TileStrides(NamedTuple):
@@ -91,12 +96,16 @@ class QueryTiles(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """Lists of the block part's tiles, see index/block.py, and the key side: documents int32 [S_k], valid tokens."""
+    """Lists of the block part's tiles, see index/block.py, and the key side: documents int32 [S_k], valid tokens.
+
+    edges: of tiles that a window cuts, see index/edges.py; None where there are none.
+    """
 
     fields: Any = None
     entries: Any = None
     documents: Any = None
     valid: Any = None
+    edges: Any = None
 
 
 class KeyRows(NamedTuple):
@@ -112,7 +121,8 @@ class KeyRows(NamedTuple):
 class ColumnLists(NamedTuple):
     """The columns [H, C] and which of them a query tile may attend, see index/columns.py.
 
-    q_blocks int32 [T], mask blocks of the query tiles: None where no column lies in a query's own block, inactive.
+    q_blocks int32 [T], mask blocks of the query tiles: None where neither a column lies in a query's own block,
+    inactive, nor in one that a window cuts. windows int32 [H], None without.
     """
 
     positions: Any = None
@@ -122,6 +132,7 @@ class ColumnLists(NamedTuple):
     q_blocks: Any = None
     capacity: Any = None
     words: Any = None
+    windows: Any = None
 
 
 class ColumnChunks(NamedTuple):

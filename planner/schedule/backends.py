@@ -23,7 +23,8 @@ class BackendFacts:
     whole mask blocks. needs_gpu: it runs on GPUs alone.
     What it takes, None for any. head_dims: those that its kernels have, ascending. padded_step: other head dims that
     are multiples of it, below the largest, are computed as the next one with zeros behind them
-    (kernels/triton/padded.py); None: no others are taken.
+    (kernels/triton/padded.py); None: no others are taken. windows: sliding windows that are exact to the token; without
+    them it knows whole blocks alone.
     """
 
     joins_keys: bool = False
@@ -35,6 +36,7 @@ class BackendFacts:
     padded_step: int | None = None
     block_sizes: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
+    windows: bool = True
 
     def kernel_head_dim(self, head_dim: int) -> int | None:
         """Return what the kernels compute heads of this size as; None where they do not."""
@@ -75,6 +77,7 @@ BACKENDS: dict[str, BackendFacts] = {
         head_dims=(64, 128),
         block_sizes=(128,),
         dtypes=("float16", "bfloat16"),
+        windows=False,
     ),
 }
 # What "fastest" becomes on a GPU: the first that takes the attention. Without a GPU it is blockwise, which takes any,
@@ -120,6 +123,20 @@ def computed_head_dim(backend: str, *, head_dim: int, dtype: str, block_size: in
         f"{value} is not what {' or '.join(_meant(backend))} kernels take: {taken}; blockwise, plain torch, takes any",
         field=field,
     )
+
+
+def require_windows(backend: str) -> None:
+    """Refuse a backend that knows whole blocks alone, where patterns have windows that are exact to the token.
+
+    UnsupportedError names the field and its value. "fastest" becomes one that takes them where the plan runs.
+    """
+    facts_of(backend)
+    takes = [name for name, facts in BACKENDS.items() if facts.windows]
+    if not any(name in takes for name in _meant(backend)):
+        problem = (
+            f"True is not what {backend} kernels take: they know whole blocks alone; {', '.join(takes)} take windows"
+        )
+        raise UnsupportedError(problem, field="pattern.windowed")
 
 
 def kernel_head_dim(backend: str, head_dim: int) -> int:

@@ -4,6 +4,9 @@ The unit is a *tile pair*: block_size local query tokens against block_size loca
 placement whose granularity is a multiple of the block size a tile is exactly one mask block; under token striping a
 tile holds tokens of many mask blocks, and a pair is active as soon as one of its block pairs is.
 
+Block pairs that a window's edge cuts are whole pairs here: kernels compute them whole and mask them. Gathered columns
+are counted in whole tiles, whatever blocks hold some of their tokens already, cut ones or not.
+
 Shape legend: W ranks, H query heads, N mask blocks, T tiles per rank.
 """
 

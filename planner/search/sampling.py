@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...traces.dataset.rows import HeadRow
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError, unknown_name
-from ...traces.pattern import lists_blocks, num_blocks
+from ...traces.files import canonical_json
+from ...traces.pattern import has_windows, lists_blocks, num_blocks
 from ...traces.progress import Progress, no_progress
-from ..plan import PatternSpec
+from ..plan import ModelShape, PatternSpec
 from ..replay import Recorded
 from ..schedule.heads import head_load
 from ..schedule.pairs import active_blocks
 from ..schedule.workload import unit_load
+from ..specs import MODEL, SelectorSpec
 
 DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
@@ -29,7 +33,8 @@ class TraceSummary:
     """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
 
     head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
-    listed: whether any head lists its active blocks one by one.
+    listed: whether any head lists its active blocks one by one. windowed: whether any head has a sliding window.
+    choices: by layer, how its heads were chosen, each way once.
     active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted.
     """
 
@@ -40,6 +45,8 @@ class TraceSummary:
     active_blocks: NDArray[np.bool_] | None = None
     head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     listed: bool = False
+    windowed: bool = False
+    choices: Mapping[int, tuple[SelectorSpec, ...]] = field(default_factory=dict)
 
 
 def take_samples(
@@ -63,15 +70,19 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
     """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread."""
     recorded = [(step, layer) for step in trace.steps for layer in trace.layers]
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
-    header, most_columns, load, listed = trace.header, 0, 0.0, False
+    header, most_columns, load, listed, windowed = trace.header, 0, 0.0, False, False
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
     of_heads: dict[int, list[NDArray[np.float64]]] = {}
+    choices: dict[int, tuple[SelectorSpec, ...]] = {}
     reach = np.zeros((blocks, blocks), dtype=bool) if blocks <= MAX_COUNTED_BLOCKS else None
     for number, (step, layer) in enumerate(recorded):
-        pattern = trace.layer_pattern(step, layer)
+        rows = trace.layer_rows(step, layer)
+        pattern = trace.pattern_of_rows(rows)
+        choices[layer] = _ways([*choices.get(layer, ()), *_choices(rows)])
         most_columns = max(most_columns, pattern.max_columns)
         of_heads.setdefault(layer, []).append(head_load(pattern))
         listed |= lists_blocks(pattern)
+        windowed |= has_windows(pattern)
         if reach is not None:
             reach |= active_blocks(pattern)
         if (step, layer) in loaded:
@@ -86,6 +97,8 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         active_blocks=reach,
         head_load={layer: np.mean(loads, axis=0) for layer, loads in of_heads.items()},
         listed=listed,
+        windowed=windowed,
+        choices=choices,
     )
 
 
@@ -98,28 +111,65 @@ def evenly_spread(items: Sequence, count: int) -> list:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
 
 
-def pattern_spec(trace: Trace, source: str, samples: Sequence[Recorded]) -> PatternSpec:
+def model_of(trace: Trace) -> ModelShape:
+    """Return what a plan needs to know of the model that was recorded."""
+    return ModelShape(**trace.header.model.model_dump(exclude={"model_id"}))
+
+
+def pattern_spec(
+    trace: Trace, source: str, samples: Sequence[Recorded], *, summary: TraceSummary | None = None
+) -> PatternSpec:
     """Return how a run comes by its patterns: replayed from the trace, or chosen anew as the trace's were.
 
-    "choose" needs one selector with one setting for all sampled heads, and one that a model can be asked for.
+    It is windowed where any pattern is, or the model itself has a window shorter than the sequence. summary: of the
+    whole trace, so that layers which were not sampled count as well; None: the samples and the model tell.
+    "choose" needs one selector with one setting for all heads of a layer, and one that a model can be asked for; where
+    layers differ, it needs all of the model's.
     """
     listed = any(lists_blocks(sample.pattern) for sample in samples)
+    windowed = model_of(trace).windows_within(trace.header.seq_len_tokens)
+    windowed |= any(has_windows(sample.pattern) for sample in samples) or (summary is not None and summary.windowed)
     if source == "trace":
-        return PatternSpec(source="trace", trace_sha256=trace.digest(), listed=listed)
+        return PatternSpec(source="trace", trace_sha256=trace.digest(), listed=listed, windowed=windowed)
     if source != "choose":
         raise unknown_name(source, ("trace", "choose"), field="pattern")
     if trace.header.origin == "synthetic":
         raise UnsupportedError("a synthetic trace was not chosen by a selector", source=trace.folder, field="pattern")
-    choices = {}
+    choices = summary.choices if summary is not None else _sampled_choices(trace, samples)
+    return PatternSpec(source="choose", listed=listed, windowed=windowed, **_chosen_again(trace, choices))
+
+
+def _chosen_again(trace: Trace, choices: Mapping[int, tuple[SelectorSpec, ...]]) -> dict[str, Any]:
+    """Return what a pattern says of its selector, or of each layer's. UnsupportedError where neither can be said."""
+    for layer, ways in choices.items():
+        if len(ways) > 1:
+            raise UnsupportedError(f"heads of layer {layer} were chosen in {len(ways)} different ways; only one can be "
+                                   "planned for", field="pattern")  # fmt: skip
+    of_data = _ways([way for (way,) in choices.values() if way.selector != MODEL])
+    if len(of_data) == 1:
+        return {"selector": of_data[0].selector, "settings": of_data[0].settings}
+    layers = range(trace.header.model.layers)
+    if missing := sorted(set(layers) - set(choices)):
+        raise UnsupportedError(f"layers were chosen in {len(of_data)} different ways, and layer {missing[0]} was not "
+                               "recorded", field="pattern")  # fmt: skip
+    return {"by_layer": tuple(choices[layer][0] for layer in layers)}
+
+
+def _sampled_choices(trace: Trace, samples: Sequence[Recorded]) -> dict[int, tuple[SelectorSpec, ...]]:
+    choices: dict[int, tuple[SelectorSpec, ...]] = {}
     for sample in samples:
-        for row in trace.layer_rows(sample.training_step, sample.layer):
-            choices[(row.choice.selector, repr(sorted(row.choice.settings.items())))] = row.choice
-    if len(choices) > 1:
-        raise UnsupportedError(
-            f"heads were chosen in {len(choices)} different ways; only one can be planned for", field="pattern"
-        )
-    (choice,) = choices.values()
-    return PatternSpec(source="choose", selector=choice.selector, settings=dict(choice.settings), listed=listed)
+        rows = trace.layer_rows(sample.training_step, sample.layer)
+        choices[sample.layer] = _ways([*choices.get(sample.layer, ()), *_choices(rows)])
+    return choices
+
+
+def _choices(rows: Sequence[HeadRow]) -> list[SelectorSpec]:
+    return [SelectorSpec(selector=row.choice.selector, settings=dict(row.choice.settings)) for row in rows]
+
+
+def _ways(choices: Sequence[SelectorSpec]) -> tuple[SelectorSpec, ...]:
+    """Return each different one once, in order."""
+    return tuple({canonical_json(one.model_dump()): one for one in choices}.values())
 
 
 def _check_recorded(trace: Trace, field: str, asked: Sequence[int], recorded: Sequence[int]) -> None:

@@ -17,11 +17,11 @@ from ..cost.evaluation import Evaluator
 from ..cost.measured import cluster_cost
 from ..cost.model import CostModel
 from ..cost.recurrence import CompiledRecurrence
-from ..plan import AttentionSpec, ModelShape, PatternSpec, Plan, make_plan
-from ..schedule.backends import computed_head_dim
+from ..plan import AttentionSpec, PatternSpec, Plan, make_plan
+from ..schedule.backends import computed_head_dim, require_windows
 from ..schedule.schedule import DIRECTIONS
 from .problem import Problem, SearchSpace
-from .sampling import pattern_spec, summarize, take_samples
+from .sampling import model_of, pattern_spec, summarize, take_samples
 from .scores import ScoreBoard, Step
 from .selection import select
 from .verdict import predictions
@@ -50,7 +50,7 @@ def plan_trace(
         raise UnsupportedError("is missing: nobody audited the model; capture it anew", source=trace.folder,
                                field="audit_sha256")  # fmt: skip
     problem = make_problem(trace, cluster, space, cost=cost, progress=progress)
-    pattern = pattern_spec(trace, space.pattern, problem.samples)
+    pattern = pattern_spec(trace, space.pattern, problem.samples, summary=problem.summary)
     selection = select(problem, quick=CompiledRecurrence(), final=evaluator, progress=progress)
     plan = _seal(problem, selection.pick, pattern)
     return plan.with_record(
@@ -68,10 +68,12 @@ def make_problem(
 ) -> Problem:
     """Read from a trace what a search is given; InputError for layers that it lacks and heads that kernels lack."""
     header, backend = trace.header, space.kernels.backend
-    model = ModelShape(**header.model.model_dump(exclude={"model_id"}))
+    model = model_of(trace)
     computed_head_dim(backend, head_dim=model.head_dim, dtype=space.dtype, block_size=header.block_size)
     samples = take_samples(trace, steps=space.steps, layers=space.layers)
     summary = summarize(trace, progress=progress)
+    if summary.windowed or model.windows_within(header.seq_len_tokens):
+        require_windows(backend)
     return Problem(
         space=space,
         cluster=cluster,

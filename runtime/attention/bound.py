@@ -14,15 +14,16 @@ from ...kernels.triton import tuning
 from ...planner.check.check import check_step
 from ...planner.check.playable import check_playable
 from ...planner.check.rules import Rules
-from ...planner.plan import Plan
+from ...planner.plan import ModelShape, Plan
 from ...planner.schedule.heads import HeadOrder
 from ...planner.schedule.placement import Placement
 from ...planner.schedule.schedule import DIRECTIONS, Direction, Schedule
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, ScheduleError, UnsupportedError
 from ..comm.mesh import Mesh, agree
+from ..pattern.form import Reach
 from .heads import HeadGroups, HeadPermutation
-from .masks import PairGuard, mask_of
+from .masks import PairGuard, mask_of, with_capacity
 from .program import Program
 
 _bound = count(1)  # ranks bind plans in the same order
@@ -45,6 +46,7 @@ class BoundPlan:
     positions: list[Tensor]
     guard: PairGuard
     _orders: dict[HeadOrder, HeadPermutation] = field(default_factory=dict)
+    _own_masks: dict[Reach, AttentionMask] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,17 +68,46 @@ class BoundPlan:
             self._orders[order] = HeadPermutation.of(order, kv_heads=kv_heads, device=device)
         return self._orders[order]
 
+    def own_mask(self, layer: int, documents: Tensor | None = None) -> AttentionMask | None:
+        """Return the pattern of a layer that the model itself lets look less far than the sequence; None of others.
+
+        documents: int32 [S] of all tokens, where sequences are packed. Raises InputError when the plan leaves out a
+        pair of shards that it needs.
+        """
+        reach = reach_of(self.plan.model, layer)
+        if not reach.limits(self.plan.seq_len_tokens):
+            return None
+        if documents is not None:
+            return self._mask_of_reach(reach, documents)
+        if reach not in self._own_masks:
+            self._own_masks[reach] = mask = self._mask_of_reach(reach, None)
+            self.guard.admit(mask)
+        return self._own_masks[reach]
+
     def replayed(self, trace: Trace, training_step: int) -> list[AttentionMask]:
         """Return the masks of all layers of the model, as a trace recorded them.
 
-        Raises InputError, before any GPU work, when one has more columns than planned or needs a pair that is left out.
+        Of layers that the model itself lets look less far than the sequence, the model's own. Raises InputError, before
+        any GPU work, when one has more columns than planned or needs a pair that is left out.
         """
         masks = []
         for layer in range(self.plan.model.layers):
             pattern = trace.layer_pattern(training_step, layer)
-            self.plan.require_covered(pattern, about=f"layer {layer}")
-            masks.append(mask_of(pattern, columns_capacity=self.plan.columns_capacity, device=self.mesh.device))
+            documents = None if pattern.documents is None else torch.from_numpy(pattern.documents).to(self.mesh.device)
+            own = self.own_mask(layer, documents)
+            if own is None:
+                self.plan.require_covered(pattern, about=f"layer {layer}")
+                own = mask_of(pattern, columns_capacity=self.plan.columns_capacity, device=self.mesh.device)
+            masks.append(own)
         return masks
+
+    def _mask_of_reach(self, reach: Reach, documents: Tensor | None) -> AttentionMask:
+        plan = self.plan
+        mask = reach.mask(
+            heads=plan.model.heads, seq_len_tokens=plan.seq_len_tokens, block_size=plan.block_size,
+            device=self.mesh.device, documents=documents,
+        )  # fmt: skip
+        return with_capacity(mask, plan.columns_capacity)
 
     def shard_tensors(self, q: Tensor, k: Tensor, documents: Tensor | None = None) -> ShardTensors:
         """Return this rank's q [B, S, H, D] and k [B, S, H_kv, D] as what choosing patterns looks at, without history.
@@ -87,7 +118,21 @@ class BoundPlan:
         return ShardTensors(
             q=q.detach(), k=k.detach(), positions=self.own_positions, seq_len_tokens=plan.seq_len_tokens,
             block_size=plan.block_size, granularity_tokens=plan.placement.granularity_tokens, documents=documents,
+            softcap=plan.model.softcap,
         )  # fmt: skip
+
+
+def reach_of(model: ModelShape, layer: int) -> Reach:
+    """Return how far back a model lets one of its layers look."""
+    window, chunk = (0 if lengths is None else lengths[layer] for lengths in (model.windows, model.chunks))
+    return Reach(window_tokens=window, chunk_tokens=chunk)
+
+
+def masks_elements(plan: Plan) -> bool:
+    """Whether more than whole blocks, causality and documents decides what is attended: not all kernels can do that."""
+    layers, tokens = range(plan.model.layers), plan.seq_len_tokens
+    windows = any(0 < reach_of(plan.model, layer).window_tokens < tokens for layer in layers)
+    return windows or plan.pattern.windowed or plan.model.softcap is not None
 
 
 def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
@@ -107,7 +152,9 @@ def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
     backend, head_dim = plan.kernels.backend, plan.model.head_dim
     if backend == "fastest":
         dtype = getattr(torch, plan.dtype)
-        backend = fastest_backend(mesh.device, dtype=dtype, head_dim=head_dim, block_size=plan.block_size)
+        backend = fastest_backend(
+            mesh.device, dtype=dtype, head_dim=head_dim, block_size=plan.block_size, elements=masks_elements(plan)
+        )
         agree(mesh, f"{topic} backend", backend)
     placement = plan.make_placement()
     positions = [torch.from_numpy(placement.positions(rank)).to(mesh.device) for rank in range(mesh.world_size)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ...kernels.mask import AttentionMask
 from ...planner.schedule.heads import HeadOrder, key_order
 from ...planner.schedule.schedule import Transfer
 from ...traces.errors import UnsupportedError
+from ..pattern.form import AttentionForm
 
 Heads = tuple[int, int]  # [first, last)
 # Chooses a layer's mask from this rank's (q, k) and the scale that attention is called with.
@@ -117,6 +118,10 @@ class HeadPermutation:
     def of_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [B, S, H, D], k and v [B, S, H_kv, D] in this order."""
         return q.index_select(2, self.queries), k.index_select(2, self.keys), v.index_select(2, self.keys)
+
+    def of_form(self, form: AttentionForm) -> AttentionForm:
+        """Return the form with its sinks in this order."""
+        return form if form.sinks is None else replace(form, sinks=form.sinks.index_select(0, self.queries))
 
     def back(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Return out [B, S, H, D] and lse [B, H, S] as the model has its heads."""

@@ -37,10 +37,11 @@ class Part:
 
 @dataclass(eq=False, kw_only=True)
 class Launches:
-    """The launches of one pass of a layer. scale: of the scores."""
+    """The launches of one pass of a layer. scale and softcap: of the scores, see `kernels.values.Queries`."""
 
     layer: Layer
     scale: float
+    softcap: float | None = None
     _parts: dict[PartKey, Part] = field(default_factory=dict)
 
     @property
@@ -91,7 +92,7 @@ class ForwardLaunches(Launches):
 
     def _queries(self, task: Task) -> api.Queries:
         (q,) = self.layer.take_queries(task)
-        return api.Queries(q=q, scale=self.scale)
+        return api.Queries(q=q, scale=self.scale, softcap=self.softcap)
 
     def _launch(self, part: Part, tasks: Launched) -> None:
         given: Any = part.results
@@ -105,7 +106,9 @@ class BackwardLaunches(Launches):
         q, grad_out, lse, delta = self.layer.take_queries(task)
         several = self.layer.program.keyed_tasks[part_of(task)] > 1  # for a single launch scratch would not pay
         scratch = {} if several else None
-        return api.BackwardQueries(q=q, scale=self.scale, grad_out=grad_out, lse=lse, delta=delta, scratch=scratch)
+        return api.BackwardQueries(
+            q=q, scale=self.scale, softcap=self.softcap, grad_out=grad_out, lse=lse, delta=delta, scratch=scratch
+        )
 
     def _launch(self, part: Part, tasks: Launched) -> None:
         layer, sums, keyed = self.layer, self.layer.sums, _keyed(tasks)

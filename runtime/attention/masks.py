@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ...kernels import api
 from ...kernels.mask import AttentionMask
+from ...kernels.window import edge_diagonals
 from ...planner.schedule.pairs import Pairs, bits_of_diagonals, causal_pairs, documents_share, pairs_of_blocks
 from ...planner.schedule.placement import Placement
 from ...planner.schedule.schedule import ShardId, Task
 from ...traces.errors import InputError
-from ...traces.pattern import LayerPattern, VerticalSlash
+from ...traces.pattern import LayerPattern, VerticalSlash, has_windows
 from .heads import Heads
 
 HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
@@ -44,17 +45,42 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
         active=torch.from_numpy(_active(pattern)),
         columns=torch.from_numpy(columns) if columns_capacity else None,
         documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
+        windows=tuple(head.window_tokens for head in pattern.heads) if has_windows(pattern) else None,
     )
     return mask.to(device)
+
+
+def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
+    """Return the mask with exactly `columns_capacity` column slots; InputError when it needs more."""
+    if mask.column_capacity == columns_capacity:
+        return mask
+    if mask.column_capacity > columns_capacity:
+        raise InputError(
+            f"the selector may choose {mask.column_capacity} columns; the plan has room for {columns_capacity}",
+            field="columns_capacity",
+        )
+    heads, missing = mask.heads, columns_capacity - mask.column_capacity
+    empty = torch.full((heads, missing), mask.seq_len_tokens, dtype=torch.int32, device=mask.active.device)
+    return replace(mask, columns=empty if mask.columns is None else torch.cat([mask.columns, empty], dim=1))
 
 
 def mask_pairs(mask: AttentionMask, placement: Placement) -> Pairs:
     """Return the (query part, key part) pairs that a mask needs. Waits for the device."""
     active = mask.active.any(0).cpu().numpy()
     bits = bits_of_diagonals(active) if mask.is_toeplitz else np.tril(active)
+    cut: np.ndarray = np.logical_or.reduce(cut_diagonals(mask), axis=0)
+    bits = bits | bits_of_diagonals(cut)
     documents = None if mask.documents is None else mask.documents.cpu().numpy()
     bits = documents_share(documents, mask.block_size, mask.seq_len_tokens, bits)
     return pairs_of_blocks(bits, placement, block_size=mask.block_size)
+
+
+def cut_diagonals(mask: AttentionMask) -> np.ndarray:
+    """Return bool [H, N]: the block diagonals that each head's window cuts, active ones among them."""
+    cut = np.zeros((mask.heads, mask.blocks), dtype=bool)
+    for head, window in enumerate(mask.windows or ()):
+        cut[head, list(edge_diagonals(window, mask.block_size, mask.blocks))] = True
+    return cut
 
 
 class PairGuard:
@@ -78,15 +104,21 @@ class PairGuard:
 
 
 def _active(pattern: LayerPattern) -> np.ndarray:
-    """Return bool [H, N] when all heads are made of diagonals, else [H, N, N]."""
+    """Return bool [H, N] when all heads are made of diagonals, else [H, N, N]: what is attended whole."""
     blocks = pattern.num_blocks
-    diagonals = [head.diagonals for head in pattern.heads if isinstance(head, VerticalSlash)]
-    if len(diagonals) < pattern.num_heads:
-        return np.stack([head.block_bits(blocks) for head in pattern.heads])
-    active = np.zeros((pattern.num_heads, blocks), dtype=bool)
-    for number, values in enumerate(diagonals):
-        active[number, values] = True
-    return active
+    whole = [_diagonal_flags(head, blocks) for head in pattern.heads if isinstance(head, VerticalSlash)]
+    if len(whole) == pattern.num_heads:
+        return np.stack(whole)
+    return np.stack([
+        bits_of_diagonals(_diagonal_flags(head, blocks)) if isinstance(head, VerticalSlash) else head.bits
+        for head in pattern.heads
+    ])  # fmt: skip
+
+
+def _diagonal_flags(head: VerticalSlash, blocks: int) -> np.ndarray:
+    flags = np.zeros(blocks, dtype=bool)
+    flags[head.whole] = True
+    return flags
 
 
 def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
@@ -103,7 +135,8 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     mixed ^= mixed >> 32
     mixed *= HASH_MULTIPLIER
     mixed ^= mixed >> 29
-    return mixed.mul_(HASH_MULTIPLIER).sum()
+    windows = sum(hash((number, mask.windows)) for number, mask in enumerate(masks) if mask.windows is not None)
+    return mixed.mul_(HASH_MULTIPLIER).sum() + windows % (1 << 62)
 
 
 class RunningHash:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,23 +14,11 @@ from ...traces.errors import InputError
 from ..comm.channels import CommunicationError, Waiting
 from ..comm.mesh import Mesh
 from ..comm.reuse import common_group
+from ..pattern.by_layer import planned_selector
+from ..pattern.selectors import chosen_mask
 from .bound import BoundPlan
-from .heads import Chooser
-from .selectors import chosen_mask, make_selector
-
-
-def with_capacity(mask: AttentionMask, columns_capacity: int) -> AttentionMask:
-    """Return the mask with exactly `columns_capacity` column slots; InputError when it needs more."""
-    if mask.column_capacity == columns_capacity:
-        return mask
-    if mask.column_capacity > columns_capacity:
-        raise InputError(
-            f"the selector may choose {mask.column_capacity} columns; the plan has room for {columns_capacity}",
-            field="columns_capacity",
-        )
-    heads, missing = mask.heads, columns_capacity - mask.column_capacity
-    empty = torch.full((heads, missing), mask.seq_len_tokens, dtype=torch.int32, device=mask.active.device)
-    return replace(mask, columns=empty if mask.columns is None else torch.cat([mask.columns, empty], dim=1))
+from .heads import Chooser, Pattern
+from .masks import with_capacity
 
 
 def collectives_over(mesh: Mesh, waiting: Waiting = nullcontext) -> Collectives:
@@ -60,22 +47,31 @@ def collectives_over(mesh: Mesh, waiting: Waiting = nullcontext) -> Collectives:
 class PlannedChoice:
     """Chooses every layer's mask with the plan's selector, distributed over the ranks of its mesh.
 
-    Making it is collective. waiting: see `collectives_over`. Raises InputError when the plan replays a trace.
+    Making it is collective. waiting: see `collectives_over`. documents: int32 [S] of all tokens of what comes next,
+    which only selectors that keep documents apart take. Raises InputError when the plan replays a trace.
     """
+
+    documents: torch.Tensor | None = None
 
     def __init__(self, bound: BoundPlan, waiting: Waiting = nullcontext) -> None:
         plan = bound.plan
-        if plan.pattern.source != "choose" or plan.pattern.selector is None:
+        if plan.pattern.source != "choose":
             raise InputError("the plan replays a trace: give the trace", field="pattern.source")
         self._bound = bound
-        self._selector = make_selector(plan.pattern.selector, plan.pattern.settings)
+        self._selector = planned_selector(plan.pattern, layers=plan.model.layers)
         self._collectives = collectives_over(bound.mesh, waiting)
 
-    def of_layer(self, layer: int) -> Chooser:
-        """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called."""
+    def of_layer(self, layer: int) -> Pattern:
+        """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called.
 
+        Of a layer that the model itself lets look less far than the sequence, its mask: there is nothing to choose.
+        """
+        own = self._bound.own_mask(layer)
+        return self._chooser(layer) if own is None else own
+
+    def _chooser(self, layer: int) -> Chooser:
         def choose(q: torch.Tensor, k: torch.Tensor, scale: float) -> AttentionMask:
-            shard = self._bound.shard_tensors(q, k)
+            shard = self._bound.shard_tensors(q, k, self.documents)
             mask = chosen_mask(self._selector, shard, layer=layer, scale=scale, collectives=self._collectives)
             return with_capacity(mask, self._bound.plan.columns_capacity)
 

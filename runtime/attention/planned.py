@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.api import AttentionMask, accumulator_dtype, backend_of
+from ...kernels.sinks import sink_gradients, with_sinks
 from ...planner.schedule.schedule import Direction
 from ...traces.errors import InputError, UnsupportedError
 from ..comm.channels import Channel, Channels, CommunicationError, Waiting
 from ..comm.measure import Recorder
 from ..comm.mesh import agree, name_lost_ranks, naming_lost_ranks
 from ..comm.reuse import common_channels
+from ..pattern.form import PLAIN, AttentionForm
 from .bound import BoundPlan
 from .buffers import BufferPool, Slots
 from .heads import Pattern
@@ -36,8 +38,8 @@ _planned = itertools.count(1)  # all ranks make theirs in the same order
 class Saved(NamedTuple):
     """What a layer's forward keeps for its backward beside its inputs.
 
-    out [B, S, H, D], lse [B, H, S]; columns: gathered [2, B, H, C, D], None where there are none; kept_kv: K/V of other
-    ranks [2, count, B, S, H_kv, D], None where none are kept.
+    out [B, S, H, D], lse [B, H, S], sinks counted; columns: gathered [2, B, H, C, D], None where there are none;
+    kept_kv: K/V of other ranks [2, count, B, S, H_kv, D], None where none are kept.
     """
 
     out: Tensor
@@ -50,7 +52,7 @@ class Saved(NamedTuple):
 class PlayedForward(NamedTuple):
     """One layer's forward as it was played on this rank, heads in the plan's order: q, k, v, the mask and results.
 
-    q, out [B, S, H, D], k, v [B, S, H_kv, D], lse [B, H, S].
+    q, out [B, S, H, D], k, v [B, S, H_kv, D], lse [B, H, S]; form: softcap and sinks [H], in the same order.
     """
 
     q: Tensor
@@ -58,6 +60,7 @@ class PlayedForward(NamedTuple):
     v: Tensor
     mask: AttentionMask
     scale: float
+    form: AttentionForm
     out: Tensor
     lse: Tensor
 
@@ -111,19 +114,22 @@ class PlannedAttention:
         self._topic, self._agreements = f"{bound.topic} attention {next(_planned)}", 0
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return out [B, S, H, D] of this rank's queries. See `with_lse`."""
-        return self.with_lse(q, k, v, mask, scale=scale, layer=layer)[0]
+        return self.with_lse(q, k, v, mask, scale=scale, layer=layer, form=form)[0]
 
     def with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None, layer: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Pattern, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return (out [B, S, H, D] in q's dtype, lse [B, H, S] in the accumulator's, not differentiable).
 
         q [B, S, H, D], k and v [B, S, H_kv, D]: this rank's shard, in the order of `bound.own_positions`. mask: the
         layer's patterns, equal on all ranks, or a function of (q, k, scale) that chooses them while K and V are on
-        their way. layer: its number in the model, which only plans with an order of heads by layer ask for.
+        their way. layer: its number in the model, which only plans with an order of heads by layer ask for. form: its
+        softcap and sinks, which get gradients too; its reach is in the mask.
         Collective: every rank calls it for the same layer. Raises InputError when a shape or type is not the plan's, or
         the mask activates a pair of shards that the plan leaves out.
         """
@@ -135,10 +141,12 @@ class PlannedAttention:
         if order is not None:
             mask = order.of_mask(mask, q, k)
             q, k, v = order.of_inputs(q, k, v)
-        out, lse = _RingFunction.apply(q, k, v, self, mask, factor, layer)  # pyright: ignore[reportGeneralTypeIssues]
+            form = order.of_form(form)
+        given = self, mask, factor, layer, form.softcap
+        out, lse = _RingFunction.apply(q, k, v, form.sinks, *given)  # pyright: ignore[reportGeneralTypeIssues]
         return (out, lse) if order is None else order.back(out, lse)
 
-    def forward(self, qkv: Tensors, mask: Pattern, scale: float) -> Saved:
+    def forward(self, qkv: Tensors, mask: Pattern, scale: float, form: AttentionForm = PLAIN) -> Saved:
         """Play the plan's forward on contiguous q, k, v; return its results and what backward needs."""
         q, k, v = qkv
         indexes = Indexes(
@@ -153,13 +161,20 @@ class PlannedAttention:
             kept_kv = k.new_empty(2, program.kept_slots, batch, tokens, program.groups.kv_heads_of_one, head_dim)
         slots = self.slots("forward", k, kept_kv)
         layer = Layer(program=program, indexes=indexes, slots=slots, kv=(k, v), queries=(q,))
-        self._play(layer, ForwardLaunches(layer=layer, scale=scale))
+        self._play(layer, ForwardLaunches(layer=layer, scale=scale, softcap=form.softcap))
         assert layer.results is not None
         out, lse = layer.results
+        if form.sinks is not None:
+            out, lse = with_sinks(out, lse, form.sinks.detach())
         return Saved(out=out, lse=lse, columns=layer.columns, kept_kv=kept_kv, indexes=indexes)
 
-    def backward(self, grad_out: Tensor, qkv: Tensors, saved: Saved, scale: float) -> Tensors:
-        """Play the plan's backward; return dq in q's dtype, dk and dv in the accumulator's. grad_out: contiguous."""
+    def backward(
+        self, grad_out: Tensor, qkv: Tensors, saved: Saved, scale: float, form: AttentionForm = PLAIN
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Play the plan's backward; return dq in q's dtype, dk, dv and what this rank's queries give the sinks [H].
+
+        The latter three in the accumulator's type, None without sinks. grad_out: contiguous.
+        """
         q, k, v = qkv
         program, dtype = self.bound.programs["backward"], accumulator_dtype(q.dtype)
         backend = backend_of(self.bound.backend)
@@ -171,9 +186,10 @@ class PlannedAttention:
             program=program, indexes=saved.indexes, slots=slots, kv=(k, v), columns=saved.columns, sums=sums,
             queries=(q, grad_out, saved.lse, delta),
         )  # fmt: skip
-        self._play(layer, BackwardLaunches(layer=layer, scale=scale))
+        self._play(layer, BackwardLaunches(layer=layer, scale=scale, softcap=form.softcap))
         grad_q = torch.zeros_like(q) if layer.results is None else layer.results[0]
-        return grad_q, *sums.finish()
+        grad_k, grad_v = sums.finish()
+        return grad_q, grad_k, grad_v, None if form.sinks is None else sink_gradients(saved.lse, delta, form.sinks)
 
     def slots(self, direction: Direction, k: Tensor, kept: Tensor | None = None) -> Slots:
         """Return the slots of one direction for K/V shaped like `k`; kept: those of the layer's own."""
@@ -234,42 +250,44 @@ class PlannedAttention:
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: PlannedAttention, mask: Pattern, scale: float,
-        layer: int | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, planned: PlannedAttention, mask: Pattern,
+        scale: float, layer: int | None, softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Play the plan's forward, or take its results where a checkpointed layer kept them."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v, form = q.contiguous(), k.contiguous(), v.contiguous(), AttentionForm(softcap=softcap, sinks=sinks)
 
         def play_forward() -> Saved:
-            saved = planned.forward((q, k, v), mask, scale)
+            saved = planned.forward((q, k, v), mask, scale, form)
             if planned.watch is not None:
-                planned.watch.after_forward(layer, _played((q, k, v), saved, scale))
+                planned.watch.after_forward(layer, _played((q, k, v), saved, scale, form))
             return saved
 
         saved = Saved(*computed_once(play_forward, q.device))
-        ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.columns, saved.kept_kv)
-        ctx.given = planned, saved.indexes, scale, layer
+        ctx.save_for_backward(q, k, v, sinks, saved.out, saved.lse, saved.columns, saved.kept_kv)
+        ctx.given = planned, saved.indexes, scale, layer, softcap
         ctx.mark_non_differentiable(saved.lse)
         return saved.out, saved.lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Play the plan's backward: dq, dk, dv, and nothing for the rest. UnsupportedError under create_graph."""
+        """Play the plan's backward: dq, dk, dv, those of the sinks. UnsupportedError under create_graph."""
         # once_differentiable would refuse too, but only where the incoming gradient has a graph
         if torch.is_grad_enabled():  # in backward: create_graph
             raise UnsupportedError(
                 "gradients of gradients of planned attention are not supported", field="create_graph"
             )
-        q, k, v, out, lse, columns, kept_kv = ctx.saved_tensors
-        planned, indexes, scale, layer = ctx.given
+        q, k, v, sinks, out, lse, columns, kept_kv = ctx.saved_tensors
+        planned, indexes, scale, layer, softcap = ctx.given
+        form = AttentionForm(softcap=softcap, sinks=sinks)
         saved, grad_out = Saved(out, lse, columns, kept_kv, indexes), grads[0].contiguous()
-        grad_q, grad_k, grad_v = planned.backward(grad_out, (q, k, v), saved, scale)
+        grad_q, grad_k, grad_v, grad_sinks = planned.backward(grad_out, (q, k, v), saved, scale, form)
         if planned.watch is not None:
-            played = PlayedBackward(_played((q, k, v), saved, scale), grad_out, grad_q, grad_k, grad_v)
+            played = PlayedBackward(_played((q, k, v), saved, scale, form), grad_out, grad_q, grad_k, grad_v)
             planned.watch.after_backward(layer, played)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+        of_sinks = None if grad_sinks is None else grad_sinks.to(sinks.dtype)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), of_sinks, None, None, None, None, None
 
 
-def _played(qkv: Tensors, saved: Saved, scale: float) -> PlayedForward:
+def _played(qkv: Tensors, saved: Saved, scale: float, form: AttentionForm) -> PlayedForward:
     q, k, v = qkv
-    return PlayedForward(q=q, k=k, v=v, mask=saved.indexes.mask, scale=scale, out=saved.out, lse=saved.lse)
+    return PlayedForward(q=q, k=k, v=v, mask=saved.indexes.mask, scale=scale, form=form, out=saved.out, lse=saved.lse)

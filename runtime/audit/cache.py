@@ -53,9 +53,14 @@ def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens
         "model": model_digest(config, model_class, seq_len_tokens),
         "source": "".join(sorted(_file_digest(path) for path in sources if path.is_file())),
         "versions": versions(),
-        "audit": "".join(_file_digest(path) for path in sorted([*here.glob("*.py"), *here.glob("../model/*.py")])),
+        "audit": "".join(_file_digest(path) for path in sorted(_own_sources(here))),
     }
     return sha256_of_bytes(canonical_json(document))
+
+
+def _own_sources(here: Path) -> list[Path]:
+    """Return the files that decide what an audit says: its own, and what reads a model and its calls."""
+    return [*here.glob("*.py"), *here.glob("../model/*.py"), *here.glob("../pattern/*.py")]
 
 
 def versions() -> dict[str, str]:

@@ -26,10 +26,10 @@ from ...planner.layouts.ring import Ring
 from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
 from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
-from ..attention.selectors import dense_pattern
 from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
 from ..model.shard import IGNORED_LABEL, shard
+from ..pattern.selectors import dense_pattern
 from .single_tokens import check_calls, random_ids
 from .small import AUDITED_TOKENS
 from .twins import AttentionCall, Double, Meeting, MetAttention, run_together

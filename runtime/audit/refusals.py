@@ -14,7 +14,8 @@ from ..model.shape import setting, text_config
 PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
 DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter|drop_path|stochastic_depth)")
 NO_DROPOUT = re.compile(r"^(classifier|summary|seq_classif|label_)")
-WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention")
+# Windows of other names than the one that `model/shape.py` knows: what they leave of a sequence is not known.
+WINDOWS = ("sliding_window_size", "attention_window_size", "window_size", "local_attention")
 
 
 def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
@@ -27,11 +28,6 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     is_static = type(positions) is int and seq_len_tokens <= positions  # `dynamic` begins to change beyond them
     _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
     kinds = set(setting(text, "layer_types") or ())
-    chunk = setting(text, "attention_chunk_size")
-    is_chunked = "chunked_attention" in kinds or (not kinds and type(chunk) is int and chunk > 0)
-    if is_chunked and (chunk or 0) < seq_len_tokens:
-        raise UnsupportedError(f"is {chunk}, below the {seq_len_tokens} tokens of a sequence",
-                               field="attention_chunk_size")  # fmt: skip
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
         for name in WINDOWS:
             window = setting(text, name)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
 from ..model.shape import model_body, model_shape, setting
+from ..pattern.form import PLAIN, AttentionForm
 from .twins import AttentionCall, Double, NotingAttention
 
 TOLERANCE = 1e-6
@@ -33,8 +34,9 @@ class TokenLocal(NotingAttention):
     """In the place of attention: lets no token see another."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return [B, S, H, D] in which q, k, v and their angles all count."""
         keys, values = self.note(q, k, v, layer)
         return (torch.tanh((q * keys).mean(-1, keepdim=True)) * values + 0.1 * q).contiguous()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...traces.errors import UnsupportedError
+from ..pattern.form import PLAIN, AttentionForm
 
 WAIT_S = 120.0
 
@@ -94,9 +95,12 @@ class MetAttention(NotingAttention):
         self.meeting, self.rank = meeting, rank
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return softmax(scale q k^T) v [B, S_own, H, D] over keys that are not later; 0 for queries of padding.
+
+        form: with its softcap and sinks, over the keys in its reach.
 
         UnsupportedError for shapes that planned attention does not take.
         """
@@ -106,8 +110,14 @@ class MetAttention(NotingAttention):
         keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))
         own, everywhere = self.meeting.positions[self.rank], torch.cat(self.meeting.positions)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * float(q.shape[-1] ** -0.5 if scale is None else scale)
+        if form.softcap is not None:
+            scores = torch.tanh(scores / form.softcap) * form.softcap
         allowed = (everywhere <= own[:, None]) & (everywhere < self.meeting.valid_tokens)
-        weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+        allowed = allowed & (form.reach.allowed(own, everywhere) | (own >= self.meeting.valid_tokens)[:, None])
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        if form.sinks is not None:  # a score of a key whose value is zero
+            scores = torch.cat([scores, form.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : everywhere.shape[0]]
         out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
         return (out * (own < self.meeting.valid_tokens).to(out.dtype)[:, None, None]).contiguous()
 

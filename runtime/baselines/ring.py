@@ -23,6 +23,7 @@ from ..attention.recompute import computed_once
 from ..comm.channels import Waiting
 from ..comm.mesh import Mesh
 from ..comm.reuse import common_group
+from ..pattern.form import PLAIN, AttentionForm
 from .flash4 import Gradients, flash4_backward, flash4_forward, require_flash4_on
 
 Pair = tuple[Tensor, Tensor]  # K and V, or their gradients; a partial result: out [B, H, S, D], lse [B, H, S] float
@@ -45,9 +46,11 @@ class ZigzagAttention:
         self.group = common_group(mesh, "zigzag") if mesh.world_size > 1 else None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask and layer are ignored: it is dense."""
+        form.require_plain(q.shape[1] * self.mesh.world_size, about="the zigzag ring")
         if q.shape[1] % 2:
             raise UnsupportedError(f"{q.shape[1]} tokens are not two chunks", field="q")
         out = _Zigzag.apply(q, k, v, self, q.shape[-1] ** -0.5 if scale is None else scale)

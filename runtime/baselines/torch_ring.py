@@ -18,6 +18,7 @@ from ...traces.errors import UnsupportedError
 from ..attention.recompute import computed_once
 from ..comm.mesh import Mesh
 from ..comm.reuse import common_group
+from ..pattern.form import PLAIN, AttentionForm
 
 
 class TorchContextParallel:
@@ -34,9 +35,11 @@ class TorchContextParallel:
         self._device_mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("context",))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return out [B, S, H, D]. q [B, S, H, D], k and v [B, S, H_kv, D]; mask and layer are ignored: it is dense."""
+        form.require_plain(q.shape[1] * self.mesh.world_size, about="torch's context parallelism")
         out = _TorchRing.apply(q, k, v, self, scale)
         assert isinstance(out, Tensor)
         return out

@@ -25,17 +25,19 @@ from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
 from ...kernels.select.registry import Selector
 from ...planner.schedule.backends import computed_head_dim
+from ...planner.specs import MODEL
 from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.writer import StepWriter, TraceWriter
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
+from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, windowed
 from ...traces.progress import Progress, no_progress
-from ..attention.selectors import chosen_mask
 from ..audit.audit import require_model
 from ..audit.result import Audit
 from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
+from ..pattern.form import PLAIN, AttentionForm, Reach
+from ..pattern.selectors import chosen_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +120,13 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
     for head in range(mask.heads):
         chosen = np.zeros(0, np.int32) if columns is None else columns[head][columns[head] < mask.seq_len_tokens]
         if mask.is_toeplitz:
-            heads.append(VerticalSlash(columns=chosen, diagonals=np.flatnonzero(active[head]).astype(np.int32)))
+            window = 0 if mask.windows is None else mask.windows[head]
+            whole = np.flatnonzero(active[head])
+            heads.append(
+                windowed(window, block_size=mask.block_size, blocks=mask.blocks, columns=chosen, diagonals=whole)
+            )
         else:
-            assert not chosen.size, "no selector gives block pairs and columns at once"
+            assert not chosen.size and mask.windows is None, "no selector gives block pairs and more at once"
             heads.append(BlockMask(bits=active[head]))
     documents = None if mask.documents is None else mask.documents.cpu().numpy()[: mask.seq_len_tokens]
     return LayerPattern(
@@ -136,24 +142,33 @@ class _Recorder:
         self.seen = 0
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Record one layer and return its attention [1, S, H, D]."""
         if layer is None or q.shape[0] != 1:
             raise UnsupportedError(f"is {q.shape[0]}; one sequence at a time is captured", field="batch size")
         factor = float(q.shape[3] ** -0.5 if scale is None else scale)
         header = self.step.header
-        wanted = layer in header.recorded_layers
-        if wanted or self.settings.sparse:
-            shard = ShardTensors.whole(q, k, block_size=header.block_size)
+        wanted, limited = layer in header.recorded_layers, form.reach.limits(header.seq_len_tokens)
+        if limited:  # the model's own pattern: there is nothing to choose
+            mask = _whole_reach(form, q, header.block_size)
+            if wanted:
+                self.step.append(layer, pattern_of(mask), [own_choice(form.reach)] * mask.heads)
+        elif wanted or self.settings.sparse:
+            shard = ShardTensors.whole(q, k, block_size=header.block_size, softcap=form.softcap)
             mask = chosen_mask(self.settings.selector, shard, layer=layer, scale=factor)
             if wanted:
                 self.step.append(layer, pattern_of(mask), self._choices(layer, shard, mask, factor))
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
-        if self.settings.sparse and mask is not None:
-            return full_attention(q, k, v, mask, scale=factor, backend=_backend(q.device))[0]
-        return dense_causal(q, k, v, scale=factor)
+        if not limited and not self.settings.sparse:
+            if form.softcap is None and form.sinks is None:
+                return dense_causal(q, k, v, scale=factor)
+            mask = _whole_reach(form, q, header.block_size)
+        assert mask is not None
+        given = {"softcap": form.softcap, "sinks": form.sinks}
+        return full_attention(q, k, v, mask, scale=factor, backend=_backend(q.device), **given)[0]
 
     def close(self) -> None:
         """Nothing is held: the step is its writer's."""
@@ -166,6 +181,17 @@ class _Recorder:
             HeadChoice(selector=one.name, settings=one.settings, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
             for one, kept, kept_sampled in zip(heads, probe, sampled.clamp(max=1).tolist(), strict=True)
         ]
+
+
+def _whole_reach(form: AttentionForm, q: Tensor, block_size: int) -> AttentionMask:
+    """Return all that a layer of a model may attend in a sequence of q [1, S, H, D]."""
+    return form.reach.mask(heads=q.shape[2], seq_len_tokens=q.shape[1], block_size=block_size, device=q.device)
+
+
+def own_choice(reach: Reach) -> HeadChoice:
+    """Return what a trace says of a pattern that is the model's own."""
+    lengths = {"window_tokens": reach.window_tokens, "chunk_tokens": reach.chunk_tokens}
+    return HeadChoice(selector=MODEL, settings={name: tokens for name, tokens in lengths.items() if tokens})
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

@@ -18,6 +18,7 @@ from ...traces.errors import InputError
 from ...traces.progress import shown_progress
 from ...traces.published import read_published
 from ...traces.stats import describe
+from ..pattern.section import parse_layers, read_patterns
 from .selector_options import SelectorOptions, with_selector_options
 
 TokenizerName = StrEnum("TokenizerName", ["auto", "byte", "model"])
@@ -33,6 +34,7 @@ def capture(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="Text windows; window i is training step i.")] = 1,
     settings: Annotated[Path | None, typer.Option(help="Published per-head settings (JSON), not --selector.")] = None,
+    patterns: Annotated[Path | None, typer.Option(help="Patterns by layer (YAML), not --selector.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a mask block: 64 or 128.")] = 128,
     layers: Annotated[str, typer.Option(help="Layers to record: all, or a list such as 0,5,30-35.")] = "all",
     sparse: Annotated[bool, typer.Option("--sparse", help="Continue with sparse attention by the pattern.")] = False,
@@ -55,12 +57,15 @@ def capture(
     if (output / MANIFEST_NAME).exists():
         Trace.open(output)  # a trace that cannot be continued is refused before a model is loaded
 
-    from ..attention.selectors import published_selector
     from ..audit.audit import audit
     from ..model.load import check_vocabulary, load_model, pick_device, read_config, read_windows
+    from ..pattern.by_layer import selector_by_rules
+    from ..pattern.selectors import published_selector
     from .capture import CaptureSettings, capture_model, trace_header
 
-    selector = chosen.selector() if settings is None else None
+    file = _only_file(chosen, settings, patterns)
+    section = None if patterns is None else read_patterns(patterns)
+    selector = chosen.selector() if file is None else None
     audit(read_config(model)[1], seq_len_tokens=seq_len).require(source=model)
     windows = read_windows(texts, model_path=model, tokenizer=tokenizer, seq_len_tokens=seq_len, count=steps)
     loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype, seed=seed)
@@ -68,13 +73,16 @@ def capture(
     model_id = model.name if model.is_dir() else model.parent.resolve().name or model.stem
     header = trace_header(
         loaded, model_id=f"{model_id} (random weights)" if random_weights else model_id, seq_len_tokens=seq_len,
-        block_size=block_size, seed=seed, layers=parse_layers(layers),
+        block_size=block_size, seed=seed, layers=parse_layers(layers, field="--layers"),
     )  # fmt: skip
     if settings is not None:
-        for option in chosen.given:
-            raise InputError(f"comes from {settings}, it cannot be given beside --settings", field=option)
         shape = header.model
         selector = published_selector(read_published(settings, layers=shape.layers, heads=shape.heads))
+    if section is not None:
+        try:
+            selector = selector_by_rules(section, layers=header.model.layers)
+        except InputError as error:
+            raise type(error)(str(error), source=patterns) from error
     assert selector is not None
     capture_settings = CaptureSettings(selector=selector, seed=seed, sparse=sparse)
     with TraceWriter(output, header) as writer, shown_progress() as progress:
@@ -90,17 +98,11 @@ def capture(
 capture_verb = partial(with_selector_options, capture)  # with the options of all selectors that are registered then
 
 
-def parse_layers(text: str) -> tuple[int, ...] | None:
-    """Return the layers of a list such as "0,5,30-35", ascending; None for "all"."""
-    if text.strip() == "all":
-        return None
-    chosen: set[int] = set()
-    for item in text.split(","):
-        first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(item) > 20:
-            raise InputError(f"{item.strip()!r} is neither a layer nor a range such as 4-7", field="--layers")
-        stop = int(last) if dash else int(first)
-        if not int(first) <= stop < 100_000:
-            raise InputError(f"{item.strip()!r} is no ascending range", field="--layers")
-        chosen.update(range(int(first), stop + 1))
-    return tuple(sorted(chosen))
+def _only_file(chosen: SelectorOptions, settings: Path | None, patterns: Path | None) -> Path | None:
+    """Return the file that says how patterns are chosen, if one does. InputError where something else does as well."""
+    if settings is not None and patterns is not None:
+        raise InputError("cannot be given beside --settings", field="--patterns")
+    file, name = settings or patterns, "--settings" if patterns is None else "--patterns"
+    for option in chosen.given if file is not None else ():
+        raise InputError(f"comes from {file}, it cannot be given beside {name}", field=option)
+    return file

@@ -33,7 +33,7 @@ class SelectorOptions:
     def selector(self) -> Selector:
         """Return what was asked for. InputError for a setting that the selector has not, or cannot have."""
         from ...kernels.select.registry import option_of, selectors
-        from ..attention.selectors import make_selector
+        from ..pattern.selectors import make_selector
 
         settings = {one.name: option_of(one) for one in fields(selectors()[self.name])}  # some share an option
         for option in self.given:

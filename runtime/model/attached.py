@@ -19,9 +19,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
-from .attention_call import check_attention_call, refuse_masks
+from ..pattern.form import PLAIN, AttentionForm
+from .attention_call import attention_form, refuse_masks
 from .positions import PositionGuard
-from .shape import attention_modules, model_body
+from .shape import attention_modules, layer_reaches, model_body
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -35,8 +36,9 @@ class Attention(Protocol):
     """Attention over many ranks: `PlannedAttention`, or a baseline that ignores the mask."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return out [B, S_own, H, D] of one of the model's layers."""
         ...
 
@@ -63,7 +65,7 @@ class Attached:
         self.positions, self.seq_len_tokens = PositionGuard(positions), seq_len_tokens
         self._first_loss, self._one_sequence, self._detached = first_loss, one_sequence, False
         self._before = model.config._attn_implementation or "eager"
-        self._modules = attention_modules(model)
+        self._modules, self.reaches = attention_modules(model), layer_reaches(model.config)
         model.set_attn_implementation(ATTENTION_NAME)
         if model.config._attn_implementation != ATTENTION_NAME:
             raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
@@ -155,17 +157,18 @@ def _planned_attention(
     attached: Attached | None = getattr(module, "_sparsering", None)
     if attached is None:
         raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
-    check_attention_call(
-        module, query, key, attention_mask, dropout=dropout, keywords=keywords, seq_len_tokens=attached.seq_len_tokens
-    )
+    layer = module.layer_idx
+    form = attention_form(
+        module, query, key, attention_mask, dropout=dropout, keywords=keywords, reach=attached.reaches[layer],
+        seq_len_tokens=attached.seq_len_tokens,
+    )  # fmt: skip
     if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(low) for tensor in (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
-    layer = module.layer_idx
     mask = None if attached.masks is None else attached.masks(layer)
-    return attached.planned(q, k, v, mask, scale=scaling, layer=layer), None
+    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

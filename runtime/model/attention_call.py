@@ -1,7 +1,7 @@
 """What a Hugging Face attention call may ask of us. Everything else is refused before any work is done.
 
 transformers hands every attention function whatever keywords the model has; ignoring one that changes the result
-(softcap, sinks, an active sliding window, packed lengths) would be silently wrong.
+(packed lengths, say) would be silently wrong. A softcap, learned sinks and the layer's own window are understood.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...traces.errors import UnsupportedError
+from ..pattern.form import AttentionForm, Reach
 
 # They describe the call and do not change what attention returns.
 HARMLESS = frozenset(
@@ -20,13 +21,14 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def check_attention_call(
+def attention_form(
     module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, *, dropout: float,
-    keywords: dict[str, Any], seq_len_tokens: int,
-) -> None:  # fmt: skip
-    """Raise UnsupportedError unless this is plain causal attention of whole sequences on themselves.
+    keywords: dict[str, Any], reach: Reach, seq_len_tokens: int,
+) -> AttentionForm:  # fmt: skip
+    """Return what a call of causal attention of whole sequences on themselves asks for beside scores and their scale.
 
     query [B, H, S, D], key [B, H_kv, S, D] as transformers passes them: a sequence of seq_len_tokens, or a shard of it.
+    reach: the layer's, as the configuration states it. UnsupportedError for anything else.
     """
     if attention_mask is not None:
         raise UnsupportedError("an explicit attention mask is not supported", field="attention_mask")
@@ -37,13 +39,25 @@ def check_attention_call(
         raise UnsupportedError(told, field="attention")
     if not getattr(module, "is_causal", True):
         raise UnsupportedError(f"{type(module).__name__} is not causal", field="is_causal")
-    for name, value in keywords.items():
+    given = dict(keywords)
+    softcap, sinks = given.pop("softcap", None), given.pop("s_aux", None)
+    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+        raise UnsupportedError(f"is {softcap!r}, no number above 0", field="softcap")
+    if sinks is not None and (not isinstance(sinks, Tensor) or tuple(sinks.shape) != (query.shape[1],)):
+        raise UnsupportedError("are not one learned logit a head", field="s_aux")
+    for name, value in given.items():
         if name in HARMLESS or value is None or value is (name == "is_causal"):
             continue
-        if name == "sliding_window" and isinstance(value, int) and value >= seq_len_tokens:
+        if name == "sliding_window" and type(value) is int and value in _known_windows(value, reach, seq_len_tokens):
             continue
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise UnsupportedError(f"is {shown}; this attention keyword is not supported", field=name)
+    return AttentionForm(softcap=None if softcap is None else float(softcap), sinks=sinks, reach=reach)
+
+
+def _known_windows(value: int, reach: Reach, seq_len_tokens: int) -> tuple[int, ...]:
+    """Return windows that a call may name: the configuration's of this layer, and what is no limit."""
+    return (reach.window_tokens, *((value,) if value >= seq_len_tokens else ()))
 
 
 def refuse_masks(
@@ -53,7 +67,7 @@ def refuse_masks(
     """Mask function for `AttentionMaskInterface`: makes no mask, and raises UnsupportedError for padding and caches.
 
     A padding mask of ones only is let through. What else transformers would mask is not looked at: positions of a shard
-    are not contiguous, which it takes for packed documents; windows are held to by `check_attention_call`.
+    are not contiguous, which it takes for packed documents; windows are held to by `attention_form`.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")

@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from ...planner.plan import ModelShape
 from ...traces.errors import UnsupportedError, shown
 from ...traces.validation import validated
+from ..pattern.form import WHOLE, Reach
 
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
+WINDOW, CHUNK = "sliding_window", "attention_chunk_size"
+ATTENTION_SOFTCAP = "attn_logit_softcapping"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -46,8 +49,36 @@ def model_shape(config: Any) -> ModelShape:
         stated = f"{shown(kv_heads)} and {shown(head_dim)}"
         raise UnsupportedError(f"are {stated} for {heads} heads, or not one for all layers",
                                field="num_key_value_heads, head_dim")  # fmt: skip
-    shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    reaches = layer_reaches(text)
+    shape = {
+        "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "windows": [reach.window_tokens for reach in reaches], "chunks": [reach.chunk_tokens for reach in reaches],
+        "softcap": attention_softcap(text),
+    }  # fmt: skip
     return validated(ModelShape, shape, "the model's configuration")
+
+
+def layer_reaches(config: Any) -> tuple[Reach, ...]:
+    """Return how far back each layer looks: by its kind where the configuration names kinds, else all alike.
+
+    What a configuration states in other words than these is not known here. The audit, which compares the whole model
+    with its own attention, finds it.
+    """
+    text = text_config(config)
+    layers, kinds = setting(text, "num_hidden_layers"), setting(text, "layer_types")
+    count = layers if type(layers) is int else 0
+    lengths = {name: found[name] if (found := positive_settings(text, (name,))) else 0 for name in (WINDOW, CHUNK)}
+    window = lengths[WINDOW] if setting(text, "use_sliding_window") is not False else 0
+    if not isinstance(kinds, list | tuple) or len(kinds) != count:
+        return (Reach(window_tokens=window, chunk_tokens=lengths[CHUNK]),) * count
+    known = {"sliding_attention": Reach(window_tokens=window), "chunked_attention": Reach(chunk_tokens=lengths[CHUNK])}
+    return tuple(known.get(str(kind), WHOLE) for kind in kinds)
+
+
+def attention_softcap(config: Any) -> float | None:
+    """Return the softcap of a model's attention scores, None where it has none."""
+    found = positive_settings(config, (ATTENTION_SOFTCAP,), int | float)
+    return float(found[ATTENTION_SOFTCAP]) if found else None
 
 
 def text_config(config: Any) -> Any:

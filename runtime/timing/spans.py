@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..comm.measure import Marker
 from ..model.attached import Attention
+from ..pattern.form import PLAIN, AttentionForm
 
 PARTS = ("attention_forward", "attention_backward", "choosing")
 
@@ -86,13 +87,14 @@ class TimedAttention:
         self._attention, self._clock = attention, clock
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         """Return the attention's out [B, S, H, D]."""
         ends = partial(self._clock.end, "attention_backward")
         q, k, v = _Marked.apply(ends, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
         with self._clock.span("attention_forward"):
-            out = self._attention(q, k, v, mask, scale=scale, layer=layer)
+            out = self._attention(q, k, v, mask, scale=scale, layer=layer, form=form)
         (out,) = _Marked.apply(self._clock.begin, out)  # pyright: ignore[reportGeneralTypeIssues]
         return out
 

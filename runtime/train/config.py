@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 from pydantic.functional_validators import AfterValidator
 
-from ...kernels.select import DEFAULT_SELECTOR
 from ...planner.layouts.layout import Layout
 from ...planner.layouts.registry import make_layout
 from ...planner.schedule.backends import facts_of
@@ -22,6 +21,7 @@ from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
 from ...traces.yaml_files import read_yaml, with_settings
+from ..pattern.section import PatternSection
 
 MAX_CONFIG_BYTES = 1 << 16
 AttentionName = Literal["planned", "dense", "dense-zigzag", "dense-zigzag-flash4", "torch-context-parallel"]
@@ -82,16 +82,10 @@ class ParallelSection(_Section):
         return self.data * self.context
 
 
-class PatternSection(_Section):
-    """How patterns are chosen when the plan is made here. settings: the selector's, see `sparsering capture`."""
-
-    selector: str = DEFAULT_SELECTOR
-    settings: dict[str, int | float] = Field(default_factory=dict)
-
-
 class PlanSection(_Section):
     """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
 
+    pattern: how patterns are chosen when the plan is made here, in all layers or by rules for some.
     layout: by name, as in plan files and `sparsering plan --layout`. layout_parameters: its own, as
     {chunks: 2, pull: true}; what is not given has the layout's default.
     """

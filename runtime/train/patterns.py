@@ -21,11 +21,11 @@ from ...kernels.select.probe import Collectives, kept_mass_probe, kept_mass_samp
 from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.store import Trace
 from ...traces.dataset.writer import LayerRecord
-from ..attention.bound import BoundPlan
+from ..attention.bound import BoundPlan, reach_of
 from ..attention.heads import Chooser
-from ..attention.masks import RunningHash
+from ..attention.masks import RunningHash, cut_diagonals
 from ..attention.patterns import PlannedChoice, collectives_over
-from ..hf.capture import pattern_of
+from ..hf.capture import own_choice, pattern_of
 from ..timing.spans import Clock, Exposure
 
 
@@ -77,10 +77,12 @@ class LayerMasks:
     ) -> None:  # fmt: skip
         self._bound, self._clock, self._seed, self._replayed = bound, clock, seed, replayed
         self.source: Callable[[int], AttentionMask | Chooser]
+        self._choice: PlannedChoice | None = None
         if trace is not None:
             self.source = bound.replayed(trace, trace.steps[-1]).__getitem__
         else:
-            self.source = PlannedChoice(bound, exposure.waiting).of_layer
+            self._choice = PlannedChoice(bound, exposure.waiting)
+            self.source = self._choice.of_layer
         self.documents: Tensor | None = None
         self.observed = NOTHING
         self._watched: dict[int, _Watched] = {}
@@ -90,12 +92,15 @@ class LayerMasks:
         """Return a function of this rank's (q, k, scale) that gives the layer's mask. Collective when it chooses."""
 
         def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
-            given = self.source(layer)
+            if self._choice is not None:
+                self._choice.documents = self.documents
+            own = self._bound.own_mask(layer, self.documents)
+            given = self.source(layer) if own is None else own
             with self._clock.span("choosing"):
                 mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
-            if self._replayed is not None:
+            if self._replayed is not None and own is None:
                 mask = self._replayed[layer]
-            if self.documents is not None:
+            if self.documents is not None and mask.documents is not self.documents:
                 mask = replace(mask, documents=self.documents)
             self._observe(layer, mask, q, k, scale)
             return mask
@@ -128,6 +133,10 @@ class LayerMasks:
         for layer, watched in sorted(self._watched.items()):
             assert watched.record is not None and watched.masses is not None
             pattern = pattern_of(watched.record)
+            reach = reach_of(self._bound.plan.model, layer)
+            if reach.limits(self._bound.plan.seq_len_tokens):
+                records[layer] = pattern, [own_choice(reach)] * pattern.num_heads
+                continue
             masses = [mass.clamp(0, 1).tolist() for mass in watched.masses]
             records[layer] = pattern, [
                 HeadChoice(
@@ -157,7 +166,10 @@ class LayerMasks:
 
 
 def block_rows(mask: AttentionMask) -> Tensor:
-    """Return int64 [H, N]: how many key blocks are active for each query block (causal; columns not counted)."""
+    """Return int64 [H, N]: how many key blocks are computed for each query block (causal; columns not counted)."""
+    cut = torch.from_numpy(cut_diagonals(mask)).to(mask.active.device)
     if mask.is_toeplitz:
-        return mask.active.long().cumsum(-1)
-    return torch.stack([head.tril().sum(-1) for head in mask.active])
+        return (mask.active | cut).long().cumsum(-1)
+    block = torch.arange(mask.blocks, device=cut.device)
+    within = (block[:, None] - block[None, :]).clamp(min=0)
+    return torch.stack([(head | own[within]).tril().sum(-1) for head, own in zip(mask.active, cut, strict=True)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,16 @@ from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.selectors import make_selector, pattern_chosen_by
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
+from ..pattern.by_layer import (
+    pattern_of_selector,
+    planned_selector,
+    selector_by_rules,
+    selector_words,
+    selectors_in,
+)
+from ..pattern.section import PatternSection
 from .config import TrainConfig
 
 
@@ -39,15 +45,27 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tupl
     else:
         plan, trace = _default_plan(config, shape, backend), None
         pattern = plan.pattern
-        words = "dense, every diagonal" if config.attention == "dense" else f"{pattern.selector} {pattern.settings}"
+        words = "dense, every diagonal" if config.attention == "dense" else selector_words(pattern)
         made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
     if config.data.documents.attention:
-        selector = plan.pattern.selector if plan.pattern.source == "choose" else "a replayed trace"
-        keeping = [name for name, kind in selectors().items() if kind.keeps_documents]
-        if selector not in keeping:
-            raise UnsupportedError(f"{selector!r} does not choose per document; {', '.join(keeping)} and dense "
-                                   "attention can keep documents apart", field="data.documents.attention")  # fmt: skip
+        _require_documents(plan)
     return plan, trace, made_here
+
+
+def _require_documents(plan: Plan) -> None:
+    """Raise UnsupportedError where something in a plan cannot keep packed documents apart."""
+    field, keeping = "data.documents.attention", [name for name, kind in selectors().items() if kind.keeps_documents]
+    names = ["a replayed trace"]
+    if plan.pattern.source == "choose":
+        names = [one.name for one in selectors_in(planned_selector(plan.pattern, layers=plan.model.layers))]
+    for name in names:
+        if name not in keeping:
+            raise UnsupportedError(f"{name!r} does not choose per document; {', '.join(keeping)} and dense attention "
+                                   "can keep documents apart", field=field)  # fmt: skip
+    chunks = [tokens for tokens in plan.model.chunks or () if 0 < tokens < plan.seq_len_tokens]
+    if chunks:
+        raise UnsupportedError(f"is on, and the model attends in chunks of {chunks[0]} tokens: where they begin in "
+                               "documents is not known", field=field)  # fmt: skip
 
 
 def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan, Trace | None]:
@@ -76,7 +94,7 @@ def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan
     elif config.plan.trace is not None:
         raise InputError("the plan chooses its patterns and replays no trace", field="plan.trace")
     else:
-        _selector(plan.pattern.selector or "", plan.pattern.settings)
+        planned_selector(plan.pattern, layers=shape.layers)
     return plan, trace
 
 
@@ -85,7 +103,7 @@ def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
     if config.attention == "dense":
         selector: Selector = dense(config.seq_len_tokens)
     else:
-        selector = _selector(config.plan.pattern.selector, config.plan.pattern.settings)
+        selector = _selector(config.plan.pattern, shape.layers)
     placement = striped(
         seq_len_tokens=config.seq_len_tokens, world_size=config.parallel.context,
         granularity_tokens=config.plan.block_size,
@@ -131,14 +149,14 @@ def _plan(
             model=shape, seq_len_tokens=config.seq_len_tokens, block_size=config.plan.block_size, dtype=config.dtype,
             columns_capacity=columns_capacity,
         ),
-        placement=placement, forward=layout, pattern=pattern_chosen_by(selector),
+        placement=placement, forward=layout, pattern=pattern_of_selector(selector),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )  # fmt: skip
     return plan.with_record(provenance={"made_by": "sparsering train"})
 
 
-def _selector(name: str, settings: dict[str, Any]) -> Selector:
+def _selector(section: PatternSection, layers: int) -> Selector:
     try:
-        return make_selector(name, settings)
+        return selector_by_rules(section, layers=layers)
     except InputError as error:
         raise InputError(str(error), field="plan.pattern") from error

@@ -17,7 +17,8 @@ from many_inputs import one_more_gibibyte
 from sparsering.traces.dataset import rows
 from sparsering.traces.dataset.manifest import ModelShape, TraceHeader
 from sparsering.traces.dataset.pages import BrokenPage, sizes_of_chunk
-from sparsering.traces.dataset.rows import BLOCK_MASK, SCHEMA, VERTICAL_SLASH, packed_bytes
+from sparsering.traces.dataset.row_formats import SCHEMA
+from sparsering.traces.dataset.rows import BLOCK_MASK, VERTICAL_SLASH, packed_bytes
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.errors import InputError
@@ -51,7 +52,7 @@ def trace_of(folder: Path, values: list[dict[str, Any]], *, blocks: int, **writt
 VERTICAL = rows.VerticalSlash(columns=np.zeros(0, np.int32), diagonals=np.zeros(1, np.int32))
 CHOICE = rows.HeadChoice(selector="hostile")
 ROW = {"training_step": 0, "layer": 0, "selector": "hostile", "settings": "{}", "density": 0.1,
-       "kept_mass_probe": None, "kept_mass_sampled": None}  # fmt: skip
+       "kept_mass_probe": None, "kept_mass_sampled": None, "window_tokens": 0, "cut_diagonals": []}  # fmt: skip
 
 
 def refused(path: Path, told: str) -> None:
@@ -77,8 +78,9 @@ def test_one_mask_of_many_blocks(tmp_path: Path) -> None:
     refused(trace_of(tmp_path / "trace", masks(40000, 1), blocks=40000, use_dictionary=False), "at most 16384 are read")
 
 
-def test_a_list_that_repeats_one_number(tmp_path: Path) -> None:
-    values = [DENSE | {"columns": np.zeros(70_000_000, np.int32)}]
+@pytest.mark.parametrize("name", ["columns", "cut_diagonals"])
+def test_a_list_that_repeats_one_number(tmp_path: Path, name: str) -> None:
+    values = [DENSE | {name: np.zeros(70_000_000, np.int32)}]
     refused(trace_of(tmp_path / "trace", values, blocks=1 << 21), "unpacks to .* at most 268435456")
 
 

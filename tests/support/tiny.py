@@ -187,6 +187,8 @@ def assert_same_layer(first: LayerPattern, second: LayerPattern) -> None:
         assert getattr(first, name) == getattr(second, name)
     for head, (a, b) in enumerate(zip(first.heads, second.heads, strict=True)):
         assert type(a) is type(b)
+        assert a.window_tokens == b.window_tokens
+        np.testing.assert_array_equal(a.cut, b.cut)
         np.testing.assert_array_equal(a.columns, b.columns)
         np.testing.assert_array_equal(a.block_bits(first.num_blocks), b.block_bits(first.num_blocks))
         np.testing.assert_array_equal(element_mask(first, head), element_mask(second, head))

@@ -13,13 +13,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..errors import InputError
 from ..files import read_sealed, sealed, write_json
 from ..validation import validation_error
+from .layer_limits import LAYER_LIMITS, LayerTokens, limit_of_layers
 
-TRACE_SCHEMA_VERSION = 1
+TRACE_SCHEMA_VERSION = 2
+SchemaVersion = Literal[1, 2]  # 1: before windows; read, and continued as it is
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MANIFEST_VALUES = 2 << 20
@@ -38,13 +50,30 @@ class _Record(BaseModel):
 
 
 class ModelShape(_Record):
-    """Which model was recorded, and the shape of its attention."""
+    """Which model was recorded, and the shape of its attention.
+
+    windows: by layer, the sliding window that the model itself has there, in tokens, 0 for none; None: none anywhere
+    chunks:  by layer, tokens of a chunk where query and key must lie in the same one, 0 for none; None: none anywhere
+    softcap: attention scores are softcap * tanh(score / softcap); None: as they are
+    """
 
     model_id: str = Field(min_length=1, max_length=1024)
     layers: int = Field(ge=1, le=MAX_LAYERS)
     heads: int = Field(ge=1, le=MAX_HEADS)
     kv_heads: int = Field(ge=1, le=MAX_HEADS)
     head_dim: int = Field(ge=1, le=MAX_HEAD_DIM)
+    windows: LayerTokens = None
+    chunks: LayerTokens = None
+    softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @field_validator(*LAYER_LIMITS)
+    @classmethod
+    def _one_a_layer(cls, tokens: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        return limit_of_layers(tokens, info.data.get("layers"))
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None}
 
     @model_validator(mode="after")
     def _grouped(self) -> Self:
@@ -103,7 +132,7 @@ class TracePart(_Record):
 class TraceManifest(_Record):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[1] = TRACE_SCHEMA_VERSION
+    schema_version: SchemaVersion = TRACE_SCHEMA_VERSION
     kind: Literal["sparsering-trace"] = "sparsering-trace"
     digest: Sha256
     header: TraceHeader
@@ -118,6 +147,9 @@ class TraceManifest(_Record):
             raise ValueError("parts must not name a file twice")
         for part in self.parts:
             _check_part(part, self.header)
+        for name in (*LAYER_LIMITS, "softcap"):
+            if self.schema_version == 1 and getattr(self.header.model, name) is not None:
+                raise ValueError(f"schema_version is 1, which has no header.model.{name}")
         return self
 
 
@@ -133,10 +165,12 @@ def _check_part(part: TracePart, header: TraceHeader) -> None:
         raise ValueError(f"{part.file}: document_starts_tokens has {starts[-1]} in {header.seq_len_tokens} tokens")
 
 
-def make_manifest(header: TraceHeader, parts: tuple[TracePart, ...]) -> TraceManifest:
+def make_manifest(
+    header: TraceHeader, parts: tuple[TracePart, ...], *, schema_version: SchemaVersion = TRACE_SCHEMA_VERSION
+) -> TraceManifest:
     """Return the manifest of these parts, its digest included; InputError when they do not fit together."""
     raw: dict[str, Any] = {
-        "schema_version": TRACE_SCHEMA_VERSION,
+        "schema_version": schema_version,
         "kind": "sparsering-trace",
         "header": header.model_dump(mode="json"),
         "parts": [part.model_dump(mode="json") for part in parts],

@@ -18,9 +18,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import CONTROL, InputError, shown
-from ..pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, num_blocks
+from ..pattern import (
+    MOST_EDGES,
+    NOTHING,
+    BlockMask,
+    HeadPattern,
+    LayerPattern,
+    VerticalSlash,
+    num_blocks,
+    window_problem,
+)
 from ..strict_json import parse_json
 from .manifest import TraceHeader
+from .row_formats import INT32S, LISTS, MASSES, NEWEST, RowFormat
 
 VERTICAL_SLASH = "vertical-slash"
 BLOCK_MASK = "block-mask"
@@ -29,19 +39,7 @@ MASS_SLACK = 1e-6
 # Beyond these a file of a few bytes could ask for gigabytes: 32 block masks over a million tokens in blocks of 128 fit.
 MAX_LAYER_BYTES = 256 << 20
 MAX_MASK_BLOCKS = 1 << 14
-
-_INT32S = pa.list_(pa.field("element", pa.int32(), nullable=False))
-MASSES = ("kept_mass_probe", "kept_mass_sampled")
-_TYPES = {
-    "training_step": pa.int64(), "layer": pa.int32(), "head": pa.int32(), "kind": pa.string(), "selector": pa.string(),
-    "settings": pa.string(), "columns": _INT32S, "diagonals": _INT32S, "block_bits": pa.binary(),
-    "density": pa.float64(), **dict.fromkeys(MASSES, pa.float64()),
-}  # fmt: skip
-SCHEMA = pa.schema([pa.field(name, kind, nullable=name in ("block_bits", *MASSES)) for name, kind in _TYPES.items()])
-LISTS = ("columns", "diagonals")
-LIST_LEAVES = tuple(f"{name}.list.element" for name in LISTS)
-BITS = "block_bits"
-LEAVES = (*(name for name in _TYPES if name not in LISTS), *LIST_LEAVES)  # columns as Parquet names them
+NO_WINDOW = {"window_tokens": 0, "cut_diagonals": NOTHING}  # of rows that were written before there were windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +113,20 @@ def packed_bytes(blocks: int) -> int:
 def max_layer_bytes(header: TraceHeader) -> int:
     """Return how large one layer's rows can rightly be once decompressed; more is refused before it is read."""
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
-    lists = 16 * (header.seq_len_tokens + blocks)
+    lists = 16 * (header.seq_len_tokens + blocks + MOST_EDGES)
     possible = header.model.heads * (lists + packed_bytes(blocks) + 2 * MAX_SETTINGS_BYTES) + (1 << 20)
     return min(possible, MAX_LAYER_BYTES)
 
 
-def encode_layer(training_step: int, layer: int, pattern: LayerPattern, choices: Sequence[HeadChoice]) -> pa.Table:
-    """Return one layer's rows. choices: one per head."""
+def encode_layer(
+    training_step: int,
+    layer: int,
+    pattern: LayerPattern,
+    choices: Sequence[HeadChoice],
+    *,
+    row_format: RowFormat = NEWEST,
+) -> pa.Table:
+    """Return one layer's rows. choices: one per head. InputError for windows where the format has none."""
     if len(choices) != pattern.num_heads:
         raise InputError(f"has {len(choices)} entries for {pattern.num_heads} heads", field="choices")
     heads, blocks = pattern.heads, pattern.num_blocks
@@ -134,18 +139,32 @@ def encode_layer(training_step: int, layer: int, pattern: LayerPattern, choices:
         "selector": [choice.selector for choice in choices],
         "settings": [_settings_json(choice.settings) for choice in choices],
         "columns": _list_array([head.columns for head in heads]),
-        "diagonals": _list_array([h.diagonals if isinstance(h, VerticalSlash) else h.columns for h in heads]),
+        "diagonals": _list_array([h.diagonals if isinstance(h, VerticalSlash) else NOTHING for h in heads]),
         "block_bits": [None if mask is None else pack_bits(mask.bits) for mask in masks],
         "density": [head_density(head, blocks) for head in heads],
         **{name: [getattr(choice, name) for choice in choices] for name in MASSES},
     }
-    return pa.table(values, schema=SCHEMA)
+    if row_format.windows:
+        values |= {"window_tokens": [head.window_tokens for head in heads]}
+        values |= {"cut_diagonals": _list_array([head.cut for head in heads])}
+    else:
+        _require_no_windows(layer, heads)
+    return pa.table(values, schema=row_format.schema)
+
+
+def _require_no_windows(layer: int, heads: Sequence[HeadPattern]) -> None:
+    for number, head in enumerate(heads):
+        if head.window_tokens:
+            problem = (
+                f"is {head.window_tokens}; this trace is of schema version 1, without windows: start another trace"
+            )
+            raise InputError(problem, field=f"layer {layer}, head {number}, window_tokens")
 
 
 def _list_array(lists: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     offsets = np.cumsum([0, *(values.size for values in lists)], dtype=np.int32)
     flat = np.concatenate(lists).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(flat), type=_INT32S)
+    return pa.ListArray.from_arrays(offsets, pa.array(flat), type=INT32S)
 
 
 def _settings_json(settings: Mapping[str, Any]) -> str:
@@ -166,10 +185,11 @@ def decode_layer(
         raise InputError(
             f"has {table.num_rows} rows for {header.model.heads} heads", source=source, field=f"layer {layer}"
         )
-    lists = {name: _split_lists(table.column(name).combine_chunks()) for name in LISTS}
+    names = [name for name in LISTS if name in table.column_names]  # those of the version that the trace is of
+    lists = {name: _split_lists(table.column(name).combine_chunks()) for name in names}
     rows = []
-    for head, values in enumerate(table.drop_columns(list(LISTS)).to_pylist()):
-        values |= {name: lists[name][head] for name in LISTS}
+    for head, values in enumerate(table.drop_columns(names).to_pylist()):
+        values = NO_WINDOW | values | {name: lists[name][head] for name in names}
         place = {"training_step": training_step, "layer": layer, "head": head}
         try:
             rows.append(_head_row(values, header, place))
@@ -183,31 +203,55 @@ def _head_row(values: Mapping[str, Any], header: TraceHeader, place: Mapping[str
         if values[name] != expected:
             raise InputError(f"is {values[name]} where {expected} is expected (missing or repeated?)", field=name)
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
-    pattern = _pattern(values, header.seq_len_tokens, blocks)
+    pattern = _pattern(values, header, blocks)
     stated, actual = values["density"], head_density(pattern, blocks)
     if not abs(stated - actual) <= 1e-9:
         raise InputError(f"is {stated}, the pattern's is {actual}", field="density")
     return HeadRow(**place, pattern=pattern, choice=_choice(values), density=stated)
 
 
-def _pattern(values: Mapping[str, Any], seq_len_tokens: int, blocks: int) -> HeadPattern:
+def _pattern(values: Mapping[str, Any], header: TraceHeader, blocks: int) -> HeadPattern:
     kind, bits = values["kind"], values["block_bits"]
     if kind == BLOCK_MASK:
-        if bits is None:
-            raise InputError("is missing for a block mask", field="block_bits")
-        for name in LISTS:
-            if values[name].size:
-                raise InputError(f"must be empty for a block mask, has {values[name].size} entries", field=name)
-        if blocks > MAX_MASK_BLOCKS:
-            raise InputError(f"is over {blocks} blocks; at most {MAX_MASK_BLOCKS} are read", field="block_bits")
-        return BlockMask(bits=unpack_bits(bits, blocks))
+        return _block_mask(values, blocks)
     if kind != VERTICAL_SLASH:
         raise InputError(f"is {shown(kind)}, not {VERTICAL_SLASH!r} or {BLOCK_MASK!r}", field="kind")
     if bits is not None:
         raise InputError("must be empty for a vertical-slash pattern", field="block_bits")
-    _check_list("columns", values["columns"], seq_len_tokens)
+    _check_list("columns", values["columns"], header.seq_len_tokens)
     _check_list("diagonals", values["diagonals"], blocks)
-    return VerticalSlash(columns=values["columns"], diagonals=values["diagonals"])
+    _check_list("cut_diagonals", values["cut_diagonals"], blocks)
+    _check_window(values, header.block_size, blocks)
+    return VerticalSlash(
+        columns=values["columns"],
+        diagonals=values["diagonals"],
+        window_tokens=values["window_tokens"],
+        cut=values["cut_diagonals"],
+    )
+
+
+def _block_mask(values: Mapping[str, Any], blocks: int) -> BlockMask:
+    if values["block_bits"] is None:
+        raise InputError("is missing for a block mask", field="block_bits")
+    for name in LISTS:
+        if values[name].size:
+            raise InputError(f"must be empty for a block mask, has {values[name].size} entries", field=name)
+    if values["window_tokens"]:
+        raise InputError(f"must be 0 for a block mask, is {values['window_tokens']}", field="window_tokens")
+    if blocks > MAX_MASK_BLOCKS:
+        raise InputError(f"is over {blocks} blocks; at most {MAX_MASK_BLOCKS} are read", field="block_bits")
+    return BlockMask(bits=unpack_bits(values["block_bits"], blocks))
+
+
+def _check_window(values: Mapping[str, Any], block_size: int, blocks: int) -> None:
+    window_tokens = values["window_tokens"]
+    if window_tokens < 0:
+        raise InputError(f"has {window_tokens}, which is negative", field="window_tokens")
+    problem = window_problem(
+        window_tokens, values["diagonals"], values["cut_diagonals"], block_size=block_size, blocks=blocks
+    )
+    if problem is not None:
+        raise InputError(problem.told, field={"cut": "cut_diagonals"}.get(problem.field, problem.field))
 
 
 def _check_list(name: str, values: NDArray[np.int32], limit: int) -> None:

@@ -22,7 +22,8 @@ from ..progress import Progress, no_progress
 from ..samples.located import located
 from .manifest import TraceHeader, TraceManifest, TracePart, read_manifest
 from .pages import BrokenPage, sizes_of_chunk
-from .rows import SCHEMA, HeadRow, decode_layer, max_layer_bytes
+from .row_formats import FORMATS
+from .rows import HeadRow, decode_layer, max_layer_bytes
 
 MAX_THRIFT_BYTES = 64 << 20
 PLAIN_TEXT = frozenset({0, 6})  # Parquet's PLAIN and DELTA_LENGTH_BYTE_ARRAY: every value stands there in full
@@ -90,11 +91,15 @@ class Trace:
 
     def layer_pattern(self, training_step: int, layer: int) -> LayerPattern:
         """Return what all heads of one layer attend to in one training step."""
+        return self.pattern_of_rows(self.layer_rows(training_step, layer))
+
+    def pattern_of_rows(self, rows: tuple[HeadRow, ...]) -> LayerPattern:
+        """Return what all heads of one layer attend to, from its rows."""
         return LayerPattern(
             seq_len_tokens=self.header.seq_len_tokens,
             block_size=self.header.block_size,
-            heads=tuple(row.pattern for row in self.layer_rows(training_step, layer)),
-            documents=self.documents(training_step),
+            heads=tuple(row.pattern for row in rows),
+            documents=self.documents(rows[0].training_step),
         )
 
     def documents(self, training_step: int) -> NDArray[np.int32] | None:
@@ -127,7 +132,7 @@ class Trace:
         part = self._part(training_step)
         path = self.folder / part.file
         if self._open_part is None or self._open_part[0] != training_step:
-            self._open_part = (training_step, *_open_parquet(path, part, self.header))
+            self._open_part = (training_step, *_open_parquet(path, part, self.manifest))
         file, data = self._open_part[1:]
         try:
             needed_bytes = _needed_bytes(data, file.metadata.row_group(number))
@@ -168,7 +173,7 @@ def _needed_bytes(data: memoryview, group: pq.RowGroupMetaData) -> int:
     return needed_bytes
 
 
-def _open_parquet(path: Path, part: TracePart, header: TraceHeader) -> tuple[pq.ParquetFile, memoryview]:
+def _open_parquet(path: Path, part: TracePart, manifest: TraceManifest) -> tuple[pq.ParquetFile, memoryview]:
     """Return a part, opened, and its bytes."""
     _check_size(path, part)
     data = read_bytes(path, max_bytes=part.bytes)
@@ -183,8 +188,10 @@ def _open_parquet(path: Path, part: TracePart, header: TraceHeader) -> tuple[pq.
         )
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"is not a Parquet file ({error})", source=path) from error
-    if not file.schema_arrow.equals(SCHEMA):
-        raise InputError("has other fields or types than a trace has", source=path, field="schema")
+    header, version = manifest.header, manifest.schema_version
+    if not file.schema_arrow.equals(FORMATS[version].schema):
+        problem = f"has other fields or types than a trace of schema version {version} has"
+        raise InputError(problem, source=path, field="schema")
     for name, actual, expected in (
         ("rows", file.metadata.num_rows, header.rows_per_part),
         ("layers", file.metadata.num_row_groups, len(header.recorded_layers)),

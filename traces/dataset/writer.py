@@ -23,7 +23,8 @@ from ..errors import InputError, shown
 from ..files import sha256_of_bytes, write_atomically
 from ..pattern import LayerPattern
 from .manifest import MANIFEST_NAME, TraceHeader, TraceManifest, TracePart, make_manifest, read_manifest, write_manifest
-from .rows import BITS, LEAVES, LIST_LEAVES, SCHEMA, HeadChoice, encode_layer
+from .row_formats import BITS, FORMATS, RowFormat
+from .rows import HeadChoice, encode_layer
 
 ZSTD_LEVEL = 9
 BITS_ZSTD_LEVEL = 1  # of block masks: 9 takes ten times as long and saves less than a sixth
@@ -34,6 +35,7 @@ LayerRecord: TypeAlias = tuple[LayerPattern, Sequence[HeadChoice]]
 class TraceWriter:
     """Appends training steps to a trace, new or existing. One writer at a time; use as a context manager.
 
+    An existing trace goes on in the schema version that it is of, so that all its parts are alike.
     Raises InputError when the folder holds something else, when another writer has it open, or when an existing
     trace's header differs from `header`.
     """
@@ -98,7 +100,8 @@ class TraceWriter:
         if self.steps and training_step <= self.steps[-1]:
             problem = f"{training_step} does not follow {self.steps[-1]}, the last one recorded"
             raise InputError(problem, source=self.folder, field="training_step")
-        step = StepWriter(self.header, training_step)
+        version = self._manifest.schema_version
+        step = StepWriter(self.header, training_step, FORMATS[version])
         yield step
         data = step.finish()
         part = TracePart(
@@ -109,7 +112,7 @@ class TraceWriter:
             bytes=len(data),
             document_starts_tokens=step.document_starts_tokens,
         )
-        manifest = make_manifest(self.header, (*self._manifest.parts, part))
+        manifest = make_manifest(self.header, (*self._manifest.parts, part), schema_version=version)
         write_atomically(self.folder / part.file, data)
         write_manifest(self.folder, manifest)
         self._manifest = manifest
@@ -140,19 +143,19 @@ def _another(there: Any, here: Any, file: Path, name: str) -> InputError:
 class StepWriter:
     """Gathers one training step's layers, compressed in memory as they come. Made by `TraceWriter.step`."""
 
-    def __init__(self, header: TraceHeader, training_step: int) -> None:
-        self.header = header
+    def __init__(self, header: TraceHeader, training_step: int, row_format: RowFormat) -> None:
+        self.header, self._format = header, row_format
         self.training_step = training_step
         self.document_starts_tokens: tuple[int, ...] | None = None
         self._written = 0
         self._buffer = io.BytesIO()
         self._parquet = pq.ParquetWriter(
             self._buffer,
-            SCHEMA,
+            row_format.schema,
             compression="zstd",
-            compression_level={path: BITS_ZSTD_LEVEL if path == BITS else ZSTD_LEVEL for path in LEAVES},
+            compression_level={path: BITS_ZSTD_LEVEL if path == BITS else ZSTD_LEVEL for path in row_format.leaves},
             use_dictionary=False,  # would take the place of the delta encoding
-            column_encoding=dict.fromkeys(LIST_LEAVES, "DELTA_BINARY_PACKED"),
+            column_encoding=dict.fromkeys(row_format.list_leaves, "DELTA_BINARY_PACKED"),
             write_statistics=False,
         )
 
@@ -175,7 +178,7 @@ class StepWriter:
             self.document_starts_tokens = starts
         elif starts != self.document_starts_tokens:
             raise InputError("all layers of a step must share their documents", field=f"layer {layer}, documents")
-        table = encode_layer(self.training_step, layer, pattern, choices)
+        table = encode_layer(self.training_step, layer, pattern, choices, row_format=self._format)
         self._parquet.write_table(table, row_group_size=table.num_rows)
         self._written += 1
 

@@ -25,6 +25,7 @@ from .rows import (
     KeyRows,
     Precision,
     Reductions,
+    Scoring,
     SomeKeys,
     SomeQueries,
     attend_rows,
@@ -88,7 +89,8 @@ class AttentionCheck:
             return
         q = self._over.add(sample.queries.gathered(played.q[0, :, sample.head]))
         keys = partial(self._keys, sample, played)
-        rows = attend_rows(q, keys, scale=played.scale, precision=self._precision, over=self._over)
+        scoring = _scoring(played, sample.head)
+        rows = attend_rows(q, keys, scoring=scoring, precision=self._precision, over=self._over)
         self._begun[layer] = _Begun(sample, rows)
         documents = [] if played.mask.documents is None else [played.mask.documents]
         self.patterns[layer] = pattern_hash([played.mask]) + checksum(documents, played.q.device)
@@ -104,10 +106,11 @@ class AttentionCheck:
         sample, forward = begun.sample, played.forward
         grad_out = self._over.add(sample.queries.gathered(played.grad_out[0, :, sample.head]))
         keys, precision = partial(self._keys, sample, forward), self._precision
-        dq = query_gradients(begun.rows, grad_out, keys, scale=forward.scale, precision=precision, over=self._over)
+        scoring = _scoring(forward, sample.head)
+        dq = query_gradients(begun.rows, grad_out, keys, scoring=scoring, precision=precision, over=self._over)
         self._compare(sample, "dq", played.dq[0, sample.queries.local, sample.head], dq)
         k, v = (self._over.add(sample.keys.gathered(x[0, :, sample.kv_head])) for x in (forward.k, forward.v))
-        rows = KeyRows(k, v, scale=forward.scale, precision=precision)
+        rows = KeyRows(k, v, scoring=scoring, precision=precision)
         for head, part in product(range(*sample.heads), self._parts()):
             allowed = whole(forward.mask, head, self.bound.own_positions[part], sample.keys.positions)
             rows.add(_some_queries(played, head, part), allowed)
@@ -141,6 +144,13 @@ class AttentionCheck:
     @property
     def _over(self) -> Reductions:
         return reductions_over(self.bound.mesh)
+
+
+def _scoring(played: PlayedForward, head: int) -> Scoring:
+    """Return how a head's scores were made. Between heads only the sinks differ, which dk does not ask for."""
+    sinks = played.form.sinks
+    sink = None if sinks is None else sinks.detach()[head].double()
+    return Scoring(scale=played.scale, softcap=played.form.softcap, sink=sink)
 
 
 def reductions_over(mesh: Mesh) -> Reductions:

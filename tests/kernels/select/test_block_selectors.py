@@ -104,3 +104,42 @@ def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
             wanted[row] = [col * block // chunk in chosen and col <= row for col in range(blocks)]
         for mask in choices:
             assert np.array_equal(mask.active[head].numpy(), wanted)
+
+
+@pytest.mark.parametrize("ranks, granularity", [(1, 160), (2, 16), (5, 32)])
+def test_xattention_gives_each_packed_document_what_it_gets_alone(ranks: int, granularity: int) -> None:
+    """Documents of whole blocks; nothing is active between them."""
+    generator, block, lengths = torch.Generator().manual_seed(3), 16, (48, 16, 96)
+    q, k = 3 * torch.randn(160, 4, 8, generator=generator), torch.randn(160, 2, 8, generator=generator)
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).int()
+    selector = XAttention(stride=4, mass=0.6)
+
+    def choose(rank, collectives):
+        shard = shard_of(q, k, block_size=block, ranks=ranks, rank=rank, granularity=granularity, documents=documents)
+        return selector.choose(shard, scale=0.4, collectives=collectives)
+
+    wanted = torch.zeros(4, 10, 10, dtype=torch.bool)
+    first = 0
+    for length in lengths:
+        part = slice(first, first + length)
+        alone = selector.choose(shard_of(q[part], k[part], block_size=block), scale=0.4)
+        at = slice(first // block, (first + length) // block)
+        wanted[:, at, at] = alone.active
+        first += length
+    for mask in on_ranks(ranks, choose):
+        assert torch.equal(mask.active, wanted)
+        assert torch.equal(mask.documents, documents)
+
+
+def test_xattention_scores_no_cell_of_two_documents() -> None:
+    """Whatever lies in another document may change without changing what is chosen."""
+    generator, block = torch.Generator().manual_seed(5), 16
+    q, k = 3 * torch.randn(160, 2, 8, generator=generator), torch.randn(160, 2, 8, generator=generator)
+    documents = (torch.arange(160) >= 70).int()
+    selector = XAttention(stride=4, mass=0.6)
+    before = selector.choose(shard_of(q, k, block_size=block, documents=documents), scale=0.4).active
+    q[:70], k[:70] = -q[:70], 5 * k[:70]
+    after = selector.choose(shard_of(q, k, block_size=block, documents=documents), scale=0.4).active
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not before[:, 5:, :4].any()
+    assert not torch.equal(before[:, :4], after[:, :4])

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from capture_cases import BLOCK, SEQ_LEN, VERTICAL_SLASH, body, captured, last_hidden, token_ids
 from sparsering.kernels.select.probe import ShardTensors
 from sparsering.runtime.attention.masks import mask_of
-from sparsering.runtime.attention.selectors import make_selector, published_selector
 from sparsering.runtime.hf.capture import (
     CaptureSettings,
     capture_model,
     dense_causal,
     pattern_of,
 )
+from sparsering.runtime.pattern.selectors import make_selector, published_selector
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.errors import InputError

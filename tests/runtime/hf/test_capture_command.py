@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sparsering import cli
-from sparsering.runtime.hf.capture_command import parse_layers
+from sparsering.runtime.pattern.section import parse_layers
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 

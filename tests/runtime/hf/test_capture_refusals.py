@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from capture_cases import BLOCK, SEQ_LEN, VERTICAL_SLASH, captured, token_ids
-from sparsering.runtime.attention.selectors import make_selector
 from sparsering.runtime.audit.twins import NotingAttention
 from sparsering.runtime.hf.capture import (
     CaptureSettings,
@@ -21,7 +20,9 @@ from sparsering.runtime.hf.capture import (
     trace_header,
 )
 from sparsering.runtime.model.attached import ATTENTION_NAME, Attached
-from sparsering.runtime.model.attention_call import check_attention_call, refuse_masks
+from sparsering.runtime.model.attention_call import attention_form, refuse_masks
+from sparsering.runtime.pattern.form import PLAIN, WHOLE, AttentionForm, Reach
+from sparsering.runtime.pattern.selectors import make_selector
 from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.errors import InputError, UnsupportedError
 from tiny_models import tiny_model
@@ -32,9 +33,12 @@ class _Attention(torch.nn.Module):
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "softcap: is 50.0": {"keywords": {"softcap": 50.0}},
-    "s_aux: is a tensor": {"keywords": {"s_aux": torch.zeros(2)}},
+    "softcap: is 0.0, no number above 0": {"keywords": {"softcap": 0.0}},
+    "softcap: is 'much'": {"keywords": {"softcap": "much"}},
+    "s_aux: are not one learned logit a head": {"keywords": {"s_aux": torch.zeros(2)}},
+    "s_aux: are not": {"keywords": {"s_aux": 1.0}},
     "sliding_window: is 9": {"keywords": {"sliding_window": 9}},
+    "sliding_window: is 8": {"keywords": {"sliding_window": 8}, "reach": Reach(window_tokens=7)},
     "cu_seq_lens_q": {"keywords": {"cu_seq_lens_q": torch.tensor([0, 3, 10])}},
     "output_attentions": {"keywords": {"output_attentions": True}},
     "is_causal: is False": {"keywords": {"is_causal": False}},
@@ -58,13 +62,26 @@ def test_attention_that_would_be_silently_wrong_is_refused(message: str) -> None
             "output_attentions": False,
             "position_ids": torch.arange(10),
         },
+        "reach": WHOLE,
         "seq_len_tokens": 10,
     }
     query = torch.zeros(1, 4, 10, 8)
-    check_attention_call(_Attention(), query, **call)
+    attention_form(_Attention(), query, **call)
     with pytest.raises(UnsupportedError) as caught:
-        check_attention_call(_Attention(), query, **{**call, **REFUSED[message]})
+        attention_form(_Attention(), query, **{**call, **REFUSED[message]})
     assert message in str(caught.value)
+
+
+def test_a_call_says_its_form() -> None:
+    sinks, reach = torch.zeros(4), Reach(window_tokens=7)
+    form = attention_form(
+        _Attention(), torch.zeros(1, 4, 10, 8), torch.zeros(1, 2, 10, 8), None, dropout=0.0, reach=reach,
+        keywords={"softcap": 30, "s_aux": sinks, "sliding_window": 7}, seq_len_tokens=10,
+    )  # fmt: skip
+    assert (form.softcap, form.reach) == (30.0, reach)
+    assert form.sinks is sinks
+    assert not form.reach.limits(7)
+    assert form.reach.limits(8)
 
 
 def test_masks_that_would_be_needed_are_refused() -> None:
@@ -78,8 +95,9 @@ def test_masks_that_would_be_needed_are_refused() -> None:
 
 class _Dense(NotingAttention):
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None, layer: int | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
+        layer: int | None = None, form: AttentionForm = PLAIN,
+    ) -> Tensor:  # fmt: skip
         return dense_causal(q, k, v, scale=scale or q.shape[3] ** -0.5)
 
 
@@ -114,11 +132,9 @@ def _other_model(family: str, **settings: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("family, window", [("mistral", 100), ("gemma2", 4096)])
-def test_models_with_other_attention_are_refused_and_left_as_they_were(
-    tmp_path: Path, family: str, window: int
-) -> None:
-    model = _other_model(family, sliding_window=window)
+@pytest.mark.parametrize("family", ["lfm2", "recurrent_gemma"])
+def test_models_with_other_attention_are_refused_and_left_as_they_were(tmp_path: Path, family: str) -> None:
+    model = _other_model(family, **({"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}))
     with pytest.raises(UnsupportedError):
         captured(tmp_path, model)
     assert model.config._attn_implementation == "eager"

@@ -81,8 +81,8 @@ def test_another_model_shape_is_refused(rank_pools: Callable[[int], RankPool]) -
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": np.zeros(4)}, "s_aux"),
+        ({"softcap": -30.0}, "softcap"),
+        ({"s_aux": np.zeros(3)}, "s_aux"),
         ({"sliding_window": 8}, "sliding_window"),
         ({"dropout": 0.1}, "dropout"),
         ({"unheard_of": 1}, "unheard_of"),

@@ -268,10 +268,6 @@ def test_a_plan_for_something_else_is_one_line(changes: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0},
-            "sliding_window: is 64, below the 256 tokens",
-        ),
         ({"attention_dropout": 0.1}, "attention_dropout: is 0.1; dropout and noise are not supported"),
         ({"vocab_size": 100}, "vocabulary: has a vocabulary of 256, the model of 100"),
     ],

@@ -27,7 +27,7 @@ from sparsering.simulator.report.inputs import read_inputs
 from sparsering.simulator.report.page import report_html
 from sparsering.simulator.report.parts.assemble import make_report
 from sparsering.simulator.validate import judge
-from sparsering.traces.dataset.rows import SCHEMA
+from sparsering.traces.dataset.row_formats import SCHEMA
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.files import sealed, sha256_of_bytes
 from sparsering.traces.published import read_published

@@ -25,6 +25,7 @@ from sparsering.runtime.attention.buffers import BufferPool
 from sparsering.runtime.attention.masks import mask_of
 from sparsering.runtime.attention.planned import PlannedAttention
 from sparsering.runtime.comm.mesh import Mesh
+from sparsering.runtime.pattern.form import AttentionForm
 from sparsering.runtime.run.verify import Verdict, verify
 from sparsering.traces.pattern import LayerPattern
 
@@ -44,8 +45,15 @@ def attention(
     check_patterns: bool = False,
     layer: int = 0,
     wrap: Callable[[PlannedAttention], None] | None = None,
+    softcap: float | None = None,
+    sinks: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
-    """Run one layer forward and backward; return this rank's out, lse, dq, dk, dv as numpy arrays."""
+    """Run one layer forward and backward; return this rank's out, lse, dq, dk, dv as numpy arrays.
+
+    And dsinks, of its own queries, where there are learned sinks, one a head.
+    """
+    leaf = None if sinks is None else torch.tensor(sinks, dtype=torch.float64, device=mesh.device, requires_grad=True)
+    form = AttentionForm(softcap=softcap, sinks=leaf)
     planned = _planned(plan, mesh)
     if wrap is not None:
         wrap(planned)
@@ -58,13 +66,15 @@ def attention(
     mask = mask_of(pattern, columns_capacity=plan.columns_capacity, device=mesh.device)
     if poison:
         _poison(planned, "forward", k)
-    out, lse = planned.with_lse(q, k, v, mask, layer=layer)
+    out, lse = planned.with_lse(q, k, v, mask, layer=layer, form=form)
     if poison:
         _poison(planned, "backward", k)
     out.backward(grad_out)
     if check_patterns:
         planned.agree_on_patterns()
     results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    if leaf is not None:
+        results["dsinks"] = leaf.grad
     return {name: as_array(value) for name, value in results.items() if value is not None}
 
 

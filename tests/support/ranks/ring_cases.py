@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 
+from dense_definition import Attended, Inputs, attend
 from rank_jobs import global_tensors
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
 from sparsering.planner.layouts.collective import Collective
@@ -24,15 +26,22 @@ from sparsering.planner.schedule.pairs import pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 from sparsering.planner.schedule.workload import unit_load
 from sparsering.runtime.attention.masks import mask_of
-from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash
+from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, windowed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatternCase:
-    """A pattern and the K/V heads it runs with."""
+    """A pattern, the K/V heads it runs with, and a softcap and learned sinks of its scores."""
 
     pattern: LayerPattern
     kv_heads: int
+    softcap: float | None = None
+    sinks: tuple[float, ...] | None = None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The latter two as jobs of ranks take them."""
+        return {"softcap": self.softcap, "sinks": self.sinks}
 
     def mutated(self) -> LayerPattern:
         """Return the pattern with its last head made local."""
@@ -117,6 +126,22 @@ def _patterns() -> dict[str, PatternCase]:
             ),
             kv_heads=3,
         ),
+        "windows": PatternCase(
+            pattern=LayerPattern(
+                seq_len_tokens=405,
+                block_size=64,
+                heads=(
+                    windowed(100, block_size=64, blocks=7, columns=[0, 1, 2, 170, 300]),
+                    windowed(64, block_size=64, blocks=7, diagonals=[4]),
+                    windowed(30, block_size=64, blocks=7, columns=[5, 130, 131, 132, 390]),
+                    windowed(250, block_size=64, blocks=7, diagonals=[3]),
+                ),
+                documents=np.repeat(np.arange(2), [230, 175]).astype(np.int32),
+            ),
+            kv_heads=2,
+            softcap=2.0,
+            sinks=(-1.0, 0.0, 0.5, 2.0),
+        ),
         "empty-rows": PatternCase(
             pattern=LayerPattern(seq_len_tokens=320, block_size=64, heads=(_slash([], [2]), _slash([7, 250], [3]))),
             kv_heads=1,
@@ -156,7 +181,7 @@ def _degrees(world_size: int, pattern: PatternCase) -> Iterator[Layout]:
 
 def _cases() -> Iterator[Case]:
     placements = (("contiguous", 64), ("zigzag", 64), ("striped", 1), ("striped", 64), ("balanced", 64))
-    patterns = ("gqa", "documents", "empty-rows")
+    patterns = ("gqa", "documents", "windows", "empty-rows")
     for world_size, pattern, (placement, granularity) in product((1, 2, 3, 4), patterns, placements):
         for layout in [*_layouts(world_size), *_degrees(world_size, PATTERNS[pattern])]:
             yield Case(
@@ -219,9 +244,27 @@ def expected(pattern_name: str, tokens: int, *, seed: int, batch: int = 1, head_
     heads = (chosen.pattern.num_heads, chosen.kv_heads)
     q, k, v, grad_out = global_tensors(tokens, heads, head_dim, seed=seed, batch=batch)
     mask = mask_of(chosen.pattern, columns_capacity=chosen.pattern.max_columns, device=torch.device("cpu"))
+    if chosen.sinks is not None:
+        assert batch == 1
+        given = Inputs(q=q, k=k, v=v, grad_out=grad_out, scale=head_dim**-0.5, softcap=chosen.softcap,
+                       sinks=torch.tensor(chosen.sinks, dtype=torch.float64))  # fmt: skip
+        return {name: t.numpy() for name, t in attend(_attended(chosen.pattern), given).items()}
     out, lse = reference_attention(q, k, v, mask, scale=head_dim**-0.5)
     dq, dk, dv = reference_gradients(grad_out, q, k, v, mask, scale=head_dim**-0.5)
     return {name: t.numpy() for name, t in {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items()}
+
+
+def _attended(pattern: LayerPattern) -> Attended:
+    """Return what a pattern of diagonals attends, for the definition that is apart from the package's."""
+    heads = [head for head in pattern.heads if isinstance(head, VerticalSlash)]
+    active = torch.zeros(len(heads), pattern.num_blocks, dtype=torch.bool)
+    for own, head in zip(active, heads, strict=True):
+        own[torch.from_numpy(head.whole.astype(np.int64))] = True
+    return Attended(
+        seq_len_tokens=pattern.seq_len_tokens, block_size=pattern.block_size, active=active,
+        windows=tuple(head.window_tokens for head in heads), columns=tuple(tuple(h.columns.tolist()) for h in heads),
+        documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
+    )  # fmt: skip
 
 
 TOLERANCE = 1e-8

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsering.runtime.attention.selectors import make_selector
 from sparsering.runtime.hf.capture import CaptureSettings, capture_model, trace_header
+from sparsering.runtime.pattern.selectors import make_selector
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import tiny
-from sparsering.traces.dataset.rows import SCHEMA, encode_layer
+from sparsering.traces.dataset.row_formats import SCHEMA
+from sparsering.traces.dataset.rows import encode_layer
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 from sparsering.traces.files import canonical_json, sha256_of_bytes
@@ -89,7 +90,7 @@ def rewrite_manifest(folder: Path, change) -> None:
 
 
 MANIFEST_CHANGES = {
-    "schema_version: is 2; this version reads up to 1": lambda raw: raw.update(schema_version=2),
+    "schema_version: is 3; this version reads up to 2": lambda raw: raw.update(schema_version=3),
     "schema_version: must be a whole": lambda raw: raw.update(schema_version="1"),
     "kind": lambda raw: raw.update(kind="plan"),
     "surprise": lambda raw: raw.update(surprise=1),
@@ -100,6 +101,19 @@ MANIFEST_CHANGES = {
     "header.origin": lambda raw: raw["header"].update(origin="dreamt"),
     "recorded_layers has 9": lambda raw: raw["header"].update(recorded_layers=[0, 9]),
     "recorded_layers must ascend": lambda raw: raw["header"].update(recorded_layers=[1, 0]),
+    "header.model.windows: has 3 entries for 4 layers": lambda raw: raw["header"]["model"].update(windows=[1, 2, 3]),
+    "header.model.windows.1": lambda raw: raw["header"]["model"].update(windows=[0, -1, 0, 0]),
+    "header.model.chunks.0": lambda raw: raw["header"]["model"].update(chunks=["1", 0, 0, 0]),
+    "header.model.softcap": lambda raw: raw["header"]["model"].update(softcap=0),
+    "schema_version is 1, which has no header.model.softcap": lambda raw: (
+        raw.update(schema_version=1),
+        raw["header"]["model"].update(softcap=2.5),
+    ),
+    "schema_version is 1, which has no header.model.chunks": lambda raw: (
+        raw.update(schema_version=1),
+        raw["header"]["model"].update(chunks=[0, 8, 0, 0]),
+    ),
+    "schema: has other fields or types than a trace of schema version 1 has": lambda raw: raw.update(schema_version=1),
     "parts.0.file": lambda raw: raw["parts"][0].update(file="../part-00000000.parquet"),
     "parts.1.file": lambda raw: raw["parts"][1].update(file="/tmp/part-00000005.parquet"),
     "parts.0.sha256": lambda raw: raw["parts"][0].update(sha256="0" * 63),
@@ -152,6 +166,23 @@ ROW_CHANGES = {
     "layer 0, head 0, columns: must ascend": lambda rows: rows[0]["columns"].reverse(),
     "layer 0, head 0, diagonals: has 13": lambda rows: rows[0]["diagonals"].append(13),
     "layer 0, head 1, diagonals: must ascend, has 0 after 0": lambda rows: rows[1]["diagonals"].append(0),
+    "layer 0, head 0, window_tokens: has -1, which is negative": lambda rows: rows[0].update(window_tokens=-1),
+    "layer 0, head 0, window_tokens: has 209, which 13 blocks of 16": lambda rows: rows[0].update(window_tokens=209),
+    "layer 0, head 0, cut_diagonals: has 13, which is not in 0 to 12": lambda rows: rows[0].update(cut_diagonals=[13]),
+    "layer 0, head 0, cut_diagonals: has -1": lambda rows: rows[0].update(cut_diagonals=[-1]),
+    "layer 0, head 1, cut_diagonals: must ascend, has 0 after 0": lambda rows: rows[1].update(cut_diagonals=[0, 0]),
+    "layer 0, head 1, cut_diagonals: has 0, but no window": lambda rows: rows[1].update(cut_diagonals=[0]),
+    "layer 0, head 1, cut_diagonals: has 1, which is none of its diagonals": lambda rows: rows[1].update(
+        window_tokens=10, cut_diagonals=[1]
+    ),
+    "layer 0, head 1, cut_diagonals: has 0, which the edge of a window of 20": lambda rows: rows[1].update(
+        diagonals=[0, 1, 2], window_tokens=20, cut_diagonals=[0]
+    ),
+    "layer 0, head 1, diagonals: lacks 1, which a window of 20 tokens reaches": lambda rows: rows[1].update(
+        window_tokens=20
+    ),
+    "layer 0, head 2, window_tokens: must be 0 for a block mask, is 3": lambda rows: rows[2].update(window_tokens=3),
+    "layer 0, head 2, cut_diagonals: must be empty": lambda rows: rows[2].update(cut_diagonals=[1]),
     "layer 0, head 0, head: is 1 where 0": lambda rows: swap(rows, 0, 1),
     "layer 0, head 1, head: is 0 where 1": lambda rows: rows[1].update(head=0),
     "layer 0, head 2, layer: is 1 where 0": lambda rows: rows[2].update(layer=1),

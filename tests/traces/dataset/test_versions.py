@@ -1,0 +1,118 @@
+"""Traces of both schema versions: what was written before there were windows reads as it was and goes on as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import tiny
+from sparsering.traces.dataset.manifest import ModelShape
+from sparsering.traces.dataset.row_formats import FORMATS
+from sparsering.traces.dataset.store import Trace
+from sparsering.traces.dataset.writer import LayerRecord, TraceWriter
+from sparsering.traces.errors import InputError
+from sparsering.traces.files import read_json
+from sparsering.traces.pattern import HeadPattern, LayerPattern, VerticalSlash, windowed
+
+MODEL = {"model_id": "tiny", "layers": 4, "heads": tiny.TRACE_HEADS, "kv_heads": 1, "head_dim": 8}
+
+
+@pytest.fixture
+def old(golden: Path, tmp_path: Path) -> Path:
+    """A copy of a trace that version 1 wrote: columns, diagonals, documents, block masks."""
+    return shutil.copytree(golden / "trace-version-1", tmp_path / "old")
+
+
+def window(tokens: int, **others: Any) -> VerticalSlash:
+    return windowed(tokens, block_size=tiny.TRACE_BLOCK, blocks=tiny.TRACE_BLOCKS, **others)
+
+
+def with_windows(records: dict[int, LayerRecord]) -> dict[int, LayerRecord]:
+    """The same with other windows in every layer's first two heads."""
+    changed = {}
+    for layer, (pattern, choices) in records.items():
+        heads = (window(40 + layer, columns=[3, 90], diagonals=[2, 9]), window(1 + 15 * layer), pattern.heads[2])
+        pattern = LayerPattern(
+            seq_len_tokens=pattern.seq_len_tokens, block_size=pattern.block_size, heads=heads,
+            documents=pattern.documents,
+        )  # fmt: skip
+        changed[layer] = (pattern, choices)
+    return changed
+
+
+def as_values(head: HeadPattern) -> dict[str, Any]:
+    if isinstance(head, VerticalSlash):
+        return {"columns": head.columns.tolist(), "diagonals": head.diagonals.tolist(), "bits": None}
+    bits = ["".join("01"[int(bit)] for bit in row) for row in head.bits]
+    return {"columns": [], "diagonals": None, "bits": bits}
+
+
+def test_a_trace_of_version_1_reads_as_it_was(golden: Path) -> None:
+    """Beside it lies what version 1 read in it."""
+    was, trace = read_json(golden / "trace-version-1.json"), Trace.open(golden / "trace-version-1")
+    assert trace.manifest.schema_version == 1 and trace.digest() == was["digest"]
+    parts = {str(part.training_step): part.document_starts_tokens for part in trace.manifest.parts}
+    assert {step: starts and list(starts) for step, starts in parts.items()} == was["document_starts_tokens"]
+    rows = [row for step in trace.steps for row in trace.heads(step)]
+    assert len(rows) == len(was["rows"]) == 12
+    for row, expected in zip(rows, was["rows"], strict=True):
+        place = {name: getattr(row, name) for name in ("training_step", "layer", "head", "density")}
+        assert place | as_values(row.pattern) == expected
+        assert row.pattern.window_tokens == 0 and row.pattern.cut.size == 0
+    assert trace.header.model.windows is None and trace.header.model.chunks is None
+
+
+def test_a_trace_of_version_1_goes_on_as_one(old: Path) -> None:
+    with TraceWriter(old, tiny.trace_header()) as writer:
+        writer.append(6, tiny.layer_records(3))
+        with pytest.raises(
+            InputError, match=r"layer 0, head 0, window_tokens: is 40; this trace is of schema version 1"
+        ):
+            writer.append(7, with_windows(tiny.layer_records(3)))
+    trace = Trace.open(old)
+    assert trace.steps == (0, 5, 6) and trace.manifest.schema_version == 1
+    for part in trace.manifest.parts:
+        assert pq.read_schema(old / part.file).equals(FORMATS[1].schema)
+    tiny.assert_same_layer(trace.layer_pattern(6, 0), tiny.layer_pattern(3))
+    assert set(json.loads((old / "manifest.json").read_text())["header"]["model"]) == set(MODEL)
+
+
+def test_a_model_with_windows_starts_another_trace(old: Path) -> None:
+    header = tiny.trace_header(model=ModelShape(**MODEL, windows=(8, 0, 0, 0)))
+    with pytest.raises(InputError, match=r"manifest.json: model.windows: the trace has .*: start another trace"):
+        TraceWriter(old, header)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_windows_come_back(tmp_path: Path, documents: bool) -> None:
+    records = with_windows(tiny.layer_records(0, documents=documents))
+    model = ModelShape(**MODEL, windows=(40, 0, 41, 0), chunks=(0, 64, 0, 0), softcap=30.5)
+    with TraceWriter(tmp_path / "trace", tiny.trace_header(model=model)) as writer:
+        writer.append(0, records)
+    with TraceWriter(tmp_path / "trace", tiny.trace_header(model=model)) as writer:
+        writer.append(1, tiny.layer_records(1))
+    trace = Trace.open(tmp_path / "trace")
+    trace.verify()
+    assert trace.manifest.schema_version == 2
+    assert (trace.header.model.windows, trace.header.model.chunks) == ((40, 0, 41, 0), (0, 64, 0, 0))
+    assert trace.header.model.softcap == 30.5
+    for layer, (pattern, _) in records.items():
+        found = trace.layer_pattern(0, layer)
+        tiny.assert_same_layer(found, pattern)
+        assert [head.window_tokens for head in found.heads] == [40 + layer, 1 + 15 * layer, 0]
+        tiny.assert_same_layer(trace.layer_pattern(1, layer), tiny.layer_pattern(1 + layer))
+    first = trace.layer_pattern(0, 0).heads[0]
+    np.testing.assert_array_equal(first.cut, [3])  # 2 was given: attended whole
+
+
+def test_limits_that_are_none_are_not_written() -> None:
+    shape = ModelShape(**MODEL, windows=(0,) * 4, chunks=(0, 0, 0, 5))
+    assert shape.windows is None and shape == ModelShape(**MODEL, chunks=(0, 0, 0, 5))
+    assert shape.model_dump(mode="json") == MODEL | {"chunks": [0, 0, 0, 5]}
+    assert ModelShape(**MODEL).model_dump(mode="json") == MODEL
