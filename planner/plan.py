@@ -20,7 +20,7 @@ from ..traces.pattern import LayerPattern, num_blocks
 from ..traces.validation import validated
 from .layouts.layout import Layout
 from .layouts.registry import make_layout
-from .schedule.backends import computed_head_dim, require_windows
+from .schedule.backends import computed_head_dim, require_elements
 from .schedule.heads import HeadOrder, is_order
 from .schedule.pairs import Pairs, pattern_pairs
 from .schedule.placement import Placement
@@ -105,8 +105,15 @@ class Plan(AttentionSpec):
         computed_head_dim(
             self.kernels.backend, head_dim=self.model.head_dim, dtype=self.dtype, block_size=self.block_size
         )
+        for field, value in self.asked_of_elements():
+            require_elements(self.kernels.backend, field=field, value=value)
+
+    def asked_of_elements(self) -> list[tuple[str, object]]:
+        """Return (field, value) of what asks for more than whole blocks of plain scores: windows and softcaps."""
+        asked: list[tuple[str, object]] = []
         if self.pattern.windowed:
-            require_windows(self.kernels.backend)
+            asked.append(("pattern.windowed", True))
+        return asked + self.model.asked_of_elements(self.seq_len_tokens)
 
     def head_order(self, layer: int | None) -> HeadOrder | None:
         """Return the order of a layer's query heads, None where they stay as they are. InputError names the layer."""

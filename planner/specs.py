@@ -75,6 +75,17 @@ class ModelShape(Strict):
         """Whether any layer of the model has a window that a sequence of so many tokens is longer than."""
         return any(0 < window < seq_len_tokens for window in self.windows or ())
 
+    def asked_of_elements(self, seq_len_tokens: int) -> list[tuple[str, object]]:
+        """Return (field, value) of what asks for more than whole blocks of plain scores: windows and a softcap."""
+        asked: list[tuple[str, object]] = []
+        if self.windows_within(seq_len_tokens):
+            asked.append(
+                ("model.windows", next(window for window in self.windows or () if 0 < window < seq_len_tokens))
+            )
+        if self.softcap is not None:
+            asked.append(("model.softcap", self.softcap))
+        return asked
+
     def difference(self, other: ModelShape) -> tuple[str, str, str] | None:
         """Return (field, what it is here, what it is there) where only a limit of some layer differs; else None."""
         unlimited: dict[str, Any] = dict.fromkeys(map(str, LAYER_LIMITS))

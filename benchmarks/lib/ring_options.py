@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from ...planner.cost.cluster import Cluster, preset_names
-from ...planner.plan import ModelShape, Plan
+from ...planner.plan import Plan
 from .common import RESULTS
 from .masks import MASKS
 from .ring_plans import MODEL, PLACEMENTS, Case, Work, make_case_plan, make_work

@@ -23,8 +23,8 @@ class BackendFacts:
     whole mask blocks. needs_gpu: it runs on GPUs alone.
     What it takes, None for any. head_dims: those that its kernels have, ascending. padded_step: other head dims that
     are multiples of it, below the largest, are computed as the next one with zeros behind them
-    (kernels/triton/padded.py); None: no others are taken. windows: sliding windows that are exact to the token; without
-    them it knows whole blocks alone.
+    (kernels/triton/padded.py); None: no others are taken. elements: sliding windows that are exact to the token, and
+    softcaps; without them it knows whole blocks and plain scores alone.
     """
 
     joins_keys: bool = False
@@ -36,7 +36,7 @@ class BackendFacts:
     padded_step: int | None = None
     block_sizes: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
-    windows: bool = True
+    elements: bool = True
 
     def kernel_head_dim(self, head_dim: int) -> int | None:
         """Return what the kernels compute heads of this size as; None where they do not."""
@@ -77,7 +77,7 @@ BACKENDS: dict[str, BackendFacts] = {
         head_dims=(64, 128),
         block_sizes=(128,),
         dtypes=("float16", "bfloat16"),
-        windows=False,
+        elements=False,
     ),
 }
 # What "fastest" becomes on a GPU: the first that takes the attention. Without a GPU it is blockwise, which takes any,
@@ -125,18 +125,16 @@ def computed_head_dim(backend: str, *, head_dim: int, dtype: str, block_size: in
     )
 
 
-def require_windows(backend: str) -> None:
-    """Refuse a backend that knows whole blocks alone, where patterns have windows that are exact to the token.
+def require_elements(backend: str, *, field: str, value: object) -> None:
+    """Refuse a backend that knows whole blocks and plain scores alone, where a window or a softcap asks for more.
 
-    UnsupportedError names the field and its value. "fastest" becomes one that takes them where the plan runs.
+    field, value: what asks, which UnsupportedError names. "fastest" becomes one that takes it where the plan runs.
     """
     facts_of(backend)
-    takes = [name for name, facts in BACKENDS.items() if facts.windows]
+    takes = [name for name, facts in BACKENDS.items() if facts.elements]
     if not any(name in takes for name in _meant(backend)):
-        problem = (
-            f"True is not what {backend} kernels take: they know whole blocks alone; {', '.join(takes)} take windows"
-        )
-        raise UnsupportedError(problem, field="pattern.windowed")
+        told = f"{value} is not what {backend} kernels take: they know whole blocks and plain scores alone"
+        raise UnsupportedError(f"{told}; {', '.join(takes)} take windows and softcaps", field=field)
 
 
 def kernel_head_dim(backend: str, head_dim: int) -> int:

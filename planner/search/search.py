@@ -18,7 +18,7 @@ from ..cost.measured import cluster_cost
 from ..cost.model import CostModel
 from ..cost.recurrence import CompiledRecurrence
 from ..plan import AttentionSpec, PatternSpec, Plan, make_plan
-from ..schedule.backends import computed_head_dim, require_windows
+from ..schedule.backends import computed_head_dim, require_elements
 from ..schedule.schedule import DIRECTIONS
 from .problem import Problem, SearchSpace
 from .sampling import model_of, pattern_spec, summarize, take_samples
@@ -72,8 +72,9 @@ def make_problem(
     computed_head_dim(backend, head_dim=model.head_dim, dtype=space.dtype, block_size=header.block_size)
     samples = take_samples(trace, steps=space.steps, layers=space.layers)
     summary = summarize(trace, progress=progress)
-    if summary.windowed or model.windows_within(header.seq_len_tokens):
-        require_windows(backend)
+    asked = [("pattern.windowed", True)] if summary.windowed else []
+    for field, value in [*asked, *model.asked_of_elements(header.seq_len_tokens)]:
+        require_elements(backend, field=field, value=value)
     return Problem(
         space=space,
         cluster=cluster,

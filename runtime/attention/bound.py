@@ -128,13 +128,6 @@ def reach_of(model: ModelShape, layer: int) -> Reach:
     return Reach(window_tokens=window, chunk_tokens=chunk)
 
 
-def masks_elements(plan: Plan) -> bool:
-    """Whether more than whole blocks, causality and documents decides what is attended: not all kernels can do that."""
-    layers, tokens = range(plan.model.layers), plan.seq_len_tokens
-    windows = any(0 < reach_of(plan.model, layer).window_tokens < tokens for layer in layers)
-    return windows or plan.pattern.windowed or plan.model.softcap is not None
-
-
 def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
     """Bind a plan to this rank. Collective: all ranks must hold the same plan, whose digests are compared first.
 
@@ -142,6 +135,7 @@ def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
     the runtime does not play.
     """
     plan.require(world_size=mesh.world_size)
+    plan.require_kernels()
     if plan.kernels.tuned is not None:
         try:
             tuning.use(**plan.kernels.tuned.model_dump())
@@ -153,7 +147,11 @@ def bind(plan: Plan, mesh: Mesh) -> BoundPlan:
     if backend == "fastest":
         dtype = getattr(torch, plan.dtype)
         backend = fastest_backend(
-            mesh.device, dtype=dtype, head_dim=head_dim, block_size=plan.block_size, elements=masks_elements(plan)
+            mesh.device,
+            dtype=dtype,
+            head_dim=head_dim,
+            block_size=plan.block_size,
+            elements=bool(plan.asked_of_elements()),
         )
         agree(mesh, f"{topic} backend", backend)
     placement = plan.make_placement()

@@ -81,6 +81,8 @@ def model_facts(config: Any) -> ModelFacts:
 
 def build_model(section: ModelSection, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """Return the model with all its parameters in `dtype`: random ones made on the device, files read on the host."""
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # grouped products of experts know no float64
     if section.random_weights:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(seed)

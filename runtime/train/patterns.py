@@ -138,9 +138,10 @@ class LayerMasks:
                 records[layer] = pattern, [own_choice(reach)] * pattern.num_heads
                 continue
             masses = [mass.clamp(0, 1).tolist() for mass in watched.masses]
+            way = spec if spec.by_layer is None else spec.by_layer[layer]
             records[layer] = pattern, [
                 HeadChoice(
-                    selector=spec.selector or "replayed", settings=dict(spec.settings), kept_mass_probe=near,
+                    selector=way.selector or "replayed", settings=dict(way.settings), kept_mass_probe=near,
                     kept_mass_sampled=far,
                 )
                 for near, far in zip(*masses, strict=True)

@@ -15,6 +15,7 @@ from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
+from ..attention.bound import reach_of
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
 from ..pattern.by_layer import (
@@ -124,6 +125,7 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
     if config.data.documents.attention:
         raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
+    _require_plain(config, shape)
     try:
         _require_kernels(backend, config, shape)
     except UnsupportedError:
@@ -133,6 +135,21 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         granularity_tokens=config.seq_len_tokens // chunks,
     )  # fmt: skip
     return _plan(config, shape, backend, placement, Ring(), dense(config.seq_len_tokens), 0)
+
+
+def _require_plain(config: TrainConfig, shape: ModelShape) -> None:
+    """Raise UnsupportedError where a model's own attention is more than causal softmax, which baselines compute."""
+    for layer in range(shape.layers):
+        reach = reach_of(shape, layer)
+        if reach.limits(config.seq_len_tokens):
+            tokens = reach.window_tokens or reach.chunk_tokens
+            told = (
+                f"{config.attention!r} has no windows or chunks; the model's layer {layer} has one of {tokens} tokens"
+            )
+            raise UnsupportedError(told, field="attention")
+    if shape.softcap is not None:
+        raise UnsupportedError(f"{config.attention!r} has no softcap; the model's is {shape.softcap}",
+                               field="attention")  # fmt: skip
 
 
 def _require_kernels(backend: str, config: TrainConfig, shape: ModelShape) -> None:

@@ -24,7 +24,7 @@ from sparsering.planner.plan import (
     make_plan,
 )
 from sparsering.planner.replay import find_trace
-from sparsering.planner.schedule.backends import require_windows
+from sparsering.planner.schedule.backends import require_elements
 from sparsering.planner.schedule.pairs import pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, striped
 from sparsering.planner.schedule.workload import workload
@@ -131,7 +131,12 @@ def test_kernels_that_know_whole_blocks_alone_are_refused() -> None:
         assert plan(backend=backend, windowed=True).pattern.windowed
     assert not plan(backend="flash4").pattern.windowed
     with pytest.raises(InputError, match="backend"):
-        require_windows("flash5")
+        require_elements("flash5", field="pattern.windowed", value=True)
+    for limits, told in ({"windows": (0, 200)}, "model.windows: 200"), ({"softcap": 30.0}, "model.softcap: 30.0"):
+        with pytest.raises(UnsupportedError, match=f"^{told} is not what flash4 kernels take"):
+            plan(backend="flash4", **limits)
+        assert plan(backend="fastest", **limits).asked_of_elements()
+    assert not plan(backend="flash4", windows=(0, 1 << 20)).asked_of_elements()
 
 
 @pytest.mark.parametrize(
