@@ -4,6 +4,7 @@ One process, one GPU; every sparse result is checked against float64 on sampled 
 matmul FLOPs of active blocks whole, plus 4 D for each causal (query, column) pair; backward counts 2.5 times that.
     python -m sparsering.benchmarks.kernels --seq-lens 131072 --densities 0.1 0.05 0.02 --columns 0 1024
     python -m sparsering.benchmarks.kernels --as sm_80 --impls fa2-dense ours-triton flex     # the A100 path, on Hopper
+    python -m sparsering.benchmarks.kernels --families window band --densities 0.0625 --impls cudnn-dense ours-triton
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .lib.masks import MASKS, density_of, forward_flops
 
 SUSTAINED_MS = 600.0
 GROWTH_REPEATS = 41
-FAMILIES = ("slash", "xattention", "moba")
+FAMILIES = ("slash", "xattention", "moba", "window", "band")
 
 
 def time_ms(call: Callable[[], object], repeats: int, *, sustained_ms: float = SUSTAINED_MS) -> float:
@@ -131,9 +132,13 @@ def run_length(arguments: argparse.Namespace, seq_len: int) -> list[dict[str, An
             extra = (columns,) if family == "slash" else ()
             mask = MASKS[family](seq_len, density, *extra, heads=heads, block=arguments.block, seed=arguments.seed)
             described = {"seq_len": seq_len, "mask": family, "density": round(density_of(mask), 4), "columns": columns}
+            described |= {"softcap": arguments.softcap} if arguments.softcap else {}
+            described |= {"sinks": True} if arguments.sinks else {}
+            sinks = torch.linspace(-2, 2, heads, device="cuda") if arguments.sinks else None
             for name in arguments.impls:
-                if name in SPARSE and SPARSE[name].supports(mask, seq_len):
-                    rows += _measure_sparse(arguments, name, described, Problem(*tensors, mask=mask.to("cuda")), dense)
+                problem = Problem(*tensors, mask=mask.to("cuda"), softcap=arguments.softcap, sinks=sinks)
+                if name in SPARSE and SPARSE[name].supports(problem):
+                    rows += _measure_sparse(arguments, name, described, problem, dense)
                     gc.collect()
                     torch.cuda.empty_cache()
     return rows
@@ -176,6 +181,8 @@ def main() -> None:
     parser.add_argument("--columns", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["slash"])
     parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--softcap", type=float, help="of the scores")
+    parser.add_argument("--sinks", action="store_true", help="a learned logit a head beside the keys")
     parser.add_argument("--impls", nargs="+", default=[*DENSE, *SPARSE], choices=[*DENSE, *SPARSE])
     parser.add_argument("--launches", type=Path, help="a file of doctor --kernels --tune")
     parser.add_argument("--as", dest="architecture", choices=["sm_80"], help="compile Triton's kernels as for an A100")

@@ -12,8 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...kernels.api import Queries, WholeAttention
-from ...kernels.mask import AttentionMask
+from ...kernels.api import Queries, WholeAttention, backend_of
+from ...kernels.sinks import sink_gradients, with_sinks
 from . import fa4_direct
 from .masks import split_diagonal
 
@@ -22,7 +22,10 @@ FLEX_LONGEST = 131072  # its block mask holds [H, N, N] indexes four times
 
 @dataclass
 class Problem:
-    """Tensors q, k, v, grad_out [1, S, H, D] in bfloat16, the mask, and what implementations build from it once."""
+    """Tensors q, k, v, grad_out [1, S, H, D] in bfloat16, the mask, and what implementations build from it once.
+
+    softcap: of the scores; sinks [H]: learned logits. Only our backends take these.
+    """
 
     q: Tensor
     k: Tensor
@@ -31,6 +34,8 @@ class Problem:
     mask: Any  # an AttentionMask; None for dense attention
     built: dict[str, Any] = field(default_factory=dict)
     index_bytes: int = 0
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -40,7 +45,12 @@ class Problem:
     @property
     def queries(self) -> Queries:
         """What our backends take."""
-        return Queries(q=self.q, scale=self.scale)
+        return Queries(q=self.q, scale=self.scale, softcap=self.softcap)
+
+    @property
+    def plain(self) -> bool:
+        """Whether softmax over whole blocks is all that is asked for."""
+        return self.softcap is None and self.sinks is None and self.mask.windows is None
 
     @property
     def positions(self) -> Tensor:
@@ -78,7 +88,7 @@ class Implementation:
     backward: Callable[[Problem, State], tuple[Tensor, ...]]
     out: Callable[[State], Tensor] = lambda state: state[0]
     prepare: Callable[[Problem], None] = lambda problem: None
-    supports: Callable[[AttentionMask, int], bool] = lambda mask, seq_len: True
+    supports: Callable[[Problem], bool] = lambda problem: True
 
 
 def _ours(backend: str) -> Implementation:
@@ -90,9 +100,13 @@ def _ours(backend: str) -> Implementation:
         problem.index_bytes = index_bytes(whole)
 
     def forward(problem: Problem) -> State:
-        return problem.built[backend].forward(problem.queries, problem.k, problem.v)
+        out, lse = problem.built[backend].forward(problem.queries, problem.k, problem.v)
+        return (out, lse) if problem.sinks is None else with_sinks(out, lse, problem.sinks)
 
     def backward(problem: Problem, state: State) -> tuple[Tensor, ...]:
+        if problem.sinks is not None:
+            delta = backend_of(backend).row_products(problem.grad_out, state[0])
+            sink_gradients(state[1], delta, problem.sinks)
         return problem.built[backend].backward(problem.queries, problem.k, problem.v, state, problem.grad_out)
 
     return Implementation(forward=forward, backward=backward, prepare=prepare)
@@ -117,6 +131,11 @@ def _dense(backend: SDPBackend) -> Implementation:
             return (functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
 
     return Implementation(forward=forward, backward=_autograd_backward, out=_heads_inside)
+
+
+def _in_reach(problem: Problem) -> bool:
+    """Whether libraries that take whole blocks and an index of all pairs of them can be asked."""
+    return problem.plain and problem.mask.columns is None and problem.q.shape[1] <= FLEX_LONGEST
 
 
 def _heads_inside(state: State) -> Tensor:
@@ -157,7 +176,7 @@ def _flex(tma: bool) -> Implementation:
         backward=_autograd_backward,
         out=_heads_inside,
         prepare=_flex_prepare,
-        supports=lambda mask, seq_len: mask.columns is None and seq_len <= FLEX_LONGEST,
+        supports=lambda problem: _in_reach(problem),
     )
 
 
@@ -166,13 +185,11 @@ SPARSE = {"ours-triton": _ours("triton"), "flex": _flex(tma=False), "flex-tma": 
 
 if fa4_direct.runs_here():
     SPARSE["ours-flash4"] = replace(
-        _ours("flash4"), supports=lambda mask, seq_len: mask.block_size == fa4_direct.BLOCK_SIZE
+        _ours("flash4"), supports=lambda problem: problem.plain and problem.mask.block_size == fa4_direct.BLOCK_SIZE
     )
     SPARSE["fa4"] = Implementation(
         forward=fa4_direct.forward,
         backward=fa4_direct.backward,
         prepare=fa4_direct.prepare,
-        supports=lambda mask, seq_len: (
-            mask.columns is None and mask.block_size == fa4_direct.BLOCK_SIZE and seq_len <= FLEX_LONGEST
-        ),
+        supports=lambda problem: _in_reach(problem) and problem.mask.block_size == fa4_direct.BLOCK_SIZE,
     )

@@ -43,11 +43,23 @@ def query_rows(problem: Problem, head: int, rows: Tensor) -> dict[str, Tensor]:
     q, grad_out = (x[0, rows, head].double() for x in (problem.q, problem.grad_out))
     k, v = (x[0, :, kv_head].double() for x in (problem.k, problem.v))
     attended = whole(mask, head, rows, positions)
-    scores = (q @ k.T * problem.scale).masked_fill(~attended, -torch.inf)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    scores, slopes = scores_of(problem, q @ k.T)
+    scores = scores.masked_fill(~attended, -torch.inf)
+    if problem.sinks is not None:
+        scores = torch.cat([scores, problem.sinks[head].double().expand(len(rows), 1)], dim=1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[:, : len(positions)]
     out = weights @ v
     delta = (grad_out * out).sum(-1, keepdim=True)
-    return {"out": out, "dq": (weights * (grad_out @ v.T - delta)) @ k * problem.scale}
+    return {"out": out, "dq": (weights * (grad_out @ v.T - delta) * slopes) @ k * problem.scale}
+
+
+def scores_of(problem: Problem, products: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The scores of products of queries and keys, and by how much a softcap flattens each."""
+    scores = products * problem.scale
+    if problem.softcap is None:
+        return scores, 1.0
+    flat = torch.tanh(scores / problem.softcap)
+    return flat * problem.softcap, 1 - flat**2
 
 
 def key_rows(problem: Problem, kv_head: int, keys: Tensor, lse: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -59,9 +71,10 @@ def key_rows(problem: Problem, kv_head: int, keys: Tensor, lse: Tensor, delta: T
     for head in range(kv_head * group, (kv_head + 1) * group):
         q, grad_out = (x[0, :, head].double() for x in (problem.q, problem.grad_out))
         attended = whole(mask, head, positions, keys)
-        weights = torch.where(attended, torch.exp(q @ k.T * problem.scale - lse[head][:, None]), 0.0)
+        scores, slopes = scores_of(problem, q @ k.T)
+        weights = torch.where(attended, torch.exp(scores - lse[head][:, None]), 0.0)
         grad_v += weights.T @ grad_out
-        grad_k += (weights * (grad_out @ v.T - delta[head][:, None])).T @ q * problem.scale
+        grad_k += (weights * (grad_out @ v.T - delta[head][:, None]) * slopes).T @ q * problem.scale
     return {"dk": grad_k, "dv": grad_v}
 
 

@@ -90,9 +90,23 @@ def documents_mask(seq_len: int, density: float, *, heads: int = 16, block: int 
     )
 
 
+def window_mask(seq_len: int, density: float, *, heads: int = 16, block: int = 128, seed: int = 0) -> AttentionMask:
+    """A sliding window of about `density`, whose edge lies within blocks, the same for all heads; nothing is drawn."""
+    window = max(1, round(seq_len * density / 2)) // 2 * 2 + 1
+    nothing = torch.zeros(heads, seq_len // block, dtype=torch.bool)
+    return AttentionMask(seq_len_tokens=seq_len, block_size=block, active=nothing, windows=(window,) * heads)
+
+
+def band_mask(seq_len: int, density: float, *, heads: int = 16, block: int = 128, seed: int = 0) -> AttentionMask:
+    """What `window_mask` computes, as whole blocks: the diagonals of the window and of its edge; nothing is drawn."""
+    windowed = window_mask(seq_len, density, heads=heads, block=block, seed=seed)
+    return AttentionMask(seq_len_tokens=seq_len, block_size=block, active=computed_blocks(windowed))
+
+
 # of one signature, but for the columns that only slash masks have
 MASKS: dict[str, Callable[..., AttentionMask]] = {
     "slash": slash_mask, "xattention": xattention_like_mask, "moba": moba_like_mask, "documents": documents_mask,
+    "window": window_mask, "band": band_mask,
 }  # fmt: skip
 
 
@@ -106,12 +120,25 @@ def split_diagonal(mask: AttentionMask) -> tuple[Tensor, Tensor]:
     return mask.active & earlier, mask.active[:, block, block]
 
 
+def computed_blocks(mask: AttentionMask) -> Tensor:
+    """Return `mask.active` with the blocks that a window cuts, which are computed whole."""
+    edges = mask.edges()
+    if edges is None:
+        return mask.active
+    distance = torch.arange(mask.blocks, device=mask.active.device)
+    cut = (distance == edges[:, :1]) | (distance == edges[:, 1:])
+    if mask.is_toeplitz:
+        return mask.active | cut
+    return mask.active | cut[:, (distance[:, None] - distance[None, :]).clamp(min=0)]
+
+
 def active_block_pairs(mask: AttentionMask) -> int:
-    """Active causal block pairs over all heads, diagonal pairs whole."""
+    """Active causal block pairs over all heads, diagonal pairs, and those that a window cuts, whole."""
+    active = computed_blocks(mask)
     if mask.is_toeplitz:
         weights: Tensor = mask.blocks - torch.arange(mask.blocks, device=mask.active.device)
-        return int((mask.active * weights).sum())
-    return int(torch.tril(mask.active).sum())
+        return int((active * weights).sum())
+    return int(torch.tril(active).sum())
 
 
 def density_of(mask: AttentionMask) -> float:

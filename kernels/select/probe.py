@@ -68,11 +68,14 @@ class ShardTensors:
             raise ValueError(f"granularity_tokens: {self.granularity_tokens} does not divide {self.q.shape[1]} tokens")
 
     @classmethod
-    def whole(cls, q: Tensor, k: Tensor, *, block_size: int, softcap: float | None = None) -> Self:
+    def whole(
+        cls, q: Tensor, k: Tensor, *, block_size: int, softcap: float | None = None, documents: Tensor | None = None
+    ) -> Self:
         """Return a sequence q [1, S, H, D], k [1, S, H_kv, D] that no other rank has a part of."""
         tokens = q.shape[1]
         return cls(q=q, k=k, positions=torch.arange(tokens, device=q.device), seq_len_tokens=tokens,
-                   block_size=block_size, granularity_tokens=tokens, softcap=softcap)  # fmt: skip
+                   block_size=block_size, granularity_tokens=tokens, softcap=softcap,
+                   documents=documents)  # fmt: skip
 
     @property
     def heads(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
 from ...kernels.select.registry import Selector
 from ...planner.schedule.backends import computed_head_dim
+from ...planner.schedule.pairs import documents_share
 from ...planner.specs import MODEL
 from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.dataset.rows import HeadChoice
@@ -77,11 +78,12 @@ def trace_header(
 
 def capture_model(
     model: PreTrainedModel, token_ids: Tensor, writer: TraceWriter, settings: CaptureSettings, *,
-    training_step: int | None = None, progress: Progress = no_progress,
+    documents: Tensor | None = None, training_step: int | None = None, progress: Progress = no_progress,
 ) -> int:  # fmt: skip
     """Run the model on one sequence and append what it attends to as one training step; return that step.
 
-    token_ids: [S] or [1, S], on any device; S is the trace's seq_len_tokens. training_step: the next one by default.
+    token_ids: [S] or [1, S], on any device; S is the trace's seq_len_tokens. documents: int32 [S], never falling, of
+    packed ones: they do not see each other, and positions restart. training_step: the next one by default.
     The model runs without gradients in eval mode and is left as it was. Nothing is written when the run fails.
     Raises UnsupportedError with the reason when the model does not pass the audit (`audit.py`): no plan could run it.
     """
@@ -95,9 +97,9 @@ def capture_model(
         dtype, head_dim = str(model.dtype).removeprefix("torch."), header.model.head_dim
         computed_head_dim(_backend(model.device), head_dim=head_dim, dtype=dtype, block_size=header.block_size)
     step_number = writer.next_step if training_step is None else training_step
-    positions = torch.arange(header.seq_len_tokens, device=model.device)
+    positions, documents = _restarted(header.seq_len_tokens, documents, model.device)
     with writer.step(step_number) as step, _in_eval_mode(model), torch.no_grad():
-        recorder = _Recorder(step, settings, progress)
+        recorder = _Recorder(step, settings, progress, documents)
         attached = Attached(model, recorder, positions=positions, seq_len_tokens=header.seq_len_tokens)
         try:
             # The body without the head: logits of long sequences are large and nobody looks at them.
@@ -105,6 +107,17 @@ def capture_model(
         finally:
             attached.detach()
     return step_number
+
+
+def _restarted(tokens: int, documents: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return positions [S] that begin anew with each document, and the documents on the device."""
+    positions = torch.arange(tokens, device=device)
+    if documents is None:
+        return positions, None
+    if documents.shape != (tokens,) or bool((documents[1:] < documents[:-1]).any()):
+        raise InputError(f"shape {tuple(documents.shape)} is not [{tokens}], or they fall", field="documents")
+    documents = documents.to(device=device, dtype=torch.int32).contiguous()
+    return positions - torch.searchsorted(documents, documents), documents
 
 
 def _backend(device: torch.device) -> str:
@@ -134,11 +147,30 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
     )
 
 
+def own_pattern(mask: AttentionMask, reach: Reach) -> LayerPattern:
+    """Return the pattern of a layer that the model itself limits, as a trace takes it.
+
+    Chunks are documents of this layer alone, where a trace has one set of documents for all layers of a step: they
+    become the blocks that share a chunk. Runs do not take them from there, but from the model.
+    """
+    pattern = pattern_of(mask)
+    if not 0 < reach.chunk_tokens < mask.seq_len_tokens:
+        return pattern
+    blocks = pattern.num_blocks
+    bits = [
+        documents_share(pattern.documents, mask.block_size, mask.seq_len_tokens, head.block_bits(blocks))
+        for head in pattern.heads
+    ]
+    return replace(pattern, heads=tuple(BlockMask(bits=one) for one in bits), documents=None)
+
+
 class _Recorder:
     """In the place of attention (`model.attached.Attention`): receives the layers of one forward pass in order."""
 
-    def __init__(self, step: StepWriter, settings: CaptureSettings, progress: Progress) -> None:
-        self.step, self.settings, self.progress = step, settings, progress
+    def __init__(
+        self, step: StepWriter, settings: CaptureSettings, progress: Progress, documents: Tensor | None
+    ) -> None:
+        self.step, self.settings, self.progress, self.documents = step, settings, progress, documents
         self.seen = 0
 
     def __call__(
@@ -152,26 +184,35 @@ class _Recorder:
         header = self.step.header
         wanted, limited = layer in header.recorded_layers, form.reach.limits(header.seq_len_tokens)
         if limited:  # the model's own pattern: there is nothing to choose
-            mask = _whole_reach(form, q, header.block_size)
+            mask = self._whole_reach(form, q)
             if wanted:
-                self.step.append(layer, pattern_of(mask), [own_choice(form.reach)] * mask.heads)
+                self.step.append(layer, own_pattern(mask, form.reach), [own_choice(form.reach)] * mask.heads)
         elif wanted or self.settings.sparse:
-            shard = ShardTensors.whole(q, k, block_size=header.block_size, softcap=form.softcap)
+            shard = ShardTensors.whole(
+                q, k, block_size=header.block_size, softcap=form.softcap, documents=self.documents
+            )
             mask = chosen_mask(self.settings.selector, shard, layer=layer, scale=factor)
             if wanted:
                 self.step.append(layer, pattern_of(mask), self._choices(layer, shard, mask, factor))
         self.seen += 1
         self.progress("capturing layers", self.seen, header.model.layers)
         if not limited and not self.settings.sparse:
-            if form.softcap is None and form.sinks is None:
+            if form.softcap is None and form.sinks is None and self.documents is None:
                 return dense_causal(q, k, v, scale=factor)
-            mask = _whole_reach(form, q, header.block_size)
+            mask = self._whole_reach(form, q)
         assert mask is not None
         given = {"softcap": form.softcap, "sinks": form.sinks}
         return full_attention(q, k, v, mask, scale=factor, backend=_backend(q.device), **given)[0]
 
     def close(self) -> None:
         """Nothing is held: the step is its writer's."""
+
+    def _whole_reach(self, form: AttentionForm, q: Tensor) -> AttentionMask:
+        """Return all that a layer of the model may attend in a sequence of q [1, S, H, D]."""
+        return form.reach.mask(
+            heads=q.shape[2], seq_len_tokens=q.shape[1], block_size=self.step.header.block_size, device=q.device,
+            documents=self.documents,
+        )  # fmt: skip
 
     def _choices(self, layer: int, shard: ShardTensors, mask: AttentionMask, scale: float) -> list[HeadChoice]:
         probe = kept_mass_probe(shard, mask, scale=scale).clamp(max=1).tolist()
@@ -181,11 +222,6 @@ class _Recorder:
             HeadChoice(selector=one.name, settings=one.settings, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
             for one, kept, kept_sampled in zip(heads, probe, sampled.clamp(max=1).tolist(), strict=True)
         ]
-
-
-def _whole_reach(form: AttentionForm, q: Tensor, block_size: int) -> AttentionMask:
-    """Return all that a layer of a model may attend in a sequence of q [1, S, H, D]."""
-    return form.reach.mask(heads=q.shape[2], seq_len_tokens=q.shape[1], block_size=block_size, device=q.device)
 
 
 def own_choice(reach: Reach) -> HeadChoice:

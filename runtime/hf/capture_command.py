@@ -37,6 +37,9 @@ def capture(
     patterns: Annotated[Path | None, typer.Option(help="Patterns by layer (YAML), not --selector.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a mask block: 64 or 128.")] = 128,
     layers: Annotated[str, typer.Option(help="Layers to record: all, or a list such as 0,5,30-35.")] = "all",
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Files are documents that do not see each other; positions restart.")
+    ] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="Continue with sparse attention by the pattern.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of sampled rows and random weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
@@ -87,7 +90,11 @@ def capture(
     capture_settings = CaptureSettings(selector=selector, seed=seed, sparse=sparse)
     with TraceWriter(output, header) as writer, shown_progress() as progress:
         for step in range(writer.next_step, steps):
-            capture_model(loaded, windows[step], writer, capture_settings, training_step=step, progress=progress)
+            apart = windows[step].documents if documents else None
+            capture_model(
+                loaded, windows[step].ids, writer, capture_settings, documents=apart, training_step=step,
+                progress=progress,
+            )  # fmt: skip
     written = Trace.open(output)
     if as_json:
         typer.echo(json.dumps(describe(written), indent=1))

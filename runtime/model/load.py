@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,18 @@ def read_config(path: Path) -> tuple[Path, Any]:
     return folder, read_config_file(source)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextWindow:
+    """ids: int64 [S]; documents: int32 [S], which of the window's files a token is of, counted from 0."""
+
+    ids: Tensor
+    documents: Tensor
+
+
 def read_windows(
     texts: Sequence[Path], *, model_path: Path, tokenizer: str, seq_len_tokens: int, count: int
-) -> list[Tensor]:
-    """Return `count` consecutive windows of int64 [seq_len_tokens] token ids from the files, in the order given.
+) -> list[TextWindow]:
+    """Return `count` consecutive windows of seq_len_tokens from the files, in the order given.
 
     tokenizer: "byte" takes every byte as a token id, "model" the model folder's own, "auto" the latter where it
     exists. Raises InputError when the text is too short, saying how long it is.
@@ -91,16 +100,22 @@ def read_windows(
     folder = model_path if model_path.is_dir() else model_path.parent
     data = [read_bytes(path, max_bytes=MAX_TEXT_BYTES) for path in texts]
     if tokenizer == "byte" or (tokenizer == "auto" and not _has_tokenizer(folder)):
-        joined = b"\n".join(data)
-        ids = torch.frombuffer(bytearray(joined), dtype=torch.uint8).long() if joined else torch.zeros(0).long()
+        files = [_bytes_of(text + b"\n") for text in data[:-1]] + [_bytes_of(text) for text in data[-1:]]
     else:
         encode = read_tokenizer(folder).encode
-        ids = torch.tensor([i for text in data for i in encode(text.decode(errors="replace"))], dtype=torch.int64)
+        files = [torch.tensor(encode(text.decode(errors="replace")), dtype=torch.int64) for text in data]
+    ids = torch.cat(files)
+    of_file = torch.repeat_interleave(torch.arange(len(files)), torch.tensor([len(file) for file in files])).int()
     needed = count * seq_len_tokens
     if ids.numel() < needed:
         problem = f"{ids.numel()} tokens in {len(texts)} files; {count} windows of {seq_len_tokens} need {needed}"
         raise InputError(problem, field="text")
-    return list(ids[:needed].split(seq_len_tokens))
+    parts = zip(ids[:needed].split(seq_len_tokens), of_file[:needed].split(seq_len_tokens), strict=True)
+    return [TextWindow(ids=part, documents=of_part - of_part[0]) for part, of_part in parts]
+
+
+def _bytes_of(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long() if text else torch.zeros(0, dtype=torch.int64)
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -117,9 +132,9 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def check_vocabulary(ids: Sequence[Tensor], model: PreTrainedModel) -> None:
+def check_vocabulary(windows: Sequence[TextWindow], model: PreTrainedModel) -> None:
     """Raise InputError when a token id has no embedding in the model."""
     size = model.config.get_text_config().vocab_size
-    highest = max(int(window.max()) for window in ids)
+    highest = max(int(window.ids.max()) for window in windows)
     if highest >= size:
         raise InputError(f"token id {highest} is beyond the model's vocabulary of {size}", field="tokenizer")

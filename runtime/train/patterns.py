@@ -25,7 +25,7 @@ from ..attention.bound import BoundPlan, reach_of
 from ..attention.heads import Chooser
 from ..attention.masks import RunningHash, cut_diagonals
 from ..attention.patterns import PlannedChoice, collectives_over
-from ..hf.capture import own_choice, pattern_of
+from ..hf.capture import own_choice, own_pattern, pattern_of
 from ..timing.spans import Clock, Exposure
 
 
@@ -132,11 +132,12 @@ class LayerMasks:
         records: dict[int, LayerRecord] = {}
         for layer, watched in sorted(self._watched.items()):
             assert watched.record is not None and watched.masses is not None
-            pattern = pattern_of(watched.record)
             reach = reach_of(self._bound.plan.model, layer)
             if reach.limits(self._bound.plan.seq_len_tokens):
+                pattern = own_pattern(watched.record, reach)
                 records[layer] = pattern, [own_choice(reach)] * pattern.num_heads
                 continue
+            pattern = pattern_of(watched.record)
             masses = [mass.clamp(0, 1).tolist() for mass in watched.masses]
             way = spec if spec.by_layer is None else spec.by_layer[layer]
             records[layer] = pattern, [

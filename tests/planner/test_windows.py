@@ -132,7 +132,10 @@ def test_kernels_that_know_whole_blocks_alone_are_refused() -> None:
     assert not plan(backend="flash4").pattern.windowed
     with pytest.raises(InputError, match="backend"):
         require_elements("flash5", field="pattern.windowed", value=True)
-    for limits, told in ({"windows": (0, 200)}, "model.windows: 200"), ({"softcap": 30.0}, "model.softcap: 30.0"):
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"windows": (0, 200)}, "model.windows: 200"), ({"softcap": 30.0}, "model.softcap: 30.0"),
+    ]  # fmt: skip
+    for limits, told in asked:
         with pytest.raises(UnsupportedError, match=f"^{told} is not what flash4 kernels take"):
             plan(backend="flash4", **limits)
         assert plan(backend="fastest", **limits).asked_of_elements()

@@ -106,13 +106,16 @@ def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
             assert np.array_equal(mask.active[head].numpy(), wanted)
 
 
+CHOOSING_APART = [XAttention(stride=4, mass=0.6), MobaBlock(chunk_tokens=16, top_chunks=2)]
+
+
+@pytest.mark.parametrize("selector", CHOOSING_APART, ids=lambda one: one.name)
 @pytest.mark.parametrize("ranks, granularity", [(1, 160), (2, 16), (5, 32)])
-def test_xattention_gives_each_packed_document_what_it_gets_alone(ranks: int, granularity: int) -> None:
+def test_each_packed_document_gets_what_it_gets_alone(ranks: int, granularity: int, selector) -> None:
     """Documents of whole blocks; nothing is active between them."""
     generator, block, lengths = torch.Generator().manual_seed(3), 16, (48, 16, 96)
     q, k = 3 * torch.randn(160, 4, 8, generator=generator), torch.randn(160, 2, 8, generator=generator)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).int()
-    selector = XAttention(stride=4, mass=0.6)
 
     def choose(rank, collectives):
         shard = shard_of(q, k, block_size=block, ranks=ranks, rank=rank, granularity=granularity, documents=documents)
@@ -131,15 +134,35 @@ def test_xattention_gives_each_packed_document_what_it_gets_alone(ranks: int, gr
         assert torch.equal(mask.documents, documents)
 
 
-def test_xattention_scores_no_cell_of_two_documents() -> None:
-    """Whatever lies in another document may change without changing what is chosen."""
+@pytest.mark.parametrize("selector", CHOOSING_APART, ids=lambda one: one.name)
+def test_what_lies_in_another_document_does_not_change_what_is_chosen(selector) -> None:
     generator, block = torch.Generator().manual_seed(5), 16
     q, k = 3 * torch.randn(160, 2, 8, generator=generator), torch.randn(160, 2, 8, generator=generator)
     documents = (torch.arange(160) >= 70).int()
-    selector = XAttention(stride=4, mass=0.6)
     before = selector.choose(shard_of(q, k, block_size=block, documents=documents), scale=0.4).active
-    q[:70], k[:70] = -q[:70], 5 * k[:70]
+    q[:70] = torch.randn(70, 2, 8, generator=generator)
+    k[:70] = 5 * torch.randn(70, 2, 8, generator=generator)
     after = selector.choose(shard_of(q, k, block_size=block, documents=documents), scale=0.4).active
     assert torch.equal(before[:, 5:], after[:, 5:])
     assert not before[:, 5:, :4].any()
     assert not torch.equal(before[:, :4], after[:, :4])
+
+
+def test_a_block_of_two_documents_looks_for_the_one_it_begins_in() -> None:
+    """MoBA-like, token by token: the first document ends inside block 2, of whose rows it has the first ones."""
+    generator, block, end = torch.Generator().manual_seed(7), 16, 40
+    q, k = torch.randn(128, 1, 8, generator=generator), torch.randn(128, 1, 8, generator=generator)
+    documents = (torch.arange(128) >= end).int()
+    selector = MobaBlock(chunk_tokens=16, top_chunks=2)
+    active = selector.choose(shard_of(q, k, block_size=block, documents=documents), scale=1.0).active[0]
+    for row in range(8):
+        first, document = row * block, documents[row * block]
+        own = [t for t in range(first, first + block) if documents[t] == document]
+        mean = q[own, 0].mean(0)
+        scores = {}
+        for chunk in range(row):
+            tokens = [t for t in range(chunk * 16, chunk * 16 + 16) if documents[t] == document]
+            if documents[chunk * 16 + 15] == document:
+                scores[chunk] = float(mean @ k[tokens, 0].mean(0))
+        wanted = {row, *sorted(scores, key=lambda chunk: -scores[chunk])[:1]}
+        assert set(active[row].nonzero()[:, 0].tolist()) == wanted

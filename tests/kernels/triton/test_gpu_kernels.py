@@ -31,22 +31,22 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_the_definition(case: Case, backend: str) -> None:
     tensors, mask = build(case)
-    grad_out, q, k, v = tensors
-    scale = case.head_dim**-0.5
+    q, scale = tensors[1], case.head_dim**-0.5
     valid = slice(0, case.tokens)
+    form = {"softcap": case.softcap, "sinks": case.logits()}
     if not promised(backend, case):
         with pytest.raises(ValueError, match=r"flash4 backend"):
-            run(tensors, mask, scale, backend)
+            run(tensors, mask, scale, backend, **form)
         return
-    out, lse, *grads = run(tensors, mask, scale, backend)
-    expected_out, expected_lse = reference_attention(q, k, v, mask, scale=scale)
-    expected = [expected_out, *reference_gradients(grad_out, q, k, v, mask, scale=scale)]
+    out, lse, *grads = run(tensors, mask, scale, backend, **form)
+    expected_out, expected_lse, *expected = run([x.double() for x in tensors], mask, scale, "reference", **form)
+    expected.insert(0, expected_out)
     dead = expected_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, dead)
     assert torch.all(out.transpose(1, 2)[dead] == 0)
     tolerance = 1e-5 if q.dtype == torch.float32 else 2e-3
     torch.testing.assert_close(lse[~dead].double(), expected_lse[~dead], atol=tolerance, rtol=0)
-    plain = plain_torch(tensors, mask, scale)
+    plain = plain_torch(tensors, mask, scale, **form)
     for name, ours, theirs, right in zip(("out", "dq", "dk", "dv"), (out, *grads), plain, expected, strict=True):
         assert torch.isfinite(ours).all(), name
         error = (ours.double() - right)[:, valid].abs().max()
