@@ -28,6 +28,7 @@ MAX_WINDOW_TOKENS = int(np.iinfo(np.int32).max)
 NOTHING = np.zeros(0, dtype=np.int32)
 NOTHING.flags.writeable = False
 ONES_IN_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+BITS_SET = getattr(np, "bitwise_count", ONES_IN_A_BYTE.__getitem__)  # numpy's own since 2.0, ten times as fast
 
 
 def num_blocks(seq_len_tokens: int, block_size: int) -> int:
@@ -69,13 +70,6 @@ class VerticalSlash:
         active[self.diagonals[self.diagonals < blocks]] = True
         return active[np.where(distance >= 0, distance, blocks)]
 
-    def active_block_pairs(self, blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (query blocks, key blocks) of all active causal pairs, columns excluded."""
-        counts = np.maximum(blocks - self.diagonals.astype(np.int64), 0)
-        diagonal = np.repeat(self.diagonals.astype(np.int64), counts)
-        key = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return key + diagonal, key
-
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
         return int(np.maximum(blocks - self.diagonals.astype(np.int64), 0).sum())
@@ -89,7 +83,7 @@ class BlockMask:
     It is kept at a bit for each pair: layers of many heads over long sequences would take gigabytes otherwise.
     """
 
-    __slots__ = ("_blocks", "_rows")
+    __slots__ = ("_blocks", "_counts", "_rows")
 
     def __init__(self, *, bits: NDArray[np.bool_]) -> None:
         bits = np.asarray(bits, dtype=bool)
@@ -99,6 +93,7 @@ class BlockMask:
             query, key = np.argwhere(np.triu(bits, 1))[0]
             raise InputError(f"query block {query} must not attend the later key block {key}", field="bits")
         self._blocks, self._rows = bits.shape[0], np.packbits(bits, axis=1)
+        self._counts: NDArray[np.int64] | None = None  # of ones in each row, once somebody asked
 
     @property
     def bits(self) -> NDArray[np.bool_]:
@@ -135,10 +130,17 @@ class BlockMask:
         query, key = np.nonzero(self.block_bits(blocks))
         return query, key
 
+    def keys_of_queries(self) -> NDArray[np.int64]:
+        """Return int64 [N]: how many key blocks of each query block are active."""
+        if self._counts is None:
+            counts: NDArray[np.int64] = BITS_SET(self._rows).sum(axis=1, dtype=np.int64)
+            self._counts = counts
+        return self._counts
+
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
         self.check_blocks(blocks)
-        return int(ONES_IN_A_BYTE[self._rows].sum(dtype=np.int64))
+        return int(self.keys_of_queries().sum())
 
 
 HeadPattern: TypeAlias = VerticalSlash | BlockMask

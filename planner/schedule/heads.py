@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.pattern import HeadPattern, LayerPattern
-from .workload import active_pairs
+from .workload import keys_of_queries
 
 HeadOrder = tuple[int, ...]
 
@@ -24,9 +24,8 @@ def head_load(pattern: LayerPattern) -> NDArray[np.float64]:
     """Return float64 [H]: the work of every query head of a layer in tile pairs, columns included."""
     known: dict[HeadPattern, float] = {}
     for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
-        query, _ = active_pairs(pattern, head)
         blocks_after = pattern.num_blocks - head.columns // pattern.block_size
-        known[head] = query.size + float(blocks_after.sum()) / pattern.block_size
+        known[head] = int(keys_of_queries(pattern, head).sum()) + float(blocks_after.sum()) / pattern.block_size
     return np.array([known[head] for head in pattern.heads])
 
 

@@ -104,7 +104,7 @@ def test_the_normal_form() -> None:
 
 def test_cut_blocks_count_as_whole_ones() -> None:
     head = window(6)
-    assert head.count_active_blocks(BLOCKS) == 6 + 5 + 4 == len(head.active_block_pairs(BLOCKS)[0])
+    assert head.count_active_blocks(BLOCKS) == 6 + 5 + 4 == int(np.tril(head.block_bits(BLOCKS)).sum())
     assert layer(head).density == pytest.approx(15 / 21)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import tiny
 from sparsering.planner.cost.kernels import DatasheetCost, datasheet_cost, task_work
 from sparsering.planner.plan import ModelShape
+from sparsering.planner.schedule import workload as counting
 from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, Placement
 from sparsering.planner.schedule.schedule import DIRECTIONS, KV_HOME, Direction, ShardId, Task
@@ -88,6 +89,23 @@ def test_block_counts_are_those_of_brute_force(case: tuple[LayerPattern, Placeme
                 counted = (work.active, work.rows, work.longest, work.key_rows, work.longest_key)
                 found = [int(counts[query, key, number]) for counts in counted]
                 assert found == [rows.sum(), (rows > 0).sum(), rows.max(), (key_rows > 0).sum(), key_rows.max()]
+
+
+@pytest.mark.parametrize("share", [0.02, 1.0])
+@pytest.mark.parametrize("name", sorted(REGULAR_PLACEMENTS))
+def test_long_sequences_are_counted_to_the_pair(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts by transforms are whole numbers also where they are largest: those of listing every pair."""
+    tokens = 4096 * SIZE - 1
+    diagonals = np.flatnonzero(np.random.default_rng(0).random(4096) < share)
+    head = VerticalSlash(columns=np.zeros(0, int), diagonals=diagonals)
+    pattern = LayerPattern(seq_len_tokens=tokens, block_size=SIZE, heads=(head,))
+    placement = REGULAR_PLACEMENTS[name](seq_len_tokens=tokens, world_size=8, granularity_tokens=SIZE)
+    found = workload(pattern, placement)
+    monkeypatch.setattr(counting, "CONVOLVED_RANKS", 0)
+    listed = workload(pattern, placement)
+    for field in ("active", "rows", "longest", "key_rows", "longest_key"):
+        assert np.array_equal(getattr(found, field), getattr(listed, field)), field
+    assert int(found.active.sum()) == head.count_active_blocks(4096)
 
 
 @given(cases())

@@ -23,7 +23,7 @@ def test_layers_of_the_command_line() -> None:
     assert parse_layers("3, 0-1,7") == (0, 1, 3, 7)
     for wrong in ("", "a", "3-1", "1-", "-1", "1,,2", "0-999999999999"):
         with pytest.raises(InputError, match="--layers"):
-            parse_layers(wrong)
+            parse_layers(wrong, field="--layers")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sparsering.kernels.mask import AttentionMask
-from sparsering.runtime.attention import launches
+from sparsering.kernels.plain import blockwise
+from sparsering.runtime.attention import launches, planned
 from sparsering.runtime.comm.channels import HostChannel
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.runtime.model.shape import decoder_layers
@@ -74,6 +75,25 @@ def _merge(trainer: Trainer, patch: Patch) -> None:
         launches.api, "forward",
         lambda queries, keys, columns, earlier, final: forward(queries, keys, columns, earlier=None, final=final),
     )  # fmt: skip
+
+
+def _sinks(trainer: Trainer, patch: Patch) -> None:
+    """Learned sinks are left out of what attention returns."""
+    patch.setattr(planned, "with_sinks", lambda out, lse, sinks: (out, lse))
+
+
+def _softcap(trainer: Trainer, patch: Patch) -> None:
+    """Scores are not capped."""
+    patch.setattr(
+        planned, "ForwardLaunches",
+        lambda *, layer, scale, softcap: launches.ForwardLaunches(layer=layer, scale=scale),
+    )  # fmt: skip
+
+
+def _window(trainer: Trainer, patch: Patch) -> None:
+    """Blocks that a window cuts are attended whole."""
+    whole = blockwise.BlockTile.hide
+    patch.setattr(blockwise.BlockTile, "hide", lambda tile, scores: whole(replace(tile, edge=None), scores))
 
 
 def _channel(change: Callable[[Any], Any]) -> Callable[[Trainer, Patch], None]:
@@ -151,6 +171,9 @@ FAULTS: dict[str, Callable[[Trainer, Patch], None]] = {
     "nothing": lambda trainer, patch: None,
     "mask": _mask,
     "merge": _merge,
+    "sinks": _sinks,
+    "softcap": _softcap,
+    "window": _window,
     "stale receives": _channel(_stale),
     "corrupted sends": _channel(_corrupted),
     "gathered weights": _gathered_weights,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model_cases import case_config
 from rank_pool import RankPool
 from train_runs import write_run
 
@@ -64,6 +65,21 @@ def test_a_fault_of_one_rank_is_named_before_the_optimizer_steps(fault: str, tmp
             for name in wrong:
                 error = np.abs(file[f"{name}.found"] - file[f"{name}.wanted"])
                 assert not (error <= file[f"{name}.bound"]).all()
+
+
+@pytest.mark.parametrize(("fault", "name"), [("sinks", "gpt-oss"), ("softcap", "gemma2"), ("window", "gemma3-window")])
+def test_what_a_model_adds_to_attention_is_looked_into(
+    fault: str, name: str, tmp_path: Path, rank_pools: Pools
+) -> None:
+    config = run_with(tmp_path, model=case_config(name).to_dict())
+    config["verify"] = EVERYTHING | {"layers": 3}
+    for result in rank_pools(2).run("fault_jobs.faulted", config=config, fault="nothing", rank=RANK):
+        assert result == {"told": "", "same": False}
+    for result in rank_pools(2).run("fault_jobs.faulted", config=config, fault=fault, rank=RANK):
+        assert re.search(
+            r"(out|lse) of layer \d, query head \d, is not what its pattern says on rank 1", result["told"]
+        )
+        assert result["same"]
 
 
 def test_a_run_without_a_fault_goes_on(tmp_path: Path, rank_pools: Pools) -> None:
