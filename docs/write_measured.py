@@ -59,17 +59,14 @@ def read_result(path: Path) -> Result:
 def shown_command(benchmark: str, command: str) -> str:
     """Return a command as one would type it today, without the folders of the machine that it ran on."""
     command = re.sub(r" --(results|work|profile|page|mtraining) \S+", "", command)
-    command = re.sub(
-        rf"^(sparsering {benchmark}|{benchmark}\.py)", f"python -m sparsering.benchmarks.{benchmark}", command
-    )
-    return as_written_today(command)
+    module = f"python -m sparsering.benchmarks.{benchmark}"
+    return as_written_today(re.sub(rf"^(sparsering {benchmark}|{benchmark}\.py)", module, command))
 
 
 def as_written_today(text: str) -> str:
     """Return text with layouts as the command line takes them; older result files give flags as numbers."""
-    return re.sub(
-        r"\b(keep_kv|pull|halves|narrow_gradients)=1", r"\1", text.replace("narrow_grads", "narrow_gradients")
-    )
+    text = text.replace("narrow_grads", "narrow_gradients")
+    return re.sub(r"\b(keep_kv|pull|halves|narrow_gradients)=1", r"\1", text)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -140,9 +137,6 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     head = "| " + " | ".join(column.heading for column in kept) + " |"
     lines = ("| " + " | ".join(column.cell(row) for column in kept) + " |" for row in rows)
     return [head, "|" + "---|" * len(kept), *lines]
-
-
-# One function a benchmark ---------------------------------------------------------------------------------------------
 
 
 def kernels_table(result: Result) -> list[str]:
@@ -303,10 +297,18 @@ def faults_table(result: Result) -> list[str]:
     return table([Column(heading=name, cell=plain(name)) for name in rows[0]], rows)
 
 
+def planner_table(result: Result) -> list[str]:
+    """Return how quickly traces are planned for, what that gains, and how far it is from the bound."""
+    shown = {name: plain(name) for name in ("trace", "cluster", "world_size", "layers", "steps", "best_baseline")}
+    shown |= {name: measured(name) for name in ("gain", "seconds", "cpu_seconds")}
+    shown |= {"gap": percent("gap"), "memory, GB": measured("peak_bytes", scale=1e-9)}
+    return table([Column(heading=name.replace("_", " "), cell=cell) for name, cell in shown.items()], result.rows)
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
     "training": training_table, "simulator": simulator_table, "fidelity": fidelity_table,
-    "faults": faults_table,
+    "faults": faults_table, "planner": planner_table,
 }  # fmt: skip
 # benchmarks/models.py writes docs/models.md itself; docs/reliability.md says what a soak found.
 ELSEWHERE = frozenset({"models", "soak"})
@@ -326,8 +328,7 @@ def section(result: Result) -> str:
 
 def all_results() -> list[Result]:
     """Read all result files, the newest first."""
-    found = [read_result(path) for path in RESULTS.glob("*.json")]
-    return sorted(found, key=lambda result: (result.date, result.name), reverse=True)
+    return sorted(map(read_result, RESULTS.glob("*.json")), key=lambda result: (result.date, result.name), reverse=True)
 
 
 def rendered(benchmark: str, results: Sequence[Result]) -> str:
