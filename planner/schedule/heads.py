@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.pattern import HeadPattern, LayerPattern
-from .workload import keys_of_queries
+from .active import keys_of_queries
 
 HeadOrder = tuple[int, ...]
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
 from ...traces.pattern import HeadPattern, LayerPattern, VerticalSlash
+from .active import CONVOLVED_RANKS, active_pairs, convolved, keys_of_queries
 from .placement import Placement
 
 RowLengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of query rows, of key rows
@@ -35,13 +35,6 @@ class MaskKind(NamedTuple):
 
 
 DIAGONALS = MaskKind()
-
-
-CONVOLVED_RANKS = 32  # with more of them, a transform each takes longer than listing pairs
-MOST_KEPT_PAIRS = 1 << 20  # of a head: 8 MB
-# Pairs of listed heads, kept with their layer: reading a mask's bits takes ten times as long as counting its pairs.
-_LISTED: WeakKeyDictionary[LayerPattern, dict[HeadPattern, tuple[NDArray[np.int32], NDArray[np.int32]]]]
-_LISTED = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,58 +201,13 @@ def unit_load(patterns: list[LayerPattern], *, granularity_tokens: int, padded_t
     return per_token.reshape(-1, granularity_tokens).sum(axis=1)
 
 
-def keys_of_queries(pattern: LayerPattern, head: HeadPattern) -> NDArray[np.int64]:
-    """Return int64 [N]: how many key blocks of each query block are active and share a document with it.
-
-    Of diagonals without listing any pair: a query block has those that stay in the sequence and in its documents.
-    """
-    reach = reach_of_queries(pattern)
-    if isinstance(head, VerticalSlash):
-        return np.searchsorted(head.diagonals, reach, side="right")
-    if pattern.documents is None:
-        return head.keys_of_queries()
-    block = np.arange(pattern.num_blocks)
-    return (head.bits & (block[None, :] >= (block - reach)[:, None])).sum(axis=1)
-
-
-def reach_of_queries(pattern: LayerPattern) -> NDArray[np.int64]:
-    """Return int64 [N]: the largest block diagonal on which each query block shares a document with its key block."""
-    blocks = np.arange(pattern.num_blocks)
-    if pattern.documents is None:
-        return blocks
-    last_token = np.minimum((blocks + 1) * pattern.block_size, pattern.seq_len_tokens) - 1
-    first_document = pattern.documents[blocks * pattern.block_size]
-    return blocks - np.searchsorted(pattern.documents[last_token], first_document)
-
-
-def active_pairs(pattern: LayerPattern, head: HeadPattern) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (query blocks, key blocks) of a head's active pairs that share at least one document."""
-    reach = reach_of_queries(pattern)
-    if isinstance(head, VerticalSlash):
-        counts = np.searchsorted(head.diagonals, reach, side="right")
-        query = np.repeat(np.arange(pattern.num_blocks), counts)
-        nth = np.arange(query.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        return query, query - head.diagonals[nth]
-    known = _LISTED.setdefault(pattern, {})
-    if head not in known:
-        query, key = head.active_block_pairs(pattern.num_blocks)
-        if pattern.documents is not None:
-            shared = query - key <= reach[query]
-            query, key = query[shared], key[shared]
-        if query.size > MOST_KEPT_PAIRS:
-            return query, key
-        known[head] = query.astype(np.int32), key.astype(np.int32)
-    query, key = known[head]
-    return query.astype(np.int64), key.astype(np.int64)
-
-
 def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:
     world = placement.world_size
     padded_blocks = placement.padded_tokens // pattern.block_size
     owner = np.repeat(placement.owner_of_units(), placement.granularity_tokens // pattern.block_size)
     blocks_of_rank = np.argsort(owner, kind="stable").reshape(world, tiles)
     if isinstance(head, VerticalSlash) and pattern.documents is None and world <= CONVOLVED_RANKS:
-        by_query, by_key = _convolved(head.diagonals, owner, blocks=pattern.num_blocks, world=world)
+        by_query, by_key = convolved(head.diagonals, owner, blocks=pattern.num_blocks, world=world)
         return by_query[blocks_of_rank], by_key[blocks_of_rank].transpose(2, 1, 0)
     query, key = active_pairs(pattern, head)
 
@@ -269,25 +217,6 @@ def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Pl
         return found[blocks_of_rank]
 
     return lengths(query, key), lengths(key, query).transpose(2, 1, 0)
-
-
-def _convolved(
-    diagonals: NDArray[np.int32], owner: NDArray[np.int64], *, blocks: int, world: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return, of diagonals, int64 [padded N, W] twice: keys on each rank by query block, queries on each by key block.
-
-    Which of a query's keys a rank has is a convolution of the diagonals with the rank's blocks: listing all pairs takes
-    several times as long. Sums of ones below 2^20 come out of the transforms whole but for less than a half.
-    """
-    size = 1 << (2 * blocks - 1).bit_length()
-    active = np.zeros(blocks)
-    active[diagonals] = 1
-    owned = (owner[None, :blocks] == np.arange(world)[:, None]).astype(np.float64)
-    spectrum, spectra = np.fft.rfft(active, size), np.fft.rfft(owned, size)
-    found = np.zeros((2, len(owner), world), dtype=np.int64)
-    found[0, :blocks] = np.rint(np.fft.irfft(spectra * spectrum, size)[:, :blocks]).T
-    found[1, :blocks] = np.rint(np.fft.irfft(spectra * spectrum.conj(), size)[:, :blocks]).T
-    return found[0], found[1]
 
 
 def _straddling_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Placement, tiles: int) -> RowLengths:

@@ -96,8 +96,8 @@ def test_block_counts_are_those_of_brute_force(case: tuple[LayerPattern, Placeme
 def test_long_sequences_are_counted_to_the_pair(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts by transforms are whole numbers also where they are largest: those of listing every pair."""
     tokens = 4096 * SIZE - 1
-    diagonals = np.flatnonzero(np.random.default_rng(0).random(4096) < share)
-    head = VerticalSlash(columns=np.zeros(0, int), diagonals=diagonals)
+    diagonals = np.flatnonzero(np.random.default_rng(0).random(4096) < share).astype(np.int32)
+    head = VerticalSlash(columns=np.zeros(0, np.int32), diagonals=diagonals)
     pattern = LayerPattern(seq_len_tokens=tokens, block_size=SIZE, heads=(head,))
     placement = REGULAR_PLACEMENTS[name](seq_len_tokens=tokens, world_size=8, granularity_tokens=SIZE)
     found = workload(pattern, placement)
