@@ -16,7 +16,15 @@ from sparsering.runtime.train.config import TrainConfig
 
 PAGE = Path(__file__).resolve().parent / "settings.md"
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
-KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", dict: "mapping"}
+KINDS = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    dict: "mapping",
+    BaseModel: "mapping",
+}
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -35,7 +43,9 @@ def kind_of(annotation: Any) -> str:
         elif origin is Literal:
             words.append(", ".join(f"`{value}`" for value in get_args(one)))
         elif origin is tuple:
-            words.append(f"list of {len(get_args(one))} numbers")
+            items = get_args(one)
+            of_items = kind_of(items[0]) if items[-1] is Ellipsis else f"{len(items)} numbers"
+            words.append(f"list of {of_items}")
         else:
             words.append(KINDS[next(known for known in KINDS if issubclass(origin, known))])
     return " or ".join(dict.fromkeys(words))

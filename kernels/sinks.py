@@ -16,7 +16,7 @@ from torch import Tensor
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) beside sinks [H]; out [B, S, H, D] is overwritten, lse [B, H, S] is that of all keys."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    weight = torch.exp(lse - total)
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total))  # a sink of minus infinity, too
     out.mul_(weight.transpose(1, 2).unsqueeze(-1))
     return out, torch.where(lse == -torch.inf, lse, total)
 

@@ -27,6 +27,7 @@ from .schedule.placement import Placement
 from .schedule.schedule import DIRECTIONS, Direction, Schedule
 from .schedule.shape import AttentionShape
 from .specs import (
+    MODEL,
     SHA256,
     AttentionSpec,
     KernelSpec,
@@ -230,6 +231,7 @@ def make_plan(
     )
     plan.require_kernels()
     _check_orders(plan)
+    _check_layers(plan)
     hashes = {direction: plan.build_schedule(direction).sha256() for direction in DIRECTIONS}
     plan = plan.model_copy(
         update={way: plan.spec(way).model_copy(update={"schedule_sha256": hashes[way]}) for way in DIRECTIONS}
@@ -269,6 +271,20 @@ def _check_orders(plan: Plan) -> None:
             raise InputError(f"{list(order)} is no order of whole K/V heads", field=f"head_orders.{layer}")
 
 
+def _check_layers(plan: Plan) -> None:
+    """Refuse patterns by layer that are not of the model's layers, or not its own where it has some of its own."""
+    by_layer, model = plan.pattern.by_layer, plan.model
+    if by_layer is None:
+        return
+    if len(by_layer) != model.layers:
+        raise InputError(f"are of {len(by_layer)} layers, not of {model.layers}", field="pattern.by_layer")
+    for layer, one in enumerate(by_layer):
+        own = model.limits(layer, plan.seq_len_tokens)
+        if (one.selector == MODEL) != bool(own) or (own and one.settings != own):
+            told = f"is {one.selector} {one.settings}; the model itself limits the layer to {own or 'nothing'}"
+            raise InputError(told, field=f"pattern.by_layer.{layer}")
+
+
 def _check_contents(plan: Plan, path: Path) -> None:
     try:
         plan.require_kernels()
@@ -278,6 +294,7 @@ def _check_contents(plan: Plan, path: Path) -> None:
         for direction in DIRECTIONS:
             plan.build_schedule(direction)
         _check_orders(plan)
+        _check_layers(plan)
         if plan.columns_capacity > num_blocks(plan.seq_len_tokens, plan.block_size) * plan.block_size:
             raise InputError(f"{plan.columns_capacity} exceeds the sequence", field="columns_capacity")
     except InputError as error:

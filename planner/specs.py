@@ -46,8 +46,8 @@ class ModelShape(Strict):
     heads: int = Field(gt=0, le=MAX_HEADS)
     kv_heads: int = Field(gt=0, le=MAX_HEADS)
     head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
-    windows: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    chunks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    windows: tuple[Annotated[int, Field(ge=0, le=MAX_SEQ_LEN_TOKENS, strict=True)], ...] | None = None
+    chunks: tuple[Annotated[int, Field(ge=0, le=MAX_SEQ_LEN_TOKENS, strict=True)], ...] | None = None
     softcap: float | None = Field(default=None, gt=0)
 
     @field_validator("windows", "chunks", mode="after")
@@ -70,6 +70,12 @@ class ModelShape(Strict):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Show what is said alone: refusals print whole shapes."""
         return ((name, value) for name, value in super().__repr_args__() if value is not None)
+
+    def limits(self, layer: int, seq_len_tokens: int) -> dict[str, int]:
+        """Return what limits a layer in a sequence of so many tokens: window_tokens, chunk_tokens; empty: nothing."""
+        own = {"window_tokens": self.windows, "chunk_tokens": self.chunks}
+        found = {name: lengths[layer] for name, lengths in own.items() if lengths is not None}
+        return {name: tokens for name, tokens in found.items() if 0 < tokens < seq_len_tokens}
 
     def windows_within(self, seq_len_tokens: int) -> bool:
         """Whether any layer of the model has a window that a sequence of so many tokens is longer than."""
@@ -159,6 +165,12 @@ class PatternSpec(Strict):
     listed: bool = False
     windowed: bool = False
     by_layer: tuple[SelectorSpec, ...] | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.by_layer is not None and (self.source != "choose" or self.selector is not None or self.settings):
+            raise ValueError("by_layer stands beside another way to choose patterns, or a trace that is replayed")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

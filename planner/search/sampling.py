@@ -148,11 +148,15 @@ def _chosen_again(trace: Trace, choices: Mapping[int, tuple[SelectorSpec, ...]])
     of_data = _ways([way for (way,) in choices.values() if way.selector != MODEL])
     if len(of_data) == 1:
         return {"selector": of_data[0].selector, "settings": of_data[0].settings}
-    layers = range(trace.header.model.layers)
-    if missing := sorted(set(layers) - set(choices)):
-        raise UnsupportedError(f"layers were chosen in {len(of_data)} different ways, and layer {missing[0]} was not "
-                               "recorded", field="pattern")  # fmt: skip
-    return {"by_layer": tuple(choices[layer][0] for layer in layers)}
+    model, tokens = model_of(trace), trace.header.seq_len_tokens
+    by_layer: list[SelectorSpec] = []
+    for layer in range(model.layers):
+        own = model.limits(layer, tokens)
+        if not own and layer not in choices:
+            raise UnsupportedError(f"layers were chosen in different ways, and layer {layer} was not recorded",
+                                   field="pattern")  # fmt: skip
+        by_layer.append(SelectorSpec(selector=MODEL, settings=own) if own else choices[layer][0])
+    return {"by_layer": tuple(by_layer)}
 
 
 def _sampled_choices(trace: Trace, samples: Sequence[Recorded]) -> dict[int, tuple[SelectorSpec, ...]]:

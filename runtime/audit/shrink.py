@@ -18,7 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, model_shape
+from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, layer_reaches, model_shape
 
 SMALLEST_HEAD_DIM = 8
 SMALL_VOCABULARY = 256
@@ -49,13 +49,15 @@ POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|
 @dataclass(frozen=True, kw_only=True)
 class Shrinking:
     """How much smaller: widths are divided by `width`; windows multiplied by `window`, and numbers of positions, which
-    padding needs too, by `positions`; layers: how many are kept.
+    padding needs too, by `positions`; layers: how many are kept. within: what sequences have after that: a length that
+    was below theirs stays so.
 
     few: also bounds the widths within a layer's MLP and the number of experts, which few models tie to anything else.
     """
 
     width: int
     window: float = 1.0
+    within: int | None = None
     positions: float = 1.0
     layers: int | None = None
     few: bool = True
@@ -107,7 +109,7 @@ def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if name in LAYER_COUNTS:
         return shrinking.layers if shrinking.layers is not None and value == before else value
     if LENGTHS.search(name):
-        return max(1, math.ceil(value * shrinking.window))
+        return _length(value, shrinking)
     if POSITIONS.search(name):
         return max(1, math.ceil(value * shrinking.positions))
     if shrinking.few and INNER_WIDTHS.search(name) and not NO_WIDTHS.search(name):
@@ -115,8 +117,16 @@ def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if HEAD_DIMS.search(name) or (WIDTHS.search(name) and not NO_WIDTHS.search(name)):
         return -(-value // shrinking.width)
     if value >= SMALLEST_LENGTH and not KEPT.search(name):
-        return max(1, math.ceil(value * shrinking.window))
+        return _length(value, shrinking)
     return value
+
+
+def _length(value: int, shrinking: Shrinking) -> int:
+    """A number of tokens in proportion, which limits a short sequence if it limited the long one."""
+    scaled = max(1, math.ceil(value * shrinking.window))
+    if shrinking.within is not None and value * shrinking.window < shrinking.within:
+        return min(scaled, shrinking.within - 1)
+    return scaled
 
 
 def _fewer_experts(settings: dict[str, Any]) -> None:
@@ -154,13 +164,15 @@ def _listed(name: str, value: list[Any], *, keep: int, before: int) -> list[Any]
 def layers_to_keep(model: PreTrainedModel) -> int | None:
     """Return how many layers, from the first, hold one of every kind, at least two; None where they are in no list.
 
-    Two layers are of one kind when their modules have the same classes, parameter shapes and plain settings.
+    Two layers are of one kind when their modules have the same classes, parameter shapes and plain settings, and the
+    configuration lets them look equally far.
     """
     try:
         layers = decoder_layers(model)
     except UnsupportedError:
         return None
-    kinds = [_kind(layer) for layer in layers]
+    reaches = layer_reaches(model.config)
+    kinds = [f"{reach} {_kind(layer)}" for reach, layer in zip(reaches, layers, strict=True)]
     return max([min(2, len(layers)), *(kinds.index(kind) + 1 for kind in kinds)])
 
 

@@ -38,7 +38,7 @@ class TokenLocal(NotingAttention):
         layer: int | None = None, form: AttentionForm = PLAIN,
     ) -> Tensor:  # fmt: skip
         """Return [B, S, H, D] in which q, k, v and their angles all count."""
-        keys, values = self.note(q, k, v, layer)
+        keys, values = self.note(q, k, v, layer, form)
         return (torch.tanh((q * keys).mean(-1, keepdim=True)) * values + 0.1 * q).contiguous()
 
 

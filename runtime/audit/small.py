@@ -40,7 +40,12 @@ class SmallCopies:
 
         UnsupportedError when there is none.
         """
-        few = replace(self.narrow, window=AUDITED_TOKENS / seq_len_tokens, positions=PADDED_TOKENS / seq_len_tokens)
+        few = replace(
+            self.narrow,
+            window=AUDITED_TOKENS / seq_len_tokens,
+            within=AUDITED_TOKENS,
+            positions=PADDED_TOKENS / seq_len_tokens,
+        )
         return self._first([replace(few, layers=self.keep), few])
 
     def at_true_lengths(self) -> Iterator[PreTrainedModel]:

@@ -24,7 +24,7 @@ from ..pattern.form import PLAIN, AttentionForm
 WAIT_S = 120.0
 
 
-AttentionCall = tuple[int | None, dict[str, int]]  # the layer; its heads, kv_heads and head_dim
+AttentionCall = tuple[int | None, dict[str, Any]]  # the layer; its heads, kv_heads, head_dim and softcap
 
 
 class NotingAttention:
@@ -33,7 +33,9 @@ class NotingAttention:
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
 
-    def note(self, q: Tensor, k: Tensor, v: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+    def note(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int | None, form: AttentionForm = PLAIN
+    ) -> tuple[Tensor, Tensor]:
         """Note a call and return keys and values [B, S, H, D] of every query head.
 
         UnsupportedError where keys and values differ in shape: planned attention takes no such.
@@ -41,7 +43,8 @@ class NotingAttention:
         if k.shape != v.shape:
             raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
         heads, kv_heads = q.shape[2], k.shape[2]
-        self.calls.append((layer, {"heads": heads, "kv_heads": kv_heads, "head_dim": q.shape[3]}))
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": q.shape[3], "softcap": form.softcap}
+        self.calls.append((layer, shape))
         keys, values = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
         return keys, values
 
@@ -104,7 +107,7 @@ class MetAttention(NotingAttention):
 
         UnsupportedError for shapes that planned attention does not take.
         """
-        everyone = self.meeting.exchange(self.rank, (layer, *self.note(q, k, v, layer)))
+        everyone = self.meeting.exchange(self.rank, (layer, *self.note(q, k, v, layer, form)))
         if len({given[0] for given in everyone}) > 1:
             raise UnsupportedError("shards call attention for different layers", field="attention")
         keys, values = (torch.cat([given[part] for given in everyone], dim=1) for part in (1, 2))

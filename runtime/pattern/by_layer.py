@@ -8,7 +8,7 @@ from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ALONE, Collectives, ShardTensors
 from ...kernels.select.registry import Selector
 from ...kernels.select.sink_window import dense
-from ...planner.specs import MAX_SEQ_LEN_TOKENS, MODEL, PatternSpec, SelectorSpec
+from ...planner.specs import MAX_SEQ_LEN_TOKENS, MODEL, ModelShape, PatternSpec, SelectorSpec
 from ...traces.errors import InputError
 from .section import PatternSection, SelectorSection, parse_layers
 from .selectors import make_selector, pattern_chosen_by
@@ -68,12 +68,15 @@ def selectors_in(selector: Selector) -> tuple[Selector, ...]:
     return selector.layers if isinstance(selector, LayerSelectors) else (selector,)
 
 
-def pattern_of_selector(selector: Selector) -> PatternSpec:
-    """Return the part of a plan that says: patterns are chosen anew, in this way."""
+def pattern_of_selector(selector: Selector, model: ModelShape, *, seq_len_tokens: int) -> PatternSpec:
+    """Return the part of a plan that says: patterns are chosen anew, in this way, but where the model has its own."""
     if not isinstance(selector, LayerSelectors):
         return pattern_chosen_by(selector)
-    by_layer = tuple(SelectorSpec(selector=one.name, settings=one.settings) for one in selector.layers)
-    return PatternSpec(source="choose", by_layer=by_layer, listed=any(one.listed for one in selector.layers))
+    by_layer = []
+    for layer, one in enumerate(selector.layers):
+        own = model.limits(layer, seq_len_tokens)
+        by_layer.append(SelectorSpec(selector=MODEL if own else one.name, settings=own or one.settings))
+    return PatternSpec(source="choose", by_layer=tuple(by_layer), listed=any(one.listed for one in selector.layers))
 
 
 def planned_selector(pattern: PatternSpec, *, layers: int) -> Selector:

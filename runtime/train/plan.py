@@ -15,7 +15,6 @@ from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
-from ..attention.bound import reach_of
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
 from ..pattern.by_layer import (
@@ -23,10 +22,14 @@ from ..pattern.by_layer import (
     planned_selector,
     selector_by_rules,
     selector_words,
-    selectors_in,
 )
 from ..pattern.section import PatternSection
 from .config import TrainConfig
+
+
+def dense_plan(config: TrainConfig, shape: ModelShape) -> Plan:
+    """Return the zigzag plan that a run is compared with, as if its attention were dense and of one document."""
+    return _zigzag_plan(config, shape, "triton")
 
 
 def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tuple[Plan, Trace | None, str | None]:
@@ -39,6 +42,7 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tupl
     if config.attention == FLASH4_RING:
         require_flash4(device, dtype=getattr(torch, config.dtype), head_dim=shape.head_dim)
     if config.attention in ("dense-zigzag", FLASH4_RING, "torch-context-parallel"):
+        _require_plain(config, shape)
         return _zigzag_plan(config, shape, backend), None, f"{config.attention}, zigzag placement"
     if config.plan.file is not None:
         plan, trace = _from_file(config, shape, config.plan.file)
@@ -56,9 +60,11 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tupl
 def _require_documents(plan: Plan) -> None:
     """Raise UnsupportedError where something in a plan cannot keep packed documents apart."""
     field, keeping = "data.documents.attention", [name for name, kind in selectors().items() if kind.keeps_documents]
-    names = ["a replayed trace"]
+    names, layers = ["a replayed trace"], range(plan.model.layers)
     if plan.pattern.source == "choose":
-        names = [one.name for one in selectors_in(planned_selector(plan.pattern, layers=plan.model.layers))]
+        selector = planned_selector(plan.pattern, layers=plan.model.layers)
+        asked = [layer for layer in layers if not plan.model.limits(layer, plan.seq_len_tokens)]
+        names = [selector.of_head(layer, 0).name for layer in asked]
     for name in names:
         if name not in keeping:
             raise UnsupportedError(f"{name!r} does not choose per document; {', '.join(keeping)} and dense attention "
@@ -92,6 +98,9 @@ def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan
             raise InputError(f"lacks layers {missing}: all are replayed", source=config.plan.trace, field="layers")
         if not trace.steps:
             raise InputError("holds no training step", source=config.plan.trace)
+        if trace.documents(trace.steps[-1]) is not None:
+            raise UnsupportedError("is of packed documents: replayed, their ends would be laid over other data",
+                                   source=config.plan.trace)  # fmt: skip
     elif config.plan.trace is not None:
         raise InputError("the plan chooses its patterns and replays no trace", field="plan.trace")
     else:
@@ -123,9 +132,6 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
                                f"{config.attention!r} does not pad", field="seq_len_tokens")  # fmt: skip
     if config.attention == "torch-context-parallel" and config.device == "cpu":
         raise UnsupportedError("'torch-context-parallel' needs GPUs", field="attention")
-    if config.data.documents.attention:
-        raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
-    _require_plain(config, shape)
     try:
         _require_kernels(backend, config, shape)
     except UnsupportedError:
@@ -138,14 +144,12 @@ def _zigzag_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
 
 
 def _require_plain(config: TrainConfig, shape: ModelShape) -> None:
-    """Raise UnsupportedError where a model's own attention is more than causal softmax, which baselines compute."""
+    """Raise UnsupportedError where attention is to be more than causal softmax, which is what baselines compute."""
+    if config.data.documents.attention:
+        raise UnsupportedError(f"{config.attention!r} cannot keep documents apart", field="data.documents.attention")
     for layer in range(shape.layers):
-        reach = reach_of(shape, layer)
-        if reach.limits(config.seq_len_tokens):
-            tokens = reach.window_tokens or reach.chunk_tokens
-            told = (
-                f"{config.attention!r} has no windows or chunks; the model's layer {layer} has one of {tokens} tokens"
-            )
+        if own := shape.limits(layer, config.seq_len_tokens):
+            told = f"{config.attention!r} has no windows or chunks; the model's layer {layer} has {own}"
             raise UnsupportedError(told, field="attention")
     if shape.softcap is not None:
         raise UnsupportedError(f"{config.attention!r} has no softcap; the model's is {shape.softcap}",
@@ -166,7 +170,8 @@ def _plan(
             model=shape, seq_len_tokens=config.seq_len_tokens, block_size=config.plan.block_size, dtype=config.dtype,
             columns_capacity=columns_capacity,
         ),
-        placement=placement, forward=layout, pattern=pattern_of_selector(selector),
+        placement=placement, forward=layout,
+        pattern=pattern_of_selector(selector, shape, seq_len_tokens=config.seq_len_tokens),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )  # fmt: skip
     return plan.with_record(provenance={"made_by": "sparsering train"})

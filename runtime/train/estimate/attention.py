@@ -11,6 +11,7 @@ from ....planner.cost.cluster import Cluster
 from ....planner.cost.kernels import datasheet_cost
 from ....planner.cost.model import CostModel
 from ....planner.plan import Plan
+from ....planner.search.sampling import model_of
 from ....traces.dataset.store import Trace
 from ....traces.errors import InputError
 from ....traces.pattern import LayerPattern, dense
@@ -51,6 +52,10 @@ def sparse_layer(
     """Return the mean layer of a trace's last training step under a plan: of evenly spaced layers, at most so many."""
     if not trace.steps:
         raise InputError("holds no training step", source=trace.folder)
+    recorded = model_of(trace)
+    if recorded != plan.model:
+        told = recorded.difference(plan.model) or ("model", f"{recorded}", f"{plan.model}")
+        raise InputError(f"is of {told[1]}, the run's model has {told[2]}", source=trace.folder, field=told[0])
     patterns = {
         layer: trace.layer_pattern(trace.steps[-1], layer) for layer in evenly_spaced(trace.layers, most_layers)
     }

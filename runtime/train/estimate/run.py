@@ -13,7 +13,7 @@ from ....traces.errors import InputError
 from ....traces.progress import Progress, no_progress
 from ..config import TrainConfig
 from ..model import ModelFacts, model_facts, read_model_config
-from ..plan import resolve_plan
+from ..plan import dense_plan, resolve_plan
 from .attention import LayerTimes, SimulatePlan, dense_layer, sparse_layer
 from .memory import memory_bytes
 from .sizes import step_settings, transformer_sizes
@@ -86,7 +86,9 @@ def estimate_run(
     facts = model_facts(model_config)
     run = _Run(config=config, cluster=cluster, model_config=model_config, facts=facts)
     zigzag = _with_attention(config, DENSE)
-    plan, _, _ = resolve_plan(zigzag, facts.shape, device="cuda")
+    if config.attention != "planned":
+        resolve_plan(config, facts.shape, device="cuda")  # refuses what it does not compute
+    plan = dense_plan(zigzag, facts.shape)
     dense = run.arm(zigzag, plan, dense_layer(plan, cluster, simulate), choosing_us=0.0)
     if config.attention != "planned":
         return RunEstimate(config=config, cluster=cluster, configured=dense, dense=dense)

@@ -8,8 +8,9 @@ import torch
 from element_cases import element_case
 from element_checks import check_backend
 from sparsering.kernels import window
-from sparsering.kernels.api import block_index
+from sparsering.kernels.api import block_index, full_attention
 from sparsering.kernels.mask import AttentionMask, block_part, column_part, whole
+from sparsering.kernels.values import Queries
 from sparsering.traces.pattern import window_diagonals
 
 
@@ -67,15 +68,11 @@ def test_heads_take_their_windows_along() -> None:
 def test_sinks_of_another_number_are_refused() -> None:
     case = element_case(0)
     q, k, v = case.given.q, case.given.k, case.given.v
-    from sparsering.kernels.api import full_attention
-
     with pytest.raises(ValueError, match="one logit a query head"):
         full_attention(q, k, v, case.mask, scale=1.0, backend="blockwise", sinks=torch.zeros(q.shape[2] + 1))
 
 
 def test_a_softcap_that_is_no_cap_is_refused() -> None:
-    from sparsering.kernels.values import Queries
-
     with pytest.raises(ValueError, match="softcap: 0"):
         Queries(q=torch.zeros(1, 4, 1, 8), scale=1.0, softcap=0.0)
 
@@ -96,3 +93,15 @@ def test_any_placement_of_a_window_is_right() -> None:
                 block[:, tile.keys] = scores[0, 0] == 0
                 found[tile.rows] = block
             assert torch.equal(found, block_part(mask, head, q_positions, k_positions))
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -1e4, 0.0, 1e4])
+def test_rows_that_attend_nothing_stay_empty_beside_any_sink(sink: float) -> None:
+    mask = AttentionMask(seq_len_tokens=40, block_size=16, active=torch.zeros(1, 3, dtype=torch.bool))
+    q = torch.randn(1, 48, 1, 8, dtype=torch.float64, requires_grad=True)
+    sinks = torch.tensor([sink], dtype=torch.float64, requires_grad=True)
+    out, lse = full_attention(q, q.detach(), q.detach(), mask, scale=1.0, backend="blockwise", sinks=sinks)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    out.sum().backward()
+    assert q.grad is not None and sinks.grad is not None
+    assert (q.grad == 0).all() and (sinks.grad == 0).all()

@@ -43,6 +43,26 @@ def test_windows_and_lengths_count_against_the_sequence() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        # Llama does none of this, whatever its configuration says.
+        ({"sliding_window": 70, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, "off by"),
+        ({"sliding_window": 70, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "off by"),
+        ({"attention_chunk_size": 72, "layer_types": ["full_attention"] * 2 + ["chunked_attention"] * 2}, "off by"),
+        ({"sliding_window": 255}, "off by"),
+        ({"sliding_window": 254}, "off by"),
+        ({"attention_chunk_size": 255}, "off by"),
+        ({"attn_logit_softcapping": 0.5}, "softcap"),
+    ],
+)
+def test_what_a_configuration_says_and_its_model_does_not_is_refused(settings: dict[str, Any], told: str) -> None:
+    config = AutoConfig.for_model("llama", **SMALL | {"num_hidden_layers": 4} | settings)
+    found = audit(config, seq_len_tokens=256, cache=None)
+    assert not found.right
+    assert re.search(told, f"{found.about}: {found.reason}"), found.reason
+
+
+@pytest.mark.parametrize(
     ("field", "value"), [("num_hidden_layers", 24), ("hidden_size", 2048), ("intermediate_size", 8192)]
 )
 def test_a_large_model_is_audited_small(field: str, value: int) -> None:

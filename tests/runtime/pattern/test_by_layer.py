@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from sparsering.kernels.select.probe import ShardTensors
+from sparsering.planner.layouts.ring import Ring
+from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, make_plan
+from sparsering.planner.schedule.placement import striped
 from sparsering.planner.specs import PatternSpec, SelectorSpec
 from sparsering.runtime.pattern.by_layer import (
     LayerSelectors,
@@ -20,6 +23,7 @@ from sparsering.runtime.pattern.by_layer import (
 from sparsering.runtime.pattern.section import PatternSection, read_patterns
 from sparsering.traces.errors import InputError
 
+MODEL_SHAPE = ModelShape(layers=7, heads=4, kv_heads=2, head_dim=16)
 EXAMPLES = sorted(Path(__file__).parents[3].glob("examples/patterns/*.yaml"))
 RULES = {
     "selector": "moba-block", "settings": {"top_chunks": 2},
@@ -47,7 +51,7 @@ def test_the_first_rule_that_names_a_layer_counts() -> None:
 
 def test_a_plan_names_each_layers_selector_and_gives_it_back() -> None:
     selector = selector_by_rules(PatternSection.model_validate(RULES), layers=7)
-    spec = pattern_of_selector(selector)
+    spec = pattern_of_selector(selector, MODEL_SHAPE, seq_len_tokens=1024)
     assert spec.listed
     assert spec.by_layer is not None
     again = planned_selector(PatternSpec.model_validate_json(spec.model_dump_json()), layers=7)
@@ -55,6 +59,51 @@ def test_a_plan_names_each_layers_selector_and_gives_it_back() -> None:
     assert "layers 1-2: moba-block" in selector_words(spec)
     with pytest.raises(InputError, match=r"pattern\.by_layer: are of 7 layers, not of 6"):
         planned_selector(spec, layers=6)
+
+
+def test_a_plan_says_which_layers_have_a_pattern_of_their_own() -> None:
+    model = MODEL_SHAPE.model_copy(update={"windows": (0, 64, 0, 0, 2048, 0, 0), "chunks": (0, 0, 128, 0, 0, 0, 0)})
+    selector = selector_by_rules(PatternSection.model_validate(RULES), layers=7)
+    by_layer = pattern_of_selector(selector, model, seq_len_tokens=1024).by_layer
+    assert by_layer is not None
+    own = {layer: one.settings for layer, one in enumerate(by_layer) if one.selector == "model"}
+    assert own == {1: {"window_tokens": 64}, 2: {"chunk_tokens": 128}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"by_layer": 6}, "are of 6 layers, not of 7"),
+        ({"layer": 1, "selector": "dense"}, r"by_layer\.1: is dense"),
+        ({"layer": 0, "selector": "model"}, r"by_layer\.0: is model {}; the model itself limits the layer to nothing"),
+        ({"layer": 1, "selector": "model", "settings": {"window_tokens": 65}}, r"by_layer\.1: is model"),
+    ],
+)
+def test_a_plan_that_says_otherwise_is_refused(changes: dict, told: str) -> None:
+    model = MODEL_SHAPE.model_copy(update={"windows": (0, 64, 0, 0, 0, 0, 0)})
+    selector = selector_by_rules(PatternSection.model_validate(RULES), layers=7)
+    spec = pattern_of_selector(selector, model, seq_len_tokens=1024)
+    rows = list(spec.by_layer or ())[: changes.get("by_layer")]
+    if "layer" in changes:
+        rows[changes["layer"]] = SelectorSpec(selector=changes["selector"], settings=changes.get("settings", {}))
+    for by_layer, refusal in ((spec.by_layer, None), (tuple(rows), told)):
+        given = {
+            "attention": AttentionSpec(model=model, seq_len_tokens=1024, block_size=64, dtype="float32",
+                                       columns_capacity=64),
+            "placement": striped(seq_len_tokens=1024, world_size=2, granularity_tokens=64), "forward": Ring(),
+            "pattern": spec.model_copy(update={"by_layer": by_layer}), "kernels": KernelSpec(backend="blockwise"),
+        }  # fmt: skip
+        if refusal is None:
+            assert make_plan(**given).pattern.by_layer == by_layer
+            continue
+        with pytest.raises(InputError, match=refusal):
+            make_plan(**given)
+
+
+@pytest.mark.parametrize("beside", [{"selector": "flex"}, {"settings": {"mass": 1}}, {"source": "trace"}])
+def test_patterns_by_layer_stand_alone(beside: dict) -> None:
+    with pytest.raises(ValueError, match="by_layer stands beside another way"):
+        PatternSpec.model_validate({"source": "choose", "by_layer": [{"selector": "flex"}]} | beside)
 
 
 def test_each_layer_is_chosen_for_by_its_own() -> None:

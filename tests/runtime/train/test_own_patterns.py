@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from model_cases import case_config
@@ -146,6 +147,49 @@ def test_what_cannot_be_kept_is_refused_before_any_work(
     with pytest.raises(InputError, match=told) as caught:
         set_up(parse_config(write_run(tmp_path, model=_settings(name), **changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_selectors_that_no_layer_asks_are_not_judged(tmp_path: Path) -> None:
+    """All layers of Mistral have windows: whatever is named chooses for none."""
+    pattern = {"selector": "vertical-slash", "settings": {}}
+    config = write_run(
+        tmp_path, model=_settings("mistral-window"), plan={"pattern": pattern}, data={"documents": APART}
+    )
+    assert set_up(parse_config(config)).plan.pattern.selector == "vertical-slash"
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2"])
+def test_a_run_with_limits_is_estimated_beside_dense_attention(name: str, tmp_path: Path) -> None:
+    documents = {"documents": APART}
+    write_run(tmp_path, model=_settings(name), data=documents, plan={"pattern": {"selector": "xattention"}})
+    text = next((tmp_path / "text").glob("*.txt"))
+    _run("capture", "--model", tmp_path / "model", "--random-weights", "--text", text, "--seq-len", SEQ_LEN_TOKENS,
+         "--block-size", 64, "--selector", "xattention", "-o", tmp_path / "trace")  # fmt: skip
+    shown = _run("estimate", tmp_path / "config.yaml", "--cluster", "h100-nvlink-8", "--trace", tmp_path / "trace",
+                 "--json")  # fmt: skip
+    assert [arm["attention"] for arm in json.loads(shown)["arms"]] == ["planned", "dense-zigzag"]
+    other = write_run(tmp_path / "other", model={"num_hidden_layers": 3})
+    other["plan"] = {"block_size": 64, "pattern": {"selector": "xattention"}}
+    (tmp_path / "other/config.yaml").write_text(yaml.safe_dump(other))
+    asked = ["estimate", tmp_path / "other/config.yaml", "--cluster", "h100-nvlink-8", "--trace", tmp_path / "trace"]
+    refused = CliRunner().invoke(app, [str(one) for one in asked])
+    assert refused.exit_code == 2
+    assert "the run's model has" in refused.output
+
+
+def test_a_packed_trace_is_not_replayed_over_other_data(tmp_path: Path) -> None:
+    write_run(tmp_path, model=_settings("gemma3-window"))
+    files = sorted((tmp_path / "text").glob("*.txt"))[:2]
+    for number, file in enumerate(files):
+        file.write_text(file.read_text()[: 100 + number])
+    _run("capture", "--model", tmp_path / "model", "--random-weights", "--seq-len", 200, "--block-size", 64,
+         "--selector", "xattention", "--documents", "-o", tmp_path / "trace", *files)  # fmt: skip
+    _run("plan", "--trace", tmp_path / "trace", "--cluster", "local-cpu-4", "--set", "gpus_per_node=2", "--backend",
+         "blockwise", "--dtype", "float32", "-o", tmp_path / "plan.json")  # fmt: skip
+    plan = {"file": str(tmp_path / "plan.json"), "trace": str(tmp_path / "trace")}
+    config = write_run(tmp_path, seq_len_tokens=200) | {"plan": plan}
+    with pytest.raises(InputError, match="is of packed documents: replayed"):
+        set_up(parse_config(config))
 
 
 def test_layers_by_rule_are_trained(tmp_path: Path, rank_pools: Pools) -> None:
