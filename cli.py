@@ -33,7 +33,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from . import __version__
-from .signals import heeded
+from .signals import heeded, never_misread
 from .traces.errors import InputError, did_you_mean, unknown_name
 
 PACKAGE = __package__ or "sparsering"
@@ -202,7 +202,8 @@ class LazyGroup(TyperGroup):
 def _one_line() -> Iterator[None]:
     """Make what a user can cause one line on stderr and an exit code."""
     try:
-        yield
+        with never_misread(InputError, OSError, ImportError):
+            yield
     except KeyboardInterrupt as error:
         _end(128 + signal.SIGINT, "interrupted", error)
     except InputError as error:

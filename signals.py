@@ -11,6 +11,7 @@ from typing import NoReturn
 
 IMPORT_POLL_S = 0.02
 IMPORTING = "<frozen importlib._bootstrap>"
+_raised: list[int] = []  # the signals that became KeyboardInterrupt
 
 
 @contextmanager
@@ -37,7 +38,22 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, IMPORT_POLL_S)
             return
         frame = frame.f_back
+    _raised.append(number)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def never_misread(*errors: type[BaseException]) -> Iterator[None]:
+    """Within, these errors are KeyboardInterrupt once that was raised.
+
+    It may end a library in the midst of closing a file: then what comes out is that the file cannot be read.
+    """
+    try:
+        yield
+    except errors as error:
+        if _raised:
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
