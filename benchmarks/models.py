@@ -46,7 +46,7 @@ TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("ful
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {"rope_parameters": TWO_ROPES},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 128},

@@ -6,7 +6,9 @@ and sums of products, takes a head in pieces instead, and copies nothing.
 
 from __future__ import annotations
 
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+# Kernels that choose patterns hold more of a head at once; others are chosen for in plain torch.
+CHOOSING_HEAD_DIMS = HEAD_DIMS[:4]
 # In 16 bits so many elements are the 16 bytes that rows of a head are aligned to.
 PADDED_STEP = 8
 

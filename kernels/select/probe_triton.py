@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..head_dims import HEAD_DIMS
+from ..head_dims import CHOOSING_HEAD_DIMS
 from ..jit import run
 from .probe import Collectives, ShardTensors
 
@@ -130,7 +130,9 @@ def slashes_kernel(weights, positions, slashes, tiles, seq_len, first_row, first
 def tile_keys(shard: ShardTensors, count: int) -> int:
     """Keys of a tile for this shard and so many probe rows, or 0 where these kernels do not apply."""
     tokens, width = shard.k.shape[1], shard.granularity_tokens
-    if shard.k.shape[3] not in HEAD_DIMS or shard.q.element_size() > 4 or not tokens or shard.documents is not None:
+    if shard.k.shape[3] not in CHOOSING_HEAD_DIMS or shard.q.element_size() > 4:
+        return 0
+    if not tokens or shard.documents is not None:
         return 0
     fits = [t for t in (TILE_KEYS, TILE_KEYS // 2) if _row_capacity(count) <= t and (width >= tokens or not width % t)]
     return fits[0] if fits else 0

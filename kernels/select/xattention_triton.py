@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..head_dims import HEAD_DIMS
+from ..head_dims import CHOOSING_HEAD_DIMS
 from ..jit import run
 from .probe import ShardTensors
 
@@ -114,7 +114,7 @@ def applies(shard: ShardTensors, stride: int) -> bool:
     """Whether these kernels cover the shard: the same on every rank."""
     cells = shard.block_size // stride
     small = shard.block_size <= TILE_CELLS and cells & (cells - 1) == 0 and stride & (stride - 1) == 0
-    return small and shard.k.shape[3] in HEAD_DIMS and shard.q.element_size() <= 4
+    return small and shard.k.shape[3] in CHOOSING_HEAD_DIMS and shard.q.element_size() <= 4
 
 
 def active_rows(

@@ -20,8 +20,8 @@ MASKS = ("toeplitz", "toeplitz+columns", "blocks")
 NAMES = ("out", "dq", "dk", "dv")
 ALLOWED_RATIO = 2.0
 TOKENS = 1000  # no multiple of a tile
-# Head dim and mask block; heads of 96 and 80 are computed as 128, padded.
-SHAPES = ((128, 128), (128, 64), (64, 128), (64, 64), (96, 128), (80, 64))
+# Head dim and mask block; heads of 96 and 80 are computed as 128, those of 192 as 256, padded.
+SHAPES = ((128, 128), (128, 64), (64, 128), (64, 64), (96, 128), (80, 64), (192, 128), (256, 64), (512, 128))
 
 
 @dataclass(frozen=True, kw_only=True)

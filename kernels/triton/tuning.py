@@ -61,7 +61,43 @@ SM90 = {
     else Launch(m=128, n=64, warps=8, stages=2, tma=True, registers=128)
     for kernel in SM80
 }
+
+
+def _wide(forward: Launch, grad_q: Launch, grad_kv: Launch, column_grad_kv: Launch | None = None) -> dict[str, Launch]:
+    """The launches of all kernels for one wide head dim, where only these differ."""
+    found = {**dict.fromkeys(FORWARDS.values(), forward), **dict.fromkeys(GRAD_QS.values(), grad_q)}
+    return found | {GRAD_KV: grad_kv, COLUMN_GRAD_KV: column_grad_kv or grad_kv}
+
+
+# Heads of 256 (Gemma, latent attention's 192) and 512 (Gemma 4's full layers), by (architecture, head dim): the largest
+# tiles of a sweep by cross_compile.py whose accumulators stay in registers and whose tiles fit into shared memory. Not
+# yet timed on a GPU. Tiles below 64 rows are multiplied without wgmma, which loads by descriptors are made for.
+WIDE: dict[tuple[int, int], dict[str, Launch]] = {
+    (80, 256): _wide(
+        Launch(m=128, n=32, warps=8, stages=2, tma=False),
+        Launch(m=64, n=32, warps=8, stages=2, tma=False),
+        Launch(m=32, n=32, warps=8, stages=2, tma=False),
+    ),
+    (80, 512): _wide(
+        Launch(m=64, n=16, warps=8, stages=2, tma=False),
+        Launch(m=32, n=32, warps=8, stages=1, tma=False),
+        Launch(m=32, n=16, warps=8, stages=1, tma=False),
+    ),
+    (90, 256): _wide(
+        Launch(m=128, n=64, warps=8, stages=2, tma=True),
+        Launch(m=64, n=64, warps=8, stages=2, tma=True),
+        Launch(m=32, n=64, warps=8, stages=2, tma=True),
+        Launch(m=32, n=32, warps=8, stages=2, tma=False),
+    ),
+    (90, 512): _wide(
+        Launch(m=64, n=32, warps=8, stages=2, tma=True),
+        Launch(m=32, n=32, warps=8, stages=1, tma=False),
+        Launch(m=16, n=16, warps=8, stages=1, tma=False),
+    ),
+}
 TILE_SIZES = frozenset({16, 32, 64, 128})
+# Of 32-bit inputs: four tiles of 32 such rows fit into shared memory.
+WIDEST_ROW_BYTES = 1024
 # These walk columns, whose bits they find in words of so many.
 WORD_COLUMNS = 64
 COLUMN_KERNELS = frozenset({FUSED_FORWARD, FUSED_GRAD_Q, COLUMN_FORWARD, COLUMN_GRAD_Q, COLUMN_GRAD_KV})
@@ -100,25 +136,27 @@ def use(*, capability: int, head_dim: int, block_size: int, launches: Mapping[st
 def launch_for(kernel: str, *, capability: int, block_size: int, head_dim: int, itemsize: int) -> Launch:
     """Settings of one kernel on compute capability 80, 90, 100 ...; 0 means Triton's interpreter.
 
-    Tiles never exceed a mask block. 32-bit inputs halve N and use one stage, for shared memory.
+    Tiles never exceed a mask block. Wider inputs have small tiles and one stage, for shared memory.
     """
     if kernel in OVERRIDES:
         return OVERRIDES[kernel]
     if itemsize == 2 and (capability, kernel, head_dim, block_size) in GIVEN:
         return GIVEN[capability, kernel, head_dim, block_size]
     architecture, table = (90, SM90) if capability >= 90 else (80, SM80)
-    found = table[kernel]
+    wide = WIDE.get((architecture, head_dim))
+    found = (wide or table)[kernel]
     if capability == 0:
         return replace(found, m=min(found.m, block_size, 64), n=min(found.n, block_size, 64), tma=False, registers=0)
     if itemsize == 2 and (architecture, kernel, head_dim, block_size) in EXCEPTIONS:
         return EXCEPTIONS[architecture, kernel, head_dim, block_size]
     found = replace(found, m=min(found.m, block_size), n=min(found.n, block_size))
-    if found.m * found.n <= 64 * 64 and capability >= 90:
+    if wide is None and found.m * found.n <= 64 * 64 and capability >= 90:
         found = replace(found, warps=min(found.warps, 4), registers=0)
     if capability >= 100:
         found = replace(found, registers=0)  # accumulators live in tensor memory there; a cap spilled what is left
     if itemsize > 2:
-        found = replace(found, m=min(found.m, 32), n=min(found.n, 32), warps=4, stages=1, tma=False, registers=0)
+        side = 32 if head_dim * itemsize <= WIDEST_ROW_BYTES else 16
+        found = replace(found, m=min(found.m, side), n=min(found.n, side), warps=4, stages=1, tma=False, registers=0)
     return found
 
 

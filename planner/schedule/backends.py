@@ -65,7 +65,7 @@ BACKENDS: dict[str, BackendFacts] = {
         fuses_columns=True,
         whole_blocks=True,
         needs_gpu=True,
-        head_dims=(16, 32, 64, 128),
+        head_dims=(16, 32, 64, 128, 256, 512),
         padded_step=8,
         block_sizes=(16, 32, 64, 128),
     ),

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from ...traces.errors import UnsupportedError
-from ..model.shape import setting, text_config
+from ..model.shape import WINDOW, setting, text_config
 
 PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
 DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter|drop_path|stochastic_depth)")
@@ -29,7 +29,7 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
     kinds = set(setting(text, "layer_types") or ())
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
-        for name in WINDOWS:
+        for name in () if type(setting(text, WINDOW)) is int else WINDOWS:
             window = setting(text, name)
             if type(window) is int and 0 < window < seq_len_tokens:
                 raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens of a sequence", field=name)

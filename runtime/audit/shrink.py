@@ -68,8 +68,8 @@ def narrowest(config: Any) -> Shrinking:
     stated = {name: value for name, value in config.to_dict().items() if HEAD_DIMS.search(name)}
     dims = [model_shape(config).head_dim, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
     width = 1
-    while all(dim % (2 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
-        width *= 2
+    while all(dim % (4 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
+        width *= 2  # to an even number: rotation takes elements in pairs
     return Shrinking(width=width)
 
 
@@ -93,6 +93,9 @@ def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int) -> N
             settings[name] = _rope(value, shrinking)
         elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
             _shrink(value, shrinking, before=before)
+        elif isinstance(value, list) and value and len(value) == before and all(type(item) is int for item in value):
+            numbers = [_number(name, item, shrinking, before=before) for item in value]
+            settings[name] = numbers if keep is None else numbers[:keep]
         elif isinstance(value, list) and keep is not None:
             settings[name] = _listed(name, value, keep=keep, before=before)
         elif type(value) is int and value > 0:

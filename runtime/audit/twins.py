@@ -36,12 +36,7 @@ class NotingAttention:
     def note(
         self, q: Tensor, k: Tensor, v: Tensor, layer: int | None, form: AttentionForm = PLAIN
     ) -> tuple[Tensor, Tensor]:
-        """Note a call and return keys and values [B, S, H, D] of every query head.
-
-        UnsupportedError where keys and values differ in shape: planned attention takes no such.
-        """
-        if k.shape != v.shape:
-            raise UnsupportedError(f"keys have head dim {k.shape[3]}, values {v.shape[3]}", field="head_dim")
+        """Note a call and return keys and values [B, S, H, D] of every query head."""
         heads, kv_heads = q.shape[2], k.shape[2]
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": q.shape[3], "softcap": form.softcap}
         self.calls.append((layer, shape))
@@ -103,9 +98,7 @@ class MetAttention(NotingAttention):
     ) -> Tensor:  # fmt: skip
         """Return softmax(scale q k^T) v [B, S_own, H, D] over keys that are not later; 0 for queries of padding.
 
-        form: with its softcap and sinks, over the keys in its reach.
-
-        UnsupportedError for shapes that planned attention does not take.
+        form: with its softcap and sinks, over the keys in its reach. UnsupportedError where shards part ways.
         """
         everyone = self.meeting.exchange(self.rank, (layer, *self.note(q, k, v, layer, form)))
         if len({given[0] for given in everyone}) > 1:

@@ -21,8 +21,9 @@ from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
 from ..pattern.form import PLAIN, AttentionForm
 from .attention_call import attention_form, refuse_masks
+from .head_sizes import fitted
 from .positions import PositionGuard
-from .shape import attention_modules, layer_reaches, model_body
+from .shape import attention_modules, layer_reaches, model_body, model_shape
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -66,6 +67,7 @@ class Attached:
         self._first_loss, self._one_sequence, self._detached = first_loss, one_sequence, False
         self._before = model.config._attn_implementation or "eager"
         self._modules, self.reaches = attention_modules(model), layer_reaches(model.config)
+        self.shape = model_shape(model.config)
         model.set_attn_implementation(ATTENTION_NAME)
         if model.config._attn_implementation != ATTENTION_NAME:
             raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
@@ -168,7 +170,9 @@ def _planned_attention(
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
     mask = None if attached.masks is None else attached.masks(layer)
-    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form), None
+    scale, value_dim = q.shape[3] ** -0.5 if scaling is None else scaling, v.shape[3]
+    q, k, v = fitted(q, k, v, attached.shape)
+    return attached.planned(q, k, v, mask, scale=scale, layer=layer, form=form)[..., :value_dim], None
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

@@ -16,6 +16,7 @@ from ...planner.plan import ModelShape
 from ...traces.errors import UnsupportedError, shown
 from ...traces.validation import validated
 from ..pattern.form import WHOLE, Reach
+from .head_sizes import head_sizes
 
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
@@ -36,22 +37,20 @@ def setting(config: Any, name: str) -> Any:
 
 
 def model_shape(config: Any) -> ModelShape:
-    """Return the attention shape that a transformers configuration states. UnsupportedError where it states none."""
+    """Return the attention shape that a transformers configuration states: of heads, those that hold all layers'.
+
+    UnsupportedError where it states none.
+    """
     text = text_config(config)
     found = {name: setting(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")}
     for name, value in found.items():
         if type(value) is not int or value < 1:
             raise UnsupportedError(f"is {shown(value)}, or not one for all layers", field=name)
-    heads, layers, hidden = found.values()
-    head_dim = setting(text, "head_dim") or hidden // heads
-    kv_heads = setting(text, "num_key_value_heads") or heads
-    if type(head_dim) is not int or type(kv_heads) is not int or min(head_dim, kv_heads) < 1 or heads % kv_heads:
-        stated = f"{shown(kv_heads)} and {shown(head_dim)}"
-        raise UnsupportedError(f"are {stated} for {heads} heads, or not one for all layers",
-                               field="num_key_value_heads, head_dim")  # fmt: skip
+    heads, layers, _ = found.values()
+    sizes = head_sizes(text, heads=heads, layers=layers)
     reaches = layer_reaches(text)
     shape = {
-        "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "layers": layers, "heads": heads, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim,
         "windows": [reach.window_tokens for reach in reaches], "chunks": [reach.chunk_tokens for reach in reaches],
         "softcap": attention_softcap(text),
     }  # fmt: skip

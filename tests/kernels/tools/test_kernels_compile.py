@@ -26,6 +26,8 @@ JOBS = [
     (90, [64], [64], ["forward", "grad_q", "grad_kv"]),
     (100, [128], [128], ["forward", "grad_q", "grad_kv", "column_grad_kv"]),
 ]
+# Wide heads; sm_90 and sm_100 share launches, which were looked for on sm_90.
+WIDE_JOBS = [(80, 256, 16), (80, 512, 0), (90, 256, 24), (90, 512, 0), (100, 256, 464), (100, 512, 0)]
 
 
 # What decides element by element takes a few registers more, in kernels of their own.
@@ -66,6 +68,15 @@ def test_fits(capability: int, head_dims: list[int], blocks: list[int], kernels:
     assert not spilled, f"registers spill to the stack: {spilled}"
     large = [row for row in rows if row["shared_bytes"] > LIMIT_BYTES[capability]]
     assert not large, f"more shared memory than sm_{capability} has: {large}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "head_dim", "spilled_bytes"), WIDE_JOBS)
+def test_wide_heads_fit(capability: int, head_dim: int, spilled_bytes: int) -> None:
+    rows = compile_all(capability, [head_dim], [128], [])
+    assert len(rows) == 8
+    assert not [row for row in rows if row["stack_bytes"] > spilled_bytes]
+    assert not [row for row in rows if row["shared_bytes"] > LIMIT_BYTES[capability]]
 
 
 @pytest.mark.slow

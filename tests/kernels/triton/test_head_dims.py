@@ -32,7 +32,8 @@ def test_the_planner_knows_what_the_kernels_have() -> None:
     assert set(BACKENDS) == {*SHIPPED}
     assert {KernelSpec(backend=name).backend for name in (*SHIPPED, FASTEST)} == set(known_backends())
     taken = BACKENDS["triton"]
-    assert taken.head_dims == launching.HEAD_DIMS == probe_triton.HEAD_DIMS == xattention_triton.HEAD_DIMS
+    assert taken.head_dims == launching.HEAD_DIMS
+    assert probe_triton.CHOOSING_HEAD_DIMS == xattention_triton.CHOOSING_HEAD_DIMS == launching.HEAD_DIMS[:4]
     assert (taken.padded_step, taken.block_sizes) == (head_dims.PADDED_STEP, launching.BLOCK_SIZES)
     flash4 = BACKENDS["flash4"]
     assert (flash4.head_dims, flash4.block_sizes) == (flash4_backend.HEAD_DIMS, (flash4_launch.BLOCK_SIZE,))
@@ -40,14 +41,14 @@ def test_the_planner_knows_what_the_kernels_have() -> None:
 
 
 def test_planner_and_kernels_pad_alike() -> None:
-    for dim in range(1, 300):
+    for dim in range(1, 600):
         try:
             found = head_dims.kernel_head_dim(dim)
         except ValueError as error:
             assert f"head dim {dim}" in str(error)
             found = None
         assert BACKENDS["triton"].kernel_head_dim(dim) == found
-    assert [dim for dim in range(1, 300) if BACKENDS["triton"].kernel_head_dim(dim) not in (dim, None)] == BETWEEN
+    assert [dim for dim in range(1, 600) if BACKENDS["triton"].kernel_head_dim(dim) not in (dim, None)] == BETWEEN
 
 
 def test_heads_are_cut_into_powers_of_two() -> None:
@@ -64,7 +65,8 @@ COMMON = {"dtype": "bfloat16", "block_size": 128}
 @pytest.mark.parametrize(
     ("backend", "head_dim", "computed"),
     [
-        ("triton", 64, 64), ("triton", 80, 128), ("triton", 96, 128), ("triton", 24, 32), ("flash4", 128, 128),
+        ("triton", 64, 64), ("triton", 80, 128), ("triton", 96, 128), ("triton", 24, 32), ("triton", 192, 256),
+        ("triton", 512, 512), ("flash4", 128, 128),
         ("fastest", 64, 64), ("fastest", 96, 128), ("blockwise", 96, 96), ("blockwise", 250, 250),
         ("reference", 7, 7),
     ],
@@ -77,10 +79,10 @@ def test_what_heads_are_computed_as(backend: str, head_dim: int, computed: int) 
 @pytest.mark.parametrize(
     ("backend", "given", "line"),
     [
-        ("triton", {"head_dim": 256}, "head_dim: 256 is not what triton kernels take: 16, 32, 64, 128, or with padding "
-         "other multiples of 8 below 128; blockwise, plain torch, takes any"),
-        ("fastest", {"head_dim": 192}, "head_dim: 192 is not what flash4 or triton kernels take: 16, 32, 64, 128, "
-         "or with padding other multiples of 8 below 128; blockwise, plain torch, takes any"),
+        ("triton", {"head_dim": 520}, "head_dim: 520 is not what triton kernels take: 16, 32, 64, 128, 256, 512, or "
+         "with padding other multiples of 8 below 512; blockwise, plain torch, takes any"),
+        ("fastest", {"head_dim": 576}, "head_dim: 576 is not what flash4 or triton kernels take: 16, 32, 64, 128, 256, "
+         "512, or with padding other multiples of 8 below 512; blockwise, plain torch, takes any"),
         ("triton", {"head_dim": 100}, "head_dim: 100 is not"),
         ("flash4", {"head_dim": 96}, "head_dim: 96 is not what flash4 kernels take: 64, 128; blockwise"),
         ("flash4", {"head_dim": 64, "block_size": 64}, "block_size: 64 is not what flash4 kernels take: 128;"),
@@ -101,7 +103,7 @@ def test_fastest_takes_what_one_of_them_takes() -> None:
         computed_head_dim("abacus", head_dim=64, **COMMON)
 
 
-@pytest.mark.parametrize(("head_dim", "backend"), [(256, "triton"), (192, "fastest"), (96, "flash4"), (12, "triton")])
+@pytest.mark.parametrize(("head_dim", "backend"), [(520, "triton"), (576, "fastest"), (96, "flash4"), (12, "triton")])
 def test_no_plan_is_made_or_read_for_what_no_kernel_takes(head_dim: int, backend: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=f"^head_dim: {head_dim} is not what"):
         plan_of(head_dim, backend)
@@ -135,7 +137,7 @@ def refusal(result: Result) -> str:
 
 def test_the_command_plan_refuses_before_any_work(tmp_path: Path) -> None:
     drawn = SyntheticSettings(seq_len_tokens=1000, block_size=128, heads=4, columns=10, density=0.3)
-    for head_dim in (96, 256):
+    for head_dim in (96, 520):
         write_synthetic_trace(tmp_path / str(head_dim), "vertical-slash", drawn, kv_heads=2, head_dim=head_dim)
 
     def plan(head_dim: int, *options: str) -> Result:
@@ -143,8 +145,8 @@ def test_the_command_plan_refuses_before_any_work(tmp_path: Path) -> None:
         return invoke("plan", *where, "--cluster", "local-cpu-4", *options)
 
     for backend in ("triton", "fastest", "flash4"):  # before the search, which finds that nothing fits
-        line = refusal(plan(256, "--backend", backend, "--memory-limit-bytes", "1"))
-        assert line.startswith("sparsering: head_dim: 256 is not what")
+        line = refusal(plan(520, "--backend", backend, "--memory-limit-bytes", "1"))
+        assert line.startswith("sparsering: head_dim: 520 is not what")
     assert "head_dim: 96 is not what flash4 kernels take: 64, 128" in refusal(plan(96, "--backend", "flash4"))
     assert not (tmp_path / "plan.json").exists()
     assert plan(96, "--evaluator", "recurrence", "--layout", "ring").exit_code == 0
@@ -157,12 +159,12 @@ def test_a_dry_run_of_training_refuses(tmp_path: Path) -> None:
         write_run(folder, model={"head_dim": head_dim}, device="cuda", **changes)
         return invoke("train", str(folder / "config.yaml"), "--dry-run")
 
-    assert refusal(dry_run(256)).startswith("sparsering: head_dim: 256 is not what triton kernels take")
-    assert "head_dim: 192 is not what flash4 or triton kernels" in refusal(dry_run(192, plan={"backend": "fastest"}))
+    assert refusal(dry_run(520)).startswith("sparsering: head_dim: 520 is not what triton kernels take")
+    assert "head_dim: 576 is not what flash4 or triton kernels" in refusal(dry_run(576, plan={"backend": "fastest"}))
     assert "head_dim: 96 is not what flash4 kernels take" in refusal(dry_run(96, plan={"backend": "flash4"}))
     assert dry_run(96).exit_code == 0
-    assert dry_run(256, plan={"backend": "blockwise"}).exit_code == 0
-    assert dry_run(256, attention="dense-zigzag").exit_code == 0, "its kernels are torch's, the plan's are not run"
+    assert dry_run(520, plan={"backend": "blockwise"}).exit_code == 0
+    assert dry_run(520, attention="dense-zigzag").exit_code == 0, "its kernels are torch's, the plan's are not run"
 
 
 def shard_of(head_dim: int, device: str = "cpu") -> ShardTensors:

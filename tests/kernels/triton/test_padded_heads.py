@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_padded_heads_agree_with_the_definition(head_dim: int, kind: str) -> Non
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("head_dim", [dim for dim in BETWEEN if dim not in (80, 96)])
+@pytest.mark.parametrize("head_dim", [dim for dim in BETWEEN if dim < 128 and dim not in (80, 96)] + [136, 192, 264])
 def test_every_multiple_of_eight_is_padded(head_dim: int) -> None:
     tensors, mask = Drawn(head_dim=head_dim, tokens=60, padding=4, heads=(2, 1), columns=9).make()
     assert_same(at_once(tensors, mask), reference(tensors, mask), 60, 1e-10)
@@ -85,8 +86,19 @@ def test_padded_heads_task_by_task(head_dim: int, dtype: torch.dtype, apart: boo
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["toeplitz, ragged", "block mask"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_wide_heads_agree_with_the_definition(head_dim: int, kind: str) -> None:
+    """What the kernels compute as it is; launches of their own (tuning.WIDE)."""
+    tensors, mask = replace(Drawn(head_dim=head_dim, **KINDS[kind]), heads=(2, 1)).make()
+    assert_same(at_once(tensors, mask), reference(tensors, mask), mask.seq_len_tokens, 1e-10)
+    assert_same(by_tasks(tensors, mask, apart=True), reference(tensors, mask), mask.seq_len_tokens, 1e-10)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize("head_dim", [80, 96, 192])
 def test_padded_heads_in_sixteen_bits(head_dim: int, narrow: bool) -> None:
     """float16: sums in float32, ended in 16 bits; gradients of a task rounded where they are to be sent."""
     check_in_sixteen_bits(Drawn(head_dim=head_dim, dtype=torch.float16), "cpu", narrow=narrow)
@@ -118,12 +130,12 @@ def test_earlier_partials_are_merged_where_they_lie() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [192, 256, 100])
+@pytest.mark.parametrize("head_dim", [520, 576, 100])
 def test_larger_heads_are_refused_by_the_kernels_too(head_dim: int) -> None:
     (_, q, k, v), mask = Drawn(head_dim=head_dim, tokens=64, padding=0, columns=0).make()
     index = api.block_index(mask, torch.arange(64), torch.arange(64), backend="triton")
     with pytest.raises(
-        ValueError, match=f"^q: head dim {head_dim} is not one of .*, nor another multiple of 8 below 128"
+        ValueError, match=f"^q: head dim {head_dim} is not one of .*, nor another multiple of 8 below 512"
     ):
         calls.block_forward(q, k, v, index, scale=SCALE)
 
@@ -148,7 +160,7 @@ def padded_cases() -> list[accuracy.Case]:
 
 
 def test_doctor_checks_padded_heads() -> None:
-    assert {case.head_dim for case in padded_cases()} == {80, 96}
+    assert {case.head_dim for case in padded_cases()} == {80, 96, 192}
 
 
 @pytest.mark.gpu
@@ -161,7 +173,7 @@ def test_errors_on_a_gpu(case: accuracy.Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [80, 96, 24, 120])
+@pytest.mark.parametrize("head_dim", [80, 96, 24, 120, 192, 256, 512])
 def test_errors_task_by_task_on_a_gpu(head_dim: int, dtype: torch.dtype, narrow: bool) -> None:
     case = Drawn(head_dim=head_dim, dtype=dtype, tokens=1000, padding=24, block=128, heads=(16, 2), columns=70)
     check_in_sixteen_bits(case, "cuda", narrow=narrow)

@@ -56,7 +56,9 @@ class Told:
         self.hidden = output[0][0].detach()
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "gemma2", "gemma3-window", "llama4-chunks", "mistral-window", "olmo3"])
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", "gemma2", "gemma3-window", "llama4-chunks", "mistral-window", "olmo3", "gemma4", "mimo"]
+)
 def test_what_a_model_limits_is_recorded_and_attended(name: str, tmp_path: Path) -> None:
     """Dense layers stay dense, the model's own limits hold: hidden states are those of its own attention."""
     model = case_model(name, dtype=torch.float32)

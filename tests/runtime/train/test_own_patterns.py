@@ -31,6 +31,8 @@ from train_runs import SEQ_LEN_TOKENS, write_run, write_text
 Pools = Callable[[int], RankPool]
 CHECKED = {"every_steps": 1, "rows": 32, "layers": 3}
 MODELS = ["gpt-oss", "gemma3-window", "gemma2", "olmo3", "llama4-chunks", "mistral-window"]
+# Some of their gradients are near zero: of these rounding decides the sign, which is all that AdamW would step by.
+MODELS_OF_OTHER_HEADS = ["deepseek-v3", "mimo", "gemma4-shared-keys"]
 APART = {"loss": True, "positions": True, "attention": True}
 
 
@@ -39,9 +41,11 @@ def _settings(name: str) -> dict[str, Any]:
     return case_config(name).to_dict()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + MODELS_OF_OTHER_HEADS)
 def test_a_model_is_trained_as_alone(name: str, tmp_path: Path, rank_pools: Pools) -> None:
-    config = write_run(tmp_path, model=_settings(name), attention="dense", steps=2, verify=CHECKED)
+    optimizer = {"epsilon": 1e-3} if name in MODELS_OF_OTHER_HEADS else {}
+    common: dict[str, Any] = {"attention": "dense", "steps": 2, "verify": CHECKED, "optimizer": optimizer}
+    config = write_run(tmp_path, model=_settings(name), **common)
     assert_same_training(rank_pools(2).run("train_jobs.run", config=config), trained_alone(config))
 
 
@@ -87,7 +91,7 @@ def _with_data(folder: Path, texts: list[Path]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt-oss", "gemma3-window"])
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma3-window", "gemma4", "mimo"])
 def test_from_capture_to_training(name: str, tmp_path: Path, rank_pools: Pools) -> None:
     """`capture`, `plan`, `run` of what was recorded, and training by a plan that chooses anew."""
     config = write_run(

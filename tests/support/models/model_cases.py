@@ -23,6 +23,10 @@ LINEAR = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4
           "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
        "num_key_value_heads": 4}  # fmt: skip
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+           "moe_intermediate_size": 32}  # fmt: skip
+GEMMA4 = {"head_dim": 16, "global_head_dim": 24, "sliding_window": 64, "hidden_size_per_layer_input": 8,
+          "vocab_size_per_layer_input": 256, "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 NESTED_DYNAMIC = {
     "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
@@ -59,6 +63,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "llama4-chunks": ("llama4_text", {"head_dim": 16, "attention_chunk_size": 72, "num_local_experts": 2,
                                       "intermediate_size_mlp": 96, "attn_temperature_tuning": False,
                                       "layer_types": ["chunked_attention", "full_attention"]}, None),
+    # values narrower than keys; kinds of layers with heads of other sizes and numbers, some with the keys of others
+    "deepseek-v3": ("deepseek_v3", MLA | EXPERTS, None),
+    "mimo": ("mimo_v2_flash", {"head_dim": 24, "v_head_dim": 16, "sliding_window": 50, "n_routed_experts": 4,
+                               "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                               "layer_types": ["full_attention", "sliding_attention"]}, None),
+    "gemma4": ("gemma4_text", GEMMA4, None),
+    "gemma4-shared-keys": ("gemma4_text", GEMMA4 | {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2}, None),
     "head-dim-96": ("llama", {"head_dim": 96}, None),
     "head-dim-80": ("llama", {"head_dim": 80}, None),
     # state along the sequence, outside attention
@@ -81,10 +94,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "gemma3-dynamic": ("gemma3_text", {"head_dim": 16, "sliding_window": 4096, "max_position_embeddings": 96,
                                        "rope_parameters": NESTED_DYNAMIC},
                        "rope_parameters.full_attention.rope_type: 'dynamic'"),
-    # head dims of queries and values that differ
-    "deepseek-v3": ("deepseek_v3", {**MLA, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-                                    "topk_group": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 32},
-                    "head_dim: keys have head dim 24, values 16"),
     # what attention is asked for beside plain causal
     # by places in a shard, not in the sequence, for attention's temperature
     "llama4-temperature": ("llama4_text", {"head_dim": 16, "attention_chunk_size": 64, "num_local_experts": 2,
@@ -92,8 +101,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
                                            "layer_types": ["chunked_attention", "full_attention"],
                                            "no_rope_layers": [1, 0], "floor_scale": 16},
                            "audit: "),
-    # a kind of layer with heads of another size
-    "gemma4": ("gemma4_text", {"head_dim": 16, "sliding_window": 64}, "head_dim: is "),
     "llama-dropout": ("llama", {"attention_dropout": 0.1}, "attention_dropout: is 0.1"),
     "router-losses": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                     "moe_intermediate_size": 32, "output_router_logits": True}, "output_router_logits"),

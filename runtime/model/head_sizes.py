@@ -1,0 +1,112 @@
+"""Heads of several sizes in one model: those that one plan computes, and how a layer's own heads become them.
+
+A plan has one number of K/V heads and one head dim for all layers, keys and values. A model may have more: values that
+are narrower than keys (multi-head latent attention), layers with other heads than the rest. Heads that are too narrow
+get zeros behind them, which add nothing to scores and come out as zeros; K/V heads that are too few are repeated, which
+sums their gradients. Both are exact, and cost what the wider heads cost.
+
+Shape legend: B batch, S tokens, H query heads, H_kv K/V heads of the plan, D its head dim, h_kv and d a layer's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...planner.plan import ModelShape
+from ...traces.errors import UnsupportedError, shown
+
+# Multi-head latent attention: keys are one part with and one part without rotation, for every query head.
+LATENT, LATENT_KEY_PARTS = "kv_lora_rank", ("qk_nope_head_dim", "qk_rope_head_dim")
+VALUE_DIM = "v_head_dim"
+# What classes of these kinds multiply the stated K/V heads by, in some layers or all: a number, or a setting's name.
+TIMES_KV_HEADS: dict[str, int | str] = {"mimo_v2_flash": 2, "jetmoe": "num_experts_per_tok"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSizes:
+    """What one plan computes for all layers: the number of K/V heads, and the head dim of keys and values."""
+
+    kv_heads: int
+    head_dim: int
+
+
+def head_sizes(config: Any, *, heads: int, layers: int) -> HeadSizes:
+    """Return the sizes that hold every layer's heads, as a language model's configuration states them.
+
+    heads, layers: the configuration's. UnsupportedError where they are no numbers, or do not fit into one.
+    """
+    latent = _stated(config, LATENT, layers=layers)
+    if latent:
+        kv_heads, dims = {heads}, _widths(config, LATENT_KEY_PARTS, layers=layers)
+    else:
+        kv_heads = _stated(config, "num_key_value_heads", layers=layers) or {heads}
+        dims = _stated(config, "head_dim", layers=layers) or _from_width(config, heads)
+        times = TIMES_KV_HEADS.get(getattr(config, "model_type", ""), 1)
+        factor = getattr(config, times) if isinstance(times, str) else times
+        kv_heads = kv_heads | {factor * count for count in kv_heads}
+    dims = dims | _stated(config, VALUE_DIM, layers=layers)
+    most = max(kv_heads, default=0)
+    if min(dims, default=0) < 1 or min(kv_heads, default=0) < 1 or heads % most or any(most % n for n in kv_heads):
+        stated = f"{_listed(kv_heads)} and {_listed(dims)}"
+        raise UnsupportedError(f"are {stated} for {heads} heads, which one plan cannot compute",
+                               field="num_key_value_heads, head_dim")  # fmt: skip
+    return HeadSizes(kv_heads=most, head_dim=max(dims))
+
+
+def fitted(q: Tensor, k: Tensor, v: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [B, S, H, D], k and v [B, S, H_kv, D] of a layer's own [B, S, H, d], [B, S, h_kv, d] and [.., d_v].
+
+    The scale of scores is that of the own head dim, and of what attention returns the first d_v elements are the
+    layer's. UnsupportedError, naming the size, for heads that are no part of the plan's.
+    """
+    heads, kv_heads, dim = q.shape[2], k.shape[2], max(q.shape[3], v.shape[3])
+    if v.shape[2] != kv_heads or q.shape[3] != k.shape[3]:
+        told = f"are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: no heads of one attention"
+        raise UnsupportedError(told, field="q, k, v")
+    for name, own, planned in (("heads", heads, shape.heads), ("kv_heads", kv_heads, shape.kv_heads),
+                               ("head_dim", dim, shape.head_dim)):  # fmt: skip
+        fits = own == planned if name == "heads" else planned % own == 0 if name == "kv_heads" else own <= planned
+        if not fits:
+            raise UnsupportedError(f"is {own} in a layer of a model whose configuration says {planned}", field=name)
+    times = shape.kv_heads // kv_heads
+    if times > 1:
+        k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)
+    return _widened(q, shape.head_dim), _widened(k, shape.head_dim), _widened(v, shape.head_dim)
+
+
+def _widened(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[3] == dim else pad(x, (0, dim - x.shape[3]))
+
+
+def _stated(config: Any, name: str, *, layers: int) -> set[int]:
+    """Return the values of a setting, over layers where it differs from one to the next; empty where there is none."""
+    try:
+        values = [getattr(config, name, None)]
+    except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
+        values = [getattr(config.per_layer_config[layer], name, None) for layer in range(layers)]
+    found = {value for value in values if value is not None}
+    if any(type(value) is not int for value in found):
+        raise UnsupportedError(f"is {shown(sorted(map(repr, found)))}, no number", field=name)
+    return found
+
+
+def _widths(config: Any, parts: tuple[str, ...], *, layers: int) -> set[int]:
+    """Return the sum of settings that each have one value."""
+    values = [_stated(config, name, layers=layers) for name in parts]
+    if any(len(value) != 1 for value in values):
+        told = " and ".join(_listed(value) or "missing" for value in values)
+        raise UnsupportedError(f"are {told}, or not one for all layers", field=", ".join(parts))
+    return {sum(next(iter(value)) for value in values)}
+
+
+def _from_width(config: Any, heads: int) -> set[int]:
+    """Return the head dim of a configuration that states none."""
+    return {config.hidden_size // heads}
+
+
+def _listed(values: set[int]) -> str:
+    return " or ".join(map(str, sorted(values)))
