@@ -19,6 +19,7 @@ def ring_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=524288)
     parser.add_argument("--heads", type=int, nargs=2, default=[MODEL.heads, MODEL.kv_heads], metavar=("QUERY", "KV"))
+    parser.add_argument("--head-dim", type=int, default=MODEL.head_dim)
     parser.add_argument("--family", nargs="+", default=["slash"], choices=list(MASKS), help="kinds of masks")
     parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.02], help="asked of the mask")
     parser.add_argument("--columns", type=int, default=1024, help="of slash masks; others have none")
@@ -41,7 +42,9 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the arguments, those of --toy in place, with what follows from them: `model` (a layer) and `dtype`."""
     arguments = parser.parse_args()
     arguments.dtype = "float32" if arguments.toy else "bfloat16"
-    shape: dict[str, int] = {"heads": arguments.heads[0], "kv_heads": arguments.heads[1]}
+    shape: dict[str, int] = {
+        "heads": arguments.heads[0], "kv_heads": arguments.heads[1], "head_dim": arguments.head_dim,
+    }  # fmt: skip
     if arguments.toy:
         arguments.seq_len, arguments.columns = 2048, 64
         arguments.backends, arguments.cluster = ["blockwise"], "local-cpu-4"

@@ -245,8 +245,9 @@ def _lists(
     mask: AttentionMask, rows: Side, others: Side, *, transposed: bool, residues: ResidueLists | None
 ) -> TileLists:
     own = rows.own_tiles(others)
+    sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
     if not mask.is_toeplitz:
-        fields, entries, work = _csr_lists(mask, rows, others, own, transposed=transposed)
+        fields, entries, work = csr_lists(mask, *sides, own, transposed=transposed)
         order = torch.argsort(work, descending=True, stable=True).to(torch.int32)
         return TileLists(rows=fields, entries=entries, order=order, sign=1)
     order, reach = rows.order(falling=not transposed), document_reach(mask, transposed=transposed)
@@ -261,20 +262,5 @@ def _lists(
     if tables is not None:
         fields, entries = periodic_lists(mask.active, tables, rows.device_blocks, own, reach, transposed=transposed)
     else:
-        fields, entries, _ = _csr_lists(mask, rows, others, own, transposed=transposed)
+        fields, entries, _ = csr_lists(mask, *sides, own, transposed=transposed)
     return TileLists(rows=fields, entries=entries, order=order, sign=1)
-
-
-def _csr_lists(
-    mask: AttentionMask, rows: Side, others: Side, own_tiles: Tensor, *, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, entries) of TileLists, one list per row, and the work int64 [T] of all heads."""
-    sides = (rows.blocks, rows.device_blocks), (others.blocks, others.device_blocks)
-    starts, counts, entries = csr_lists(mask, *sides, transposed=transposed)
-    blocks = rows.device_blocks.long()
-    tiles = torch.where(blocks < mask.blocks, own_tiles, -1)
-    blocks = blocks.clamp(max=mask.blocks - 1)
-    active = mask.active[:, :1].expand(-1, len(rows.blocks)) if mask.is_toeplitz else mask.active[:, blocks, blocks]
-    diagonal = torch.where(active, tiles[None, :], -1)
-    fields = torch.stack([starts, counts, torch.zeros_like(counts), diagonal], dim=-1).to(torch.int32)
-    return fields, entries, counts.sum(0) + (diagonal >= 0).sum(0)

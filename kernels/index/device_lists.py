@@ -6,8 +6,8 @@ tiles u = (J + d - first) / stride = entry - m. residue and m are the remainder 
 the other side's first block by that side's stride; diagonals are d = residue + stride * entry.
 periodic_kernel and periodic_rows_kernel, where they are periodic: see periodic.py.
 Where documents are packed, `reach` int32 [N] says how many diagonals a row of each block has inside its documents.
-lists_kernel, for block masks and irregular placements: one list of visited tiles per row, counted, then written. Rows
-read their line of the mask once per pass, so that nothing of the size rows times tiles is ever stored.
+count_kernel and fill_kernel, for block masks and irregular placements: one list of visited tiles per row, counted, then
+written. Rows read their line of the mask once per pass, so that nothing of the size rows times tiles is ever stored.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
@@ -215,71 +215,103 @@ def periodic_lists(active: Tensor, tables: PeriodicTables, row_blocks: Tensor, o
     return fields, entries.view(-1)
 
 
-@triton.jit(do_not_specialize=["tiles", "others", "blocks"])
-def lists_kernel(active, row_blocks, other_blocks, reach_of, counts, starts, entries, tiles, others, blocks,
-                 TOEPLITZ: tl.constexpr, TRANSPOSED: tl.constexpr, FILL: tl.constexpr, SIZE: tl.constexpr):
-    """counts int32 [H, T], or with FILL entries from starts [H, T] on. Grid (T, H).
+@triton.jit
+def visited(active, other_blocks, reach_of, head, block, tile, others, blocks, TOEPLITZ: tl.constexpr,
+            TRANSPOSED: tl.constexpr):
+    """Which of these tiles of the other side a row of this block visits, its own block excepted: int32."""
+    reach = blocks
+    if reach_of is not None:
+        reach = tl.load(reach_of + block, mask=block < blocks, other=0)
+    other = tl.load(other_blocks + tile, mask=tile < others, other=-1)
+    if TRANSPOSED:
+        causal = (other > block) & (other < blocks)
+    else:
+        causal = (other >= 0) & (other < tl.where(block < blocks, block, 0))
+    causal &= tl.abs(block - other) <= reach
+    if TOEPLITZ:
+        offset = head * blocks + tl.abs(block - other)
+    else:
+        offset = (head.to(tl.int64) * blocks + block) * blocks + other
+    return (tl.load(active + offset, mask=causal, other=0) != 0).to(tl.int32)
 
-    active: rows of the mask with the other side along them, [H, N, N], or diagonals [H, N].
+
+@triton.jit(do_not_specialize=["tiles", "others", "blocks"])
+def count_kernel(active, row_blocks, other_blocks, reach_of, own_tiles, fields, counts, work, tiles, others, blocks,
+                 TOEPLITZ: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """counts int32 [H, T] of visited tiles, the rows' fields but for their start, work int32 [T] of all heads, from 0.
+
+    active: rows of the mask with the other side along them, [H, N, N], or diagonals [H, N]. Grid (T, H).
     """
     row, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(row_blocks + row)
     line = head * tiles + row
     found = 0
-    reach = blocks
-    if reach_of is not None:
-        reach = tl.load(reach_of + block, mask=block < blocks, other=0)
-    first_entry = tl.cast(0, tl.int64)
-    if FILL:
-        first_entry = tl.load(starts + line)
     for first in range(0, others, SIZE):
         tile = first + tl.arange(0, SIZE)
-        other = tl.load(other_blocks + tile, mask=tile < others, other=-1)
-        if TRANSPOSED:
-            causal = (other > block) & (other < blocks)
-        else:
-            causal = (other >= 0) & (other < tl.where(block < blocks, block, 0))
-        causal &= tl.abs(block - other) <= reach
-        if TOEPLITZ:
-            offset = head * blocks + tl.abs(block - other)
-        else:
-            offset = (head.to(tl.int64) * blocks + block) * blocks + other
-        on = (tl.load(active + offset, mask=causal, other=0) != 0).to(tl.int32)
-        if FILL:
-            tl.store(entries + first_entry + found + tl.cumsum(on, 0) - 1, tile, mask=on != 0)
+        found += tl.sum(visited(active, other_blocks, reach_of, head, block, tile, others, blocks, TOEPLITZ,
+                                TRANSPOSED), 0)
+    tl.store(counts + line, found)
+    own = tl.load(own_tiles + row).to(tl.int32)
+    here = (own >= 0) & (block < blocks)
+    if TOEPLITZ:
+        offset = (head * blocks).to(tl.int64)
+    else:
+        offset = (head.to(tl.int64) * blocks + block) * blocks + block
+    own = tl.where(tl.load(active + offset, mask=here, other=0) != 0, own, -1)
+    store_fields(fields, line, line >= 0, 0, found, 0, own)
+    tl.atomic_add(work + row, found + (own >= 0).to(tl.int32))  # integers: in any order the same
+
+
+@triton.jit(do_not_specialize=["tiles", "others", "blocks"])
+def fill_kernel(active, row_blocks, other_blocks, reach_of, ends, fields, entries, tiles, others, blocks,
+                TOEPLITZ: tl.constexpr, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """Entries, and each row's start in its fields; ends int64 [H, T]: counts added up. Grid (T, H)."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    block = tl.load(row_blocks + row)
+    line = head * tiles + row
+    found = 0
+    start = tl.load(ends + line) - tl.load(fields + line * 4 + 1)
+    for first in range(0, others, SIZE):
+        tile = first + tl.arange(0, SIZE)
+        on = visited(active, other_blocks, reach_of, head, block, tile, others, blocks, TOEPLITZ, TRANSPOSED)
+        tl.store(entries + start + found + tl.cumsum(on, 0) - 1, tile, mask=on != 0)
         found += tl.sum(on, 0)
-    if not FILL:
-        tl.store(counts + line, found)
+    tl.store(fields + line * 4, start.to(tl.int32))
 
 
 def csr_lists(
-    mask: AttentionMask, rows: tuple[np.ndarray, Tensor], others: tuple[np.ndarray, Tensor], *, transposed: bool
+    mask: AttentionMask, rows: tuple[np.ndarray, Tensor], others: tuple[np.ndarray, Tensor], own_tiles: Tensor, *,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(starts int64 [H, T], counts int32 [H, T], entries int32 [E]): the other side's local tiles of each row, rising.
+    """(rows int32 [H, T, 4], entries int32 [E]) of block.TileLists, tiles of a row rising, and work int32 [T].
 
-    rows, others: the blocks of both sides' tiles, on the host and on the device (int32). transposed: rows are keys.
+    rows, others: the blocks of both sides' tiles, on the host and on the device (int32). own_tiles int64 [T]: the other
+    side's tile of each row's block, or -1. transposed: rows are keys. work: tiles that all heads of a row visit.
     """
     row_blocks, other_blocks = rows[1], others[1]
-    tiles, heads = row_blocks.shape[0], mask.heads
+    tiles, heads, device = row_blocks.shape[0], mask.heads, row_blocks.device
     active = mask.active if mask.is_toeplitz or not transposed else mask.active.transpose(1, 2)
-    counts = torch.empty(heads, tiles, dtype=torch.int32, device=row_blocks.device)
+    room = heads * _causal_pairs(rows[0], others[0], mask.blocks, transposed=transposed)
+    fields = torch.empty(heads, tiles, 4, dtype=torch.int32, device=device)
+    work = torch.zeros(tiles, dtype=torch.int32, device=device)
+    if not tiles:
+        return fields, torch.empty(0, dtype=torch.int32, device=device), work
+    counts = torch.empty(heads, tiles, dtype=torch.int32, device=device)
     given = {
         "active": active.contiguous().view(torch.uint8), "row_blocks": row_blocks, "other_blocks": other_blocks,
         "reach_of": document_reach(mask, transposed=transposed),
         "tiles": tiles, "others": other_blocks.shape[0], "blocks": mask.blocks, "TOEPLITZ": mask.is_toeplitz,
         "TRANSPOSED": transposed, "SIZE": min(_CHUNK, triton.next_power_of_2(max(other_blocks.shape[0], 1))),
     }
-    if tiles:
-        run(lists_kernel, (tiles, heads), counts=counts, starts=None, entries=None, FILL=False, **given)
-    ends = counts.view(-1).cumsum(0).view_as(counts)
-    starts = ends - counts
-    room = heads * _causal_pairs(rows[0], others[0], mask.blocks, transposed=transposed)
+    run(count_kernel, (tiles, heads), own_tiles=own_tiles, fields=fields, counts=counts, work=work, **given)
+    if not room:
+        return fields, torch.empty(0, dtype=torch.int32, device=device), work
+    ends = counts.view(-1).cumsum(0)
     if room > UNCOUNTED_LIMIT:
-        room = int(ends[-1, -1])
-    entries = torch.empty(room, dtype=torch.int32, device=row_blocks.device)
-    if room:
-        run(lists_kernel, (tiles, heads), counts=None, starts=starts, entries=entries, FILL=True, **given)
-    return starts, counts, entries
+        room = int(ends[-1])
+    entries = torch.empty(room, dtype=torch.int32, device=device)
+    run(fill_kernel, (tiles, heads), ends=ends, fields=fields, entries=entries, **given)
+    return fields, entries, work
 
 
 def _causal_pairs(rows: np.ndarray, others: np.ndarray, blocks: int, *, transposed: bool) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import api
+from ...kernels.hashing import HASH_MULTIPLIER, hashed_sum, words_of
 from ...kernels.mask import AttentionMask
 from ...kernels.window import edge_diagonals
 from ...planner.schedule.pairs import Pairs, bits_of_diagonals, causal_pairs, documents_share, pairs_of_blocks
@@ -23,7 +24,6 @@ from ...traces.errors import InputError
 from ...traces.pattern import LayerPattern, VerticalSlash, has_windows
 from .heads import Heads
 
-HASH_MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator
 NOTED_BYTES = 1 << 26  # masks wait to be hashed together, up to so many bytes
 MaskSource = Callable[[], AttentionMask]
 
@@ -127,16 +127,12 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     Does not wait. At least one mask.
     """
     parts = [part for mask in masks for part in (mask.active, mask.columns) if part is not None]
-    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
-    words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device) * HASH_MULTIPLIER  # wraps around on purpose
-    # Each word is mixed with its place before they are added: a sum of products does not see heads or layers swapped.
-    mixed = (words ^ places).mul_(HASH_MULTIPLIER)
-    mixed ^= mixed >> 32
-    mixed *= HASH_MULTIPLIER
-    mixed ^= mixed >> 29
+    first, total = 1, torch.zeros((), dtype=torch.int64, device=masks[0].active.device)
+    for words in map(words_of, parts):
+        total = total + hashed_sum(words, first)
+        first += words.numel()
     windows = sum(hash((number, mask.windows)) for number, mask in enumerate(masks) if mask.windows is not None)
-    return mixed.mul_(HASH_MULTIPLIER).sum() + windows % (1 << 62)
+    return total + windows % (1 << 62)
 
 
 class RunningHash:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsering.kernels.hashing import hashed_sum, words_of
 from sparsering.kernels.mask import AttentionMask
+from sparsering.kernels.triton.hashing import launch_hashed_sum
 from sparsering.runtime.attention.masks import RunningHash, pattern_hash
 
 BLOCKS = 128
@@ -53,3 +55,19 @@ def test_masks_noted_at_once_or_in_turn_hash_alike_on_every_rank(monkeypatch: py
     assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])
     monkeypatch.setattr("sparsering.runtime.attention.masks.NOTED_BYTES", 0)  # every mask by itself
     assert taken([NEAR, FAR]) == taken([NEAR, FAR]) != taken([FAR, NEAR])
+
+
+@pytest.mark.parametrize("words", [1, 5, 4096, 9000])
+def test_the_launch_and_torch_give_the_same_sum(words: int) -> None:
+    generator = torch.Generator().manual_seed(words)
+    drawn = torch.randint(-(1 << 62), 1 << 62, (words,), generator=generator)
+    drawn[0] = -(1 << 63)
+    for first in (1, 1 << 40):
+        assert launch_hashed_sum(drawn, first) == hashed_sum(drawn, first)
+
+
+def test_bytes_that_are_no_whole_words_or_begin_within_one_are_hashed_too() -> None:
+    data = torch.arange(1, 30, dtype=torch.uint8)
+    known = {int(hashed_sum(words_of(data[begin:end]), 1)) for begin in range(9) for end in range(20, 30)}
+    assert len(known) == 90
+    assert int(hashed_sum(words_of(data[3:11]), 1)) == int(hashed_sum(words_of(data[3:11].clone()), 1))
