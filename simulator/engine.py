@@ -35,6 +35,7 @@ from ..traces.errors import InputError, ScheduleError
 from ..traces.progress import Progress, no_progress
 from ..traces.timeline import Timeline
 from .clock import Event
+from .host import Host
 from .recorder import followed_by
 from .transfers import Call, Setting, Stage
 
@@ -145,7 +146,7 @@ def _play(
         rank.refuse_deadlock()
     stage.refuse_deadlock()
     times = stage.transfer_times() if timeline else None
-    return stage.recorder.evaluation(schedule.buffer_bytes, times), [rank.issued_ns for rank in ranks]
+    return stage.recorder.evaluation(schedule.buffer_bytes, times), [rank.host.issued_ns for rank in ranks]
 
 
 @contextmanager
@@ -190,12 +191,12 @@ class _Beside:
 class _Rank:
     """A rank that walks through its phases.
 
-    left_ns: of the launch that it computes; issued_ns: when its host has issued all that it has come to.
+    left_ns: of the launch that it computes.
     """
 
     __slots__ = (
-        "_calls", "_constants", "_has_ended", "_issues", "_jittered", "_launched", "_launches", "_number", "_phases",
-        "_start_ns", "_times_ns", "_waited", "issued_ns", "left_ns", "rank", "stage",
+        "_calls", "_constants", "_has_ended", "_jittered", "_launched", "_launches", "_number", "_phases",
+        "_start_ns", "_times_ns", "_waited", "host", "left_ns", "rank", "stage",
     )  # fmt: skip
 
     def __init__(self, stage: Stage, rank: int, jittered: Callable[[int], int] | None, host_begins_ns: int) -> None:
@@ -207,11 +208,7 @@ class _Rank:
         self._number, self._waited, self._launched = 0, 0, 0  # places: phase, and in it wait and launch
         self._has_ended = False
         self.left_ns, self._start_ns = 0.0, 0
-        self._issues: Iterator[int] = iter(())  # when the launches of this phase have been issued
-        host, self.issued_ns = self._constants.host, host_begins_ns
-        if host is not None:
-            forward = stage.schedule.direction == "forward"
-            self.issued_ns += round((host.forward_layer if forward else host.backward_layer) * NS_PER_US)
+        self.host = Host(self._constants.host, stage.schedule.direction, host_begins_ns)
 
     def begin(self) -> None:
         """Walk, after what comes before the first phase."""
@@ -262,7 +259,7 @@ class _Rank:
             if not self._compute():
                 return
         us = self._constants.end_us(self.stage.schedule.direction, self.stage.workload.tokens_per_rank)
-        self._busy(round(us * NS_PER_US), self._end)
+        self._busy(self.host.finish(self.stage.clock.now) + round(us * NS_PER_US), self._end)
 
     def _after_landing(self) -> None:
         self._issue_calls(self._phases[self._number])
@@ -278,7 +275,7 @@ class _Rank:
 
     def _issue_calls(self, phase: Phase) -> None:
         """Queue the calls of a phase, each behind the communicator's earlier ones on this rank."""
-        calls_ns = self._issue(phase) if self._constants.host is not None else None
+        calls_ns = self.host.issue(phase, self.stage.host_ns[self.rank][self._number])
         for number, call in enumerate(phase.group_calls):
             names = [transfer.id for transfer in call.transfers]
             made = Call(self.stage, self.rank, phase, call, names)
@@ -289,21 +286,6 @@ class _Rank:
             else:
                 self.stage.clock.first.append(made.begin)
 
-    def _issue(self, phase: Phase) -> list[int]:
-        """Let the host issue a phase; return when it has issued each call."""
-        host = self._constants.host
-        assert host is not None
-        calls_ns = [round(host.call * NS_PER_US)] * len(phase.group_calls)
-        launches_ns = self.stage.host_ns[self.rank][self._number]
-        issued: dict[bool, list[int]] = {True: [], False: []}
-        first_phase = phase.index == 0
-        for are_calls in (not first_phase, first_phase):
-            for duration_ns in calls_ns if are_calls else launches_ns:
-                self.issued_ns += duration_ns
-                issued[are_calls].append(self.issued_ns)
-        self._issues = iter(issued[False])
-        return issued[True]
-
     def _compute(self) -> bool:
         """Start the next launch that takes any time; after the last one, move on to the next phase and return True."""
         times_ns = self._times_ns[self._number]
@@ -312,12 +294,11 @@ class _Rank:
             if self._jittered is not None:
                 work_ns = self._jittered(work_ns)
             self._launched += 1
-            issued_ns = next(self._issues, 0)
+            begins_ns, lasts_ns = self.host.next_launch(self.stage.clock.now, work_ns)
             if work_ns:
-                self.left_ns = float(work_ns)
-                waits_ns = issued_ns - self.stage.clock.now
-                if waits_ns > 0:
-                    self.stage.clock.after(waits_ns, self._launch)
+                self.left_ns = lasts_ns
+                if begins_ns > self.stage.clock.now:
+                    self.stage.clock.after(begins_ns - self.stage.clock.now, self._launch)
                 else:
                     self._launch()
                 return False

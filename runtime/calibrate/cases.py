@@ -8,7 +8,7 @@ from ...traces.synthetic import GENERATORS
 from .points import Case
 
 # The sequence as a part of the longest, and ranks that share it: of 256K tokens, shards of 8K to 64K.
-SHARES = ((8, 4), (4, 2), (2, 8), (2, 2), (1, 4))
+SHARES = ((8, 4), (4, 2), (2, 8), (2, 2), (1, 4), (1, 8))
 DENSITIES = (0.01, 0.03, 0.1)
 # Synthetic masks of an asked density, diagonals first; documents with diagonals, and with their blocks listed.
 OF_DENSITY = [name for name, made in GENERATORS.items() if "density" in made.uses and "skew" not in made.uses]

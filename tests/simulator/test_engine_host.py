@@ -69,11 +69,12 @@ def test_a_slow_host_keeps_the_device_waiting() -> None:
 
 
 def test_calls_of_later_phases_are_issued_before_their_launches() -> None:
-    # rank 1 issues 1.5 + 20, 0.5, then 20 for phase 1, and 0.5 for the gradients of phase 2, which it computes first
+    # Of 1.5 us half come before the launches: 0.75 + 20 for the first, 0.5 for the call, 20 for the second, 0.5 for the
+    # gradients. A launch of 6 us ends no sooner than 3 after it is issued: the first at 23.75, the second at 44.25.
     found = spans(tiny.BusyCost(constants=HOST, us_to_issue=20.0), "backward")
     assert [span for span in found if span[3] == "ring_grad"] == [
-        (27.5, 57.0, 0, "ring_grad"),  # rank 0 has its task done
-        (48.0, 57.0, 1, "ring_grad"),
+        (26.25, 53.25, 0, "ring_grad"),  # rank 0 has waited for K and V, which come 5 us after 21.25
+        (44.25, 53.25, 1, "ring_grad"),
     ]
 
 
@@ -85,10 +86,17 @@ def test_the_host_has_a_lead_when_backward_follows_forward() -> None:
     assert (layer.forward.makespan_us, layer.backward.makespan_us) == (11.5, 21.0)
     assert layer.makespan_us == 32.5
     assert layer.timeline is not None and layer.timeline.makespan_us == 32.5 - 3.0  # from the first span on
-    # alone: 1.5 + 2 until the first launch, then as without a host
-    assert layer.backward_alone_us == 24.5
+    # alone: 0.75 + 2 + 0.5 until the call is issued, 5 us until K/V are there, the second launch, gradients in 9 us
+    assert layer.backward_alone_us == 3.25 + 5 + 6 + 9
     ahead = simulate_layer(*inputs, tiny.PairCost())
     assert ahead.backward_alone_us == ahead.backward.makespan_us == 21.0
+
+
+def test_a_backward_launch_begins_while_its_host_issues_it() -> None:
+    first = next(span for span in spans(tiny.BusyCost(constants=HOST, us_to_issue=2.0), "backward"))
+    assert first == (0.75, 6.75, 0, "compute")
+    slow = next(span for span in spans(tiny.BusyCost(constants=HOST, us_to_issue=20.0), "backward"))
+    assert slow == (0.75, 23.75, 0, "compute")
 
 
 def test_a_host_that_is_behind_goes_on_where_it_is() -> None:

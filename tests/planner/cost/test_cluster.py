@@ -22,12 +22,13 @@ from sparsering.traces.errors import InputError
 def test_presets_are_the_users_clusters() -> None:
     sizes = {name: (load_cluster(name).nodes, load_cluster(name).gpus_per_node) for name in preset_names()}
     expected = {"a100-nvlink-8": (1, 8), "a100-hdr-4x8": (4, 8), "h200-nvlink-8": (1, 8), "local-cpu-4": (1, 4)}
-    assert sizes == expected | {"h100-nvlink-8": (1, 8), "h100-ndr-4x8": (4, 8)}
-    assert {name for name in sizes if load_cluster(name).pulls} == {"h100-nvlink-8", "h200-nvlink-8"}
+    assert sizes == expected | {"h100-nvlink-8": (1, 8), "h100-ndr-4x8": (4, 8), "h200-nvlink-4": (1, 4)}
+    assert {name for name in sizes if load_cluster(name).pulls} == {"h100-nvlink-8", "h200-nvlink-8", "h200-nvlink-4"}
     for name in preset_names():
         cluster = load_cluster(name)
         assert cluster.name == name
-        assert cluster.origin == "datasheet"
+        assert cluster.origin == ("measured" if name == "h200-nvlink-4" else "datasheet")
+        assert (cluster.calibration is not None) == (cluster.origin == "measured")
         assert cluster.notes
         has_gpus = cluster.gpu.multiprocessors > 1
         assert (cluster.gpu.memory_bandwidth_bytes_per_us is not None) == has_gpus
