@@ -28,8 +28,8 @@ TABLE_BLOCK_TOKENS, TABLE_ENTRY_BYTES = 128, 4
 MOST_RANKS = 64
 KEPT_TABLE_LIMIT_BYTES, TABLE_LIMIT_BYTES = 72 << 20, 160 << 20
 # Triton's index of masks that list their blocks, and how its backward shares out key tiles that many queries attend:
-# see kernels/index/device_lists.py and kernels/triton/gradients.py. Above a size the copy of the mask the other way round
-# was found at the peak beside the mask: on ranks of eight, where it is right to 1 %; on four it is 6 % too much.
+# see kernels/index/device_lists.py and kernels/triton/gradients.py. Above a size the mask's copy the other way
+# round was found at the peak beside the mask: on ranks of eight it is right to 1 %; on four it is 6 % too much.
 LISTING_BACKENDS = frozenset({"triton", "fastest"})
 LIST_ENTRY_BYTES, SPLIT_ROWS, SPLIT_PIECES, SPLIT_LIMIT_BYTES = 4, 16, 32, 128 << 20
 COPY_AT_PEAK_BYTES = 64 << 20
