@@ -61,7 +61,7 @@ def dense_pattern(seq_len_tokens: int) -> PatternSpec:
 class PublishedSettings(Selector):
     """Settings that differ from head to head, [layer][head]; a trace names each head's own. No plan can name it."""
 
-    name, causal = "published", False
+    name, causal, keeps_documents, lists_documents = "published", False, True, True
     help = "vertical-slash with settings of every head"
     layers: tuple[tuple[VerticalSlashSelector, ...], ...]
 
