@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def documents_of(documents: Tensor, seq_len_tokens: int) -> tuple[Document, ...]
         at = int(np.flatnonzero(steps < 0)[0])
         raise ValueError(f"documents: {values[at + 1]} follows {values[at]}; they must never fall")
     bounds = [0, *(np.flatnonzero(steps) + 1).tolist(), seq_len_tokens]
-    return tuple(Document(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(Document(first, end) for first, end in pairwise(bounds))
 
 
 def require_whole_blocks(documents: Sequence[Document], block_size: int) -> None:

@@ -139,8 +139,8 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
                 windowed(window, block_size=mask.block_size, blocks=mask.blocks, columns=chosen, diagonals=whole)
             )
         else:
-            assert not chosen.size and mask.windows is None, "no selector gives block pairs and more at once"
-            heads.append(BlockMask(bits=active[head]))
+            assert mask.windows is None, "no selector gives block pairs and windows at once"
+            heads.append(BlockMask(bits=active[head], columns=chosen))
     documents = None if mask.documents is None else mask.documents.cpu().numpy()[: mask.seq_len_tokens]
     return LayerPattern(
         seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents
@@ -215,12 +215,12 @@ class _Recorder:
         )  # fmt: skip
 
     def _choices(self, layer: int, shard: ShardTensors, mask: AttentionMask, scale: float) -> list[HeadChoice]:
-        probe = kept_mass_probe(shard, mask, scale=scale).clamp(max=1).tolist()
         sampled = kept_mass_sampled(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
         heads = [self.settings.selector.of_head(layer, head) for head in range(shard.heads)]
+        kept = Kept.of(shard, mask, sampled, scale=scale)
         return [
-            HeadChoice(selector=one.name, settings=one.settings, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
-            for one, kept, kept_sampled in zip(heads, probe, sampled.clamp(max=1).tolist(), strict=True)
+            HeadChoice(selector=one.name, settings=one.settings, **its)
+            for one, its in zip(heads, kept.by_head(), strict=True)
         ]
 
 

@@ -83,7 +83,11 @@ class Trace:
             raise InputError(f"{layer} was not recorded", source=self.folder, field="layer")
         source = self.folder / self._part(training_step).file
         table = self._read_row_group(training_step, self.layers.index(layer))
-        return decode_layer(table, self.header, training_step=training_step, layer=layer, source=source)
+        starts = self._part(training_step).document_starts_tokens
+        return decode_layer(
+            table, self.header, training_step=training_step, layer=layer, source=source,
+            documents=None if starts is None else len(starts),
+        )  # fmt: skip
 
     def heads(self, training_step: int) -> tuple[HeadRow, ...]:
         """Return the checked rows of one training step, by layer, then head."""
