@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
-from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...kernels.select.probe import ShardTensors
 from ...kernels.select.registry import Selector
 from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.pairs import documents_share
@@ -38,6 +38,7 @@ from ..audit.result import Audit
 from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
 from ..pattern.form import PLAIN, AttentionForm, Reach
+from ..pattern.kept import SAMPLED_ROWS, measure_kept
 from ..pattern.selectors import chosen_mask
 
 
@@ -52,7 +53,7 @@ class CaptureSettings:
 
     selector: Selector
     seed: int = 0
-    sampled_rows: int = 64
+    sampled_rows: int = SAMPLED_ROWS
     sparse: bool = False
 
 
@@ -215,9 +216,8 @@ class _Recorder:
         )  # fmt: skip
 
     def _choices(self, layer: int, shard: ShardTensors, mask: AttentionMask, scale: float) -> list[HeadChoice]:
-        sampled = kept_mass_sampled(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
         heads = [self.settings.selector.of_head(layer, head) for head in range(shard.heads)]
-        kept = Kept.of(shard, mask, sampled, scale=scale)
+        kept = measure_kept(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
         return [
             HeadChoice(selector=one.name, settings=one.settings, **its)
             for one, its in zip(heads, kept.by_head(), strict=True)

@@ -47,9 +47,15 @@ def chosen_mask(
         raise InputError(str(error), field=f"selector {selector.name}") from error
 
 
-def pattern_chosen_by(selector: Selector) -> PatternSpec:
-    """Return the part of a plan that says: patterns are chosen anew, by this selector."""
-    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings, listed=selector.listed)
+def pattern_chosen_by(selector: Selector, *, packed: bool = False) -> PatternSpec:
+    """Return the part of a plan that says: patterns are chosen anew, by this selector. packed: for documents."""
+    listed = lists_blocks(selector, packed=packed)
+    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings, listed=listed)
+
+
+def lists_blocks(selector: Selector, *, packed: bool) -> bool:
+    """Whether a selector's masks list their blocks one by one. packed: of documents."""
+    return selector.listed or (packed and selector.lists_documents)
 
 
 def dense_pattern(seq_len_tokens: int) -> PatternSpec:
