@@ -4,7 +4,8 @@ Query token i (block I = i // block_size) attends key token j (block J) iff both
 document(j) == document(i) where documents are given, and one of these holds for that head: the block pair (I, J) is
 active and not cut, i - j is less than its window, or j is one of its columns. A `VerticalSlash` activates (I, J) when
 I - J is one of its diagonals, and cuts it when it is one of `cut`; a `BlockMask` activates by a bit, and has no window.
-Columns obey documents: a column is attended by later tokens of its own.
+Columns obey documents: a column is attended by later tokens of its own. The layer's anchors, first tokens that are
+columns of every head, are attended from all documents.
 
 Block pairs that are cut count as active ones wherever work is counted: kernels compute them whole and mask them.
 
@@ -85,6 +86,7 @@ class BlockMask:
     """
 
     __slots__ = ("_blocks", "_counts", "_rows", "columns")
+    window_tokens, cut = 0, NOTHING  # no window, whose edge could cut blocks
 
     def __init__(self, *, bits: NDArray[np.bool_], columns: Sequence[int] | NDArray[np.integer] = NOTHING) -> None:
         bits = np.asarray(bits, dtype=bool)
@@ -101,16 +103,6 @@ class BlockMask:
     def bits(self) -> NDArray[np.bool_]:
         """Active block pairs, bool [N, N]: an array of its own each time."""
         return np.unpackbits(self._rows, axis=1, count=self._blocks).view(bool)
-
-    @property
-    def window_tokens(self) -> int:
-        """A block mask has no window: always 0."""
-        return 0
-
-    @property
-    def cut(self) -> NDArray[np.int32]:
-        """A block mask has no window whose edge could cut blocks: always empty."""
-        return NOTHING
 
     def check_blocks(self, blocks: int) -> None:
         """Raise InputError unless it is a mask of so many blocks."""
@@ -151,12 +143,14 @@ class LayerPattern:
     block_size:     tokens of a mask block
     heads:          one pattern per query head
     documents:      int32 [S] document of each token, or None; non-decreasing
+    anchor_tokens:  how many of the first document's first tokens are attended from all documents; columns of every head
     """
 
     seq_len_tokens: int
     block_size: int
     heads: tuple[HeadPattern, ...]
     documents: NDArray[np.int32] | None = None
+    anchor_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("seq_len_tokens", "block_size"):
@@ -168,6 +162,16 @@ class LayerPattern:
             self._check_head(number, head)
         if self.documents is not None:
             object.__setattr__(self, "documents", _checked_documents(self.documents, self.seq_len_tokens))
+        self._check_anchors()
+
+    def _check_anchors(self) -> None:
+        anchors, ids = self.anchor_tokens, self.documents
+        first = 0 if ids is None else int(np.searchsorted(ids, ids[0], side="right"))
+        if not 0 <= anchors <= first:
+            raise InputError(f"is {anchors}; the first packed document has {first} tokens", field="anchor_tokens")
+        for number, head in enumerate(self.heads):
+            if not np.array_equal(head.columns[:anchors], np.arange(anchors)):
+                raise InputError(f"is {anchors}, which are not all columns of head {number}", field="anchor_tokens")
 
     def _check_head(self, number: int, head: HeadPattern) -> None:
         limits = {"column": (self.seq_len_tokens, "tokens")}
@@ -230,6 +234,7 @@ def element_mask(pattern: LayerPattern, head: int) -> NDArray[np.bool_]:
     allowed &= distance >= 0
     if pattern.documents is not None:
         allowed &= pattern.documents[:, None] == pattern.documents[None, :]
+        allowed[:, : pattern.anchor_tokens] |= distance[:, : pattern.anchor_tokens] >= 0
     return allowed
 
 

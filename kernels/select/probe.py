@@ -87,11 +87,14 @@ class ShardTensors:
         """N, the mask blocks of the sequence."""
         return -(-self.seq_len_tokens // self.block_size)
 
-    def chosen(self, active: Tensor, columns: Tensor | None = None) -> AttentionMask:
-        """Return a choice as a mask: bool [H, N] diagonals or [H, N, N] pairs, own blocks among them, and columns."""
+    def chosen(self, active: Tensor, columns: Tensor | None = None, *, anchors: int = 0) -> AttentionMask:
+        """Return a choice as a mask: bool [H, N] diagonals or [H, N, N] pairs, own blocks among them, and columns.
+
+        anchors: how many of the first columns all documents attend.
+        """
         return AttentionMask(
             seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, active=active, columns=columns,
-            documents=self.documents, own_blocks=True,
+            documents=self.documents, anchors=anchors, own_blocks=True,
         )  # fmt: skip
 
 

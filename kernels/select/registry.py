@@ -71,8 +71,10 @@ class Selector(ABC):
         """How many token columns a head may get at most: the capacity that a plan needs."""
         return 0
 
-    def most_columns_of(self, tokens: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
-        """Return how many columns a head may get at most of packed documents of so many tokens each."""
+    def most_columns_of(
+        self, first: NDArray[np.int64], tokens: NDArray[np.int64], block_size: int
+    ) -> NDArray[np.int64]:
+        """Return how many columns a head may get at most of packed documents: their first tokens, and how many."""
         return np.zeros_like(tokens)
 
     def most_tokens_anywhere(self, block_size: int) -> int | None:

@@ -34,7 +34,9 @@ class SinkWindow(Selector):
         """The sinks."""
         return self.sink_tokens
 
-    def most_columns_of(self, tokens: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
+    def most_columns_of(
+        self, first: NDArray[np.int64], tokens: NDArray[np.int64], block_size: int
+    ) -> NDArray[np.int64]:
         """The sinks of each."""
         return np.minimum(tokens, self.sink_tokens)
 

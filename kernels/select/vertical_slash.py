@@ -73,7 +73,9 @@ class VerticalSlashSelector(Selector):
         """The cap of the columns."""
         return self.budget.caps[0]
 
-    def most_columns_of(self, tokens: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
+    def most_columns_of(
+        self, first: NDArray[np.int64], tokens: NDArray[np.int64], block_size: int
+    ) -> NDArray[np.int64]:
         """The cap of each, where anything is chosen at all."""
         chosen = tokens > self.most_tokens_anywhere(block_size)
         return np.where(chosen, np.minimum(tokens, self.budget.caps[0]), 0)

@@ -213,9 +213,8 @@ def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, padded, at, quer
                  ACC: tl.constexpr, PRECISION: tl.constexpr, anchors=None):
     """(grad_k, grad_v) [N, D] of keys k, v plus the share of M queries of a head, from `query` on; scale: views.Scale.
 
-    MASKED: `allowed` bool [N, M]; documents are compared in any case, and queries of other documents attend the keys that
-    are anchors, bool [N]. lse and delta of the queries are read just before
-    use, to hold fewer registers.
+    MASKED: `allowed` bool [N, M]; documents are compared in any case, but queries of other documents attend the keys
+    that are anchors, bool [N]. lse and delta of the queries are read just before use, to hold fewer registers.
     """
     q_tile, do_tile = load_pair(q, grad_out, at.q, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
     if queries.documents is not None:

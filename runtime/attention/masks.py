@@ -46,6 +46,7 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
         columns=torch.from_numpy(columns) if columns_capacity else None,
         documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
         windows=tuple(head.window_tokens for head in pattern.heads) if has_windows(pattern) else None,
+        anchors=pattern.anchor_tokens,
     )
     return mask.to(device)
 
@@ -135,8 +136,12 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     mixed ^= mixed >> 32
     mixed *= HASH_MULTIPLIER
     mixed ^= mixed >> 29
-    windows = sum(hash((number, mask.windows)) for number, mask in enumerate(masks) if mask.windows is not None)
-    return mixed.mul_(HASH_MULTIPLIER).sum() + windows % (1 << 62)
+    others = sum(
+        hash((number, mask.windows, mask.anchors))
+        for number, mask in enumerate(masks)
+        if mask.windows is not None or mask.anchors
+    )
+    return mixed.mul_(HASH_MULTIPLIER).sum() + others % (1 << 62)
 
 
 class RunningHash:

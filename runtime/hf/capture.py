@@ -144,8 +144,9 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
             heads.append(BlockMask(bits=active[head], columns=chosen))
     documents = None if mask.documents is None else mask.documents.cpu().numpy()[: mask.seq_len_tokens]
     return LayerPattern(
-        seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents
-    )
+        seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents,
+        anchor_tokens=mask.anchors,
+    )  # fmt: skip
 
 
 def own_pattern(mask: AttentionMask, reach: Reach) -> LayerPattern:

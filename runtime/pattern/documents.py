@@ -53,5 +53,5 @@ def require_columns(
 
 def _by_sequence(selector: Selector, packed: PackedDocuments, block_size: int) -> NDArray[np.int64]:
     """Return int64 [sequences]: how many columns a head may get at most."""
-    columns = selector.most_columns_of(packed.tokens, block_size)
+    columns = selector.most_columns_of(packed.first, packed.tokens, block_size)
     return np.bincount(packed.sequence, weights=columns).astype(np.int64)

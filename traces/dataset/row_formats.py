@@ -20,14 +20,17 @@ _FIRST_TYPES = {
     "density": pa.float64(), **dict.fromkeys(MASSES, pa.float64()),
 }  # fmt: skip
 _WINDOW_TYPES = {"window_tokens": pa.int32(), "cut_diagonals": INT32S}
-_DOCUMENT_TYPES = {DOCUMENT_MASSES: pa.list_(pa.field("element", pa.float64(), nullable=False))}
+_DOCUMENT_TYPES = {
+    "anchor_tokens": pa.int32(),
+    DOCUMENT_MASSES: pa.list_(pa.field("element", pa.float64(), nullable=False)),
+}
 
 
 class RowFormat(NamedTuple):
     """The columns of a part, and what they can say.
 
     schema: as Arrow has them; windows: heads may have sliding windows; apart: what is chosen for each packed document
-    may stand there: block masks with columns, and masses kept of each document.
+    may stand there: block masks with columns, anchors, and masses kept of each document.
     """
 
     schema: pa.Schema

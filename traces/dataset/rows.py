@@ -39,7 +39,8 @@ MASS_SLACK = 1e-6
 # Beyond these a file of a few bytes could ask for gigabytes: 32 block masks over a million tokens in blocks of 128 fit.
 MAX_LAYER_BYTES = 256 << 20
 MAX_MASK_BLOCKS = 1 << 14
-NO_WINDOW = {"window_tokens": 0, "cut_diagonals": NOTHING}  # of rows that were written before there were windows
+# Of rows that were written before there were windows, and anchors.
+NOT_SAID = {"window_tokens": 0, "cut_diagonals": NOTHING, "anchor_tokens": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class HeadChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRow:
-    """One row of a trace, checked."""
+    """One row of a trace, checked. anchor_tokens: of the layer, the same in all its rows."""
 
     training_step: int
     layer: int
@@ -80,6 +81,7 @@ class HeadRow:
     pattern: HeadPattern
     choice: HeadChoice
     density: float
+    anchor_tokens: int = 0
 
 
 def head_density(pattern: HeadPattern, blocks: int) -> float:
@@ -156,12 +158,16 @@ def encode_layer(
         values |= {"cut_diagonals": _list_array([head.cut for head in heads])}
     if row_format.apart:
         values |= {DOCUMENT_MASSES: [choice.kept_mass_documents for choice in choices]}
-    _require_known(layer, heads, row_format)
+        values |= {"anchor_tokens": [pattern.anchor_tokens] * len(heads)}
+    _require_known(layer, pattern, row_format)
     return pa.table(values, schema=row_format.schema)
 
 
-def _require_known(layer: int, heads: Sequence[HeadPattern], row_format: RowFormat) -> None:
-    for number, head in enumerate(heads):
+def _require_known(layer: int, pattern: LayerPattern, row_format: RowFormat) -> None:
+    if pattern.anchor_tokens and not row_format.apart:
+        problem = f"are {pattern.anchor_tokens}, which a trace before schema version 3 has not: start another trace"
+        raise InputError(problem, field=f"layer {layer}, anchor_tokens")
+    for number, head in enumerate(pattern.heads):
         place = f"layer {layer}, head {number}"
         if head.window_tokens and not row_format.windows:
             problem = f"is {head.window_tokens}; this trace is of schema version 1, without windows"
@@ -204,7 +210,7 @@ def decode_layer(
     masses = _split_masses(table.column(DOCUMENT_MASSES).combine_chunks()) if apart else [None] * table.num_rows
     rows, plain = [], table.drop_columns([*names, *([DOCUMENT_MASSES] if apart else [])])
     for head, values in enumerate(plain.to_pylist()):
-        values = NO_WINDOW | values | {name: lists[name][head] for name in names}
+        values = NOT_SAID | values | {name: lists[name][head] for name in names}
         values |= {"apart": apart, DOCUMENT_MASSES: masses[head], "documents": documents}
         place = {"training_step": training_step, "layer": layer, "head": head}
         try:
@@ -223,7 +229,8 @@ def _head_row(values: Mapping[str, Any], header: TraceHeader, place: Mapping[str
     stated, actual = values["density"], head_density(pattern, blocks)
     if not abs(stated - actual) <= 1e-9:
         raise InputError(f"is {stated}, the pattern's is {actual}", field="density")
-    return HeadRow(**place, pattern=pattern, choice=_choice(values), density=stated)
+    anchors = values["anchor_tokens"]
+    return HeadRow(**place, pattern=pattern, choice=_choice(values), density=stated, anchor_tokens=anchors)
 
 
 def _pattern(values: Mapping[str, Any], header: TraceHeader, blocks: int) -> HeadPattern:

@@ -10,8 +10,10 @@ import torch
 
 from select_cases import on_ranks, shard_of
 from sparsering.kernels.mask import AttentionMask, whole
+from sparsering.kernels.select.anchor import Anchor
 from sparsering.kernels.select.packed import documents_of, kept_mass_of_documents, last_queries
 from sparsering.kernels.select.probe import ALONE, Collectives, kept_mass_probe
+from sparsering.kernels.select.shifted_groups import ShiftedGroups
 from sparsering.kernels.select.sink_window import SinkWindow
 from sparsering.kernels.select.vertical_slash import FixedVerticalSlash, FlexVerticalSlash, choose_by_head
 
@@ -60,11 +62,11 @@ def test_every_document_gets_what_it_gets_alone(ranks: int, granularity: int, se
         wanted[:, here, here] = torch.stack([attended(alone, head) for head in range(4)])
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & (documents[:, None] == documents[None, :])
     assert wanted.sum() < 4 * causal.sum(), "something is left out"
-    tokens = np.array(LENGTHS)
+    given = np.array(FIRSTS), np.array(LENGTHS), BLOCK
     for mask in masks:
         for head in range(4):
             assert torch.equal(attended(mask, head), wanted[head])
-        assert mask.own_blocks and mask.column_capacity == selector.most_columns_of(tokens, BLOCK).sum()
+        assert mask.own_blocks and mask.column_capacity == selector.most_columns_of(*given).sum()
         assert torch.equal(mask.columns, masks[0].columns) and torch.equal(mask.active, masks[0].active)
 
 
@@ -119,3 +121,34 @@ def test_kept_mass_of_a_document_is_that_of_its_probe_alone(ranks: int, granular
         assert (wanted < 0.98).any() == (length > BLOCK)
         for one in found:
             torch.testing.assert_close(one[:, number], wanted)
+
+
+@pytest.mark.parametrize("anchors", [1, 3, 500])
+def test_all_documents_attend_the_anchors(anchors: int) -> None:
+    """They end with the first document."""
+    q, k = drawn(TOKENS)
+    documents, at, selector = packed(LENGTHS), torch.arange(TOKENS), Anchor(anchor_tokens=anchors)
+    mask = selector.choose(shard_of(q, k, block_size=BLOCK, documents=documents), scale=SCALE)
+    causal = at[None, :] <= at[:, None]
+    wanted = causal & ((documents[:, None] == documents[None, :]) | (at[None, :] < min(anchors, LENGTHS[0])))
+    assert all(torch.equal(attended(mask, head), wanted) for head in range(4))
+    needed = selector.most_columns_of(np.array(FIRSTS), np.array(LENGTHS), BLOCK)
+    assert needed.sum() == mask.column_capacity == mask.anchors
+    alone = selector.choose(shard_of(q, k, block_size=BLOCK), scale=SCALE)
+    assert torch.equal(attended(alone, 0), causal) and not alone.anchors
+
+
+def test_groups_are_shifted_for_half_of_the_heads() -> None:
+    """Block by block: groups of 64 tokens, those of heads 2 and 3 begin at 32, 96, ..."""
+    (q, k), at = drawn(200), torch.arange(200)
+    mask = ShiftedGroups(group_tokens=64).choose(shard_of(q, k, block_size=16), scale=SCALE)
+    assert mask.own_blocks
+    for head, shift in enumerate((0, 0, 32, 32)):
+        group, block = (at + shift) // 64, at // 16
+        same_block_or_earlier = block[None, :] <= block[:, None]
+        wanted = (group[:, None] == group[None, :]) & same_block_or_earlier & (at[None, :] <= at[:, None])
+        assert torch.equal(attended(mask, head), wanted)
+    with pytest.raises(ValueError, match="group_tokens: half of 48 is no multiple of the block of 16 tokens"):
+        ShiftedGroups(group_tokens=48).choose(shard_of(q, k, block_size=16), scale=SCALE)
+    with pytest.raises(ValueError, match="documents: shifted-groups is not chosen per document"):
+        ShiftedGroups().choose(shard_of(q, k, block_size=16, documents=packed((200,))), scale=SCALE)

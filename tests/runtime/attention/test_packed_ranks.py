@@ -13,6 +13,7 @@ from rank_jobs import global_tensors
 from rank_pool import RankPool
 from ring_cases import TOLERANCE, largest_difference
 from sparsering.kernels.plain.reference import reference_attention, reference_gradients
+from sparsering.kernels.select.anchor import Anchor
 from sparsering.kernels.select.probe import ShardTensors
 from sparsering.kernels.select.registry import Selector
 from sparsering.kernels.select.sink_window import SinkWindow
@@ -42,7 +43,8 @@ def plan_of(selector: Selector, world_size: int, layout: Layout) -> Plan:
     placement: Placement = striped(**given, granularity_tokens=BLOCK)
     if isinstance(layout, Ring) and world_size > 1:
         placement = zigzag(**given, granularity_tokens=BLOCK)
-    columns = int(selector.most_columns_of(np.array(LENGTHS), BLOCK).sum())
+    firsts = np.cumsum((0, *LENGTHS[:-1]))
+    columns = int(selector.most_columns_of(firsts, np.array(LENGTHS), BLOCK).sum())
     return make_plan(
         attention=AttentionSpec(
             model=ModelShape(layers=1, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM),
@@ -94,3 +96,25 @@ def test_every_document_is_attended_as_alone(
             found, right = np.take(result[name], valid, axis), np.take(whole, rows[valid], axis)
             difference = largest_difference(found, right)
             assert difference <= TOLERANCE, f"rank {rank}, {name}: off by {difference}"
+
+
+def test_documents_on_all_ranks_attend_the_anchors(rank_pools: Callable[[int], RankPool]) -> None:
+    """The first document's gradients are those of keys that everybody attends."""
+    selector, documents = Anchor(anchor_tokens=2), np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    plan = plan_of(selector, 4, Ring(prefetch=1))
+    results = rank_pools(4).run("packed_jobs.chosen", plan=plan, documents=documents, seed=7)
+    placement = plan.make_placement()
+    q, k, v, grad_out = (
+        x[:, :TOKENS].double() for x in global_tensors(placement.padded_tokens, (HEADS, KV_HEADS), DIM, seed=7, batch=1)
+    )
+    shard = ShardTensors.whole(q, k, block_size=BLOCK, documents=torch.from_numpy(documents).int())
+    mask = selector.choose(shard, scale=1.0)
+    out, lse = reference_attention(q, k, v, mask, scale=DIM**-0.5)
+    gradients = reference_gradients(grad_out, q, k, v, mask, scale=DIM**-0.5)
+    for rank, result in enumerate(results):
+        rows = placement.positions(rank)
+        valid = np.flatnonzero(rows < TOKENS)
+        for name, whole in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True):
+            axis = 2 if name == "lse" else 1
+            found, right = np.take(result[name], valid, axis), np.take(whole.numpy(), rows[valid], axis)
+            assert largest_difference(found, right) <= TOLERANCE, f"rank {rank}, {name}"

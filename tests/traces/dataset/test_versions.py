@@ -19,7 +19,7 @@ from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import LayerRecord, TraceWriter
 from sparsering.traces.errors import InputError
 from sparsering.traces.files import read_json
-from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, windowed
+from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, element_mask, windowed
 from sparsering.traces.stats import kept_of_documents
 
 MODEL = {"model_id": "tiny", "layers": 4, "heads": tiny.TRACE_HEADS, "kv_heads": 1, "head_dim": 8}
@@ -165,3 +165,26 @@ def test_what_is_chosen_for_each_document_comes_back(tmp_path: Path) -> None:
     assert [one["document"] for one in found] == list(range(documents))
     assert sum(one["tokens"] for one in found) == tiny.TRACE_TOKENS and found[-1]["kept_mass_mean"] == 1
     assert (found[0]["kept_mass_mean"], found[0]["kept_mass_min"]) == (pytest.approx(0.05), 0)
+
+
+def test_anchors_come_back_and_must_fit(tmp_path: Path) -> None:
+    records = tiny.layer_records(0, documents=True)
+    first, anchored = int(np.argmax(np.diff(records[0][0].documents) > 0)) + 1, {}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for layer, (pattern, choices) in records.items():
+        bits = pattern.heads[2].block_bits(pattern.num_blocks)
+        heads = (tiny.slash([0, 1, 50], [0]), tiny.slash([0, 1], [0, 2]), BlockMask(bits=bits, columns=[0, 1]))
+        anchored[layer] = replace(pattern, heads=heads, anchor_tokens=2 * layer), choices
+    with TraceWriter(tmp_path / "trace", tiny.trace_header()) as writer:
+        writer.append(0, anchored)
+    trace = Trace.open(tmp_path / "trace")
+    for layer, (pattern, _) in anchored.items():
+        assert trace.layer_pattern(0, layer).anchor_tokens == 2 * layer
+        tiny.assert_same_layer(trace.layer_pattern(0, layer), pattern)
+    allowed = element_mask(anchored[1][0], 1)
+    assert allowed[first:, :2].all() and not allowed[first:, 2:first].any()
+    for tokens, told in ((first + 1, f"is {first + 1}; the first packed document has {first} tokens"),
+                         (3, "is 3, which are not all columns of head 0")):  # fmt: skip
+        with pytest.raises(InputError, match=f"anchor_tokens: {told}"):
+            replace(anchored[0][0], anchor_tokens=tokens)
+    with pytest.raises(InputError, match="anchor_tokens: is 1; the first packed document has 0 tokens"):
+        replace(anchored[0][0], anchor_tokens=1, documents=None)
