@@ -80,13 +80,12 @@ class VerticalSlash:
 class BlockMask:
     """Any causal set of block pairs of one head, and token columns. It has no window.
 
-    bits:    bool [N, N], bits[I, J] for query block I and key block J. They are kept at a bit for each pair: layers of
-             many heads over long sequences would take gigabytes otherwise.
+    bits:    bool [N, N], bits[I, J] for query block I and key block J; kept at a bit each, to save gigabytes
     columns: int32 [number of columns], as those of a `VerticalSlash`
     """
 
     __slots__ = ("_blocks", "_counts", "_rows", "columns")
-    window_tokens, cut = 0, NOTHING  # no window, whose edge could cut blocks
+    window_tokens, cut = 0, NOTHING  # none
 
     def __init__(self, *, bits: NDArray[np.bool_], columns: Sequence[int] | NDArray[np.integer] = NOTHING) -> None:
         bits = np.asarray(bits, dtype=bool)

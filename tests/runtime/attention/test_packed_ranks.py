@@ -22,9 +22,9 @@ from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
-from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_plan
+from sparsering.planner.plan import Plan, make_plan
 from sparsering.planner.schedule.placement import Placement, striped, zigzag
-from sparsering.runtime.attention.masks import with_capacity
+from sparsering.planner.specs import AttentionSpec, KernelSpec, ModelShape
 from sparsering.runtime.pattern.selectors import pattern_chosen_by
 
 BLOCK, HEADS, KV_HEADS, DIM = 64, 4, 2, 16
@@ -61,11 +61,10 @@ def each_alone(selector: Selector, tokens: int) -> dict[str, np.ndarray]:
     whole: dict[str, list[torch.Tensor]] = {name: [] for name in ("out", "lse", "dq", "dk", "dv")}
     first, kept = 0, 0.0
     for length in LENGTHS:
-        part = [x[:, first : first + length].double() for x in (q, k, v, grad_out)]
-        mask = selector.choose(ShardTensors.whole(*part[:2], block_size=BLOCK), scale=DIM**-0.5)
-        mask = with_capacity(mask, mask.column_capacity)
-        out, lse = reference_attention(*part[:3], mask, scale=DIM**-0.5)
-        gradients = reference_gradients(part[3], *part[:3], mask, scale=DIM**-0.5)
+        own_q, own_k, own_v, own_grad = (x[:, first : first + length].double() for x in (q, k, v, grad_out))
+        mask = selector.choose(ShardTensors.whole(own_q, own_k, block_size=BLOCK), scale=DIM**-0.5)
+        out, lse = reference_attention(own_q, own_k, own_v, mask, scale=DIM**-0.5)
+        gradients = reference_gradients(own_grad, own_q, own_k, own_v, mask, scale=DIM**-0.5)
         for name, value in zip(whole, (out, lse, *gradients), strict=True):
             whole[name].append(value)
         kept += mask.active.sum().item() / mask.active.numel() * length / TOKENS
