@@ -137,7 +137,7 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     mixed *= HASH_MULTIPLIER
     mixed ^= mixed >> 29
     others = sum(
-        hash((number, mask.windows, mask.anchors))
+        hash((number, mask.windows or (), mask.anchors))  # None has another hash in each process
         for number, mask in enumerate(masks)
         if mask.windows is not None or mask.anchors
     )
