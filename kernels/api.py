@@ -18,7 +18,7 @@ from torch import Tensor
 from .backend import Backend, backend_names, backend_of, register
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge
-from .sinks import check_sinks, sink_gradients, with_sinks
+from .sinks import check_sinks, sink_gradients
 from .values import (
     BackwardQueries,
     BlockIndex,
@@ -203,7 +203,7 @@ class _FullAttention(torch.autograd.Function):
         """Return (out, lse), and keep what backward reads."""
         out, lse = whole.forward(Queries(q=q, scale=scale, softcap=softcap), k, v)
         if sinks is not None:
-            out, lse = with_sinks(out, lse, sinks)
+            out, lse = backend_of(whole.block.backend).with_sinks(out, lse, sinks)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.given = whole, scale, softcap
         ctx.mark_non_differentiable(lse)

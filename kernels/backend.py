@@ -17,6 +17,7 @@ from torch import Tensor
 from .gathered import gather_columns, scatter_columns
 from .mask import AttentionMask
 from .merge import accumulator_dtype, merge_into, plain_row_products
+from .sinks import with_sinks
 from .values import BackwardQueries, ColumnIndex, Columns, Gradients, KeyGradients, Keys, Partial, Queries, with_kv
 
 # Modules of the backends that come along, which register themselves when they are imported: at first use, since triton
@@ -98,6 +99,10 @@ class Backend:
     def row_products(self, left: Tensor, right: Tensor) -> Tensor:
         """[B, H, S] in the accumulator's dtype: sums over D of the products of two [B, S, H, D]; delta of backward."""
         return plain_row_products(left, right)
+
+    def with_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Partial:
+        """See sinks.with_sinks."""
+        return with_sinks(out, lse, sinks)
 
     def add_up(self, target: Tensor, parts: Tensor, *, add: bool) -> None:
         """target (add: +=) the sum over the first dimension of parts [n, *target.shape], in order; repeatable."""

@@ -7,6 +7,7 @@ Token query i (block I) attends key j (block J) iff i and j are valid, j <= i, t
 and ((I, J) is an active block pair of the head, or i - j is less than the head's window, or j is one of the head's
 columns). A rank's work splits in two disjoint parts: the *block part* (the block pair is active, or i - j is less than
 the window) and the *column part* (j is a column and not in the block part). Merged by their lse they make the whole.
+Documents do not bind anchors: a query of another document attends them too, always in the column part.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class AttentionMask:
     documents: int32 [>= seq_len_tokens], the document of each global token position; or None.
     windows: tokens of each head's sliding window, 0 for none; or None. Block pairs wholly in a window become active:
         `active` holds them from then on. Known to the host, so that nobody waits for them.
+    anchors: how many of the first tokens, all of the first document, are attended from every document. Every head has
+        them among its columns. 0 without documents.
     own_blocks: True if every block pair (I, I) is known to be active, as selectors see to it: kernels are faster then.
         Looked up unless False where that needs no wait (`active` on the CPU); elsewhere True is believed, and not given
         is False. So who replaces `active` on a GPU must say it anew.
@@ -44,6 +47,7 @@ class AttentionMask:
     columns: Tensor | None = None
     documents: Tensor | None = None
     windows: tuple[int, ...] | None = None
+    anchors: int = 0
     own_blocks: bool | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +55,10 @@ class AttentionMask:
             raise ValueError(f"AttentionMask.seq_len_tokens: {self.seq_len_tokens} is not positive")
         if self.block_size < 1:
             raise ValueError(f"AttentionMask.block_size: {self.block_size} is not positive")
+        if self.anchors and (self.documents is None or not 0 < self.anchors <= self.column_capacity):
+            raise ValueError(
+                f"AttentionMask.anchors: {self.anchors} need documents and as many columns, here {self.column_capacity}"
+            )
         self._check_tensors()
         self._take_windows()
         if self.own_blocks is not False:
@@ -191,6 +199,15 @@ def allowed_pairs(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor)
     return allowed
 
 
+def anchor_pairs(mask: AttentionMask, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """bool [S_q, S_k]: the key is an anchor, and the query of a later document than it."""
+    q, k = q_positions.long()[:, None], k_positions.long()[None, :]
+    pairs = (k < mask.anchors) & (q < mask.seq_len_tokens)
+    if mask.documents is None or not mask.anchors:
+        return pairs
+    return pairs & (document_of(mask, q_positions)[:, None] != document_of(mask, k_positions)[None, :])  # pyright: ignore[reportOptionalSubscript]
+
+
 def active_block_pairs(mask: AttentionMask, head: int, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
     """bool, q_blocks broadcast with k_blocks: is this pair of global mask blocks active (of padding: any value)."""
     q, k = q_blocks.clamp(max=mask.blocks - 1), k_blocks.clamp(max=mask.blocks - 1)
@@ -219,7 +236,8 @@ def column_part(mask: AttentionMask, head: int, q_positions: Tensor) -> Tensor:
     if mask.columns is None:
         return torch.zeros(q_positions.shape[0], 0, dtype=torch.bool, device=q_positions.device)
     columns = mask.columns[head]
-    return allowed_pairs(mask, q_positions, columns) & ~_in_block_part(mask, head, q_positions, columns)
+    within = allowed_pairs(mask, q_positions, columns) & ~_in_block_part(mask, head, q_positions, columns)
+    return within | anchor_pairs(mask, q_positions, columns)
 
 
 def _in_block_part(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tensor) -> Tensor:
@@ -236,4 +254,5 @@ def whole(mask: AttentionMask, head: int, q_positions: Tensor, k_positions: Tens
     columns, keys = mask.columns[head].long().contiguous(), k_positions.long().contiguous()
     slots = torch.searchsorted(columns, keys).clamp_(max=columns.shape[0] - 1)
     is_column = columns[slots] == keys
-    return attended | (allowed_pairs(mask, q_positions, k_positions) & is_column[None, :])
+    of_column = allowed_pairs(mask, q_positions, k_positions) | anchor_pairs(mask, q_positions, k_positions)
+    return attended | (of_column & is_column[None, :])

@@ -15,10 +15,6 @@ from torch import Tensor
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) beside sinks [H]; out [B, S, H, D] is overwritten, lse [B, H, S] is that of all keys."""
-    if out.is_cuda and out.stride(-1) == 1:
-        from .triton.sinks import launch_with_sinks  # Triton is no part of installations without GPUs
-
-        return launch_with_sinks(out, lse, sinks)
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
     weight = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total))  # a sink of minus infinity, too
     out.mul_(weight.transpose(1, 2).unsqueeze(-1))

@@ -13,9 +13,10 @@ from .errors import InputError
 from .output import Table, say, show
 from .pattern import BLOCK_SIZES
 from .progress import shown_progress
-from .stats import describe, summarize
+from .stats import describe, kept_of_documents, summarize
 from .synthetic import GENERATORS, SyntheticSettings, write_synthetic_trace
 
+MOST_DOCUMENTS = 12  # that are shown
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
@@ -87,6 +88,8 @@ def print_trace(trace: Trace) -> None:
     )
     if layers:
         show(_layer_table(layers))
+    if documents := kept_of_documents(trace):
+        show(_document_table(documents))
 
 
 def _answer(trace: Trace, layers: list[dict[str, Any]]) -> str:
@@ -101,6 +104,21 @@ def _answer(trace: Trace, layers: list[dict[str, Any]]) -> str:
     return (
         f"Whole: every byte agrees with its digest. {heads:,} recorded heads attend {mean:.1%} of all causal blocks in "
         f"the mean (from {low:.1%} to {high:.1%}){kept}."
+    )
+
+
+def _document_table(documents: list[dict[str, Any]]) -> Table:
+    """The packed documents of which least is kept, a row each."""
+    least = sorted(documents, key=lambda one: one["kept_mass_mean"])[:MOST_DOCUMENTS]
+    names = ("training_step", "document", "first_token", "tokens")
+    return Table(
+        columns=("step", "document", "first token", "tokens", "kept", "least kept"),
+        rows=[
+            (*(f"{one[name]:,}" for name in names), f"{one['kept_mass_mean']:.1%}", f"{one['kept_mass_min']:.1%}")
+            for one in least
+        ],
+        note=f"the {len(least)} of {len(documents):,} packed documents of which least is kept; kept: share of the "
+        "attention of a document's last queries, mean of all layers and heads that choose; least: of any of them",
     )
 
 

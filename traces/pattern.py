@@ -4,6 +4,8 @@ Query token i (block I = i // block_size) attends key token j (block J) iff both
 document(j) == document(i) where documents are given, and one of these holds for that head: the block pair (I, J) is
 active and not cut, i - j is less than its window, or j is one of its columns. A `VerticalSlash` activates (I, J) when
 I - J is one of its diagonals, and cuts it when it is one of `cut`; a `BlockMask` activates by a bit, and has no window.
+Columns obey documents: a column is attended by later tokens of its own. The layer's anchors, first tokens that are
+columns of every head, are attended from all documents.
 
 Block pairs that are cut count as active ones wherever work is counted: kernels compute them whole and mask them.
 
@@ -76,16 +78,16 @@ class VerticalSlash:
 
 
 class BlockMask:
-    """Any causal set of block pairs of one head. bits: bool [N, N], bits[I, J] for query block I and key block J.
+    """Any causal set of block pairs of one head, and token columns. It has no window.
 
-    It has no columns and no window: whole blocks are all that it activates.
-
-    It is kept at a bit for each pair: layers of many heads over long sequences would take gigabytes otherwise.
+    bits:    bool [N, N], bits[I, J] for query block I and key block J; kept at a bit each, to save gigabytes
+    columns: int32 [number of columns], as those of a `VerticalSlash`
     """
 
-    __slots__ = ("_blocks", "_counts", "_rows")
+    __slots__ = ("_blocks", "_counts", "_rows", "columns")
+    window_tokens, cut = 0, NOTHING  # none
 
-    def __init__(self, *, bits: NDArray[np.bool_]) -> None:
+    def __init__(self, *, bits: NDArray[np.bool_], columns: Sequence[int] | NDArray[np.integer] = NOTHING) -> None:
         bits = np.asarray(bits, dtype=bool)
         if bits.ndim != 2 or bits.shape[0] != bits.shape[1]:
             raise InputError(f"block bits must be square, not of shape {bits.shape}", field="bits")
@@ -94,26 +96,12 @@ class BlockMask:
             raise InputError(f"query block {query} must not attend the later key block {key}", field="bits")
         self._blocks, self._rows = bits.shape[0], np.packbits(bits, axis=1)
         self._counts: NDArray[np.int64] | None = None  # of ones in each row, once somebody asked
+        self.columns: NDArray[np.int32] = _sorted_unique(columns, "columns")
 
     @property
     def bits(self) -> NDArray[np.bool_]:
         """Active block pairs, bool [N, N]: an array of its own each time."""
         return np.unpackbits(self._rows, axis=1, count=self._blocks).view(bool)
-
-    @property
-    def columns(self) -> NDArray[np.int32]:
-        """A block mask has no columns: always empty."""
-        return NOTHING
-
-    @property
-    def window_tokens(self) -> int:
-        """A block mask has no window: always 0."""
-        return 0
-
-    @property
-    def cut(self) -> NDArray[np.int32]:
-        """A block mask has no window whose edge could cut blocks: always empty."""
-        return NOTHING
 
     def check_blocks(self, blocks: int) -> None:
         """Raise InputError unless it is a mask of so many blocks."""
@@ -154,12 +142,14 @@ class LayerPattern:
     block_size:     tokens of a mask block
     heads:          one pattern per query head
     documents:      int32 [S] document of each token, or None; non-decreasing
+    anchor_tokens:  how many of the first document's first tokens are attended from all documents; columns of every head
     """
 
     seq_len_tokens: int
     block_size: int
     heads: tuple[HeadPattern, ...]
     documents: NDArray[np.int32] | None = None
+    anchor_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("seq_len_tokens", "block_size"):
@@ -171,16 +161,29 @@ class LayerPattern:
             self._check_head(number, head)
         if self.documents is not None:
             object.__setattr__(self, "documents", _checked_documents(self.documents, self.seq_len_tokens))
+        self._check_anchors()
+
+    def _check_anchors(self) -> None:
+        anchors, ids = self.anchor_tokens, self.documents
+        first = 0 if ids is None else int(np.searchsorted(ids, ids[0], side="right"))
+        if not 0 <= anchors <= first:
+            raise InputError(f"is {anchors}; the first packed document has {first} tokens", field="anchor_tokens")
+        for number, head in enumerate(self.heads):
+            if not np.array_equal(head.columns[:anchors], np.arange(anchors)):
+                raise InputError(f"is {anchors}, which are not all columns of head {number}", field="anchor_tokens")
 
     def _check_head(self, number: int, head: HeadPattern) -> None:
+        limits = {"column": (self.seq_len_tokens, "tokens")}
         if isinstance(head, BlockMask):
             head.check_blocks(self.num_blocks)
-            return
-        limits = {"column": (self.seq_len_tokens, "tokens"), "diagonal": (self.num_blocks, "blocks")}
+        else:
+            limits["diagonal"] = (self.num_blocks, "blocks")
         for name, (limit, unit) in limits.items():
             values = getattr(head, f"{name}s")
             if values.size and values[-1] >= limit:
                 raise InputError(f"head {number} has {name} {values[-1]} in {limit} {unit}", field=f"{name}s")
+        if isinstance(head, BlockMask):
+            return
         if problem := window_problem(
             head.window_tokens, head.diagonals, head.cut, block_size=self.block_size, blocks=self.num_blocks
         ):
@@ -230,6 +233,7 @@ def element_mask(pattern: LayerPattern, head: int) -> NDArray[np.bool_]:
     allowed &= distance >= 0
     if pattern.documents is not None:
         allowed &= pattern.documents[:, None] == pattern.documents[None, :]
+        allowed[:, : pattern.anchor_tokens] |= distance[:, : pattern.anchor_tokens] >= 0
     return allowed
 
 

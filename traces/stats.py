@@ -112,6 +112,34 @@ def _summarize_layer(layer: int, heads: list[_HeadFigures]) -> dict[str, Any]:
     }
 
 
+def kept_of_documents(trace: Trace, *, progress: Progress = no_progress) -> list[dict[str, Any]]:
+    """Return one summary per packed document of each training step that recorded what is kept of each; else none.
+
+    training_step, document (counted from 0), first_token, tokens; kept_mass_mean and kept_mass_min: the share of
+    attention kept for its last queries, over all layers and heads that choose.
+    """
+    if all(part.document_starts_tokens is None for part in trace.manifest.parts):
+        return []
+    gathered: dict[int, list[tuple[float, ...]]] = {}
+    for rows in trace.each_layer(progress=progress):
+        known = [row.choice.kept_mass_documents for row in rows]
+        gathered.setdefault(rows[0].training_step, []).extend(masses for masses in known if masses is not None)
+    found = []
+    for step, masses in gathered.items():
+        documents = trace.documents(step)
+        if documents is None or not masses:
+            continue
+        _, first, tokens = np.unique(documents, return_index=True, return_counts=True)
+        means, least = np.mean(masses, axis=0), np.min(masses, axis=0)
+        found += [
+            {"training_step": step, "document": number, "first_token": int(first[number]),
+             "tokens": int(tokens[number]), "kept_mass_mean": float(means[number]),
+             "kept_mass_min": float(least[number])}
+            for number in range(len(first))
+        ]  # fmt: skip
+    return found
+
+
 def describe(trace: Trace, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Return the whole trace as plain JSON values: header, steps, digest, what is unlisted, one row per layer."""
     header = trace.header.model_dump(mode="json")
@@ -124,5 +152,6 @@ def describe(trace: Trace, *, progress: Progress = no_progress) -> dict[str, Any
         "unlisted_parts": list(trace.unlisted_parts),
         "bytes": sum(part.bytes for part in trace.manifest.parts),
         "layers": summarize(trace, progress=progress) if trace.steps else [],
+        "documents": kept_of_documents(trace, progress=progress) if trace.steps else [],
         "step_overlap": overlaps,
     }

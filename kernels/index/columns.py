@@ -113,6 +113,7 @@ class ColumnTask:
                 usable, limits, tiles, capacity, words, mask.seq_len_tokens, mask.blocks, EDGES=EDGES,
                 BLOCK=mask.block_size, TOEPLITZ=mask.is_toeplitz,
                 CHUNK=min(_CHUNK, triton.next_power_of_2(words * COLUMN_TILE)))
+        limits[:, :, 0].clamp_(min=mask.anchors)  # rows of other documents attend anchors, which have no bit for that
         return usable, limits
 
     @cached_property
@@ -123,7 +124,9 @@ class ColumnTask:
         if not tiles:
             return usable.new_zeros(heads, words, dtype=torch.int32)
         tile = torch.arange(tiles, dtype=torch.int32, device=usable.device)[:, None]
-        return torch.where(usable != 0, tile, tiles).amin(1)
+        first = torch.where(usable != 0, tile, tiles).amin(1)
+        first[:, : -(-self.mask.anchors // COLUMN_TILE)] = 0
+        return first
 
     @cached_property
     def has_own(self) -> Tensor:

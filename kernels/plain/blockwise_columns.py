@@ -20,7 +20,7 @@ class ColumnTile(Tile):
 
     inactive: bool [runs, keys], the column's block pair is inactive for the queries of this run (of one mask block);
     run_of_row int64 [rows]; positions of the rows [rows]; columns int64 [keys]. window_tokens: of the head's window,
-    which has the columns inside.
+    which has the columns inside. anchors: how many of the first columns rows of other documents attend, see mask.py.
     """
 
     head: int
@@ -29,13 +29,18 @@ class ColumnTile(Tile):
     positions: Tensor
     columns: Tensor
     window_tokens: int
+    anchors: int
 
     def hide(self, scores: Tensor) -> None:
         """See Tile: later columns, those that an active block or the window covers, and other documents."""
         attended = self.inactive[self.run_of_row]
         attended &= self.columns[None, :] <= self.positions[:, None] - self.window_tokens
+        if self.documents is not None:
+            of_rows, of_keys = self.documents
+            other = of_rows[:, None] != of_keys[None, :]
+            attended &= ~other
+            attended[:, : self.anchors] |= other[:, : self.anchors]
         scores.masked_fill_(~attended, -torch.inf)
-        super().hide(scores)
 
 
 def column_tiles(mask: AttentionMask, q_positions: Tensor) -> list[ColumnTile]:
@@ -58,7 +63,7 @@ def column_tiles(mask: AttentionMask, q_positions: Tensor) -> list[ColumnTile]:
         counts = torch.searchsorted(own.contiguous(), lasts, right=True)
         for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
             rows, slots = slice(start, min(start + TILE_ROWS, valid.shape[0])), slice(count)
-            if not count or not bool(busy[rows].any()):
+            if not count or not (mask.anchors or bool(busy[rows].any())):
                 continue
             documents = None
             if q_documents is not None and column_documents is not None:
@@ -73,6 +78,7 @@ def column_tiles(mask: AttentionMask, q_positions: Tensor) -> list[ColumnTile]:
                     run_of_row=run_of_row[rows],
                     positions=valid[rows],
                     columns=own[slots],
+                    anchors=mask.anchors,
                     window_tokens=0 if mask.windows is None else mask.windows[head],
                 )
             )

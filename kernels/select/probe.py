@@ -6,7 +6,7 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -87,11 +87,14 @@ class ShardTensors:
         """N, the mask blocks of the sequence."""
         return -(-self.seq_len_tokens // self.block_size)
 
-    def chosen(self, active: Tensor, columns: Tensor | None = None) -> AttentionMask:
-        """Return a choice as a mask: bool [H, N] diagonals or [H, N, N] pairs, own blocks among them, and columns."""
+    def chosen(self, active: Tensor, columns: Tensor | None = None, *, anchors: int = 0) -> AttentionMask:
+        """Return a choice as a mask: bool [H, N] diagonals or [H, N, N] pairs, own blocks among them, and columns.
+
+        anchors: how many of the first columns all documents attend.
+        """
         return AttentionMask(
             seq_len_tokens=self.seq_len_tokens, block_size=self.block_size, active=active, columns=columns,
-            documents=self.documents, own_blocks=True,
+            documents=self.documents, anchors=anchors, own_blocks=True,
         )  # fmt: skip
 
 
@@ -134,11 +137,20 @@ def row_logits(shard: ShardTensors, rows: Tensor, row_positions: Tensor, *, scal
 
 def probabilities(logits: Tensor, collectives: Collectives) -> Tensor:
     """Softmax over the keys of all ranks of local logits [H, R, S] (overwritten)."""
-    lowest = torch.finfo(logits.dtype).min
+    return probabilities_of([logits], collectives)[0]
+
+
+def probabilities_of(logits: Sequence[Tensor], collectives: Collectives) -> list[Tensor]:
+    """The same of several [H, R, S], R and S of each its own, with the collectives of one. At least one."""
+    rows, lowest = [one.shape[1] for one in logits], torch.finfo(logits[0].dtype).min
     # An empty shard has nothing to take the maximum of.
-    top = pad(logits, (0, 1), value=lowest).amax(-1) if not logits.shape[2] else logits.amax(-1).clamp_(min=lowest)
-    p = logits.sub_(collectives.all_reduce_max(top).unsqueeze(-1)).exp_()
-    return p.div_(collectives.all_reduce_sum(p.sum(-1)).unsqueeze(-1))
+    tops = [
+        one.amax(-1).clamp_(min=lowest) if one.shape[2] else pad(one, (0, 1), value=lowest).amax(-1) for one in logits
+    ]
+    top = collectives.all_reduce_max(torch.cat(tops, dim=-1)).split(rows, dim=-1)
+    p = [one.sub_(highest.unsqueeze(-1)).exp_() for one, highest in zip(logits, top, strict=True)]
+    total = collectives.all_reduce_sum(torch.cat([one.sum(-1) for one in p], dim=-1)).split(rows, dim=-1)
+    return [one.div_(its.unsqueeze(-1)) for one, its in zip(p, total, strict=True)]
 
 
 def column_sums(shard: ShardTensors, values: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..mask import AttentionMask
 from .probe import ALONE, Collectives, ShardTensors
@@ -41,6 +43,7 @@ class Selector(ABC):
                      generates
     keeps_documents: packed documents may be laid over its masks
     listed:          its masks list active blocks one by one, rather than as diagonals
+    lists_documents: they do where documents are packed
     """
 
     name: ClassVar[str]
@@ -48,6 +51,7 @@ class Selector(ABC):
     causal: ClassVar[bool]
     keeps_documents: ClassVar[bool] = False
     listed: ClassVar[bool] = False
+    lists_documents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for one in _settings(type(self)):
@@ -66,6 +70,16 @@ class Selector(ABC):
     def most_columns(self) -> int:
         """How many token columns a head may get at most: the capacity that a plan needs."""
         return 0
+
+    def most_columns_of(
+        self, first: NDArray[np.int64], tokens: NDArray[np.int64], block_size: int
+    ) -> NDArray[np.int64]:
+        """Return how many columns a head may get at most of packed documents: their first tokens, and how many."""
+        return np.zeros_like(tokens)
+
+    def most_tokens_anywhere(self, block_size: int) -> int | None:
+        """Return up to how many tokens a packed document need not begin with a block; None: any may begin anywhere."""
+        return None
 
     def of_head(self, layer: int, head: int) -> Selector:
         """Return the selector that one head's row of a trace names: this one, unless heads differ."""

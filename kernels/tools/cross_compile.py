@@ -54,20 +54,25 @@ SCALE = Scale("fp32", "fp32")
 
 def resources(
     kernel: str, *, capability: int, head_dim: int, block_size: int, documents: bool = False, own: bool = False,
-    windows: bool = False, softcap: bool = False,
+    windows: bool = False, softcap: bool = False, anchors: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Compile one kernel of KERNELS for sm_<capability>: what it takes.
 
     registers a thread, stack_bytes a thread (spills), shared_bytes a program. Inputs are bfloat16; documents: packed
-    ones; own: columns inside blocks that are not active, too; windows: that cut blocks; softcap: of the scores.
+    ones; own: columns inside blocks that are not active, too; windows: that cut blocks; softcap: of the scores;
+    anchors: columns of all packed documents.
     """
     launch = tuning.launch_for(kernel, capability=capability, block_size=block_size, head_dim=head_dim, itemsize=2)
     function = KERNELS[kernel]
-    given = _arguments(kernel, launch, head_dim=head_dim, documents="*i32" if documents else None, own=own or windows)
+    given = _arguments(
+        kernel, launch, head_dim=head_dim, documents="*i32" if documents or anchors else None, own=own or windows
+    )
     if windows and given["blocks"].fields is not None:
         given["blocks"] = given["blocks"]._replace(edges="*i32")
     if windows and given["columns"].positions is not None:
         given["columns"] = given["columns"]._replace(windows="*i32")
+    if anchors and given["columns"].positions is not None:
+        given["columns"] = given["columns"]._replace(anchors="i32")
     if softcap:
         given["scale"] = SCALE._replace(softcap="fp32")
     given |= {"BLOCK": block_size, "M": launch.m, "N": launch.n, "D": head_dim, "TMA": launch.tma}
@@ -180,11 +185,12 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="columns inside blocks that are not active, too")
     parser.add_argument("--windows", action="store_true", help="sliding windows that cut blocks")
     parser.add_argument("--softcap", action="store_true", help="a softcap of the scores")
+    parser.add_argument("--anchors", action="store_true", help="columns that all packed documents attend")
     given = parser.parse_args()
     for kernel, head_dim, block in product(given.kernels, given.head_dims, given.blocks):
         found = resources(
             kernel, capability=given.capability, head_dim=head_dim, block_size=block, documents=given.documents,
-            own=given.own, windows=given.windows, softcap=given.softcap,
+            own=given.own, windows=given.windows, softcap=given.softcap, anchors=given.anchors,
         )  # fmt: skip
         print(json.dumps({"kernel": kernel, "head_dim": head_dim, "block": block, **found}), flush=True)
 

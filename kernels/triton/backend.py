@@ -23,6 +23,7 @@ from . import launching, padded, passes
 from .gradients import grad_columns, grad_key_value, grad_query, row_values_of
 from .launching import loadable
 from .partials import check_partial, key_gradients, query_gradient, write_partial
+from .sinks import launch_with_sinks
 
 
 class Triton(Backend):
@@ -80,6 +81,10 @@ class Triton(Backend):
     def row_products(self, left: Tensor, right: Tensor) -> Tensor:
         """See Backend."""
         return passes.row_products(left, right)
+
+    def with_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Partial:
+        """See Backend."""
+        return launch_with_sinks(out, lse, sinks)
 
     def add_up(self, target: Tensor, parts: Tensor, *, add: bool) -> None:
         """See Backend. target may be some heads of a contiguous [B, S, H, D]."""

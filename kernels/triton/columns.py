@@ -65,7 +65,11 @@ def walk_columns(state, query, q_document, column_k, column_v, at, columns, limi
         allowed = usable_columns(word, start, N)[None, :]
         word = tl.load(bits + (start + N) // 64)
         if columns.documents is not None:
-            allowed = allowed & same_document(columns, head, start, q_document, N)
+            same = same_document(columns, head, start, q_document, N)
+            allowed = allowed & same
+            if columns.anchors is not None:  # padding, whose document is negative, attends nothing
+                anchor = (start + tl.arange(0, N)) < columns.anchors
+                allowed = allowed | (anchor[None, :] & (q_document >= 0)[:, None] & (same == 0))
         state = query_step(state, query, k, v, allowed, scale, True, ACC, PRECISION)
     if columns.q_blocks is not None:
         positions = columns.positions + head * columns.capacity
@@ -119,6 +123,9 @@ def column_grad_kv_kernel(
     low = tl.maximum(chunk * chunks.chunk_tiles, tl.load(chunks.first_tile + head * chunks.column_tiles + column_tile))
     high = tl.minimum((chunk + 1) * chunks.chunk_tiles, queries.tiles)
 
+    anchors = None
+    if columns.anchors is not None:
+        anchors = slots < columns.anchors
     k_acc = tl.zeros([N, D], ACC)
     v_acc = tl.zeros([N, D], ACC)
     for step in range(low * (BLOCK // M), high * (BLOCK // M)):
@@ -126,7 +133,7 @@ def column_grad_kv_kernel(
         word = tl.load(columns.usable + tile * columns.words + start // 64)
         allowed = usable_columns(word, start, N)[:, None]
         k_acc, v_acc = grad_kv_step(k_acc, v_acc, k_tile, v_tile, q, grad_out, row_values, padded, at, queries, batch,
-                                    head, step * M, document, allowed, scale, True, M, D, TMA, ACC, PRECISION)
+                                    head, step * M, document, allowed, scale, True, M, D, TMA, ACC, PRECISION, anchors)
     # Few heads, if any, have columns in own blocks that are inactive.
     low = chunk * chunks.chunk_tiles
     last = tl.where(tl.load(chunks.has_own + head) != 0, high, low)

@@ -87,6 +87,7 @@ def column_lists(columns: Columns, *, own: bool) -> ColumnLists:
         capacity=task.columns.shape[1],
         words=usable.shape[2],
         windows=task.mask.window_lengths(),
+        anchors=task.mask.anchors or None,
     )
 
 

@@ -210,15 +210,19 @@ def grad_q_step(acc, q, k, v, grad_out, lse, delta, allowed, scale, MASKED: tl.c
 @triton.jit
 def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, row_values, padded, at, queries, batch, head, query, k_document,
                  allowed, scale, MASKED: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-                 ACC: tl.constexpr, PRECISION: tl.constexpr):
+                 ACC: tl.constexpr, PRECISION: tl.constexpr, anchors=None):
     """(grad_k, grad_v) [N, D] of keys k, v plus the share of M queries of a head, from `query` on; scale: views.Scale.
 
-    MASKED: `allowed` bool [N, M]; documents are compared in any case. lse and delta of the queries are read just before
-    use, to hold fewer registers.
+    MASKED: `allowed` bool [N, M]; documents are compared in any case, but queries of other documents attend the keys
+    that are anchors, bool [N]. lse and delta of the queries are read just before use, to hold fewer registers.
     """
     q_tile, do_tile = load_pair(q, grad_out, at.q, at.grad_out, batch, head, query, queries.valid, M, D, TMA, True)
     if queries.documents is not None:
-        allowed = allowed & (load_documents(queries, query, M, -1)[None, :] == k_document[:, None])
+        q_document = load_documents(queries, query, M, -1)
+        same = q_document[None, :] == k_document[:, None]
+        allowed = allowed & same
+        if anchors is not None:
+            allowed = allowed | (anchors[:, None] & (q_document >= 0)[None, :] & (same == 0))
     line = (batch * queries.heads + head) * 2
     scores = capped(tl.dot(k, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION), scale)
     lse = load_row_values(row_values, line, query, padded, M, TMA)

@@ -122,7 +122,8 @@ class ColumnLists(NamedTuple):
     """The columns [H, C] and which of them a query tile may attend, see index/columns.py.
 
     q_blocks int32 [T], mask blocks of the query tiles: None where neither a column lies in a query's own block,
-    inactive, nor in one that a window cuts. windows int32 [H], None without.
+    inactive, nor in one that a window cuts. windows int32 [H], None without. anchors: how many of the first columns are
+    attended by rows of other documents too, None without.
     """
 
     positions: Any = None
@@ -133,6 +134,7 @@ class ColumnLists(NamedTuple):
     capacity: Any = None
     words: Any = None
     windows: Any = None
+    anchors: Any = None
 
 
 class ColumnChunks(NamedTuple):

@@ -46,6 +46,7 @@ def mask_of(pattern: LayerPattern, *, columns_capacity: int, device: torch.devic
         columns=torch.from_numpy(columns) if columns_capacity else None,
         documents=None if pattern.documents is None else torch.from_numpy(pattern.documents),
         windows=tuple(head.window_tokens for head in pattern.heads) if has_windows(pattern) else None,
+        anchors=pattern.anchor_tokens,
     )
     return mask.to(device)
 
@@ -129,10 +130,23 @@ def pattern_hash(masks: Sequence[AttentionMask]) -> torch.Tensor:
     parts = [part for mask in masks for part in (mask.active, mask.columns) if part is not None]
     first, total = 1, torch.zeros((), dtype=torch.int64, device=masks[0].active.device)
     for words in map(words_of, parts):
-        total = total + hashed_sum(words, first)
+        total = total + _hash_function(words.device)(words, first)
         first += words.numel()
-    windows = sum(hash((number, mask.windows)) for number, mask in enumerate(masks) if mask.windows is not None)
-    return total + windows % (1 << 62)
+    others = sum(
+        hash((number, mask.windows or (), mask.anchors))  # None has another hash in each process
+        for number, mask in enumerate(masks)
+        if mask.windows is not None or mask.anchors
+    )
+    return total + others % (1 << 62)
+
+
+def _hash_function(device: torch.device) -> Callable[[Tensor, int], Tensor]:
+    """Return what hashes words on a device: torch's operations, on GPUs one launch."""
+    if device.type != "cuda":
+        return hashed_sum
+    from ...kernels.triton.hashing import launch_hashed_sum  # triton cannot be imported everywhere
+
+    return launch_hashed_sum
 
 
 class RunningHash:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.api import AttentionMask, accumulator_dtype, backend_of
-from ...kernels.sinks import sink_gradients, with_sinks
+from ...kernels.sinks import sink_gradients
 from ...planner.schedule.schedule import Direction
 from ...traces.errors import InputError, UnsupportedError
 from ..comm.channels import Channel, Channels, CommunicationError, Waiting
@@ -165,7 +165,7 @@ class PlannedAttention:
         assert layer.results is not None
         out, lse = layer.results
         if form.sinks is not None:
-            out, lse = with_sinks(out, lse, form.sinks.detach())
+            out, lse = backend_of(self.bound.backend).with_sinks(out, lse, form.sinks.detach())
         return Saved(out=out, lse=lse, columns=layer.columns, kept_kv=kept_kv, indexes=indexes)
 
     def backward(

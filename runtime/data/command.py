@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...traces.progress import shown_progress
-from .shards import TokenData
+from .shards import MAX_ALIGN_TOKENS, TokenData
 from .writer import SHARD_TOKENS, byte_tokenizer, model_tokenizer, write_data
 
 
@@ -19,6 +19,15 @@ def data(
     tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer is used, not bytes.")] = None,
     text_field: Annotated[str, typer.Option(help="Where the text of a JSON line is.")] = "text",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a shard, at least.")] = SHARD_TOKENS,
+    align: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_ALIGN_TOKENS,
+            help="Documents begin at multiples of so many tokens, a plan's "
+            "blocks; padding, which no loss counts, fills the rest.",
+        ),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Turn text into memory-mapped token shards with digests, document boundaries kept.
@@ -28,11 +37,14 @@ def data(
     """
     chosen = byte_tokenizer() if tokenizer is None else model_tokenizer(tokenizer)
     with shown_progress() as progress:
-        write_data(inputs, output, chosen, text_field=text_field, shard_tokens=shard_tokens, progress=progress)
+        write_data(
+            inputs, output, chosen, text_field=text_field, shard_tokens=shard_tokens, align_tokens=align,
+            progress=progress,
+        )  # fmt: skip
     written = TokenData.open(output)
     manifest = written.manifest
     figures = {
-        "folder": str(output), "tokens": written.tokens, "documents": manifest.documents,
+        "folder": str(output), "tokens": written.tokens, "documents": written.documents,
         "shards": len(manifest.shards), "tokenizer": manifest.tokenizer, "vocabulary": manifest.vocabulary,
         "digest": manifest.digest,
     }  # fmt: skip

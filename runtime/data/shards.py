@@ -2,8 +2,9 @@
 
 A folder holds `tokens-*.bin` (little-endian unsigned integers), `documents.bin` (int64 first token of each document)
 and `manifest.json`, which vouches for them. The corpus is one long row of tokens: sequence i is tokens
-[i * S, (i + 1) * S). Which sequence a training step sees is a pure function of (step, slot, seed): nothing about the
-order is stored, so nothing about it can be lost.
+[i * S, (i + 1) * S). Where documents are aligned, each begins at a multiple of so many tokens, and what fills the rest
+before the next one is padding: an entry among documents that begins elsewhere. Which sequence a training step sees is
+a pure function of (step, slot, seed): nothing about the order is stored, so nothing about it can be lost.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 DOCUMENTS_NAME = "documents.bin"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MANIFEST_VALUES = 1 << 20
+MAX_ALIGN_TOKENS = 1 << 20
 FEISTEL_ROUNDS = 4
 TokenType = Literal["uint8", "uint16", "uint32"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -45,7 +47,10 @@ class TokenShard(_Record):
 
 
 class DataManifest(_Record):
-    """What `sparsering data` wrote. tokenizer: "byte" or a description; vocabulary: ids are below it."""
+    """What `sparsering data` wrote. tokenizer: "byte" or a description; vocabulary: ids are below it.
+
+    documents: entries of `documents.bin`; align_tokens: all that begin at no multiple of it are padding.
+    """
 
     schema_version: Literal[1] = DATA_SCHEMA_VERSION
     kind: Literal["sparsering-data"] = "sparsering-data"
@@ -54,17 +59,30 @@ class DataManifest(_Record):
     dtype: TokenType
     documents: int = Field(ge=1)
     documents_sha256: Sha256
+    align_tokens: int = Field(default=1, ge=1, le=MAX_ALIGN_TOKENS)
     shards: list[TokenShard] = Field(min_length=1)
     digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSequence:
-    """One training sequence. tokens int64 [S]; documents int32 [S], counted from 0."""
+    """One training sequence. tokens int64 [S]; documents int32 [S], counted from 0, padding among them.
+
+    padding: bool [S], tokens that only fill blocks up; None where nothing is aligned.
+    """
 
     index: int
     tokens: NDArray[np.int64]
     documents: NDArray[np.int32]
+    padding: NDArray[np.bool_] | None = None
+
+
+class PackedDocuments(NamedTuple):
+    """All documents as sequences cut them, in order, int64 [documents]: sequence, first token in it, tokens."""
+
+    sequence: NDArray[np.int64]
+    first: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 class TokenData:
@@ -97,6 +115,11 @@ class TokenData:
                 raise InputError(told, source=folder / name, field="bytes")
         return data
 
+    @property
+    def documents(self) -> int:
+        """How many documents there are, padding not counted."""
+        return int((self._starts % self.manifest.align_tokens == 0).sum())
+
     def sequences(self, seq_len_tokens: int) -> int:
         """Return how many whole sequences there are; InputError when there is none."""
         if self.tokens < seq_len_tokens:
@@ -117,8 +140,16 @@ class TokenData:
         assert 0 <= index < self.sequences(seq_len_tokens)
         start, stop = index * seq_len_tokens, (index + 1) * seq_len_tokens
         document = np.searchsorted(self._starts, np.arange(start, stop), side="right")
-        documents = (document - document[0]).astype(np.int32)
-        return TokenSequence(index=index, tokens=self._read(start, stop), documents=documents)
+        documents, align = (document - document[0]).astype(np.int32), self.manifest.align_tokens
+        padding = None if align == 1 else self._starts[document - 1] % align != 0
+        return TokenSequence(index=index, tokens=self._read(start, stop), documents=documents, padding=padding)
+
+    def packed(self, seq_len_tokens: int) -> PackedDocuments:
+        """Return the documents of all sequences, padding among them."""
+        end = self.sequences(seq_len_tokens) * seq_len_tokens
+        cuts = np.union1d(self._starts[self._starts < end], np.arange(0, end, seq_len_tokens))
+        lengths = np.diff(np.append(cuts, end))
+        return PackedDocuments(cuts // seq_len_tokens, cuts % seq_len_tokens, lengths)
 
     def at_step(self, step: int, slot: int, *, slots: int, seq_len_tokens: int, seed: int) -> TokenSequence:
         """Return the sequence of one of the `slots` (microbatch, replica) of a training step."""

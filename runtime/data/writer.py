@@ -63,22 +63,38 @@ def model_tokenizer(folder: Path) -> Tokenizer:
 
 def write_data(
     inputs: Sequence[Path], folder: Path, tokenizer: Tokenizer, *, text_field: str = "text",
-    shard_tokens: int = SHARD_TOKENS, progress: Progress = no_progress,
+    shard_tokens: int = SHARD_TOKENS, align_tokens: int = 1, progress: Progress = no_progress,
 ) -> DataManifest:  # fmt: skip
     """Write all documents of the inputs, in order, into a new data folder and return its manifest.
 
     inputs: text files (one document each), .jsonl files (one a line, in `text_field`), .npy files of token ids (one
-    document each), or folders of these, walked in the order of names. Raises InputError when there is nothing, when a
-    file cannot be used, or when the folder holds something already.
+    document each), or folders of these, walked in the order of names. align_tokens: every document begins at a multiple
+    of it; what is left before the next one is filled with the separator, or 0. Raises InputError when there is nothing,
+    when a file cannot be used, or when the folder holds something already.
     """
     with whole_folder(folder) as working:
-        return _write_all(inputs, working, tokenizer, text_field, shard_tokens, progress)
+        return _write_all(_Reading(inputs, tokenizer, text_field, align_tokens), working, shard_tokens, progress)
 
 
-def _write_all(
-    inputs: Sequence[Path], folder: Path, tokenizer: Tokenizer, text_field: str, shard_tokens: int, progress: Progress
-) -> DataManifest:
-    files, vocabulary = list(_files(inputs)), tokenizer.vocabulary
+@dataclass(frozen=True)
+class _Reading:
+    inputs: Sequence[Path]
+    tokenizer: Tokenizer
+    text_field: str
+    align_tokens: int
+
+    def documents(self, path: Path) -> Iterator[NDArray[np.int64]]:
+        """The ids of one document of a file after the other, none of them empty, and of the padding behind it."""
+        for ids in _documents(path, self.tokenizer, self.text_field):
+            if ids.size:
+                yield ids
+            if missing := -ids.size % self.align_tokens:
+                yield np.full(missing, self.tokenizer.separator or 0, dtype=np.int64)
+
+
+def _write_all(reading: _Reading, folder: Path, shard_tokens: int, progress: Progress) -> DataManifest:
+    files, tokenizer = list(_files(reading.inputs)), reading.tokenizer
+    vocabulary = tokenizer.vocabulary
     sizes: tuple[TokenType, ...] = ("uint8", "uint16", "uint32")
     dtype: TokenType = next(name for name in sizes if vocabulary - 1 <= np.iinfo(name).max)
     starts: list[int] = []
@@ -86,9 +102,7 @@ def _write_all(
     waiting: list[NDArray[Any]] = []
     tokens = written = 0
     for number, path in enumerate(files):
-        for ids in _documents(path, tokenizer, text_field):
-            if not ids.size:
-                continue
+        for ids in reading.documents(path):
             if ids.min() < 0 or ids.max() >= vocabulary:
                 raise InputError(f"has token {ids.max()} of a vocabulary of {vocabulary}", source=path)
             starts.append(tokens)
@@ -106,10 +120,12 @@ def _write_all(
     write_atomically(folder / DOCUMENTS_NAME, places)
     manifest = DataManifest(
         tokenizer=tokenizer.name, vocabulary=vocabulary, dtype=dtype, documents=len(starts),
-        documents_sha256=sha256_of_bytes(places), shards=shards,
+        documents_sha256=sha256_of_bytes(places), align_tokens=reading.align_tokens, shards=shards,
     )  # fmt: skip
-    # The manifest's digest stands for those of the files too, which it holds.
-    write_json(folder / MANIFEST_NAME, sealed(manifest.model_dump(mode="json")))
+    # The manifest's digest stands for those of the files too, which it holds. Versions that know no alignment read
+    # what has none.
+    unaligned = {"align_tokens"} if manifest.align_tokens == 1 else set()
+    write_json(folder / MANIFEST_NAME, sealed(manifest.model_dump(mode="json", exclude=unaligned)))
     return manifest
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ...kernels.api import full_attention
 from ...kernels.mask import AttentionMask
-from ...kernels.select.probe import ShardTensors, kept_mass_probe, kept_mass_sampled
+from ...kernels.select.probe import ShardTensors
 from ...kernels.select.registry import Selector
 from ...planner.schedule.backends import computed_head_dim
 from ...planner.schedule.pairs import documents_share
@@ -38,6 +38,7 @@ from ..audit.result import Audit
 from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
 from ..pattern.form import PLAIN, AttentionForm, Reach
+from ..pattern.kept import SAMPLED_ROWS, measure_kept
 from ..pattern.selectors import chosen_mask
 
 
@@ -52,7 +53,7 @@ class CaptureSettings:
 
     selector: Selector
     seed: int = 0
-    sampled_rows: int = 64
+    sampled_rows: int = SAMPLED_ROWS
     sparse: bool = False
 
 
@@ -139,12 +140,13 @@ def pattern_of(mask: AttentionMask) -> LayerPattern:
                 windowed(window, block_size=mask.block_size, blocks=mask.blocks, columns=chosen, diagonals=whole)
             )
         else:
-            assert not chosen.size and mask.windows is None, "no selector gives block pairs and more at once"
-            heads.append(BlockMask(bits=active[head]))
+            assert mask.windows is None, "no selector gives block pairs and windows at once"
+            heads.append(BlockMask(bits=active[head], columns=chosen))
     documents = None if mask.documents is None else mask.documents.cpu().numpy()[: mask.seq_len_tokens]
     return LayerPattern(
-        seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents
-    )
+        seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents,
+        anchor_tokens=mask.anchors,
+    )  # fmt: skip
 
 
 def own_pattern(mask: AttentionMask, reach: Reach) -> LayerPattern:
@@ -215,12 +217,11 @@ class _Recorder:
         )  # fmt: skip
 
     def _choices(self, layer: int, shard: ShardTensors, mask: AttentionMask, scale: float) -> list[HeadChoice]:
-        probe = kept_mass_probe(shard, mask, scale=scale).clamp(max=1).tolist()
-        sampled = kept_mass_sampled(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
         heads = [self.settings.selector.of_head(layer, head) for head in range(shard.heads)]
+        kept = measure_kept(shard, mask, scale=scale, seed=self.settings.seed, rows=self.settings.sampled_rows)
         return [
-            HeadChoice(selector=one.name, settings=one.settings, kept_mass_probe=kept, kept_mass_sampled=kept_sampled)
-            for one, kept, kept_sampled in zip(heads, probe, sampled.clamp(max=1).tolist(), strict=True)
+            HeadChoice(selector=one.name, settings=one.settings, **its)
+            for one, its in zip(heads, kept.by_head(), strict=True)
         ]
 
 

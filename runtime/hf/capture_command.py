@@ -40,6 +40,9 @@ def capture(
     documents: Annotated[
         bool, typer.Option("--documents", help="Files are documents that do not see each other; positions restart.")
     ] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="With --documents: each begins with a block, padding fills the one before.")
+    ] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="Continue with sparse attention by the pattern.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of sampled rows and random weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
@@ -54,6 +57,8 @@ def capture(
     """
     if block_size not in (64, 128):
         raise InputError(f"is {block_size}, must be 64 or 128", field="--block-size")
+    if align and not documents:
+        raise InputError("aligns documents: give --documents", field="--align")
     texts = [*(text or []), *(more_text or [])]
     if not texts:
         raise InputError("at least one text file is needed", field="--text")
@@ -70,7 +75,10 @@ def capture(
     section = None if patterns is None else read_patterns(patterns)
     selector = chosen.selector() if file is None else None
     audit(read_config(model)[1], seq_len_tokens=seq_len).require(source=model)
-    windows = read_windows(texts, model_path=model, tokenizer=tokenizer, seq_len_tokens=seq_len, count=steps)
+    windows = read_windows(
+        texts, model_path=model, tokenizer=tokenizer, seq_len_tokens=seq_len, count=steps,
+        align_tokens=block_size if align else 1,
+    )  # fmt: skip
     loaded = load_model(model, random_weights=random_weights, device=pick_device(device), dtype=dtype, seed=seed)
     check_vocabulary(windows, loaded)
     model_id = model.name if model.is_dir() else model.parent.resolve().name or model.stem

@@ -83,19 +83,20 @@ def read_config(path: Path) -> tuple[Path, Any]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextWindow:
-    """ids: int64 [S]; documents: int32 [S], which of the window's files a token is of, counted from 0."""
+    """ids: int64 [S]; documents: int32 [S], never falling, the same for tokens of one file, 0 for the first."""
 
     ids: Tensor
     documents: Tensor
 
 
 def read_windows(
-    texts: Sequence[Path], *, model_path: Path, tokenizer: str, seq_len_tokens: int, count: int
+    texts: Sequence[Path], *, model_path: Path, tokenizer: str, seq_len_tokens: int, count: int, align_tokens: int = 1
 ) -> list[TextWindow]:
     """Return `count` consecutive windows of seq_len_tokens from the files, in the order given.
 
     tokenizer: "byte" takes every byte as a token id, "model" the model folder's own, "auto" the latter where it
-    exists. Raises InputError when the text is too short, saying how long it is.
+    exists. align_tokens: every file begins at a multiple of it; what is left before the next one is filled with token 0
+    and is a document of its own. Raises InputError when the text is too short, saying how long it is.
     """
     folder = model_path if model_path.is_dir() else model_path.parent
     data = [read_bytes(path, max_bytes=MAX_TEXT_BYTES) for path in texts]
@@ -104,6 +105,9 @@ def read_windows(
     else:
         encode = read_tokenizer(folder).encode
         files = [torch.tensor(encode(text.decode(errors="replace")), dtype=torch.int64) for text in data]
+    if align_tokens > 1:
+        filled = [(file, file.new_zeros(-len(file) % align_tokens)) for file in files]
+        files = [part for both in filled for part in both]
     ids = torch.cat(files)
     of_file = torch.repeat_interleave(torch.arange(len(files)), torch.tensor([len(file) for file in files])).int()
     needed = count * seq_len_tokens

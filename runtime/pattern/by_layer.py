@@ -11,7 +11,7 @@ from ...kernels.select.sink_window import dense
 from ...planner.specs import MAX_SEQ_LEN_TOKENS, MODEL, ModelShape, PatternSpec, SelectorSpec
 from ...traces.errors import InputError
 from .section import PatternSection, SelectorSection, parse_layers
-from .selectors import make_selector, pattern_chosen_by
+from .selectors import lists_blocks, make_selector, pattern_chosen_by
 
 DENSE = "dense"
 
@@ -68,15 +68,24 @@ def selectors_in(selector: Selector) -> tuple[Selector, ...]:
     return selector.layers if isinstance(selector, LayerSelectors) else (selector,)
 
 
-def pattern_of_selector(selector: Selector, model: ModelShape, *, seq_len_tokens: int) -> PatternSpec:
-    """Return the part of a plan that says: patterns are chosen anew, in this way, but where the model has its own."""
+def pattern_of_selector(
+    selector: Selector, model: ModelShape, *, seq_len_tokens: int, packed: bool = False
+) -> PatternSpec:
+    """Return the part of a plan that says: patterns are chosen anew, in this way, but where the model has its own.
+
+    packed: for documents of their own.
+    """
     if not isinstance(selector, LayerSelectors):
-        return pattern_chosen_by(selector)
+        return pattern_chosen_by(selector, packed=packed)
     by_layer = []
     for layer, one in enumerate(selector.layers):
         own = model.limits(layer, seq_len_tokens)
         by_layer.append(SelectorSpec(selector=MODEL if own else one.name, settings=own or one.settings))
-    return PatternSpec(source="choose", by_layer=tuple(by_layer), listed=any(one.listed for one in selector.layers))
+    return PatternSpec(
+        source="choose",
+        by_layer=tuple(by_layer),
+        listed=any(lists_blocks(one, packed=packed) for one in selector.layers),
+    )
 
 
 def planned_selector(pattern: PatternSpec, *, layers: int) -> Selector:

@@ -47,9 +47,15 @@ def chosen_mask(
         raise InputError(str(error), field=f"selector {selector.name}") from error
 
 
-def pattern_chosen_by(selector: Selector) -> PatternSpec:
-    """Return the part of a plan that says: patterns are chosen anew, by this selector."""
-    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings, listed=selector.listed)
+def pattern_chosen_by(selector: Selector, *, packed: bool = False) -> PatternSpec:
+    """Return the part of a plan that says: patterns are chosen anew, by this selector. packed: for documents."""
+    listed = lists_blocks(selector, packed=packed)
+    return PatternSpec(source="choose", selector=selector.name, settings=selector.settings, listed=listed)
+
+
+def lists_blocks(selector: Selector, *, packed: bool) -> bool:
+    """Whether a selector's masks list their blocks one by one. packed: of documents."""
+    return selector.listed or (packed and selector.lists_documents)
 
 
 def dense_pattern(seq_len_tokens: int) -> PatternSpec:
@@ -61,7 +67,7 @@ def dense_pattern(seq_len_tokens: int) -> PatternSpec:
 class PublishedSettings(Selector):
     """Settings that differ from head to head, [layer][head]; a trace names each head's own. No plan can name it."""
 
-    name, causal = "published", False
+    name, causal, keeps_documents, lists_documents = "published", False, True, True
     help = "vertical-slash with settings of every head"
     layers: tuple[tuple[VerticalSlashSelector, ...], ...]
 

@@ -1,4 +1,7 @@
-"""One rank's share of a training sequence: ids, positions, labels, and documents where they are honoured."""
+"""One rank's share of a training sequence: ids, positions, labels, and documents where they are honoured.
+
+Nothing is to predict a token that only fills a block up.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ def cut(config: TrainConfig, sequence: TokenSequence, plan: Plan, *, rank: int, 
     starts = np.flatnonzero(np.diff(sequence.documents)) + 1
     if asked.loss:
         labels[0, torch.from_numpy(starts)] = IGNORED_LABEL
+    if sequence.padding is not None:
+        labels[0, torch.from_numpy(sequence.padding)] = IGNORED_LABEL
     part = shard({"input_ids": ids, "labels": labels}, plan, rank)
     positions = part["position_ids"]
     if asked.positions:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.mask import AttentionMask
-from ...kernels.select.probe import Collectives, kept_mass_probe, kept_mass_sampled
+from ...kernels.select.probe import Collectives
 from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.store import Trace
 from ...traces.dataset.writer import LayerRecord
@@ -26,6 +26,7 @@ from ..attention.heads import Chooser
 from ..attention.masks import RunningHash, cut_diagonals
 from ..attention.patterns import PlannedChoice, collectives_over
 from ..hf.capture import own_choice, own_pattern, pattern_of
+from ..pattern.kept import KeptMass, measure_kept
 from ..timing.spans import Clock, Exposure
 
 
@@ -59,7 +60,7 @@ class LayerLoad(NamedTuple):
 
 class _Watched(NamedTuple):
     rows: Tensor  # [H, N] active key blocks of every query block
-    masses: tuple[Tensor, Tensor] | None  # kept mass [H], by the probe's queries and by sampled ones
+    kept: KeptMass | None
     record: AttentionMask | None
 
 
@@ -121,7 +122,7 @@ class LayerMasks:
             density = watched.rows.sum(1).double() / (blocks * (blocks + 1) / 2)
             work = torch.zeros(self._bound.mesh.world_size, dtype=torch.float64, device=owners.device)
             work.index_add_(0, owners, watched.rows.sum(0).double())
-            kept_mass = None if watched.masses is None else watched.masses[1].clamp(0, 1).tolist()
+            kept_mass = None if watched.kept is None else watched.kept.sampled.clamp(0, 1).tolist()
             loads.append(LayerLoad(density.tolist(), (work.max() / work.mean()).item(), kept_mass))
         self._watched = {layer: watched for layer, watched in self._watched.items() if watched.record is not None}
         return loads
@@ -131,22 +132,21 @@ class LayerMasks:
         spec = self._bound.plan.pattern
         records: dict[int, LayerRecord] = {}
         for layer, watched in sorted(self._watched.items()):
-            assert watched.record is not None and watched.masses is not None
+            assert watched.record is not None and watched.kept is not None
             reach = reach_of(self._bound.plan.model, layer)
             if reach.limits(self._bound.plan.seq_len_tokens):
                 pattern = own_pattern(watched.record, reach)
                 records[layer] = pattern, [own_choice(reach)] * pattern.num_heads
                 continue
             pattern = pattern_of(watched.record)
-            masses = [mass.clamp(0, 1).tolist() for mass in watched.masses]
             way = spec if spec.by_layer is None else spec.by_layer[layer]
-            records[layer] = pattern, [
-                HeadChoice(
-                    selector=way.selector or "replayed", settings=dict(way.settings), kept_mass_probe=near,
-                    kept_mass_sampled=far,
-                )
-                for near, far in zip(*masses, strict=True)
-            ]  # fmt: skip
+            records[layer] = (
+                pattern,
+                [
+                    HeadChoice(selector=way.selector or "replayed", settings=dict(way.settings), **its)
+                    for its in watched.kept.by_head()
+                ],
+            )
         self._watched.clear()
         return records
 
@@ -154,13 +154,12 @@ class LayerMasks:
         with torch.no_grad():
             self._hash.note(mask)
             if self.observed.measured or self.observed.recorded:
-                masses = self._masses(mask, q, k, scale) if self.observed.weighed else None
-                self._watched[layer] = _Watched(block_rows(mask), masses, mask if self.observed.recorded else None)
+                kept = self._measured(mask, q, k, scale) if self.observed.weighed else None
+                self._watched[layer] = _Watched(block_rows(mask), kept, mask if self.observed.recorded else None)
 
-    def _masses(self, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _measured(self, mask: AttentionMask, q: Tensor, k: Tensor, scale: float) -> KeptMass:
         shard = self._bound.shard_tensors(q, k, self.documents)
-        common: dict[str, Any] = {"scale": scale, "collectives": self._collectives}
-        return kept_mass_probe(shard, mask, **common), kept_mass_sampled(shard, mask, seed=self._seed, **common)
+        return measure_kept(shard, mask, scale=scale, seed=self._seed, collectives=self._collectives)
 
     @cached_property
     def _collectives(self) -> Collectives:

@@ -17,12 +17,14 @@ from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.flash4 import require_flash4
+from ..data.shards import TokenData
 from ..pattern.by_layer import (
     pattern_of_selector,
     planned_selector,
     selector_by_rules,
     selector_words,
 )
+from ..pattern.documents import FIELD, columns_needed, require_blocks, require_columns
 from ..pattern.section import PatternSection
 from .config import TrainConfig
 
@@ -32,8 +34,12 @@ def dense_plan(config: TrainConfig, shape: ModelShape) -> Plan:
     return _zigzag_plan(config, shape, "triton")
 
 
-def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tuple[Plan, Trace | None, str | None]:
+def resolve_plan(
+    config: TrainConfig, shape: ModelShape, *, device: str, data: TokenData | None = None
+) -> tuple[Plan, Trace | None, str | None]:
     """Return the plan, the trace that it replays (if it does), and one line about a plan that no file gave.
+
+    data: of the run, where there is any yet: its packed documents must fit what the plan's patterns are chosen by.
 
     All is checked against configuration and model before any GPU work: InputError in one line. Dense baselines that
     are not planned get a plan for its zigzag placement alone.
@@ -48,31 +54,39 @@ def resolve_plan(config: TrainConfig, shape: ModelShape, *, device: str) -> tupl
         plan, trace = _from_file(config, shape, config.plan.file)
         made_here = None
     else:
-        plan, trace = _default_plan(config, shape, backend), None
+        plan, trace = _default_plan(config, shape, backend, data), None
         pattern = plan.pattern
         words = "dense, every diagonal" if config.attention == "dense" else selector_words(pattern)
         made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
     if config.data.documents.attention:
-        _require_documents(plan)
+        _require_documents(plan, data)
     return plan, trace, made_here
 
 
-def _require_documents(plan: Plan) -> None:
+def _require_documents(plan: Plan, data: TokenData | None) -> None:
     """Raise UnsupportedError where something in a plan cannot keep packed documents apart."""
-    field, keeping = "data.documents.attention", [name for name, kind in selectors().items() if kind.keeps_documents]
-    names, layers = ["a replayed trace"], range(plan.model.layers)
-    if plan.pattern.source == "choose":
-        selector = planned_selector(plan.pattern, layers=plan.model.layers)
-        asked = [layer for layer in layers if not plan.model.limits(layer, plan.seq_len_tokens)]
-        names = [selector.of_head(layer, 0).name for layer in asked]
-    for name in names:
-        if name not in keeping:
-            raise UnsupportedError(f"{name!r} does not choose per document; {', '.join(keeping)} and dense attention "
-                                   "can keep documents apart", field=field)  # fmt: skip
+    keeping = [name for name, kind in selectors().items() if kind.keeps_documents]
+    if plan.pattern.source != "choose":
+        raise UnsupportedError("a replayed trace does not choose for each document", field=FIELD)
+    asked = _asked(planned_selector(plan.pattern, layers=plan.model.layers), plan.model, plan.seq_len_tokens)
+    for one in asked:
+        if not one.keeps_documents:
+            raise UnsupportedError(f"{one.name!r} does not choose per document; {', '.join(keeping)} and dense "
+                                   "attention do", field=FIELD)  # fmt: skip
+    if data is not None:
+        packed, size = data.packed(plan.seq_len_tokens), plan.block_size
+        require_blocks(asked, packed, block_size=size)
+        require_columns(asked, packed, block_size=size, columns_capacity=plan.columns_capacity)
     chunks = [tokens for tokens in plan.model.chunks or () if 0 < tokens < plan.seq_len_tokens]
     if chunks:
         raise UnsupportedError(f"is on, and the model attends in chunks of {chunks[0]} tokens: where they begin in "
-                               "documents is not known", field=field)  # fmt: skip
+                               "documents is not known", field=FIELD)  # fmt: skip
+
+
+def _asked(selector: Selector, model: ModelShape, seq_len_tokens: int) -> list[Selector]:
+    """Return what chooses for the layers that the model does not limit by itself, each once."""
+    layers = [layer for layer in range(model.layers) if not model.limits(layer, seq_len_tokens)]
+    return list(dict.fromkeys(selector.of_head(layer, 0) for layer in layers))
 
 
 def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan, Trace | None]:
@@ -108,7 +122,7 @@ def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan
     return plan, trace
 
 
-def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
+def _default_plan(config: TrainConfig, shape: ModelShape, backend: str, data: TokenData | None) -> Plan:
     _require_kernels(backend, config, shape)
     if config.attention == "dense":
         selector: Selector = dense(config.seq_len_tokens)
@@ -119,6 +133,9 @@ def _default_plan(config: TrainConfig, shape: ModelShape, backend: str) -> Plan:
         granularity_tokens=config.plan.block_size,
     )  # fmt: skip
     columns_capacity = min(selector.most_columns, config.seq_len_tokens)
+    if config.data.documents.attention and data is not None:
+        asked = _asked(selector, shape, config.seq_len_tokens)
+        columns_capacity = columns_needed(asked, data.packed(config.seq_len_tokens), block_size=config.plan.block_size)
     try:
         return _plan(config, shape, backend, placement, config.plan.make_layout(), selector, columns_capacity)
     except InputError as error:
@@ -171,7 +188,9 @@ def _plan(
             columns_capacity=columns_capacity,
         ),
         placement=placement, forward=layout,
-        pattern=pattern_of_selector(selector, shape, seq_len_tokens=config.seq_len_tokens),
+        pattern=pattern_of_selector(
+            selector, shape, seq_len_tokens=config.seq_len_tokens, packed=config.data.documents.attention
+        ),
         kernels=KernelSpec.model_validate({"backend": backend}),
     )  # fmt: skip
     return plan.with_record(provenance={"made_by": "sparsering train"})

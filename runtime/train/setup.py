@@ -102,7 +102,7 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     data.sequences(config.seq_len_tokens)
     if verify_data:
         data.verify()
-    plan, trace, made_here = resolve_plan(config, facts.shape, device=device)
+    plan, trace, made_here = resolve_plan(config, facts.shape, device=device, data=data)
     if config.attention == "planned":
         require_backend_here(plan.kernels.backend, device=device, source=config.plan.file)
     check_padding(model_config, plan)

@@ -30,8 +30,8 @@ from ..files import read_sealed, sealed, write_json
 from ..validation import validation_error
 from .layer_limits import LAYER_LIMITS, LayerTokens, limit_of_layers
 
-TRACE_SCHEMA_VERSION = 2
-SchemaVersion = Literal[1, 2]  # 1: before windows; read, and continued as it is
+TRACE_SCHEMA_VERSION = 3
+SchemaVersion = Literal[1, 2, 3]  # 1: before windows, 2: before documents apart; read, and continued so
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MANIFEST_VALUES = 2 << 20

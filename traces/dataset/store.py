@@ -83,7 +83,11 @@ class Trace:
             raise InputError(f"{layer} was not recorded", source=self.folder, field="layer")
         source = self.folder / self._part(training_step).file
         table = self._read_row_group(training_step, self.layers.index(layer))
-        return decode_layer(table, self.header, training_step=training_step, layer=layer, source=source)
+        starts = self._part(training_step).document_starts_tokens
+        return decode_layer(
+            table, self.header, training_step=training_step, layer=layer, source=source,
+            documents=None if starts is None else len(starts),
+        )  # fmt: skip
 
     def heads(self, training_step: int) -> tuple[HeadRow, ...]:
         """Return the checked rows of one training step, by layer, then head."""
@@ -94,13 +98,22 @@ class Trace:
         return self.pattern_of_rows(self.layer_rows(training_step, layer))
 
     def pattern_of_rows(self, rows: tuple[HeadRow, ...]) -> LayerPattern:
-        """Return what all heads of one layer attend to, from its rows."""
-        return LayerPattern(
-            seq_len_tokens=self.header.seq_len_tokens,
-            block_size=self.header.block_size,
-            heads=tuple(row.pattern for row in rows),
-            documents=self.documents(rows[0].training_step),
-        )
+        """Return what all heads of one layer attend to, from its rows. InputError where their anchors do not fit."""
+        anchors = {row.anchor_tokens for row in rows}
+        source = self.folder / self._part(rows[0].training_step).file
+        if len(anchors) > 1:
+            problem = f"differs between the heads of layer {rows[0].layer}: {sorted(anchors)}"
+            raise InputError(problem, source=source, field="anchor_tokens")
+        try:
+            return LayerPattern(
+                seq_len_tokens=self.header.seq_len_tokens,
+                block_size=self.header.block_size,
+                heads=tuple(row.pattern for row in rows),
+                documents=self.documents(rows[0].training_step),
+                anchor_tokens=anchors.pop(),
+            )
+        except InputError as error:
+            raise InputError(f"layer {rows[0].layer}, {error}", source=source) from error
 
     def documents(self, training_step: int) -> NDArray[np.int32] | None:
         """Return int32 [S], the document of each token counted from 0; None when the step is one document."""

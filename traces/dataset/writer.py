@@ -178,6 +178,10 @@ class StepWriter:
             self.document_starts_tokens = starts
         elif starts != self.document_starts_tokens:
             raise InputError("all layers of a step must share their documents", field=f"layer {layer}, documents")
+        for number, choice in enumerate(choices):
+            if choice.kept_mass_documents is not None and len(choice.kept_mass_documents) != len(starts or ()):
+                problem = f"has {len(choice.kept_mass_documents)}, the pattern {len(starts or ())} documents"
+                raise InputError(problem, field=f"layer {layer}, head {number}, kept_mass_documents")
         table = encode_layer(self.training_step, layer, pattern, choices, row_format=self._format)
         self._parquet.write_table(table, row_group_size=table.num_rows)
         self._written += 1

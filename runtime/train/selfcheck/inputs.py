@@ -44,10 +44,12 @@ def sequence_number(sequence: TokenSequence) -> int:
 
 
 def _labels(sequence: TokenSequence, asked: DocumentsSection) -> NDArray[np.int64]:
-    """Return int64 [S]: the next token; IGNORED_LABEL at the end, and before another document where loss asks."""
+    """Return int64 [S]: the next token; IGNORED_LABEL at the end, before padding, and, if asked, before documents."""
     labels = np.append(sequence.tokens[1:].astype(np.int64), IGNORED_LABEL)
     if asked.loss:
         labels[:-1][sequence.documents[1:] != sequence.documents[:-1]] = IGNORED_LABEL
+    if sequence.padding is not None:
+        labels[:-1][sequence.padding[1:]] = IGNORED_LABEL
     return labels
 
 

@@ -31,7 +31,14 @@ WIDE_JOBS = [(80, 256, 16), (80, 512, 0), (90, 256, 24), (90, 512, 0), (100, 256
 
 
 # What decides element by element takes a few registers more, in kernels of their own.
-ELEMENT_JOBS = [(80, "--windows"), (90, "--windows"), (90, "--softcap"), (100, "--windows")]
+ELEMENT_JOBS = [
+    (80, "--windows"),
+    (90, "--windows"),
+    (90, "--softcap"),
+    (100, "--windows"),
+    (80, "--anchors"),
+    (90, "--anchors"),
+]
 ELEMENT_SPILLED_BYTES = {80: 900, 90: 200, 100: 0}
 
 
@@ -81,7 +88,7 @@ def test_wide_heads_fit(capability: int, head_dim: int, spilled_bytes: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "option"), ELEMENT_JOBS)
-def test_windows_and_softcaps_fit(capability: int, option: str) -> None:
+def test_what_decides_by_element_fits(capability: int, option: str) -> None:
     kernels = ["forward", "fused_forward", "grad_q", "grad_kv"]
     rows = compile_all(capability, [128], [128], kernels, option)
     assert len(rows) == len(kernels)

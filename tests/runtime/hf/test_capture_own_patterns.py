@@ -29,11 +29,14 @@ def ids_of(seed: int = 0, tokens: int = SEQ_LEN_TOKENS) -> torch.Tensor:
     return torch.randint(3, 250, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
+SLASHES = {"columns": 9, "slashes": 5, "sink_tokens": 2, "window_tokens": 4}
+
+
 def captured(folder: Path, model: Any, ids: torch.Tensor, **given: Any) -> Trace:
-    """Capture one sequence with XAttention, continuing densely."""
+    """Capture one sequence, by default with XAttention, continuing densely."""
     documents = given.pop("documents", None)
     header = trace_header(model, model_id="case", seq_len_tokens=len(ids), block_size=BLOCK)
-    selector = make_selector("xattention", {"mass": 0.5})
+    selector = make_selector(*given.pop("selector", ("xattention", {"mass": 0.5})))
     with TraceWriter(folder, header) as writer:
         capture_model(model, ids, writer, CaptureSettings(selector=selector, **given), documents=documents)
     return Trace.open(folder)
@@ -85,26 +88,43 @@ def test_what_a_model_limits_is_recorded_and_attended(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "selector", [("xattention", {"mass": 0.5}), ("vertical-slash", SLASHES)], ids=lambda one: one[0]
+)
 @pytest.mark.parametrize("name", ["llama", "gemma3-window", "gpt-oss"])
-def test_packed_documents_are_captured_as_each_alone(name: str, sparse: bool, tmp_path: Path) -> None:
+def test_packed_documents_are_captured_as_each_alone(
+    name: str, selector: tuple[str, dict[str, Any]], sparse: bool, tmp_path: Path
+) -> None:
     """Documents of whole blocks: patterns, kept mass and hidden states of each are what it has alone."""
     model = case_model(name, dtype=torch.float32)
     lengths, ids = (128, 64, 192), ids_of(1, 384)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     told = Told(model)
-    packed = captured(tmp_path / "packed", model, ids, documents=documents, sparse=sparse)
+    packed = captured(tmp_path / "packed", model, ids, documents=documents, sparse=sparse, selector=selector)
     together, first = told.hidden, 0
     for number, length in enumerate(lengths):
         part, blocks = slice(first, first + length), slice(first // BLOCK, (first + length) // BLOCK)
-        alone = captured(tmp_path / f"{number}", model, ids[part], sparse=sparse)
+        alone = captured(tmp_path / f"{number}", model, ids[part], sparse=sparse, selector=selector)
         torch.testing.assert_close(together[part], told.hidden, rtol=1e-4, atol=1e-4)
         for layer in packed.layers:
             both, own = packed.layer_pattern(0, layer), alone.layer_pattern(0, layer)
             for head in range(own.num_heads):
                 at = both.heads[head].block_bits(both.num_blocks)[blocks, blocks]
                 assert np.array_equal(at, own.heads[head].block_bits(own.num_blocks))
+                columns = both.heads[head].columns
+                columns = columns[(columns >= first) & (columns < first + length)] - first
+                if length > BLOCK:  # of a block there is nothing to choose
+                    assert np.array_equal(columns, own.heads[head].columns)
+                pairs = packed.layer_rows(0, layer)[head].choice, alone.layer_rows(0, layer)[head].choice
+                if pairs[0].kept_mass_documents is not None:
+                    assert pairs[0].kept_mass_documents[number] == pytest.approx(pairs[1].kept_mass_probe, abs=1e-4)
         first += length
     told.hook.remove()
+    chosen = [packed.layer_rows(0, layer)[0].choice for layer in packed.layers]
+    chosen = [one for one in chosen if one.selector != "model"]
+    assert chosen and all(len(one.kept_mass_documents or ()) == 3 for one in chosen)
+    mean = np.average(chosen[0].kept_mass_documents or (), weights=[64, 64, 64])
+    assert chosen[0].kept_mass_probe == pytest.approx(mean, abs=1e-6)
     found = packed.documents(0)
     assert found is not None
     assert np.array_equal(found, documents.numpy())
@@ -142,9 +162,12 @@ def test_the_command_takes_documents_and_patterns_by_layer(tmp_path: Path) -> No
     [
         (["--patterns", "p.yaml", "--settings", "s.json"], "--patterns: cannot be given beside --settings"),
         (["--patterns", "p.yaml", "--columns", "8"], r"--columns: comes from p\.yaml"),
-        (["--documents"], "documents: .*not chosen per document"),
+        (["--documents", "--slashes", "5", "--seq-len", "640", "text.txt"],
+         r"documents: one of 239 tokens begins at token 401, within a block of 128.*\(--align\)"),
+        (["--documents", "--selector", "shifted-groups"], "documents: shifted-groups is not chosen per document"),
+        (["--align"], "--align: aligns documents: give --documents"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_go_together_is_one_line(
     options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from sparsering.traces.errors import InputError
 
 MODEL_SHAPE = ModelShape(layers=7, heads=4, kv_heads=2, head_dim=16)
 EXAMPLES = sorted(Path(__file__).parents[3].glob("examples/patterns/*.yaml"))
+ONE_FOR_ALL = {"shared-anchor": "anchor", "shifted-groups": "shifted-groups"}
 RULES = {
     "selector": "moba-block", "settings": {"top_chunks": 2},
     "layers": [
@@ -133,11 +134,15 @@ def test_a_layer_with_a_pattern_of_its_own_is_asked_for_nothing() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_read(path: Path) -> None:
     selector = selector_by_rules(read_patterns(path), layers=36)
+    names = {one.name for one in selectors_in(selector)}
+    if path.stem in ONE_FOR_ALL:
+        assert names == {ONE_FOR_ALL[path.stem]}
+        return
     assert len({one.settings.get("window_tokens") for one in selectors_in(selector)}) == 2
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 3 + len(ONE_FOR_ALL)
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "plan.layout_parameters: forward: ulysses: 2 ranks are no groups of 3",
     ),
     "documents": (
-        {"plan": {"pattern": {"selector": "vertical-slash"}}, "data": {"documents": {"attention": True}}},
-        "data.documents.attention: 'vertical-slash' does not choose per document",
+        {"plan": {"pattern": {"selector": "shifted-groups"}}, "data": {"documents": {"attention": True}}},
+        "data.documents.attention: 'shifted-groups' does not choose per document",
+    ),
+    "documents within blocks": (
+        {"plan": {"pattern": {"selector": "flex"}}, "data": {"documents": {"attention": True}}},
+        "data.documents.attention: 'flex' chooses for a document as if it were alone, which needs whole blocks of 64",
     ),
     "zigzag length": ({"attention": "dense-zigzag", "seq_len_tokens": 254}, "254 is no multiple of 4"),
     "patience": ({"timeout_s": 20, "patience_s": 30}, "patience_s 30 is not less than timeout_s 20"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -68,9 +68,9 @@ def _slash(columns: list[int], diagonals: list[int]) -> VerticalSlash:
     return VerticalSlash(columns=np.array(columns, dtype=np.int32), diagonals=np.array(diagonals, dtype=np.int32))
 
 
-def _random_blocks(blocks: int, share: float, seed: int) -> BlockMask:
+def _random_blocks(blocks: int, share: float, seed: int, *, columns: Sequence[int] = ()) -> BlockMask:
     chosen = np.tril(np.random.default_rng(seed).random((blocks, blocks)) < share)
-    return BlockMask(bits=chosen | np.eye(blocks, dtype=bool))
+    return BlockMask(bits=chosen | np.eye(blocks, dtype=bool), columns=columns)
 
 
 def anchor_pattern(
@@ -121,8 +121,13 @@ def _patterns() -> dict[str, PatternCase]:
             pattern=LayerPattern(
                 seq_len_tokens=385,
                 block_size=64,
-                heads=(_slash([0, 60, 210], [0, 1]), _random_blocks(7, 0.4, 1), _random_blocks(7, 0.1, 2)),
+                heads=(
+                    _slash([0, 60, 210], [0, 1]),
+                    _random_blocks(7, 0.4, 1, columns=[0, 3, 70, 71, 230]),
+                    _random_blocks(7, 0.1, 2, columns=[0]),
+                ),
                 documents=documents,
+                anchor_tokens=1,
             ),
             kv_heads=3,
         ),

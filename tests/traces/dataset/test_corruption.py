@@ -90,7 +90,7 @@ def rewrite_manifest(folder: Path, change) -> None:
 
 
 MANIFEST_CHANGES = {
-    "schema_version: is 3; this version reads up to 2": lambda raw: raw.update(schema_version=3),
+    "schema_version: is 4; this version reads up to 3": lambda raw: raw.update(schema_version=4),
     "schema_version: must be a whole": lambda raw: raw.update(schema_version="1"),
     "kind": lambda raw: raw.update(kind="plan"),
     "surprise": lambda raw: raw.update(surprise=1),
@@ -194,7 +194,11 @@ ROW_CHANGES = {
     "layer 0, head 2, block_bits: is missing": lambda rows: rows[2].update(block_bits=None),
     "layer 0, head 2, block_bits: is 11 bytes, 12": lambda rows: rows[2].update(block_bits=b"\x80" * 11),
     "layer 0, head 2, block_bits: has bits beyond": lambda rows: rows[2].update(block_bits=b"\xff" * 12),
-    "layer 0, head 2, columns: must be empty": lambda rows: rows[2].update(columns=[1]),
+    "layer 0, head 2, diagonals: must be empty": lambda rows: rows[2].update(diagonals=[1]),
+    "layer 0, head 2, columns: has 200, which is not in 0 to 199": lambda rows: rows[2].update(columns=[200]),
+    "layer 0, head 1, kept_mass_documents: has 2, the step packs no": lambda rows: rows[1].update(
+        kept_mass_documents=[0.5, 1.0]
+    ),
     "layer 0, head 1, density: is 0.5": lambda rows: rows[1].update(density=0.5),
     "layer 0, head 1, density: is nan": lambda rows: rows[1].update(density=float("nan")),
     "kept_mass_probe: must be from 0 to 1, not 1.5": lambda rows: rows[0].update(kept_mass_probe=1.5),

@@ -1,9 +1,10 @@
-"""Traces of both schema versions: what was written before there were windows reads as it was and goes on as it is."""
+"""Traces of all schema versions: what was written before there were windows reads as it was and goes on as it is."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import LayerRecord, TraceWriter
 from sparsering.traces.errors import InputError
 from sparsering.traces.files import read_json
-from sparsering.traces.pattern import HeadPattern, LayerPattern, VerticalSlash, windowed
+from sparsering.traces.pattern import BlockMask, HeadPattern, LayerPattern, VerticalSlash, element_mask, windowed
+from sparsering.traces.stats import kept_of_documents
 
 MODEL = {"model_id": "tiny", "layers": 4, "heads": tiny.TRACE_HEADS, "kv_heads": 1, "head_dim": 8}
 
@@ -72,7 +74,8 @@ def test_a_trace_of_version_1_goes_on_as_one(old: Path) -> None:
     with TraceWriter(old, tiny.trace_header()) as writer:
         writer.append(6, tiny.layer_records(3))
         with pytest.raises(
-            InputError, match=r"layer 0, head 0, window_tokens: is 40; this trace is of schema version 1"
+            InputError,
+            match=r"layer 0, head 0, window_tokens: is 40; this trace is of schema version 1, without windows",
         ):
             writer.append(7, with_windows(tiny.layer_records(3)))
     trace = Trace.open(old)
@@ -99,7 +102,7 @@ def test_windows_come_back(tmp_path: Path, documents: bool) -> None:
         writer.append(1, tiny.layer_records(1))
     trace = Trace.open(tmp_path / "trace")
     trace.verify()
-    assert trace.manifest.schema_version == 2
+    assert trace.manifest.schema_version == 3
     assert (trace.header.model.windows, trace.header.model.chunks) == ((40, 0, 41, 0), (0, 64, 0, 0))
     assert trace.header.model.softcap == 30.5
     for layer, (pattern, _) in records.items():
@@ -116,3 +119,72 @@ def test_limits_that_are_none_are_not_written() -> None:
     assert shape.windows is None and shape == ModelShape(**MODEL, chunks=(0, 0, 0, 5))
     assert shape.model_dump(mode="json") == MODEL | {"chunks": [0, 0, 0, 5]}
     assert ModelShape(**MODEL).model_dump(mode="json") == MODEL
+
+
+def test_a_trace_of_version_2_reads_and_goes_on_as_it_was(golden: Path, tmp_path: Path) -> None:
+    """Windows, documents and block masks; no masses of documents, no columns beside listed blocks."""
+    folder = shutil.copytree(golden / "trace-version-2", tmp_path / "old")
+    records, apart = with_windows(tiny.layer_records(0, documents=True)), tiny.layer_records(0, documents=True)
+    documents = int(tiny.layer_pattern(0, documents=True).documents[-1]) + 1  # pyright: ignore[reportOptionalSubscript]
+    choice = replace(tiny.CHOICE, kept_mass_documents=(0.5,) * documents)
+    pattern = apart[0][0]
+    heads = (*pattern.heads[:2], BlockMask(bits=pattern.heads[2].block_bits(pattern.num_blocks), columns=[7]))
+    with TraceWriter(folder, tiny.trace_header()) as writer:
+        writer.append(6, {layer: (one, [choice] * tiny.TRACE_HEADS) for layer, (one, _) in apart.items()})
+        with pytest.raises(
+            InputError, match="layer 0, head 2, columns: are 1 beside listed blocks, which a trace befo"
+        ):
+            writer.append(7, {0: (replace(pattern, heads=heads), apart[0][1]), 1: apart[1]})
+    trace = Trace.open(folder)
+    assert trace.steps == (0, 6) and trace.manifest.schema_version == 2
+    for layer, (wanted, choices) in records.items():
+        tiny.assert_same_layer(trace.layer_pattern(0, layer), wanted)
+        assert [row.choice for row in trace.layer_rows(0, layer)] == choices
+    assert trace.layer_rows(6, 0)[0].choice == tiny.CHOICE
+
+
+def test_what_is_chosen_for_each_document_comes_back(tmp_path: Path) -> None:
+    records, changed = tiny.layer_records(0, documents=True), {}
+    documents = int(tiny.layer_pattern(0, documents=True).documents[-1]) + 1  # pyright: ignore[reportOptionalSubscript]
+    for layer, (pattern, _) in records.items():
+        bits = pattern.heads[2].block_bits(pattern.num_blocks)
+        heads = (*pattern.heads[:2], BlockMask(bits=bits, columns=[3, 60 + layer, 199]))
+        masses = tuple(np.linspace(0.1 * layer, 1, documents).tolist())
+        choices = [tiny.CHOICE, *[replace(tiny.CHOICE, kept_mass_documents=masses)] * 2]
+        changed[layer] = replace(pattern, heads=heads), choices
+    with TraceWriter(tmp_path / "trace", tiny.trace_header()) as writer:
+        writer.append(0, changed)
+        short = [replace(tiny.CHOICE, kept_mass_documents=(1.0,))] * tiny.TRACE_HEADS
+        with pytest.raises(InputError, match=rf"head 0, kept_mass_documents: has 1, the pattern {documents} documents"):
+            writer.append(1, {layer: (pattern, short) for layer, (pattern, _) in records.items()})
+    trace = Trace.open(tmp_path / "trace")
+    for layer, (pattern, choices) in changed.items():
+        tiny.assert_same_layer(trace.layer_pattern(0, layer), pattern)
+        assert [row.choice for row in trace.layer_rows(0, layer)] == choices
+    found = kept_of_documents(trace)
+    assert [one["document"] for one in found] == list(range(documents))
+    assert sum(one["tokens"] for one in found) == tiny.TRACE_TOKENS and found[-1]["kept_mass_mean"] == 1
+    assert (found[0]["kept_mass_mean"], found[0]["kept_mass_min"]) == (pytest.approx(0.05), 0)
+
+
+def test_anchors_come_back_and_must_fit(tmp_path: Path) -> None:
+    records = tiny.layer_records(0, documents=True)
+    first, anchored = int(np.argmax(np.diff(records[0][0].documents) > 0)) + 1, {}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for layer, (pattern, choices) in records.items():
+        bits = pattern.heads[2].block_bits(pattern.num_blocks)
+        heads = (tiny.slash([0, 1, 50], [0]), tiny.slash([0, 1], [0, 2]), BlockMask(bits=bits, columns=[0, 1]))
+        anchored[layer] = replace(pattern, heads=heads, anchor_tokens=2 * layer), choices
+    with TraceWriter(tmp_path / "trace", tiny.trace_header()) as writer:
+        writer.append(0, anchored)
+    trace = Trace.open(tmp_path / "trace")
+    for layer, (pattern, _) in anchored.items():
+        assert trace.layer_pattern(0, layer).anchor_tokens == 2 * layer
+        tiny.assert_same_layer(trace.layer_pattern(0, layer), pattern)
+    allowed = element_mask(anchored[1][0], 1)
+    assert allowed[first:, :2].all() and not allowed[first:, 2:first].any()
+    for tokens, told in ((first + 1, f"is {first + 1}; the first packed document has {first} tokens"),
+                         (3, "is 3, which are not all columns of head 0")):  # fmt: skip
+        with pytest.raises(InputError, match=f"anchor_tokens: {told}"):
+            replace(anchored[0][0], anchor_tokens=tokens)
+    with pytest.raises(InputError, match="anchor_tokens: is 1; the first packed document has 0 tokens"):
+        replace(anchored[0][0], anchor_tokens=1, documents=None)
