@@ -220,7 +220,8 @@ def at_leave(ending: Callable[[], None]) -> None:
 def leave() -> None:
     """Leave the process group, if there is one, once all ranks do, and say goodbye to the others.
 
-    RankLost names ranks that are lost meanwhile, or do not come within the time-out. While an error is on its way out (in a `finally`) there is no goodbye: the others are told the error.
+    RankLost names ranks that are lost meanwhile, or do not come within the time-out. While an error is on its way out
+    (in a `finally`) nobody is waited for, and there is no goodbye: the others are told the error.
     """
     _leave(sys.exc_info()[1])
 
