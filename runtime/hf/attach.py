@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Module
 
 from ...planner.plan import Plan
@@ -14,7 +16,9 @@ from ..attention.bound import BoundPlan, bind
 from ..attention.patterns import PlannedChoice
 from ..attention.planned import PlannedAttention
 from ..audit.audit import require_model
-from ..comm.mesh import Mesh
+from ..comm.mesh import Mesh, naming_lost_ranks
+from ..comm.reuse import common_group
+from ..experts.router_loss import Total, asks_for_router_loss
 from ..model.attached import Attached, LayerMask, plain_model
 from ..model.first_loss import check_first_loss
 from ..model.shape import check_angles, model_shape, setting
@@ -41,7 +45,20 @@ def attach(
     return Attached(
         body, PlannedAttention(bound), masks, positions=bound.own_positions, seq_len_tokens=plan.seq_len_tokens,
         one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
+        total=_total(mesh) if asks_for_router_loss(body) else None,
     )  # fmt: skip
+
+
+def _total(mesh: Mesh) -> Total:
+    """Return what adds up whole numbers over the ranks of the mesh. Collective, as what it returns."""
+    group = common_group(mesh, "router losses")
+
+    def total(counts: Tensor) -> Tensor:
+        with naming_lost_ranks(mesh):
+            dist.all_reduce(counts, group=group)
+        return counts
+
+    return total
 
 
 def check_padding(config: Any, plan: Plan) -> None:

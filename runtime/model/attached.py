@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
+from ..experts.router_loss import ASKED, RouterLoss, Total, asks_for_router_loss
 from ..pattern.form import PLAIN, AttentionForm
 from .attention_call import attention_form, refuse_masks
 from .head_sizes import fitted
@@ -52,13 +53,17 @@ class Attached:
 
     masks: of every layer; without them attention is called with None. positions: int64 [S_own], this rank's tokens of
     the seq_len_tokens of a sequence: every call is held to them. one_sequence: whether patterns are chosen by data,
-    which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks. A
-    deep copy of the model shares this object.
+    which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks.
+    total: adds up over all ranks whose tokens the losses of routers are of; without it they are refused. A deep copy of
+    the model shares this object.
+
+    router: the loss of the model's routers, None where its configuration does not ask for one.
     """
 
     def __init__(
         self, model: PreTrainedModel, planned: Attention, masks: LayerMask | None = None, *, positions: Tensor,
         seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
+        total: Total | None = None,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
@@ -73,10 +78,16 @@ class Attached:
             raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
         for module in self._modules:
             module._sparsering = self
+        self.router: RouterLoss | None = None
+        self._adds_router_loss = False
+        if total is not None and asks_for_router_loss(model):
+            self.router = RouterLoss(model, positions < seq_len_tokens, total)
         body: Module = model_body(model)
         uncompiled: Any = torch.compiler.disable  # the hooks look at values
         self._hooks = [
             model.register_forward_pre_hook(uncompiled(self._check_labels), with_kwargs=True),
+            model.register_forward_pre_hook(uncompiled(self._take_over_routers), with_kwargs=True),
+            model.register_forward_hook(uncompiled(lambda module, args, output: self._add_router_loss(output))),
             body.register_forward_pre_hook(uncompiled(self._check_call), with_kwargs=True),
             body.register_forward_hook(uncompiled(lambda module, args, output: self.positions.settle())),
         ]
@@ -93,15 +104,13 @@ class Attached:
             del module._sparsering
         for hook in self._hooks:
             hook.remove()
+        if self.router is not None:
+            self.router.detach()
         self.planned.close()
 
     def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
-        own: Any = module  # this model or a copy of it
         given = _arguments(module, args, keywords)
-        if given.get("output_router_logits") or getattr(own.config, "output_router_logits", False):
-            raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
-                                   field="output_router_logits")  # fmt: skip
         if given.get("labels") is None:
             return
         for name, otherwise in LOSS_ARGUMENTS.items():
@@ -111,6 +120,33 @@ class Attached:
         if self._first_loss is not None:
             self._first_loss(module, given)
             self._first_loss = None
+
+    def _take_over_routers(self, module: Module, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Have the model leave the loss of its routers to `_add_router_loss`: its own would be of this shard."""
+        own: Any = module  # this model or a copy of it
+        asked = _arguments(module, args, keywords).get(ASKED)
+        wanted = asks_for_router_loss(own) if asked is None else bool(asked)
+        self._adds_router_loss = wanted and self.router is not None
+        if not wanted:
+            return args, keywords
+        if self.router is None:
+            raise UnsupportedError("is on; set it in the configuration, before the model is attached: the audit proves "
+                                   "nothing about it otherwise", field=ASKED)  # fmt: skip
+        if asked is not None and ASKED not in keywords:
+            raise UnsupportedError("is given by place; give it by name", field=ASKED)
+        if keywords.get("return_dict") is False:
+            raise UnsupportedError("is off; the loss of routers is added by name", field="return_dict")
+        return args, keywords | {ASKED: False}
+
+    def _add_router_loss(self, output: Any) -> Any:
+        """Add this rank's part of the routers' loss to its part of the loss; parts of all ranks add up."""
+        if not self._adds_router_loss or self.router is None:
+            return output
+        part = self.router.take()
+        output.aux_loss = part
+        if output.loss is not None:
+            output.loss = output.loss + self.router.coefficient * part.to(output.loss.dtype)
+        return output
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         own: Any = module  # this model or a copy of it

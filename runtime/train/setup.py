@@ -18,9 +18,10 @@ from ..attention.here import require_backend_here
 from ..audit.audit import audit, causal_class, small_model
 from ..audit.result import Audit
 from ..data.shards import TokenData
+from ..experts.router_loss import ASKED
 from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
-from ..model.shape import decoder_layers
+from ..model.shape import decoder_layers, setting
 from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
@@ -110,6 +111,9 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
     if config.memory.mlp_tiles > 1:
+        if setting(model_config, ASKED):
+            raise InputError("are on: a router in pieces counts none of them right; leave one of them out",
+                             field=f"memory.mlp_tiles and {ASKED}")  # fmt: skip
         for layer in decoder_layers(small_model(model_config, causal_class(model_config), config.seq_len_tokens)):
             require_tileable(layer)
     if config.metrics is not None:
