@@ -25,6 +25,7 @@ from ..baselines.torch_ring import TorchContextParallel
 from ..comm.mesh import Mesh, agree, naming_lost_ranks
 from ..comm.reuse import common_group
 from ..data.shards import TokenSequence
+from ..experts.load import ExpertLoad
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
 from ..model.shape import decoder_layers
@@ -77,6 +78,9 @@ class Trainer:
             self.hf_model, TimedAttention(attention, self.clock), self.masks and self.masks.of_layer, positions=own,
             seq_len_tokens=setup.config.seq_len_tokens, total=_over_all_ranks,
         )  # fmt: skip
+        self.load: ExpertLoad | None = None
+        if setup.config.metrics is not None and setup.config.metrics.expert_load:
+            self.load = ExpertLoad(self.hf_model, own < setup.config.seq_len_tokens, _over_all_ranks)
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = common_group(self.mesh, "comparing")
@@ -138,6 +142,8 @@ class Trainer:
         if check is not None:
             check.begin(self.next_step)
         self.exposure.on = observed.measured
+        if self.load is not None:
+            self.load.on = observed.measured
         losses = self._forward_backward(batches, valid, observed)
         norms = gradient_norms(self.hf_model.named_parameters())
         loss, router_loss, norm = self._checked(losses, valid, norms)
@@ -163,6 +169,8 @@ class Trainer:
     def close(self) -> None:
         """Give the model its own attention back."""
         self.attached.detach()
+        if self.load is not None:
+            self.load.detach()
 
     def _attention(self, replayed: Sequence[AttentionMask] | None) -> Attention:
         if self.config.attention in ("dense-zigzag", FLASH4_RING):
@@ -253,10 +261,11 @@ class Trainer:
         values = measured_values(
             self.config, self.setup.facts, self.setup.plan, self.world, seconds=seconds, loads=loads
         )  # fmt: skip
+        values |= {} if self.load is None else self.load.take()
         return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}
 
 
 def _over_all_ranks(counts: Tensor) -> Tensor:
-    """Add up what routers counted over the sequences of one microbatch, one of each replica."""
+    """Add up what was counted of a microbatch's sequences, one of each replica, or of all of a step's."""
     dist.all_reduce(counts)
     return counts
