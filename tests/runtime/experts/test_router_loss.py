@@ -12,17 +12,18 @@ import torch
 
 from model_cases import case_config, case_model
 from rank_pool import RankPool
-from sparsering.runtime.audit.audit import audit
+from sparsering.runtime.audit.audit import audit, require_model
 from sparsering.runtime.audit.twins import MetAttention
 from sparsering.runtime.train.config import parse_config
-from sparsering.runtime.train.model import build_model, read_model_config
+from sparsering.runtime.train.model import build_model, master_dtype, read_model_config
 from sparsering.runtime.train.setup import set_up
-from sparsering.traces.errors import InputError
+from sparsering.traces.errors import InputError, UnsupportedError
 from train_alone import pieces_of
 from train_runs import write_run
 
 Pools = Callable[[int], RankPool]
 TOLERANCE = 1e-6
+FLOAT32 = 1e-4
 CASES = ("qwen3-moe-routers", "mixtral-routers", "gpt-oss-routers", "olmoe-routers")
 COEFFICIENT = 0.7
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT, "num_experts_per_tok": 2}
@@ -40,15 +41,17 @@ def _batches(count: int, *, rows: int = 1) -> list[np.ndarray]:
     return [generator.integers(3, 256, (rows, 256)) for _ in range(count)]
 
 
-def _assert_same_gradients(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+def _assert_same_gradients(found: dict[str, Any], wanted: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
     largest = max(float(np.abs(gradient).max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        room = TOLERANCE * max(float(np.abs(gradient).max()), 1e-4 * largest)
+        room = tolerance * max(float(np.abs(gradient).max()), 1e-4 * largest)
         np.testing.assert_allclose(found[name], gradient, rtol=0, atol=room, err_msg=name)
 
 
-def _alone(name: str, batches: list[np.ndarray]) -> dict[str, Any]:
+def _alone(name: str, batches: list[np.ndarray], *, weights: torch.dtype = torch.float64) -> dict[str, Any]:
+    """weights: of what type they are drawn; computed is in float64."""
     model = case_model(name).train()
+    model.load_state_dict(case_model(name, dtype=weights).state_dict())
     losses, aux = [], []
     for ids in batches:
         output: Any = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(ids))
@@ -77,6 +80,24 @@ def test_an_attached_model_equals_itself_alone(name: str, world_size: int, rank_
     np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=TOLERANCE)
     np.testing.assert_allclose(found["aux"], wanted["aux"], rtol=TOLERANCE)
     _assert_same_gradients(found["gradients"], wanted["gradients"])
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["qwen3-moe-routers", "gpt-oss-routers"])
+def test_products_of_experts_equal_a_loop_over_them(name: str, experts: str, rank_pools: Pools) -> None:
+    """In float32, beside the model alone in float64 with the loop."""
+    job = {"name": name, "batches": _batches(1), "experts": experts}
+    found = _summed(rank_pools(2).run("expert_jobs.attached_steps", **job))
+    wanted = _alone(name, job["batches"], weights=torch.float32)
+    np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=FLOAT32)
+    _assert_same_gradients(found["gradients"], wanted["gradients"], FLOAT32)
+
+
+def test_experts_from_elsewhere_are_refused() -> None:
+    model = case_model("qwen3-moe")
+    model.config._experts_implementation = "sonicmoe"
+    with pytest.raises(UnsupportedError, match=r"^experts_implementation: is 'sonicmoe': nothing was proven about it"):
+        require_model(model, seq_len_tokens=256)
 
 
 def test_choices_of_one_rank_alone_would_be_another_loss(rank_pools: Pools) -> None:
@@ -111,9 +132,12 @@ def _run(folder: Path, family: str, **changes: Any) -> dict[str, Any]:
 def _trained_alone(raw: dict[str, Any]) -> dict[str, Any]:
     """One process: the mean token loss of the step, and the routers' loss of each microbatch, as the model has it."""
     config = parse_config(raw)
-    model: Any = build_model(
-        config.model, read_model_config(config.model), device=torch.device("cpu"), dtype=torch.float64, seed=config.seed
+    model, drawn = (
+        build_model(config.model, read_model_config(config.model), device=torch.device("cpu"), dtype=dtype,
+                    seed=config.seed)
+        for dtype in (torch.float64, master_dtype(config))
     )  # fmt: skip
+    model.load_state_dict(drawn.state_dict())
     model.set_attn_implementation("eager")
     replicas, aux, losses = config.parallel.data, [], []
     for number in range(config.microbatches):
@@ -129,6 +153,17 @@ def _trained_alone(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 TWO_BY_TWO = {"parallel": {"data": 2, "context": 2}, "microbatches": 2}
+
+
+@pytest.mark.slow
+def test_training_by_grouped_products(tmp_path: Path, rank_pools: Pools) -> None:
+    """What transformers takes by default below float64, beside one process that loops over experts in float64."""
+    config = _run(tmp_path, "qwen3_moe", dtype="float32")
+    wanted = _trained_alone(config)
+    for result in rank_pools(2).run("expert_jobs.trained_gradients", config=config):
+        assert result["experts"] == "grouped_mm"
+        assert result["loss"] == pytest.approx(wanted["loss"], rel=FLOAT32)
+        _assert_same_gradients(result["gradients"], wanted["gradients"], FLOAT32)
 
 
 @pytest.mark.slow

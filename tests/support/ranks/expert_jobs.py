@@ -22,16 +22,19 @@ from sparsering.runtime.train.setup import set_up
 
 def attached_steps(
     mesh: Mesh, *, name: str, batches: list[np.ndarray], checkpointing: dict[str, Any] | None = None,
-    own_counts: bool = False,
+    own_counts: bool = False, experts: str = "eager",
 ) -> dict[str, Any]:  # fmt: skip
     """Accumulate the gradients of an attached case over batches [1, S]; return its parts of the losses, and of aux.
 
     checkpointing: of transformers, with these settings. own_counts: a planted fault, ranks do not add up their choices.
+    experts: transformers' implementation; all but "eager" in float32.
     """
-    model = case_model(name).train()
+    dtype = "float64" if experts == "eager" else "float32"
+    model = case_model(name, dtype=getattr(torch, dtype)).train()
+    model.set_experts_implementation(experts)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-    plan = dense_plan(model.config, world_size=mesh.world_size)
+    plan = dense_plan(model.config, world_size=mesh.world_size, dtype=dtype)
     attached = attach(model, plan, mesh)
     assert attached.router is not None
     if own_counts:
@@ -63,4 +66,5 @@ def trained_gradients(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
     trainer.optimizer.register_step_pre_hook(noted)
     result = trainer.step(Observed(measured=True))
     trainer.close()
-    return {"loss": result.loss, "router_loss": result.router_loss, "gradients": gradients, "values": result.values()}
+    found = {"loss": result.loss, "router_loss": result.router_loss, "values": result.values()}
+    return found | {"gradients": gradients, "experts": trainer.hf_model.config._experts_implementation}
