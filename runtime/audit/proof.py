@@ -28,6 +28,7 @@ from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
+from ..model.router_loss import router_loss_of
 from ..model.shard import IGNORED_LABEL, shard
 from ..pattern.selectors import dense_pattern
 from .single_tokens import check_calls, random_ids
@@ -189,9 +190,8 @@ class _Split:
         with ExitStack() as ends:
             works: list[Callable[[], Any]] = []
             for rank, (twin, attention, own) in enumerate(zip(self.twins, attentions, self.positions, strict=True)):
-                attached = Attached(
-                    twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS, total=attention.total
-                )  # fmt: skip
+                router = router_loss_of(twin, own < AUDITED_TOKENS, attention.total)
+                attached = Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS, router=router)
                 ends.callback(attached.detach)
                 works.append(partial(self.step, attached, shard(batch, self.plan, rank)))
             return run_together(works, meeting), attentions[0].calls

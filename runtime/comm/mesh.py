@@ -257,7 +257,8 @@ def _leave(error: BaseException | None) -> None:
     endings, _endings[:] = list(_endings), []
     for end in () if error is not None else endings:  # what failed may never end in order
         end()
-    if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
+    # Aborted groups may never end in order, nor may those on GPUs without a lost rank.
+    if dist.is_initialized() and (sentinel is None or (sentinel.error is None and lost is None)):
         dist.destroy_process_group()
     if sentinel is not None and error is None:
         sentinel.close()

@@ -11,16 +11,18 @@ import atexit
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from .lost import RankLost, host_lost, late, nobody_lost, rank_ended, ranks_lost
-from .whereabouts import main_thread_place
 
 GRACE_S = 5.0  # in which living ranks answer, and the store's host stays for who still reads
 ANSWER_S = 0.5  # how often a rank looks whether somebody asks
@@ -31,6 +33,9 @@ LAST_WORD = "sparsering/last word"
 QUESTIONS = "sparsering/questions"  # how many were asked
 PARTED = "sparsering/parted"  # there once no rank is waited for any more
 MAX_CHARACTERS = 300
+# Files of functions that wait for other ranks. A rank that waits in one of them is not who is waited for.
+WAITING = ("distributed/distributed_c10d.py", "comm/channels.py", "comm/words.py", "comm/parting.py", "comm/group.py")
+LIBRARIES = ("site-packages", "dist-packages", "<frozen")
 _TIMED_OUT = re.compile("time-?out|timed out", re.IGNORECASE)
 
 
@@ -288,3 +293,24 @@ def _failed(rank: int) -> str:
 
 def _first_line(error: object) -> str:
     return str(error).partition("\n")[0][:MAX_CHARACTERS]
+
+
+def main_thread_place() -> tuple[str, bool]:
+    """Return where the main thread is, as "step, adam.py:213", and whether it waits for other ranks there.
+
+    The place is the innermost one that is no library's, where there is one.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "its end", False
+    waits, place, own = False, _shown(frame), ""
+    while frame is not None:
+        waits = waits or frame.f_code.co_filename.endswith(WAITING)
+        if not own and not any(part in frame.f_code.co_filename for part in LIBRARIES):
+            own = _shown(frame)
+        frame = frame.f_back
+    return own or place, waits
+
+
+def _shown(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

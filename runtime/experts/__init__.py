@@ -1,1 +1,1 @@
-"""Models with experts: the load-balancing loss of their routers over all ranks, and how evenly experts are used."""
+"""How evenly the experts of a model are used."""

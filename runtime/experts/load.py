@@ -17,8 +17,8 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import InputError
+from ..model.router_loss import Total
 from ..model.shape import decoder_layers, model_body
-from .router_loss import Total
 
 CHOICES = ("top_k_index", "router_indices")  # transformers' experts call each token's experts so, int [T, choices]
 DIGITS = 6

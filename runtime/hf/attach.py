@@ -18,9 +18,9 @@ from ..attention.planned import PlannedAttention
 from ..audit.audit import require_model
 from ..comm.mesh import Mesh, naming_lost_ranks
 from ..comm.reuse import common_group
-from ..experts.router_loss import Total, asks_for_router_loss
 from ..model.attached import Attached, LayerMask, plain_model
 from ..model.first_loss import check_first_loss
+from ..model.router_loss import router_loss_of
 from ..model.shape import check_angles, model_shape, setting
 
 
@@ -45,20 +45,8 @@ def attach(
     return Attached(
         body, PlannedAttention(bound), masks, positions=bound.own_positions, seq_len_tokens=plan.seq_len_tokens,
         one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
-        total=_total(mesh) if asks_for_router_loss(body) else None,
+        router=router_loss_of(body, bound.own_positions < plan.seq_len_tokens, partial(_total, mesh)),
     )  # fmt: skip
-
-
-def _total(mesh: Mesh) -> Total:
-    """Return what adds up whole numbers over the ranks of the mesh. Collective, as what it returns."""
-    group = common_group(mesh, "router losses")
-
-    def total(counts: Tensor) -> Tensor:
-        with naming_lost_ranks(mesh):
-            dist.all_reduce(counts, group=group)
-        return counts
-
-    return total
 
 
 def check_padding(config: Any, plan: Plan) -> None:
@@ -82,3 +70,10 @@ def _replay(bound: BoundPlan, trace: Trace | None, training_step: int | None) ->
     if missing or step not in trace.steps:
         raise InputError(f"lacks layers {sorted(missing)} or step {step}", field="trace")
     return bound.replayed(trace, step).__getitem__
+
+
+def _total(mesh: Mesh, counts: Tensor) -> Tensor:
+    """Add up whole numbers over the ranks of the mesh. Collective."""
+    with naming_lost_ranks(mesh):
+        dist.all_reduce(counts, group=common_group(mesh, "router losses"))
+    return counts

@@ -19,12 +19,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
-from ..experts.router_loss import ASKED, RouterLoss, Total, asks_for_router_loss
 from ..pattern.form import PLAIN, AttentionForm
 from .attention_call import attention_form, refuse_masks
 from .head_sizes import fitted
 from .positions import PositionGuard
-from .shape import attention_modules, layer_reaches, model_body, model_shape
+from .shape import (
+    ROUTER_LOGITS,
+    asks_for_router_loss,
+    attention_modules,
+    layer_reaches,
+    model_body,
+    model_shape,
+)
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -48,22 +54,33 @@ class Attention(Protocol):
         """Free what it holds."""
 
 
+class Routers(Protocol):
+    """The loss of a model's routers over all ranks: `router_loss.RouterLoss`."""
+
+    coefficient: float
+
+    def take(self) -> Tensor:
+        """Return this rank's part of the last forward pass's loss; parts of all ranks add up. Collective."""
+        ...
+
+    def detach(self) -> None:
+        """See nothing any more."""
+
+
 class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
 
     masks: of every layer; without them attention is called with None. positions: int64 [S_own], this rank's tokens of
     the seq_len_tokens of a sequence: every call is held to them. one_sequence: whether patterns are chosen by data,
     which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks.
-    total: adds up over all ranks whose tokens the losses of routers are of; without it they are refused. A deep copy of
+    router: the loss of the model's routers over all ranks; without it a model that adds one is refused. A deep copy of
     the model shares this object.
-
-    router: the loss of the model's routers, None where its configuration does not ask for one.
     """
 
     def __init__(
         self, model: PreTrainedModel, planned: Attention, masks: LayerMask | None = None, *, positions: Tensor,
         seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
-        total: Total | None = None,
+        router: Routers | None = None,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
@@ -78,10 +95,7 @@ class Attached:
             raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
         for module in self._modules:
             module._sparsering = self
-        self.router: RouterLoss | None = None
-        self._adds_router_loss = False
-        if total is not None and asks_for_router_loss(model):
-            self.router = RouterLoss(model, positions < seq_len_tokens, total)
+        self.router, self._adds_router_loss = router, False
         body: Module = model_body(model)
         uncompiled: Any = torch.compiler.disable  # the hooks look at values
         self._hooks = [
@@ -124,28 +138,28 @@ class Attached:
     def _take_over_routers(self, module: Module, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Have the model leave the loss of its routers to `_add_router_loss`: its own would be of this shard."""
         own: Any = module  # this model or a copy of it
-        asked = _arguments(module, args, keywords).get(ASKED)
+        asked = _arguments(module, args, keywords).get(ROUTER_LOGITS)
         wanted = asks_for_router_loss(own) if asked is None else bool(asked)
         self._adds_router_loss = wanted and self.router is not None
         if not wanted:
             return args, keywords
         if self.router is None:
             raise UnsupportedError("is on; set it in the configuration, before the model is attached: the audit proves "
-                                   "nothing about it otherwise", field=ASKED)  # fmt: skip
-        if asked is not None and ASKED not in keywords:
-            raise UnsupportedError("is given by place; give it by name", field=ASKED)
+                                   "nothing about it otherwise", field=ROUTER_LOGITS)  # fmt: skip
+        if asked is not None and ROUTER_LOGITS not in keywords:
+            raise UnsupportedError("is given by place; give it by name", field=ROUTER_LOGITS)
         if keywords.get("return_dict") is False:
             raise UnsupportedError("is off; the loss of routers is added by name", field="return_dict")
-        return args, keywords | {ASKED: False}
+        return args, keywords | {ROUTER_LOGITS: False}
 
     def _add_router_loss(self, output: Any) -> Any:
         """Add this rank's part of the routers' loss to its part of the loss; parts of all ranks add up."""
         if not self._adds_router_loss or self.router is None:
             return output
         part = self.router.take()
-        output.aux_loss = part
+        output["aux_loss"] = part
         if output.loss is not None:
-            output.loss = output.loss + self.router.coefficient * part.to(output.loss.dtype)
+            output["loss"] = output.loss + self.router.coefficient * part.to(output.loss.dtype)
         return output
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:

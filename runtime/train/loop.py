@@ -28,6 +28,7 @@ from ..data.shards import TokenSequence
 from ..experts.load import ExpertLoad
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
+from ..model.router_loss import router_loss_of
 from ..model.shape import decoder_layers
 from ..timing.spans import Clock, Exposure, TimedAttention
 from .batch import Microbatch, cut
@@ -74,13 +75,15 @@ class Trainer:
         device_mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("all",))
         self.model = shard_model(self.hf_model, setup.config, device_mesh)
         own = torch.from_numpy(setup.plan.make_placement().positions(self.mesh.rank)).to(world.device)
+        is_token = own < setup.config.seq_len_tokens
         self.attached = Attached(
             self.hf_model, TimedAttention(attention, self.clock), self.masks and self.masks.of_layer, positions=own,
-            seq_len_tokens=setup.config.seq_len_tokens, total=_over_all_ranks,
+            seq_len_tokens=setup.config.seq_len_tokens,
+            router=router_loss_of(self.hf_model, is_token, _over_all_ranks),
         )  # fmt: skip
         self.load: ExpertLoad | None = None
         if setup.config.metrics is not None and setup.config.metrics.expert_load:
-            self.load = ExpertLoad(self.hf_model, own < setup.config.seq_len_tokens, _over_all_ranks)
+            self.load = ExpertLoad(self.hf_model, is_token, _over_all_ranks)
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = common_group(self.mesh, "comparing")

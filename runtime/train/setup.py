@@ -21,10 +21,9 @@ from ..audit.audit import audit, causal_class, small_model
 from ..audit.result import Audit
 from ..data.shards import TokenData
 from ..experts.load import require_experts
-from ..experts.router_loss import ASKED
 from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
-from ..model.shape import decoder_layers, setting
+from ..model.shape import ROUTER_LOGITS, decoder_layers, setting
 from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
@@ -119,7 +118,7 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
         if counts_experts:
             require_experts(small)
         if config.memory.mlp_tiles > 1:
-            _require_tileable(small, counted=[ASKED] * bool(setting(model_config, ASKED))
+            _require_tileable(small, counted=[ROUTER_LOGITS] * bool(setting(model_config, ROUTER_LOGITS))
                               + ["metrics.expert_load"] * counts_experts)  # fmt: skip
     if config.metrics is not None:
         require_packages(config.metrics)

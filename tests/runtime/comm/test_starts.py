@@ -46,6 +46,7 @@ class Start:
     timeout_s: float = 60.0
     victim: int = -1
     how: str = "lives"
+    patience_s: float = 0.0
     skipped: tuple[int, ...] = ()
     changed: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
 
@@ -112,6 +113,10 @@ STARTS = {
     "a rank that is killed while all leave": _dies(
         1, "killed leaving", "rank 1 of 3 stopped answering (seen by rank 0); all others", -signal.SIGKILL
     ),
+    "a rank that is killed while all leave, and are watched": Start(
+        says=dict.fromkeys((0, 2), "rank 1 of 3 stopped answering (seen by rank "),
+        codes={0: 1, 1: -signal.SIGKILL, 2: 1}, victim=1, how="killed leaving", patience_s=6.0,
+    ),
     "the store's host is killed while all leave": _dies(
         0, "killed leaving", "rank 0 of 3, which hosts the store, stopped ", -signal.SIGKILL
     ),
@@ -144,7 +149,8 @@ def _started(start: Start, port: int) -> dict[int, tuple[int, str]]:
             environment = rank_environment(rank, WORLD_SIZE, port, LOCAL_RANK="0", TORCH_CPP_LOG_LEVEL="ERROR")
             changed = environment | dict(start.changed.get(rank, {}))
             processes[rank] = subprocess.Popen(
-                [sys.executable, str(WORKER), str(start.timeout_s), str(start.victim), start.how],
+                [sys.executable, str(WORKER), str(start.timeout_s), str(start.victim), start.how,
+                 str(start.patience_s)],
                 env={name: value for name, value in changed.items() if value is not None},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip

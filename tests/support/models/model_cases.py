@@ -108,9 +108,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
                                            "no_rope_layers": [1, 0], "floor_scale": 16},
                            "audit: "),
     "llama-dropout": ("llama", {"attention_dropout": 0.1}, "attention_dropout: is 0.1"),
-    # a layer's routers leave no logits that transformers records
-    "router-losses-unknown": ("afmoe", {"output_router_logits": True, "router_aux_loss_coef": 0.7},
-                              "output_router_logits: is on, but "),
+    # a setting that its class does not know: alone it adds nothing
+    "router-losses-ignored": ("afmoe", {"output_router_logits": True, "router_aux_loss_coef": 0.7},
+                              "audit: loss is off by"),
+    "router-losses-unknown": ("flint", {"output_router_logits": True, "num_experts_per_tok": 2},
+                              "output_router_logits: is on, but FlintForCausalLM does not say which modules"),
     "router-losses-without": ("llama", {"output_router_logits": True}, "output_router_logits: is on, but "),
     "bert": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "is not causal"),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from model_cases import case_model, dense_plan
 from rank_jobs import as_array
 from sparsering.runtime.comm.mesh import Mesh
 from sparsering.runtime.hf.attach import attach
+from sparsering.runtime.model.router_loss import RouterLoss
 from sparsering.runtime.model.shard import shard
 from sparsering.runtime.train.config import parse_config
 from sparsering.runtime.train.loop import Trainer
@@ -36,7 +37,7 @@ def attached_steps(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     plan = dense_plan(model.config, world_size=mesh.world_size, dtype=dtype)
     attached = attach(model, plan, mesh)
-    assert attached.router is not None
+    assert isinstance(attached.router, RouterLoss)
     if own_counts:
         attached.router._total = lambda counts: counts
     losses, parts, said = [], [], ""

@@ -1,9 +1,10 @@
 """One rank of test_starts.py: joins, adds up with the others, and fails as it is told.
 
-Called as `start_worker.py timeout_s victim how`; the victim fails after the first sum: "raises" outside all transfers,
-"exits" without a word, is "killed", is "late" beyond the time-out, or raises while the others wait for what it "says"
-at the store, or for it to make a group ("groups"). Or it "ends" with exit code 3 after all have left. Or, once all sums
-are made, it is "killed leaving", "raises leaving", leaves after "slow" work, exits "unleft", or is "killed closing".
+Called as `start_worker.py timeout_s victim how [patience_s]`; the victim fails after the first sum: "raises" outside
+all transfers, "exits" without a word, is "killed", is "late" beyond the time-out, or raises while the others wait for
+what it "says" at the store, or for it to make a group ("groups"). Or it "ends" with exit code 3 after all have left.
+Or, once all sums are made, it is "killed leaving", "raises leaving", leaves after "slow" work, exits "unleft", or is
+"killed closing".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SLOW_S = 22.0  # longer than it takes to miss a rank that does not answer
 def main() -> int:
     """Be the rank; end as the commands do."""
     try:
-        mesh = join(device="cpu", timeout_s=float(sys.argv[1]))
+        mesh = join(device="cpu", timeout_s=float(sys.argv[1]), patience_s=float(sys.argv[4]) if sys.argv[4:] else 0.0)
         try:
             with naming_lost_ranks(mesh):
                 dist.all_reduce(torch.ones(4))

@@ -23,9 +23,16 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from ..model.shape import EXPERTS_OF_A_TOKEN, model_body, positive_settings, setting, text_config
+from .shape import (
+    EXPERTS_OF_A_TOKEN,
+    ROUTER_LOGITS,
+    asks_for_router_loss,
+    model_body,
+    positive_settings,
+    setting,
+    text_config,
+)
 
-ASKED = "output_router_logits"  # transformers' setting: compute the routers' loss and add it
 COEFFICIENT = "router_aux_loss_coef"
 Total = Callable[[Tensor], Tensor]  # adds up a tensor of whole numbers over ranks; collective
 
@@ -42,10 +49,10 @@ class RouterLoss:
         coefficient, chosen = setting(config, COEFFICIENT), positive_settings(config, EXPERTS_OF_A_TOKEN)
         if not isinstance(coefficient, int | float):
             raise UnsupportedError(f"is on, but {COEFFICIENT} is {coefficient}: what the model makes of its routers' "
-                                   "logits is not known", field=ASKED)  # fmt: skip
+                                   "logits is not known", field=ROUTER_LOGITS)  # fmt: skip
         if not chosen:
             raise UnsupportedError("is on, but the configuration does not say how many experts a token visits",
-                                   field=ASKED)  # fmt: skip
+                                   field=ROUTER_LOGITS)  # fmt: skip
         self.coefficient, self._top_k = float(coefficient), next(iter(chosen.values()))
         self._is_token, self._total = is_token, total
         self._tokens, self._rows = int(is_token.sum()), 0
@@ -75,12 +82,14 @@ class RouterLoss:
         """Return this rank's part of the last forward pass's loss, a scalar; parts of all ranks add up. Collective."""
         seen, self._seen = self._seen, []
         if len(seen) != self._expected:
-            raise UnsupportedError(f"is on, but {len(seen)} of {self._expected} routers were asked", field=ASKED)
+            raise UnsupportedError(
+                f"is on, but {len(seen)} of {self._expected} routers were asked", field=ROUTER_LOGITS
+            )
         choices = torch.stack([one for one, _ in seen]).sum(0)
         mass = torch.stack([one for _, one in seen]).sum(0)
         if torch.is_grad_enabled() and not mass.requires_grad and any(p.requires_grad for p in self._trains):
             raise UnsupportedError("is on, but no gradient reaches the routers: checkpoint layers with "
-                                   "use_reentrant=False", field=ASKED)  # fmt: skip
+                                   "use_reentrant=False", field=ROUTER_LOGITS)  # fmt: skip
         rows = self._rows * self._expected
         counted = self._total(torch.cat([choices, torch.full_like(choices[:1], rows)])).to(mass.dtype)
         experts = choices.numel()
@@ -110,18 +119,18 @@ class RouterLoss:
         self._seen.append((choices, mass))
 
 
-def asks_for_router_loss(model: PreTrainedModel) -> bool:
-    """Whether a model's configuration adds the loss of its routers."""
-    return bool(setting(model.config, ASKED))
+def router_loss_of(model: PreTrainedModel, is_token: Tensor, total: Total) -> RouterLoss | None:
+    """Return the loss of a model's routers, None where its configuration does not ask for one."""
+    return RouterLoss(model, is_token, total) if asks_for_router_loss(model) else None
 
 
 def _routers(model: PreTrainedModel) -> tuple[list[Module], int]:
     """Return a model's routers and which of their outputs the logits are, as transformers records them."""
     recorded: Any = getattr(model_body(model), "_can_record_outputs", None) or {}
-    found = recorded.get(ASKED.removeprefix("output_"))
+    found = recorded.get(ROUTER_LOGITS.removeprefix("output_"))
     kind, index = getattr(found, "target_class", None), getattr(found, "index", None)
     routers = [] if not isinstance(kind, type) else [one for one in model.modules() if isinstance(one, kind)]
     if not routers or not isinstance(index, int):
         raise UnsupportedError(f"is on, but {type(model).__name__} does not say which modules its routers are",
-                               field=ASKED)  # fmt: skip
+                               field=ROUTER_LOGITS)  # fmt: skip
     return routers, index
