@@ -148,7 +148,7 @@ class Attached:
                                    "nothing about it otherwise", field=ROUTER_LOGITS)  # fmt: skip
         if asked is not None and ROUTER_LOGITS not in keywords:
             raise UnsupportedError("is given by place; give it by name", field=ROUTER_LOGITS)
-        if keywords.get("return_dict") is False:
+        if not keywords.get("return_dict", getattr(own.config, "return_dict", True)):
             raise UnsupportedError("is off; the loss of routers is added by name", field="return_dict")
         return args, keywords | {ROUTER_LOGITS: False}
 
