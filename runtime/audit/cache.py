@@ -60,7 +60,12 @@ def audit_digest(config: Any, model_class: type[PreTrainedModel], seq_len_tokens
 
 def _own_sources(here: Path) -> list[Path]:
     """Return the files that decide what an audit says: its own, and what reads a model and its calls."""
-    return [*here.glob("*.py"), *here.glob("../model/*.py"), *here.glob("../pattern/*.py")]
+    return [
+        *here.glob("*.py"),
+        *here.glob("../model/*.py"),
+        *here.glob("../pattern/*.py"),
+        *here.glob("../experts/*.py"),
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,9 @@ UNCOMPARED = frozenset(
      "is_hf_initialized", "in_features", "fused", "merged"}
 )  # fmt: skip
 
+# What runs a model's experts: transformers' loop, and torch's products. Others come from elsewhere.
+PROVEN_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
+
 
 def refuse_strangers(
     model: PreTrainedModel, model_class: type[PreTrainedModel], known: set[str], *, allow_hooks: bool = False
@@ -38,6 +41,10 @@ def refuse_strangers(
 
     known: the classes of modules that it makes. allow_hooks: whole sequences run, so that hooks see what they would.
     """
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts not in PROVEN_EXPERTS:
+        raise UnsupportedError(f"is {experts!r}: nothing was proven about it; take grouped_mm, batched_mm or eager",
+                               field="experts_implementation")  # fmt: skip
     with torch.device("meta"):
         expected = dict(make(type(model.config).from_dict(model.config.to_dict()), model_class).named_modules())
     for name, module in model.named_modules():

@@ -28,6 +28,7 @@ from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
+from ..model.router_loss import router_loss_of
 from ..model.shard import IGNORED_LABEL, shard
 from ..pattern.selectors import dense_pattern
 from .single_tokens import check_calls, random_ids
@@ -39,7 +40,7 @@ STRIPE_TOKENS, RANKS = 16, 2
 NOISE_FLOOR = 1e-8  # gradients this much smaller than the largest are zero but for rounding (a key's bias, say)
 GAP_SHARE = 0.4  # labels that do not count, so that ranks have unequal numbers of them
 
-Step = Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | None]]
+Step = Callable[[Attached, dict[str, Tensor]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,21 +188,26 @@ class _Split:
         meeting = Meeting(self.positions, AUDITED_TOKENS)
         attentions = [MetAttention(meeting, rank) for rank in range(RANKS)]
         with ExitStack() as ends:
-            for twin, attention, own in zip(self.twins, attentions, self.positions, strict=True):
-                attached = Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS)
+            works: list[Callable[[], Any]] = []
+            for rank, (twin, attention, own) in enumerate(zip(self.twins, attentions, self.positions, strict=True)):
+                router = router_loss_of(twin, own < AUDITED_TOKENS, attention.total)
+                attached = Attached(twin, attention, positions=own, seq_len_tokens=AUDITED_TOKENS, router=router)
                 ends.callback(attached.detach)
-            works = [partial(self.step, twin, shard(batch, self.plan, rank)) for rank, twin in enumerate(self.twins)]
+                works.append(partial(self.step, attached, shard(batch, self.plan, rank)))
             return run_together(works, meeting), attentions[0].calls
 
 
-def _own_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    output = model(**part)
+def _own_loss(attached: Attached, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    output: Any = attached.model(**part)
     return output.loss, output.logits
 
 
-def _fused_loss(model: PreTrainedModel, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    summed = ModelWithLoss(model, "chunked", chunk_tokens=48)(part["input_ids"], part["position_ids"], part["labels"])
-    return summed / part["num_items_in_batch"], None
+def _fused_loss(attached: Attached, part: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    fused = ModelWithLoss(attached.model, "chunked", chunk_tokens=48)
+    loss = fused(part["input_ids"], part["position_ids"], part["labels"]) / part["num_items_in_batch"]
+    if attached.router is not None:
+        loss = loss + attached.router.coefficient * attached.router.take()
+    return loss, None
 
 
 ROADS: dict[str, Step] = {"attach": _own_loss, "train": _fused_loss}

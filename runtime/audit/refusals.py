@@ -33,9 +33,6 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
             window = setting(text, name)
             if type(window) is int and 0 < window < seq_len_tokens:
                 raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens of a sequence", field=name)
-    if setting(text, "output_router_logits"):
-        raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
-                               field="output_router_logits")  # fmt: skip
 
 
 def _refuse_rope(value: Any, field: str, *, is_static: bool) -> None:

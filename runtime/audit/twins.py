@@ -117,6 +117,13 @@ class MetAttention(NotingAttention):
         out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
         return (out * (own < self.meeting.valid_tokens).to(out.dtype)[:, None, None]).contiguous()
 
+    def total(self, counts: Tensor) -> Tensor:
+        """Return the sum over all copies of what routers counted. UnsupportedError where shards part ways."""
+        everyone = self.meeting.exchange(self.rank, counts)
+        if not all(isinstance(given, Tensor) for given in everyone):
+            raise UnsupportedError("shards call attention more or less often than each other", field="attention")
+        return torch.stack(everyone).sum(0)
+
 
 def run_together(works: list[Callable[[], Any]], meeting: Meeting) -> list[Any]:
     """Run one function a copy, each in its thread, in double; return their results, or raise what explains the rest."""

@@ -23,6 +23,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[r
 from ...traces.errors import InputError, unknown_name
 from .group import Mesh, told_by_all, words_of
 from .lost import RankLost, is_symptom
+from .parting import close, part
 from .place import Place, connection_of_its_own, open_store
 from .roll_call import roll_call
 from .sentinel import Sentinel, Watch
@@ -108,7 +109,7 @@ def join(*, device: str | None = None, timeout_s: float = 600.0, patience_s: flo
     prefix = _prefix(next(_joins))
     if dist.is_initialized():
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-        words = Words(store, rank=rank, world_size=world_size, store_host=_host())
+        words = Words(store, rank=rank, world_size=world_size, store_host=_host(), timeout_s=timeout_s)
         chosen = _device(kind, int(os.environ.get("LOCAL_RANK", rank)))
     else:
         words = _meet(prefix, timeout_s)
@@ -138,7 +139,7 @@ def _meet(prefix: str, timeout_s: float) -> Words:
     place = Place.parsed(os.environ, launcher_hosts=_launcher_hosts())
     store = PrefixStore(prefix, open_store(place, timeout_s=timeout_s))
     store.set_timeout(timedelta(seconds=timeout_s))
-    return Words(store, rank=place.rank, world_size=place.world_size, store_host=_host())
+    return Words(store, rank=place.rank, world_size=place.world_size, store_host=_host(), timeout_s=timeout_s)
 
 
 def _begun(words: Words, kind: str, timeout_s: float) -> torch.device:
@@ -217,9 +218,10 @@ def at_leave(ending: Callable[[], None]) -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one, and say goodbye to the others.
+    """Leave the process group, if there is one, once all ranks do, and say goodbye to the others.
 
-    While an error is on its way out (in a `finally`) there is no goodbye: the others are told the error.
+    RankLost names ranks that are lost meanwhile, or do not come within the time-out. While an error is on its way out
+    (in a `finally`) nobody is waited for, and there is no goodbye: the others are told the error.
     """
     _leave(sys.exc_info()[1])
 
@@ -245,6 +247,9 @@ def _leave(error: BaseException | None) -> None:
     if words is not None and error is not None and (sentinel is None or sentinel.error is None):
         _said.append(error)
         words.say(error)
+    lost = None
+    if words is not None and error is None and (sentinel is None or sentinel.error is None):
+        error = lost = part(words, timeout_s=words.timeout_s)
     if sentinel is not None and error is not None:
         sentinel.close()
     elif sentinel is not None:
@@ -252,14 +257,19 @@ def _leave(error: BaseException | None) -> None:
     endings, _endings[:] = list(_endings), []
     for end in () if error is not None else endings:  # what failed may never end in order
         end()
-    if dist.is_initialized() and (sentinel is None or sentinel.error is None):  # aborted groups may never end in order
+    # Aborted groups may never end in order, nor may those on GPUs without a lost rank.
+    if dist.is_initialized() and (sentinel is None or (sentinel.error is None and lost is None)):
         dist.destroy_process_group()
     if sentinel is not None and error is None:
         sentinel.close()
-    if words is not None and (sentinel is None or sentinel.error is None):
+    if words is not None and error is None:
+        lost = close(words)
+    elif words is not None and (sentinel is None or sentinel.error is None):
         words.end()
     if words is not None:
         words.stop()
+    if lost is not None:
+        raise lost
 
 
 def agree(mesh: Mesh, topic: str, value: str) -> None:

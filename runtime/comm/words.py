@@ -11,16 +11,18 @@ import atexit
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from .lost import RankLost, host_lost, late, nobody_lost, rank_ended, ranks_lost
-from .whereabouts import main_thread_place
 
 GRACE_S = 5.0  # in which living ranks answer, and the store's host stays for who still reads
 ANSWER_S = 0.5  # how often a rank looks whether somebody asks
@@ -29,7 +31,11 @@ STDERR = 2
 SHORTEST_S, POLL_S = 0.001, 0.05  # between two looks at the store
 LAST_WORD = "sparsering/last word"
 QUESTIONS = "sparsering/questions"  # how many were asked
+PARTED = "sparsering/parted"  # there once no rank is waited for any more
 MAX_CHARACTERS = 300
+# Files of functions that wait for other ranks. A rank that waits in one of them is not who is waited for.
+WAITING = ("distributed/distributed_c10d.py", "comm/channels.py", "comm/words.py", "comm/parting.py", "comm/group.py")
+LIBRARIES = ("site-packages", "dist-packages", "<frozen")
 _TIMED_OUT = re.compile("time-?out|timed out", re.IGNORECASE)
 
 
@@ -49,24 +55,42 @@ def ended_key(rank: int) -> str:
 
 
 class Words:
-    """What this process says and hears. store: of all processes; is_host: whether it ends with this process."""
+    """What this process says and hears.
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, store_host: str) -> None:
+    store: of all processes; is_host: whether it ends with this process. timeout_s: how long ranks wait for each other.
+    """
+
+    def __init__(
+        self, store: Store, *, rank: int, world_size: int, store_host: str, timeout_s: float = 600.0
+    ) -> None:  # fmt: skip
         self.store, self.rank, self.world_size, self.store_host = store, rank, world_size, store_host
+        self.timeout_s = timeout_s
         self.is_double = False  # whether another process is this rank: then what is said of the rank is not of this one
         self._thread: threading.Thread | None = None
         self._stopped, self._known = threading.Event(), threading.Event()
         self._told: RankLost | None = None
         self._lost: set[int] = set()
+        self.saw_parting = False  # whether all were known to have parted when this process last looked
 
     @property
     def is_host(self) -> bool:
         """Whether the store ends with this process."""
         return self.store_host == f"rank {self.rank}"
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether this process answers those who ask who lives, as then all do."""
+        return self._thread is not None and not self._stopped.is_set()
+
+    @property
+    def knows(self) -> bool:
+        """Whether this process has come to know of ranks that end for another reason than that all is done."""
+        return self._known.is_set()
+
     def over(self, store: Store) -> Words:
         """Return the same over another connection."""
-        return Words(store, rank=self.rank, world_size=self.world_size, store_host=self.store_host)
+        return Words(store, rank=self.rank, world_size=self.world_size, store_host=self.store_host,
+                     timeout_s=self.timeout_s)  # fmt: skip
 
     def say(self, error: BaseException) -> None:
         """Say why this rank ends, unless somebody said a last word before. Of lost ranks their finder has told."""
@@ -137,7 +161,7 @@ class Words:
         self._known.set()
         try:
             self.store.set(_failed(self.rank), because)
-            _, missing = self._ask(ranks)
+            missing = self.ask(ranks)
             lost = self.heard()
             if lost is None and missing:
                 lost = self.find(ranks_lost(missing, self.world_size, seen_by=seen_by, because=because))
@@ -151,7 +175,7 @@ class Words:
         seen_by = f"rank {self.rank}"
         self._known.set()
         try:
-            question, missing = self._ask([rank])
+            question, missing = self._asked([rank])
             if missing:
                 return self.find(ranks_lost(missing, self.world_size, seen_by=seen_by, because=because))
             place, _ = json.loads(self.store.get(_answer(question, rank)))
@@ -172,12 +196,16 @@ class Words:
         because = next(filter(_TIMED_OUT.search, reasons), None)
         if because is None:
             return None
-        question, missing = self._ask(unfailed)
+        question, missing = self._asked(unfailed)
         found = {rank: json.loads(self.store.get(_answer(question, rank))) for rank in unfailed if rank not in missing}
         places = {rank: place for rank, (place, waits) in found.items() if not waits}
         return self.find(late(places, self.world_size, seen_by=seen_by, because=because)) if places else self.heard()
 
-    def _ask(self, ranks: Sequence[int]) -> tuple[int, list[int]]:
+    def ask(self, ranks: Sequence[int]) -> list[int]:
+        """Ask who lives; return who of these does not answer in GRACE_S."""
+        return self._asked(ranks)[1]
+
+    def _asked(self, ranks: Sequence[int]) -> tuple[int, list[int]]:
         """Ask who lives; return the question's number, and who does not answer in GRACE_S."""
         question = self.store.add(QUESTIONS, 1)
         self.store.set(_answer(question, self.rank), json.dumps(main_thread_place()))
@@ -210,6 +238,7 @@ class Words:
         with suppress(dist.DistError, RuntimeError):  # the store is gone, and with it whoever asks
             while not self._stopped.wait(ANSWER_S):
                 self._told = asked.heard()  # for when the store is gone
+                self.saw_parting = self.saw_parting or asked.store.check([PARTED])
                 if self._told is not None and not self._known.is_set():
                     told_at = told_at or time.monotonic()
                     if time.monotonic() - told_at > ENDING_S:
@@ -236,6 +265,8 @@ class Words:
             if self.is_double:
                 return
             self.store.set(ended_key(self.rank), "yes")
+            if self.rank == 0 and not self.knows:
+                self.store.set(PARTED, "yes")  # it looks after nobody any more
             if self.is_host:
                 absent = self._lost.union(self.absent())
                 keys = {rank: ended_key(rank) for rank in range(self.world_size) if rank not in absent}
@@ -262,3 +293,24 @@ def _failed(rank: int) -> str:
 
 def _first_line(error: object) -> str:
     return str(error).partition("\n")[0][:MAX_CHARACTERS]
+
+
+def main_thread_place() -> tuple[str, bool]:
+    """Return where the main thread is, as "step, adam.py:213", and whether it waits for other ranks there.
+
+    The place is the innermost one that is no library's, where there is one.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "its end", False
+    waits, place, own = False, _shown(frame), ""
+    while frame is not None:
+        waits = waits or frame.f_code.co_filename.endswith(WAITING)
+        if not own and not any(part in frame.f_code.co_filename for part in LIBRARIES):
+            own = _shown(frame)
+        frame = frame.f_back
+    return own or place, waits
+
+
+def _shown(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

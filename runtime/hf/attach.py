@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Module
 
 from ...planner.plan import Plan
@@ -14,9 +16,11 @@ from ..attention.bound import BoundPlan, bind
 from ..attention.patterns import PlannedChoice
 from ..attention.planned import PlannedAttention
 from ..audit.audit import require_model
-from ..comm.mesh import Mesh
+from ..comm.mesh import Mesh, naming_lost_ranks
+from ..comm.reuse import common_group
 from ..model.attached import Attached, LayerMask, plain_model
 from ..model.first_loss import check_first_loss
+from ..model.router_loss import router_loss_of
 from ..model.shape import check_angles, model_shape, setting
 
 
@@ -41,6 +45,7 @@ def attach(
     return Attached(
         body, PlannedAttention(bound), masks, positions=bound.own_positions, seq_len_tokens=plan.seq_len_tokens,
         one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
+        router=router_loss_of(body, bound.own_positions < plan.seq_len_tokens, partial(_total, mesh)),
     )  # fmt: skip
 
 
@@ -65,3 +70,10 @@ def _replay(bound: BoundPlan, trace: Trace | None, training_step: int | None) ->
     if missing or step not in trace.steps:
         raise InputError(f"lacks layers {sorted(missing)} or step {step}", field="trace")
     return bound.replayed(trace, step).__getitem__
+
+
+def _total(mesh: Mesh, counts: Tensor) -> Tensor:
+    """Add up whole numbers over the ranks of the mesh. Collective."""
+    with naming_lost_ranks(mesh):
+        dist.all_reduce(counts, group=common_group(mesh, "router losses"))
+    return counts

@@ -23,7 +23,14 @@ from ..pattern.form import PLAIN, AttentionForm
 from .attention_call import attention_form, refuse_masks
 from .head_sizes import fitted
 from .positions import PositionGuard
-from .shape import attention_modules, layer_reaches, model_body, model_shape
+from .shape import (
+    ROUTER_LOGITS,
+    asks_for_router_loss,
+    attention_modules,
+    layer_reaches,
+    model_body,
+    model_shape,
+)
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -47,18 +54,33 @@ class Attention(Protocol):
         """Free what it holds."""
 
 
+class Routers(Protocol):
+    """The loss of a model's routers over all ranks: `router_loss.RouterLoss`."""
+
+    coefficient: float
+
+    def take(self) -> Tensor:
+        """Return this rank's part of the last forward pass's loss; parts of all ranks add up. Collective."""
+        ...
+
+    def detach(self) -> None:
+        """See nothing any more."""
+
+
 class Attached:
     """A model whose attention runs by a plan. Hand every rank's model its own shard of the batch (see `shard`).
 
     masks: of every layer; without them attention is called with None. positions: int64 [S_own], this rank's tokens of
     the seq_len_tokens of a sequence: every call is held to them. one_sequence: whether patterns are chosen by data,
-    which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks. A
-    deep copy of the model shares this object.
+    which takes one sequence at a time. first_loss: called when the model first computes a loss, to compare ranks.
+    router: the loss of the model's routers over all ranks; without it a model that adds one is refused. A deep copy of
+    the model shares this object.
     """
 
     def __init__(
         self, model: PreTrainedModel, planned: Attention, masks: LayerMask | None = None, *, positions: Tensor,
         seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
+        router: Routers | None = None,
     ) -> None:  # fmt: skip
         if model.config._attn_implementation == ATTENTION_NAME:
             raise InputError("is attached already: detach it first", field="model")
@@ -73,10 +95,13 @@ class Attached:
             raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
         for module in self._modules:
             module._sparsering = self
+        self.router, self._adds_router_loss = router, False
         body: Module = model_body(model)
         uncompiled: Any = torch.compiler.disable  # the hooks look at values
         self._hooks = [
             model.register_forward_pre_hook(uncompiled(self._check_labels), with_kwargs=True),
+            model.register_forward_pre_hook(uncompiled(self._take_over_routers), with_kwargs=True),
+            model.register_forward_hook(uncompiled(lambda module, args, output: self._add_router_loss(output))),
             body.register_forward_pre_hook(uncompiled(self._check_call), with_kwargs=True),
             body.register_forward_hook(uncompiled(lambda module, args, output: self.positions.settle())),
         ]
@@ -93,15 +118,13 @@ class Attached:
             del module._sparsering
         for hook in self._hooks:
             hook.remove()
+        if self.router is not None:
+            self.router.detach()
         self.planned.close()
 
     def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
-        own: Any = module  # this model or a copy of it
         given = _arguments(module, args, keywords)
-        if given.get("output_router_logits") or getattr(own.config, "output_router_logits", False):
-            raise UnsupportedError("is on; losses of a router over one shard are not those of the sequence",
-                                   field="output_router_logits")  # fmt: skip
         if given.get("labels") is None:
             return
         for name, otherwise in LOSS_ARGUMENTS.items():
@@ -111,6 +134,33 @@ class Attached:
         if self._first_loss is not None:
             self._first_loss(module, given)
             self._first_loss = None
+
+    def _take_over_routers(self, module: Module, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Have the model leave the loss of its routers to `_add_router_loss`: its own would be of this shard."""
+        own: Any = module  # this model or a copy of it
+        asked = _arguments(module, args, keywords).get(ROUTER_LOGITS)
+        wanted = asks_for_router_loss(own) if asked is None else bool(asked)
+        self._adds_router_loss = wanted and self.router is not None
+        if not wanted:
+            return args, keywords
+        if self.router is None:
+            raise UnsupportedError("is on; set it in the configuration, before the model is attached: the audit proves "
+                                   "nothing about it otherwise", field=ROUTER_LOGITS)  # fmt: skip
+        if asked is not None and ROUTER_LOGITS not in keywords:
+            raise UnsupportedError("is given by place; give it by name", field=ROUTER_LOGITS)
+        if not keywords.get("return_dict", getattr(own.config, "return_dict", True)):
+            raise UnsupportedError("is off; the loss of routers is added by name", field="return_dict")
+        return args, keywords | {ROUTER_LOGITS: False}
+
+    def _add_router_loss(self, output: Any) -> Any:
+        """Add this rank's part of the routers' loss to its part of the loss; parts of all ranks add up."""
+        if not self._adds_router_loss or self.router is None:
+            return output
+        part = self.router.take()
+        output["aux_loss"] = part
+        if output.loss is not None:
+            output["loss"] = output.loss + self.router.coefficient * part.to(output.loss.dtype)
+        return output
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         own: Any = module  # this model or a copy of it

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
 from .losses import LossName, linear_cross_entropy_sum
-from .shape import head_form, model_body
+from .shape import ROUTER_LOGITS, asks_for_router_loss, head_form, model_body
 
 
 class ModelWithLoss(Module):
@@ -26,11 +26,13 @@ class ModelWithLoss(Module):
         self.model = model
         self._body = [model_body(model)]  # in a list: it is a part of `model` already, not another module
         self._scale, self._softcap = head_form(model.config)
+        # Attached routers are summed up in each layer: their logits need not be kept for all of them.
+        self._asked = {ROUTER_LOGITS: False} if asks_for_router_loss(model) else {}
         self._settings: Any = {"implementation": implementation, "chunk_tokens": chunk_tokens}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the token losses of this rank's shard. All int64 [B, S_own]; labels are shifted already."""
-        hidden = self._body[0](input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        hidden = self._body[0](input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._asked)[0]
         head: Any = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         if self._scale != 1.0:

@@ -24,6 +24,7 @@ WINDOW, CHUNK = "sliding_window", "attention_chunk_size"
 ATTENTION_SOFTCAP = "attn_logit_softcapping"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+ROUTER_LOGITS = "output_router_logits"  # transformers' setting: compute the loss of the routers, and add it
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -118,6 +119,11 @@ def active_parameters(model: PreTrainedModel) -> int | None:
     counts = list(positive_settings(text, EXPERTS).values())
     visited = list(positive_settings(text, EXPERTS_OF_A_TOKEN).values())
     return total + experts * visited[0] // counts[0] if counts and visited else None
+
+
+def asks_for_router_loss(model: PreTrainedModel) -> bool:
+    """Whether a model's configuration adds the loss of its routers."""
+    return bool(setting(model.config, ROUTER_LOGITS))
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:

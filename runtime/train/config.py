@@ -193,11 +193,14 @@ class MetricsSection(_Section):
 
     kept_mass_every_steps: how often kept attention mass is weighed, which takes passes over all keys; None: only in
     the steps that are recorded for the trace.
+
+    expert_load: how often each expert of each layer is chosen, over all ranks, in every step that is written.
     """
 
     folder: RootedPath
     every_steps: int = Field(default=1, ge=1)
     kept_mass_every_steps: int | None = Field(default=None, ge=1)
+    expert_load: bool = False
     tensorboard: bool = False
     wandb: WandbSection | None = None
     peak_flops_per_device: float | None = Field(default=None, gt=0)

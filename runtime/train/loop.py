@@ -25,8 +25,10 @@ from ..baselines.torch_ring import TorchContextParallel
 from ..comm.mesh import Mesh, agree, naming_lost_ranks
 from ..comm.reuse import common_group
 from ..data.shards import TokenSequence
+from ..experts.load import ExpertLoad
 from ..hf.capture import trace_header
 from ..model.attached import Attached, Attention
+from ..model.router_loss import router_loss_of
 from ..model.shape import decoder_layers
 from ..timing.spans import Clock, Exposure, TimedAttention
 from .batch import Microbatch, cut
@@ -73,10 +75,15 @@ class Trainer:
         device_mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("all",))
         self.model = shard_model(self.hf_model, setup.config, device_mesh)
         own = torch.from_numpy(setup.plan.make_placement().positions(self.mesh.rank)).to(world.device)
+        is_token = own < setup.config.seq_len_tokens
         self.attached = Attached(
             self.hf_model, TimedAttention(attention, self.clock), self.masks and self.masks.of_layer, positions=own,
             seq_len_tokens=setup.config.seq_len_tokens,
+            router=router_loss_of(self.hf_model, is_token, _over_all_ranks),
         )  # fmt: skip
+        self.load: ExpertLoad | None = None
+        if setup.config.metrics is not None and setup.config.metrics.expert_load:
+            self.load = ExpertLoad(self.hf_model, is_token, _over_all_ranks)
         self.watch = FiniteWatch(decoder_layers(self.hf_model), world.device)
         self.optimizer = make_optimizer(self.model, setup.config.optimizer)
         self._group = common_group(self.mesh, "comparing")
@@ -138,9 +145,11 @@ class Trainer:
         if check is not None:
             check.begin(self.next_step)
         self.exposure.on = observed.measured
-        loss_sum = self._forward_backward(batches, valid, observed)
+        if self.load is not None:
+            self.load.on = observed.measured
+        losses = self._forward_backward(batches, valid, observed)
         norms = gradient_norms(self.hf_model.named_parameters())
-        loss, norm = self._checked(loss_sum, valid, norms)
+        loss, router_loss, norm = self._checked(losses, valid, norms)
         if check is not None:
             check.judge(self.next_step, Given(batch=batches[0], sequence=self._sequence(0)), self.mesh)
         rate = learning_rate(self.next_step, config.optimizer, config.steps)
@@ -155,14 +164,16 @@ class Trainer:
         if self.check is not None:
             self.check.after(self.next_step)
         return StepResult(
-            step=self.next_step - 1, loss=loss, grad_norm=norm, learning_rate=rate, valid_tokens=int(valid.item()),
-            tokens=config.sequences_per_step * config.seq_len_tokens, seconds=seconds, parts_ms=parts,
-            extra=self._measured(seconds) if observed.measured else {},
+            step=self.next_step - 1, loss=loss, router_loss=router_loss, grad_norm=norm, learning_rate=rate,
+            valid_tokens=int(valid.item()), tokens=config.sequences_per_step * config.seq_len_tokens, seconds=seconds,
+            parts_ms=parts, extra=self._measured(seconds) if observed.measured else {},
         )  # fmt: skip
 
     def close(self) -> None:
         """Give the model its own attention back."""
         self.attached.detach()
+        if self.load is not None:
+            self.load.detach()
 
     def _attention(self, replayed: Sequence[AttentionMask] | None) -> Attention:
         if self.config.attention in ("dense-zigzag", FLASH4_RING):
@@ -203,40 +214,49 @@ class Trainer:
         )  # fmt: skip
 
     def _forward_backward(self, batches: list[Microbatch], valid: Tensor, observed: Observed) -> Tensor:
-        """Accumulate gradients of the mean loss over all valid tokens; return this rank's summed loss."""
+        """Accumulate the gradients of the step's loss; return float64 [2] of this rank: its summed token losses, and
+        its part of the routers' loss, whose mean over microbatches counts.
+        """
         # FSDP averages gradients over all processes; what is wanted is their sum over the number of valid tokens.
         factor = self.world.world_size / valid.clamp(min=1.0)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        losses, router = torch.zeros(2, dtype=torch.float64, device=self.world.device), self.attached.router
         for number, batch in enumerate(batches):
             if self.masks is not None:
                 self.masks.documents = batch.documents
                 self.masks.observed = observed if number == 0 else NOTHING
             self.attached.positions.expect(batch.position_ids if self.config.data.documents.positions else None)
             part = self.model(batch.input_ids, batch.position_ids, batch.labels)
-            (part * factor.to(part.dtype)).backward()
-            loss_sum += part.detach()
-        return loss_sum
+            losses[0] += part.detach()
+            weighted = part * factor.to(part.dtype)
+            if router is not None:
+                part = router.take() / self.config.microbatches
+                losses[1] += part.detach()
+                weighted = weighted + part * (router.coefficient * self.world.world_size)
+            weighted.backward()
+        return losses
 
-    def _checked(self, loss_sum: Tensor, valid: Tensor, norms: GradientNorms) -> tuple[float | None, float]:
-        """Return the step's loss and gradient norm, the same on every rank.
+    def _checked(
+        self, losses: Tensor, valid: Tensor, norms: GradientNorms
+    ) -> tuple[float | None, float | None, float]:  # fmt: skip
+        """Return the step's loss, that of its routers and the gradient norm, the same on every rank.
 
         TrainingError when the gradient is not finite, or ranks chose different patterns. RankLost when ranks are lost:
         what was waited for here may be what nobody sent.
         """
-        dist.all_reduce(loss_sum)
+        dist.all_reduce(losses)
         own = self.masks.take_hash() if self.masks is not None else torch.zeros_like(valid, dtype=torch.int64)
         ends = torch.stack([own, ~own])
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
         same = (ends[0] == ~ends[1]).double()  # largest and smallest hash
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
-        loss, norm, count, alike = torch.stack([loss_sum, norms.total, valid, same]).tolist()
+        loss, router_loss, norm, count, alike = torch.stack([*losses, norms.total, valid, same]).tolist()
         self.world.check()
-        if not math.isfinite(norm) or not math.isfinite(loss):
+        if not all(map(math.isfinite, (norm, loss, router_loss))):
             told = self.watch.diagnosis(norms)
             raise TrainingError(f"step {self.next_step}: {told}; the parameters are those before this step")
         if not alike:
             raise TrainingError(f"step {self.next_step}: ranks chose different patterns (their hashes differ)")
-        return (loss / count if count else None), norm
+        return (loss / count if count else None), (None if self.attached.router is None else router_loss), norm
 
     def _measured(self, seconds: float) -> dict[str, Any]:
         loads = None if self.masks is None else self.masks.take_loads()
@@ -244,4 +264,11 @@ class Trainer:
         values = measured_values(
             self.config, self.setup.facts, self.setup.plan, self.world, seconds=seconds, loads=loads
         )  # fmt: skip
+        values |= {} if self.load is None else self.load.take()
         return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}
+
+
+def _over_all_ranks(counts: Tensor) -> Tensor:
+    """Add up what was counted of a microbatch's sequences, one of each replica, or of all of a step's."""
+    dist.all_reduce(counts)
+    return counts

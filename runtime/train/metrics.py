@@ -28,6 +28,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "
 class StepResult:
     """What one optimizer step did. loss: mean over all valid tokens of all ranks; None without any valid token.
 
+    router_loss: of the routers' load balancing, before its coefficient; None where the model adds none.
     parts_ms: of attention forward, its backward, and choosing; extra: `measured_values` of a step that was measured.
     """
 
@@ -40,13 +41,15 @@ class StepResult:
     seconds: float
     parts_ms: dict[str, float]
     extra: dict[str, Any] = field(default_factory=dict)
+    router_loss: float | None = None
 
     def values(self) -> dict[str, Any]:
         """Return everything as plain values."""
         own = {name: getattr(self, name) for name in ("step", "loss", "grad_norm", "learning_rate", "valid_tokens")}
         speed = {"step_time_us": self.seconds * 1e6, "tokens_per_s": self.tokens / self.seconds}
         parts = {f"{name}_ms": value for name, value in self.parts_ms.items()}
-        return own | speed | parts | self.extra
+        routers = {} if self.router_loss is None else {"router_loss": self.router_loss}
+        return own | routers | speed | parts | self.extra
 
 
 def measured_values(

@@ -5,11 +5,13 @@ Nothing here joins other processes or touches a device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
@@ -18,9 +20,10 @@ from ..attention.here import require_backend_here
 from ..audit.audit import audit, causal_class, small_model
 from ..audit.result import Audit
 from ..data.shards import TokenData
+from ..experts.load import require_experts
 from ..hf.attach import check_padding
 from ..model.losses import liger_is_here
-from ..model.shape import decoder_layers
+from ..model.shape import ROUTER_LOGITS, decoder_layers, setting
 from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import TrainConfig
@@ -109,9 +112,14 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     for field, wanted in (("loss", config.memory.loss == "liger"), ("fused_layers", config.memory.fused_layers)):
         if wanted and (device != "cuda" or not liger_is_here()):
             raise InputError("needs a GPU and the package liger-kernel", field=f"memory.{field}")
-    if config.memory.mlp_tiles > 1:
-        for layer in decoder_layers(small_model(model_config, causal_class(model_config), config.seq_len_tokens)):
-            require_tileable(layer)
+    counts_experts = config.metrics is not None and config.metrics.expert_load
+    if config.memory.mlp_tiles > 1 or counts_experts:
+        small = small_model(model_config, causal_class(model_config), config.seq_len_tokens)
+        if counts_experts:
+            require_experts(small)
+        if config.memory.mlp_tiles > 1:
+            _require_tileable(small, counted=[ROUTER_LOGITS] * bool(setting(model_config, ROUTER_LOGITS))
+                              + ["metrics.expert_load"] * counts_experts)  # fmt: skip
     if config.metrics is not None:
         require_packages(config.metrics)
     setup = Setup(
@@ -122,3 +130,12 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     if newest is not None:
         setup.check_resumed(read_checkpoint_manifest(newest)["facts"], source=newest)
     return setup
+
+
+def _require_tileable(small: PreTrainedModel, *, counted: Sequence[str]) -> None:
+    """Refuse MLPs that cannot be computed in pieces. counted: settings that have tokens' choices of experts counted."""
+    if counted:
+        raise InputError("are on: experts that are called piece by piece are not counted right; leave one of them out",
+                         field=f"memory.mlp_tiles and {counted[0]}")  # fmt: skip
+    for layer in decoder_layers(small):
+        require_tileable(layer)

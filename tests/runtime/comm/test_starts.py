@@ -46,6 +46,7 @@ class Start:
     timeout_s: float = 60.0
     victim: int = -1
     how: str = "lives"
+    patience_s: float = 0.0
     skipped: tuple[int, ...] = ()
     changed: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
 
@@ -109,7 +110,35 @@ STARTS = {
     "a rank that exits": _dies(1, "exits", "rank 1 of 3 stopped answering (seen by rank ", 3),
     "a rank that is killed": _dies(2, "killed", "rank 2 of 3 stopped answering (seen by rank ", -signal.SIGKILL),
     "the store's host is killed": _dies(0, "killed", "rank 0 of 3, which hosts the store, stopped ", -signal.SIGKILL),
-}
+    "a rank that is killed while all leave": _dies(
+        1, "killed leaving", "rank 1 of 3 stopped answering (seen by rank 0); all others", -signal.SIGKILL
+    ),
+    "a rank that is killed while all leave, and are watched": Start(
+        says=dict.fromkeys((0, 2), "rank 1 of 3 stopped answering (seen by rank "),
+        codes={0: 1, 1: -signal.SIGKILL, 2: 1}, victim=1, how="killed leaving", patience_s=6.0,
+    ),
+    "the store's host is killed while all leave": _dies(
+        0, "killed leaving", "rank 0 of 3, which hosts the store, stopped ", -signal.SIGKILL
+    ),
+    "a rank that raises while others leave": _dies(
+        2, "raises leaving", "rank 2 of 3 ended; it said: OSError: no data left", 1
+    ),
+    "a rank that is killed after all others left": Start(
+        says={0: "rank 2 of 3 stopped answering (seen by rank 0)"}, codes={0: 1, 1: 0, 2: -signal.SIGKILL}, victim=2,
+        how="killed closing",
+    ),
+    "a rank that leaves beyond the time-out": Start(
+        says=dict.fromkeys(range(3), "rank 1 of 3 did not come in time (seen by rank "),
+        codes=dict.fromkeys(range(3), 1), timeout_s=SHORT_S, victim=1, how="slow",
+    ),
+    "a rank that leaves late": Start(says={}, codes=dict.fromkeys(range(3), 0), victim=1, how="slow"),
+    "the store's host leaves late": Start(says={}, codes=dict.fromkeys(range(3), 0), victim=0, how="slow"),
+    "a rank that exits and does not leave": Start(says={}, codes=dict.fromkeys(range(3), 0), victim=2, how="unleft"),
+    "the store's host exits and does not leave": Start(
+        says={}, codes=dict.fromkeys(range(3), 0), victim=0, how="unleft"
+    ),
+    "all leave": Start(says={}, codes=dict.fromkeys(range(3), 0)),
+}  # fmt: skip
 
 
 def _started(start: Start, port: int) -> dict[int, tuple[int, str]]:
@@ -120,7 +149,8 @@ def _started(start: Start, port: int) -> dict[int, tuple[int, str]]:
             environment = rank_environment(rank, WORLD_SIZE, port, LOCAL_RANK="0", TORCH_CPP_LOG_LEVEL="ERROR")
             changed = environment | dict(start.changed.get(rank, {}))
             processes[rank] = subprocess.Popen(
-                [sys.executable, str(WORKER), str(start.timeout_s), str(start.victim), start.how],
+                [sys.executable, str(WORKER), str(start.timeout_s), str(start.victim), start.how,
+                 str(start.patience_s)],
                 env={name: value for name, value in changed.items() if value is not None},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
@@ -135,6 +165,7 @@ def _started(start: Start, port: int) -> dict[int, tuple[int, str]]:
 def _judge(start: Start, port: int) -> None:
     ended = _started(start, port)
     assert {rank: code for rank, (code, _) in ended.items()} == start.codes, ended
+    assert all(told == "" for code, told in ended.values() if code == 0), ended
     for rank, says in start.says.items():
         lines = ended[rank][1].splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"sparsering: {says}"), ended[rank][1]

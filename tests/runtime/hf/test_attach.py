@@ -23,7 +23,7 @@ from train_runs import write_run
 
 Pools = Callable[[int], RankPool]
 SEQ_LEN_TOKENS = 256
-EAGER_ALONE = ("gemma2", "gpt-oss", "mimo")  # torch's attention has neither softcaps nor sinks
+EAGER_ALONE = ("gemma2", "gpt-oss", "gpt-oss-routers", "mimo")  # torch's attention has neither softcaps nor sinks
 HEAD_GAIN = 50.0  # as after training: scales and caps of logits show
 
 

@@ -27,6 +27,7 @@ EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_
            "moe_intermediate_size": 32}  # fmt: skip
 GEMMA4 = {"head_dim": 16, "global_head_dim": 24, "sliding_window": 64, "hidden_size_per_layer_input": 8,
           "vocab_size_per_layer_input": 256, "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+ROUTERS = {"output_router_logits": True, "router_aux_loss_coef": 0.7, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 NESTED_DYNAMIC = {
     "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
@@ -58,6 +59,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
                       None),
     "gpt-oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 33},
                 None),
+    # losses of routers, over all ranks
+    "qwen3-moe-routers": ("qwen3_moe", ROUTERS | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}, None),
+    "mixtral-routers": ("mixtral", ROUTERS | {"num_local_experts": 4, "sliding_window": None}, None),
+    "gpt-oss-routers": ("gpt_oss", ROUTERS | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 33}, None),
+    "olmoe-routers": ("olmoe", ROUTERS | {"num_experts": 4}, None),
     "mistral-window": ("mistral", {"sliding_window": 64}, None),
     "olmo3": ("olmo3", {"sliding_window": 90, "layer_types": ["sliding_attention", "full_attention"]}, None),
     "llama4-chunks": ("llama4_text", {"head_dim": 16, "attention_chunk_size": 72, "num_local_experts": 2,
@@ -102,8 +108,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
                                            "no_rope_layers": [1, 0], "floor_scale": 16},
                            "audit: "),
     "llama-dropout": ("llama", {"attention_dropout": 0.1}, "attention_dropout: is 0.1"),
-    "router-losses": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
-                                    "moe_intermediate_size": 32, "output_router_logits": True}, "output_router_logits"),
+    # a setting that its class does not know: alone it adds nothing
+    "router-losses-ignored": ("afmoe", {"output_router_logits": True, "router_aux_loss_coef": 0.7},
+                              "audit: loss is off by"),
+    "router-losses-unknown": ("flint", {"output_router_logits": True, "num_experts_per_tok": 2},
+                              "output_router_logits: is on, but FlintForCausalLM does not say which modules"),
+    "router-losses-without": ("llama", {"output_router_logits": True}, "output_router_logits: is on, but "),
     "bert": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "is not causal"),
 }  # fmt: skip
 RIGHT = [name for name, (_, _, refusal) in CASES.items() if refusal is None]

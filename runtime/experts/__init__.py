@@ -1,0 +1,1 @@
+"""How evenly the experts of a model are used."""
