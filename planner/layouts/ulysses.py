@@ -91,6 +91,10 @@ class _HeadParallel(Builder):
     chunks: int
 
     @property
+    def alike(self) -> int:
+        return self.degree
+
+    @property
     def exchange(self) -> str:
         """The communicator of groups: a name for every size, since directions may differ in it."""
         return f"exchange{self.degree}"

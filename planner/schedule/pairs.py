@@ -69,6 +69,14 @@ class Pairs:
         key, distance = np.indices((self.world_size,) * 2)
         return self.matrix[(key + distance) % self.world_size, key]
 
+    def period(self, step: int) -> int:
+        """Return the least multiple of `step` by which all parts can be moved on without a change; all, if none."""
+        world = self.world_size
+        for shift in (one for one in range(step, world, step) if world % one == 0):
+            if np.array_equal(self.matrix, np.roll(self.matrix, (shift, shift), axis=(0, 1))):
+                return shift
+        return world
+
     def left_out(self) -> frozenset[tuple[int, int]]:
         """Return the (query part, key part) pairs that never have work."""
         return frozenset((int(query), int(key)) for query, key in np.argwhere(~self.matrix))

@@ -58,6 +58,10 @@ class ShardId:
     def __str__(self) -> str:
         return f"{self.sequence_part}.{self.head_group}"
 
+    def moved(self, by: int, world_size: int) -> ShardId:
+        """Return the shard of the part so many further on, counted around."""
+        return ShardId(sequence_part=(self.sequence_part + by) % world_size, head_group=self.head_group)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -106,8 +110,13 @@ class Transfer:
     @property
     def id(self) -> str:
         """The name by which both ends and `Phase.waits` know this transfer."""
-        route = "all" if self.source == ALL_RANKS else f"{self.source}>{self.destination}"
-        return f"{self.kind}/{self.shard or '-'}/{route}/{self.sequence}"
+        return transfer_id(self.kind, self.shard, self.source, self.destination, self.sequence)
+
+
+def transfer_id(kind: TransferKind, shard: ShardId | None, source: int, destination: int, sequence: int) -> str:
+    """Return the name of a transfer; see `Transfer.id`."""
+    route = "all" if source == ALL_RANKS else f"{source}>{destination}"
+    return f"{kind}/{shard or '-'}/{route}/{sequence}"
 
 
 def slots_from(first: str, count: int) -> list[str]:
@@ -171,6 +180,9 @@ class Schedule:
     communicators are listed in launch order: within a phase, every rank launches on them in this order, and so there
     is one total order over all communicators. `program(rank)` makes that rank's phases; `phases` keeps them.
     `kept(rank)`: K/V buffers of the layer's own, by the shards that they hold when forward ends and backward begins.
+    period: rank r + period does at the same time what rank r does, with all ranks and parts moved on by it (modulo the
+    ranks), in slots that are as far from each other; so the first `period` ranks tell how long all take. A divisor of
+    the ranks; 0: nothing is said.
     """
 
     direction: Direction
@@ -181,6 +193,7 @@ class Schedule:
     buffers: tuple[Buffer, ...]
     program: Callable[[int], tuple[Phase, ...]]
     kept: Callable[[int], dict[str, ShardId]] = lambda rank: {}
+    period: int = 0
     _expanded: dict[int, tuple[Phase, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def phases(self, rank: int) -> tuple[Phase, ...]:
@@ -195,6 +208,11 @@ class Schedule:
             if communicator.name == name:
                 return communicator
         raise InputError(f"unknown communicator {name!r}", field="communicators")
+
+    @property
+    def different_ranks(self) -> range:
+        """The ranks that all others are like, as `period` says."""
+        return range(self.period or self.world_size)
 
     @property
     def buffer_bytes(self) -> int:
@@ -236,4 +254,4 @@ def with_programs(schedule: Schedule, programs: Mapping[int, Iterable[Phase]]) -
     def program(rank: int) -> tuple[Phase, ...]:
         return replaced[rank] if rank in replaced else schedule.phases(rank)
 
-    return replace(schedule, program=program, _expanded={})
+    return replace(schedule, program=program, period=0, _expanded={})
