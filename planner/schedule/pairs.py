@@ -123,14 +123,16 @@ def pattern_pairs(pattern: LayerPattern, placement: Placement) -> Pairs:
 def active_blocks(pattern: LayerPattern) -> Bits:
     """Return bool [N, N]: the block pairs that any head of the layer activates and that share a document."""
     diagonals = np.zeros(pattern.num_blocks, dtype=bool)
-    bits: Bits | None = None
+    rows = None  # of bits, eight a byte
     for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
         if isinstance(head, VerticalSlash):
             diagonals[head.diagonals] = True
         else:
-            bits = head.bits if bits is None else np.logical_or(bits, head.bits, out=bits)
-    toeplitz = bits_of_diagonals(diagonals)
-    any_head = toeplitz if bits is None else toeplitz | bits
+            rows = head.rows.copy() if rows is None else np.bitwise_or(rows, head.rows, out=rows)
+    any_head = bits_of_diagonals(diagonals)
+    if rows is not None:
+        bits = np.unpackbits(rows, axis=1, count=pattern.num_blocks).view(bool)
+        any_head = np.logical_or(bits, any_head, out=bits) if diagonals.any() else bits
     return documents_share(pattern.documents, pattern.block_size, pattern.seq_len_tokens, any_head)
 
 

@@ -29,6 +29,7 @@ from typing import Literal
 
 from ...traces.errors import InputError
 from ...traces.files import canonical_json
+from .digest import phases_json
 
 Direction = Literal["forward", "backward"]
 TransferKind = Literal["kv", "dkv", "q", "out", "columns"]
@@ -243,7 +244,7 @@ class Schedule:
         head |= {"kept": [{name: str(shard) for name, shard in self.kept(rank).items()} for rank in ranks]}
         digest = hashlib.sha256(canonical_json(head))
         for rank in ranks:
-            digest.update(canonical_json([asdict(phase) for phase in self.program(rank)]))
+            digest.update(phases_json(self._expanded.get(rank) or self.program(rank)))
         return digest.hexdigest()
 
 

@@ -136,6 +136,7 @@ class ScoreBoard:
     _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
     _schedules: dict[tuple[Layout, Direction, int, Pairs], Schedule] = field(default_factory=dict)
+    _memories: dict[tuple[Layout, Direction, int, Pairs], LayerMemory] = field(default_factory=dict)
     _scores: dict[tuple[Rater, PlacementChoice, Layout, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
@@ -169,11 +170,17 @@ class ScoreBoard:
 
     def schedule(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Schedule:
         """Return the schedule; UnsupportedError where the layout does not apply."""
-        shape, pairs = self.problem.shape(self.placement(choice)), self.pairs(choice)
-        key = (layout, direction, shape.tokens_per_rank, pairs)
+        key = self._scheduled(choice, layout, direction)
         if key not in self._schedules:
-            self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=pairs)
+            shape = self.problem.shape(self.placement(choice))
+            self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=self.pairs(choice))
         return self._schedules[key]
+
+    def _scheduled(
+        self, choice: PlacementChoice, layout: Layout, direction: Direction
+    ) -> tuple[Layout, Direction, int, Pairs]:
+        """Return all that a schedule depends on: placements may have it in common."""
+        return layout, direction, self.placement(choice).tokens_per_rank, self.pairs(choice)
 
     def applies(self, choice: PlacementChoice, layout: Layout) -> bool:
         """Whether the layout can be built for these sizes at all."""
@@ -181,14 +188,17 @@ class ScoreBoard:
 
     def memory(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> LayerMemory:
         """Return the bytes that a step needs as far as this direction's slots are the larger ones."""
-        return layer_memory(
-            self.schedule(choice, layout, direction),
-            self.problem.shape(self.placement(choice)),
-            layers=self.problem.attention.model.layers,
-            backend=self.problem.backend,
-            reordered=self.problem.head_orders(layout.head_groups) is not None,
-            listed_block_tokens=self.problem.attention.block_size if self.problem.summary.listed else None,
-        )
+        key = self._scheduled(choice, layout, direction)
+        if key not in self._memories:
+            self._memories[key] = layer_memory(
+                self.schedule(choice, layout, direction),
+                self.problem.shape(self.placement(choice)),
+                layers=self.problem.attention.model.layers,
+                backend=self.problem.backend,
+                reordered=self.problem.head_orders(layout.head_groups) is not None,
+                listed_block_tokens=self.problem.attention.block_size if self.problem.summary.listed else None,
+            )
+        return self._memories[key]
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""

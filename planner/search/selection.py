@@ -7,8 +7,9 @@ must gain more than a margin. No plain layout that is eligible is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...traces.errors import InputError
@@ -29,12 +30,18 @@ FINAL_LAYOUTS = 2
 IRREGULAR_MARGIN = 0.01
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
 MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
+# Mixtures that are estimated to take so much longer than the best that was simulated are not simulated. The recurrence
+# overlooks that calls share links, so it is seldom above the simulator.
+SCREENED = 1.05
+MOST_SIMULATED_RANKS = 128  # on more of them the recurrence has the last word
+ALL_PLACED_RANKS = 64  # on more of them the best layouts of the first placement are tried under the others
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK, GOOD = "recurrence", "simulator"
 
 
 # Layouts that a placement may be combined with in each direction, and their times in microseconds.
 Options = dict[Direction, dict[Layout, float]]
+Mixture = tuple[PlacementChoice, Layout, Layout]  # forward's layout, backward's
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,19 +87,24 @@ def select(
     candidates, notes = _candidates(board)
     offers = problem.space.offers(problem.cluster, restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
-    rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
-    steps = _rate(board, list(dict.fromkeys([*candidates, *plain])), rater, "estimating", progress)
+    rater = screen = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
+    steps = _estimates(board, candidates, plain, rater, progress)
+    candidates = [one for one in candidates if one in steps]
     options = _eligible_options(candidates, steps)
     if not any(_mixtures(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
-    if final is not None:
-        rater = Rater(name=GOOD, evaluator=final, samples=_simulated_samples(problem))
-        steps |= _rate(board, plain, rater, "simulating plain layouts", progress)
+    if final is not None and problem.cluster.world_size <= MOST_SIMULATED_RANKS:
+        samples = _simulated_samples(problem)
+        rater, screen = (replace(rater, name=name, evaluator=one, samples=samples)
+                         for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
         options = _finalists(options, steps, [one for one in plain if one in candidates])
-    pick = min(_best_steps(board, options, rater, progress), key=competing_us)
-    for choice, one in options.items():  # scores of both directions are there already
-        both = [layout for layout in one["forward"] if layout in one["backward"]]
-        steps |= {(choice, layout): board.step(choice, layout, layout, rater) for layout in both}
+        both_ways = [(choice, layout, layout) for choice, layout in plain]
+        rated = _rate_best(board, both_ways, rater, screen, "simulating plain layouts", progress)
+        steps |= {(choice, layout): step for (choice, layout, _), step in rated.items()}
+    mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
+    rated = _rate_best(board, mixtures, rater, screen, "choosing", progress)
+    pick = min((rated[one] for one in mixtures if one in rated), key=competing_us)
+    steps |= {(choice, forward): step for (choice, forward, backward), step in rated.items() if forward == backward}
     return Selection(
         pick=pick,
         table=tuple(steps.values()),
@@ -133,14 +145,52 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
     return sorted(found, key=lambda one: order[one[0]]), notes
 
 
+def _estimates(
+    board: ScoreBoard, candidates: Sequence[Candidate], plain: Sequence[Candidate], rater: Rater, progress: Progress
+) -> dict[Candidate, Step]:
+    """Return the candidates' steps by a quick evaluator, those of plain layouts among them.
+
+    On many ranks all layouts under the first placement, and under the others the best few of them: which layouts are
+    quick hangs on the cluster far more than on who has which blocks.
+    """
+    first = candidates[0][0]
+    asked = [one for one in candidates if one[0] == first]
+    few = board.problem.cluster.world_size > ALL_PLACED_RANKS
+    steps = _rate(board, list(dict.fromkeys([*(asked if few else candidates), *plain])), rater, progress)
+    if few:
+        options = _eligible_options(asked, steps)
+        best = {layout for one in options.values() for way in DIRECTIONS for layout in _best_of_their_kind(one[way])}
+        steps |= _rate(board, [one for one in candidates if one[1] in best and one not in steps], rater, progress)
+    return steps
+
+
 def _rate(
-    board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, stage: str, progress: Progress
+    board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, progress: Progress
 ) -> dict[Candidate, Step]:
     steps = {}
     for number, (choice, layout) in enumerate(candidates):
         steps[choice, layout] = board.step(choice, layout, layout, rater)
-        progress(stage, number + 1, len(candidates))
+        progress("estimating", number + 1, len(candidates))
     return steps
+
+
+def _rate_best(
+    board: ScoreBoard, mixtures: Sequence[Mixture], rater: Rater, screen: Rater, stage: str, progress: Progress
+) -> dict[Mixture, Step]:
+    """Return the steps of mixtures that may be the quickest, those that `screen` estimates to be so first.
+
+    It ends with the first whose estimate is SCREENED times as long as the quickest step so far that is eligible.
+    """
+    estimated_us = {one: competing_us(board.step(*one, screen)) for one in mixtures}
+    quickest_us, rated = math.inf, {}
+    for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
+        if estimated_us[one] > SCREENED * quickest_us:
+            break
+        rated[one] = board.step(*one, rater)
+        if rated[one].eligible:
+            quickest_us = min(quickest_us, competing_us(rated[one]))
+        progress(stage, number + 1, len(mixtures))
+    return rated
 
 
 def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
@@ -170,31 +220,20 @@ def _finalists(
     for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], *regular[:1]]):
         kept = found.setdefault(choice, {way: {} for way in DIRECTIONS})
         for way, times_us in options[choice].items():
-            groups: dict[Hashable, list[Layout]] = {}
-            for layout in times_us:
-                groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
-            for alike in groups.values():
-                best = sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]
-                kept[way].update((layout, times_us[layout]) for layout in best)
+            kept[way].update((layout, times_us[layout]) for layout in _best_of_their_kind(times_us))
     return found
 
 
-def _best_steps(
-    board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress
-) -> list[Step]:
-    """Return the quickest mixture of every placement; the directions' layouts may differ.
+def _best_of_their_kind(times_us: dict[Layout, float]) -> list[Layout]:
+    groups: dict[Hashable, list[Layout]] = {}
+    for layout in times_us:
+        groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
+    return [one for alike in groups.values() for one in sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]]
 
-    Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
-    equals. Scores that are there already are not computed again.
-    """
-    mixtures = {choice: both for choice, one in options.items() if (both := _mixtures(one))}
-    best = []
-    for number, (choice, both) in enumerate(mixtures.items()):
-        ordered = sorted(both, key=lambda one: one[0] != one[1])
-        steps = [board.step(choice, forward, backward, rater) for forward, backward in ordered]
-        best.append(min(steps, key=competing_us))
-        progress("choosing", number + 1, len(mixtures))
-    return best
+
+def _plainest_first(mixtures: Iterable[tuple[Layout, Layout]]) -> list[tuple[Layout, Layout]]:
+    """Return mixtures in order, the same layout in both directions before others: `min` keeps the first of equals."""
+    return sorted(mixtures, key=lambda one: one[0] != one[1])
 
 
 def competing_us(step: Step) -> float:
