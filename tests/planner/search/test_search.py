@@ -125,7 +125,8 @@ def test_kept_events_and_times_change_nothing(given_problem: Problem, data):
             other = CompiledRecurrence()(schedule, work, cluster, given_problem.cost)
             assert (one.makespan_us, one.peak_buffer_bytes) == (other.makespan_us, other.peak_buffer_bytes)
             assert np.array_equal(one.phase_us, other.phase_us)
-            allowed = Allowed(keep_kv=layout.kept_slots is not None)
+            split = (layout.head_groups,) if layout.head_groups > 1 else ()
+            allowed = Allowed(keep_kv=layout.kept_slots is not None, degrees=split)
             bound_us = lower_bound_us(work, cluster, given_problem.cost, shape, direction, allowed)
             compute_bound = compute_bound_us(work, given_problem.cost, direction)
             # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
