@@ -197,6 +197,7 @@ class Events:
     def _joined(self, call: GroupCall, transfer: Transfer, group: tuple[int, ...]) -> tuple[_Joined, int]:
         """Return a transfer, and the turn of its source: it is kept as what it is in the first turn."""
         if transfer.source == ALL_RANKS:
+            assert self._turns == 1 or len(group) == self.schedule.world_size
             turns, ends = 0, len(group) // self._turns
             key = call.communicator, group[0], transfer.id
         else:
@@ -235,20 +236,11 @@ class Events:
 def _period(schedule: Schedule, cluster: Cluster) -> int:
     """Return how many ranks make up a turn: those of the schedule, and whole nodes where there are several.
 
-    All of them where that does not come out even, or where ranks are summed up in parts.
+    All of them where that does not come out even.
     """
     world, nodes_of = schedule.world_size, cluster.gpus_per_node if cluster.nodes > 1 else 1
     period = math.lcm(schedule.period or world, nodes_of)
-    collective = {
-        call.communicator
-        for rank in schedule.different_ranks
-        for phase in schedule.phases(rank)
-        for call in phase.group_calls
-        for transfer in call.transfers
-        if transfer.source == ALL_RANKS
-    }
-    whole = all(len(schedule.communicator(name).groups) == 1 for name in collective)
-    return period if whole and world % period == 0 else world
+    return world if world % period else period
 
 
 class _Links:

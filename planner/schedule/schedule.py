@@ -182,8 +182,8 @@ class Schedule:
     is one total order over all communicators. `program(rank)` makes that rank's phases; `phases` keeps them.
     `kept(rank)`: K/V buffers of the layer's own, by the shards that they hold when forward ends and backward begins.
     period: rank r + period does at the same time what rank r does, with all ranks and parts moved on by it (modulo the
-    ranks), in slots that are as far from each other; so the first `period` ranks tell how long all take. A divisor of
-    the ranks; 0: nothing is said.
+    ranks), in slots that are as far from each other, and collectives join all ranks; so the first `period` ranks tell
+    how long all take. A divisor of the ranks; 0: nothing is said.
     """
 
     direction: Direction

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 
 from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
@@ -34,7 +34,9 @@ MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
 # overlooks that calls share links, so it is seldom above the simulator.
 SCREENED = 1.05
 MOST_SIMULATED_RANKS = 128  # on more of them the recurrence has the last word
-ALL_PLACED_RANKS = 64  # on more of them the best layouts of the first placement are tried under the others
+# On more ranks than these only some layouts are tried under each placement: the plain ones, and the best of each kind
+# under the first placement, unless they took so many times the best there.
+ALL_PLACED_RANKS, PLACED = 16, 1.25
 SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
 QUICK, GOOD = "recurrence", "simulator"
 
@@ -88,7 +90,7 @@ def select(
     offers = problem.space.offers(problem.cluster, restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
     rater = screen = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
-    steps = _estimates(board, candidates, plain, rater, progress)
+    steps, left_out = _estimates(board, candidates, plain, rater, progress)
     candidates = [one for one in candidates if one in steps]
     options = _eligible_options(candidates, steps)
     if not any(_mixtures(one) for one in options.values()):
@@ -109,8 +111,8 @@ def select(
         pick=pick,
         table=tuple(steps.values()),
         baselines=tuple(step for one, step in steps.items() if one in plain),
-        bound_us=board.bound_us(rater.samples),
-        notes=tuple(notes),
+        bound_us=board.bound_us(rater.samples, [choice for choice, _ in candidates]),
+        notes=(*notes, *left_out),
     )
 
 
@@ -147,21 +149,35 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
 
 def _estimates(
     board: ScoreBoard, candidates: Sequence[Candidate], plain: Sequence[Candidate], rater: Rater, progress: Progress
-) -> dict[Candidate, Step]:
-    """Return the candidates' steps by a quick evaluator, those of plain layouts among them.
+) -> tuple[dict[Candidate, Step], list[str]]:
+    """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
 
-    On many ranks all layouts under the first placement, and under the others the best few of them: which layouts are
-    quick hangs on the cluster far more than on who has which blocks.
+    Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
+    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
+    hangs on the cluster more than on who has which blocks.
     """
-    first = candidates[0][0]
-    asked = [one for one in candidates if one[0] == first]
-    few = board.problem.cluster.world_size > ALL_PLACED_RANKS
-    steps = _rate(board, list(dict.fromkeys([*(asked if few else candidates), *plain])), rater, progress)
-    if few:
-        options = _eligible_options(asked, steps)
-        best = {layout for one in options.values() for way in DIRECTIONS for layout in _best_of_their_kind(one[way])}
-        steps |= _rate(board, [one for one in candidates if one[1] in best and one not in steps], rater, progress)
-    return steps
+    steps, notes, quickest_us = _rate(board, plain, rater, progress), [], math.inf
+    tried: set[Layout] | None = None
+    for choice, both in groupby(candidates, key=lambda one: one[0]):
+        group = [one for one in both if tried is None or one[1] in tried]
+        if board.least_us(choice, rater.samples) > SCREENED * quickest_us:
+            notes.append(f"{choice} is not looked at further: its lower bound is above the best by {SCREENED - 1:.0%}")
+            continue
+        steps |= _rate(board, [one for one in group if one not in steps], rater, progress)
+        eligible_us = [competing_us(steps[one]) for one in group if steps[one].eligible]
+        quickest_us = min([quickest_us, *eligible_us])
+        if tried is None and board.problem.cluster.world_size > ALL_PLACED_RANKS:
+            tried = _worth_placing(_eligible_options(group, steps)) | {layout for _, layout in plain}
+    return steps, notes
+
+
+def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
+    """Return the best layouts of each kind in either direction, but for those far behind the best of all."""
+    found: set[Layout] = set()
+    for times_us in (one[way] for one in options.values() for way in DIRECTIONS):
+        limit_us = PLACED * min(times_us.values(), default=0.0)
+        found |= {layout for layout in _best_of_their_kind(times_us) if times_us[layout] <= limit_us}
+    return found
 
 
 def _rate(
