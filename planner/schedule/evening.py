@@ -23,7 +23,7 @@ MOST_SETS = 2048  # sets of one rank's units that are looked at
 FEW_UNITS = 64  # of all ranks: then there are other starts
 STARTS = 128
 SHUFFLED = 3  # pairs of units that change places before another start
-ENOUGH = 1.0 + 1e-6  # times the mean: not worth a further step
+ENOUGH = 1.0 + 1e-4  # times the mean: not worth a further step
 
 
 def evened(units: Units, load: Loads) -> Units:

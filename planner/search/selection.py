@@ -37,7 +37,8 @@ MOST_SIMULATED_RANKS = 128  # on more of them the recurrence has the last word
 # On more ranks than these only some layouts are tried under each placement: the plain ones, and the best of each kind
 # under the first placement, unless they took so many times the best there.
 ALL_PLACED_RANKS, PLACED = 16, 1.25
-SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
+# Ranks times layers, per candidate and direction, that are simulated, and that are estimated.
+SIMULATED_RANKS, ESTIMATED_RANKS = 32, 256
 QUICK, GOOD = "recurrence", "simulator"
 
 
@@ -89,18 +90,18 @@ def select(
     candidates, notes = _candidates(board)
     offers = problem.space.offers(problem.cluster, restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
-    rater = screen = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
+    rater = screen = Rater(name=QUICK, evaluator=quick, samples=_samples(problem, ESTIMATED_RANKS))
     steps, left_out = _estimates(board, candidates, plain, rater, progress)
     candidates = [one for one in candidates if one in steps]
     options = _eligible_options(candidates, steps)
     if not any(_mixtures(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
     if final is not None and problem.cluster.world_size <= MOST_SIMULATED_RANKS:
-        samples = _simulated_samples(problem)
+        samples = _samples(problem, SIMULATED_RANKS)
         rater, screen = (replace(rater, name=name, evaluator=one, samples=samples)
                          for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
         options = _finalists(options, steps, [one for one in plain if one in candidates])
-        both_ways = [(choice, layout, layout) for choice, layout in plain]
+        both_ways = [(choice, layout, layout) for choice, layout in plain if (choice, layout) in steps]
         rated = _rate_best(board, both_ways, rater, screen, "simulating plain layouts", progress)
         steps |= {(choice, layout): step for (choice, layout, _), step in rated.items()}
     mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
@@ -116,9 +117,9 @@ def select(
     )
 
 
-def _simulated_samples(problem: Problem) -> tuple[int, ...]:
-    """Return fewer of the sampled layers on larger clusters: a simulation takes long there."""
-    count = max(1, SIMULATED_RANKS // problem.cluster.world_size)
+def _samples(problem: Problem, ranks: int) -> tuple[int, ...]:
+    """Return fewer of the sampled layers on larger clusters: so many ranks times layers are looked at, one at least."""
+    count = max(1, ranks // problem.cluster.world_size)
     return tuple(evenly_spread(range(len(problem.samples)), count))
 
 
@@ -153,22 +154,35 @@ def _estimates(
     """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
 
     Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
-    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
-    hangs on the cluster more than on who has which blocks.
+    are screened; on many ranks its plain layouts as well, since ranks that all differ take long. There, the best
+    layouts of the first placement are tried under the others: which ones are quick hangs on the cluster more than on
+    who has which blocks.
     """
-    steps, notes, quickest_us = _rate(board, plain, rater, progress), [], math.inf
+    world, quickest_us = board.problem.cluster.world_size, math.inf
+    steps: dict[Candidate, Step] = {}
     tried: set[Layout] | None = None
-    for choice, both in groupby(candidates, key=lambda one: one[0]):
-        group = [one for one in both if tried is None or one[1] in tried]
-        if board.least_us(choice, rater.samples) > SCREENED * quickest_us:
-            notes.append(f"{choice} is not looked at further: its lower bound is above the best by {SCREENED - 1:.0%}")
-            continue
-        steps |= _rate(board, [one for one in group if one not in steps], rater, progress)
+
+    def look(group: Sequence[Candidate], *, screened: bool) -> bool:
+        nonlocal quickest_us
+        if screened and board.least_us(group[0][0], rater.samples) > SCREENED * quickest_us:
+            return False
+        steps.update({one: board.step(one[0], one[1], one[1], rater) for one in group if one not in steps})
+        progress("estimating", len(steps), len(candidates))
         eligible_us = [competing_us(steps[one]) for one in group if steps[one].eligible]
         quickest_us = min([quickest_us, *eligible_us])
-        if tried is None and board.problem.cluster.world_size > ALL_PLACED_RANKS:
+        return True
+
+    for one in plain:
+        look([one], screened=world > MOST_SIMULATED_RANKS)
+    beaten = []
+    for choice, both in groupby(candidates, key=lambda one: one[0]):
+        group = [one for one in both if tried is None or one[1] in tried]
+        if not look(group, screened=bool(steps)):
+            beaten.append(choice)
+        elif tried is None and world > ALL_PLACED_RANKS:
             tried = _worth_placing(_eligible_options(group, steps)) | {layout for _, layout in plain}
-    return steps, notes
+    told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
+    return steps, [told + ", ".join(map(str, beaten))] if beaten else []
 
 
 def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
@@ -178,16 +192,6 @@ def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
         limit_us = PLACED * min(times_us.values(), default=0.0)
         found |= {layout for layout in _best_of_their_kind(times_us) if times_us[layout] <= limit_us}
     return found
-
-
-def _rate(
-    board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, progress: Progress
-) -> dict[Candidate, Step]:
-    steps = {}
-    for number, (choice, layout) in enumerate(candidates):
-        steps[choice, layout] = board.step(choice, layout, layout, rater)
-        progress("estimating", number + 1, len(candidates))
-    return steps
 
 
 def _rate_best(
