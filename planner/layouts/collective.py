@@ -12,6 +12,8 @@ from .draft import Builder, Draft, Route, slots
 from .layout import Layout, Offers
 from .registry import register
 
+MOST_RANKS = 128
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Collective(Layout):
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:
-        return [cls()]
+        """On very many ranks none: all K/V pass every node through one of its cards, and no two ranks are alike."""
+        return [cls()] if offers.world_size <= MOST_RANKS or cls.name in offers.named else []
 
 
 @dataclass(frozen=True, kw_only=True)

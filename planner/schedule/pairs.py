@@ -40,8 +40,8 @@ class Pairs:
     @classmethod
     def of(cls, active: Bits) -> Pairs:
         """Return the pairs that are true in `active` bool [W, W], and every part with itself."""
-        digits = np.where(active | np.eye(len(active), dtype=bool), "1", "0")
-        return cls(rows=tuple("".join(row) for row in digits))
+        digits = (active | np.eye(len(active), dtype=bool)).astype(np.uint8) + ord("0")
+        return cls(rows=tuple(row.tobytes().decode() for row in digits))
 
     @classmethod
     def all_of(cls, world_size: int) -> Pairs:
@@ -61,7 +61,8 @@ class Pairs:
     @cached_property
     def matrix(self) -> Bits:
         """bool [query part, key part]."""
-        return np.array([[digit == "1" for digit in row] for row in self.rows], dtype=bool)
+        digits = np.frombuffer("".join(self.rows).encode(), dtype=np.uint8)
+        return (digits == ord("1")).reshape(self.world_size, self.world_size)
 
     @cached_property
     def distances(self) -> Bits:
@@ -76,6 +77,15 @@ class Pairs:
             if np.array_equal(self.matrix, np.roll(self.matrix, (shift, shift), axis=(0, 1))):
                 return shift
         return world
+
+    def closed(self, step: int) -> Pairs:
+        """Return the pairs with all that they are when parts are moved on by multiples of `step`; see `period`."""
+        if self.complete:
+            return self
+        every = np.zeros_like(self.matrix)
+        for shift in range(0, self.world_size, step):
+            every |= np.roll(self.matrix, (shift, shift), axis=(0, 1))
+        return Pairs.of(every)
 
     def left_out(self) -> frozenset[tuple[int, int]]:
         """Return the (query part, key part) pairs that never have work."""

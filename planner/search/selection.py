@@ -154,9 +154,8 @@ def _estimates(
     """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
 
     Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
-    are screened; on many ranks its plain layouts as well, since ranks that all differ take long. There, the best
-    layouts of the first placement are tried under the others: which ones are quick hangs on the cluster more than on
-    who has which blocks.
+    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
+    hangs on the cluster more than on who has which blocks.
     """
     world, quickest_us = board.problem.cluster.world_size, math.inf
     steps: dict[Candidate, Step] = {}
@@ -172,8 +171,7 @@ def _estimates(
         quickest_us = min([quickest_us, *eligible_us])
         return True
 
-    for one in plain:
-        look([one], screened=world > MOST_SIMULATED_RANKS)
+    look(plain, screened=False)
     beaten = []
     for choice, both in groupby(candidates, key=lambda one: one[0]):
         group = [one for one in both if tried is None or one[1] in tried]
