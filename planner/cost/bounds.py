@@ -68,9 +68,7 @@ def lower_bound_us(
     return min(bounds_us)
 
 
-def compute_bound_us(
-    workload: Workload, cost: CostModel, direction: Direction, *, degree: int | None = None
-) -> float:
+def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction, *, degree: int | None = None) -> float:
     """Return the time of an even share of the busiest group's work, by groups of `degree` ranks; None: of all ranks.
 
     A rank computes the share as one task of keys and one of columns, with rows for all programs. It holds for cost

@@ -12,8 +12,6 @@ from .draft import Builder, Draft, Route, slots
 from .layout import Layout, Offers
 from .registry import register
 
-MOST_RANKS = 128
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,7 @@ class Collective(Layout):
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:
         """On very many ranks none: all K/V pass every node through one of its cards, and no two ranks are alike."""
-        return [cls()] if offers.world_size <= MOST_RANKS or cls.name in offers.named else []
+        return [] if offers.very_many and cls.name not in offers.named else [cls()]
 
 
 @dataclass(frozen=True, kw_only=True)

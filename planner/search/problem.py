@@ -8,7 +8,7 @@ from ...traces.errors import InputError, unknown_name
 from ..cost.cluster import Cluster
 from ..cost.kernels import ACCUMULATOR_BYTES
 from ..cost.model import CostModel
-from ..layouts.layout import Offers
+from ..layouts.layout import VERY_MANY_RANKS, Offers
 from ..layouts.registry import layout_names
 from ..replay import Recorded
 from ..schedule.backends import facts_of
@@ -20,7 +20,6 @@ from ..specs import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec
 from .sampling import TraceSummary
 
 DEFAULT_MEMORY_FRACTION = 0.5  # the rest is for weights, optimizer, activations of the other layers
-ALIKE_RANKS = 128  # on more of them nodes are made alike
 PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
 
 
@@ -114,7 +113,7 @@ class Problem:
             found = causal_pairs(placement)
         else:
             found = pairs_of_blocks(active, placement, block_size=self.attention.block_size)
-        return found.closed(self.cluster.gpus_per_node) if self.cluster.world_size > ALIKE_RANKS else found
+        return found.closed(self.cluster.gpus_per_node) if self.cluster.world_size > VERY_MANY_RANKS else found
 
     def shape(self, placement: Placement) -> AttentionShape:
         """Return the sizes of transfers under a placement."""

@@ -243,9 +243,7 @@ class ScoreBoard:
 
     def _allowed(self, choice: PlacementChoice) -> Allowed:
         """Return what any layout may do under a placement, those that were not asked for among them."""
-        keeping = (
-            self.memory(choice, one, "backward") for one in self._layouts(choice) if one.kept_slots is not None
-        )
+        keeping = (self.memory(choice, one, "backward") for one in self._layouts(choice) if one.kept_slots is not None)
         limit_bytes = self.problem.memory_limit_bytes
         return replace(self._links(choice), keep_kv=any(memory.total_bytes <= limit_bytes for memory in keeping))
 

@@ -15,7 +15,7 @@ from itertools import groupby, product
 from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
 from ..cost.evaluation import Evaluator
-from ..layouts.layout import Layout
+from ..layouts.layout import VERY_MANY_RANKS, Layout
 from ..schedule.schedule import DIRECTIONS, Direction
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
 from .problem import Problem
@@ -33,7 +33,7 @@ MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
 # Mixtures that are estimated to take so much longer than the best that was simulated are not simulated. The recurrence
 # overlooks that calls share links, so it is seldom above the simulator.
 SCREENED = 1.05
-MOST_SIMULATED_RANKS = 128  # on more of them the recurrence has the last word
+MOST_SIMULATED_RANKS = VERY_MANY_RANKS  # on more of them the recurrence has the last word
 # On more ranks than these only some layouts are tried under each placement: the plain ones, and the best of each kind
 # under the first placement, unless they took so many times the best there.
 ALL_PLACED_RANKS, PLACED = 16, 1.25
