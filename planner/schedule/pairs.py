@@ -122,7 +122,8 @@ def pairs_of_blocks(active: Bits, placement: Placement, *, block_size: int) -> P
     for rank in range(placement.world_size):
         owned[rank, placement.valid_positions(rank) // block_size] = True
     reached = np.stack([active[blocks].any(axis=0) for blocks in owned])  # [W, N] key blocks of each rank's queries
-    return Pairs.of((reached.astype(np.int32) @ owned.T.astype(np.int32) > 0) & causal_pairs(placement).matrix)
+    # Counts are whole numbers of at most N, which float32 holds; only of floats are products quick.
+    return Pairs.of((reached.astype(np.float32) @ owned.T.astype(np.float32) > 0) & causal_pairs(placement).matrix)
 
 
 def pattern_pairs(pattern: LayerPattern, placement: Placement) -> Pairs:

@@ -34,8 +34,8 @@ MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
 # overlooks that calls share links, so it is seldom above the simulator.
 SCREENED = 1.05
 MOST_SIMULATED_RANKS = VERY_MANY_RANKS  # on more of them the recurrence has the last word
-# On more ranks than these only some layouts are tried under each placement: the plain ones, and the best of each kind
-# under the first placement, unless they took so many times the best there.
+# On more ranks than these only some layouts are tried under each placement: the plain ones (not on very many ranks), and
+# the best of each kind under the first placement, unless they took so many times the best there.
 ALL_PLACED_RANKS, PLACED = 16, 1.25
 # Ranks times layers, per candidate and direction, that are simulated, and that are estimated.
 SIMULATED_RANKS, ESTIMATED_RANKS = 32, 256
@@ -96,16 +96,16 @@ def select(
     options = _eligible_options(candidates, steps)
     if not any(_mixtures(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
+    rated: dict[Mixture, Step] = {}
     if final is not None and problem.cluster.world_size <= MOST_SIMULATED_RANKS:
         samples = _samples(problem, SIMULATED_RANKS)
         rater, screen = (replace(rater, name=name, evaluator=one, samples=samples)
                          for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
         options = _finalists(options, steps, [one for one in plain if one in candidates])
-        both_ways = [(choice, layout, layout) for choice, layout in plain if (choice, layout) in steps]
-        rated = _rate_best(board, both_ways, rater, screen, "simulating plain layouts", progress)
-        steps |= {(choice, layout): step for (choice, layout, _), step in rated.items()}
+        both_ways = [(choice, layout, layout) for choice, layout in plain]
+        _rate_best(board, both_ways, rated, rater, screen, "simulating plain layouts", progress)
     mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
-    rated = _rate_best(board, mixtures, rater, screen, "choosing", progress)
+    _rate_best(board, mixtures, rated, rater, screen, "choosing", progress)
     pick = min((rated[one] for one in mixtures if one in rated), key=competing_us)
     steps |= {(choice, forward): step for (choice, forward, backward), step in rated.items() if forward == backward}
     return Selection(
@@ -166,7 +166,7 @@ def _estimates(
         if screened and board.least_us(group[0][0], rater.samples) > SCREENED * quickest_us:
             return False
         steps.update({one: board.step(one[0], one[1], one[1], rater) for one in group if one not in steps})
-        progress("estimating", len(steps), len(candidates))
+        progress("estimating", min(len(steps), len(candidates)), len(candidates))
         eligible_us = [competing_us(steps[one]) for one in group if steps[one].eligible]
         quickest_us = min([quickest_us, *eligible_us])
         return True
@@ -178,7 +178,9 @@ def _estimates(
         if not look(group, screened=bool(steps)):
             beaten.append(choice)
         elif tried is None and world > ALL_PLACED_RANKS:
-            tried = _worth_placing(_eligible_options(group, steps)) | {layout for _, layout in plain}
+            tried = _worth_placing(_eligible_options(group, steps))
+            tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
+    progress("estimating", len(candidates), len(candidates))
     told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
     return steps, [told + ", ".join(map(str, beaten))] if beaten else []
 
@@ -193,14 +195,17 @@ def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
 
 
 def _rate_best(
-    board: ScoreBoard, mixtures: Sequence[Mixture], rater: Rater, screen: Rater, stage: str, progress: Progress
-) -> dict[Mixture, Step]:
-    """Return the steps of mixtures that may be the quickest, those that `screen` estimates to be so first.
+    board: ScoreBoard, mixtures: Sequence[Mixture], rated: dict[Mixture, Step], rater: Rater, screen: Rater,
+    stage: str, progress: Progress,
+) -> None:  # fmt: skip
+    """Rate mixtures that may be the quickest, those that `screen` estimates to be so first; add them to `rated`.
 
-    It ends with the first whose estimate is SCREENED times as long as the quickest step so far that is eligible.
+    It ends with the first whose estimate is SCREENED times as long as the quickest of these mixtures so far that is
+    eligible.
     """
+    quickest_us = min((competing_us(rated[one]) for one in mixtures if one in rated and rated[one].eligible),
+                      default=math.inf)  # fmt: skip
     estimated_us = {one: competing_us(board.step(*one, screen)) for one in mixtures}
-    quickest_us, rated = math.inf, {}
     for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
         if estimated_us[one] > SCREENED * quickest_us:
             break
@@ -208,7 +213,7 @@ def _rate_best(
         if rated[one].eligible:
             quickest_us = min(quickest_us, competing_us(rated[one]))
         progress(stage, number + 1, len(mixtures))
-    return rated
+    progress(stage, len(mixtures), len(mixtures))
 
 
 def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
