@@ -34,7 +34,7 @@ MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
 # overlooks that calls share links, so it is seldom above the simulator.
 SCREENED = 1.05
 MOST_SIMULATED_RANKS = VERY_MANY_RANKS  # on more of them the recurrence has the last word
-# On more ranks than these only some layouts are tried under each placement: the plain ones (not on very many ranks), and
+# On more ranks only some layouts are tried under each placement: the plain ones (but of very many ranks), and
 # the best of each kind under the first placement, unless they took so many times the best there.
 ALL_PLACED_RANKS, PLACED = 16, 1.25
 # Ranks times layers, per candidate and direction, that are simulated, and that are estimated.
@@ -161,21 +161,23 @@ def _estimates(
     steps: dict[Candidate, Step] = {}
     tried: set[Layout] | None = None
 
-    def look(group: Sequence[Candidate], *, screened: bool) -> bool:
+    def look(group: Sequence[Candidate], least_us: float) -> bool:
+        """Estimate one placement's candidates, unless none of them can be quick; least_us: its lower bound."""
         nonlocal quickest_us
-        if screened and board.least_us(group[0][0], rater.samples) > SCREENED * quickest_us:
+        if least_us > SCREENED * quickest_us:
             return False
         steps.update({one: board.step(one[0], one[1], one[1], rater) for one in group if one not in steps})
         progress("estimating", min(len(steps), len(candidates)), len(candidates))
-        eligible_us = [competing_us(steps[one]) for one in group if steps[one].eligible]
+        # An estimate may be below the bound, since it overlooks that links are shared: then the bound is nearer.
+        eligible_us = [max(competing_us(steps[one]), least_us) for one in group if steps[one].eligible]
         quickest_us = min([quickest_us, *eligible_us])
         return True
 
-    look(plain, screened=False)
+    steps.update({one: board.step(one[0], one[1], one[1], rater) for one in plain})
     beaten = []
     for choice, both in groupby(candidates, key=lambda one: one[0]):
         group = [one for one in both if tried is None or one[1] in tried]
-        if not look(group, screened=bool(steps)):
+        if not look(group, board.least_us(choice, rater.samples)):
             beaten.append(choice)
         elif tried is None and world > ALL_PLACED_RANKS:
             tried = _worth_placing(_eligible_options(group, steps))

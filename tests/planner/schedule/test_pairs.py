@@ -202,3 +202,15 @@ def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None
     assert replace(problem, space=SearchSpace()).pairs(place) == window_pairs(4)
     unknown = replace(problem.summary, active_blocks=None)
     assert replace(problem, space=SearchSpace(), summary=unknown).pairs(place) == causal_pairs(place)
+
+
+def test_pairs_that_every_node_has_make_nodes_alike() -> None:
+    """Neighbours of two nodes of two: around the ranks they are neighbours already, but for the first and the last."""
+    chain = Pairs.of(np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
+    assert (chain.period(1), chain.period(2)) == (4, 4)
+    ring = chain.closed(1)
+    assert (ring.period(1), ring.period(2), ring.matrix.sum()) == (1, 2, 8)
+    assert ring.covers(chain)
+    halves = Pairs.of(np.tri(4, dtype=bool)).closed(2)
+    assert (halves.matrix.sum(), halves.period(2)) == (16 - 2, 2)
+    assert Pairs.all_of(4).closed(2) == Pairs.all_of(4)
