@@ -24,6 +24,7 @@ from sparsering.planner.replay import find_trace, recorded_layer
 from sparsering.planner.schedule.pairs import Pairs, active_blocks, causal_pairs, pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, contiguous
 from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
+from sparsering.planner.search import sampling
 from sparsering.planner.search.problem import SearchSpace
 from sparsering.planner.search.sampling import summarize
 from sparsering.planner.search.search import make_problem, plan_trace
@@ -192,6 +193,23 @@ def test_all_layers_steps_and_heads_count(tmp_path: Path) -> None:
     wanted = np.logical_or.reduce([head.block_bits(32) for pattern in patterns for head in pattern.heads])
     assert found is not None and (found == wanted).all()
     assert (wanted != active_blocks(patterns[0])).any()
+
+
+def test_where_some_layers_activate_most_blocks_the_others_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = SyntheticSettings(seq_len_tokens=32 * 64, block_size=64, heads=3, density=0.4)
+    trace = write_synthetic_trace(tmp_path, "xattention", drawn, layers=3, steps=2, kv_heads=3, head_dim=64)
+    whole = summarize(trace)
+    monkeypatch.setattr(sampling, "MAX_LOADED_LAYERS", 2)
+    assert whole.active_blocks is not None
+    found = summarize(trace)
+    assert found.active_blocks is None
+    assert {layer: load.tolist() for layer, load in found.head_load.items()} == {
+        layer: load.tolist() for layer, load in whole.head_load.items()
+    }
+    monkeypatch.setattr(sampling, "WIDE_SHARE", 1.0)
+    assert np.array_equal(summarize(trace).active_blocks, whole.active_blocks)
 
 
 def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None:
