@@ -17,10 +17,8 @@ Not modelled: choosing patterns, and copies that only some masks or models need.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +27,7 @@ from ..planner.cost.cluster import Cluster
 from ..planner.cost.evaluation import Evaluation
 from ..planner.cost.model import CostModel
 from ..planner.cost.timing import NS_PER_US, check_sizes, landing_ns
+from ..planner.resting import no_collections
 from ..planner.schedule.schedule import Phase, Schedule, Transfer
 from ..planner.schedule.workload import Workload
 from ..traces.errors import InputError, ScheduleError
@@ -137,7 +136,7 @@ def _play(
     check_sizes(schedule, setting.workload, setting.cluster)
     begins_ns = host_begins_ns or [0] * schedule.world_size
     jittered = [jitter.of_rank(rank) if jitter.sigma else None for rank in range(schedule.world_size)]
-    with _no_collections():
+    with no_collections():
         stage = Stage(schedule, setting, timeline)
         ranks = [_Rank(stage, rank, jittered[rank], begins_ns[rank]) for rank in range(schedule.world_size)]
         stage.clock.first += [rank.begin for rank in ranks]
@@ -147,18 +146,6 @@ def _play(
     stage.refuse_deadlock()
     times = stage.transfer_times() if timeline else None
     return stage.recorder.evaluation(schedule.buffer_bytes, times), [rank.host.issued_ns for rank in ranks]
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Let the cyclic garbage collector rest: a run keeps all that it makes, which would be looked at over and over."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class _Beside:

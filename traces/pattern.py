@@ -21,16 +21,13 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .blocks.mask import NOTHING, BlockMask
+from .blocks.sorted import sorted_unique
 from .errors import InputError
 
 BLOCK_SIZES = (64, 128)
-CHECKED_ROWS = 64
 MOST_EDGES = 2  # block diagonals that a window's edge can cross
 MAX_WINDOW_TOKENS = int(np.iinfo(np.int32).max)
-NOTHING = np.zeros(0, dtype=np.int32)
-NOTHING.flags.writeable = False
-ONES_IN_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
-BITS_SET = getattr(np, "bitwise_count", ONES_IN_A_BYTE.__getitem__)  # numpy's own since 2.0, ten times as fast
 
 
 def num_blocks(seq_len_tokens: int, block_size: int) -> int:
@@ -57,7 +54,7 @@ class VerticalSlash:
 
     def __post_init__(self) -> None:
         for name in ("columns", "diagonals", "cut"):
-            object.__setattr__(self, name, _sorted_unique(getattr(self, name), name))
+            object.__setattr__(self, name, sorted_unique(getattr(self, name), name))
         object.__setattr__(self, "window_tokens", _checked_window(self.window_tokens))
 
     @property
@@ -75,60 +72,6 @@ class VerticalSlash:
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
         return int(np.maximum(blocks - self.diagonals.astype(np.int64), 0).sum())
-
-
-class BlockMask:
-    """Any causal set of block pairs of one head, and token columns. It has no window.
-
-    bits:    bool [N, N], bits[I, J] for query block I and key block J; kept at a bit each, to save gigabytes
-    columns: int32 [number of columns], as those of a `VerticalSlash`
-    """
-
-    __slots__ = ("_blocks", "_counts", "_rows", "columns")
-    window_tokens, cut = 0, NOTHING  # none
-
-    def __init__(self, *, bits: NDArray[np.bool_], columns: Sequence[int] | NDArray[np.integer] = NOTHING) -> None:
-        bits = np.asarray(bits, dtype=bool)
-        if bits.ndim != 2 or bits.shape[0] != bits.shape[1]:
-            raise InputError(f"block bits must be square, not of shape {bits.shape}", field="bits")
-        if _attends_later_blocks(bits):
-            query, key = np.argwhere(np.triu(bits, 1))[0]
-            raise InputError(f"query block {query} must not attend the later key block {key}", field="bits")
-        self._blocks, self._rows = bits.shape[0], np.packbits(bits, axis=1)
-        self._counts: NDArray[np.int64] | None = None  # of ones in each row, once somebody asked
-        self.columns: NDArray[np.int32] = _sorted_unique(columns, "columns")
-
-    @property
-    def bits(self) -> NDArray[np.bool_]:
-        """Active block pairs, bool [N, N]: an array of its own each time."""
-        return np.unpackbits(self._rows, axis=1, count=self._blocks).view(bool)
-
-    def check_blocks(self, blocks: int) -> None:
-        """Raise InputError unless it is a mask of so many blocks."""
-        if self._blocks != blocks:
-            raise InputError(f"the mask has {self._blocks} blocks where the sequence has {blocks}", field="bits")
-
-    def block_bits(self, blocks: int) -> NDArray[np.bool_]:
-        """Return bool [N, N]: active block pairs."""
-        self.check_blocks(blocks)
-        return self.bits
-
-    def active_block_pairs(self, blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (query blocks, key blocks) of all active causal pairs."""
-        query, key = np.nonzero(self.block_bits(blocks))
-        return query, key
-
-    def keys_of_queries(self) -> NDArray[np.int64]:
-        """Return int64 [N]: how many key blocks of each query block are active."""
-        if self._counts is None:
-            counts: NDArray[np.int64] = BITS_SET(self._rows).sum(axis=1, dtype=np.int64)
-            self._counts = counts
-        return self._counts
-
-    def count_active_blocks(self, blocks: int) -> int:
-        """Return the number of active causal block pairs."""
-        self.check_blocks(blocks)
-        return int(self.keys_of_queries().sum())
 
 
 HeadPattern: TypeAlias = VerticalSlash | BlockMask
@@ -272,9 +215,9 @@ def windowed(
     """
     window_tokens = min(_checked_window(window_tokens), blocks * block_size)
     whole, edges = window_diagonals(window_tokens, block_size, blocks)
-    given = _sorted_unique(diagonals, "diagonals")
+    given = sorted_unique(diagonals, "diagonals")
     return VerticalSlash(
-        columns=_sorted_unique(columns, "columns"),
+        columns=sorted_unique(columns, "columns"),
         diagonals=np.union1d(given, np.concatenate([whole, edges])),
         window_tokens=window_tokens,
         cut=np.setdiff1d(edges, given),
@@ -316,29 +259,6 @@ def _checked_window(window_tokens: int) -> int:
     if not 0 <= window_tokens <= MAX_WINDOW_TOKENS:
         raise InputError(f"must be from 0 to {MAX_WINDOW_TOKENS}, not {window_tokens}", field="window_tokens")
     return int(window_tokens)
-
-
-def _attends_later_blocks(bits: NDArray[np.bool_]) -> bool:
-    """Say whether anything above the diagonal is set; strip by strip, since a copy of the half would take longer."""
-    strips = range(0, bits.shape[0], CHECKED_ROWS)
-    beside = any(bits[first : first + CHECKED_ROWS, first + CHECKED_ROWS :].any() for first in strips)
-    return beside or any(
-        np.triu(bits[first : first + CHECKED_ROWS, first : first + CHECKED_ROWS], 1).any() for first in strips
-    )
-
-
-def _sorted_unique(values: Sequence[int] | NDArray[np.integer], field: str) -> NDArray[np.int32]:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise InputError(f"must be a list of integers, not {array.dtype} of shape {array.shape}", field=field)
-    if array.size and array.min() < 0:
-        raise InputError(f"must not be negative, found {array.min()}", field=field)
-    unique = np.unique(array)
-    if unique.size != array.size:
-        raise InputError(f"must not repeat, found {array.size - unique.size} repeats", field=field)
-    result = unique.astype(np.int32)
-    result.flags.writeable = False
-    return result
 
 
 def _checked_documents(documents: NDArray[np.integer], seq_len_tokens: int) -> NDArray[np.int32]:

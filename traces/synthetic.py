@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from .block_draws import gated_blocks, wanted_blocks
+from .blocks.draws import gated_blocks, wanted_blocks
 from .dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from .dataset.rows import HeadChoice
 from .dataset.store import Trace

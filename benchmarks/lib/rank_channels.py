@@ -92,7 +92,7 @@ class PairChannels(Channels):
         between_two = []
         for schedule in schedules:
             both = tuple(Communicator(name=one.name, groups=((0, 1),)) for one in schedule.communicators)
-            between_two.append(replace(schedule, world_size=2, communicators=both))
+            between_two.append(replace(schedule, world_size=2, communicators=both, period=0))
         opened = super().bind(between_two)
         if self.peers is not None and not isinstance(self.peers, _PairMemory):
             self.peers = _PairMemory(self.peers, other)

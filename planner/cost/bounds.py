@@ -1,8 +1,8 @@
 """Lower bounds on the time of one layer, to say how far a plan is from the optimum.
 
 No schedule can beat these in which every rank computes its own queries and sees every K/V shard that it needs, or, of
-the degrees that are asked about, the queries of a group for its heads: neither the mean compute over ranks, nor the
-time in which the bytes that must move cross the slowest links.
+the degrees that are asked about, the queries of a group for its heads: neither the compute of the busiest rank, or
+group, nor the time in which the bytes that must move cross the links of the busiest rank and node.
 """
 
 from __future__ import annotations
@@ -54,20 +54,30 @@ def lower_bound_us(
 ) -> float:
     """Return the least microseconds of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
-    The larger of compute and communication: at best one hides the other.
+    The larger of compute and communication: at best one hides the other. Of the ways to split heads the least.
     """
-    exchanges_us = [exchange_bound_us(cluster, shape, direction, allowed, degree=degree) for degree in allowed.degrees]
-    communication_us = min([communication_bound_us(cluster, shape, direction, allowed), *exchanges_us])
-    return max(compute_bound_us(workload, cost, direction), communication_us)
+    bounds_us = [
+        max(
+            compute_bound_us(workload, cost, direction, degree=1),
+            communication_bound_us(cluster, shape, direction, allowed),
+        )
+    ]
+    for degree in allowed.degrees:
+        exchange_us = exchange_bound_us(cluster, shape, direction, allowed, degree=degree)
+        bounds_us.append(max(compute_bound_us(workload, cost, direction, degree=degree), exchange_us))
+    return min(bounds_us)
 
 
-def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) -> float:
-    """Return the time of an even share of the work as one task of keys and one of columns, with rows for all programs.
+def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction, *, degree: int | None = None) -> float:
+    """Return the time of an even share of the busiest group's work, by groups of `degree` ranks; None: of all ranks.
 
-    It holds for cost models in which cutting a launch never makes it quicker. A launch of one tile pair of columns is
-    given back, since the busiest rank need not be the one that has columns.
+    A rank computes the share as one task of keys and one of columns, with rows for all programs. It holds for cost
+    models in which cutting a launch never makes it quicker. Of a group's ranks one has no less than an even share: of
+    keys and columns together, so a launch of one tile pair of columns is given back, since the rank that has most need
+    not be the one that has columns. A rank alone has what it has.
     """
     world, heads = workload.world_size, workload.active.shape[2]
+    size = degree or world
     rows = -(-workload.tokens_per_rank // workload.block_size) * heads
     own = ShardId(sequence_part=0)
     block = Task(query=own, key=own, heads=(0, heads), key_buffer="")
@@ -85,8 +95,11 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction) 
             rows=rows, mask=workload.mask,
         )  # fmt: skip
 
-    block_pairs, column_pairs = int(workload.active.sum()) // world, int(workload.columns.sum()) // world
-    given_back_us = tasks_us({columns: 1}) if block_pairs and column_pairs else 0.0
+    of_blocks = workload.active.sum(axis=(1, 2)).reshape(-1, size).sum(axis=1) // size
+    of_columns = workload.columns.sum(axis=1).reshape(-1, size).sum(axis=1) // size
+    busiest = int(np.argmax(of_blocks + of_columns))  # any group's is a bound; this one's is about the largest
+    block_pairs, column_pairs = int(of_blocks[busiest]), int(of_columns[busiest])
+    given_back_us = tasks_us({columns: 1}) if size > 1 and block_pairs and column_pairs else 0.0
     return tasks_us({columns: column_pairs, block: block_pairs}) - given_back_us
 
 
@@ -96,21 +109,26 @@ def communication_bound_us(
     """Return the microseconds that K/V (and in backward dK/dV) need on the ports of a GPU or the cards of a node.
 
     Every rank receives the shards of others that it needs and, summed along the way at best, sends as many sums of
-    gradients; the mean over ranks cannot exceed what a port carries. So it is with nodes: of the shards that some of
-    its ranks need, those of other nodes enter. Columns are left out. Where K/V are kept, backward moves none; narrow
-    gradients are as small as K/V; pulls go at their rate within a node, where that is the larger.
+    gradients: both are what its own port carries one way, and the mean over ranks of both together is what comes in.
+    So it is with nodes: of the shards that some of its ranks need, those of other nodes enter. Columns are left out.
+    Where K/V are kept, backward moves none; narrow gradients are as small as K/V; pulls go at their rate within a node,
+    where that is the larger.
     """
-    shard_bytes = shape.kv_bytes
+    kv_bytes = 0 if direction == "backward" and allowed.keep_kv else shape.kv_bytes
+    dkv_bytes = 0
     if direction == "backward":
-        shard_bytes = shape.kv_bytes if allowed.narrow_gradients else shape.dkv_bytes
-        shard_bytes += 0 if allowed.keep_kv else shape.kv_bytes
+        dkv_bytes = shape.kv_bytes if allowed.narrow_gradients else shape.dkv_bytes
     needed = allowed.needed(shape)
-    foreign = (needed.sum() - shape.world_size) / shape.world_size  # shards of others that a rank needs, mean
+    foreign = needed.sum(axis=1) - 1  # shards of others that each rank needs
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
     if allowed.pulls and cluster.pulls:
         port_bytes_per_us = max(port_bytes_per_us, cluster.intra_node.pull_bandwidth_bytes_per_us or 0.0)
-    entering = _entering(cluster, needed)
-    return _slower_us(cluster, port_bytes_per_us, foreign * shard_bytes, entering * shard_bytes)
+
+    def most_bytes(shards: NDArray[np.int64]) -> float:
+        """What comes in at the mean, or goes one way at the busiest: the larger."""
+        return max(float(shards.mean()) * (kv_bytes + dkv_bytes), float(shards.max()) * max(kv_bytes, dkv_bytes))
+
+    return _slower_us(cluster, port_bytes_per_us, most_bytes(foreign), most_bytes(_entering(cluster, needed)))
 
 
 def exchange_bound_us(
@@ -130,17 +148,17 @@ def exchange_bound_us(
     rank_bytes = (degree - 1) * exchanged + foreign * of_keys
     groups = min(ranks, degree)  # head groups that a node computes
     shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
-    node_bytes = _entering(cluster, needed) * of_keys * max(1, groups // shared)
+    node_bytes = float(_entering(cluster, needed).mean()) * of_keys * max(1, groups // shared)
     node_bytes += ranks * max(0, degree - ranks) * exchanged
     if max(ranks, degree) % min(ranks, degree):
         node_bytes = 0.0
     return _slower_us(cluster, cluster.intra_node.bandwidth_bytes_per_us, rank_bytes, node_bytes)
 
 
-def _entering(cluster: Cluster, needed: NDArray[np.bool_]) -> float:
-    """Return the shards of other nodes that ranks of a node need, mean over nodes. needed: bool [query, key part]."""
+def _entering(cluster: Cluster, needed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return int64 [nodes]: shards of other nodes that ranks of a node need. needed: bool [query part, key part]."""
     by_node = needed.reshape(cluster.nodes, cluster.gpus_per_node, cluster.world_size).any(axis=1)
-    return float(by_node.sum()) / cluster.nodes - cluster.gpus_per_node
+    return by_node.sum(axis=1) - cluster.gpus_per_node
 
 
 def _slower_us(cluster: Cluster, port_bytes_per_us: float, rank_bytes: float, node_bytes: float) -> float:

@@ -3,10 +3,14 @@
 Nodes: the beginning of a rank, of each of its phases (before and after gradients that landed are added), its end, and
 every transfer. A call is no node where its beginning is the phase's and its end that of one or two transfers; it has
 one for its beginning where it may have to wait for the call before it, one for its end where many transfers end it.
+
+Where a schedule says that ranks come in turns that are alike, the events of the first turn are the graph, and an edge
+says how many turns later its other end is: a rank of the last turn meets one of the first.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ import numpy as np
 from ...traces.errors import ScheduleError
 from ..schedule.batch import LaunchBatch, Numbers
 from ..schedule.launches import Launch, rank_launches
-from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer
+from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer, transfer_id
 from .cluster import Cluster
 from .constants import LayerConstants
 from .paths import Paths
@@ -34,13 +38,17 @@ from .timing import (
 )
 
 ANY_LANDING = LayerConstants(landing_us_per_byte=1.0)  # says after which transfers there may be something to add
+Event = tuple[int, int]  # a node, and how many turns after the first it lies
 OF_ITS_TRANSFER = -1  # in place of an edge's weight, until all ends of the transfer have joined
 MOST_ENDS = 2  # of a call, before they get a node of their own
 
 
 @dataclass(kw_only=True, slots=True)
 class _Joined:
-    """A transfer's node: how many of its ends have joined it, and the longest time that one of them gives it."""
+    """A transfer's node: how many of its ends have joined it, and the longest time that one of them gives it.
+
+    ends: those in all turns, of a transfer of the first turn.
+    """
 
     node: int
     ends: int
@@ -50,9 +58,9 @@ class _Joined:
 
 @dataclass(kw_only=True, slots=True)
 class _Called:
-    """A call of a rank: the nodes that end it, and whether the rank has waited for it."""
+    """A call of a rank: the events that end it, and whether the rank has waited for it."""
 
-    ends: list[int]
+    ends: list[Event]
     waited: bool = False
 
 
@@ -66,35 +74,44 @@ class Events:
     def __init__(self, schedule: Schedule, cluster: Cluster, backend: str) -> None:
         self.schedule = schedule
         self._links = _Links(cluster)
+        self._period = _period(schedule, cluster)
+        self._turns = schedule.world_size // self._period
         self._nodes = 0
-        self._edges: list[tuple[int, int, int]] = []
+        self._edges: list[tuple[int, int, int, int]] = []  # source, target, turns from target to source, weight
+        self._shared: list[int] = []  # nodes that all turns have in common
         self._transfers: dict[tuple[str, int, str], _Joined] = {}
         self._groups: dict[tuple[str, int], tuple[int, ...]] = {}
         self._beginnings: list[int] = []  # edges into the first phase of each rank
         self._landings: list[tuple[int, int, list[Transfer]]] = []  # edges, with rank and transfers waited for
         self._endings: list[int] = []  # edges into the end of each rank
         self._constants: tuple[LayerConstants, int, Numbers] | None = None
-        programs = [schedule.phases(rank) for rank in range(schedule.world_size)]
-        self.cells = len(programs), max(len(program) for program in programs)
+        programs = [schedule.phases(rank) for rank in range(self._period)]
+        phases = max(len(program) for program in programs)
+        self.cells = schedule.world_size, phases
         launches: list[Launch] = []
         launch_cells: list[int] = []
         phase_cells: list[int] = []
         phase_edges: list[int] = []
         for rank, program in enumerate(programs):
             phase_edges += self._add_rank(rank, program)
-            for cell, together in enumerate(rank_launches(program, backend=backend), rank * self.cells[1]):
+            for cell, together in enumerate(rank_launches(program, backend=backend), rank * phases):
                 phase_cells.append(cell)
                 launches += together
                 launch_cells += [cell] * len(together)
-        self.batch, self.launch_cells = LaunchBatch.of(launches), np.array(launch_cells, dtype=np.int64)
-        self._phase_cells, self._phase_edges = np.array([phase_cells, phase_edges], dtype=np.int64)
+        self.batch = LaunchBatch.of(launches).turned(period=self._period, world_size=schedule.world_size)
+        turns = np.arange(self._turns)[:, None] * self._period * phases
+        self.launch_cells = (turns + np.array(launch_cells, dtype=np.int64)).reshape(-1)
+        self._phase_cells = turns.T + np.array(phase_cells, dtype=np.int64)[:, None]  # [phases of a turn, T]
+        self._phase_edges = np.array(phase_edges, dtype=np.int64)
         edges = self._weighted_edges()
-        self._weight = edges[:, 2].copy()
-        self._paths = Paths.through(self._nodes, edges[:, 0], edges[:, 1])
+        self._weight = edges[:, 3].copy()
+        shared = np.array(self._shared, dtype=np.int64)
+        self._paths = Paths.through(self._nodes, edges[:, 0], edges[:, 1], edges[:, 2], shared)
 
     def makespan_ns(self, phase_ns: Numbers, constants: LayerConstants, tokens_per_rank: int) -> int:
         """Return when the last event happens. phase_ns: int64 [cells], compute of each phase."""
-        weight = self._with_constants(constants, tokens_per_rank).copy()
+        one_turn = self._with_constants(constants, tokens_per_rank)
+        weight = np.repeat(one_turn[:, None], self._turns, axis=1)
         weight[self._phase_edges] = phase_ns[self._phase_cells]
         return int(self._paths.longest(weight).max(initial=0))
 
@@ -117,11 +134,11 @@ class Events:
         """Add a node that follows another, and return it; note the edge between them in `edges`."""
         following = self._node()
         edges.append(len(self._edges))
-        self._edges.append((node, following, 0))
+        self._edges.append((node, following, 0, 0))
         return following
 
-    def _all_before(self, nodes: Iterable[int], node: int) -> None:
-        self._edges += [(one, node, 0) for one in nodes]
+    def _all_before(self, events: Iterable[Event], node: int) -> None:
+        self._edges += [(one, node, turns, 0) for one, turns in events]
 
     def _add_rank(self, rank: int, program: Sequence[Phase]) -> list[int]:
         """Add the program of one rank; return where each phase's compute stands among the edges."""
@@ -155,20 +172,20 @@ class Events:
         start = begin
         if previous is not None and not previous.waited:
             start = self._node()
-            self._all_before([begin, *previous.ends], start)
+            self._all_before([(begin, 0), *previous.ends], start)
         group = self._group_of(call.communicator, rank)
-        ends = []
+        ends: list[Event] = []
         for transfer, duration_ns in zip(call.transfers, self._links.durations_ns(call, group), strict=True):
-            one = self._joined(call, transfer, group)
+            one, turns = self._joined(call, transfer, group)
             one.joined += 1
             one.duration_ns = max(one.duration_ns, duration_ns)
-            self._edges.append((start, one.node, OF_ITS_TRANSFER))
-            ends.append(one.node)
+            self._edges.append((start, one.node, -turns, OF_ITS_TRANSFER))
+            ends.append((one.node, turns))
         if len(ends) > MOST_ENDS:
             end = self._node()
             self._all_before(ends, end)
-            ends = [end]
-        return _Called(ends=ends or [start])
+            ends = [(end, 0)]
+        return _Called(ends=ends or [(start, 0)])
 
     def _group_of(self, communicator: str, rank: int) -> tuple[int, ...]:
         found = self._groups.get((communicator, rank))
@@ -177,25 +194,53 @@ class Events:
             self._groups.update(((communicator, member), found) for member in found)
         return found
 
-    def _joined(self, call: GroupCall, transfer: Transfer, group: tuple[int, ...]) -> _Joined:
-        collective = transfer.source == ALL_RANKS
-        key = call.communicator, group[0] if collective else ALL_RANKS, transfer.id
+    def _joined(self, call: GroupCall, transfer: Transfer, group: tuple[int, ...]) -> tuple[_Joined, int]:
+        """Return a transfer, and the turn of its source: it is kept as what it is in the first turn."""
+        if transfer.source == ALL_RANKS:
+            assert self._turns == 1 or len(group) == self.schedule.world_size
+            turns, ends = 0, len(group) // self._turns
+            key = call.communicator, group[0], transfer.id
+        else:
+            turns, ends = transfer.source // self._period, 2
+            key = call.communicator, ALL_RANKS, self._first(transfer, turns) if turns else transfer.id
         found = self._transfers.get(key)
         if found is None:
-            ends = len(group) if collective else 2
             found = self._transfers[key] = _Joined(node=self._node(), ends=ends)
-        return found
+            if transfer.source == ALL_RANKS and self._turns > 1:
+                self._shared.append(found.node)
+        return found, turns
+
+    def _first(self, transfer: Transfer, turns: int) -> str:
+        """Return the id of the transfer of the first turn that this one is like."""
+        world, back, shard = self.schedule.world_size, turns * self._period, transfer.shard
+        return transfer_id(
+            transfer.kind,
+            None if shard is None else shard.moved(-back, world),
+            transfer.source - back,
+            (transfer.destination - back) % world,
+            transfer.sequence,
+        )
 
     def _weighted_edges(self) -> Numbers:
-        """Return int64 [edges, 3]: source, target and weight; that of a phase's compute is left at 0."""
+        """Return int64 [edges, 4]: source, target, turns between them, weight; that of a phase's compute is 0."""
         duration = np.zeros(self._nodes, dtype=np.int64)
         for (_, _, name), one in self._transfers.items():
             if one.joined != one.ends:
                 raise ScheduleError(f"transfer {name} has {one.joined} of {one.ends} ends")
             duration[one.node] = one.duration_ns
-        edges = np.array(self._edges, dtype=np.int64).reshape(-1, 3)
-        edges[:, 2] = np.where(edges[:, 2] == OF_ITS_TRANSFER, duration[edges[:, 1]], edges[:, 2])
+        edges = np.array(self._edges, dtype=np.int64).reshape(-1, 4)
+        edges[:, 3] = np.where(edges[:, 3] == OF_ITS_TRANSFER, duration[edges[:, 1]], edges[:, 3])
         return edges
+
+
+def _period(schedule: Schedule, cluster: Cluster) -> int:
+    """Return how many ranks make up a turn: those of the schedule, and whole nodes where there are several.
+
+    All of them where that does not come out even.
+    """
+    world, nodes_of = schedule.world_size, cluster.gpus_per_node if cluster.nodes > 1 else 1
+    period = math.lcm(schedule.period or world, nodes_of)
+    return world if world % period else period
 
 
 class _Links:

@@ -143,15 +143,15 @@ def _workspace_bytes(schedule: Schedule, shape: AttentionShape, backend: str, na
     """Return what a backward launch holds at most: of flash-attn-4, with the tables of all; of padded heads; else 0.
 
     narrow: names of slots that launches write rounded, with no copy of their own. Looked at are the ranks that may
-    launch most: all, or of very many the first and the last, which causality favours.
+    launch most: all that differ, or of very many the first and the last, which causality favours.
     """
     padded = kernel_head_dim(backend, shape.head_dim) != shape.head_dim
     if schedule.direction != "backward" or not (padded or backend in FLASH4_BACKENDS):
         return 0
     heads, held = _launched_heads(schedule), _padded_bytes if padded else _flash4_bytes
     launched = replace(shape, heads=heads, kv_heads=max(1, shape.kv_heads * heads // shape.heads))
-    world = schedule.world_size
-    ranks = range(world) if world <= MOST_RANKS else (0, world - 1)
+    ranks = schedule.different_ranks
+    ranks = ranks if len(ranks) <= MOST_RANKS else (0, schedule.world_size - 1)
     return max(held(schedule.phases(rank), launched, narrow) for rank in ranks)
 
 

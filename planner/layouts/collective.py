@@ -33,7 +33,8 @@ class Collective(Layout):
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:
-        return [cls()]
+        """On very many ranks none: all K/V pass every node through one of its cards, and no two ranks are alike."""
+        return [] if offers.very_many and cls.name not in offers.named else [cls()]
 
 
 @dataclass(frozen=True, kw_only=True)

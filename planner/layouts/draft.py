@@ -78,10 +78,11 @@ class Builder(ABC):
     """Builds the schedule of a layout: a subclass says what it sends over, into what, and drafts a rank's program.
 
     The rank's own buffers are added to those of `buffers`, and so are the columns' transfer and task, unless
-    `drafts_columns` says that `draft` adds these itself.
+    `drafts_columns` says that `draft` adds these itself. leaves_out: whether the pairs make a difference to it.
     """
 
     drafts_columns: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = True
 
     shape: AttentionShape
     direction: Direction
@@ -96,6 +97,11 @@ class Builder(ABC):
     def backward(self) -> bool:
         """Whether this is the backward direction."""
         return self.direction == "backward"
+
+    @property
+    def alike(self) -> int:
+        """The distance of ranks that do alike where no pairs are left out; see `Schedule.period`. Here: no two do."""
+        return self.world
 
     @property
     def columns_phase(self) -> int:
@@ -148,6 +154,7 @@ class Builder(ABC):
             buffers=tuple(replace(one, shared=one.name in shared) for one in self._homes() + self.buffers()),
             program=program,
             kept=self.kept,
+            period=self.pairs.period(self.alike) if self.leaves_out else self.alike,
         )
 
     def _homes(self) -> list[Buffer]:
@@ -216,6 +223,10 @@ class NodesBuilder(Builder):
     """A builder for ranks in nodes of `inner` places: rank r is place l of node n (r = n * inner + l)."""
 
     inner: int
+
+    @property
+    def alike(self) -> int:
+        return self.inner
 
     @property
     def outer(self) -> int:

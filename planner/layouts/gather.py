@@ -92,6 +92,10 @@ class _Gather(Builder):
     layout: Gather
 
     @property
+    def alike(self) -> int:
+        return 1
+
+    @property
     def needed(self) -> NDArray[np.bool_]:
         """bool [owner, offset]: whether the rank at that offset reads the shard."""
         return self.pairs.distances

@@ -52,6 +52,10 @@ class _Ring(Builder):
         return Tour.of(self.pairs.distances)
 
     @property
+    def alike(self) -> int:
+        return 1
+
+    @property
     def depth(self) -> int:
         return min(self.prefetch, max(self.world - 1, 1))
 

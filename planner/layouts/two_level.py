@@ -76,6 +76,8 @@ class TwoLevel(Layout):
 class _TwoLevel(NodesBuilder):
     """Step 0 is the own node; steps count nodes backwards, offsets count places so."""
 
+    leaves_out: ClassVar[bool] = False
+
     layout: TwoLevel
 
     @property

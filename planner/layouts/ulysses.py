@@ -69,10 +69,11 @@ class Ulysses(Layout):
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:
-        """Groups that divide a node, and all ranks."""
+        """Groups that divide a node, and all ranks; of very many ranks with keys in a chunk for every node alone."""
         degrees = [size for size in range(2, offers.gpus_per_node + 1) if offers.gpus_per_node % size == 0]
         degrees += [offers.world_size] if offers.nodes > 1 else []
-        return [cls(degree=degree, chunks=count) for degree in degrees for count in offers.counts(1, 2, offers.nodes)]
+        chunks = (offers.nodes,) if offers.very_many else (1, 2, offers.nodes)
+        return [cls(degree=degree, chunks=count) for degree in degrees for count in offers.counts(*chunks)]
 
     @property
     def head_groups(self) -> int:
@@ -89,6 +90,10 @@ class _HeadParallel(Builder):
 
     degree: int
     chunks: int
+
+    @property
+    def alike(self) -> int:
+        return self.degree
 
     @property
     def exchange(self) -> str:

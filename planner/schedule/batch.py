@@ -6,13 +6,14 @@ Shape legend: L launches, T tasks of all of them, those of a launch next to each
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .launches import Launch
+from .schedule import Task
 from .workload import DIAGONALS, MaskKind, TaskWork, Workload
 
 COLUMNS = -1  # in place of a key shard
@@ -24,6 +25,7 @@ class LaunchBatch:
     """Launches of any ranks. first_task [L]: where a launch's tasks begin; begins, ends: bool [L], as in Launch.
 
     query, key [T]: the shards' sequence parts, COLUMNS for gathered columns; heads [T]: places in `ranges`.
+    launches: one by one; asked for where a cost prices them so.
     """
 
     launches: Sequence[Launch]
@@ -53,6 +55,26 @@ class LaunchBatch:
             ranges=tuple(ranges),
         )
 
+    def turned(self, *, period: int, world_size: int) -> LaunchBatch:
+        """Return the launches of all ranks, in their order; these are of the first `period`, whom the others are like.
+
+        All parts of the sequence are moved on with the ranks.
+        """
+        turns = np.repeat(np.arange(0, world_size, period), self.query.size)
+        copies = world_size // period
+        firsts = np.arange(copies)[:, None] * self.query.size + self.first_task
+        key = np.tile(self.key, copies)
+        return LaunchBatch(
+            launches=_Turned(self.launches, period, world_size),
+            first_task=firsts.reshape(-1),
+            begins=np.tile(self.begins, copies),
+            ends=np.tile(self.ends, copies),
+            query=(np.tile(self.query, copies) + turns) % world_size,
+            key=np.where(key == COLUMNS, COLUMNS, (key + turns) % world_size),
+            heads=np.tile(self.heads, copies),
+            ranges=self.ranges,
+        )
+
     @property
     def keyed(self) -> NDArray[np.bool_]:
         """Bool [T]: tasks of key shards, not of columns."""
@@ -71,6 +93,33 @@ class LaunchBatch:
     def largest(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the largest of the values of a launch's tasks: [T] to [L]."""
         return np.maximum.reduceat(values, self.first_task)
+
+
+class _Turned(Sequence[Launch]):
+    """Launches of the first ranks, again and again with all parts moved on: made when they are asked for."""
+
+    def __init__(self, launches: Sequence[Launch], period: int, world_size: int) -> None:
+        self._launches, self._period, self._world_size = launches, period, world_size
+
+    def __len__(self) -> int:
+        return len(self._launches) * (self._world_size // self._period)
+
+    @overload
+    def __getitem__(self, index: int) -> Launch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Launch]: ...
+    def __getitem__(self, index: int | slice) -> Launch | list[Launch]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        turn, place = divmod(index, len(self._launches))
+        launch = self._launches[place]
+        return replace(launch, tasks=tuple(self._moved(task, turn * self._period) for task in launch.tasks))
+
+    def _moved(self, task: Task, by: int) -> Task:
+        world = self._world_size
+        return replace(task, query=task.query.moved(by, world), key=task.key and task.key.moved(by, world))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.pattern import HeadPattern, LayerPattern
+from ...traces.pattern import BlockMask, HeadPattern, LayerPattern
 from .active import keys_of_queries
 
 HeadOrder = tuple[int, ...]
@@ -25,8 +25,14 @@ def head_load(pattern: LayerPattern) -> NDArray[np.float64]:
     known: dict[HeadPattern, float] = {}
     for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
         blocks_after = pattern.num_blocks - head.columns // pattern.block_size
-        known[head] = int(keys_of_queries(pattern, head).sum()) + float(blocks_after.sum()) / pattern.block_size
+        known[head] = _pairs_of(pattern, head) + float(blocks_after.sum()) / pattern.block_size
     return np.array([known[head] for head in pattern.heads])
+
+
+def _pairs_of(pattern: LayerPattern, head: HeadPattern) -> int:
+    if isinstance(head, BlockMask) and pattern.documents is None:  # counted without looking at single rows
+        return head.count_active_blocks(pattern.num_blocks)
+    return int(keys_of_queries(pattern, head).sum())
 
 
 def balanced_order(load: NDArray[np.float64], *, kv_heads: int, degree: int) -> HeadOrder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .backends import facts_of
 from .schedule import HOMES, Phase, Task, slots_from
@@ -59,6 +60,11 @@ def launch_name(tasks: Sequence[Task]) -> str:
     return f"q{tasks[0].query} {keys}"
 
 
+@lru_cache(maxsize=1 << 16)
+def _adjoins(name: str, following: str) -> bool:
+    return neighbours([name, following])
+
+
 def neighbours(names: Sequence[str]) -> bool:
     """Whether these are slots of one pool, one after the other; a rank's own data (":home") is nobody's neighbour."""
     return not HOMES.intersection(names) and list(names) == slots_from(names[0], len(names))
@@ -77,11 +83,11 @@ def _joins(launch: Sequence[Task], task: Task, backend: str, batch: int) -> bool
         return False
     if before.key is None:
         return facts_of(backend).fuses_columns
-    if not facts_of(backend).joins_keys or batch > 1 or not neighbours([before.key_buffer, task.key_buffer]):
+    if not facts_of(backend).joins_keys or batch > 1 or not _adjoins(before.key_buffer, task.key_buffer):
         return False
     if before.grad_buffer is None or task.grad_buffer is None:
         return before.grad_buffer == task.grad_buffer
-    return neighbours([before.grad_buffer, task.grad_buffer])
+    return _adjoins(before.grad_buffer, task.grad_buffer)
 
 
 def _sum_of(tasks: Sequence[Task]) -> tuple[object, ...]:

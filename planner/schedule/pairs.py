@@ -40,8 +40,8 @@ class Pairs:
     @classmethod
     def of(cls, active: Bits) -> Pairs:
         """Return the pairs that are true in `active` bool [W, W], and every part with itself."""
-        digits = np.where(active | np.eye(len(active), dtype=bool), "1", "0")
-        return cls(rows=tuple("".join(row) for row in digits))
+        digits = (active | np.eye(len(active), dtype=bool)).astype(np.uint8) + ord("0")
+        return cls(rows=tuple(row.tobytes().decode() for row in digits))
 
     @classmethod
     def all_of(cls, world_size: int) -> Pairs:
@@ -61,13 +61,31 @@ class Pairs:
     @cached_property
     def matrix(self) -> Bits:
         """bool [query part, key part]."""
-        return np.array([[digit == "1" for digit in row] for row in self.rows], dtype=bool)
+        digits = np.frombuffer("".join(self.rows).encode(), dtype=np.uint8)
+        return (digits == ord("1")).reshape(self.world_size, self.world_size)
 
     @cached_property
     def distances(self) -> Bits:
         """bool [key part, d]: whether part (key + d) mod W needs that key part. Rings turn in this direction."""
         key, distance = np.indices((self.world_size,) * 2)
         return self.matrix[(key + distance) % self.world_size, key]
+
+    def period(self, step: int) -> int:
+        """Return the least multiple of `step` by which all parts can be moved on without a change; all, if none."""
+        world = self.world_size
+        for shift in (one for one in range(step, world, step) if world % one == 0):
+            if np.array_equal(self.matrix, np.roll(self.matrix, (shift, shift), axis=(0, 1))):
+                return shift
+        return world
+
+    def closed(self, step: int) -> Pairs:
+        """Return the pairs with all that they are when parts are moved on by multiples of `step`; see `period`."""
+        if self.complete:
+            return self
+        every = np.zeros_like(self.matrix)
+        for shift in range(0, self.world_size, step):
+            every |= np.roll(self.matrix, (shift, shift), axis=(0, 1))
+        return Pairs.of(every)
 
     def left_out(self) -> frozenset[tuple[int, int]]:
         """Return the (query part, key part) pairs that never have work."""
@@ -104,7 +122,8 @@ def pairs_of_blocks(active: Bits, placement: Placement, *, block_size: int) -> P
     for rank in range(placement.world_size):
         owned[rank, placement.valid_positions(rank) // block_size] = True
     reached = np.stack([active[blocks].any(axis=0) for blocks in owned])  # [W, N] key blocks of each rank's queries
-    return Pairs.of((reached.astype(np.int32) @ owned.T.astype(np.int32) > 0) & causal_pairs(placement).matrix)
+    # Counts are whole numbers of at most N, which float32 holds; only of floats are products quick.
+    return Pairs.of((reached.astype(np.float32) @ owned.T.astype(np.float32) > 0) & causal_pairs(placement).matrix)
 
 
 def pattern_pairs(pattern: LayerPattern, placement: Placement) -> Pairs:
@@ -115,14 +134,16 @@ def pattern_pairs(pattern: LayerPattern, placement: Placement) -> Pairs:
 def active_blocks(pattern: LayerPattern) -> Bits:
     """Return bool [N, N]: the block pairs that any head of the layer activates and that share a document."""
     diagonals = np.zeros(pattern.num_blocks, dtype=bool)
-    bits: Bits | None = None
+    rows = None  # of bits, eight a byte
     for head in dict.fromkeys(pattern.heads):  # synthetic patterns repeat one head object
         if isinstance(head, VerticalSlash):
             diagonals[head.diagonals] = True
         else:
-            bits = head.bits if bits is None else np.logical_or(bits, head.bits, out=bits)
-    toeplitz = bits_of_diagonals(diagonals)
-    any_head = toeplitz if bits is None else toeplitz | bits
+            rows = head.rows.copy() if rows is None else np.bitwise_or(rows, head.rows, out=rows)
+    any_head = bits_of_diagonals(diagonals)
+    if rows is not None:
+        bits = np.unpackbits(rows, axis=1, count=pattern.num_blocks).view(bool)
+        any_head = np.logical_or(bits, any_head, out=bits) if diagonals.any() else bits
     return documents_share(pattern.documents, pattern.block_size, pattern.seq_len_tokens, any_head)
 
 

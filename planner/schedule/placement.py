@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...traces.errors import InputError
+from .evening import evened
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,8 +110,9 @@ def balanced(
 ) -> Placement:
     """Longest processing time first with equal counts: heaviest units first, each to the least loaded rank with room.
 
-    unit_load: work of each unit of the padded sequence as queries (any unit of work); missing tail units weigh 0.
-    Ties go to the lower unit and the lower rank, so that the result is a function of the loads alone.
+    Then units change ranks as long as the busiest gets less to do (`evened`). unit_load: work of each unit of the
+    padded sequence as queries (any unit of work); missing tail units weigh 0. Ties go to the lower unit and the lower
+    rank, so that the result is a function of the loads alone.
     """
     count = _units_per_rank(seq_len_tokens, world_size, granularity_tokens)
     load = np.zeros(world_size * count)
@@ -125,7 +127,10 @@ def balanced(
         if len(owned[rank]) < count:
             heapq.heappush(heap, (total + float(load[unit]), rank))
     return Placement(
-        name="balanced", seq_len_tokens=seq_len_tokens, granularity_tokens=granularity_tokens, units=np.array(owned)
+        name="balanced",
+        seq_len_tokens=seq_len_tokens,
+        granularity_tokens=granularity_tokens,
+        units=evened(np.array(owned, dtype=np.int64), load),
     )
 
 

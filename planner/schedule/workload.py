@@ -70,7 +70,7 @@ class HeadCounts:
         of_blocks = (
             counts.active[..., heads].sum(axis=-1),
             counts.rows[..., heads].sum(axis=-1),
-            counts.longest[..., heads].max(axis=-1, initial=0),
+            counts.longest[..., heads].max(axis=-1, initial=0).astype(np.int64),
             counts.key_rows[..., heads].sum(axis=-1),
             counts.longest_key[..., heads].max(axis=-1, initial=0),
         )
@@ -84,7 +84,7 @@ class HeadCounts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
-    """Counts of one layer. active, rows, longest: int64 [W, W, H] for (query rank, key rank, head); columns: [W, H].
+    """Counts of one layer. active, rows, longest: [W, W, H] for (query rank, key rank, head); columns: [W, H].
 
     key_rows and longest_key are what rows and longest are, of key tiles: those that some query tile attends, and how
     many attend one of them. columns counts (query tile, column tile) pairs of the gathered columns; column_rows the
@@ -93,11 +93,11 @@ class Workload:
 
     block_size: int
     tokens_per_rank: int
-    active: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    longest: NDArray[np.int64]
-    key_rows: NDArray[np.int64]
-    longest_key: NDArray[np.int64]
+    active: NDArray[np.signedinteger]
+    rows: NDArray[np.signedinteger]
+    longest: NDArray[np.signedinteger]
+    key_rows: NDArray[np.signedinteger]
+    longest_key: NDArray[np.signedinteger]
     columns: NDArray[np.int64]
     column_rows: NDArray[np.int64]
     longest_column_row: NDArray[np.int64]
@@ -153,7 +153,8 @@ def workload(pattern: LayerPattern, placement: Placement) -> Workload:
     tiles = -(-placement.tokens_per_rank // pattern.block_size)
     aligned = placement.granularity_tokens % pattern.block_size == 0
     row_lengths = _aligned_row_lengths if aligned else _straddling_row_lengths
-    counts = np.zeros((5, world, world, heads), dtype=np.int64)
+    # As narrow as will do: of hundreds of ranks these are hundreds of megabytes. Sums of them are int64.
+    counts = np.zeros((5, world, world, heads), dtype=np.min_scalar_type(-tiles * tiles - 1))
     seen: dict[object, int] = {}  # heads that list no blocks of their own may be alike: they are counted once
     for number, head in enumerate(pattern.heads):
         alike = head.diagonals.tobytes() if isinstance(head, VerticalSlash) else id(head)

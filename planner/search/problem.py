@@ -8,7 +8,7 @@ from ...traces.errors import InputError, unknown_name
 from ..cost.cluster import Cluster
 from ..cost.kernels import ACCUMULATOR_BYTES
 from ..cost.model import CostModel
-from ..layouts.layout import Offers
+from ..layouts.layout import VERY_MANY_RANKS, Offers
 from ..layouts.registry import layout_names
 from ..replay import Recorded
 from ..schedule.backends import facts_of
@@ -103,12 +103,17 @@ class Problem:
     def pairs(self, placement: Placement) -> Pairs:
         """Return the pairs that can have work: in any recorded layer, or in any causal pattern where they are chosen.
 
-        Without a count of what the layers activate together, what is causal has to do.
+        Without a count of what the layers activate together, what is causal has to do. On very many ranks every node
+        has the pairs that any node has, counted from its own place: then ranks of different nodes are alike, and a
+        schedule of hundreds of them is timed as one node's. Pairs of parts that follow each other around the ranks, of
+        windows or documents, hardly become more; causal halves become whole.
         """
         active = self.summary.active_blocks
         if self.space.pattern != "trace" or active is None:
-            return causal_pairs(placement)
-        return pairs_of_blocks(active, placement, block_size=self.attention.block_size)
+            found = causal_pairs(placement)
+        else:
+            found = pairs_of_blocks(active, placement, block_size=self.attention.block_size)
+        return found.closed(self.cluster.gpus_per_node) if self.cluster.world_size > VERY_MANY_RANKS else found
 
     def shape(self, placement: Placement) -> AttentionShape:
         """Return the sizes of transfers under a placement."""

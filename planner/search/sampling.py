@@ -26,6 +26,9 @@ DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
 COLUMNS_MULTIPLE = 64
 MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
+# Of all causal block pairs: where some layers together activate so many, a pair of shards without any is not to be
+# hoped for, and block masks of further layers, which take long to read, need not be looked at.
+WIDE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +38,8 @@ class TraceSummary:
     head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
     listed: whether any head lists its active blocks one by one. windowed: whether any head has a sliding window.
     choices: by layer, how its heads were chosen, each way once.
-    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted.
+    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted: for
+    very long sequences, and where it would be most of what is causal.
     """
 
     columns_capacity: int
@@ -67,9 +71,13 @@ def take_samples(
 
 
 def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary:
-    """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread."""
+    """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread.
+
+    Those 64 are read first. Where they list blocks and activate most of what is causal, the others' are not counted.
+    """
     recorded = [(step, layer) for step in trace.steps for layer in trace.layers]
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
+    recorded.sort(key=lambda one: one not in loaded)
     header, most_columns, load, listed, windowed = trace.header, 0, 0.0, False, False
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
     of_heads: dict[int, list[NDArray[np.float64]]] = {}
@@ -81,8 +89,11 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         choices[layer] = _ways([*choices.get(layer, ()), *_choices(rows)])
         most_columns = max(most_columns, pattern.max_columns)
         of_heads.setdefault(layer, []).append(head_load(pattern))
-        listed |= lists_blocks(pattern)
+        of_blocks = lists_blocks(pattern)
+        listed |= of_blocks
         windowed |= has_windows(pattern)
+        if reach is not None and of_blocks and (step, layer) not in loaded and _is_wide(reach):
+            reach = None
         if reach is not None:
             reach |= active_blocks(pattern)
         if (step, layer) in loaded:
@@ -100,6 +111,11 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         windowed=windowed,
         choices=choices,
     )
+
+
+def _is_wide(reach: NDArray[np.bool_]) -> bool:
+    blocks = len(reach)
+    return int(np.count_nonzero(reach)) > WIDE_SHARE * blocks * (blocks + 1) / 2
 
 
 def evenly_spread(items: Sequence, count: int) -> list:

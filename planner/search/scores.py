@@ -6,7 +6,7 @@ A step is forward plus backward of one layer; times are means over the sampled l
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -136,6 +136,7 @@ class ScoreBoard:
     _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
     _schedules: dict[tuple[Layout, Direction, int, Pairs], Schedule] = field(default_factory=dict)
+    _memories: dict[tuple[Layout, Direction, int, Pairs], LayerMemory] = field(default_factory=dict)
     _scores: dict[tuple[Rater, PlacementChoice, Layout, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
@@ -169,11 +170,17 @@ class ScoreBoard:
 
     def schedule(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Schedule:
         """Return the schedule; UnsupportedError where the layout does not apply."""
-        shape, pairs = self.problem.shape(self.placement(choice)), self.pairs(choice)
-        key = (layout, direction, shape.tokens_per_rank, pairs)
+        key = self._scheduled(choice, layout, direction)
         if key not in self._schedules:
-            self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=pairs)
+            shape = self.problem.shape(self.placement(choice))
+            self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=self.pairs(choice))
         return self._schedules[key]
+
+    def _scheduled(
+        self, choice: PlacementChoice, layout: Layout, direction: Direction
+    ) -> tuple[Layout, Direction, int, Pairs]:
+        """Return all that a schedule depends on: placements may have it in common."""
+        return layout, direction, self.placement(choice).tokens_per_rank, self.pairs(choice)
 
     def applies(self, choice: PlacementChoice, layout: Layout) -> bool:
         """Whether the layout can be built for these sizes at all."""
@@ -181,14 +188,17 @@ class ScoreBoard:
 
     def memory(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> LayerMemory:
         """Return the bytes that a step needs as far as this direction's slots are the larger ones."""
-        return layer_memory(
-            self.schedule(choice, layout, direction),
-            self.problem.shape(self.placement(choice)),
-            layers=self.problem.attention.model.layers,
-            backend=self.problem.backend,
-            reordered=self.problem.head_orders(layout.head_groups) is not None,
-            listed_block_tokens=self.problem.attention.block_size if self.problem.summary.listed else None,
-        )
+        key = self._scheduled(choice, layout, direction)
+        if key not in self._memories:
+            self._memories[key] = layer_memory(
+                self.schedule(choice, layout, direction),
+                self.problem.shape(self.placement(choice)),
+                layers=self.problem.attention.model.layers,
+                backend=self.problem.backend,
+                reordered=self.problem.head_orders(layout.head_groups) is not None,
+                listed_block_tokens=self.problem.attention.block_size if self.problem.summary.listed else None,
+            )
+        return self._memories[key]
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
@@ -216,27 +226,36 @@ class ScoreBoard:
             rater=rater,
         )
 
-    def bound_us(self, samples: tuple[int, ...]) -> float:
-        """Return the lower bound of a step: the least over the placements looked at, mean over these samples."""
-        cluster, cost = self.problem.cluster, self.problem.cost
-        bounds_us = []
-        for choice in self._placements:
-            shape, allowed = self.problem.shape(self.placement(choice)), self._allowed(choice)
-            works = [self.workload(choice, sample) for sample in samples]
-            bounds_us.append(
-                [sum(lower_bound_us(work, cluster, cost, shape, way, allowed) for way in DIRECTIONS) for work in works]
-            )
+    def bound_us(self, samples: tuple[int, ...], choices: Iterable[PlacementChoice]) -> float:
+        """Return the lower bound of a step: the least over these placements, mean over these samples."""
+        bounds_us = [self._bounds_us(choice, samples, self._allowed(choice)) for choice in dict.fromkeys(choices)]
         return float(np.min(bounds_us, axis=0).mean())
+
+    def least_us(self, choice: PlacementChoice, samples: tuple[int, ...]) -> float:
+        """Return a lower bound of a step under one placement that costs little: memory is not looked at."""
+        allowed = replace(self._links(choice), keep_kv=True)
+        return float(np.mean(self._bounds_us(choice, samples, allowed)))
+
+    def _bounds_us(self, choice: PlacementChoice, samples: tuple[int, ...], allowed: Allowed) -> list[float]:
+        cluster, cost, shape = self.problem.cluster, self.problem.cost, self.problem.shape(self.placement(choice))
+        works = [self.workload(choice, sample) for sample in samples]
+        return [sum(lower_bound_us(work, cluster, cost, shape, way, allowed) for way in DIRECTIONS) for work in works]
 
     def _allowed(self, choice: PlacementChoice) -> Allowed:
         """Return what any layout may do under a placement, those that were not asked for among them."""
-        space, cluster = self.problem.space, self.problem.cluster
-        layouts = [one for one in layout_choices(space.offers(cluster, restricted=False)) if self.applies(choice, one)]
-        keeping = (self.memory(choice, one, "backward") for one in layouts if one.kept_slots is not None)
+        keeping = (self.memory(choice, one, "backward") for one in self._layouts(choice) if one.kept_slots is not None)
+        limit_bytes = self.problem.memory_limit_bytes
+        return replace(self._links(choice), keep_kv=any(memory.total_bytes <= limit_bytes for memory in keeping))
+
+    def _links(self, choice: PlacementChoice) -> Allowed:
+        """Return what layouts may send under a placement, memory not looked at."""
         return Allowed(
             pairs=self.pairs(choice),
-            keep_kv=any(memory.total_bytes <= self.problem.memory_limit_bytes for memory in keeping),
-            narrow_gradients=space.rounds_parts,
-            pulls=space.pulls,
-            degrees=tuple(sorted({one.head_groups for one in layouts} - {1})),
+            narrow_gradients=self.problem.space.rounds_parts,
+            pulls=self.problem.space.pulls,
+            degrees=tuple(sorted({one.head_groups for one in self._layouts(choice)} - {1})),
         )
+
+    def _layouts(self, choice: PlacementChoice) -> list[Layout]:
+        offers = self.problem.space.offers(self.problem.cluster, restricted=False)
+        return [one for one in layout_choices(offers) if self.applies(choice, one)]

@@ -18,6 +18,7 @@ from ..cost.measured import cluster_cost
 from ..cost.model import CostModel
 from ..cost.recurrence import CompiledRecurrence
 from ..plan import AttentionSpec, PatternSpec, Plan, make_plan
+from ..resting import no_collections
 from ..schedule.backends import computed_head_dim, require_elements
 from ..schedule.schedule import DIRECTIONS
 from .problem import Problem, SearchSpace
@@ -51,8 +52,9 @@ def plan_trace(
                                field="audit_sha256")  # fmt: skip
     problem = make_problem(trace, cluster, space, cost=cost, progress=progress)
     pattern = pattern_spec(trace, space.pattern, problem.samples, summary=problem.summary)
-    selection = select(problem, quick=CompiledRecurrence(), final=evaluator, progress=progress)
-    plan = _seal(problem, selection.pick, pattern)
+    with no_collections():
+        selection = select(problem, quick=CompiledRecurrence(), final=evaluator, progress=progress)
+        plan = _seal(problem, selection.pick, pattern)
     return plan.with_record(
         predictions=predictions(problem, selection), provenance=_provenance(trace, cluster) | dict(provenance or {})
     )

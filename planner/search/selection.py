@@ -7,14 +7,15 @@ must gain more than a margin. No plain layout that is eligible is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from itertools import product
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, product
 
 from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
 from ..cost.evaluation import Evaluator
-from ..layouts.layout import Layout
+from ..layouts.layout import VERY_MANY_RANKS, Layout
 from ..schedule.schedule import DIRECTIONS, Direction
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
 from .problem import Problem
@@ -29,12 +30,21 @@ FINAL_LAYOUTS = 2
 IRREGULAR_MARGIN = 0.01
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
 MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
-SIMULATED_RANKS = 32  # ranks times layers per candidate and direction that are simulated
+# Mixtures that are estimated to take so much longer than the best that was simulated are not simulated. The recurrence
+# overlooks that calls share links, so it is seldom above the simulator.
+SCREENED = 1.05
+MOST_SIMULATED_RANKS = VERY_MANY_RANKS  # on more of them the recurrence has the last word
+# On more ranks only some layouts are tried under each placement: the plain ones (but of very many ranks), and
+# the best of each kind under the first placement, unless they took so many times the best there.
+ALL_PLACED_RANKS, PLACED = 16, 1.25
+# Ranks times layers, per candidate and direction, that are simulated, and that are estimated.
+SIMULATED_RANKS, ESTIMATED_RANKS = 32, 256
 QUICK, GOOD = "recurrence", "simulator"
 
 
 # Layouts that a placement may be combined with in each direction, and their times in microseconds.
 Options = dict[Direction, dict[Layout, float]]
+Mixture = tuple[PlacementChoice, Layout, Layout]  # forward's layout, backward's
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,31 +90,36 @@ def select(
     candidates, notes = _candidates(board)
     offers = problem.space.offers(problem.cluster, restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
-    rater = Rater(name=QUICK, evaluator=quick, samples=tuple(range(len(problem.samples))))
-    steps = _rate(board, list(dict.fromkeys([*candidates, *plain])), rater, "estimating", progress)
+    rater = screen = Rater(name=QUICK, evaluator=quick, samples=_samples(problem, ESTIMATED_RANKS))
+    steps, left_out = _estimates(board, candidates, plain, rater, progress)
+    candidates = [one for one in candidates if one in steps]
     options = _eligible_options(candidates, steps)
     if not any(_mixtures(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
-    if final is not None:
-        rater = Rater(name=GOOD, evaluator=final, samples=_simulated_samples(problem))
-        steps |= _rate(board, plain, rater, "simulating plain layouts", progress)
+    rated: dict[Mixture, Step] = {}
+    if final is not None and problem.cluster.world_size <= MOST_SIMULATED_RANKS:
+        samples = _samples(problem, SIMULATED_RANKS)
+        rater, screen = (replace(rater, name=name, evaluator=one, samples=samples)
+                         for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
         options = _finalists(options, steps, [one for one in plain if one in candidates])
-    pick = min(_best_steps(board, options, rater, progress), key=competing_us)
-    for choice, one in options.items():  # scores of both directions are there already
-        both = [layout for layout in one["forward"] if layout in one["backward"]]
-        steps |= {(choice, layout): board.step(choice, layout, layout, rater) for layout in both}
+        both_ways = [(choice, layout, layout) for choice, layout in plain]
+        _rate_best(board, both_ways, rated, rater, screen, "simulating plain layouts", progress)
+    mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
+    _rate_best(board, mixtures, rated, rater, screen, "choosing", progress)
+    pick = min((rated[one] for one in mixtures if one in rated), key=competing_us)
+    steps |= {(choice, forward): step for (choice, forward, backward), step in rated.items() if forward == backward}
     return Selection(
         pick=pick,
         table=tuple(steps.values()),
         baselines=tuple(step for one, step in steps.items() if one in plain),
-        bound_us=board.bound_us(rater.samples),
-        notes=tuple(notes),
+        bound_us=board.bound_us(rater.samples, [choice for choice, _ in candidates]),
+        notes=(*notes, *left_out),
     )
 
 
-def _simulated_samples(problem: Problem) -> tuple[int, ...]:
-    """Return fewer of the sampled layers on larger clusters: a simulation takes long there."""
-    count = max(1, SIMULATED_RANKS // problem.cluster.world_size)
+def _samples(problem: Problem, ranks: int) -> tuple[int, ...]:
+    """Return fewer of the sampled layers on larger clusters: so many ranks times layers are looked at, one at least."""
+    count = max(1, ranks // problem.cluster.world_size)
     return tuple(evenly_spread(range(len(problem.samples)), count))
 
 
@@ -133,14 +148,74 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
     return sorted(found, key=lambda one: order[one[0]]), notes
 
 
-def _rate(
-    board: ScoreBoard, candidates: Sequence[Candidate], rater: Rater, stage: str, progress: Progress
-) -> dict[Candidate, Step]:
-    steps = {}
-    for number, (choice, layout) in enumerate(candidates):
-        steps[choice, layout] = board.step(choice, layout, layout, rater)
-        progress(stage, number + 1, len(candidates))
-    return steps
+def _estimates(
+    board: ScoreBoard, candidates: Sequence[Candidate], plain: Sequence[Candidate], rater: Rater, progress: Progress
+) -> tuple[dict[Candidate, Step], list[str]]:
+    """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
+
+    Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
+    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
+    hangs on the cluster more than on who has which blocks.
+    """
+    world, quickest_us = board.problem.cluster.world_size, math.inf
+    steps: dict[Candidate, Step] = {}
+    tried: set[Layout] | None = None
+
+    def look(group: Sequence[Candidate], least_us: float) -> bool:
+        """Estimate one placement's candidates, unless none of them can be quick; least_us: its lower bound."""
+        nonlocal quickest_us
+        if least_us > SCREENED * quickest_us:
+            return False
+        steps.update({one: board.step(one[0], one[1], one[1], rater) for one in group if one not in steps})
+        progress("estimating", min(len(steps), len(candidates)), len(candidates))
+        # An estimate may be below the bound, since it overlooks that links are shared: then the bound is nearer.
+        eligible_us = [max(competing_us(steps[one]), least_us) for one in group if steps[one].eligible]
+        quickest_us = min([quickest_us, *eligible_us])
+        return True
+
+    steps.update({one: board.step(one[0], one[1], one[1], rater) for one in plain})
+    beaten = []
+    for choice, both in groupby(candidates, key=lambda one: one[0]):
+        group = [one for one in both if tried is None or one[1] in tried]
+        if not look(group, board.least_us(choice, rater.samples)):
+            beaten.append(choice)
+        elif tried is None and world > ALL_PLACED_RANKS:
+            tried = _worth_placing(_eligible_options(group, steps))
+            tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
+    progress("estimating", len(candidates), len(candidates))
+    told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
+    return steps, [told + ", ".join(map(str, beaten))] if beaten else []
+
+
+def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
+    """Return the best layouts of each kind in either direction, but for those far behind the best of all."""
+    found: set[Layout] = set()
+    for times_us in (one[way] for one in options.values() for way in DIRECTIONS):
+        limit_us = PLACED * min(times_us.values(), default=0.0)
+        found |= {layout for layout in _best_of_their_kind(times_us) if times_us[layout] <= limit_us}
+    return found
+
+
+def _rate_best(
+    board: ScoreBoard, mixtures: Sequence[Mixture], rated: dict[Mixture, Step], rater: Rater, screen: Rater,
+    stage: str, progress: Progress,
+) -> None:  # fmt: skip
+    """Rate mixtures that may be the quickest, those that `screen` estimates to be so first; add them to `rated`.
+
+    It ends with the first whose estimate is SCREENED times as long as the quickest of these mixtures so far that is
+    eligible.
+    """
+    quickest_us = min((competing_us(rated[one]) for one in mixtures if one in rated and rated[one].eligible),
+                      default=math.inf)  # fmt: skip
+    estimated_us = {one: competing_us(board.step(*one, screen)) for one in mixtures}
+    for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
+        if estimated_us[one] > SCREENED * quickest_us:
+            break
+        rated[one] = board.step(*one, rater)
+        if rated[one].eligible:
+            quickest_us = min(quickest_us, competing_us(rated[one]))
+        progress(stage, number + 1, len(mixtures))
+    progress(stage, len(mixtures), len(mixtures))
 
 
 def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
@@ -170,31 +245,20 @@ def _finalists(
     for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], *regular[:1]]):
         kept = found.setdefault(choice, {way: {} for way in DIRECTIONS})
         for way, times_us in options[choice].items():
-            groups: dict[Hashable, list[Layout]] = {}
-            for layout in times_us:
-                groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
-            for alike in groups.values():
-                best = sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]
-                kept[way].update((layout, times_us[layout]) for layout in best)
+            kept[way].update((layout, times_us[layout]) for layout in _best_of_their_kind(times_us))
     return found
 
 
-def _best_steps(
-    board: ScoreBoard, options: dict[PlacementChoice, Options], rater: Rater, progress: Progress
-) -> list[Step]:
-    """Return the quickest mixture of every placement; the directions' layouts may differ.
+def _best_of_their_kind(times_us: dict[Layout, float]) -> list[Layout]:
+    groups: dict[Hashable, list[Layout]] = {}
+    for layout in times_us:
+        groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
+    return [one for alike in groups.values() for one in sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]]
 
-    Options come plainest first, the same layout in both directions before mixtures, and `min` keeps the first of
-    equals. Scores that are there already are not computed again.
-    """
-    mixtures = {choice: both for choice, one in options.items() if (both := _mixtures(one))}
-    best = []
-    for number, (choice, both) in enumerate(mixtures.items()):
-        ordered = sorted(both, key=lambda one: one[0] != one[1])
-        steps = [board.step(choice, forward, backward, rater) for forward, backward in ordered]
-        best.append(min(steps, key=competing_us))
-        progress("choosing", number + 1, len(mixtures))
-    return best
+
+def _plainest_first(mixtures: Iterable[tuple[Layout, Layout]]) -> list[tuple[Layout, Layout]]:
+    """Return mixtures in order, the same layout in both directions before others: `min` keeps the first of equals."""
+    return sorted(mixtures, key=lambda one: one[0] != one[1])
 
 
 def competing_us(step: Step) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .problem import Problem
 from .scores import Step
-from .selection import Selection
+from .selection import MOST_SIMULATED_RANKS, Selection
 
 WORTH_IT = 0.01  # a smaller gain is within what predictions can tell apart
 
@@ -119,10 +119,12 @@ def _notes(problem: Problem, selection: Selection) -> list[str]:
     rated, sampled = len(selection.pick.rater.samples), len(problem.samples)
     first = f"times are means over {rated} of {summary.recorded_layers} recorded layers"
     if rated < sampled:
-        first += f": {sampled} were read and estimated, on {problem.cluster.world_size} GPUs fewer are simulated"
+        first += f": {sampled} were read, on {problem.cluster.world_size} GPUs fewer are played"
     notes = [first]
     if summary.loaded_layers < summary.recorded_layers:
         notes.append(f"balanced placements weigh {summary.loaded_layers} of them, evenly spread")
+    if problem.cluster.world_size > MOST_SIMULATED_RANKS:
+        notes.append(f"on more than {MOST_SIMULATED_RANKS} GPUs nothing is simulated: the recurrence has the last word")
     if selection.pick.step_time_us < selection.bound_us:
         notes.append("the recurrence overlooks that transfers share links: its time is below the bound")
     if problem.cluster.origin == "datasheet":

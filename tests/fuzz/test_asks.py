@@ -14,11 +14,12 @@ import pytest
 
 from formats import vouched
 from many_inputs import one_more_gibibyte
+from sparsering.traces.blocks.triangle import packed_bytes
 from sparsering.traces.dataset import rows
 from sparsering.traces.dataset.manifest import ModelShape, TraceHeader
 from sparsering.traces.dataset.pages import BrokenPage, sizes_of_chunk
 from sparsering.traces.dataset.row_formats import SCHEMA
-from sparsering.traces.dataset.rows import BLOCK_MASK, VERTICAL_SLASH, packed_bytes
+from sparsering.traces.dataset.rows import BLOCK_MASK, VERTICAL_SLASH
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.errors import InputError

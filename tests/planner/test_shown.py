@@ -72,6 +72,6 @@ def test_how_many_layers_were_looked_at_agrees_with_the_help(planned: tuple[Plan
     made, lines = planned
     assert len(made.predictions["sampled_layers"]) == 2
     first = "note: times are means over 2 of 6 recorded layers"
-    assert f"{first}: 4 were read and estimated, on 16 GPUs fewer are simulated" in lines
+    assert f"{first}: 4 were read, on 16 GPUs fewer are played" in lines
     told = " ".join(CliRunner().invoke(cli.app, ["plan", "--help"]).stdout.split())
     assert "default: four, spread. The simulator takes as many of them as 32 divided by the cluster's GPUs" in told

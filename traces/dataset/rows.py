@@ -17,17 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..blocks.mask import NOTHING, BlockMask
+from ..blocks.triangle import pack_bits, packed_bytes
 from ..errors import CONTROL, InputError, shown
-from ..pattern import (
-    MOST_EDGES,
-    NOTHING,
-    BlockMask,
-    HeadPattern,
-    LayerPattern,
-    VerticalSlash,
-    num_blocks,
-    window_problem,
-)
+from ..pattern import MOST_EDGES, HeadPattern, LayerPattern, VerticalSlash, num_blocks, window_problem
 from ..strict_json import parse_json
 from .manifest import TraceHeader
 from .row_formats import DOCUMENT_MASSES, INT32S, LISTS, MASSES, NEWEST, RowFormat
@@ -87,33 +80,6 @@ class HeadRow:
 def head_density(pattern: HeadPattern, blocks: int) -> float:
     """Return one head's active causal blocks over N(N+1)/2; columns excluded."""
     return pattern.count_active_blocks(blocks) / (blocks * (blocks + 1) / 2)
-
-
-def pack_bits(bits: NDArray[np.bool_]) -> bytes:
-    """Return the lower triangle of bool [N, N], row by row, eight pairs a byte, the first in the highest bit."""
-    return np.packbits(np.concatenate([row[: number + 1] for number, row in enumerate(bits)])).tobytes()
-
-
-def unpack_bits(data: bytes, blocks: int) -> NDArray[np.bool_]:
-    """Return bool [N, N] from `pack_bits`; InputError when the length or the unused last bits are wrong."""
-    pairs = blocks * (blocks + 1) // 2
-    if len(data) != packed_bytes(blocks):
-        problem = f"is {len(data)} bytes, {packed_bytes(blocks)} are needed for {blocks} blocks"
-        raise InputError(problem, field="block_bits")
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).view(bool)
-    if flat[pairs:].any():
-        raise InputError(f"has bits beyond the {pairs} block pairs", field="block_bits")
-    bits = np.zeros((blocks, blocks), dtype=bool)
-    start = 0
-    for number, row in enumerate(bits, start=1):  # a mask of the lower triangle would take five times as long
-        row[:number] = flat[start : start + number]
-        start += number
-    return bits
-
-
-def packed_bytes(blocks: int) -> int:
-    """Return the bytes of one head's packed block bits."""
-    return -(-(blocks * (blocks + 1) // 2) // 8)
 
 
 def max_layer_bytes(header: TraceHeader) -> int:
@@ -264,7 +230,7 @@ def _block_mask(values: Mapping[str, Any], blocks: int, seq_len_tokens: int) -> 
         raise InputError(f"must be 0 for a block mask, is {values['window_tokens']}", field="window_tokens")
     if blocks > MAX_MASK_BLOCKS:
         raise InputError(f"is over {blocks} blocks; at most {MAX_MASK_BLOCKS} are read", field="block_bits")
-    return BlockMask(bits=unpack_bits(values["block_bits"], blocks), columns=values["columns"])
+    return BlockMask.of_triangle(values["block_bits"], blocks, values["columns"])
 
 
 def _check_window(values: Mapping[str, Any], block_size: int, blocks: int) -> None:

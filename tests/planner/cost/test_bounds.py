@@ -10,6 +10,7 @@ import tiny
 from search_cases import BLOCK, problem
 from sparsering.planner.cost.bounds import Allowed, communication_bound_us, compute_bound_us, exchange_bound_us
 from sparsering.planner.cost.recurrence import CompiledRecurrence
+from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
@@ -48,6 +49,21 @@ def test_bounds_by_hand():
     for backend, launches in (("triton", 1), ("flash4", 2), ("blockwise", 2)):
         cost = tiny.PairCost(us_per_pair=3.0, us_per_launch=5.0, backend=backend)
         assert compute_bound_us(with_columns, cost, "forward") == launches * 5 + (136 + 4) * 3 - (5 + 3)
+
+
+def test_the_busiest_rank_and_node_bound_a_layer():
+    """Contiguous parts of dense attention: the last rank has most queries, the last node most shards to fetch."""
+    cluster = tiny.cluster(nodes=2, gpus=2, bandwidth=1000.0, nic_bandwidth=10.0, nics=1)
+    shape, cost = tiny.shape(4, blocks_per_rank=4), tiny.PairCost(us_per_pair=3.0)
+    work = tiny.dense_workload(4, "contiguous", blocks_per_rank=4)
+    causal = Allowed(pairs=Pairs.of(np.tri(4, dtype=bool)), keep_kv=True)
+    # Of 136 block pairs the last rank has 16 + 15 + 14 + 13; two ranks together have that and 42, a half each.
+    assert compute_bound_us(work, cost, "forward", degree=1) == 58 * 3
+    assert compute_bound_us(work, cost, "forward", degree=2) == 50 * 3
+    assert compute_bound_us(work, cost, "forward") == 34 * 3
+    # Both shards of the first node cross to the second, and two sums of gradients back.
+    assert communication_bound_us(cluster, shape, "forward", causal) == 2 * shape.kv_bytes / 10
+    assert communication_bound_us(cluster, shape, "backward", causal) == 2 * shape.dkv_bytes / 10
 
 
 def test_bounds_of_head_parallelism_by_hand():

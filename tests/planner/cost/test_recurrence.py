@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import networkx as nx
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from layout_cases import layout_shape, layouts_for
 from sparsering.planner.cost.cluster import Cluster
 from sparsering.planner.cost.constants import LayerConstants
 from sparsering.planner.cost.evaluation import Evaluation
@@ -20,7 +23,8 @@ from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
 from sparsering.planner.layouts.ring import Ring
-from sparsering.planner.schedule.schedule import Direction, Phase, Schedule, with_programs
+from sparsering.planner.schedule.pairs import Pairs
+from sparsering.planner.schedule.schedule import DIRECTIONS, Direction, Phase, Schedule, with_programs
 from sparsering.planner.schedule.workload import Workload
 from sparsering.simulator.engine import simulate
 from sparsering.traces.errors import InputError, ScheduleError
@@ -139,6 +143,28 @@ def test_more_bandwidth_is_never_slower(
     assert fast.makespan_us <= slow.makespan_us
 
 
+@pytest.mark.parametrize(("nodes", "gpus", "columns"), [(1, 4, 0), (2, 3, 64), (4, 2, 64)])
+def test_ranks_that_are_alike_are_timed_as_all_of_them(nodes: int, gpus: int, columns: int) -> None:
+    """A schedule says which ranks tell of all others: every rank's own program gives the same times, phase by phase."""
+    world, rng = nodes * gpus, np.random.default_rng(nodes)
+    shape, cluster, cost = layout_shape(world, columns), tiny.cluster(nodes=nodes, gpus=gpus), tiny.PairCost()
+    work = replace(tiny.dense_workload(world), active=rng.integers(0, 9, (world, world, shape.heads)))
+    work = replace(work, rows=work.active, longest=work.active, columns=rng.integers(0, 9, (world, shape.heads)))
+    distances = (np.arange(world)[:, None] - np.arange(world)) % world
+    alike = 0
+    for layout, pairs, way in product(layouts_for(shape), (None, Pairs.of(distances < 3)), DIRECTIONS):
+        if layout.transfers.pull and nodes > 1:
+            continue
+        schedule = layout.build(shape=shape, direction=way, pairs=pairs)
+        found, expected = (
+            CompiledRecurrence()(one, work, cluster, cost) for one in (schedule, replace(schedule, period=0))
+        )
+        assert found.makespan_us == expected.makespan_us, layout
+        assert found.phase_us.tolist() == expected.phase_us.tolist(), layout
+        alike += 0 < schedule.period < world
+    assert alike > 50
+
+
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.integers(0, 50)), max_size=30))
 def test_longest_paths_are_those_of_networkx(edges: list[tuple[int, int, int]]) -> None:
     forward = {(min(a, b), max(a, b)): weight for a, b, weight in edges if a != b}
@@ -148,7 +174,7 @@ def test_longest_paths_are_those_of_networkx(edges: list[tuple[int, int, int]]) 
     expected = [nx.dag_longest_path_length(graph.subgraph({node} | nx.ancestors(graph, node))) for node in range(12)]
     table = np.array([(a, b, weight) for (a, b), weight in forward.items()], dtype=np.int64).reshape(-1, 3)
     paths = Paths.through(12, table[:, 0], table[:, 1])
-    assert paths.longest(table[:, 2]).tolist() == expected
+    assert paths.longest(table[:, 2:])[:, 0].tolist() == expected
 
 
 def test_a_circle_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,8 @@ from sparsering.planner.check.check import check, check_step
 from sparsering.planner.layouts.gather import Gather
 from sparsering.planner.layouts.hierarchical import Hierarchical
 from sparsering.planner.layouts.layout import Layout
-from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
+from sparsering.planner.schedule.schedule import DIRECTIONS, Direction, phases_json
+from sparsering.traces.files import canonical_json
 
 TABLE = [
     pytest.param(world_size, layout, id=f"{world_size}-{layout.text}")
@@ -34,6 +36,9 @@ def test_every_layout_is_proved(world_size: int, layout: Layout) -> None:
             assert report.peak_bytes <= schedule.buffer_bytes
             assert report.tasks == layout.head_groups * (world_size**2 + world_size * bool(columns))
             assert schedule.layout == layout.name
+            for rank in range(world_size):
+                phases = schedule.phases(rank)
+                assert phases_json(phases) == canonical_json([asdict(phase) for phase in phases])
         check_step(*schedules)
         assert (layout.kept_slots is not None) >= any(schedules[0].kept(rank) for rank in range(world_size))
 

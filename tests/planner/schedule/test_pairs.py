@@ -24,6 +24,7 @@ from sparsering.planner.replay import find_trace, recorded_layer
 from sparsering.planner.schedule.pairs import Pairs, active_blocks, causal_pairs, pattern_pairs
 from sparsering.planner.schedule.placement import REGULAR_PLACEMENTS, contiguous
 from sparsering.planner.schedule.schedule import DIRECTIONS, Direction
+from sparsering.planner.search import sampling
 from sparsering.planner.search.problem import SearchSpace
 from sparsering.planner.search.sampling import summarize
 from sparsering.planner.search.search import make_problem, plan_trace
@@ -194,6 +195,23 @@ def test_all_layers_steps_and_heads_count(tmp_path: Path) -> None:
     assert (wanted != active_blocks(patterns[0])).any()
 
 
+def test_where_some_layers_activate_most_blocks_the_others_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = SyntheticSettings(seq_len_tokens=32 * 64, block_size=64, heads=3, density=0.4)
+    trace = write_synthetic_trace(tmp_path, "xattention", drawn, layers=3, steps=2, kv_heads=3, head_dim=64)
+    whole = summarize(trace)
+    monkeypatch.setattr(sampling, "MAX_LOADED_LAYERS", 2)
+    assert whole.active_blocks is not None
+    found = summarize(trace)
+    assert found.active_blocks is None
+    assert {layer: load.tolist() for layer, load in found.head_load.items()} == {
+        layer: load.tolist() for layer, load in whole.head_load.items()
+    }
+    monkeypatch.setattr(sampling, "WIDE_SHARE", 1.0)
+    assert np.array_equal(summarize(trace).active_blocks, whole.active_blocks)
+
+
 def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None:
     trace = write_synthetic_trace(tmp_path, "sink-window", WINDOW, layers=1, steps=1, kv_heads=2, head_dim=64)
     problem = make_problem(trace, tiny.cluster(gpus=4), SearchSpace(pattern="choose"), cost=tiny.PairCost())
@@ -202,3 +220,15 @@ def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None
     assert replace(problem, space=SearchSpace()).pairs(place) == window_pairs(4)
     unknown = replace(problem.summary, active_blocks=None)
     assert replace(problem, space=SearchSpace(), summary=unknown).pairs(place) == causal_pairs(place)
+
+
+def test_pairs_that_every_node_has_make_nodes_alike() -> None:
+    """Neighbours of two nodes of two: around the ranks they are neighbours already, but for the first and the last."""
+    chain = Pairs.of(np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
+    assert (chain.period(1), chain.period(2)) == (4, 4)
+    ring = chain.closed(1)
+    assert (ring.period(1), ring.period(2), ring.matrix.sum()) == (1, 2, 8)
+    assert ring.covers(chain)
+    halves = Pairs.of(np.tri(4, dtype=bool)).closed(2)
+    assert (halves.matrix.sum(), halves.period(2)) == (16 - 2, 2)
+    assert Pairs.all_of(4).closed(2) == Pairs.all_of(4)

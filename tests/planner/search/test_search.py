@@ -27,6 +27,7 @@ from sparsering.planner.plan import KernelSpec
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
+from sparsering.planner.search import selection
 from sparsering.planner.search.candidates import baselines, layout_choices, placement_choices, why_not_executable
 from sparsering.planner.search.problem import Problem, SearchSpace
 from sparsering.planner.search.scores import ScoreBoard, Step
@@ -125,7 +126,8 @@ def test_kept_events_and_times_change_nothing(given_problem: Problem, data):
             other = CompiledRecurrence()(schedule, work, cluster, given_problem.cost)
             assert (one.makespan_us, one.peak_buffer_bytes) == (other.makespan_us, other.peak_buffer_bytes)
             assert np.array_equal(one.phase_us, other.phase_us)
-            allowed = Allowed(keep_kv=layout.kept_slots is not None)
+            split = (layout.head_groups,) if layout.head_groups > 1 else ()
+            allowed = Allowed(keep_kv=layout.kept_slots is not None, degrees=split)
             bound_us = lower_bound_us(work, cluster, given_problem.cost, shape, direction, allowed)
             compute_bound = compute_bound_us(work, given_problem.cost, direction)
             # The recurrence lets transfers of different calls share a port for free, so it may beat the links.
@@ -335,7 +337,8 @@ def test_the_best_few_of_every_way_to_transfer_have_the_last_word():
         assert layout.transfers.pull
 
 
-def test_the_best_regular_placement_has_the_last_word_beside_the_best_few():
+def test_the_best_regular_placement_has_the_last_word_beside_the_best_few(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "SCREENED", 100.0)  # bounds know nothing of what these evaluators say
     given_problem = problem(kind="skewed", columns=0, blocks=48)
     irregular = {f"balanced {blocks * BLOCK}": 100.0 for blocks in (1, 2, 4)}
     evaluate = evaluator_by_placement(given_problem, irregular | {"striped 128": 100.5})

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from sparsering.traces.blocks.triangle import pack_bits, unpack_bits
 from sparsering.traces.dataset.manifest import ModelShape
-from sparsering.traces.dataset.rows import HeadChoice, pack_bits, unpack_bits
+from sparsering.traces.dataset.rows import HeadChoice
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter
 from sparsering.traces.pattern import BlockMask, LayerPattern, VerticalSlash

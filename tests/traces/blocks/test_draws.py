@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsering.traces.block_draws import STRIP_ROWS, gated_blocks, wanted_blocks
-from sparsering.traces.dataset.rows import pack_bits, packed_bytes, unpack_bits
+from sparsering.traces.blocks.draws import STRIP_ROWS, gated_blocks, wanted_blocks
+from sparsering.traces.blocks.mask import CHECKED_ROWS, BlockMask
+from sparsering.traces.blocks.triangle import pack_bits, packed_bytes, unpack_bits
 from sparsering.traces.errors import InputError
-from sparsering.traces.pattern import CHECKED_ROWS, BlockMask
 
 
 @pytest.mark.parametrize("blocks", [1, 2, STRIP_ROWS - 1, STRIP_ROWS, STRIP_ROWS + 1, 3 * STRIP_ROWS + 5])
