@@ -53,7 +53,8 @@ def trace_of(folder: Path, values: list[dict[str, Any]], *, blocks: int, **writt
 VERTICAL = rows.VerticalSlash(columns=np.zeros(0, np.int32), diagonals=np.zeros(1, np.int32))
 CHOICE = rows.HeadChoice(selector="hostile")
 ROW = {"training_step": 0, "layer": 0, "selector": "hostile", "settings": "{}", "density": 0.1,
-       "kept_mass_probe": None, "kept_mass_sampled": None, "window_tokens": 0, "cut_diagonals": []}  # fmt: skip
+       "kept_mass_probe": None, "kept_mass_sampled": None, "window_tokens": 0, "cut_diagonals": [], "anchor_tokens": 0,
+       "kept_mass_documents": None}  # fmt: skip
 
 
 def refused(path: Path, told: str) -> None:
