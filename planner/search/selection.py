@@ -103,9 +103,10 @@ def select(
                          for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
         options = _finalists(options, steps, [one for one in plain if one in candidates])
         both_ways = [(choice, layout, layout) for choice, layout in plain]
-        _rate_best(board, both_ways, rated, rater, screen, "simulating plain layouts", progress)
+        within = SCREENED if problem.cluster.world_size > ALL_PLACED_RANKS else math.inf
+        _rate_best(board, both_ways, rated, (rater, screen, within), "simulating plain layouts", progress)
     mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
-    _rate_best(board, mixtures, rated, rater, screen, "choosing", progress)
+    _rate_best(board, mixtures, rated, (rater, screen, SCREENED), "choosing", progress)
     pick = min((rated[one] for one in mixtures if one in rated), key=competing_us)
     steps |= {(choice, forward): step for (choice, forward, backward), step in rated.items() if forward == backward}
     return Selection(
@@ -197,19 +198,20 @@ def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
 
 
 def _rate_best(
-    board: ScoreBoard, mixtures: Sequence[Mixture], rated: dict[Mixture, Step], rater: Rater, screen: Rater,
+    board: ScoreBoard, mixtures: Sequence[Mixture], rated: dict[Mixture, Step], raters: tuple[Rater, Rater, float],
     stage: str, progress: Progress,
 ) -> None:  # fmt: skip
-    """Rate mixtures that may be the quickest, those that `screen` estimates to be so first; add them to `rated`.
+    """Rate mixtures that may be the quickest, those that are estimated to be so first; add them to `rated`.
 
-    It ends with the first whose estimate is SCREENED times as long as the quickest of these mixtures so far that is
-    eligible.
+    raters: who rates them, who estimates them, and how many times as long as the quickest so far that is eligible an
+    estimate may be: it ends with the first that is longer.
     """
+    rater, screen, within = raters
     quickest_us = min((competing_us(rated[one]) for one in mixtures if one in rated and rated[one].eligible),
                       default=math.inf)  # fmt: skip
     estimated_us = {one: competing_us(board.step(*one, screen)) for one in mixtures}
     for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
-        if estimated_us[one] > SCREENED * quickest_us:
+        if estimated_us[one] > within * quickest_us:
             break
         rated[one] = board.step(*one, rater)
         if rated[one].eligible:

@@ -35,6 +35,8 @@ def least_busiest(load: NDArray[np.float64], ranks: int) -> Least:
     allowed = np.ones((blocks, ranks))
     for place, block in enumerate(np.argsort(-load, kind="stable")[: ranks - 1]):
         allowed[block, place + 1 :] = 0
+    least, most = np.append(np.zeros(blocks * ranks), load.sum() / ranks), np.append(allowed.ravel(), np.inf)
+    bounds = Bounds(least, most)  # pyright: ignore[reportArgumentType]  # its stub knows single numbers alone
     solved = milp(
         np.append(np.zeros(blocks * ranks), 1.0),
         constraints=[
@@ -42,7 +44,7 @@ def least_busiest(load: NDArray[np.float64], ranks: int) -> Least:
             LinearConstraint(of_rank, blocks // ranks, blocks // ranks),
             LinearConstraint(loads + above, -np.inf, 0),
         ],
-        bounds=Bounds(np.append(np.zeros(blocks * ranks), load.sum() / ranks), np.append(allowed.ravel(), np.inf)),
+        bounds=bounds,
         integrality=np.append(np.ones(blocks * ranks), 0),
         options={"node_limit": NODE_LIMIT, "mip_rel_gap": SURE},
     )
