@@ -209,7 +209,8 @@ def test_where_some_layers_activate_most_blocks_the_others_are_not_looked_at(
         layer: load.tolist() for layer, load in whole.head_load.items()
     }
     monkeypatch.setattr(sampling, "WIDE_SHARE", 1.0)
-    assert np.array_equal(summarize(trace).active_blocks, whole.active_blocks)
+    again = summarize(trace).active_blocks
+    assert again is not None and np.array_equal(again, whole.active_blocks)
 
 
 def test_what_is_chosen_anew_is_bound_by_causality_alone(tmp_path: Path) -> None:
