@@ -148,7 +148,7 @@ def test_another_pattern_is_refused_by_name() -> None:
     case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=Ring(),
                 pattern="documents")  # fmt: skip
     plan, pattern = make_case_plan(case, leave_out=True), PATTERNS["documents"].pattern
-    device, other = torch.device("cpu"), replace(pattern, documents=None)
+    device, other = torch.device("cpu"), replace(pattern, documents=None, anchor_tokens=0)
     plan.require_covered(pattern, about="layer 5")
     with pytest.raises(InputError, match=r"pairs: layer 5 activates the queries of rank 2 against the keys of rank 0"):
         plan.require_covered(other, about="layer 5")

@@ -128,7 +128,7 @@ def test_narrow_gradients_are_rounded_once_and_halve_what_crosses(
 def test_a_mask_that_needs_what_is_left_out_is_refused(rank_pools: Callable[[int], RankPool]) -> None:
     case = Case(world_size=4, placement="contiguous", granularity_tokens=64, layout=Ring(),
                 pattern="documents")  # fmt: skip
-    other = replace(PATTERNS["documents"].pattern, documents=None)
+    other = replace(PATTERNS["documents"].pattern, documents=None, anchor_tokens=0)
     with pytest.raises(RankFailure, match="pairs: the mask activates the queries of rank 2 against the keys of rank 0"):
         rank_pools(4).run("attention", plan=make_case_plan(case, leave_out=True), pattern=other, seed=7)
 

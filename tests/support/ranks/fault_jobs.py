@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from sparsering.kernels import backend
 from sparsering.kernels.mask import AttentionMask
 from sparsering.kernels.plain import blockwise
 from sparsering.runtime.attention import launches, planned
@@ -79,7 +80,7 @@ def _merge(trainer: Trainer, patch: Patch) -> None:
 
 def _sinks(trainer: Trainer, patch: Patch) -> None:
     """Learned sinks are left out of what attention returns."""
-    patch.setattr(planned, "with_sinks", lambda out, lse, sinks: (out, lse))
+    patch.setattr(backend, "with_sinks", lambda out, lse, sinks: (out, lse))
 
 
 def _softcap(trainer: Trainer, patch: Patch) -> None:
@@ -185,7 +186,11 @@ FAULTS: dict[str, Callable[[Trainer, Patch], None]] = {
     "labels": _batch(lambda batch: replace(batch, labels=batch.labels.roll(1, 1))),
     "tokens": _batch(lambda batch: replace(batch, input_ids=batch.input_ids.roll(1, 1))),
     "positions": _batch(lambda batch: replace(batch, position_ids=batch.position_ids + 1)),
-    "documents": _batch(lambda batch: replace(batch, documents=torch.arange(batch.documents.numel()).int() // 100)),
+    # Other numbers of the same documents: with others ranks choose other patterns, which they notice before.
+    "documents": _batch(lambda batch: replace(batch, documents=batch.documents + 1)),
+    "cut documents": _batch(
+        lambda batch: replace(batch, documents=batch.documents + (torch.arange(len(batch.documents)) > 100).int())
+    ),
     "dq": _gradients(0),
     "dk": _gradients(1),
     "dv": _gradients(2),

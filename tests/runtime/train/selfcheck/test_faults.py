@@ -67,6 +67,13 @@ def test_a_fault_of_one_rank_is_named_before_the_optimizer_steps(fault: str, tmp
                 assert not (error <= file[f"{name}.bound"]).all()
 
 
+def test_documents_that_differ_choose_patterns_that_differ(tmp_path: Path, rank_pools: Pools) -> None:
+    config = run_with(tmp_path, data={"documents": {"attention": True, "positions": False}})
+    for result in rank_pools(2).run("fault_jobs.faulted", config=config, fault="cut documents", rank=RANK):
+        assert result["told"].startswith("step 1: ranks chose different patterns")
+        assert result["same"]
+
+
 @pytest.mark.parametrize(("fault", "name"), [("sinks", "gpt-oss"), ("softcap", "gemma2"), ("window", "gemma3-window")])
 def test_what_a_model_adds_to_attention_is_looked_into(
     fault: str, name: str, tmp_path: Path, rank_pools: Pools
