@@ -6,8 +6,6 @@ The self-check recomputes rows of every layer by their definition in every step 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from sparsering.runtime.train.setup import set_up
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
 from train_alone import assert_same_training, trained_alone
-from train_runs import SEQ_LEN_TOKENS, write_run, write_text
+from train_runs import SEQ_LEN_TOKENS, require_verified_replay, write_run, write_text
 
 Pools = Callable[[int], RankPool]
 CHECKED = {"every_steps": 1, "rows": 32, "layers": 3}
@@ -108,18 +106,7 @@ def test_from_capture_to_training(name: str, tmp_path: Path, rank_pools: Pools) 
     planned: list[Any] = ["plan", "--trace", tmp_path / "trace", "--cluster", "local-cpu-4", "--set", "gpus_per_node=2",
                           "--backend", "blockwise"]  # fmt: skip
     _run(*planned, "-o", tmp_path / "replay.json")
-    played = [
-        sys.executable,
-        "-m",
-        "sparsering",
-        "run",
-        tmp_path / "replay.json",
-        "--trace",
-        tmp_path / "trace",
-        "--verify",
-    ]
-    shown = subprocess.run(played, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "Verified against a float64 reference on every rank" in shown
+    require_verified_replay(tmp_path / "replay.json", tmp_path / "trace")
     _run(*planned, "--pattern", "choose", "--dtype", "float32", "-o", tmp_path / "choose.json")
     config |= {"plan": {"file": str(tmp_path / "choose.json")}}
     results = rank_pools(2).run("train_jobs.run", config=config)

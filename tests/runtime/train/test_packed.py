@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from sparsering.runtime.train.config import parse_config
 from sparsering.runtime.train.setup import set_up
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
-from train_runs import write_run, write_text
+from train_runs import require_verified_replay, write_run, write_text
 
 Pools = Callable[[int], RankPool]
 BLOCK = 64
@@ -165,18 +163,7 @@ def test_packed_documents_from_capture_to_training(
     planned = ["plan", "--trace", tmp_path / "trace", "--cluster", "local-cpu-4", "--set", "gpus_per_node=2",
                "--backend", "blockwise", "-o", tmp_path / "replay.json"]  # fmt: skip
     _run(*planned)
-    played = [
-        sys.executable,
-        "-m",
-        "sparsering",
-        "run",
-        tmp_path / "replay.json",
-        "--trace",
-        tmp_path / "trace",
-        "--verify",
-    ]
-    shown = subprocess.run(played, capture_output=True, text=True, check=True, timeout=240).stdout
-    assert "Verified against a float64 reference on every rank" in shown
+    require_verified_replay(tmp_path / "replay.json", tmp_path / "trace")
     set_up(parse_config(config)).plan.save(tmp_path / "choose.json")
     config |= {"plan": {"file": str(tmp_path / "choose.json")}}
     results = rank_pools(2).run("train_jobs.run", config=config)

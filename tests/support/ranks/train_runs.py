@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,10 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "pattern"
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+def require_verified_replay(plan: Path, trace: Path) -> None:
+    """Play a plan over its trace by the command, as a process of its own; it must agree with float64 on every rank."""
+    command = [sys.executable, "-m", "sparsering", "run", plan, "--trace", trace, "--verify"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    assert "Verified against a float64 reference on every rank" in shown
