@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..mask import AttentionMask
-from .probe import Collectives, ShardTensors, float_matmul
-from .registry import Selector, count, register, share
-from .top import highest, take_highest
-
-# Strided logits computed at once (float32): bounds the memory of long sequences.
-LOGITS_AT_ONCE = 1 << 26
+from .probe import ShardTensors, float_matmul
+from .registry import count, register, share
+from .row_blocks import LOGITS_AT_ONCE, RowBlockSelector, fewest_blocks, first_blocks
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class XAttention(Selector):
+class XAttention(RowBlockSelector):
     """Per query block, the fewest key blocks whose antidiagonal mass reaches `mass`.
 
     The antidiagonal of a stride x stride cell is summed (query stride-1-s with key s), divided by the stride, softmaxed
@@ -32,30 +28,14 @@ class XAttention(Selector):
     Choosing raises ValueError when the stride does not divide the block, and when local tokens are not whole blocks.
     """
 
-    name, causal, keeps_documents, listed = "xattention", True, True, True
-    help = "key blocks by their antidiagonals"
+    name, help = "xattention", "key blocks by their antidiagonals"
     stride: int = count(16, "stride of the antidiagonals")
     mass: float = share(0.9, "share of attention to keep", option="--p")
-
-    def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
-        self._check(shard)
-        blocks = shard.positions.long()[:: shard.block_size] // shard.block_size
-        parts = self._rows(shard, blocks, _all_keys(shard, collectives), scale=scale)
-        active = torch.cat(list(parts), dim=1)
-        # Padding blocks land in one more row, which is dropped. Each row has one owner, so the sum assembles them.
-        rows = torch.zeros(shard.heads, shard.blocks + 1, shard.blocks, dtype=torch.uint8, device=active.device)
-        rows[:, blocks.clamp(max=shard.blocks)] = active.to(torch.uint8)
-        return shard.chosen(collectives.all_reduce_sum(rows[:, :-1].contiguous()).bool())
 
     def _check(self, shard: ShardTensors) -> None:
         if shard.block_size % self.stride:
             raise ValueError(f"stride: {self.stride} does not divide the block of {shard.block_size} tokens")
-        whole_sequence = shard.positions.shape[0] >= shard.seq_len_tokens
-        if shard.granularity_tokens % shard.block_size and not whole_sequence:
-            raise ValueError(
-                f"granularity_tokens: {shard.granularity_tokens} is no multiple of the block of "
-                f"{shard.block_size} tokens, which xattention scores whole"
-            )
+        super()._check(shard)
 
     def _rows(self, shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float) -> Iterator[Tensor]:
         """Some local query tiles after the other, which are these blocks [T]: their active key blocks [H, t, N]."""
@@ -73,11 +53,11 @@ class XAttention(Selector):
         rows = pad(rows, (0, 0, 0, -rows.shape[1] % shard.block_size))
         queries = rows.unflatten(1, (-1, cells, self.stride)).flip(3).flatten(3)
         at_once = max(1, LOGITS_AT_ONCE // (heads * cells * keys.shape[1]))
-        first, cell_documents = _first_blocks(shard), _cell_documents(shard, self.stride, keys.shape[1])
+        first, cell_documents = first_blocks(shard), _cell_documents(shard, self.stride, keys.shape[1])
         for part, part_blocks in zip(queries.split(at_once, dim=1), blocks.split(at_once), strict=True):
             given = {"scale": scale / self.stride, "stride": self.stride, "documents": cell_documents}
             scores = _strided_mass(shard, part, part_blocks, keys, **given)
-            yield _fewest_blocks(scores, part_blocks, first[part_blocks.clamp(max=shard.blocks - 1)], mass=self.mass)
+            yield fewest_blocks(scores, part_blocks, first[part_blocks.clamp(max=shard.blocks - 1)], mass=self.mass)
 
 
 def _strided_mass(
@@ -104,25 +84,6 @@ def _strided_mass(
     return p.sum(2).unflatten(-1, (-1, cells)).sum(-1)
 
 
-def _all_keys(shard: ShardTensors, collectives: Collectives) -> Tensor:
-    """[H_kv, N * block_size, D]: the keys of the whole sequence, zero past its end, in their own dtype."""
-    length = shard.blocks * shard.block_size
-    rows = shard.k.new_zeros(shard.k.shape[2], length + 1, shard.k.shape[3])
-    positions = shard.positions.long()
-    target = torch.where(positions < shard.seq_len_tokens, positions, length)
-    rows[:, target] = shard.k[0].transpose(0, 1)
-    return collectives.all_reduce_sum(rows[:, :-1].contiguous())
-
-
-def _first_blocks(shard: ShardTensors) -> Tensor:
-    """int64 [N]: the block in which the document begins that a block's first token is of; 0 without documents."""
-    blocks = torch.arange(shard.blocks, device=shard.q.device)
-    if shard.documents is None:
-        return torch.zeros_like(blocks)
-    documents = shard.documents[: shard.seq_len_tokens].contiguous()
-    return torch.searchsorted(documents, documents[blocks * shard.block_size]) // shard.block_size
-
-
 def _cell_documents(shard: ShardTensors, stride: int, cells: int) -> Tensor | None:
     """int64 [cells]: the document of each cell's tokens, negative and of no other cell where they are of several.
 
@@ -134,16 +95,3 @@ def _cell_documents(shard: ShardTensors, stride: int, cells: int) -> Tensor | No
     padded = torch.cat([documents, documents[-1:].expand(cells * stride - documents.shape[0])]).view(cells, stride)
     several = -1 - torch.arange(cells, device=padded.device)
     return torch.where(padded[:, 0] == padded[:, -1], padded[:, 0], several)
-
-
-def _fewest_blocks(scores: Tensor, blocks: Tensor, first: Tensor, *, mass: float) -> Tensor:
-    """bool [H, T, N]: own and first block [T], then the fewest others that bring the row to mass * its total."""
-    key_blocks = torch.arange(scores.shape[2], device=scores.device)
-    forced = (key_blocks == blocks[:, None]) | (key_blocks == first[:, None])
-    candidates = scores.masked_fill(forced | (key_blocks > blocks[:, None]), -1.0)
-    best = highest(candidates, scores.shape[2])
-    reached = (scores.double() * forced).sum(-1, keepdim=True)
-    before = reached + best.double().clamp(min=0).cumsum(-1) - best.double().clamp(min=0)
-    wanted = mass * scores.double().sum(-1, keepdim=True)
-    counts = ((before < wanted) & (best > 0)).sum(-1)
-    return take_highest(candidates, counts, best) | forced

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from select_cases import on_ranks, shard_of
+from sparsering.kernels.select.block_mass import BlockMass
 from sparsering.kernels.select.moba_block import MobaBlock
+from sparsering.kernels.select.probe import kept_mass
 from sparsering.kernels.select.xattention import XAttention
 
 
@@ -106,7 +110,84 @@ def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
             assert np.array_equal(mask.active[head].numpy(), wanted)
 
 
-CHOOSING_APART = [XAttention(stride=4, mass=0.6), MobaBlock(chunk_tokens=16, top_chunks=2)]
+def brute_block_mass(
+    q: np.ndarray, k: np.ndarray, *, scale: float, block: int, stride: int, mass: float, softcap: float | None = None
+) -> np.ndarray:
+    """bool [N, N] of one head, query by query."""
+    length = q.shape[0]
+    blocks = -(-length // block)
+    active = np.zeros((blocks, blocks), dtype=bool)
+    for row in range(blocks):
+        scores = np.zeros(blocks)
+        for probe in range(row * block + stride - 1, (row + 1) * block, stride):
+            at = min(probe, length - 1)
+            logits = k[: at + 1] @ q[at] * scale
+            logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+            p = np.exp(logits - logits.max())
+            p = np.append(p / p.sum(), np.zeros(blocks * block - at - 1))
+            scores += p.reshape(blocks, block).sum(1)
+        chosen = {0, row}
+        for b in sorted((b for b in range(row) if b not in chosen), key=lambda b: (-scores[b], b)):
+            if sum(scores[c] for c in chosen) >= mass * sum(scores):
+                break
+            chosen.add(b)
+        active[row, sorted(chosen)] = True
+    return active
+
+
+@pytest.mark.parametrize("ranks, granularity", [(1, 128), (2, 16), (4, 32)])
+@pytest.mark.parametrize("mass, stride, softcap", [(0.3, 4, None), (0.8, 1, None), (0.6, 16, 2.0)])
+def test_block_mass_agrees_with_a_query_by_query_count(ranks, granularity, mass, stride, softcap):
+    rng = np.random.default_rng(1)
+    q, k = 3 * rng.normal(size=(128, 4, 8)), rng.normal(size=(128, 2, 8))
+    selector, tensors = BlockMass(probe_stride=stride, mass=mass), (torch.from_numpy(q), torch.from_numpy(k))
+
+    def choose(rank, collectives):
+        shard = shard_of(*tensors, block_size=16, ranks=ranks, rank=rank, granularity=granularity, seq_len=117)
+        return selector.choose(replace(shard, softcap=softcap), scale=0.5, collectives=collectives)
+
+    choices = on_ranks(ranks, choose)
+    for head in range(4):
+        wanted = brute_block_mass(
+            q[:117, head], k[:117, head // 2], scale=0.5, block=16, stride=stride, mass=mass, softcap=softcap
+        )
+        assert 15 < wanted.sum() < 36
+        for mask in choices:
+            assert np.array_equal(mask.active[head].numpy(), wanted)
+
+
+def test_a_stride_of_one_keeps_the_share_that_is_asked_for() -> None:
+    """Of the attention of every row: own and first block come first, so no fewer blocks would do."""
+    generator = torch.Generator().manual_seed(7)
+    q, k = 3 * torch.randn(128, 2, 8, generator=generator), torch.randn(128, 2, 8, generator=generator)
+    shard = shard_of(q.double(), k.double(), block_size=16)
+    mask = BlockMass(probe_stride=1, mass=0.75).choose(shard, scale=0.4)
+    rows = torch.arange(128)
+    for row in range(8):
+        own = rows[rows // 16 == row]
+        assert (kept_mass(shard, mask, own, scale=0.4) >= 0.75 - 1e-9).all()
+    fewer = mask.active.clone()
+    fewer[0, 6, fewer[0, 6, 1:6].nonzero()[0] + 1] = False
+    assert kept_mass(shard, replace(mask, active=fewer), rows[rows // 16 == 6], scale=0.4)[0] < 0.75
+
+
+@pytest.mark.parametrize("end", [53, 70])
+def test_a_packed_document_that_ends_within_a_block_gets_what_it_gets_alone(end: int) -> None:
+    """The last of its probes stands in for those that are of the document behind it."""
+    generator, selector = torch.Generator().manual_seed(9), BlockMass(probe_stride=4, mass=0.5)
+    q, k = 3 * torch.randn(96, 2, 8, generator=generator), torch.randn(96, 2, 8, generator=generator)
+    documents = (torch.arange(96) >= end).int()
+    packed = selector.choose(shard_of(q, k, block_size=8, documents=documents), scale=0.4).active
+    alone = selector.choose(shard_of(q[:end], k[:end], block_size=8), scale=0.4).active
+    blocks = alone.shape[1]
+    assert torch.equal(packed[:, :blocks, :blocks], alone)
+    assert not alone.all()
+    assert not packed[:, blocks:, : end // 8].any()
+
+
+CHOOSING_APART = [
+    XAttention(stride=4, mass=0.6), MobaBlock(chunk_tokens=16, top_chunks=2), BlockMass(probe_stride=4, mass=0.5),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("selector", CHOOSING_APART, ids=lambda one: one.name)

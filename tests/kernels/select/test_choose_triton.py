@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from sparsering.kernels.select import block_mass_triton
+from sparsering.kernels.select.block_mass import BlockMass, ProbedRows
 from sparsering.kernels.select.probe import (
     ALONE,
     ShardTensors,
@@ -26,15 +30,18 @@ from sparsering.kernels.select.xattention_triton import active_rows, applies
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled on GPUs: see test_gpu_choose.py")
 
 
-def shard_of(tokens: int, *, ranks: int, rank: int, granularity: int, seq_len: int, dtype: torch.dtype) -> ShardTensors:
+def shard_of(
+    tokens: int, *, ranks: int, rank: int, granularity: int, seq_len: int, dtype: torch.dtype, **more: Any
+) -> ShardTensors:
     generator = torch.Generator().manual_seed(tokens + seq_len)
     q = torch.randn(1, tokens, 4, 32, generator=generator).to(dtype)
     k = torch.randn(1, tokens, 2, 32, generator=generator).to(dtype)
     at = torch.arange(tokens)
     own = at[at // granularity % ranks == rank]
     return ShardTensors(
-        q=q[:, own], k=k[:, own], positions=own, seq_len_tokens=seq_len, block_size=64, granularity_tokens=granularity
-    )
+        q=q[:, own], k=k[:, own], positions=own, seq_len_tokens=seq_len, block_size=64, granularity_tokens=granularity,
+        **more,
+    )  # fmt: skip
 
 
 def whole_query_rows(tokens: int, at: torch.Tensor, seq_len: int, dtype: torch.dtype) -> torch.Tensor:
@@ -110,4 +117,28 @@ def test_xattention_agrees_with_the_definition(tokens, seq_len, ranks, granulari
         blocks = shard.positions[::64] // 64
         assert applies(shard, 16)
         active = torch.cat(list(active_rows(shard, blocks, keys, scale=0.6, stride=16, mass=mass)), dim=1).bool()
+        assert torch.equal(active, wanted[:, blocks])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seq_len", "ranks", "granularity"), [(512, 512, 1, 512), (512, 470, 2, 64), (470, 470, 1, 470)]
+)
+@pytest.mark.parametrize(("mass", "stride", "softcap", "packed"), [
+    (0.4, 8, None, False), (0.75, 1, None, False), (0.6, 16, 3.0, False), (0.6, 8, None, True),
+])  # fmt: skip
+def test_block_mass_agrees_with_the_definition(tokens, seq_len, ranks, granularity, mass, stride, softcap, packed):
+    documents = (torch.arange(512) >= 200).int() if packed else None
+    shapes = {"seq_len": seq_len, "ranks": ranks, "granularity": granularity, "dtype": torch.float32}
+    shapes |= {"softcap": softcap, "documents": documents}
+    whole = shard_of(tokens, **{**shapes, "ranks": 1, "granularity": tokens}, rank=0)
+    wanted = BlockMass(probe_stride=stride, mass=mass).choose(whole, scale=0.6).active
+    assert 0.2 < wanted.tril().sum() / (4 * 36) < 0.9
+    keys = torch.zeros(2, 512, 32)
+    keys[:, :seq_len] = whole.k[0, :seq_len].transpose(0, 1)
+    for rank in range(ranks):
+        shard = shard_of(tokens, rank=rank, **shapes)
+        blocks = shard.positions[::64] // 64
+        assert block_mass_triton.applies(shard, stride)
+        rows = ProbedRows.of(shard, blocks, stride)
+        active = torch.cat(list(block_mass_triton.active_rows(shard, rows, keys, scale=0.6, mass=mass)), dim=1).bool()
         assert torch.equal(active, wanted[:, blocks])

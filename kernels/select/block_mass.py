@@ -1,0 +1,113 @@
+"""Key blocks by the attention that a row's own queries pay them; block_mass_triton.py has the GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .probe import ShardTensors, float_matmul
+from .registry import count, register, share
+from .row_blocks import LOGITS_AT_ONCE, RowBlockSelector, fewest_blocks, first_blocks
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class BlockMass(RowBlockSelector):
+    """Per query block, the fewest key blocks with a share `mass` of the attention of every probe_stride-th query.
+
+    These queries attend all keys before them exactly, softmaxed; what they pay the tokens of a key block is summed over
+    them. The own block and the first one are always taken and count first; ties go to the lower block. With a stride of
+    1 the kept share is that of the whole row, not an estimate of it.
+    Of packed documents each row goes by the one that its block begins with: later ones see nothing outside of the
+    block. So a document that begins with a block gets what it would get alone.
+    Choosing raises ValueError when the stride does not divide the block, and when local tokens are not whole blocks.
+    """
+
+    name, help = "block-mass", "key blocks by the attention of every so many queries"
+    probe_stride: int = count(8, "of the queries of a block, every so many are asked")
+    mass: float = share(0.9, "share of attention to keep", option="--p")
+
+    def _check(self, shard: ShardTensors) -> None:
+        if shard.block_size % self.probe_stride:
+            raise ValueError(
+                f"probe_stride: {self.probe_stride} does not divide the block of {shard.block_size} tokens"
+            )
+        super()._check(shard)
+
+    def _rows(self, shard: ShardTensors, blocks: Tensor, keys: Tensor, *, scale: float) -> Iterator[Tensor]:
+        rows = ProbedRows.of(shard, blocks, self.probe_stride)
+        if shard.q.is_cuda:
+            from .block_mass_triton import active_rows, applies
+
+            if applies(shard, self.probe_stride):  # the same on every rank, as all shards have one shape
+                yield from active_rows(shard, rows, keys, scale=scale, mass=self.mass)
+                return
+        first = first_blocks(shard)
+        at_once = max(1, LOGITS_AT_ONCE // (shard.heads * rows.positions.shape[1] * keys.shape[1]))
+        for start in range(0, blocks.shape[0], at_once):
+            part = rows.some(slice(start, start + at_once))
+            scores = _block_mass(shard, part, keys, scale=scale)
+            first_of = first[part.blocks.clamp(max=shard.blocks - 1)]
+            yield fewest_blocks(scores, part.blocks, first_of, mass=self.mass)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbedRows:
+    """The queries that are asked. Shapes: T local tiles, P probes of a tile.
+
+    blocks int64 [T]: the tiles' global blocks, those of padding past the sequence; positions int64 [T, P]: global
+    positions; local int64 [T, P]: where they are in the shard. A block's probes end where the document that it begins
+    with, or the sequence, ends: the last one stands in for those behind it.
+    """
+
+    blocks: Tensor
+    positions: Tensor
+    local: Tensor
+
+    @classmethod
+    def of(cls, shard: ShardTensors, blocks: Tensor, probe_stride: int) -> ProbedRows:
+        """Return the last one of every probe_stride queries of the shard's tiles."""
+        size = shard.block_size
+        inside = torch.arange(probe_stride - 1, size, probe_stride, device=blocks.device)
+        starts, last = blocks[:, None] * size, _last_positions(shard)[blocks.clamp(max=shard.blocks - 1)]
+        inside = torch.minimum(inside, last[:, None] - blocks.clamp(max=shard.blocks - 1)[:, None] * size)
+        tiles = torch.arange(blocks.shape[0], device=blocks.device)[:, None] * size
+        return cls(blocks=blocks, positions=starts + inside, local=tiles + inside)
+
+    def some(self, tiles: slice) -> ProbedRows:
+        """Return those of some of the tiles."""
+        return ProbedRows(blocks=self.blocks[tiles], positions=self.positions[tiles], local=self.local[tiles])
+
+
+def _last_positions(shard: ShardTensors) -> Tensor:
+    """int64 [N]: of each block, the last token of the document that it begins with."""
+    starts = torch.arange(shard.blocks, device=shard.q.device) * shard.block_size
+    if shard.documents is None:
+        return (starts + shard.block_size).clamp(max=shard.seq_len_tokens) - 1
+    at = starts[:, None] + torch.arange(shard.block_size, device=starts.device)
+    its = shard.documents[at.clamp(max=shard.seq_len_tokens - 1)]
+    same = (its == its[:, :1]) & (at < shard.seq_len_tokens)
+    return starts + same.int().cumprod(1).sum(1) - 1
+
+
+def _block_mass(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float) -> Tensor:
+    """[H, t, N]: the attention of the probes of t tiles to the tokens of every key block, summed over the probes.
+
+    keys [H_kv, N * block_size, D].
+    """
+    (tiles, probes), kv_heads, dim = rows.positions.shape, keys.shape[0], keys.shape[2]
+    queries = shard.q[0, rows.local.flatten()].transpose(0, 1)
+    logits = float_matmul(queries.reshape(kv_heads, -1, dim), keys.transpose(1, 2)).mul_(scale)
+    logits = logits.view(shard.heads, tiles * probes, -1)
+    if shard.softcap is not None:
+        logits = logits.div_(shard.softcap).tanh_().mul_(shard.softcap)
+    at, key_at = rows.positions.flatten()[:, None], torch.arange(keys.shape[1], device=keys.device)[None, :]
+    hidden = key_at > at
+    if shard.documents is not None:
+        limit = shard.seq_len_tokens - 1
+        hidden = hidden | (shard.documents[at.clamp(max=limit)] != shard.documents[key_at.clamp(max=limit)])
+    p = torch.softmax(logits.masked_fill_(hidden, -torch.inf), dim=-1)
+    return p.view(shard.heads, tiles, probes, shard.blocks, -1).sum((2, 4))

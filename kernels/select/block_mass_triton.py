@@ -1,0 +1,151 @@
+"""block_mass.py's choice on GPUs: one pass over all keys for the probed queries, and the fewest blocks.
+
+The first kernel leaves, for each probe and key block, the logarithm of the softmax numerators' sum; the second turns
+them into shares, adds the probes of a query block up and takes blocks from the highest mass down.
+Shape legend: T local query tiles of P probes, N key blocks of BLOCK tokens, M probes of a Triton tile.
+"""
+
+# Triton's language is not Python to a type checker.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
+# Argument lists of kernels would take a line an argument.
+# fmt: off
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..head_dims import CHOOSING_HEAD_DIMS
+from ..jit import run
+from .fewest_triton import take_fewest
+from .probe import ShardTensors
+from .row_blocks import first_blocks
+
+if TYPE_CHECKING:
+    from .block_mass import ProbedRows
+
+# Sums held at once (float32): bounds the memory of long sequences.
+SUMS_AT_ONCE = 1 << 27
+# Key blocks that a program goes through: it loads its queries once for all of them.
+KEY_BLOCKS = 8
+MOST_PROBES = 128
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h, rows, seq_len, key_blocks, scale, cap,
+                      GROUP: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+                      PRECISION: tl.constexpr):
+    """sums float32 [H, rows, N]: log2 of the summed 2^logits of key blocks; -inf for those that a row does not see.
+
+    positions, local int64 [rows]: see ProbedRows. Grid (ceil(N / RUN), ceil(rows / M), H); blocks that no row of a
+    program sees are not written.
+    """
+    head = tl.program_id(2)
+    at = tl.program_id(1) * M + tl.arange(0, M)
+    inside = at < rows
+    position = tl.load(positions + at, mask=inside, other=-1).to(tl.int32)
+    position = tl.where(position < seq_len, position, -1)
+    first = tl.program_id(0) * RUN
+    last = tl.minimum(tl.minimum(first + RUN, key_blocks), tl.max(position, 0) // BLOCK + 1)
+    if tl.max(position, 0) >= first * BLOCK:
+        dims = tl.arange(0, D)
+        row = tl.load(local + at, mask=inside, other=0)
+        queries = tl.load(q + head.to(tl.int64) * q_h + row[:, None] * q_s + dims[None, :],
+                          mask=(position >= 0)[:, None], other=0.0)
+        line = sums + (head.to(tl.int64) * rows + at) * key_blocks
+        k_base = keys + (head // GROUP).to(tl.int64) * k_h
+        if documents is not None:
+            own = tl.load(documents + position, mask=position >= 0, other=-1)
+        for block in range(first, last):
+            token = block * BLOCK + tl.arange(0, BLOCK)
+            k = tl.load(k_base + token.to(tl.int64)[:, None] * D + dims[None, :])
+            logits = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
+            if cap is not None:
+                # tanh, in terms of 2^x: `scale` and `cap` hold the factor log2(e).
+                shrunk = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * logits / cap)) - 1.0
+                logits = cap * shrunk
+            seen = token[None, :] <= position[:, None]
+            if documents is not None:
+                seen = seen & (tl.load(documents + token, mask=token < seq_len, other=-2)[None, :] == own[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+            peak = tl.max(logits, 1)
+            total = tl.sum(tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)
+            tl.store(line + block, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=inside)
+
+
+@triton.jit
+def fewest_masses_kernel(sums, positions, blocks, firsts, active, tiles, key_blocks, seq_len, mass,
+                         PROBES: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """active uint8 [H, tiles, N]: own and first block, then the fewest others up to `mass`. Grid (tiles, H)."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    block = tl.load(blocks + tile).to(tl.int32)
+    key_block = tl.arange(0, SIZE)
+    seen = (key_block <= block) & (key_block < key_blocks)
+    values = tl.zeros([SIZE], tl.float32)
+    for probe in range(0, PROBES):
+        position = tl.load(positions + tile * PROBES + probe).to(tl.int32)
+        reach = tl.where(position < seq_len, position // BLOCK, -1)
+        line = (head.to(tl.int64) * tiles + tile) * PROBES + probe
+        part = tl.load(sums + line * key_blocks + key_block, mask=seen & (key_block <= reach), other=float("-inf"))
+        top = tl.max(part, 0)
+        part = tl.exp2(part - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(part, 0)
+        values += part / tl.where(total > 0.0, total, 1.0)
+    first = tl.load(firsts + tl.minimum(block, key_blocks - 1))
+    taken = take_fewest(values, seen, (seen & (key_block == block)) | (key_block == first), mass)
+    line = (head.to(tl.int64) * tiles + tile) * key_blocks
+    tl.store(active + line + key_block, taken.to(tl.uint8), mask=key_block < key_blocks)
+
+
+def applies(shard: ShardTensors, probe_stride: int) -> bool:
+    """Whether these kernels cover the shard: the same on every rank."""
+    size = shard.block_size
+    powers = size & (size - 1) == 0 and 16 <= size <= MOST_PROBES and probe_stride & (probe_stride - 1) == 0
+    return powers and shard.k.shape[3] in CHOOSING_HEAD_DIMS and shard.q.element_size() <= 4
+
+
+def active_rows(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float, mass: float) -> Iterator[Tensor]:
+    """Uint8 [H, t, N] of some local query tiles after the other: their active key blocks.
+
+    keys [H_kv, N * block_size, D]: those of the whole sequence.
+    """
+    firsts, probes = first_blocks(shard), rows.positions.shape[1]
+    at_once = max(1, SUMS_AT_ONCE // (shard.heads * probes * shard.blocks))
+    for start in range(0, rows.blocks.shape[0], at_once):
+        part = rows.some(slice(start, start + at_once))
+        sums = probe_sums(shard, part, keys, scale=scale)
+        tiles, size = part.blocks.shape[0], triton.next_power_of_2(shard.blocks)
+        active = torch.empty(shard.heads, tiles, shard.blocks, dtype=torch.uint8, device=sums.device)
+        run(fewest_masses_kernel, (tiles, shard.heads), sums=sums, positions=part.positions, blocks=part.blocks,
+            firsts=firsts, active=active, tiles=tiles, key_blocks=shard.blocks, seq_len=shard.seq_len_tokens, mass=mass,
+            PROBES=probes, BLOCK=shard.block_size, SIZE=size, num_warps=8 if size > 1024 else 4)
+        yield active
+
+
+def probe_sums(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float) -> Tensor:
+    """float32 [H, T * P, N]: log2 of the softmax numerators of each probe's attention, summed over every key block.
+
+    What a probe does not see is not written.
+    """
+    heads, dim = shard.q.shape[2:]
+    count = rows.positions.numel()
+    m = min(128, max(16, triton.next_power_of_2(count)))
+    q = shard.q[0] if shard.q.stride(-1) == 1 else shard.q[0].contiguous()
+    keys = keys.contiguous()
+    sums = torch.empty(heads, count, shard.blocks, dtype=torch.float32, device=q.device)
+    run(probe_sums_kernel, (triton.cdiv(shard.blocks, KEY_BLOCKS), triton.cdiv(count, m), heads), q=q, keys=keys,
+        documents=shard.documents, positions=rows.positions, local=rows.local, sums=sums, q_s=q.stride(0),
+        q_h=q.stride(1), k_h=keys.stride(0), rows=count, seq_len=shard.seq_len_tokens, key_blocks=shard.blocks,
+        scale=scale * LOG2_E, cap=None if shard.softcap is None else shard.softcap * LOG2_E,
+        GROUP=heads // keys.shape[0], BLOCK=shard.block_size, RUN=KEY_BLOCKS, M=m, D=dim,
+        PRECISION="ieee" if q.element_size() > 2 else "tf32", num_warps=8 if m == 128 else 4, num_stages=3)
+    return sums
