@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from select_cases import load
 from sparsering.kernels.mask import AttentionMask
+from sparsering.kernels.select.block_mass import BlockMass
 from sparsering.kernels.select.moba_block import MobaBlock
 from sparsering.kernels.select.probe import (
     ALONE,
@@ -111,6 +114,7 @@ def test_choosing_agrees_with_the_cpu_and_never_waits():
             chosen = [
                 choose_by_head(shard, budgets, scale=float(data["scale"]), collectives=ALONE),
                 XAttention().choose(shard, scale=0.2),
+                BlockMass().choose(shard, scale=0.2),
                 MobaBlock(chunk_tokens=128, top_chunks=3).choose(shard, scale=0.2),
             ]
             kept_mass_probe(shard, chosen[0], scale=0.2)
@@ -132,3 +136,18 @@ def test_xattention_is_the_choice_of_the_cpu(tokens, seq_len):
     cpu = XAttention(mass=0.6).choose(on_cpu, scale=0.5).active
     assert 0.2 < cpu.tril().sum() / (cpu.shape[0] * cpu.shape[1] ** 2 / 2) < 0.9
     assert (gpu ^ cpu).sum() <= 1e-3 * cpu.sum()
+
+
+@pytest.mark.parametrize(("tokens", "seq_len"), [(8192, 8192), (5000, 5000)])
+@pytest.mark.parametrize(("stride", "softcap", "packed"), [(8, None, False), (1, 20.0, False), (16, None, True)])
+def test_block_mass_is_the_choice_of_the_cpu(tokens, seq_len, stride, softcap, packed):
+    q, k = tensors(tokens, torch.bfloat16)
+    documents = (torch.arange(tokens) >= 3000).int() if packed else None
+    choices = {}
+    for device, (queries, keys) in {"cuda": (q, k), "cpu": (q.float(), k.float())}.items():
+        shard = shard_of(queries, keys, device, seq_len=seq_len, granularity=tokens)
+        shard = replace(shard, softcap=softcap, documents=None if documents is None else documents.to(device))
+        choices[device] = BlockMass(probe_stride=stride, mass=0.6).choose(shard, scale=0.5).active.cpu()
+    cpu = choices["cpu"]
+    assert 0.1 < cpu.tril().sum() / (cpu.shape[0] * cpu.shape[1] ** 2 / 2) < 0.9
+    assert (choices["cuda"] ^ cpu).sum() <= 1e-3 * cpu.sum()
