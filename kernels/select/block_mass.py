@@ -1,4 +1,4 @@
-"""Key blocks by the attention that a row's own queries pay them; block_mass_triton.py has the GPU kernels."""
+"""Key blocks that a row's own queries pay a share of their attention; block_mass_triton.py has the GPU kernels."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 
 from .probe import ShardTensors, float_matmul
 from .registry import count, register, share
-from .row_blocks import LOGITS_AT_ONCE, RowBlockSelector, fewest_blocks, first_blocks
+from .row_blocks import LOGITS_AT_ONCE, RowBlockSelector, first_blocks
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class BlockMass(RowBlockSelector):
-    """Per query block, the fewest key blocks with a share `mass` of the attention of every probe_stride-th query.
+    """Per query block, every key block that gets `least_mass` of the attention of its queries, on average.
 
-    These queries attend all keys before them exactly, softmaxed; what they pay the tokens of a key block is summed over
-    them. The own block and the first one are always taken and count first; ties go to the lower block. With a stride of
-    1 the kept share is that of the whole row, not an estimate of it.
+    Every probe_stride-th query of the block attends all keys before it exactly, softmaxed; what they pay the tokens of
+    a key block is averaged over them. The own block and the first one are always taken. So a row has at most
+    1 / least_mass blocks besides, however long the sequence is; heads that attend widely get few, those that attend to
+    a few places get these.
     Of packed documents each row goes by the one that its block begins with: later ones see nothing outside of the
     block. So a document that begins with a block gets what it would get alone.
     Choosing raises ValueError when the stride does not divide the block, and when local tokens are not whole blocks.
     """
 
-    name, help = "block-mass", "key blocks by the attention of every so many queries"
-    probe_stride: int = count(8, "of the queries of a block, every so many are asked")
-    mass: float = share(0.9, "share of attention to keep", option="--p")
+    name, help = "block-mass", "key blocks that get a least share of a row's attention"
+    probe_stride: int = count(2, "of the queries of a block, every so many are asked")
+    least_mass: float = share(0.005, "least share of a row's attention that a block is kept for")
 
     def _check(self, shard: ShardTensors) -> None:
         if shard.block_size % self.probe_stride:
@@ -43,15 +44,16 @@ class BlockMass(RowBlockSelector):
             from .block_mass_triton import active_rows, applies
 
             if applies(shard, self.probe_stride):  # the same on every rank, as all shards have one shape
-                yield from active_rows(shard, rows, keys, scale=scale, mass=self.mass)
+                yield from active_rows(shard, rows, keys, scale=scale, least_mass=self.least_mass)
                 return
-        first = first_blocks(shard)
+        first, key_blocks = first_blocks(shard), torch.arange(shard.blocks, device=keys.device)
         at_once = max(1, LOGITS_AT_ONCE // (shard.heads * rows.positions.shape[1] * keys.shape[1]))
         for start in range(0, blocks.shape[0], at_once):
             part = rows.some(slice(start, start + at_once))
-            scores = _block_mass(shard, part, keys, scale=scale)
-            first_of = first[part.blocks.clamp(max=shard.blocks - 1)]
-            yield fewest_blocks(scores, part.blocks, first_of, mass=self.mass)
+            mean = _block_mass(shard, part, keys, scale=scale) / rows.positions.shape[1]
+            own, first_of = part.blocks, first[part.blocks.clamp(max=shard.blocks - 1)]
+            forced = (key_blocks == own[:, None]) | (key_blocks == first_of[:, None])
+            yield (mean >= self.least_mass) | forced
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,7 +1,7 @@
-"""block_mass.py's choice on GPUs: one pass over all keys for the probed queries, and the fewest blocks.
+"""block_mass.py's choice on GPUs: one pass over all keys for the probed queries, and their mean shares.
 
 The first kernel leaves, for each probe and key block, the logarithm of the softmax numerators' sum; the second turns
-them into shares, adds the probes of a query block up and takes blocks from the highest mass down.
+them into shares, takes their mean over the probes of a query block, and keeps blocks that get enough.
 Shape legend: T local query tiles of P probes, N key blocks of BLOCK tokens, M probes of a Triton tile.
 """
 
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..head_dims import CHOOSING_HEAD_DIMS
 from ..jit import run
-from .fewest_triton import take_fewest
 from .probe import ShardTensors
 from .row_blocks import first_blocks
 
@@ -44,7 +43,7 @@ LOG2_E = math.log2(math.e)
 def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h, rows, seq_len, key_blocks, scale, cap,
                       GROUP: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
                       PRECISION: tl.constexpr):
-    """sums float32 [H, rows, N]: log2 of the summed 2^logits of key blocks; -inf for those that a row does not see.
+    """sums float32 [H, N, rows]: log2 of the summed 2^logits of key blocks; -inf for those that a row does not see.
 
     positions, local int64 [rows]: see ProbedRows. Grid (ceil(N / RUN), ceil(rows / M), H); blocks that no row of a
     program sees are not written.
@@ -61,7 +60,7 @@ def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h,
         row = tl.load(local + at, mask=inside, other=0)
         queries = tl.load(q + head.to(tl.int64) * q_h + row[:, None] * q_s + dims[None, :],
                           mask=(position >= 0)[:, None], other=0.0)
-        line = sums + (head.to(tl.int64) * rows + at) * key_blocks
+        line = sums + head.to(tl.int64) * key_blocks * rows + at
         k_base = keys + (head // GROUP).to(tl.int64) * k_h
         if documents is not None:
             own = tl.load(documents + position, mask=position >= 0, other=-1)
@@ -79,31 +78,46 @@ def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h,
             logits = tl.where(seen, logits, float("-inf"))
             peak = tl.max(logits, 1)
             total = tl.sum(tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)
-            tl.store(line + block, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=inside)
+            found = peak + tl.log2(tl.where(total > 0.0, total, 1.0))
+            tl.store(line + tl.cast(block, tl.int64) * rows, found, mask=inside)
 
 
 @triton.jit
-def fewest_masses_kernel(sums, positions, blocks, firsts, active, tiles, key_blocks, seq_len, mass,
-                         PROBES: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """active uint8 [H, tiles, N]: own and first block, then the fewest others up to `mass`. Grid (tiles, H)."""
+def mean_masses_kernel(sums, positions, blocks, firsts, active, tiles, key_blocks, seq_len, least_mass,
+                       PROBES: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """active uint8 [H, tiles, N]: own and first block, and those that get least_mass on average. Grid (tiles, H).
+
+    Two passes over key blocks, SIZE at once: what each probe's attention adds up to, then shares of it.
+    """
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.load(blocks + tile).to(tl.int32)
-    key_block = tl.arange(0, SIZE)
-    seen = (key_block <= block) & (key_block < key_blocks)
-    values = tl.zeros([SIZE], tl.float32)
-    for probe in range(0, PROBES):
-        position = tl.load(positions + tile * PROBES + probe).to(tl.int32)
-        reach = tl.where(position < seq_len, position // BLOCK, -1)
-        line = (head.to(tl.int64) * tiles + tile) * PROBES + probe
-        part = tl.load(sums + line * key_blocks + key_block, mask=seen & (key_block <= reach), other=float("-inf"))
-        top = tl.max(part, 0)
-        part = tl.exp2(part - tl.where(top == float("-inf"), 0.0, top))
-        total = tl.sum(part, 0)
-        values += part / tl.where(total > 0.0, total, 1.0)
+    probe = tl.arange(0, PROBES)
+    position = tl.load(positions + tile * PROBES + probe).to(tl.int32)
+    reach = tl.where(position < seq_len, position // BLOCK, -1)
+    rows = tiles * PROBES
+    line = sums + head.to(tl.int64) * key_blocks * rows + tile * PROBES + probe
+    last = tl.minimum(block + 1, key_blocks)
+    top = tl.full([PROBES], float("-inf"), tl.float32)
+    total = tl.zeros([PROBES], tl.float32)
+    for start in range(0, last, SIZE):
+        key_block = start + tl.arange(0, SIZE)
+        here = (key_block < last)[:, None] & (key_block[:, None] <= reach[None, :])
+        part = tl.load(line[None, :] + key_block.to(tl.int64)[:, None] * rows, mask=here, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(part, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(part - base[None, :]), 0)
+        top = higher
+    base = tl.where(top == float("-inf"), 0.0, top)
+    factor = 1.0 / (PROBES * tl.where(total > 0.0, total, 1.0))
     first = tl.load(firsts + tl.minimum(block, key_blocks - 1))
-    taken = take_fewest(values, seen, (seen & (key_block == block)) | (key_block == first), mass)
-    line = (head.to(tl.int64) * tiles + tile) * key_blocks
-    tl.store(active + line + key_block, taken.to(tl.uint8), mask=key_block < key_blocks)
+    out = active + (head.to(tl.int64) * tiles + tile) * key_blocks
+    for start in range(0, key_blocks, SIZE):
+        key_block = start + tl.arange(0, SIZE)
+        here = (key_block < last)[:, None] & (key_block[:, None] <= reach[None, :])
+        part = tl.load(line[None, :] + key_block.to(tl.int64)[:, None] * rows, mask=here, other=float("-inf"))
+        mean = tl.sum(tl.exp2(part - base[None, :]) * factor[None, :], 1)
+        taken = (mean >= least_mass) | (key_block == block) | (key_block == first)
+        tl.store(out + key_block, taken.to(tl.uint8), mask=key_block < key_blocks)
 
 
 def applies(shard: ShardTensors, probe_stride: int) -> bool:
@@ -113,7 +127,9 @@ def applies(shard: ShardTensors, probe_stride: int) -> bool:
     return powers and shard.k.shape[3] in CHOOSING_HEAD_DIMS and shard.q.element_size() <= 4
 
 
-def active_rows(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float, mass: float) -> Iterator[Tensor]:
+def active_rows(
+    shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float, least_mass: float
+) -> Iterator[Tensor]:
     """Uint8 [H, t, N] of some local query tiles after the other: their active key blocks.
 
     keys [H_kv, N * block_size, D]: those of the whole sequence.
@@ -122,17 +138,16 @@ def active_rows(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: f
     at_once = max(1, SUMS_AT_ONCE // (shard.heads * probes * shard.blocks))
     for start in range(0, rows.blocks.shape[0], at_once):
         part = rows.some(slice(start, start + at_once))
-        sums = probe_sums(shard, part, keys, scale=scale)
-        tiles, size = part.blocks.shape[0], triton.next_power_of_2(shard.blocks)
+        sums, tiles = probe_sums(shard, part, keys, scale=scale), part.blocks.shape[0]
         active = torch.empty(shard.heads, tiles, shard.blocks, dtype=torch.uint8, device=sums.device)
-        run(fewest_masses_kernel, (tiles, shard.heads), sums=sums, positions=part.positions, blocks=part.blocks,
-            firsts=firsts, active=active, tiles=tiles, key_blocks=shard.blocks, seq_len=shard.seq_len_tokens, mass=mass,
-            PROBES=probes, BLOCK=shard.block_size, SIZE=size, num_warps=8 if size > 1024 else 4)
+        run(mean_masses_kernel, (tiles, shard.heads), sums=sums, positions=part.positions, blocks=part.blocks,
+            firsts=firsts, active=active, tiles=tiles, key_blocks=shard.blocks, seq_len=shard.seq_len_tokens,
+            least_mass=least_mass, PROBES=probes, BLOCK=shard.block_size, SIZE=max(8, 4096 // probes), num_warps=4)
         yield active
 
 
 def probe_sums(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: float) -> Tensor:
-    """float32 [H, T * P, N]: log2 of the softmax numerators of each probe's attention, summed over every key block.
+    """float32 [H, N, T * P]: log2 of the softmax numerators of each probe's attention, summed over every key block.
 
     What a probe does not see is not written.
     """
@@ -141,7 +156,7 @@ def probe_sums(shard: ShardTensors, rows: ProbedRows, keys: Tensor, *, scale: fl
     m = min(128, max(16, triton.next_power_of_2(count)))
     q = shard.q[0] if shard.q.stride(-1) == 1 else shard.q[0].contiguous()
     keys = keys.contiguous()
-    sums = torch.empty(heads, count, shard.blocks, dtype=torch.float32, device=q.device)
+    sums = torch.empty(heads, shard.blocks, count, dtype=torch.float32, device=q.device)
     run(probe_sums_kernel, (triton.cdiv(shard.blocks, KEY_BLOCKS), triton.cdiv(count, m), heads), q=q, keys=keys,
         documents=shard.documents, positions=rows.positions, local=rows.local, sums=sums, q_s=q.stride(0),
         q_h=q.stride(1), k_h=keys.stride(0), rows=count, seq_len=shard.seq_len_tokens, key_blocks=shard.blocks,

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..head_dims import CHOOSING_HEAD_DIMS
 from ..jit import run
-from .fewest_triton import take_fewest
 from .probe import ShardTensors
 
 TILE_CELLS = 128
@@ -90,7 +89,23 @@ def fewest_blocks_kernel(sums, peaks, blocks, active, first_tile, tiles, key_blo
         counted = (block * CELLS + cell < valid_cells) & (total > 0.0)
         values += tl.where(counted, part / tl.where(total > 0.0, total, 1.0), 0.0)
     forced = (seen & (key_block == block)) | (key_block == 0)
-    taken = take_fewest(values, seen, forced, mass)
+    exact = values.to(tl.float64)
+    wanted = mass * tl.sum(exact, 0)
+    reached = tl.sum(tl.where(forced, exact, 0.0), 0)
+    # Of values that are not negative, the bits rise with the value: find the highest cut that reaches the mass.
+    others = seen & (forced == 0)
+    bits = tl.where(others, values.to(tl.int32, bitcast=True), -1)
+    cut = 0
+    for step in range(0, 31):
+        trial = cut | (1 << (30 - step))
+        enough = reached + tl.sum(tl.where(bits >= trial, exact, 0.0), 0) >= wanted
+        cut = tl.where(enough, trial, cut)
+    above = bits > cut
+    tied = (bits == cut) & (values > 0.0)
+    missing = wanted - reached - tl.sum(tl.where(above, exact, 0.0), 0)
+    value = tl.max(tl.where(tied, exact, 0.0), 0)
+    ties = tl.ceil(missing / tl.where(value > 0.0, value, 1.0))
+    taken = forced | above | (tied & (tl.cumsum(tied.to(tl.int32), 0).to(tl.float64) <= ties))
     line = (head.to(tl.int64) * tiles + tile) * key_blocks
     tl.store(active + line + key_block, taken.to(tl.uint8), mask=key_block < key_blocks)
 

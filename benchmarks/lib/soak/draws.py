@@ -47,7 +47,7 @@ SELECTORS: dict[str, dict[str, tuple[int | float, ...]]] = {
     "flex": {"column_mass": (0.5, 0.9), "column_cap": (32, 64), "slash_mass": (0.5, 0.9),
              "slash_cap": (64, 128)},
     "xattention": {"stride": (8, 16), "mass": (0.5, 0.9)},
-    "block-mass": {"probe_stride": (4, 8), "mass": (0.5, 0.9)},
+    "block-mass": {"probe_stride": (4, 8), "least_mass": (0.02, 0.2)},
     "moba-block": {"chunk_tokens": (128, 256), "top_chunks": (1, 3)},
 }  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_moba_block_agrees_with_a_plain_count(ranks, granularity):
 
 
 def brute_block_mass(
-    q: np.ndarray, k: np.ndarray, *, scale: float, block: int, stride: int, mass: float, softcap: float | None = None
+    q: np.ndarray, k: np.ndarray, *, scale: float, block: int, stride: int, least: float, softcap: float | None = None
 ) -> np.ndarray:
     """bool [N, N] of one head, query by query."""
     length = q.shape[0]
@@ -125,22 +125,17 @@ def brute_block_mass(
             logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
             p = np.exp(logits - logits.max())
             p = np.append(p / p.sum(), np.zeros(blocks * block - at - 1))
-            scores += p.reshape(blocks, block).sum(1)
-        chosen = {0, row}
-        for b in sorted((b for b in range(row) if b not in chosen), key=lambda b: (-scores[b], b)):
-            if sum(scores[c] for c in chosen) >= mass * sum(scores):
-                break
-            chosen.add(b)
-        active[row, sorted(chosen)] = True
+            scores += p.reshape(blocks, block).sum(1) * stride / block
+        active[row] = (scores >= least) | np.isin(np.arange(blocks), [0, row])
     return active
 
 
 @pytest.mark.parametrize("ranks, granularity", [(1, 128), (2, 16), (4, 32)])
-@pytest.mark.parametrize("mass, stride, softcap", [(0.3, 4, None), (0.8, 1, None), (0.6, 16, 2.0)])
-def test_block_mass_agrees_with_a_query_by_query_count(ranks, granularity, mass, stride, softcap):
+@pytest.mark.parametrize("least, stride, softcap", [(0.2, 4, None), (0.1, 1, None), (0.12, 16, 2.0)])
+def test_block_mass_agrees_with_a_query_by_query_count(ranks, granularity, least, stride, softcap):
     rng = np.random.default_rng(1)
     q, k = 3 * rng.normal(size=(128, 4, 8)), rng.normal(size=(128, 2, 8))
-    selector, tensors = BlockMass(probe_stride=stride, mass=mass), (torch.from_numpy(q), torch.from_numpy(k))
+    selector, tensors = BlockMass(probe_stride=stride, least_mass=least), (torch.from_numpy(q), torch.from_numpy(k))
 
     def choose(rank, collectives):
         shard = shard_of(*tensors, block_size=16, ranks=ranks, rank=rank, granularity=granularity, seq_len=117)
@@ -149,32 +144,34 @@ def test_block_mass_agrees_with_a_query_by_query_count(ranks, granularity, mass,
     choices = on_ranks(ranks, choose)
     for head in range(4):
         wanted = brute_block_mass(
-            q[:117, head], k[:117, head // 2], scale=0.5, block=16, stride=stride, mass=mass, softcap=softcap
+            q[:117, head], k[:117, head // 2], scale=0.5, block=16, stride=stride, least=least, softcap=softcap
         )
         assert 15 < wanted.sum() < 36
         for mask in choices:
             assert np.array_equal(mask.active[head].numpy(), wanted)
 
 
-def test_a_stride_of_one_keeps_the_share_that_is_asked_for() -> None:
-    """Of the attention of every row: own and first block come first, so no fewer blocks would do."""
+def test_a_block_is_left_out_when_all_queries_together_pay_it_less() -> None:
+    """With a stride of one the mean share is that of the row itself: kept mass sees what a block is worth."""
     generator = torch.Generator().manual_seed(7)
-    q, k = 3 * torch.randn(128, 2, 8, generator=generator), torch.randn(128, 2, 8, generator=generator)
+    q, k = 3 * torch.randn(128, 1, 8, generator=generator), torch.randn(128, 1, 8, generator=generator)
     shard = shard_of(q.double(), k.double(), block_size=16)
-    mask = BlockMass(probe_stride=1, mass=0.75).choose(shard, scale=0.4)
-    rows = torch.arange(128)
-    for row in range(8):
-        own = rows[rows // 16 == row]
-        assert (kept_mass(shard, mask, own, scale=0.4) >= 0.75 - 1e-9).all()
-    fewer = mask.active.clone()
-    fewer[0, 6, fewer[0, 6, 1:6].nonzero()[0] + 1] = False
-    assert kept_mass(shard, replace(mask, active=fewer), rows[rows // 16 == 6], scale=0.4)[0] < 0.75
+    mask = BlockMass(probe_stride=1, least_mass=0.1).choose(shard, scale=0.4)
+    rows, own = torch.arange(96, 112), torch.zeros(1, 8, 8, dtype=torch.bool)
+    own[:, range(8), range(8)] = True
+    alone = kept_mass(shard, replace(mask, active=own), rows, scale=0.4)
+    for block in range(1, 6):
+        more = own.clone()
+        more[0, 6, block] = True
+        its = kept_mass(shard, replace(mask, active=more), rows, scale=0.4) - alone
+        assert bool(mask.active[0, 6, block]) == bool(its >= 0.1)
+    assert 0 < mask.active[0, 6, 1:6].sum() < 5
 
 
 @pytest.mark.parametrize("end", [53, 70])
 def test_a_packed_document_that_ends_within_a_block_gets_what_it_gets_alone(end: int) -> None:
     """The last of its probes stands in for those that are of the document behind it."""
-    generator, selector = torch.Generator().manual_seed(9), BlockMass(probe_stride=4, mass=0.5)
+    generator, selector = torch.Generator().manual_seed(9), BlockMass(probe_stride=4, least_mass=0.15)
     q, k = 3 * torch.randn(96, 2, 8, generator=generator), torch.randn(96, 2, 8, generator=generator)
     documents = (torch.arange(96) >= end).int()
     packed = selector.choose(shard_of(q, k, block_size=8, documents=documents), scale=0.4).active
@@ -186,8 +183,10 @@ def test_a_packed_document_that_ends_within_a_block_gets_what_it_gets_alone(end:
 
 
 CHOOSING_APART = [
-    XAttention(stride=4, mass=0.6), MobaBlock(chunk_tokens=16, top_chunks=2), BlockMass(probe_stride=4, mass=0.5),
-]  # fmt: skip
+    XAttention(stride=4, mass=0.6),
+    MobaBlock(chunk_tokens=16, top_chunks=2),
+    BlockMass(probe_stride=4, least_mass=0.25),
+]
 
 
 @pytest.mark.parametrize("selector", CHOOSING_APART, ids=lambda one: one.name)

@@ -147,7 +147,7 @@ def test_block_mass_is_the_choice_of_the_cpu(tokens, seq_len, stride, softcap, p
     for device, (queries, keys) in {"cuda": (q, k), "cpu": (q.float(), k.float())}.items():
         shard = shard_of(queries, keys, device, seq_len=seq_len, granularity=tokens)
         shard = replace(shard, softcap=softcap, documents=None if documents is None else documents.to(device))
-        choices[device] = BlockMass(probe_stride=stride, mass=0.6).choose(shard, scale=0.5).active.cpu()
+        choices[device] = BlockMass(probe_stride=stride, least_mass=0.03).choose(shard, scale=0.5).active.cpu()
     cpu = choices["cpu"]
     assert 0.1 < cpu.tril().sum() / (cpu.shape[0] * cpu.shape[1] ** 2 / 2) < 0.9
     assert (choices["cuda"] ^ cpu).sum() <= 1e-3 * cpu.sum()
