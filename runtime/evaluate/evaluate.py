@@ -16,19 +16,20 @@ from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
 from ..audit.audit import require_model
 from ..data.shards import TokenData
-from ..data.writer import Tokenizer, byte_tokenizer
+from ..data.writer import Tokenizer
 from ..hf.capture import in_eval_mode, sparse_backend
 from ..model.losses import IGNORED_LABEL
 from ..model.shape import check_angles, model_shape, setting, text_config
 from ..pattern.by_layer import LayerSelectors
 from .buckets import Places
+from .checks import require_fit
 from .head import Head
 from .heldout import Text, drawn, text_of
 from .measures import MaskMeasures
 from .result import Arm, Cell, Evaluation, Quantity, Reading
-from .retrieval import ask, require_room
+from .retrieval import ask
 from .runner import Runner
-from .settings import AGREEMENT, LOSS, NEEDLE, OF_SELECTOR, OF_TEXT, REACH, EvaluationSettings
+from .settings import AGREEMENT, LOSS, NEEDLE, OF_TEXT, REACH, EvaluationSettings
 
 Key = tuple[Quantity, Arm]
 
@@ -46,7 +47,8 @@ def evaluate(
     Raises InputError for settings that do not fit model, data or each other, UnsupportedError with the reason when the
     model does not pass the audit, or its heads do not fit the kernels.
     """
-    tokenizer = _checked(model, data, selector, settings, tokenizer)
+    tokenizer = require_fit(model.config, data, selector, settings, tokenizer)
+    _require_model(model, selector, settings)
     runner = Runner(
         model=model, selector=selector, block_size=settings.block_size, dense=settings.dense_too, head=Head(model)
     )
@@ -77,52 +79,18 @@ def evaluate(
     )  # fmt: skip
 
 
-def _checked(
-    model: PreTrainedModel, data: TokenData, selector: Selector | None, settings: EvaluationSettings,
-    tokenizer: Tokenizer | None,
-) -> Tokenizer | None:  # fmt: skip
-    """Refuse what does not fit, before any work; return the tokenizer that is used."""
-    for task in OF_SELECTOR if selector is None else ():
-        if task in settings.tasks:
-            raise InputError(f"{task!r} is about chosen patterns: give a selector", field="tasks")
-    if AGREEMENT in settings.tasks and not settings.dense_too:
-        raise InputError(f"{AGREEMENT!r} compares with dense attention, which is left out", field="tasks")
-    if settings.documents.attention and selector is not None and not selector.keeps_documents:
-        raise InputError(f"{selector.name!r} does not choose per document", field="documents.attention")
-    vocabulary = text_config(model.config).vocab_size
-    if data.manifest.vocabulary > vocabulary:
-        raise InputError(f"has a vocabulary of {data.manifest.vocabulary}, the model of {vocabulary}",
-                         source=data.folder, field="vocabulary")  # fmt: skip
-    for length in settings.all_lengths():
-        data.sequences(length)
-    if settings.asks_questions:
-        tokenizer = _tokenizer(data, tokenizer)
-        require_room(settings, tokenizer)
+def _require_model(model: PreTrainedModel, selector: Selector | None, settings: EvaluationSettings) -> None:
+    """Refuse a model that does not pass the audit at every length it is called with, or whose heads do not fit."""
     check_angles(model)
-    shape = model_shape(model.config)
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     if selector is not None:
         computed_head_dim(
-            sparse_backend(model.device), head_dim=shape.head_dim, dtype=str(dtype).removeprefix("torch."),
-            block_size=settings.block_size,
+            sparse_backend(model.device), head_dim=model_shape(model.config).head_dim,
+            dtype=str(dtype).removeprefix("torch."), block_size=settings.block_size,
         )  # fmt: skip
     for length in settings.all_lengths():
         require_model(model, seq_len_tokens=length, allow_hooks=True)
-    return tokenizer
-
-
-def _tokenizer(data: TokenData, given: Tokenizer | None) -> Tokenizer:
-    """Return the tokenizer of the data. InputError where it is not given, or has another vocabulary."""
-    if given is None and data.manifest.tokenizer == "byte":
-        given = byte_tokenizer()
-    if given is None:
-        told = f"of {data.manifest.tokenizer!r} is needed for what is planted in the text"
-        raise InputError(told, field="tokenizer")
-    if given.vocabulary != data.manifest.vocabulary:
-        told = f"has {given.vocabulary} tokens, that of the data {data.manifest.vocabulary}"
-        raise InputError(told, source=data.folder, field="tokenizer")
-    return given
 
 
 def _read(

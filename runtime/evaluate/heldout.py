@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...traces.errors import InputError
 from ..data.shards import TokenData, TokenSequence, sequence_index
 from ..model.losses import IGNORED_LABEL
 from .settings import Documents
@@ -62,11 +61,9 @@ def text_of(sequence: TokenSequence, documents: Documents) -> Text:
 
 
 def drawn(data: TokenData, *, count: int, seq_len_tokens: int, seed: int) -> list[TokenSequence]:
-    """Return `count` different sequences of the data, drawn by the seed. InputError where there are not so many."""
+    """Return `count` different sequences of the data, which has as many, drawn by the seed."""
     there = data.sequences(seq_len_tokens)
-    if count > there:
-        told = f"are {count}; {data.folder} holds {there} of {seq_len_tokens} tokens"
-        raise InputError(told, field="sequences")
+    assert count <= there
     places = [sequence_index(number, count=there, seed=seed) for number in range(count)]
     return [data.sequence(place, seq_len_tokens) for place in places]
 

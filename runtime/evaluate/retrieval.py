@@ -12,10 +12,10 @@ from torch import Tensor
 from ...traces.progress import Progress
 from ..data.shards import TokenData, sequence_index
 from ..data.writer import Tokenizer
-from .planted import QUESTION_PLACES, Planted, QuestionPlace
+from .planting.sequence import QUESTION_PLACES, Planted, QuestionPlace
+from .planting.tasks import FrequentWord, Maker, Needles, Tracking, making_of
 from .result import Arm, Cell, wilson
 from .settings import AGGREGATION, NEEDLE, TRACKING, EvaluationSettings
-from .tasks import FrequentWord, Maker, Needles, Tracking, making_of
 
 TRIED = 8  # sequences of a series, before any work
 BestTokens = Callable[[Arm, Tensor, Tensor], Tensor]  # of an arm, ids [S] and some rows: int64 [S], see Runner.best

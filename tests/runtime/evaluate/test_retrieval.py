@@ -15,7 +15,7 @@ from sparsering.kernels.select.sink_window import dense
 from sparsering.runtime.data.shards import TokenData
 from sparsering.runtime.data.writer import Tokenizer, byte_tokenizer
 from sparsering.runtime.evaluate.evaluate import evaluate
-from sparsering.runtime.evaluate.planted import Planted
+from sparsering.runtime.evaluate.planting.sequence import Planted
 from sparsering.runtime.evaluate.result import Cell, wilson
 from sparsering.runtime.evaluate.retrieval import Series, ask, series_of
 from sparsering.runtime.evaluate.settings import EvaluationSettings

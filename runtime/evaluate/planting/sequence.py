@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...traces.errors import InputError
-from ..data.writer import Tokenizer
+from ....traces.errors import InputError
+from ...data.writer import Tokenizer
 
 QuestionPlace = Literal["last", "mid"]
 QUESTION_PLACES: tuple[QuestionPlace, ...] = ("last", "mid")

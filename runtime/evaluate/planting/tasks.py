@@ -13,8 +13,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..data.writer import Tokenizer
-from .planted import Asked, Frame, Insert, Planted, QuestionPlace, asked_tokens, ids_of, planted
+from ...data.writer import Tokenizer
+from .sequence import Asked, Frame, Insert, Planted, QuestionPlace, asked_tokens, ids_of, planted
 from .words import KEYS, NOUNS
 
 FREQUENT_SHARE = 0.1  # of a list's words are the one that is asked for
