@@ -86,7 +86,7 @@ def evaluate_verb(
         block_size=_block_size(block_size, plan), seed=seed, depths=depths, keys=keys, hops=hops,
         lengths=None if lengths is None else _numbers(lengths, "--lengths"), needles=_numbers(needles, "--needles"),
     )  # fmt: skip
-    require_output(output, kind="an evaluation", key="heldout_loss")
+    require_output(output, kind="evaluation", key="heldout_loss")
     if report is not None:
         context.obj["require_page"](report)
 
