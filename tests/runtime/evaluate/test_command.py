@@ -90,9 +90,11 @@ def test_patterns_come_from_options_files_and_plans(workshop: Path, tmp_path: Pa
 def test_a_page_is_written_of_everything(workshop: Path, tmp_path: Path):
     """What the verb writes is what the report reads, every task among it."""
     page, output = tmp_path / "page.html", tmp_path / "eval.json"
-    everything = ["--tasks", "loss,agreement,reach,needle,tracking,aggregation", "--seq-len", "1024",
-                  "--sequences", "2", "--cut-context", "256", "--block-size", "64", "--lengths", "1024", "--needles", "4", "--keys", "2",
-                  "--depths", "2", "--selector", "sink-window", "--window", "64", "--report", page]  # fmt: skip
+    everything = [
+        "--tasks", "loss,agreement,reach,needle,tracking,aggregation", "--seq-len", "1024", "--sequences", "2",
+        "--cut-context", "256", "--block-size", "64", "--lengths", "1024", "--needles", "4", "--keys", "2",
+        "--depths", "2", "--selector", "sink-window", "--window", "64", "--report", page,
+    ]  # fmt: skip
     done = invoke(workshop, output, *everything)
     assert done.exit_code == 0, done.output
     assert "needle × 4, 1,024 tokens, question last, sparse: 0 of 4" in done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def masks() -> dict[str, AttentionMask]:
     pairs |= torch.eye(blocks, dtype=torch.bool)
     columns = torch.stack([torch.randperm(TOKENS, generator=generator)[:9].sort().values for _ in range(2)]).int()
     columns[1, 6:] = TOKENS  # empty slots
-    given = {"seq_len_tokens": TOKENS, "block_size": SIZE}
+    given: dict[str, Any] = {"seq_len_tokens": TOKENS, "block_size": SIZE}
     return {
         "diagonals": AttentionMask(active=diagonals, **given),
         "diagonals and columns": AttentionMask(active=diagonals, columns=columns, **given),

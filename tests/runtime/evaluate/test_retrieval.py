@@ -109,7 +109,7 @@ def test_a_model_that_copies_finds_everything_and_every_cell_has_its_keys(data: 
 
 
 def test_an_answer_counts_only_where_all_its_tokens_are_right(data: TokenData):
-    spoilt: Counter[int] = Counter()
+    spoilt: Counter[str] = Counter()
 
     def last_digit_wrong(arm: str, ids: Tensor, rows: Tensor) -> Tensor:
         best = copied(arm, ids, rows)

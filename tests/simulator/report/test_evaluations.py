@@ -17,6 +17,11 @@ from sparsering.traces.files import write_json
 READ = Evaluation.model_validate(evaluation())
 
 
+def drawn(figure: Any) -> list[Any]:
+    """What a figure draws, in order."""
+    return list(figure.data)
+
+
 def without(*quantities: str) -> list[dict[str, Any]]:
     return [one for one in evaluation()["readings"] if one["quantity"] not in quantities]
 
@@ -47,28 +52,29 @@ def test_a_page_of_evaluations_alone(tmp_path: Path):
 
 
 def test_curves_have_the_means_and_two_standard_errors():
-    figure = position_figure(list(_loss_lines(READ)), "nats")
+    lines = drawn(position_figure(list(_loss_lines(READ)), "nats"))
     names = ["dense attention", "dense attention, context cut", "sparse attention", "sparse attention, context cut"]
-    assert [line.name for line in figure.data] == names
-    first = figure.data[0]
+    assert [line.name for line in lines] == names
+    first = lines[0]
     assert (list(first.x), list(first.y)) == (["0–1K", "1K–2K"], pytest.approx([2.5, 2.51024]))
     assert list(first.error_y.array) == pytest.approx([0.04, 0.04])
 
 
 def test_needle_maps_have_a_row_a_depth_a_column_a_length_and_counts():
     cells = [one for one in READ.cells if one.task == "needle" and (one.arm, one.question) == ("dense", "mid")]
-    heat, *texts = needle_figure(cells).data
+    heat, *texts = drawn(needle_figure(cells))
     assert [list(row) for row in heat.z] == [[0.74, 0.74], [0.74, 0.74]]
     assert (list(heat.x), list(heat.y)) == (["1K", "2K"], ["0%–50%", "50%–100%"])
     assert [text.text[0] for text in texts] == ["37/50"] * 4
 
 
 def test_reach_is_a_map_of_layers_and_heads():
-    (heat,) = reach_figure(READ.reach, "1024").data
+    (heat,) = drawn(reach_figure(READ.reach, "1024"))
     assert [list(row) for row in heat.z] == [pytest.approx([0.0, 0.1, 0.2, 0.3])] * 2
-    assert [one["title"] for one in evaluation_part([(Path("e"), READ)]).values["groups"][0]["reach"]] == [  # pyright: ignore[reportOptionalMemberAccess]
-        "Share of keys that no query more than 1,024 tokens later attends"
-    ]
+    part = evaluation_part([(Path("e"), READ)])
+    assert part is not None
+    titles = [one["title"] for one in part.values["groups"][0]["reach"]]
+    assert titles == ["Share of keys that no query more than 1,024 tokens later attends"]
 
 
 @pytest.mark.parametrize(("field", "value"), [("seq_len", 0), ("arm", None), ("heldout_loss", "x")])

@@ -105,7 +105,7 @@ def evaluation(**changes: Any) -> dict[str, Any]:
                                     ("cut_loss", "sparse", 2.8), ("cut_minus_whole", "sparse", 0.05),
                                     ("loss_minus_dense", "sparse", 0.25), ("kl", "sparse", 0.125))
     ]  # fmt: skip
-    asked = [("needle", arm, 1, length, place, depth, 50, 37, 0.74, 0.604, 0.842)
+    asked: list[tuple[Any, ...]] = [("needle", arm, 1, length, place, depth, 50, 37, 0.74, 0.604, 0.842)
              for arm in ("dense", "sparse") for place in ("last", "mid") for length in (1024, 2048)
              for depth in (0.0, 0.5)]  # fmt: skip
     names = (
@@ -122,7 +122,7 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "high",
     )
     asked.append(("tracking", "sparse", 4, 2048, "mid", None, 52, 13, 0.25, 0.15, 0.38))
-    cells = [dict(zip(names, one, strict=True)) for one in asked]
+    cells: list[dict[str, Any]] = [dict(zip(names, one, strict=True)) for one in asked]
     cells = [one | {"depth_until": None if one["depth_from"] is None else one["depth_from"] + 0.5} for one in cells]
     unattended = {"1024": [0.1 * head for head in range(4)], "8192": None}
     reach = [{"layer": layer, "total_density": [0.25] * 4, "unattended": unattended} for layer in range(2)]
