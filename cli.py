@@ -124,6 +124,12 @@ VERBS = {
         function="estimate",
         help="Say what a training run will take (needs torch).",
     ),
+    "eval": Verb(
+        module="runtime.evaluate.command",
+        function="eval_verb",
+        help="Loss, retrieval, agreement: dense or sparse (needs torch).",
+        made=True,
+    ),
     "compare": Verb(
         module="simulator.commands",
         function="compare",
@@ -163,6 +169,8 @@ SERVICES = {
     "verb_modules": ("cli", "verb_modules"),
     "timeline_metrics": ("simulator.metrics", "timeline_metrics"),
     "write_report": ("simulator.report.demo", "write_report"),
+    "write_page": ("simulator.report.page", "write_page"),
+    "require_page": ("simulator.report.page", "require_page"),
 }
 
 

@@ -96,10 +96,10 @@ def capture_model(
     require_model(model, seq_len_tokens=header.seq_len_tokens, allow_hooks=True)
     if settings.sparse:  # heads that the kernels do not compute are refused before the first layer
         dtype, head_dim = str(model.dtype).removeprefix("torch."), header.model.head_dim
-        computed_head_dim(_backend(model.device), head_dim=head_dim, dtype=dtype, block_size=header.block_size)
+        computed_head_dim(sparse_backend(model.device), head_dim=head_dim, dtype=dtype, block_size=header.block_size)
     step_number = writer.next_step if training_step is None else training_step
     positions, documents = _restarted(header.seq_len_tokens, documents, model.device)
-    with writer.step(step_number) as step, _in_eval_mode(model), torch.no_grad():
+    with writer.step(step_number) as step, in_eval_mode(model), torch.no_grad():
         recorder = _Recorder(step, settings, progress, documents)
         attached = Attached(model, recorder, positions=positions, seq_len_tokens=header.seq_len_tokens)
         try:
@@ -121,7 +121,7 @@ def _restarted(tokens: int, documents: Tensor | None, device: torch.device) -> t
     return positions - torch.searchsorted(documents, documents), documents
 
 
-def _backend(device: torch.device) -> str:
+def sparse_backend(device: torch.device) -> str:
     """Return whose kernels compute sparse attention on this device."""
     return "triton" if device.type == "cuda" else "blockwise"
 
@@ -204,7 +204,7 @@ class _Recorder:
             mask = self._whole_reach(form, q)
         assert mask is not None
         given = {"softcap": form.softcap, "sinks": form.sinks}
-        return full_attention(q, k, v, mask, scale=factor, backend=_backend(q.device), **given)[0]
+        return full_attention(q, k, v, mask, scale=factor, backend=sparse_backend(q.device), **given)[0]
 
     def close(self) -> None:
         """Nothing is held: the step is its writer's."""
@@ -247,7 +247,8 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 
 @contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model and all its modules in eval mode, and leave each as it was."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

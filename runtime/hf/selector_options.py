@@ -25,9 +25,12 @@ UNLISTED = "How patterns are chosen. Its names, and options for their settings, 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectorOptions:
-    """What the command line said. given: values of the settings' options, by option, where they were given."""
+    """What the command line said. given: values of the settings' options, by option, where they were given.
 
-    name: str
+    name: the selector's; None where the verb asks for none and none was given.
+    """
+
+    name: str | None
     given: Mapping[str, Any]
 
     def selector(self) -> Selector:
@@ -35,6 +38,8 @@ class SelectorOptions:
         from ...kernels.select.registry import option_of, selectors
         from ..pattern.selectors import make_selector
 
+        if self.name is None:
+            raise InputError("is missing, whose settings are given", field="--selector")
         settings = {one.name: option_of(one) for one in fields(selectors()[self.name])}  # some share an option
         for option in self.given:
             if option not in settings.values():
@@ -43,10 +48,11 @@ class SelectorOptions:
         return make_selector(self.name, given)
 
 
-def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
+def with_selector_options(verb: Callable[..., None], *, default: str | None = DEFAULT_SELECTOR) -> Callable[..., None]:
     """Return a function for typer like `verb`, whose `chosen: SelectorOptions` has become options of the command line.
 
-    Raises ValueError when a setting is spelt as another option of the verb.
+    default: the selector where none is given; None: then there is none. Raises ValueError when a setting is spelt as
+    another option of the verb.
     """
     settings: dict[str, dict[str, Field[Any]]] = {}  # option -> selector -> a setting of it that the option sets
     known = _registered()
@@ -58,12 +64,13 @@ def with_selector_options(verb: Callable[..., None]) -> Callable[..., None]:
     def with_options(**arguments: Any) -> None:
         given = {option: arguments.pop(name) for name, option in options.items()}
         given = {option: value for option, value in given.items() if value is not None}
-        chosen = SelectorOptions(name=str(arguments.pop("selector")), given=given)
+        name = arguments.pop("selector")
+        chosen = SelectorOptions(name=None if name is None else str(name), given=given)
         verb(**arguments, chosen=chosen)
 
     own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "chosen"]
     added = [
-        _selector_parameter(known),
+        _selector_parameter(known, default),
         *(_parameter(name, option, settings[option]) for name, option in options.items()),
     ]
     names = {one.name: one.annotation for one in (*own, *added)}
@@ -92,14 +99,18 @@ def _settings_by_option(kind: type[Selector]) -> dict[str, Field[Any]]:
     return {option_of(setting): setting for setting in fields(kind)}
 
 
-def _selector_parameter(known: Mapping[str, type[Selector]]) -> Parameter:
+def _selector_parameter(known: Mapping[str, type[Selector]], default: str | None) -> Parameter:
     if not known:
-        unlisted = Annotated[str, typer.Option("--selector", help=UNLISTED)]
-        return Parameter("selector", Parameter.KEYWORD_ONLY, default=DEFAULT_SELECTOR, annotation=unlisted)
+        unlisted = Annotated[str if default else str | None, typer.Option("--selector", help=UNLISTED)]
+        return Parameter("selector", Parameter.KEYWORD_ONLY, default=default, annotation=unlisted)
     told = "; ".join(f"{name}: {kind.help}{'' if kind.causal else ' (looks ahead)'}" for name, kind in known.items())
     names: Any = StrEnum("SelectorName", {name.replace("-", "_"): name for name in known})
-    kind = Annotated[names, typer.Option("--selector", help=f"How patterns are chosen. {told}.")]
-    return Parameter("selector", Parameter.KEYWORD_ONLY, default=names(DEFAULT_SELECTOR), annotation=kind)
+    option = typer.Option(
+        "--selector", help=f"How patterns are chosen{'' if default else ', where not densely'}. {told}."
+    )
+    kind = Annotated[names if default else names | None, option]
+    value = None if default is None else names(default)
+    return Parameter("selector", Parameter.KEYWORD_ONLY, default=value, annotation=kind)
 
 
 def _parameter(name: str, option: str, settings: Mapping[str, Field[Any]]) -> Parameter:

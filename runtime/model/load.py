@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ...traces.errors import InputError, shown, unknown_name
 from ...traces.files import read_bytes
 from .config_file import read_config_file, told
+from .rope import replace_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -36,14 +37,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(
-    path: Path | str, *, random_weights: bool, device: torch.device, dtype: str = "auto", seed: int = 0
-) -> PreTrainedModel:
+    path: Path | str, *, random_weights: bool, device: torch.device, dtype: str = "auto", seed: int = 0,
+    rope_parameters: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Return a causal LM from a folder (config.json and safetensors) or, with random_weights, from a config alone.
 
     dtype "auto" is the model's own on a GPU and float32 on a CPU. Random weights depend on `seed` only.
+    rope_parameters: take the place of the configuration's.
     Raises InputError when the files are missing or are no causal LM.
     """
     folder, config = read_config(Path(path))
+    if rope_parameters is not None:
+        replace_rope(config, rope_parameters, source=folder)
     if dtype != "auto" and dtype not in DTYPES:
         raise unknown_name(dtype, ("auto", *DTYPES), field="dtype")
     stated = getattr(config, "dtype", None) or torch.float32

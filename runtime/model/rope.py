@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ...traces.errors import InputError, shown, unknown_name
+from ...traces.errors import InputError, printable, shown, unknown_name
 
 KNOWN = ("default", *ROPE_INIT_FUNCTIONS)
 OF_ONE_MODEL = ("mrope", "su")  # older names that transformers translates
@@ -28,6 +28,21 @@ def check_rope(document: Any, *, source: Path | str) -> None:
             value = section.get(name)
             if value is not None and (type(value) not in (int, float) or not value > 0):
                 raise InputError(f"must be a positive number, not {shown(value)}", source=source, field=f"{key}.{name}")
+
+
+def replace_rope(config: Any, rope_parameters: Mapping[str, Any], *, source: Path | str) -> None:
+    """Put other rotary embeddings in the place of a transformers configuration's own. InputError in one line.
+
+    source: of the configuration, which errors name.
+    """
+    check_rope({"rope_parameters": dict(rope_parameters)}, source="model")
+    try:
+        config.rope_parameters = dict(rope_parameters)
+        config.standardize_rope_params()
+        config.validate_rope()
+    except Exception as error:  # whatever is wrong with a user's values, one line says it
+        said = f"{type(error).__name__}: {' '.join(printable(str(error)).split())}"
+        raise InputError(f"is no usable model configuration ({said})", source=source, field="model") from error
 
 
 def _sections(document: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,7 +22,7 @@ from ..model.config_file import read_config_file, told
 from ..model.head_loss import ModelWithLoss
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
-from ..model.rope import check_rope
+from ..model.rope import replace_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
 from ..model.tiled_mlp import tile_mlp
 from .config import ModelSection, TrainConfig
@@ -48,14 +48,8 @@ def read_model_config(section: ModelSection) -> Any:
     if not source.is_file():
         raise InputError("no such model configuration", source=source, field="model.path")
     config = read_config_file(source)
-    check_rope({"rope_parameters": section.rope_parameters}, source="model")
-    try:
-        if section.rope_parameters is not None:
-            config.rope_parameters = dict(section.rope_parameters)
-            config.standardize_rope_params()
-            config.validate_rope()
-    except Exception as error:  # whatever is wrong with a user's file, one line says it
-        raise InputError(f"is no usable model configuration ({told(error)})", source=source, field="model") from error
+    if section.rope_parameters is not None:
+        replace_rope(config, section.rope_parameters, source=source)
     if not section.random_weights and not list(source.parent.glob("*.safetensors")):
         raise InputError("holds no safetensors weights (or set random_weights)", source=source.parent,
                          field="model.path")  # fmt: skip

@@ -137,6 +137,8 @@ def _unknown(inputs: Inputs, plan: Plan | None) -> str:
         return measured
     if plan is not None:
         return "Whether planning helps is not known: no plan here was compared with layouts that need no planner."
+    if inputs.evaluations and not inputs.traces:
+        return inputs.evaluations[0][1].sentence
     have = "a trace" if inputs.traces else "measurements" if inputs.timelines or inputs.runs else "results"
     return f"Whether planning helps is not known yet: here are {have}, and no plan that says what it would gain."
 

@@ -15,7 +15,7 @@ from .page import write_page
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Files or folders: trace, plans, timelines, training metrics, results of any kind."),
+        typer.Argument(help="Files or folders: trace, plans, timelines, training metrics, evaluations, results."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write (.html).")] = Path("report.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -28,6 +28,7 @@ from ...traces.files import (
 from ...traces.timeline import Timeline, from_chrome
 from ...traces.validation import validated
 from ...traces.yaml_files import read_yaml
+from .evaluation import EVALUATION_KIND, Evaluation
 from .training import MARKS, TrainingRun, metrics_lines, training_runs
 
 GENERATOR = '<meta name="generator" content="sparsering">'
@@ -79,7 +80,8 @@ class Source:
 class Inputs:
     """Everything that was found, by kind and in the order of the paths; `sources` names the files of all of it.
 
-    results: files of benchmarks; validations: what `validate --json` printed; unknown: files that are none of ours.
+    results: files of benchmarks; validations: what `validate --json` printed; evaluations: what `eval` wrote; unknown:
+    files that are none of ours.
     """
 
     traces: list[Trace] = field(default_factory=list)
@@ -89,6 +91,7 @@ class Inputs:
     validations: list[tuple[Path, Validation]] = field(default_factory=list)
     results: list[tuple[Path, Mapping[str, Any]]] = field(default_factory=list)
     runs: list[TrainingRun] = field(default_factory=list)
+    evaluations: list[tuple[Path, Evaluation]] = field(default_factory=list)
     planned_steps: int | None = None
     sources: list[Source] = field(default_factory=list)
     unknown: list[Path] = field(default_factory=list)
@@ -136,7 +139,9 @@ def read_inputs(paths: Sequence[Path], *, output: Path | None = None) -> Inputs:
     if not found.sources:
         told = f"{len(found.unknown)} files, none of them" if found.unknown else "no file that is"
         named = ", ".join(str(path) for path in paths)
-        raise InputError(f"{told} a trace, plan, timeline, training metrics or result of sparsering", source=named)
+        raise InputError(
+            f"{told} a trace, plan, timeline, training metrics, evaluation or result of sparsering", source=named
+        )
     return found
 
 
@@ -203,6 +208,9 @@ def _read_file(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> None:
     elif isinstance(document.get("benchmark"), str) and isinstance(document.get("rows"), list):
         found.results.append((path, document))
         kind = f"results of the benchmark {document['benchmark']}"
+    elif document.get("kind") == EVALUATION_KIND:
+        found.evaluations.append((path, validated(Evaluation, document, path)))
+        kind = "evaluation"
     elif document.get("kind") == DEMO_KIND:
         kind = "record of the demo"
     elif not document or document.keys() >= MARKS:

@@ -52,6 +52,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "needs a result file of a benchmark; tests/simulator validates some": {"docs/file-formats.md": 1},
     "needs eight GPUs": {"docs/measured/README.md": 1},
     "needs two nodes of eight GPUs": {"docs/guides/run.md": 1},
+    "shows a call; tests/runtime/evaluate makes it": {"docs/evaluation.md": 1},
     "tests/house/test_examples.py runs the scripts, beside the model alone": {"examples/README.md": 4},
     "tests/runtime/train/estimate/test_recipes.py does, and looks at the figures": {"examples/README.md": 1},
     "trains for as long as the configuration says; tests/runtime/train does": {"docs/training.md": 1},

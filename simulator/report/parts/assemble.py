@@ -13,6 +13,7 @@ from ..answer import Answer, answer_of, headline
 from ..certainty import comparisons
 from ..inputs import Inputs
 from ..words import duration, percent
+from .evaluation import evaluation_part
 from .part import Part
 from .plans import layouts_part, plans_part
 from .results import results_part, training_part
@@ -45,6 +46,7 @@ def make_report(inputs: Inputs) -> Report:
         timelines_part(inputs),
         fidelity_part(inputs, rows),
         training_part(inputs.runs, answer.saving, inputs.planned_steps),
+        evaluation_part(inputs.evaluations),
         plans_part(inputs),
         results_part(inputs.results),
     )

@@ -11,7 +11,7 @@ import pytest
 from browser import SCHEMES, WIDTHS, Browser, View, browser
 from report_files import called, write_everything
 
-PARTS = ("layouts", "waterfall", "masks", "load", "timelines", "fidelity", "training", "plans", "results")
+PARTS = ("layouts", "waterfall", "masks", "load", "timelines", "fidelity", "training", "evaluation", "plans", "results")
 
 
 @pytest.fixture(scope="module")

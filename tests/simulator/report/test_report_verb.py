@@ -42,7 +42,7 @@ def test_everything_is_known_whatever_its_name(made: Path, tmp_path: Path) -> No
         (tmp_path / f"file-{number}").write_bytes(path.read_bytes())
     found = told(tmp_path, tmp_path, made / "masks", made / "trace", made / "planned", made / "dense")
     assert found["parts"] == [
-        "layouts", "waterfall", "masks", "load", "timelines", "fidelity", "training", "plans", "results",
+        "layouts", "waterfall", "masks", "load", "timelines", "fidelity", "training", "evaluation", "plans", "results",
     ]  # fmt: skip
     assert found["helps"] == "yes"
 

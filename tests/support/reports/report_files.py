@@ -94,6 +94,44 @@ def write_metrics(folder: Path, *, ranks: int = 4, steps: Sequence[int] = range(
     return folder
 
 
+def evaluation(**changes: Any) -> dict[str, Any]:
+    """A file of `sparsering eval`, as far as a page shows it: two layers, buckets, lengths and depths."""
+    buckets = [(0, 1024, 4096), (1024, 2048, 4096)]
+    readings = [
+        {"quantity": quantity, "arm": arm, "tokens": 8192, "mean": mean, "error": 0.01, "buckets": [
+            {"first": first, "until": until, "tokens": tokens, "mean": mean + first / 1e5, "error": 0.02}
+            for first, until, tokens in buckets]}
+        for quantity, arm, mean in (("loss", "dense", 2.5), ("cut_loss", "dense", 2.6), ("loss", "sparse", 2.75),
+                                    ("cut_loss", "sparse", 2.8), ("cut_minus_whole", "sparse", 0.05),
+                                    ("loss_minus_dense", "sparse", 0.25), ("kl", "sparse", 0.125))
+    ]  # fmt: skip
+    asked: list[tuple[Any, ...]] = [("needle", arm, 1, length, place, depth, 50, 37, 0.74, 0.604, 0.842)
+             for arm in ("dense", "sparse") for place in ("last", "mid") for length in (1024, 2048)
+             for depth in (0.0, 0.5)]  # fmt: skip
+    names = (
+        "task",
+        "arm",
+        "planted",
+        "length_tokens",
+        "question",
+        "depth_from",
+        "asked",
+        "found",
+        "share",
+        "low",
+        "high",
+    )
+    asked.append(("tracking", "sparse", 4, 2048, "mid", None, 52, 13, 0.25, 0.15, 0.38))
+    cells: list[dict[str, Any]] = [dict(zip(names, one, strict=True)) for one in asked]
+    cells = [one | {"depth_until": None if one["depth_from"] is None else one["depth_from"] + 0.5} for one in cells]
+    unattended = {"1024": [0.1 * head for head in range(4)], "8192": None}
+    reach = [{"layer": layer, "total_density": [0.25] * 4, "unattended": unattended} for layer in range(2)]
+    facts = {"arm": "sink-window", "selector": "sink-window", "seq_len": 2048, "total_density": 0.25,
+             "heldout_loss": 2.75, "heldout_loss_dense": 2.5, "needle_last": 0.74, "needle_mid": 0.74}  # fmt: skip
+    return {"schema_version": 1, "kind": "sparsering-evaluation", **facts, "readings": readings, "cells": cells,
+            "reach": reach, **changes}  # fmt: skip
+
+
 def write_everything(folder: Path) -> Path:
     """Write a folder with all kinds of files, and one that is none of ours."""
     trace = write_trace(folder / "trace", "vertical-slash", columns=48)
@@ -109,5 +147,6 @@ def write_everything(folder: Path) -> Path:
     (folder / "run.yaml").write_text(yaml_text(config))
     rows = [{"impl": f"kernel <{number}>", "layout": "ring", "forward_ms": 1.5 * number} for number in range(1, 5)]
     write_json(folder / "results.json", {"benchmark": "kernels", "date": "2026-01-01", "hardware": {}, "rows": rows})
+    write_json(folder / "eval.json", evaluation(arm="window <1>"))
     (folder / "notes.txt").write_text("mine\n")
     return folder
