@@ -153,7 +153,7 @@ def test_values_that_a_setting_cannot_have_are_named():
         FixedVerticalSlash(columns=-1, slashes=1)
     with pytest.raises(ValueError, match="window_tokens: must be a whole number from 1, not 0"):
         SinkWindow(window_tokens=0)
-    with pytest.raises(ValueError, match="selector: 'best' is not one of anchor, flex, "):
+    with pytest.raises(ValueError, match="selector: 'best' is not one of anchor, block-mass, flex, "):
         selector_of("best", {})
     with pytest.raises(ValueError, match="columns: flex has no such setting; it has column_mass, column_cap"):
         selector_of("flex", {"columns": 3})
