@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeAlias
@@ -65,6 +66,7 @@ def _started() -> _Worker:
     context = multiprocessing.get_context("spawn")  # a copy of this process would have threads and locks of libraries
     ours, its = context.Pipe()
     process = context.Process(target=_work, args=(its,), daemon=True)
+    resource_tracker.ensure_running()  # starting it, as the first process would, lets Ctrl-C through again
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
