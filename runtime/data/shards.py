@@ -120,6 +120,11 @@ class TokenData:
         """How many documents there are, padding not counted."""
         return int((self._starts % self.manifest.align_tokens == 0).sum())
 
+    def document_tokens(self) -> NDArray[np.int64]:
+        """Return how many tokens each document has, padding left out."""
+        lengths = np.diff(np.append(self._starts, self.tokens))
+        return lengths[self._starts % self.manifest.align_tokens == 0]
+
     def sequences(self, seq_len_tokens: int) -> int:
         """Return how many whole sequences there are; InputError when there is none."""
         if self.tokens < seq_len_tokens:

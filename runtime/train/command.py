@@ -133,6 +133,11 @@ def _show(setup: Setup, estimate: RunEstimate | None, as_json: bool) -> None:
         f"equals it alone to {worst:.0e}",
         f"plan: {summary['plan']}",
         f"plan digest: {summary['plan_digest']}",
+        *(
+            []
+            if setup.config.plan.choose.always
+            else [f"patterns: chosen in {summary['choosing_steps']:,} of {setup.config.steps:,} steps"]
+        ),
         f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step",
         _memory_line(summary["memory_bytes_per_rank"]),
         *([] if estimate is None else ["", *told_estimate(estimate), ""]),

@@ -82,12 +82,41 @@ class ParallelSection(_Section):
         return self.data * self.context
 
 
+class ChooseSection(_Section):
+    """Patterns are chosen in steps that are multiples of every_steps, and before until_step where that is given.
+
+    In all other steps every layer uses those of the last such step again, of its first microbatch. Only for
+    `attention: planned` with patterns that are chosen, of sequences that are not packed.
+    """
+
+    every_steps: int = Field(default=1, ge=1)
+    until_step: int | None = Field(default=None, ge=1)
+
+    def chooses_at(self, step: int) -> bool:
+        """Return whether patterns are chosen in a step."""
+        return step % self.every_steps == 0 and (self.until_step is None or step < self.until_step)
+
+    def chosen_in(self, step: int) -> int:
+        """Return the step whose patterns a step uses."""
+        last = step if self.until_step is None else min(step, self.until_step - 1)
+        return last - last % self.every_steps
+
+    def choosing_steps(self, steps: int) -> int:
+        """Return in how many of the first `steps` steps patterns are chosen."""
+        return self.chosen_in(steps - 1) // self.every_steps + 1
+
+    @property
+    def always(self) -> bool:
+        """Whether patterns are chosen in every step."""
+        return self.every_steps == 1 and self.until_step is None
+
+
 class PlanSection(_Section):
     """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
 
     pattern: how patterns are chosen when the plan is made here, in all layers or by rules for some.
-    layout: by name, as in plan files and `sparsering plan --layout`. layout_parameters: its own, as
-    {chunks: 2, pull: true}; what is not given has the layout's default.
+    choose: in which steps patterns are chosen. layout: by name, as in plan files and `sparsering plan --layout`.
+    layout_parameters: its own, as {chunks: 2, pull: true}; what is not given has the layout's default.
     """
 
     file: RootedPath | None = None
@@ -97,6 +126,7 @@ class PlanSection(_Section):
     layout_parameters: dict[str, StrictBool | StrictInt] = Field(default_factory=dict)
     block_size: Literal[64, 128] = 128
     backend: str | None = None
+    choose: ChooseSection = ChooseSection()
 
     def make_layout(self) -> Layout:
         """Return the default plan's layout; InputError, naming field and value, where there is none that fits."""
@@ -242,6 +272,24 @@ class TrainConfig(_Section):
             raise ValueError(f"attention {self.attention!r} takes no plan, no trace and writes none")
         if self.dtype not in ("bfloat16", "float32", "float64"):
             raise ValueError(f"dtype {self.dtype!r} cannot be trained in: no loss scaling here")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_can_stay(self) -> Self:
+        choose, section = self.plan.choose, self.checkpoint
+        if choose.always:
+            return self
+        if self.attention != "planned":
+            raise ValueError(f"plan.choose: attention {self.attention!r} chooses no patterns")
+        if self.data.documents.attention:
+            raise ValueError("plan.choose and data.documents.attention: patterns that are used again were chosen for "
+                             "documents that lie elsewhere")  # fmt: skip
+        if section is not None and section.every_steps % choose.every_steps:
+            raise ValueError(f"checkpoint.every_steps {section.every_steps} is no multiple of plan.choose.every_steps, "
+                             f"{choose.every_steps}, and checkpoints hold no patterns to go on with")  # fmt: skip
+        if self.max_restarts and choose.until_step is not None and choose.until_step < self.steps:
+            raise ValueError(f"max_restarts {self.max_restarts} with plan.choose.until_step {choose.until_step}: "
+                             "checkpoints hold no patterns to go on with from there")  # fmt: skip
         return self
 
     @property

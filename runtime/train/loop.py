@@ -98,7 +98,7 @@ class Trainer:
             newest = self.checkpoints.newest()
             if newest is not None:
                 manifest = self.checkpoints.load(newest, self.hf_model, self.optimizer)
-                self.setup.check_resumed(manifest["facts"], source=newest)
+                self.setup.check_resumed(manifest, source=newest)
                 self.next_step = manifest["step"]
         return self.next_step
 
@@ -224,6 +224,9 @@ class Trainer:
             if self.masks is not None:
                 self.masks.documents = batch.documents
                 self.masks.observed = observed if number == 0 else NOTHING
+                choose = self.config.plan.choose
+                self.masks.again = not choose.chooses_at(self.next_step)
+                self.masks.keeping = number == 0 and not choose.always
             self.attached.positions.expect(batch.position_ids if self.config.data.documents.positions else None)
             part = self.model(batch.input_ids, batch.position_ids, batch.labels)
             losses[0] += part.detach()
@@ -265,6 +268,8 @@ class Trainer:
             self.config, self.setup.facts, self.setup.plan, self.world, seconds=seconds, loads=loads
         )  # fmt: skip
         values |= {} if self.load is None else self.load.take()
+        if not self.config.plan.choose.always:
+            values["patterns_of_step"] = self.config.plan.choose.chosen_in(self.next_step - 1)
         return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}
 
 

@@ -69,7 +69,8 @@ class LayerMasks:
 
     trace: its last step is replayed; None: the plan's selector chooses. exposure: counts the reductions of choosing.
     seed: of the sampled queries. replayed: one mask a layer, used in place of what would be. source: layer -> mask or
-    chooser. documents int32 [S]: laid over the masks of this microbatch. observed: what is kept of them.
+    chooser. documents int32 [S]: laid over the masks of this microbatch. observed: what is kept of them. again: use
+    every layer's kept mask and choose none. keeping: keep every layer's mask, in the place of the one before.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class LayerMasks:
             self.source = self._choice.of_layer
         self.documents: Tensor | None = None
         self.observed = NOTHING
+        self.again = self.keeping = False
+        self._kept: dict[int, AttentionMask] = {}
         self._watched: dict[int, _Watched] = {}
         self._hash = RunningHash(bound.mesh.device)
 
@@ -93,20 +96,27 @@ class LayerMasks:
         """Return a function of this rank's (q, k, scale) that gives the layer's mask. Collective when it chooses."""
 
         def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
-            if self._choice is not None:
-                self._choice.documents = self.documents
-            own = self._bound.own_mask(layer, self.documents)
-            given = self.source(layer) if own is None else own
-            with self._clock.span("choosing"):
-                mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
-            if self._replayed is not None and own is None:
-                mask = self._replayed[layer]
+            mask = self._bound.own_mask(layer, self.documents)
+            if mask is None:
+                mask = self._kept[layer] if self.again else self._chosen(layer, q, k, scale)
             if self.documents is not None and mask.documents is not self.documents:
                 mask = replace(mask, documents=self.documents)
             self._observe(layer, mask, q, k, scale)
             return mask
 
         return choose
+
+    def _chosen(self, layer: int, q: Tensor, k: Tensor, scale: float) -> AttentionMask:
+        if self._choice is not None:
+            self._choice.documents = self.documents
+        given = self.source(layer)
+        with self._clock.span("choosing"):
+            mask = given if isinstance(given, AttentionMask) else given(q, k, scale)
+        if self._replayed is not None:
+            mask = self._replayed[layer]
+        if self.keeping:
+            self._kept[layer] = mask
+        return mask
 
     def take_hash(self) -> Tensor:
         """Return an int64 that stands for all masks given since the last call, on the device."""

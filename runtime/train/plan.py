@@ -104,6 +104,8 @@ def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan
     if plan.pattern.source == "trace":
         if config.plan.trace is None:
             raise InputError("the plan replays a trace: give it", field="plan.trace")
+        if not config.plan.choose.always:
+            raise InputError("the plan replays a trace: nothing is chosen", source=file, field="plan.choose")
         trace = Trace.open(config.plan.trace)
         if plan.pattern.trace_sha256 not in (None, trace.digest()):
             raise InputError(f"is {trace.digest()[:16]}…, the plan was made for {str(plan.pattern.trace_sha256)[:16]}…",

@@ -26,7 +26,7 @@ from ..model.losses import liger_is_here
 from ..model.shape import ROUTER_LOGITS, decoder_layers, setting
 from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
-from .config import TrainConfig
+from .config import ChooseSection, TrainConfig
 from .estimate.memory import memory_bytes
 from .model import ModelFacts, model_facts, read_model_config
 from .plan import resolve_plan
@@ -61,14 +61,24 @@ class Setup:
             "world_size": self.config.parallel.world_size,
             "plan_digest": self.plan.digest,
             "data_digest": self.data.manifest.digest,
+            "choose": self.config.plan.choose.model_dump(),
         } | {name: getattr(self.config, name) for name in own}
 
-    def check_resumed(self, saved: dict[str, Any], *, source: Path) -> None:
-        """Refuse to go on from a checkpoint of another run, whose facts are `saved`: InputError names what differs."""
+    def check_resumed(self, manifest: dict[str, Any], *, source: Path) -> None:
+        """Refuse to go on from a checkpoint of another run, or where its patterns would be needed: it holds none.
+
+        manifest: the checkpoint's. InputError names what differs.
+        """
+        # Those of before this was a setting chose in every step.
+        saved, choose = {"choose": ChooseSection().model_dump()} | manifest["facts"], self.config.plan.choose
         for name, value in self.run_facts().items():
             if saved.get(name) != value:
                 told = f"the checkpoint has {shown(saved.get(name))}, the run {value!r}: train into another folder, "
                 raise InputError(f"{told}or export the checkpoint and start from it", source=source, field=name)
+        step = manifest["step"]
+        if step < self.config.steps and not choose.chooses_at(step):
+            told = f"step {step} uses the patterns of step {choose.chosen_in(step)}, which no checkpoint holds: a run "
+            raise InputError(f"{told}cannot go on there", source=source, field="plan.choose")
 
     def summary(self) -> dict[str, Any]:
         """Return what `--dry-run` shows."""
@@ -83,9 +93,15 @@ class Setup:
             "plan_digest": self.plan.digest,
             "plan": self.made_here or str(self.config.plan.file),
             "sequences": self.data.sequences(self.config.seq_len_tokens),
+            "choosing_steps": self._choosing_steps(),
             "tokens_per_step": self.config.sequences_per_step * self.config.seq_len_tokens,
             "memory_bytes_per_rank": memory_bytes(self.config, self.model_config, self.facts, self.plan),
         }
+
+    def _choosing_steps(self) -> int:
+        """Return in how many steps patterns are chosen."""
+        chooses = self.config.attention == "planned" and self.plan.pattern.source == "choose"
+        return self.config.plan.choose.choosing_steps(self.config.steps) if chooses else 0
 
 
 def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
@@ -128,7 +144,7 @@ def set_up(config: TrainConfig, *, verify_data: bool = True) -> Setup:
     )  # fmt: skip
     newest = newest_checkpoint(config.checkpoint.folder) if config.checkpoint and config.checkpoint.resume else None
     if newest is not None:
-        setup.check_resumed(read_checkpoint_manifest(newest)["facts"], source=newest)
+        setup.check_resumed(read_checkpoint_manifest(newest), source=newest)
     return setup
 
 

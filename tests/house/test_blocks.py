@@ -44,8 +44,10 @@ ELSEWHERE = {
 # Reason -> in which documents, and how many blocks.
 NOT_RUN: dict[str, dict[str, int]] = {
     "continuous integration runs these; they take up to half an hour": {"CONTRIBUTING.md": 1},
+    "downloads hundreds of megabytes": {"docs/guides/long-text.md": 1},
     "installs into the environment that runs it": {"docs/ecosystem.md": 1, "docs/quickstart.md": 1, "README.md": 1},
     "minutes; tests/runtime/demo runs the demo itself": {"README.md": 1, "docs/quickstart.md": 1},
+    "needs a GGUF file": {"docs/guides/long-text.md": 1},
     "needs HolisticTraceAnalysis": {"docs/ecosystem.md": 1},
     "needs GPUs and nccl-tests; tests/planner/importing reads such texts": {"docs/file-formats.md": 1},
     "needs a GPU": {"docs/kernels.md": 1, "docs/predictions.md": 1},

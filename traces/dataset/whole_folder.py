@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import InputError
@@ -42,6 +42,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         shutil.rmtree(working, ignore_errors=True)
+
+
+@contextmanager
+def whole_folders(*folders: Path) -> Iterator[list[Path]]:
+    """Yield an empty folder for each, as `whole_folder` does; they take their places one after the other.
+
+    Where one cannot, those that did are removed. Only a process that is killed in between leaves some without others.
+    Raises InputError as `whole_folder` does, and where one of the folders is another or lies in it.
+    """
+    first, *others = folders
+    places = [folder.absolute() for folder in others]
+    if any(first.absolute() in (place, *place.parents) or place in first.absolute().parents for place in places):
+        raise InputError("is another folder that is to be written, lies in it or holds it", source=first)
+    moved = list[Path]()
+    try:
+        with whole_folder(first) as working, ExitStack() as stack:
+            rest = stack.enter_context(whole_folders(*others)) if others else []
+            yield [working, *rest]
+            stack.close()
+            moved += others
+    except BaseException:
+        for folder in moved:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def require_empty(folder: Path) -> None:

@@ -96,6 +96,9 @@ def _notes(found: RunEstimate) -> list[str]:
         notes.append(f"attention: layers {shown} simulated; they differ by {first.layer.spread:.0%} of their mean")
         if not any(part.name == "choosing patterns" for part in first.step.parts):
             notes.append("choosing patterns is left out: give --choosing-ms where you measured it")
+        choose, steps = found.config.plan.choose, found.config.steps
+        if not choose.always:
+            notes.append(f"patterns are chosen in {choose.choosing_steps(steps):,} of {steps:,} steps")
     gpu = found.cluster.gpu
     if gpu.dense_forward_efficiency is None:
         notes.append("dense attention is priced as the sparse kernels: the cluster says no rate of its own")

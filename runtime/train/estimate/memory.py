@@ -35,10 +35,17 @@ def memory_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan
         "gathered_parameters": gathered + master_dtype(config).itemsize * facts.layer_parameters,
         "kept_for_backward": kept,
         "whole_layers": whole * own.all,
+        "kept_patterns": 0 if config.plan.choose.always else layers * _listed_bytes(plan),
         "gradients_beyond_kept": max(0, masters - kept - whole * own.all),
         "working": max(own.loss, again, own.attention - own.beside_mlp if whole else 0),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _listed_bytes(plan: Plan) -> int:
+    """Return what the mask of a layer takes that lists its blocks, one to a byte; of diagonals, next to nothing."""
+    blocks = -(-plan.seq_len_tokens // plan.block_size)
+    return plan.model.heads * blocks * blocks if plan.pattern.listed else 0
 
 
 def offloaded_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan: Plan) -> int:

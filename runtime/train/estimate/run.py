@@ -11,7 +11,7 @@ from ....planner.step.parts import AttentionTimes, StepEstimate, estimate_step
 from ....traces.dataset.store import Trace
 from ....traces.errors import InputError
 from ....traces.progress import Progress, no_progress
-from ..config import TrainConfig
+from ..config import ChooseSection, TrainConfig
 from ..model import ModelFacts, model_facts, read_model_config
 from ..plan import dense_plan, resolve_plan
 from .attention import LayerTimes, SimulatePlan, dense_layer, sparse_layer
@@ -75,8 +75,9 @@ def estimate_run(
 ) -> RunEstimate:  # fmt: skip
     """Estimate a configured run on a cluster. Needs no data, no weights and no GPU.
 
-    trace: the patterns that a plan which chooses its own is expected to choose. choosing_us: of one layer, as measured.
-    Raises InputError, in one line, for what cannot be used or has no prices.
+    trace: the patterns that a plan which chooses its own is expected to choose. choosing_us: of one layer, as measured;
+    the step has the mean of all steps, in some of which nothing may be chosen. Raises InputError, in one line, for what
+    cannot be used or has no prices.
     """
     ranks = config.parallel.world_size
     if ranks > cluster.world_size:
@@ -111,13 +112,13 @@ class _Run:
     facts: ModelFacts
 
     def arm(self, config: TrainConfig, plan: Plan, layer: LayerTimes, *, choosing_us: float) -> Arm:
-        """Return the run with one way to compute attention. layer, choosing_us: of one layer."""
+        """Return the run with one way to compute attention. layer, choosing_us: of one layer in a step that chooses."""
         layers = self.facts.shape.layers
         settings = step_settings(config, self.model_config, self.facts, plan)
         attention = AttentionTimes(
             forward_us=layer.forward_us * layers,
             backward_us=layer.backward_us * layers,
-            choosing_us=choosing_us * layers,
+            choosing_us=choosing_us * layers * config.plan.choose.choosing_steps(config.steps) / config.steps,
         )
         step = estimate_step(
             transformer_sizes(self.model_config, self.facts), settings, self.cluster, attention,
@@ -129,5 +130,5 @@ class _Run:
 
 def _with_attention(config: TrainConfig, attention: str) -> TrainConfig:
     """Return the run with a baseline's attention, its plan and its trace left out."""
-    plain = config.plan.model_copy(update={"file": None, "trace": None})
+    plain = config.plan.model_copy(update={"file": None, "trace": None, "choose": ChooseSection()})
     return config.model_copy(update={"attention": attention, "plan": plain, "trace_out": None, "device": "cuda"})

@@ -21,7 +21,7 @@ from sparsering import cli
 from train_runs import write_model, write_text
 
 # What belongs to others: it is not here, and what it is told is theirs.
-FOREIGN = {"nvidia-smi", "sendrecv_perf", "git", ".venv/bin/pre-commit"}
+FOREIGN = {"nvidia-smi", "sendrecv_perf", "git", "apt-get", "dpkg-deb", "tar", ".venv/bin/pre-commit"}
 RUNNER = CliRunner()
 
 

@@ -175,3 +175,37 @@ def _plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.
     scores = (query @ key.transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(~causal, -torch.inf)
     out = (scores.softmax(-1) @ value).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def observed_choices(mesh: Mesh, *, config: dict[str, Any]) -> dict[str, Any]:
+    """Train; say of every step how often patterns were chosen and how long, their hash, and the first microbatch's."""
+    trainer = Trainer(set_up(parse_config(config)), mesh)
+    masks = trainer.masks
+    assert masks is not None
+    source, take_hash, results = masks.source, masks.take_hash, []
+    chosen: list[int] = []
+    hashes: list[int] = []
+
+    def counting(layer: int) -> Any:
+        chosen[-1] += 1
+        return source(layer)
+
+    def noted() -> torch.Tensor:
+        taken = take_hash()
+        hashes.append(int(taken))
+        return taken
+
+    masks.source, masks.take_hash = counting, noted
+    firsts = []
+    for _ in range(trainer.config.steps):
+        chosen.append(0)
+        results.append(trainer.step(Observed(measured=True, weighed=True, recorded=True)))
+        records = masks.take_records()
+        heads = [(head, pattern.num_blocks) for pattern, _ in records.values() for head in pattern.heads]
+        firsts.append([(head.columns.tolist(), head.block_bits(blocks).tolist()) for head, blocks in heads])
+    trainer.close()
+    return {
+        "chosen": chosen, "hashes": hashes, "firsts": firsts,
+        "choosing_ms": [result.parts_ms["choosing"] for result in results],
+        "values": [result.values() for result in results], "parameters": parameters(trainer),
+    }  # fmt: skip

@@ -136,3 +136,16 @@ def test_what_has_no_price_is_one_line(folder: Path, changes: dict[str, Any], tr
     done = estimated(written(folder, "refused", **changes), *given)
     assert done.exit_code == 2 and done.stdout == ""
     assert told in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_choosing_counts_in_the_steps_that_choose(folder: Path) -> None:
+    pattern = {"selector": "vertical-slash", "settings": {"columns": 64, "slashes": 64}}
+    trace = ("--trace", str(folder / "sparse"), "--choosing-ms", "0.5")
+    taken = {}
+    for name, choose in (("always", {}), ("seldom", {"every_steps": 3, "until_step": 50})):
+        config = written(folder, name, plan={"pattern": pattern, "choose": choose})
+        parts = arms(config, *trace)[0]["parts"]
+        taken[name] = next(part["us"] for part in parts if part["name"] == "choosing patterns")
+    assert taken == {"always": 500 * LAYERS, "seldom": pytest.approx(500 * LAYERS * 17 / 100)}
+    told = estimated(written(folder, "told", plan={"pattern": pattern, "choose": {"every_steps": 4}}), *trace)
+    assert "patterns are chosen in 25 of 100 steps" in told.output
