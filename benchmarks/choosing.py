@@ -18,8 +18,8 @@ from ..kernels.api import WholeAttention
 from ..kernels.mask import AttentionMask
 from ..kernels.select.probe import ShardTensors
 from ..kernels.select.registry import Selector, selectors
+from ..kernels.select.rows.xattention import XAttention
 from ..kernels.select.vertical_slash import FixedVerticalSlash
-from ..kernels.select.xattention import XAttention
 from .kernels import measure, shared_arguments, time_ms
 from .lib.common import ResultFile
 from .lib.kernel_impls import DENSE, SPARSE, Problem, index_bytes

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -126,10 +126,10 @@ def register(kind: type[S]) -> type[S]:
 
 
 def selectors() -> dict[str, type[Selector]]:
-    """Return all registered selectors by name, sorted: those of this folder's files, and those imported otherwise."""
-    for found in iter_modules([str(Path(__file__).parent)]):
+    """Return all registered selectors by name, sorted: those of this folder and below, and those imported otherwise."""
+    for found in walk_packages([str(Path(__file__).parent)], prefix="."):
         if not found.name.endswith("_triton"):  # kernels, which not every machine can import
-            importlib.import_module(f".{found.name}", __package__)
+            importlib.import_module(found.name, __package__)
     return dict(sorted(_KNOWN.items()))
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sparsering.traces.errors import InputError
 from sparsering.traces.files import read_json
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from select_cases import on_ranks, shard_of
-from sparsering.kernels.select.block_mass import BlockMass
 from sparsering.kernels.select.moba_block import MobaBlock
 from sparsering.kernels.select.probe import kept_mass
-from sparsering.kernels.select.xattention import XAttention
+from sparsering.kernels.select.rows.block_mass import BlockMass
+from sparsering.kernels.select.rows.xattention import XAttention
 
 
 def brute_xattention(q: np.ndarray, k: np.ndarray, *, scale: float, block: int, stride: int, mass: float) -> np.ndarray:

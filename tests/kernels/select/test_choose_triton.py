@@ -9,8 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparsering.kernels.select import block_mass_triton
-from sparsering.kernels.select.block_mass import BlockMass, ProbedRows
 from sparsering.kernels.select.probe import (
     ALONE,
     ShardTensors,
@@ -22,10 +20,13 @@ from sparsering.kernels.select.probe import (
     slash_sums,
 )
 from sparsering.kernels.select.probe_triton import column_and_slash_sums, tile_keys
+from sparsering.kernels.select.rows import block_mass_triton
+from sparsering.kernels.select.rows.block_mass import BlockMass
+from sparsering.kernels.select.rows.probed import ProbedRows
+from sparsering.kernels.select.rows.xattention import XAttention
+from sparsering.kernels.select.rows.xattention_triton import active_rows, applies
 from sparsering.kernels.select.select_triton import take
 from sparsering.kernels.select.top import diagonals_of, highest, positions_of, take_highest
-from sparsering.kernels.select.xattention import XAttention
-from sparsering.kernels.select.xattention_triton import active_rows, applies
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled on GPUs: see test_gpu_choose.py")
 

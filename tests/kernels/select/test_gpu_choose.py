@@ -9,7 +9,6 @@ import torch
 
 from select_cases import load
 from sparsering.kernels.mask import AttentionMask
-from sparsering.kernels.select.block_mass import BlockMass
 from sparsering.kernels.select.moba_block import MobaBlock
 from sparsering.kernels.select.probe import (
     ALONE,
@@ -23,8 +22,9 @@ from sparsering.kernels.select.probe import (
     slash_sums,
 )
 from sparsering.kernels.select.probe_triton import column_and_slash_sums
+from sparsering.kernels.select.rows.block_mass import BlockMass
+from sparsering.kernels.select.rows.xattention import XAttention
 from sparsering.kernels.select.vertical_slash import FixedVerticalSlash, FlexVerticalSlash, choose_by_head
-from sparsering.kernels.select.xattention import XAttention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,9 +15,9 @@ from sparsering.kernels.select import DEFAULT_SELECTOR
 from sparsering.kernels.select.moba_block import MobaBlock
 from sparsering.kernels.select.probe import ShardTensors
 from sparsering.kernels.select.registry import option_of, register, selector_of, selectors
+from sparsering.kernels.select.rows.xattention import XAttention
 from sparsering.kernels.select.sink_window import SinkWindow
 from sparsering.kernels.select.vertical_slash import FixedVerticalSlash, FlexVerticalSlash
-from sparsering.kernels.select.xattention import XAttention
 
 SMALL: dict[str, dict[str, Any]] = {
     "vertical-slash": {"columns": 20, "slashes": 30, "sink_tokens": 4, "window_tokens": 10},

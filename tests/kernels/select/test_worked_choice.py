@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from sparsering.kernels.plain.reference import reference_attention
-from sparsering.kernels.select.block_mass import BlockMass
 from sparsering.kernels.select.probe import ShardTensors
+from sparsering.kernels.select.rows.block_mass import BlockMass
 
 PAGE = (Path(__file__).parents[3] / "docs" / "worked-choice.md").read_text()
 

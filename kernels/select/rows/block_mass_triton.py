@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..head_dims import CHOOSING_HEAD_DIMS
-from ..jit import run
-from .probe import ShardTensors
-from .row_blocks import first_blocks
-
-if TYPE_CHECKING:
-    from .block_mass import ProbedRows
+from ...head_dims import CHOOSING_HEAD_DIMS
+from ...jit import run
+from ..probe import ShardTensors
+from .probed import ProbedRows
+from .selector import first_blocks
 
 # Sums held at once (float32): bounds the memory of long sequences.
 SUMS_AT_ONCE = 1 << 27

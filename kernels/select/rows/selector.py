@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..mask import AttentionMask
-from .probe import Collectives, ShardTensors
-from .registry import Selector
-from .top import highest, take_highest
+from ...mask import AttentionMask
+from ..probe import Collectives, ShardTensors
+from ..registry import Selector
+from ..top import highest, take_highest
 
 # Scores computed at once in plain torch (float32): bounds the memory of long sequences.
 LOGITS_AT_ONCE = 1 << 26

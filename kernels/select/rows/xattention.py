@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .probe import ShardTensors, float_matmul
-from .registry import count, register, share
-from .row_blocks import LOGITS_AT_ONCE, RowBlockSelector, fewest_blocks, first_blocks
+from ..probe import ShardTensors, float_matmul
+from ..registry import count, register, share
+from .selector import LOGITS_AT_ONCE, RowBlockSelector, fewest_blocks, first_blocks
 
 
 @register

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..head_dims import CHOOSING_HEAD_DIMS
-from ..jit import run
-from .probe import ShardTensors
+from ...head_dims import CHOOSING_HEAD_DIMS
+from ...jit import run
+from ..probe import ShardTensors
 
 TILE_CELLS = 128
 # Sums held at once (float32): bounds the memory of long sequences.
