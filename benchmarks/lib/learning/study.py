@@ -95,6 +95,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     found = dict(first)
     for key, value in second.items():
         inner = found.get(key)
-        whole = key == "pattern" or not isinstance(value, Mapping) or not isinstance(inner, Mapping)
-        found[key] = value if whole else _merged(inner, value)
+        if key != "pattern" and isinstance(value, Mapping) and isinstance(inner, Mapping):
+            value = _merged(inner, value)
+        found[key] = value
     return found
