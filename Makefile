@@ -81,6 +81,7 @@ map:  ## rewrite the map of folders in docs/architecture.md
 
 measured:  ## rewrite docs/measured/ from benchmarks/results/
 	@python3 docs/write_measured.py
+	@python3 docs/write_learning.py
 
 package: $(STAMP)  ## wheel and source distribution into dist/
 	$(BIN)/python -m pip install --quiet build

@@ -310,8 +310,8 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "training": training_table, "simulator": simulator_table, "fidelity": fidelity_table,
     "faults": faults_table, "planner": planner_table,
 }  # fmt: skip
-# benchmarks/models.py writes docs/models.md itself; docs/reliability.md says what a soak found.
-ELSEWHERE = frozenset({"models", "soak"})
+# benchmarks/models.py writes docs/models.md, write_learning.py docs/learning.md; docs/reliability.md tells of a soak.
+ELSEWHERE = frozenset({"eval", "models", "soak"})
 
 
 def page_of(benchmark: str) -> Path:

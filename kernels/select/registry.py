@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from pkgutil import walk_packages
+from pkgutil import iter_modules
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -127,9 +127,9 @@ def register(kind: type[S]) -> type[S]:
 
 def selectors() -> dict[str, type[Selector]]:
     """Return all registered selectors by name, sorted: those of this folder and below, and those imported otherwise."""
-    for found in walk_packages([str(Path(__file__).parent)], prefix="."):
-        if not found.name.endswith("_triton"):  # kernels, which not every machine can import
-            importlib.import_module(found.name, __package__)
+    for name in _modules(Path(__file__).parent, ""):
+        if not name.endswith("_triton"):  # kernels, which not every machine can import
+            importlib.import_module(name, __package__)
     return dict(sorted(_KNOWN.items()))
 
 
@@ -143,6 +143,13 @@ def selector_of(name: str, settings: Mapping[str, Any]) -> Selector:
         if setting not in names:
             raise ValueError(f"{setting}: {name} has no such setting; it has {', '.join(names)}")
     return known[name](**settings)
+
+
+def _modules(folder: Path, package: str) -> Iterator[str]:
+    """All modules of a folder and of those below it, relative to this package."""
+    for found in iter_modules([str(folder)]):
+        name = f"{package}.{found.name}"
+        yield from _modules(folder / found.name, name) if found.ispkg else (name,)
 
 
 def _settings(kind: type[Selector]) -> list[Field[Any]]:

@@ -20,7 +20,7 @@ from sparsering.traces.files import read_json
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 STUDY = """
 about: a test

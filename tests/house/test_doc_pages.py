@@ -76,6 +76,14 @@ def test_measured_pages_are_current_and_hold_every_result():
     assert linked == {page for benchmark, page in pages.items() if benchmark not in script.ELSEWHERE}
 
 
+def test_the_page_on_learning_is_current():
+    script = load_script("write_learning")
+    found = script.compared(script.all_rows())
+    assert found
+    assert between(script.PAGE.read_text(), script.BEGIN, script.END) == script.rendered(found), "`make measured`"
+    assert script.FIGURE.read_text() == script.drawn(found), "`make measured` redraws it"
+
+
 def test_a_table_of_results_compares_within_its_file():
     script = load_script("write_measured")
     rows = [{"impl": "a", "ms": 2.0}, {"impl": "b", "ms": 3.0}, {"impl": "c", "ms": None}]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -23,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vertical-slash": {"columns": 20, "slashes": 30, "sink_tokens": 4, "window_tokens": 10},
     "flex": {"column_mass": 0.4, "slash_mass": 0.3},
     "xattention": {"stride": 4, "mass": 0.4},
+    "block-mass": {"probe_stride": 4, "least_mass": 0.1},
     "moba-block": {"chunk_tokens": 32, "top_chunks": 3},
     "sink-window": {"sink_tokens": 4, "window_tokens": 20},
 }
@@ -159,3 +162,9 @@ def test_values_that_a_setting_cannot_have_are_named():
         selector_of("flex", {"columns": 3})
     with pytest.raises(ValueError, match="stride: must be a whole number from 1, not True"):
         replace(XAttention(), stride=True)
+
+
+def test_selectors_of_folders_below_are_found_by_a_process_that_imported_none() -> None:
+    code = "from sparsering.kernels.select.registry import selectors; print(*selectors())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(SMALL) <= set(done.stdout.split())
