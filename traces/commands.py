@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from .errors import InputError
 from .output import Table, say, show
 from .pattern import BLOCK_SIZES
 from .progress import shown_progress
+from .reach import FAR_TOKENS, reach_tables, trace_reaches
 from .stats import describe, kept_of_documents, summarize
 from .synthetic import GENERATORS, SyntheticSettings, write_synthetic_trace
 
@@ -57,20 +59,42 @@ def synthesize(
 
 def inspect(
     trace: Annotated[Path, typer.Argument(help="Trace folder.")],
+    reach: Annotated[
+        bool,
+        typer.Option(
+            "--reach", help="Also the share of keys that no far query attends: they get no gradient from there."
+        ),
+    ] = False,
+    far: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            help="With --reach: queries more than so many tokens later are far; can be given several times.",
+            show_default=", ".join(map(str, FAR_TOKENS)),
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a trace and show what it holds."""
-    _show(Trace.open(trace), as_json)
+    if far and not reach:
+        raise InputError("goes with --reach", field="--far")
+    _show(Trace.open(trace), as_json, (far or FAR_TOKENS) if reach else ())
 
 
-def _show(trace: Trace, as_json: bool) -> None:
-    """Read, and so check, every row of the trace, and print what it holds."""
+def _show(trace: Trace, as_json: bool, far_tokens: Sequence[int] = ()) -> None:
+    """Read, and so check, every row of the trace, and print what it holds. far_tokens: distances of reach, if any."""
     if as_json:
         with shown_progress() as progress:
             described = describe(trace, progress=progress)
-        typer.echo(json.dumps(described, indent=1))
-    else:
-        print_trace(trace)
+            reach = {"reach": list(trace_reaches(trace, far_tokens, progress=progress))} if far_tokens else {}
+        typer.echo(json.dumps(described | reach, indent=1))
+        return
+    print_trace(trace)
+    if far_tokens and trace.steps:
+        with shown_progress() as progress:
+            tables = reach_tables(list(trace_reaches(trace, far_tokens, progress=progress)))
+        for table in tables:
+            show(table)
 
 
 def print_trace(trace: Trace) -> None:
