@@ -36,7 +36,6 @@ from ..runtime.pattern.by_layer import selector_by_rules
 from ..runtime.train.config import TrainConfig
 from ..runtime.train.loop import Trainer
 from ..runtime.train.metrics import StepResult
-from ..runtime.train.model import master_dtype
 from ..runtime.train.setup import Setup, set_up
 from ..traces.errors import InputError
 from .lib.common import RESULTS, ResultFile
@@ -58,14 +57,16 @@ def _run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.study)
     arguments.arms = arguments.arms or list(study.arms)
     for arm in arguments.arms:
-        study.config(arm, model=arguments.model, data=arguments.data, context=arguments.gpus)
+        _config(arguments, study, arm)
     if "RANK" not in os.environ:
         environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         raise SystemExit(start_ranks(sys.argv[1:], world_size=arguments.gpus, environment=environment,
                                      module="sparsering.benchmarks.learning"))  # fmt: skip
     world = join(device=arguments.device, timeout_s=540)
     result = ResultFile("eval", folder=arguments.results, gpus=arguments.gpus)
-    rows = (run_arm(arguments, study, arm, world) for arm in arguments.arms)
+    # All of them first: fused layers replace parts of transformers for good, and the audit's small model is on the CPU.
+    setups = {arm: set_up(_config(arguments, study, arm), verify_data=False) for arm in arguments.arms}
+    rows = (run_arm(arguments, study, arm, setup, world) for arm, setup in setups.items())
     result.write_as_they_come(rows, _line, first_rank=world.rank == 0)
     leave()
 
@@ -85,12 +86,15 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def run_arm(arguments: argparse.Namespace, study: Study, arm: str, world: Mesh) -> dict[str, Any]:
+def _config(arguments: argparse.Namespace, study: Study, arm: str) -> TrainConfig:
+    return study.config(
+        arm, model=arguments.model, data=arguments.data, context=arguments.gpus, steps=arguments.steps
+    )  # fmt: skip
+
+
+def run_arm(arguments: argparse.Namespace, study: Study, arm: str, setup: Setup, world: Mesh) -> dict[str, Any]:
     """Train one arm and judge it on the first rank; return its row, {} on other ranks."""
-    config = study.config(arm, model=arguments.model, data=arguments.data, context=arguments.gpus,
-                          steps=arguments.steps)  # fmt: skip
-    setup = set_up(config, verify_data=False)
-    trainer = Trainer(setup, world)
+    config, trainer = setup.config, Trainer(setup, world)
     results = trainer.run()
     state = get_model_state_dict(trainer.hf_model, options=StateDictOptions(full_state_dict=True))
     trainer.close()
@@ -125,9 +129,10 @@ def _judged(
 
 def _plain_model(setup: Setup, state: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """Return the trained weights in the run's type, as a model of transformers on this rank's device."""
-    model = AutoModelForCausalLM.from_config(setup.model_config, dtype=master_dtype(setup.config))
+    # Made in that type, not converted to it: rotation's frequencies stay float32.
+    model = AutoModelForCausalLM.from_config(setup.model_config, dtype=getattr(torch, setup.config.dtype))
     model.load_state_dict(state)
-    return model.to(device=device, dtype=getattr(torch, setup.config.dtype)).eval()
+    return model.to(device=device).eval()
 
 
 def _selector(config: TrainConfig, *, layers: int) -> Selector | None:

@@ -19,6 +19,7 @@ from ...planner.plan import ModelShape
 from ...traces.errors import InputError
 from ..attention.recompute import checkpoint_layer
 from ..model.config_file import read_config_file, told
+from ..model.fused import fuse_layers
 from ..model.head_loss import ModelWithLoss
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
@@ -91,9 +92,7 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
     """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
     layers = decoder_layers(model)
     if config.memory.fused_layers:  # norms, rotation and MLP; attention and loss stay ours
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
-
-        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+        fuse_layers(model)
     if config.memory.mlp_tiles > 1:
         for layer in layers:
             tile_mlp(layer, config.memory.mlp_tiles)

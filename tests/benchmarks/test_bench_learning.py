@@ -37,6 +37,7 @@ arms:
   dense: {attention: dense-zigzag}
   chosen: {plan: {pattern: {selector: block-mass, settings: {probe_stride: 8, least_mass: 0.2}}}}
   whole: {plan: {pattern: {selector: block-mass, settings: {least_mass: 1.0e-9}}}}
+  rounded: {steps: 2, dtype: bfloat16, plan: {pattern: {selector: block-mass, settings: {least_mass: 0.1}}}}
 """
 
 
@@ -65,7 +66,7 @@ def test_arms_are_trained_and_judged(folder: Path) -> None:
     done = _run(folder, "--gpus", "2")
     assert done.returncode == 0, done.stderr
     (path,) = folder.glob("eval-*.json")
-    dense, chosen, whole = read_json(path)["rows"]
+    dense, chosen, whole, rounded = read_json(path)["rows"]
     assert [one["arm"] for one in (dense, chosen, whole)] == ["dense", "chosen", "whole"]
     assert dense["selector"] == "dense" and chosen["settings"] == {"probe_stride": 8, "least_mass": 0.2}
     # All arms start from the same weights and see the same tokens; what attends everything is dense attention.
@@ -76,6 +77,7 @@ def test_arms_are_trained_and_judged(folder: Path) -> None:
     assert whole["heldout_loss"] == pytest.approx(dense["heldout_loss"], abs=2e-3)
     assert chosen["heldout_loss"] != chosen["heldout_loss_dense"]
     assert dense["train_losses"][-1] < dense["train_losses"][0] - 0.3
+    assert rounded["heldout_loss"] == pytest.approx(rounded["heldout_loss_dense"], abs=0.1)
     for row in (dense, chosen, whole):
         assert len(row["train_losses"]) == row["steps"] == 6
         assert 0 <= row["needle_last"] <= 1 and 0 <= row["needle_mid"] <= 1
@@ -100,5 +102,5 @@ def test_studies_hold_arms_that_can_be_trained(path: Path, tmp_path: Path) -> No
 
 
 def test_an_arm_that_is_not_there_is_one_line(folder: Path) -> None:
-    with pytest.raises(InputError, match="arms: 'dens' is not one of dense, chosen, whole; did you mean"):
+    with pytest.raises(InputError, match="arms: 'dens' is not one of dense, chosen, whole, rounded; did you mean"):
         read_study(folder / "study.yaml").config("dens", model=folder, data=folder, context=1)
