@@ -196,7 +196,8 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}{rendered(found)}{END}{after}")
-    FIGURE.write_text(drawn(found))
+    if found:
+        FIGURE.write_text(drawn(found))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "needs a GPU": {"docs/kernels.md": 1, "docs/predictions.md": 1},
     "needs a result file of a benchmark; tests/simulator validates some": {"docs/file-formats.md": 1},
     "needs eight GPUs": {"docs/measured/README.md": 1},
+    "needs GPUs for hours; tests/benchmarks/test_bench_learning.py runs a small study": {"docs/learning.md": 1},
     "needs two nodes of eight GPUs": {"docs/guides/run.md": 1},
     "shows a call; tests/runtime/evaluate makes it": {"docs/evaluation.md": 1},
     "tests/house/test_examples.py runs the scripts, beside the model alone": {"examples/README.md": 4},

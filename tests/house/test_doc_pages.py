@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,39 @@ def test_measured_pages_are_current_and_hold_every_result():
 def test_the_page_on_learning_is_current():
     script = load_script("write_learning")
     found = script.compared(script.all_rows())
-    assert found
     assert between(script.PAGE.read_text(), script.BEGIN, script.END) == script.rendered(found), "`make measured`"
-    assert script.FIGURE.read_text() == script.drawn(found), "`make measured` redraws it"
+    assert script.FIGURE.exists() == bool(found)
+    assert not found or script.FIGURE.read_text() == script.drawn(found), "`make measured` redraws it"
+
+
+def _judged(arm: str, selector: str, loss: float, **more: Any) -> dict[str, Any]:
+    buckets = [{"first": first, "tokens": 10, "mean": loss + first / 2**20} for first in (0, 8192, 32768)]
+    readings = [{"quantity": "loss", "arm": "dense" if selector == "dense" else "sparse", "buckets": buckets}]
+    same = {"study": "s", "steps": 4, "seed": 0, "learning_rate": 0.1, "heldout_digest": "d", "where": "here"}
+    own = {"arm": arm, "selector": selector, "heldout_loss": loss, "heldout_loss_dense": None, "total_density": None}
+    return same | own | {"readings": readings, "needle_last": 0.5, "needle_mid": 0.25, "file": "f"} | more
+
+
+def test_arms_are_compared_with_the_dense_one_of_their_kind():
+    script = load_script("write_learning")
+    sparse = {"heldout_loss_dense": 1.01, "total_density": 0.1, "needle_mid": 0.2}
+    timed = [{"arm": arm, "study": "s", "file": "t", "step_ms": ms} for arm, ms in (("a", 30.0), ("dense", 20.0))]
+    rows = [
+        _judged("dense", "dense", 1.0),
+        _judged("a", "block-mass", 1.02, **sparse),
+        _judged("b", "block-mass", 1.0, **sparse, learning_rate=0.2),  # no dense arm had that rate
+        *timed,
+    ]
+    dense, a = script.compared(rows)
+    assert (dense.row["arm"], a.row["arm"]) == ("dense", "a")
+    assert (round(a.gap, 6), round(a.gap_attended_densely, 6), dense.gap) == (0.02, 0.01, 0.0)
+    assert a.worst_far_bucket == pytest.approx(0.02 / (1 + 8192 / 2**20))
+    assert a.needle_points("mid") == pytest.approx(-5) and a.needle_points("last") == 0
+    head, _, first, second = script.arms_table([dense, a])
+    assert head.startswith("| step time ÷ dense | arm | density, columns counted |")
+    assert first.startswith("| 1.00 | dense | 100.0 % |")
+    assert second.startswith("| 1.50 **slower than dense** | a | 10.0 % |") and "| +2.00 % | +1.00 % |" in second
+    assert ">a</text>" in script.drawn([dense, a]) and ">dense</text>" not in script.drawn([dense, a])
 
 
 def test_a_table_of_results_compares_within_its_file():
