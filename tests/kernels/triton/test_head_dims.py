@@ -24,7 +24,8 @@ from train_runs import write_run
 pytest.importorskip("triton")
 from sparsering.kernels.flash4 import backend as flash4_backend
 from sparsering.kernels.flash4 import launch as flash4_launch
-from sparsering.kernels.select import probe_triton, xattention_triton
+from sparsering.kernels.select import probe_triton
+from sparsering.kernels.select.rows import block_mass_triton, xattention_triton
 from sparsering.kernels.triton import launching
 
 
@@ -33,7 +34,8 @@ def test_the_planner_knows_what_the_kernels_have() -> None:
     assert {KernelSpec(backend=name).backend for name in (*SHIPPED, FASTEST)} == set(known_backends())
     taken = BACKENDS["triton"]
     assert taken.head_dims == launching.HEAD_DIMS
-    assert probe_triton.CHOOSING_HEAD_DIMS == xattention_triton.CHOOSING_HEAD_DIMS == launching.HEAD_DIMS[:4]
+    choosing = [one.CHOOSING_HEAD_DIMS for one in (probe_triton, xattention_triton, block_mass_triton)]
+    assert choosing == [launching.HEAD_DIMS[:4]] * 3
     assert (taken.padded_step, taken.block_sizes) == (head_dims.PADDED_STEP, launching.BLOCK_SIZES)
     flash4 = BACKENDS["flash4"]
     assert (flash4.head_dims, flash4.block_sizes) == (flash4_backend.HEAD_DIMS, (flash4_launch.BLOCK_SIZE,))
