@@ -32,6 +32,7 @@ from ..runtime.data.shards import TokenData
 from ..runtime.data.writer import model_tokenizer
 from ..runtime.evaluate.evaluate import evaluate
 from ..runtime.evaluate.result import Evaluation
+from ..runtime.model.load import pretrained
 from ..runtime.pattern.by_layer import selector_by_rules
 from ..runtime.train.config import TrainConfig
 from ..runtime.train.loop import Trainer
@@ -66,6 +67,10 @@ def _run(arguments: argparse.Namespace) -> None:
     result = ResultFile("eval", folder=arguments.results, gpus=arguments.gpus)
     # All of them first: fused layers replace parts of transformers for good, and the audit's small model is on the CPU.
     setups = {arm: set_up(_config(arguments, study, arm), verify_data=False) for arm in arguments.arms}
+    if arguments.steps is None and world.rank == 0:
+        for setup in setups.values():
+            rehearse(arguments, study, setup, world.device)
+    world.broadcast("rehearsed", "done")
     rows = (run_arm(arguments, study, arm, setup, world) for arm, setup in setups.items())
     result.write_as_they_come(rows, _line, first_rank=world.rank == 0)
     leave()
@@ -90,6 +95,12 @@ def _config(arguments: argparse.Namespace, study: Study, arm: str) -> TrainConfi
     return study.config(
         arm, model=arguments.model, data=arguments.data, context=arguments.gpus, steps=arguments.steps
     )  # fmt: skip
+
+
+def rehearse(arguments: argparse.Namespace, study: Study, setup: Setup, device: torch.device) -> None:
+    """Judge the model that an arm starts from by as little as possible: what cannot be judged fails before training."""
+    start = pretrained(setup.config.model.folder, setup.model_config, dtype=torch.float32)
+    _judged(arguments, study.rehearsed(), setup, start.state_dict(), device)
 
 
 def run_arm(arguments: argparse.Namespace, study: Study, arm: str, setup: Setup, world: Mesh) -> dict[str, Any]:

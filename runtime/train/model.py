@@ -19,13 +19,13 @@ from ...planner.plan import ModelShape
 from ...traces.errors import InputError
 from ..attention.recompute import checkpoint_layer
 from ..model.config_file import read_config_file, told
-from ..model.fused import fuse_layers
 from ..model.head_loss import ModelWithLoss
+from ..model.layers.fused import fuse_layers
+from ..model.layers.tiled_mlp import tile_mlp
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
 from ..model.rope import replace_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
-from ..model.tiled_mlp import tile_mlp
 from .config import ModelSection, TrainConfig
 
 

@@ -22,9 +22,9 @@ from ..audit.result import Audit
 from ..data.shards import TokenData
 from ..experts.load import require_experts
 from ..hf.attach import check_padding
+from ..model.layers.tiled_mlp import require_tileable
 from ..model.losses import liger_is_here
 from ..model.shape import ROUTER_LOGITS, decoder_layers, setting
-from ..model.tiled_mlp import require_tileable
 from .checkpoint import newest_checkpoint, read_checkpoint_manifest
 from .config import ChooseSection, TrainConfig
 from .estimate.memory import memory_bytes

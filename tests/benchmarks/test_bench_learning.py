@@ -93,6 +93,16 @@ def test_steps_alone_are_timed(folder: Path, tmp_path: Path) -> None:
     assert len(row["train_losses"]) == 2 and "heldout_loss" not in row
 
 
+@pytest.mark.slow
+def test_what_cannot_be_judged_is_said_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("too little to hold a sequence of the study. " * 20)
+    write_data([tmp_path / "few.txt"], tmp_path / "few", byte_tokenizer())
+    done = _run(folder, "--arms", "dense", "--heldout", str(tmp_path / "few"), "--results", str(tmp_path))
+    assert done.returncode != 0
+    assert "few: tokens: holds 880 tokens, a sequence has 1024" in done.stderr
+    assert not list(tmp_path.glob("eval-*.json"))
+
+
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_hold_arms_that_can_be_trained(path: Path, tmp_path: Path) -> None:
     study = read_study(path)

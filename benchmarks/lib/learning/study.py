@@ -66,6 +66,11 @@ class Study(BaseModel):
         given |= {} if steps is None else {"steps": steps}
         return parse_config(given, source=f"arm {arm}")
 
+    def rehearsed(self) -> Study:
+        """Return the study with as little to judge by as there can be."""
+        least = {"sequences": 1, "depths": 1, "keys": 1, "needles": (min(self.judged.needles),)}
+        return self.model_copy(update={"judged": self.judged.model_copy(update=least)})
+
     def evaluations(self, config: TrainConfig, *, sparse: bool) -> list[EvaluationSettings]:
         """Return what a trained arm is evaluated by. sparse: it chooses patterns."""
         judged, tokens = self.judged, config.seq_len_tokens

@@ -163,7 +163,7 @@ def test_a_batch_and_rounded_rotation_are_refused(tmp_path: Path) -> None:
 
 def test_settings_that_a_selector_cannot_have() -> None:
     for name, settings, message in (
-        ("best", {}, "selector: 'best' is not one of anchor, flex"),
+        ("best", {}, "selector: 'best' is not one of anchor, block-mass, flex"),
         ("flex", {"columns": 3}, "columns: flex has no such setting"),
         ("flex", {"column_mass": 1.5}, "column_mass: must be above 0"),
         ("moba-block", {"top_chunks": 0}, "top_chunks: must be a whole number from 1"),

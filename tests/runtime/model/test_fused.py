@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 pytest.importorskip("liger_kernel")
 
-from sparsering.runtime.model.fused import fuse_layers
+from sparsering.runtime.model.layers.fused import fuse_layers
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from model_cases import case_config
 from rank_pool import RankPool
+from sparsering.runtime.model.layers.tiled_mlp import require_tileable, tile_mlp
 from sparsering.runtime.model.shape import decoder_layers
-from sparsering.runtime.model.tiled_mlp import require_tileable, tile_mlp
 from sparsering.traces.errors import UnsupportedError
 from train_runs import write_run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-from ...traces.errors import UnsupportedError
+from ....traces.errors import UnsupportedError
 
 NAME = "mlp"  # of a decoder layer's part in transformers' models
 PROBE_TOKENS, PROBE_PIECES = 6, 3
