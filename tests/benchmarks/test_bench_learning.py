@@ -99,7 +99,7 @@ def test_what_cannot_be_judged_is_said_before_anything_is_trained(folder: Path, 
     write_data([tmp_path / "few.txt"], tmp_path / "few", byte_tokenizer())
     done = _run(folder, "--arms", "dense", "--heldout", str(tmp_path / "few"), "--results", str(tmp_path))
     assert done.returncode != 0
-    assert "few: tokens: holds 880 tokens, a sequence has 1024" in done.stderr
+    assert "few: tokens: holds 881 tokens, a sequence has 1024" in done.stderr
     assert not list(tmp_path.glob("eval-*.json"))
 
 
