@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from interrupts import Command, counts, loaded, started, wrote
 from mistakes import TRACE, listing, used
@@ -36,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
              "--evaluator recurrence")  # fmt: skip
         used("simulate plan.json --cluster local-cpu-4 -o timeline.json.gz")
         write_run(folder / "run", steps=100000, metrics={"folder": str(folder / "run" / "metrics")})
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "run" / "model"))
+        model.save_pretrained(folder / "run" / "weights")
         (folder / "long.txt").write_text("ring plan token block mask\n" * 1000)
         (folder / "many.jsonl").write_text('{"text": "some text"}\n' * 20_000)
         _write_large_files(folder)
@@ -83,6 +86,10 @@ CASES: dict[str, tuple[str, Callable[[Path], Sign]]] = {
     "doctor": ("doctor", lambda f: loaded("libtorch_cpu")),
     "data": ("data many.jsonl -o out --shard-tokens 1", lambda f: wrote(f, ".out*/tokens-00001.bin")),
     "capture": (CAPTURE, lambda f: wrote(f, "out/manifest.json")),
+    "eval": (
+        "eval --model run/weights --data run/data --seq-len 4096 --sequences 1 -o out.json",
+        lambda f: loaded("libtorch_cpu"),
+    ),
     "audit": ("audit run/model --fresh", lambda f: loaded("libtorch_cpu")),
     "demo": ("demo -o out", lambda f: wrote(f, ".out.*.partial")),
     "run": ("run plan.json -o timeline.json.gz --repeats 100000", lambda f: counts(5)),
