@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,6 +103,17 @@ def test_taking_agrees_with_the_definition(length, kinds):
     assert torch.equal(active, diagonals_of(kept[1], 16))
 
 
+def by_rank(
+    whole: ShardTensors, tokens: int, shapes: dict[str, Any]
+) -> Iterator[tuple[ShardTensors, torch.Tensor, torch.Tensor]]:
+    """Every rank's shard, its blocks, and the keys of the whole sequence, zero past its end."""
+    keys, seq_len = torch.zeros(2, 512, 32), whole.seq_len_tokens
+    keys[:, :seq_len] = whole.k[0, :seq_len].transpose(0, 1)
+    for rank in range(shapes["ranks"]):
+        shard = shard_of(tokens, rank=rank, **shapes)
+        yield shard, shard.positions[::64] // 64, keys
+
+
 @pytest.mark.parametrize(
     ("tokens", "seq_len", "ranks", "granularity"), [(512, 512, 1, 512), (512, 470, 2, 64), (470, 470, 1, 470)]
 )
@@ -111,11 +123,7 @@ def test_xattention_agrees_with_the_definition(tokens, seq_len, ranks, granulari
     whole = shard_of(tokens, **{**shapes, "ranks": 1, "granularity": tokens}, rank=0)
     wanted = XAttention(stride=16, mass=mass).choose(whole, scale=0.6).active
     assert 0.2 < wanted.tril().sum() / (4 * 36) < 0.9
-    keys = torch.zeros(2, 512, 32)
-    keys[:, :seq_len] = whole.k[0, :seq_len].transpose(0, 1)
-    for rank in range(ranks):
-        shard = shard_of(tokens, rank=rank, **shapes)
-        blocks = shard.positions[::64] // 64
+    for shard, blocks, keys in by_rank(whole, tokens, shapes):
         assert applies(shard, 16)
         active = torch.cat(list(active_rows(shard, blocks, keys, scale=0.6, stride=16, mass=mass)), dim=1).bool()
         assert torch.equal(active, wanted[:, blocks])
@@ -134,11 +142,7 @@ def test_block_mass_agrees_with_the_definition(tokens, seq_len, ranks, granulari
     whole = shard_of(tokens, **{**shapes, "ranks": 1, "granularity": tokens}, rank=0)
     wanted = BlockMass(probe_stride=stride, least_mass=least).choose(whole, scale=0.6).active
     assert 0.2 < wanted.tril().sum() / (4 * 36) < 0.9
-    keys = torch.zeros(2, 512, 32)
-    keys[:, :seq_len] = whole.k[0, :seq_len].transpose(0, 1)
-    for rank in range(ranks):
-        shard = shard_of(tokens, rank=rank, **shapes)
-        blocks = shard.positions[::64] // 64
+    for shard, blocks, keys in by_rank(whole, tokens, shapes):
         assert block_mass_triton.applies(shard, stride)
         rows = ProbedRows.of(shard, blocks, stride)
         active = torch.cat(

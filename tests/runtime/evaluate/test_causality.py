@@ -16,6 +16,7 @@ from sparsering.traces.errors import InputError
 SIZE, TOKENS = 16, 256
 # Settings under which a short sequence is sparse, of the selectors that ship; others are tried with their defaults.
 SMALL: Mapping[str, Mapping[str, int | float]] = {
+    "block-mass": {"probe_stride": 4, "least_mass": 0.08},
     "flex": {"column_mass": 0.05, "slash_mass": 0.05}, "moba-block": {"chunk_tokens": 32, "top_chunks": 2},
     "shifted-groups": {"group_tokens": 64}, "sink-window": {"sink_tokens": 3, "window_tokens": 40},
     "vertical-slash": {"columns": 20, "slashes": 20, "sink_tokens": 2, "window_tokens": 4},
@@ -53,6 +54,12 @@ def test_they_do_under_one_that_is_not(name: str):
 def test_selectors_of_both_kinds_are_registered():
     """Were there none, the tests above would hold nothing."""
     assert {kind.causal for kind in KNOWN.values()} == {True, False}
+
+
+def test_what_ships_is_tried_where_it_is_sparse():
+    """With a default under which a short sequence is dense the tests above would hold nothing."""
+    ours = {name for name, kind in KNOWN.items() if kind.__module__.startswith("sparsering.kernels.")}
+    assert ours - set(SMALL) == {"anchor"}  # dense by its nature
 
 
 def test_a_change_within_a_block_is_refused():
