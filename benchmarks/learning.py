@@ -8,6 +8,9 @@ step, and the time of its steps; `--steps` trains a few steps alone, to time arm
     python -m sparsering.benchmarks.learning benchmarks/studies/smollm2-64k.yaml --model smollm2 \\
         --data corpus/train --heldout corpus/heldout --gpus 2 --arms dense-2e-4 block-mass-10
     python -m sparsering.benchmarks.learning STUDY … --steps 24       # step times of all arms
+
+With `--weights` what an arm has learnt is kept in files, and an arm that is there is judged without training it again:
+by as many ranks as one likes, or elsewhere.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from ..runtime.train.metrics import StepResult
 from ..runtime.train.setup import Setup, set_up
 from ..traces.errors import InputError
 from .lib.common import RESULTS, ResultFile
+from .lib.learning.kept import KeptArm
 from .lib.learning.study import Study, read_study
 
 SKIPPED_STEPS = 4  # of those that are timed: kernels are compiled and memory is taken in them
@@ -86,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--arms", nargs="+", help="of the study's; default: all")
     options.add_argument("--gpus", type=int, default=1, help="ranks that share a sequence")
     options.add_argument("--steps", type=int, help="train so many steps, for their time alone; nothing is judged")
+    options.add_argument("--weights", type=Path, help="folder for trained arms; those in it are judged as they are")
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: GPUs where there are any")
     options.add_argument("--results", type=Path, default=RESULTS)
     return options
@@ -105,6 +110,23 @@ def rehearse(arguments: argparse.Namespace, study: Study, setup: Setup, device: 
 
 def run_arm(arguments: argparse.Namespace, study: Study, arm: str, setup: Setup, world: Mesh) -> dict[str, Any]:
     """Train one arm and judge it on the first rank; return its row, {} on other ranks."""
+    kept = None if arguments.weights is None else KeptArm(folder=arguments.weights, arm=arm)
+    found = None if kept is None else kept.read(setup.config)
+    world.broadcast(f"looked for {arm}", "done")
+    if found is None:
+        found = _trained(arm, setup, world)
+        if kept is not None and world.rank == 0:
+            kept.write(setup.config, *found)
+        gc.collect()
+    row, state = found
+    if arguments.steps is None and world.rank == 0:
+        row |= _judged(arguments, study, setup, state, world.device)
+    world.broadcast(f"judged {arm}", "done")  # the others wait: the next arm begins together
+    return row if world.rank == 0 else {}
+
+
+def _trained(arm: str, setup: Setup, world: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train one arm; return what its row says of that, and the weights."""
     config, trainer = setup.config, Trainer(setup, world)
     results = trainer.run()
     state = get_model_state_dict(trainer.hf_model, options=StateDictOptions(full_state_dict=True))
@@ -113,13 +135,7 @@ def run_arm(arguments: argparse.Namespace, study: Study, arm: str, setup: Setup,
     own |= {"arm": arm, "seq_len": config.seq_len_tokens, "world_size": world.world_size,
             "learning_rate": config.optimizer.learning_rate, "plan_digest": setup.plan.digest,
             "memory_bytes": _peak_bytes(world.device)}  # fmt: skip
-    row = own | _of_training(results)
-    del trainer
-    gc.collect()
-    if arguments.steps is None and world.rank == 0:
-        row |= _judged(arguments, study, setup, state, world.device)
-    world.broadcast(f"judged {arm}", "done")  # the others wait: the next arm begins together
-    return row if world.rank == 0 else {}
+    return own | _of_training(results), state
 
 
 def _judged(

@@ -85,6 +85,24 @@ def test_arms_are_trained_and_judged(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_arm_that_was_kept_is_judged_again_by_other_ranks(folder: Path, tmp_path: Path) -> None:
+    kept = ("--arms", "rounded", "--weights", str(tmp_path / "kept"))
+    rows = []
+    for place, gpus in (("first", "2"), ("second", "1")):
+        done = _run(folder, *kept, "--gpus", gpus, "--results", str(tmp_path / place))
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / place).glob("eval-*.json")
+        rows += read_json(path)["rows"]
+    first, second = ({name: value for name, value in row.items() if name != "judged_s"} for row in rows)
+    assert first == second and first["world_size"] == 2
+    weights = tmp_path / "kept" / "rounded.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    done = _run(folder, *kept)
+    assert done.returncode == 2
+    assert "rounded.safetensors: weights_digest: is not what was trained" in done.stderr
+
+
+@pytest.mark.slow
 def test_steps_alone_are_timed(folder: Path, tmp_path: Path) -> None:
     done = _run(folder, "--arms", "chosen", "--steps", "2", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr

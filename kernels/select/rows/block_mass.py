@@ -44,7 +44,7 @@ class BlockMass(RowBlockSelector):
         if shard.q.is_cuda:
             from .block_mass_triton import active_rows, applies
 
-            if applies(shard, self.probe_stride):  # the same on every rank, as all shards have one shape
+            if applies(shard, self.probe_stride, scale=scale):  # the same on every rank: all shards have one shape
                 yield from active_rows(shard, rows, keys, scale=scale, least_mass=self.least_mass)
                 return
         first, key_blocks = first_blocks(shard), torch.arange(shard.blocks, device=keys.device)

@@ -31,9 +31,23 @@ from .selector import first_blocks
 # Sums held at once (float32): bounds the memory of long sequences.
 SUMS_AT_ONCE = 1 << 27
 # Key blocks that a program goes through: it loads its queries once for all of them.
-KEY_BLOCKS = 8
+KEY_BLOCKS = 32
 MOST_PROBES = 128
 LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def log2_sums(logits, scale, cap):
+    """log2 [M] of the sums over [M, N] of 2^(scale * logits), softcapped; -inf where all logits are. scale > 0."""
+    if cap is not None:
+        # tanh, in terms of 2^x: `scale` and `cap` hold the factor log2(e).
+        shrunk = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * logits / cap)) - 1.0
+        logits = tl.where(logits == float("-inf"), logits, cap / scale * shrunk)
+    peak = tl.max(logits, 1) * scale
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    # One multiply-add and one exponential a score: this is what choosing costs.
+    total = tl.sum(tl.exp2(logits * scale - base[:, None]), 1)
+    return peak + tl.log2(tl.where(total > 0.0, total, 1.0))
 
 
 @triton.jit
@@ -43,7 +57,7 @@ def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h,
     """sums float32 [H, N, rows]: log2 of the summed 2^logits of key blocks; -inf for those that a row does not see.
 
     positions, local int64 [rows]: see ProbedRows. Grid (ceil(N / RUN), ceil(rows / M), H); blocks that no row of a
-    program sees are not written.
+    program sees are not written. Blocks that all of its rows see whole are not masked.
     """
     head = tl.program_id(2)
     at = tl.program_id(1) * M + tl.arange(0, M)
@@ -59,23 +73,26 @@ def probe_sums_kernel(q, keys, documents, positions, local, sums, q_s, q_h, k_h,
                           mask=(position >= 0)[:, None], other=0.0)
         line = sums + head.to(tl.int64) * key_blocks * rows + at
         k_base = keys + (head // GROUP).to(tl.int64) * k_h
-        if documents is not None:
+        masked = first
+        if documents is None:
+            # Rows that are none (position -1) are never read, so they need no mask.
+            earliest = tl.min(tl.where(position >= 0, position, 2147483647), 0)
+            masked = tl.maximum(tl.minimum((earliest + 1) // BLOCK, last), first)
+            for block in range(first, masked):
+                token = block * BLOCK + tl.arange(0, BLOCK)
+                k = tl.load(k_base + token.to(tl.int64)[:, None] * D + dims[None, :])
+                found = log2_sums(tl.dot(queries, tl.trans(k), input_precision=PRECISION), scale, cap)
+                tl.store(line + tl.cast(block, tl.int64) * rows, found, mask=inside)
+        else:
             own = tl.load(documents + position, mask=position >= 0, other=-1)
-        for block in range(first, last):
+        for block in range(masked, last):
             token = block * BLOCK + tl.arange(0, BLOCK)
             k = tl.load(k_base + token.to(tl.int64)[:, None] * D + dims[None, :])
-            logits = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
-            if cap is not None:
-                # tanh, in terms of 2^x: `scale` and `cap` hold the factor log2(e).
-                shrunk = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * logits / cap)) - 1.0
-                logits = cap * shrunk
+            logits = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
             seen = token[None, :] <= position[:, None]
             if documents is not None:
                 seen = seen & (tl.load(documents + token, mask=token < seq_len, other=-2)[None, :] == own[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-            peak = tl.max(logits, 1)
-            total = tl.sum(tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)
-            found = peak + tl.log2(tl.where(total > 0.0, total, 1.0))
+            found = log2_sums(tl.where(seen, logits, float("-inf")), scale, cap)
             tl.store(line + tl.cast(block, tl.int64) * rows, found, mask=inside)
 
 
@@ -117,11 +134,11 @@ def mean_masses_kernel(sums, positions, blocks, firsts, active, tiles, key_block
         tl.store(out + key_block, taken.to(tl.uint8), mask=key_block < key_blocks)
 
 
-def applies(shard: ShardTensors, probe_stride: int) -> bool:
+def applies(shard: ShardTensors, probe_stride: int, *, scale: float) -> bool:
     """Whether these kernels cover the shard: the same on every rank."""
     size = shard.block_size
     powers = size & (size - 1) == 0 and 16 <= size <= MOST_PROBES and probe_stride & (probe_stride - 1) == 0
-    return powers and shard.k.shape[3] in CHOOSING_HEAD_DIMS and shard.q.element_size() <= 4
+    return scale > 0 and powers and shard.k.shape[3] in CHOOSING_HEAD_DIMS and shard.q.element_size() <= 4
 
 
 def active_rows(

@@ -143,7 +143,7 @@ def test_block_mass_agrees_with_the_definition(tokens, seq_len, ranks, granulari
     wanted = BlockMass(probe_stride=stride, least_mass=least).choose(whole, scale=0.6).active
     assert 0.2 < wanted.tril().sum() / (4 * 36) < 0.9
     for shard, blocks, keys in by_rank(whole, tokens, shapes):
-        assert block_mass_triton.applies(shard, stride)
+        assert block_mass_triton.applies(shard, stride, scale=0.6)
         rows = ProbedRows.of(shard, blocks, stride)
         active = torch.cat(
             list(block_mass_triton.active_rows(shard, rows, keys, scale=0.6, least_mass=least)), dim=1
