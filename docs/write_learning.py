@@ -1,7 +1,7 @@
 """Writes tables and drawing of docs/learning.md from the results of benchmarks/learning.py. `make measured` runs it.
 
-Arms are compared with the dense arm of the same study, steps, seed, learning rate and held-out text; step times with
-the dense arm's in the same result file.
+Arms are compared with the dense arm of the same steps, seed, learning rate and held-out text, in the same study or in
+one that differs from it in its arms alone; step times with the dense arm's in the same result file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from write_measured import RESULTS, Column, number, table
 
 DOCS = Path(__file__).resolve().parent
+STUDIES = DOCS.parent / "benchmarks/studies"
 PAGE, FIGURE = DOCS / "learning.md", DOCS / "figures/learning.svg"
 BEGIN, END = "<!-- learning: begin -->\n", "<!-- learning: end -->\n"
-SAME = ("study", "steps", "seed", "learning_rate", "heldout_digest")
+SAME = ("base", "steps", "seed", "learning_rate", "heldout_digest")
 FAR_TOKENS = 8192
 INK, GRID, DENSE = "#243b53", "#bcccdc", "#9cc4e0"
 COLORS = {"block-mass": "#b5651d", "xattention": "#2f6f9f", "vertical-slash": "#5a8f3c", "sink-window": "#777777"}
@@ -66,13 +67,18 @@ def _buckets(row: Row) -> dict[int, float]:
 
 
 def all_rows() -> list[Row]:
-    """Return the rows of all result files, the oldest first; each with its file, its study, and what it ran on."""
+    """Return the rows of all result files, the oldest first; each with its file, its study, and what it ran on.
+
+    base: what the study's file says between its question and its arms, the same for studies that can be compared.
+    """
     rows: list[Row] = []
     for path in sorted(RESULTS.glob("eval-*.json"), key=lambda path: json.loads(path.read_text())["date"]):
         found = json.loads(path.read_text())
         (study,) = re.findall(r"studies/([\w-]+)\.yaml", found["command"])
         where = f"{found['hardware']['count']} × {found['hardware']['device']}"
-        rows += [row | {"study": study, "file": path.name, "where": where} for row in found["rows"]]
+        told = (STUDIES / f"{study}.yaml").read_text()
+        base = told[told.index("\nmargins:") : told.index("\narms:")]
+        rows += [row | {"study": study, "base": base, "file": path.name, "where": where} for row in found["rows"]]
     return rows
 
 
@@ -84,7 +90,7 @@ def compared(rows: Sequence[Row]) -> list[Compared]:
         dense = [one for one in judged if one["selector"] == "dense" and all(one[name] == row[name] for name in SAME)]
         if dense:
             found.append(Compared(row=row, dense=dense[-1], step_ratio=_step_ratio(row["arm"], row["study"], rows)))
-    return sorted(found, key=lambda one: (one.row["study"], one.row["learning_rate"], -(one.row["total_density"] or 1)))
+    return sorted(found, key=lambda one: (one.row["learning_rate"], -(one.row["total_density"] or 1)))
 
 
 def _step_ratio(arm: str, study: str, rows: Iterable[Row]) -> float | None:
@@ -176,11 +182,13 @@ def _text(x: float, y: float, content: str, anchor: str) -> str:
 
 
 def rendered(found: Sequence[Compared]) -> str:
-    """Return what belongs between the marks of the page: a table of every study."""
+    """Return what belongs between the marks of the page: a table of all studies that can be compared."""
     parts: list[str] = []
-    for study in sorted({one.row["study"] for one in found}):
-        its = [one for one in found if one.row["study"] == study]
-        parts += [f"### `{study}`", "", f"On {its[-1].row['where']}.", "", *arms_table(its), ""]
+    for base in sorted({one.row["base"] for one in found}):
+        its = [one for one in found if one.row["base"] == base]
+        studies = ", ".join(f"`{name}`" for name in sorted({one.row["study"] for one in its}))
+        where = ", ".join(sorted({one.row["where"] for one in its}))
+        parts += [f"### {studies}", "", f"On {where}.", "", *arms_table(its), ""]
     return "\n" + "\n".join(parts)
 
 

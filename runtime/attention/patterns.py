@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from ..comm.channels import CommunicationError, Waiting
 from ..comm.mesh import Mesh
 from ..comm.reuse import common_group
 from ..pattern.by_layer import planned_selector
+from ..pattern.form import WHOLE
 from ..pattern.selectors import chosen_mask
 from .bound import BoundPlan
 from .heads import Chooser, Pattern
@@ -60,6 +62,7 @@ class PlannedChoice:
         self._bound = bound
         self._selector = planned_selector(plan.pattern, layers=plan.model.layers)
         self._collectives = collectives_over(bound.mesh, waiting)
+        self._everything: AttentionMask | None = None
 
     def of_layer(self, layer: int) -> Pattern:
         """Return a function of this rank's (q, k, scale) that chooses that layer's mask. Collective when called.
@@ -68,6 +71,17 @@ class PlannedChoice:
         """
         own = self._bound.own_mask(layer)
         return self._chooser(layer) if own is None else own
+
+    def everything(self) -> AttentionMask:
+        """Return the mask under which every token sees all before it: of its document, where there are any."""
+        plan = self._bound.plan
+        if self._everything is None:
+            whole = WHOLE.mask(heads=plan.model.heads, seq_len_tokens=plan.seq_len_tokens,
+                               block_size=plan.block_size, device=self._bound.mesh.device)  # fmt: skip
+            self._everything = with_capacity(whole, plan.columns_capacity)
+        if self.documents is None:
+            return self._everything
+        return replace(self._everything, documents=self.documents)
 
     def _chooser(self, layer: int) -> Chooser:
         def choose(q: torch.Tensor, k: torch.Tensor, scale: float) -> AttentionMask:

@@ -138,6 +138,7 @@ def _show(setup: Setup, estimate: RunEstimate | None, as_json: bool) -> None:
             if setup.config.plan.choose.always
             else [f"patterns: chosen in {summary['choosing_steps']:,} of {setup.config.steps:,} steps"]
         ),
+        *([f"dense: {summary['dense_steps']:,} of {setup.config.steps:,} steps"] if summary["dense_steps"] else []),
         f"data: {summary['sequences']:,} sequences, {summary['tokens_per_step']:,} tokens a step",
         _memory_line(summary["memory_bytes_per_rank"]),
         *([] if estimate is None else ["", *told_estimate(estimate), ""]),

@@ -85,12 +85,25 @@ class ParallelSection(_Section):
 class ChooseSection(_Section):
     """Patterns are chosen in steps that are multiples of every_steps, and before until_step where that is given.
 
-    In all other steps every layer uses those of the last such step again, of its first microbatch. Only for
-    `attention: planned` with patterns that are chosen, of sequences that are not packed.
+    In all other steps every layer uses those of the last such step again, of its first microbatch. In every
+    dense_every_steps-th step, and from dense_from_step on, layers attend everything before a token instead of what
+    would be chosen. Only for `attention: planned` with patterns that are chosen; patterns are used again only for
+    sequences that are not packed.
     """
 
     every_steps: int = Field(default=1, ge=1)
     until_step: int | None = Field(default=None, ge=1)
+    dense_every_steps: int | None = Field(default=None, ge=1)
+    dense_from_step: int | None = Field(default=None, ge=1)
+
+    def dense_at(self, step: int) -> bool:
+        """Return whether layers attend everything in a step; every n-th is the last one of n steps."""
+        every, first = self.dense_every_steps, self.dense_from_step
+        return (every is not None and step % every == every - 1) or (first is not None and step >= first)
+
+    def dense_steps(self, steps: int) -> int:
+        """Return how many of the first `steps` steps are dense."""
+        return sum(map(self.dense_at, range(steps)))
 
     def chooses_at(self, step: int) -> bool:
         """Return whether patterns are chosen in a step."""
@@ -102,13 +115,18 @@ class ChooseSection(_Section):
         return last - last % self.every_steps
 
     def choosing_steps(self, steps: int) -> int:
-        """Return in how many of the first `steps` steps patterns are chosen."""
-        return self.chosen_in(steps - 1) // self.every_steps + 1
+        """Return in how many of the first `steps` steps patterns are chosen: in dense ones only for later ones."""
+        return self.chosen_in(steps - 1) // self.every_steps + 1 - (self.dense_steps(steps) if self.always else 0)
 
     @property
     def always(self) -> bool:
-        """Whether patterns are chosen in every step."""
+        """Whether patterns are chosen anew in every step that is not dense."""
         return self.every_steps == 1 and self.until_step is None
+
+    @property
+    def sometimes_dense(self) -> bool:
+        """Whether any step may be dense."""
+        return self.dense_every_steps is not None or self.dense_from_step is not None
 
 
 class PlanSection(_Section):
@@ -277,10 +295,10 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _patterns_can_stay(self) -> Self:
         choose, section = self.plan.choose, self.checkpoint
+        if choose != ChooseSection() and self.attention != "planned":
+            raise ValueError(f"plan.choose: attention {self.attention!r} chooses no patterns")
         if choose.always:
             return self
-        if self.attention != "planned":
-            raise ValueError(f"plan.choose: attention {self.attention!r} chooses no patterns")
         if self.data.documents.attention:
             raise ValueError("plan.choose and data.documents.attention: patterns that are used again were chosen for "
                              "documents that lie elsewhere")  # fmt: skip

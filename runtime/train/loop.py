@@ -227,6 +227,7 @@ class Trainer:
                 choose = self.config.plan.choose
                 self.masks.again = not choose.chooses_at(self.next_step)
                 self.masks.keeping = number == 0 and not choose.always
+                self.masks.dense = choose.dense_at(self.next_step)
             self.attached.positions.expect(batch.position_ids if self.config.data.documents.positions else None)
             part = self.model(batch.input_ids, batch.position_ids, batch.labels)
             losses[0] += part.detach()
@@ -270,6 +271,8 @@ class Trainer:
         values |= {} if self.load is None else self.load.take()
         if not self.config.plan.choose.always:
             values["patterns_of_step"] = self.config.plan.choose.chosen_in(self.next_step - 1)
+        if self.config.plan.choose.sometimes_dense:
+            values["dense"] = self.config.plan.choose.dense_at(self.next_step - 1)
         return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}
 
 

@@ -70,7 +70,8 @@ class LayerMasks:
     trace: its last step is replayed; None: the plan's selector chooses. exposure: counts the reductions of choosing.
     seed: of the sampled queries. replayed: one mask a layer, used in place of what would be. source: layer -> mask or
     chooser. documents int32 [S]: laid over the masks of this microbatch. observed: what is kept of them. again: use
-    every layer's kept mask and choose none. keeping: keep every layer's mask, in the place of the one before.
+    every layer's kept mask and choose none. keeping: keep every layer's mask, in the place of the one before. dense:
+    attend everything before a token instead.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class LayerMasks:
             self.source = self._choice.of_layer
         self.documents: Tensor | None = None
         self.observed = NOTHING
-        self.again = self.keeping = False
+        self.again = self.keeping = self.dense = False
         self._kept: dict[int, AttentionMask] = {}
         self._watched: dict[int, _Watched] = {}
         self._hash = RunningHash(bound.mesh.device)
@@ -98,13 +99,20 @@ class LayerMasks:
         def choose(q: Tensor, k: Tensor, scale: float) -> AttentionMask:
             mask = self._bound.own_mask(layer, self.documents)
             if mask is None:
-                mask = self._kept[layer] if self.again else self._chosen(layer, q, k, scale)
+                mask = self._given(layer, q, k, scale)
             if self.documents is not None and mask.documents is not self.documents:
                 mask = replace(mask, documents=self.documents)
             self._observe(layer, mask, q, k, scale)
             return mask
 
         return choose
+
+    def _given(self, layer: int, q: Tensor, k: Tensor, scale: float) -> AttentionMask:
+        if self.dense and self._choice is not None:
+            if self.keeping and not self.again:
+                self._chosen(layer, q, k, scale)  # for the steps that use it again
+            return self._choice.everything()
+        return self._kept[layer] if self.again else self._chosen(layer, q, k, scale)
 
     def _chosen(self, layer: int, q: Tensor, k: Tensor, scale: float) -> AttentionMask:
         if self._choice is not None:

@@ -12,6 +12,7 @@ from ...planner.layouts.layout import Layout
 from ...planner.layouts.ring import Ring
 from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, load_plan, make_plan
 from ...planner.schedule.backends import computed_head_dim
+from ...planner.schedule.pairs import causal_pairs
 from ...planner.schedule.placement import Placement, striped, zigzag
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
@@ -26,7 +27,7 @@ from ..pattern.by_layer import (
 )
 from ..pattern.documents import FIELD, columns_needed, require_blocks, require_columns
 from ..pattern.section import PatternSection
-from .config import TrainConfig
+from .config import ChooseSection, TrainConfig
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape) -> Plan:
@@ -60,6 +61,9 @@ def resolve_plan(
         made_here = f"striped placement, layout {plan.forward.value}, {backend} kernels, pattern: {words}"
     if config.data.documents.attention:
         _require_documents(plan, data)
+    if config.plan.choose.sometimes_dense and not plan.active_pairs().covers(causal_pairs(plan.make_placement())):
+        raise InputError("the plan leaves out pairs of shards, which a dense step needs", source=config.plan.file,
+                         field="plan.choose")  # fmt: skip
     return plan, trace, made_here
 
 
@@ -104,7 +108,7 @@ def _from_file(config: TrainConfig, shape: ModelShape, file: Path) -> tuple[Plan
     if plan.pattern.source == "trace":
         if config.plan.trace is None:
             raise InputError("the plan replays a trace: give it", field="plan.trace")
-        if not config.plan.choose.always:
+        if config.plan.choose != ChooseSection():
             raise InputError("the plan replays a trace: nothing is chosen", source=file, field="plan.choose")
         trace = Trace.open(config.plan.trace)
         if plan.pattern.trace_sha256 not in (None, trace.digest()):

@@ -69,8 +69,9 @@ class Setup:
 
         manifest: the checkpoint's. InputError names what differs.
         """
-        # Those of before this was a setting chose in every step.
-        saved, choose = {"choose": ChooseSection().model_dump()} | manifest["facts"], self.config.plan.choose
+        # Those of before something was a setting did what is its default.
+        saved, choose = dict(manifest["facts"]), self.config.plan.choose
+        saved["choose"] = ChooseSection().model_dump() | saved.get("choose", {})
         for name, value in self.run_facts().items():
             if saved.get(name) != value:
                 told = f"the checkpoint has {shown(saved.get(name))}, the run {value!r}: train into another folder, "
@@ -94,6 +95,7 @@ class Setup:
             "plan": self.made_here or str(self.config.plan.file),
             "sequences": self.data.sequences(self.config.seq_len_tokens),
             "choosing_steps": self._choosing_steps(),
+            "dense_steps": self.config.plan.choose.dense_steps(self.config.steps),
             "tokens_per_step": self.config.sequences_per_step * self.config.seq_len_tokens,
             "memory_bytes_per_rank": memory_bytes(self.config, self.model_config, self.facts, self.plan),
         }

@@ -88,7 +88,7 @@ def test_the_page_on_learning_is_current():
 def _judged(arm: str, selector: str, loss: float, **more: Any) -> dict[str, Any]:
     buckets = [{"first": first, "tokens": 10, "mean": loss + first / 2**20} for first in (0, 8192, 32768)]
     readings = [{"quantity": "loss", "arm": "dense" if selector == "dense" else "sparse", "buckets": buckets}]
-    same = {"study": "s", "steps": 4, "seed": 0, "learning_rate": 0.1, "heldout_digest": "d", "where": "here"}
+    same = {"study": "s", "base": "b", "steps": 4, "seed": 0, "learning_rate": 0.1, "heldout_digest": "d", "where": "here"}
     own = {"arm": arm, "selector": selector, "heldout_loss": loss, "heldout_loss_dense": None, "total_density": None}
     return same | own | {"readings": readings, "needle_last": 0.5, "needle_mid": 0.25, "file": "f"} | more
 
@@ -101,10 +101,14 @@ def test_arms_are_compared_with_the_dense_one_of_their_kind():
         _judged("dense", "dense", 1.0),
         _judged("a", "block-mass", 1.02, **sparse),
         _judged("b", "block-mass", 1.0, **sparse, learning_rate=0.2),  # no dense arm had that rate
+        _judged("c", "block-mass", 1.0, **sparse, base="another"),  # was trained and judged otherwise
+        _judged("d", "block-mass", 1.03, **sparse, study="follows"),
         *timed,
     ]
-    dense, a = script.compared(rows)
-    assert (dense.row["arm"], a.row["arm"]) == ("dense", "a")
+    dense, a, d = script.compared(rows)
+    assert (dense.row["arm"], a.row["arm"], d.row["arm"]) == ("dense", "a", "d")
+    assert d.gap == pytest.approx(0.03) and d.step_ratio is None
+    assert script.rendered([dense, a, d]).startswith("\n### `follows`, `s`\n\nOn here.\n\n| step time")
     assert (round(a.gap, 6), round(a.gap_attended_densely, 6), dense.gap) == (0.02, 0.01, 0.0)
     assert a.worst_far_bucket == pytest.approx(0.02 / (1 + 8192 / 2**20))
     assert a.needle_points("mid") == pytest.approx(-5) and a.needle_points("last") == 0

@@ -99,6 +99,8 @@ def _notes(found: RunEstimate) -> list[str]:
         choose, steps = found.config.plan.choose, found.config.steps
         if not choose.always:
             notes.append(f"patterns are chosen in {choose.choosing_steps(steps):,} of {steps:,} steps")
+        if dense_steps := choose.dense_steps(steps):
+            notes.append(f"{dense_steps:,} of {steps:,} steps are dense, which the times of the others say nothing of")
     gpu = found.cluster.gpu
     if gpu.dense_forward_efficiency is None:
         notes.append("dense attention is priced as the sparse kernels: the cluster says no rate of its own")

@@ -15,12 +15,14 @@ from rank_pool import RankFailure, RankPool
 from sparsering.cli import app
 from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.plan import AttentionSpec, PatternSpec, make_plan
+from sparsering.planner.schedule.pairs import Pairs
+from sparsering.runtime.data.writer import byte_tokenizer, write_data
 from sparsering.runtime.train.config import ChooseSection, parse_config
 from sparsering.runtime.train.estimate.memory import memory_bytes
 from sparsering.runtime.train.setup import set_up
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.errors import InputError
-from train_runs import write_run
+from train_runs import write_run, write_text
 
 Pools = Callable[[int], RankPool]
 PATTERN = {
@@ -98,6 +100,48 @@ def test_of_several_microbatches_and_replicas_each_replica_keeps_its_first(tmp_p
         assert rank["firsts"][0] == rank["firsts"][1] != rank["firsts"][2] == rank["firsts"][3]
         assert len(set(rank["hashes"])) == 4  # a step that chooses has two microbatches' patterns
     assert ranks[0]["firsts"] == ranks[1]["firsts"] != ranks[2]["firsts"]
+
+
+@pytest.mark.parametrize(
+    ("choose", "dense", "chosen"),
+    [
+        ({"dense_every_steps": 2}, [1, 3], [0, 2, 4]),
+        ({"dense_from_step": 3}, [3, 4], [0, 1, 2]),
+        ({"dense_every_steps": 3, "every_steps": 2}, [2], [0, 2, 4]),  # step 3 uses what is chosen in step 2
+    ],
+)
+def test_some_steps_attend_everything(
+    choose: dict[str, Any], dense: list[int], chosen: list[int], tmp_path: Path, rank_pools: Pools
+) -> None:
+    """The self-check holds attention to the dense pattern, too."""
+    found = _observed(rank_pools, _config(tmp_path, choose))
+    assert [step for step, values in enumerate(found["values"]) if values["dense"]] == dense
+    assert [step for step, count in enumerate(found["chosen"]) if count] == chosen
+    for step, values in enumerate(found["values"]):
+        assert (np.array(values["density_per_head"]) == 1.0).all() == (step in dense)
+        assert (values["kept_mass"] == pytest.approx(1.0, abs=1e-6)) == (step in dense)
+    assert len({found["hashes"][step] for step in dense}) == 1
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, {"selector": "block-mass", "settings": {"least_mass": 0.4}}])
+@pytest.mark.parametrize("documents", [False, True])
+def test_dense_steps_are_those_of_dense_attention(
+    pattern: dict[str, Any], documents: bool, tmp_path: Path, rank_pools: Pools
+) -> None:
+    runs = []
+    for name, plan in (
+        ("sparse", {"pattern": pattern}),
+        ("dense", {"pattern": pattern, "choose": {"dense_every_steps": 1}}),
+        ("whole", {"pattern": {"selector": "dense"}}),
+    ):
+        (tmp_path / name).mkdir()
+        write_data([write_text(tmp_path / name / "text")], tmp_path / name / "data", byte_tokenizer(), align_tokens=64)
+        data = {"documents": {"attention": documents}}
+        config = write_run(tmp_path / name, model=TELLING, plan=plan, steps=3, data=data)
+        runs.append(rank_pools(2).run("train_jobs.run", config=config)[0])
+    sparse, dense, whole = runs
+    assert _same(dense, whole) and dense["losses"] == whole["losses"]
+    assert not _same(sparse, dense)
 
 
 def test_layers_that_the_model_limits_keep_their_own(tmp_path: Path, rank_pools: Pools) -> None:
@@ -188,6 +232,36 @@ def test_a_plan_that_replays_a_trace_chooses_nothing(tmp_path: Path) -> None:
         set_up(parse_config(config))
 
 
+def test_a_plan_that_leaves_out_pairs_has_no_dense_steps(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    plan = set_up(parse_config(config)).plan
+    apart = make_plan(
+        attention=AttentionSpec(
+            model=plan.model, seq_len_tokens=plan.seq_len_tokens, block_size=plan.block_size, dtype=plan.dtype,
+            columns_capacity=plan.columns_capacity,
+        ),
+        placement=plan.make_placement(), forward=Ring(), kernels=plan.kernels, pattern=plan.pattern,
+        pairs=Pairs.of(np.eye(2, dtype=bool)),
+    )  # fmt: skip
+    apart.save(tmp_path / "plan.json")
+    config["plan"] = {"file": str(tmp_path / "plan.json")}
+    set_up(parse_config(config))
+    config["plan"]["choose"] = {"dense_from_step": 3}
+    with pytest.raises(InputError, match=r"plan\.json: plan\.choose: the plan leaves out pairs of shards"):
+        set_up(parse_config(config))
+
+
+def test_checkpoints_from_before_there_were_dense_steps_go_on(tmp_path: Path) -> None:
+    setup = set_up(parse_config(_config(tmp_path)))
+    manifest = {"facts": setup.run_facts() | {"choose": {"every_steps": 1, "until_step": None}}, "step": 2}
+    setup.check_resumed(manifest, source=tmp_path)
+    del manifest["facts"]["choose"]
+    setup.check_resumed(manifest, source=tmp_path)
+    manifest["facts"]["choose"] = {"dense_from_step": 2}
+    with pytest.raises(InputError, match="choose: the checkpoint has"):
+        setup.check_resumed(manifest, source=tmp_path)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 @pytest.mark.parametrize("until", [None, 1, 4, 6, 100])
 def test_how_many_steps_choose(every: int, until: int | None) -> None:
@@ -205,6 +279,9 @@ def test_a_dry_run_says_in_how_many_steps(tmp_path: Path) -> None:
     assert "patterns: chosen in 3 of 5 steps" in done.output
     done = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml"), "--dry-run", "--json"])
     assert json.loads(done.stdout)["choosing_steps"] == 3
+    _config(tmp_path / "dense", {"dense_from_step": 3})
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "dense" / "config.yaml"), "--dry-run"])
+    assert "dense: 2 of 5 steps" in done.output
 
 
 def test_listed_patterns_that_are_kept_take_memory(tmp_path: Path) -> None:
