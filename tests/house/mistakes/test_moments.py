@@ -44,7 +44,7 @@ VERBS = {
     "synthesize, continued": Writing(
         arguments=f"{SYNTHESIZE.replace('-o out', '-o trace')} --steps 2", output="trace", valid="inspect trace"
     ),
-    "plan, again": Writing(arguments=f"plan --trace trace {PLAN} -o plan.json", output="plan.json",
+    "plan, again": Writing(arguments=f"plan --trace trace {PLAN} --layout ring -o plan.json", output="plan.json",
                            valid="check plan.json", alike=False),
     "export": Writing(arguments="export timeline.json.gz -o out", output="out", valid="", once=True),
 }  # fmt: skip
