@@ -15,9 +15,9 @@ JOBS = ("rank_jobs", "channel_jobs", "model_jobs")
 
 
 def _job(name: str) -> Callable[..., Any]:
-    """Return the job called "module.function", or "function" in one of JOBS."""
+    """Return the job called "module.function", or "function" in one of JOBS: the first that has it."""
     module, _, function = name.rpartition(".")
-    houses = [importlib.import_module(house) for house in ([module] if module else JOBS)]
+    houses = map(importlib.import_module, [module] if module else JOBS)  # one by one: the last imports transformers
     return next(getattr(house, function) for house in houses if hasattr(house, function))
 
 
