@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 
 # Tests share helpers (rank_pool, ring_cases, …); the safe path keeps their folder off sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "ranks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "definition"))
 
+from quick_interpreter import quicken
 from rank_pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -52,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup() -> None:
+    """Have Triton's interpreter, where something imported it, do only what counts."""
+    if not HAS_CUDA:
+        quicken()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ JSON is parsed by `strict_json` within stated limits.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,22 @@ def canonical_json(value: Any) -> bytes:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, fsync it and rename it into place.
 
-    A reader sees the old file or the whole new one, also after a crash. Missing folders are made.
+    A reader sees the old file or the whole new one, also after a crash. Missing folders are made, and temporary files
+    of processes that were killed while they wrote to this path are removed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        remove_partials(path)
+        handle, temporary = _temporary_beside(path)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", source=path) from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file:  # closed, and so unlocked, only when it has its name
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except BaseException as error:  # also Ctrl-C: nothing is left beside the target
         Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
@@ -74,10 +78,35 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """Make a temporary file; return the handle that holds its lock, which says that it is in use, and its name."""
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with suppress(OSError):  # no locks there: then nothing is taken for left
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except BaseException:  # Ctrl-C
+            os.close(handle)
+            os.unlink(temporary)
+            raise
+        if os.path.exists(temporary):
+            return handle, temporary
+        os.close(handle)  # somebody took it for left before it was locked
+
+
 def remove_partials(path: Path) -> None:
-    """Remove the temporary files of `write_atomically(path)` that a process left which was killed while it wrote."""
+    """Remove the temporary files of `write_atomically(path)` that processes left which were killed while they wrote.
+
+    What is locked is in use and stays; so does what may not be opened.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # no folder opens so
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from ...planner.search.sampling import TraceSummary
 from ...planner.search.scores import ScoreBoard
 from ...planner.search.selection import select
 from ...planner.specs import DType
-from ...runtime.hf.capture import pattern_of
+from ...runtime.pattern.recorded import pattern_of
 from ...simulator.engine import simulate
 from ...simulator.simulate_plan import simulate_plan
 from ...traces.pattern import LayerPattern, lists_blocks

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...traces.dataset.whole_folder import remove_left_folders
+from ...traces.dataset.whole_folder import working_folder
 from ...traces.errors import InputError
 from ...traces.files import read_json
 
@@ -47,14 +45,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder that takes the place of `folder` when the block ends well; else nothing is left of it."""
     require_replaceable(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_folders(folder)
-        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        working, handle = working_folder(folder)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
-    handle = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # says that it is in use
         yield working
         working.chmod(0o755)
         require_replaceable(folder)  # two minutes have passed
@@ -66,7 +60,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 def _exchange(working: Path, folder: Path) -> None:
     """Move the old folder aside, the new one in its place, and only then remove the old one."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    aside, handle = working_folder(folder)
     try:
         if folder.exists():
             folder.rename(aside / folder.name)
@@ -76,4 +70,5 @@ def _exchange(working: Path, folder: Path) -> None:
             (aside / folder.name).rename(folder)
         raise
     finally:
+        os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,20 +24,18 @@ from ...kernels.mask import AttentionMask
 from ...kernels.select.probe import ShardTensors
 from ...kernels.select.registry import Selector
 from ...planner.schedule.backends import computed_head_dim
-from ...planner.schedule.pairs import documents_share
-from ...planner.specs import MODEL
 from ...traces.dataset.manifest import ModelShape, TraceHeader, library_versions, parse_model
 from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.writer import StepWriter, TraceWriter
 from ...traces.errors import InputError, UnsupportedError
-from ...traces.pattern import BlockMask, HeadPattern, LayerPattern, windowed
 from ...traces.progress import Progress, no_progress
 from ..audit.audit import require_model
 from ..audit.result import Audit
 from ..model.attached import Attached
 from ..model.shape import check_angles, model_body, model_shape
-from ..pattern.form import PLAIN, AttentionForm, Reach
+from ..pattern.form import PLAIN, AttentionForm
 from ..pattern.kept import SAMPLED_ROWS, measure_kept
+from ..pattern.recorded import own_choice, own_pattern, pattern_of
 from ..pattern.selectors import chosen_mask
 
 
@@ -126,46 +123,6 @@ def sparse_backend(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "blockwise"
 
 
-def pattern_of(mask: AttentionMask) -> LayerPattern:
-    """Return a mask's patterns on the host."""
-    active = mask.active.cpu().numpy()
-    columns = None if mask.columns is None else mask.columns.cpu().numpy()
-    heads: list[HeadPattern] = []
-    for head in range(mask.heads):
-        chosen = np.zeros(0, np.int32) if columns is None else columns[head][columns[head] < mask.seq_len_tokens]
-        if mask.is_toeplitz:
-            window = 0 if mask.windows is None else mask.windows[head]
-            whole = np.flatnonzero(active[head])
-            heads.append(
-                windowed(window, block_size=mask.block_size, blocks=mask.blocks, columns=chosen, diagonals=whole)
-            )
-        else:
-            assert mask.windows is None, "no selector gives block pairs and windows at once"
-            heads.append(BlockMask(bits=active[head], columns=chosen))
-    documents = None if mask.documents is None else mask.documents.cpu().numpy()[: mask.seq_len_tokens]
-    return LayerPattern(
-        seq_len_tokens=mask.seq_len_tokens, block_size=mask.block_size, heads=tuple(heads), documents=documents,
-        anchor_tokens=mask.anchors,
-    )  # fmt: skip
-
-
-def own_pattern(mask: AttentionMask, reach: Reach) -> LayerPattern:
-    """Return the pattern of a layer that the model itself limits, as a trace takes it.
-
-    Chunks are documents of this layer alone, where a trace has one set of documents for all layers of a step: they
-    become the blocks that share a chunk. Runs do not take them from there, but from the model.
-    """
-    pattern = pattern_of(mask)
-    if not 0 < reach.chunk_tokens < mask.seq_len_tokens:
-        return pattern
-    blocks = pattern.num_blocks
-    bits = [
-        documents_share(pattern.documents, mask.block_size, mask.seq_len_tokens, head.block_bits(blocks))
-        for head in pattern.heads
-    ]
-    return replace(pattern, heads=tuple(BlockMask(bits=one) for one in bits), documents=None)
-
-
 class _Recorder:
     """In the place of attention (`model.attached.Attention`): receives the layers of one forward pass in order."""
 
@@ -223,12 +180,6 @@ class _Recorder:
             HeadChoice(selector=one.name, settings=one.settings, **its)
             for one, its in zip(heads, kept.by_head(), strict=True)
         ]
-
-
-def own_choice(reach: Reach) -> HeadChoice:
-    """Return what a trace says of a pattern that is the model's own."""
-    lengths = {"window_tokens": reach.window_tokens, "chunk_tokens": reach.chunk_tokens}
-    return HeadChoice(selector=MODEL, settings={name: tokens for name, tokens in lengths.items() if tokens})
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

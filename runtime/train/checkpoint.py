@@ -165,11 +165,11 @@ class Checkpointer:
         write_json(partial / MANIFEST_NAME, sealed(raw))
         final = partial.with_suffix("")
         if final.exists():  # the same step of an earlier run that was not resumed
-            shutil.rmtree(final)
+            remove_checkpoint(final)
         os.replace(partial, final)
         sync_folder(self._folder)
         for old in complete_checkpoints(self._folder)[: -self.section.keep_last]:
-            shutil.rmtree(old)
+            remove_checkpoint(old)
 
 
 class _Writer(FileSystemWriter):
@@ -202,6 +202,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _FOLDER.match(p.name) and (p / MANIFEST_NAME).is_file())
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, which is whole or not there at any moment; the next run removes what a killed one left."""
+    aside = path.with_name(f"{path.name}.old{PARTIAL}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -25,8 +25,8 @@ from ..attention.bound import BoundPlan, reach_of
 from ..attention.heads import Chooser
 from ..attention.masks import RunningHash, cut_diagonals
 from ..attention.patterns import PlannedChoice, collectives_over
-from ..hf.capture import own_choice, own_pattern, pattern_of
 from ..pattern.kept import KeptMass, measure_kept
+from ..pattern.recorded import own_choice, own_pattern, pattern_of
 from ..timing.spans import Clock, Exposure
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsering.benchmarks import ring
 from sparsering.benchmarks.lib.masks import documents_mask, moba_like_mask, slash_mask
 from sparsering.benchmarks.lib.mtraining import BLOCK, PeerIndices, peer_indices, refusal
 from sparsering.kernels.mask import whole
@@ -91,15 +90,17 @@ def test_what_they_would_compute_otherwise_is_refused() -> None:
         assert isinstance(error.value, InputError)
 
 
-def test_a_missing_folder_is_one_line_and_nothing_starts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsering.benchmarks.ring", "--baselines", "mtraining-striped"]
-    done = subprocess.run(
-        [*command, "--mtraining", str(tmp_path)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line == f"--mtraining: {tmp_path}/minference/dist_ops/minfer_dr_striped.py is missing"
+def test_a_missing_folder_is_one_line_and_nothing_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--baselines", "mtraining-striped", "--mtraining", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ring", *arguments])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ring, "start_ranks", None)  # nothing to start with
+    with pytest.raises(SystemExit) as ended:
+        ring.main()
+    assert ended.value.code == f"--mtraining: {tmp_path}/minference/dist_ops/minfer_dr_striped.py is missing"
+    assert capsys.readouterr() == ("", "")  # Python prints the code, and exits with 1
 
 
 def test_what_arguments_lack_is_said(tmp_path: Path) -> None:

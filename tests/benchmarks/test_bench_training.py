@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsering.benchmarks import training
 from sparsering.traces.files import read_json
 
 
@@ -39,7 +40,12 @@ def test_planned_and_dense_steps_side_by_side(tmp_path: Path) -> None:
     assert ours["choosing_ms"] > 0 == zigzag["choosing_ms"]
 
 
-def test_a_ring_that_cannot_run_is_one_line() -> None:
-    done = _run("training", "--impl", "dense-zigzag-flash4")
-    assert done.returncode == 2
-    assert done.stderr == "training.py: attention: 'dense-zigzag-flash4' needs GPUs\n"
+def test_a_ring_that_cannot_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training.py", "--toy", "--impl", "dense-zigzag-flash4"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        training.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "training.py: attention: 'dense-zigzag-flash4' needs GPUs\n")

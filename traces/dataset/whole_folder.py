@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError
@@ -24,14 +24,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     require_empty(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_folders(folder)
-        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        handle = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
+        working, handle = working_folder(folder)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield working
         working.chmod(0o755)
         require_empty(folder)  # meanwhile somebody may have written there
@@ -76,12 +72,71 @@ def require_empty(folder: Path) -> None:
         raise InputError(f"is not empty: it holds {found[0]!r}", source=folder)
 
 
+def begun_folder(folder: Path, fill: Callable[[Path], None]) -> int | None:
+    """Make `folder` with what `fill` writes into it: from its first moment on it holds that, and is locked.
+
+    Returns the handle that holds the lock, None where something is at `folder`. Raises InputError when it cannot be
+    written; then, and when `fill` raises, nothing is left.
+    """
+    if folder.is_symlink() or folder.exists():
+        return None
+    try:
+        working, handle = working_folder(folder, mode=0o777)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    try:
+        fill(working)
+        os.rename(working, folder)
+        sync_folder(folder.parent)
+    except BaseException as error:  # also Ctrl-C
+        for place in (working, folder):
+            with suppress(OSError):
+                if os.path.samestat(place.stat(), os.fstat(handle)):
+                    shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+        if not isinstance(error, OSError):
+            raise
+        if folder.is_dir() and any(folder.iterdir()):  # somebody else was faster
+            return None
+        raise InputError(f"cannot be written: {error.strerror}", source=folder) from error
+    return handle
+
+
+def working_folder(folder: Path, *, mode: int = 0o700) -> tuple[Path, int]:
+    """Make an empty folder beside `folder`; return it with the handle that holds its lock. Raises OSError.
+
+    What processes left there that were killed is removed first: the lock tells it from what somebody writes just now.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_folders(folder)
+    while True:
+        working = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+        working.mkdir(mode)
+        handle = None
+        try:
+            handle = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if working.exists():
+                return working, handle
+            os.close(handle)
+        except FileNotFoundError:
+            pass  # somebody took it for left before it was locked
+        except BaseException:  # also Ctrl-C
+            if handle is not None:
+                os.close(handle)
+            working.rmdir()
+            raise
+
+
 def remove_left_folders(folder: Path) -> None:
     """Remove what killed processes left beside `folder` while they wrote it; what is locked is in use."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         if not left.is_dir() or left.is_symlink():
             continue
-        handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # it was somebody's, and has its place now
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Writing traces: parts are compressed layer by layer, renamed into place, and then listed in the manifest.
 
-A part is renamed into place before the manifest that lists it, so a writer that is killed at any moment leaves a
-readable trace. Within a part each layer is a row group of its own, so that one layer can be read alone.
+A part is renamed into place before the manifest that lists it, and a folder with its first manifest in it, so a writer
+that is killed at any moment leaves a readable trace. Within a part each layer is a row group of its own, so that one
+layer can be read alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..pattern import LayerPattern
 from .manifest import MANIFEST_NAME, TraceHeader, TraceManifest, TracePart, make_manifest, read_manifest, write_manifest
 from .row_formats import BITS, FORMATS, RowFormat
 from .rows import HeadChoice, encode_layer
+from .whole_folder import begun_folder
 
 ZSTD_LEVEL = 9
 BITS_ZSTD_LEVEL = 1  # of block masks: 9 takes ten times as long and saves less than a sixth
@@ -43,18 +45,18 @@ class TraceWriter:
     def __init__(self, folder: Path | str, header: TraceHeader) -> None:
         self.folder = Path(folder)
         self.header = header
-        self._is_new, was_there = False, self.folder.exists()
-        self._release = weakref.finalize(self, _unlock, _lock(self.folder))
+        begun = make_manifest(header, ())
+        handle = begun_folder(self.folder, lambda working: write_manifest(working, begun))
+        self._is_new = self._made = handle is not None
+        self._release = weakref.finalize(self, _unlock, _lock(self.folder) if handle is None else handle)
         try:
-            self._manifest = self._open_or_start()
+            self._manifest = begun if self._made else self._open_or_start(begun)
         except BaseException:
+            self._undo()
             self._release()
-            if not was_there:
-                with suppress(OSError):
-                    self.folder.rmdir()
             raise
 
-    def _open_or_start(self) -> TraceManifest:
+    def _open_or_start(self, begun: TraceManifest) -> TraceManifest:
         # Temporary files of a writer that was killed: the lock is held, so none of them is in use.
         for pattern in (".part-*.parquet.*.partial", f".{MANIFEST_NAME}.*.partial"):
             for path in self.folder.glob(pattern):
@@ -70,10 +72,17 @@ class TraceWriter:
         foreign = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
         if foreign:
             raise InputError(f"is not empty and is no trace: it holds {foreign[0]!r}", source=self.folder)
-        manifest = make_manifest(self.header, ())
-        write_manifest(self.folder, manifest)
         self._is_new = True
-        return manifest
+        write_manifest(self.folder, begun)
+        return begun
+
+    def _undo(self) -> None:
+        """Leave nothing of a trace that this writer began; a folder that was there before stays."""
+        if self._is_new:
+            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):
+                self.folder.rmdir()
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -113,8 +122,14 @@ class TraceWriter:
             document_starts_tokens=step.document_starts_tokens,
         )
         manifest = make_manifest(self.header, (*self._manifest.parts, part), schema_version=version)
-        write_atomically(self.folder / part.file, data)
-        write_manifest(self.folder, manifest)
+        try:
+            write_atomically(self.folder / part.file, data)
+            write_manifest(self.folder, manifest)
+        except BaseException:  # also Ctrl-C: a manifest that is in its place counts, a part that it does not list goes
+            self._manifest = read_manifest(self.folder)
+            if part not in self._manifest.parts:
+                (self.folder / part.file).unlink(missing_ok=True)
+            raise
         self._manifest = manifest
 
     def close(self) -> None:
@@ -125,10 +140,8 @@ class TraceWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        if error is not None and self._is_new and not self.steps:  # nothing was recorded: nothing is left
-            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.folder.rmdir()
+        if error is not None and self._is_new and not self.steps:  # nothing was recorded
+            self._undo()
         self.close()
 
 

@@ -41,13 +41,18 @@ def busiest(kind: str, ranks: int, blocks: int, seed: int) -> tuple[np.ndarray, 
 
 def test_balanced_placements_of_few_blocks_are_near_the_best() -> None:
     """Within 1 % of the exact optimum in at least 95 % of the cases, within 3 % in all."""
-    over = []
+    over, solved = [], 0
     for kind, (ranks, blocks), seed in CASES:
         load, found = busiest(kind, ranks, blocks, seed)
-        least = least_busiest(load, ranks)
-        assert found >= least.bound * (1 - 1e-9)
-        over.append(found / max(least.bound, load.max()))
-    assert len(over) >= 60
+        bound = max(load.sum() / ranks, load.max())  # what no placement is below, without a solver
+        if found > bound * NEAR:
+            least = least_busiest(load, ranks).bound
+            assert found >= least * (1 - 1e-9)
+            bound = max(bound, least)
+            solved += 1
+        assert found >= bound * (1 - 1e-9)
+        over.append(found / bound)
+    assert len(over) >= 60 and solved >= 20
     assert np.mean(np.array(over) <= NEAR) >= 0.95
     assert max(over) <= WORST
 

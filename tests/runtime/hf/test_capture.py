@@ -20,8 +20,8 @@ from sparsering.runtime.hf.capture import (
     CaptureSettings,
     capture_model,
     dense_causal,
-    pattern_of,
 )
+from sparsering.runtime.pattern.recorded import pattern_of
 from sparsering.runtime.pattern.selectors import make_selector, published_selector
 from sparsering.traces.dataset.store import Trace
 from sparsering.traces.dataset.writer import TraceWriter

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rank_pool import RankFailure, RankPool
-from sparsering.runtime.train.checkpoint import complete_checkpoints, verify_checkpoint
+from sparsering.runtime.train.checkpoint import complete_checkpoints, remove_checkpoint, verify_checkpoint
 from sparsering.runtime.train.config import load_config, parse_config
 from sparsering.runtime.train.export import export_checkpoint
 from sparsering.traces.errors import InputError
@@ -185,3 +185,27 @@ def test_what_is_not_complete_is_ignored(uninterrupted: tuple[Path, dict[str, An
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6'))
     with pytest.raises(InputError, match=r"digest.*altered"):
         verify_checkpoint(copy)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_removal_that_is_stopped_leaves_no_part_of_a_checkpoint(
+    step: int, uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Before each step of a removal the checkpoint is whole, or counts no more and goes when the next run begins."""
+    _, copy = _copied(uninterrupted[0], tmp_path)
+    left: list[str] | None = ["os.rename", "os.remove", "os.remove", "os.rmdir"][: step + 1]
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        nonlocal left
+        if left and event == left[0]:
+            left = left[1:]
+            if not left:
+                raise KeyboardInterrupt
+
+    sys.addaudithook(hook)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(copy)
+    for found in complete_checkpoints(copy.parent):
+        verify_checkpoint(found)
+    assert (complete_checkpoints(copy.parent) == [copy]) == (step == 0)
+    assert [path.name.endswith(".partial") for path in copy.parent.iterdir()] == [step > 0]

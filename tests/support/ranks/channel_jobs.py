@@ -18,7 +18,6 @@ from sparsering.runtime.calibrate.host import layer_host_us
 from sparsering.runtime.calibrate.raw import Shape
 from sparsering.runtime.comm.channels import Channel
 from sparsering.runtime.comm.mesh import Mesh
-from sparsering.runtime.timing.spans import Exposure
 from sparsering.traces.pattern import LayerPattern
 
 
@@ -72,6 +71,8 @@ def exposed_communication(
     mesh: Mesh, *, plan: Plan, pattern: LayerPattern, late_rank: int, late_s: float, on: bool
 ) -> dict[str, float]:
     """Run one layer in which a rank sleeps before each of its posts; return what this rank waited, by the meter."""
+    from sparsering.runtime.timing.spans import Exposure  # brings transformers, which no other job here needs
+
     exposure, posts = Exposure(mesh.device), 0
 
     def late() -> None:

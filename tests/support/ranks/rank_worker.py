@@ -15,9 +15,9 @@ JOBS = ("rank_jobs", "channel_jobs", "model_jobs")
 
 
 def _job(name: str) -> Callable[..., Any]:
-    """Return the job called "module.function", or "function" in one of JOBS."""
+    """Return the job called "module.function", or "function" in one of JOBS: the first that has it."""
     module, _, function = name.rpartition(".")
-    houses = [importlib.import_module(house) for house in ([module] if module else JOBS)]
+    houses = map(importlib.import_module, [module] if module else JOBS)  # one by one: the last imports transformers
     return next(getattr(house, function) for house in houses if hasattr(house, function))
 
 
@@ -33,12 +33,17 @@ def main() -> None:
     mesh = join(device=sys.argv[2], timeout_s=120, patience_s=patience_s)
     support = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(folder) for folder in (support, *support.iterdir()) if folder.is_dir()]
+    from quick_interpreter import quicken
+
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send(mesh.rank)
     while (job := connection.recv()) is not None:
         name, arguments = job
         try:
-            connection.send((True, _job(name)(mesh, **arguments)))
+            job = _job(name)
+            if mesh.device.type == "cpu":
+                quicken()
+            connection.send((True, job(mesh, **arguments)))
         except BaseException as error:
             connection.send((False, traceback.format_exc()))
             if isinstance(error, RankLost):

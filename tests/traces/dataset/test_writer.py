@@ -92,6 +92,8 @@ def test_a_crash_between_part_and_manifest(trace_folder: Path, monkeypatch: pyte
         patch.setattr(writing, "write_manifest", crash)
         with pytest.raises(KeyboardInterrupt):
             writer.append(6, tiny.layer_records(6))
+    assert Trace.open(trace_folder).unlisted_parts == ()  # an exception is no kill -9, which leaves the part there:
+    (trace_folder / "part-00000006.parquet").write_bytes(b"of a writer that was killed")
     trace = Trace.open(trace_folder)
     trace.verify()
     assert (trace.steps, trace.unlisted_parts) == ((0, 5), ("part-00000006.parquet",))
