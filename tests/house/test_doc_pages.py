@@ -88,9 +88,10 @@ def test_the_page_on_learning_is_current():
 def _judged(arm: str, selector: str, loss: float, **more: Any) -> dict[str, Any]:
     buckets = [{"first": first, "tokens": 10, "mean": loss + first / 2**20} for first in (0, 8192, 32768)]
     readings = [{"quantity": "loss", "arm": "dense" if selector == "dense" else "sparse", "buckets": buckets}]
-    same = {"study": "s", "base": "b", "steps": 4, "seed": 0, "learning_rate": 0.1, "heldout_digest": "d", "where": "here"}
+    same = {"study": "s", "base": "b", "steps": 4, "seed": 0, "learning_rate": 0.1, "heldout_digest": "d"}
     own = {"arm": arm, "selector": selector, "heldout_loss": loss, "heldout_loss_dense": None, "total_density": None}
-    return same | own | {"readings": readings, "needle_last": 0.5, "needle_mid": 0.25, "file": "f"} | more
+    where = {"file": "f", "where": "here"}
+    return same | own | where | {"readings": readings, "needle_last": 0.5, "needle_mid": 0.25} | more
 
 
 def test_arms_are_compared_with_the_dense_one_of_their_kind():
