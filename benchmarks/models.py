@@ -44,6 +44,7 @@ KEPT = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "
 TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # Where the default configuration makes no model, or hides what the family is.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {"rope_parameters": TWO_ROPES},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
@@ -92,21 +93,39 @@ def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str
     for number, family in enumerate(arguments.families):
         row: dict[str, Any] = {"family": family}
         try:
-            default = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
-            config: Any = type(default).from_dict(_without_dropout(default.to_dict()))
+            config, model_class, audited_as = causal_form(family)
         except Exception as error:  # some configurations cannot be made from their defaults; the row says so
             yield row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
             continue
-        found = _audited(config, arguments.seq_len, mesh, topic=f"{number}")
+        row |= {"audited_as": audited_as}
+        found = _audited(config, model_class, arguments.seq_len, mesh, topic=f"{number}")
         errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
         row |= {name: getattr(found, name) for name in KEPT} | errors
         if found.right and mesh is not None:
-            row |= _verified(config, mesh)
+            row |= _verified(config, model_class, mesh)
         window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
         if not found.right and found.about in WINDOWS and window is not None:
-            shorter = _audited(config, window, mesh, topic=f"{number} window")
+            shorter = _audited(config, model_class, window, mesh, topic=f"{number} window")
             row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
         yield row
+
+
+def causal_form(family: str) -> tuple[Any, type[PreTrainedModel], str | None]:
+    """Return the configuration and class in which a family is a causal language model, and what that is, if not plain.
+
+    Dropout is off. Encoders are asked to be decoders, and of what holds more than a language model only that is taken.
+    """
+    default = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
+    config: Any = type(default).from_dict(_without_dropout(default.to_dict()))
+    model_class, text = causal_class(config), config.get_text_config(decoder=True)
+    if type(text) is not type(config):
+        own: Any = model_class.config_class
+        model_class = model_class if own is type(text) else causal_class(text)
+        return text, model_class, f"its language model alone, {model_class.__name__}"
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
+        config.is_decoder = True
+        return config, model_class, "a decoder, is_decoder: true"
+    return config, model_class, None
 
 
 def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,22 +137,23 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _audited(config: Any, seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
+def _audited(config: Any, model_class: type[PreTrainedModel], seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
     positions = getattr(config, "max_position_embeddings", None)
-    tokens = min(seq_len, positions) if type(positions) is int and positions >= AUDITED_TOKENS else seq_len
+    short = type(positions) is int and AUDITED_TOKENS <= positions < seq_len
+    tokens = (positions - 2) // 64 * 64 if short else seq_len  # some tables begin with two rows for padding
     if mesh is None or mesh.rank == 0:
-        found = audit(config, seq_len_tokens=tokens, cache=None)
+        found = audit(config, seq_len_tokens=tokens, model_class=model_class, cache=None)
         if mesh is not None:
             mesh.broadcast(f"models {topic}", asdict(found))
         return found
     return Audit(**mesh.broadcast(f"models {topic}", None))
 
 
-def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
+def _verified(config: Any, model_class: type[PreTrainedModel], mesh: Mesh) -> dict[str, Any]:
     """Attach the small copy on both ranks and return how far loss and gradients are from the copy alone."""
     began = time.perf_counter()
-    model = small_model(config, causal_class(config), AUDITED_TOKENS).train()
-    batch = random_batch(model.config, seed=3)
+    model = small_model(config, model_class, AUDITED_TOKENS).train()
+    batch = random_batch(model, seed=3)
     alone = run_alone(copy.deepcopy(model), batch)
     plan = audited_plan(model_shape(model.config))
     attached = attach(model, plan, mesh)

@@ -18,6 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
+from ..model.head_sizes import added_dims
 from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, layer_reaches, model_shape
 
 SMALLEST_HEAD_DIM = 8
@@ -25,7 +26,7 @@ SMALL_VOCABULARY = 256
 MOST_INNER_WIDTH = 64
 FEWEST_EXPERTS = 4
 SPECIAL_TOKEN = re.compile(r"_token_id$")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 HEAD_DIMS = re.compile(r"(^|_)(head_dim|d_head|dim_head|kv_channels|attention_head_dim)$|_head_?dim$")
 WIDTHS = re.compile(
     r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|embed_dim|embedding_size|proj_dim|dff|width"
@@ -40,6 +41,8 @@ KEPT = re.compile(
 )
 SMALLEST_LENGTH = 32
 HEAD_STD = 3.0
+PADDED_TOKENS = 128  # of the proof, AUDITED_TOKENS in whole stripes
+MOST_OFFSET = 8  # of positions in a table of them
 FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
@@ -66,7 +69,8 @@ class Shrinking:
 def narrowest(config: Any) -> Shrinking:
     """Return how narrow a configuration can be made: heads stay at least 8 wide, lengths as they are."""
     stated = {name: value for name, value in config.to_dict().items() if HEAD_DIMS.search(name)}
-    dims = [model_shape(config).head_dim, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
+    own = model_shape(config).head_dim - added_dims(config)
+    dims = [own, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
     width = 1
     while all(dim % (4 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
         width *= 2  # to an even number: rotation takes elements in pairs
@@ -114,7 +118,7 @@ def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if LENGTHS.search(name):
         return _length(value, shrinking)
     if POSITIONS.search(name):
-        return max(1, math.ceil(value * shrinking.positions))
+        return _positions(value, shrinking)
     if shrinking.few and INNER_WIDTHS.search(name) and not NO_WIDTHS.search(name):
         return min(-(-value // shrinking.width), MOST_INNER_WIDTH)
     if HEAD_DIMS.search(name) or (WIDTHS.search(name) and not NO_WIDTHS.search(name)):
@@ -130,6 +134,13 @@ def _length(value: int, shrinking: Shrinking) -> int:
     if shrinking.within is not None and value * shrinking.window < shrinking.within:
         return min(scaled, shrinking.within - 1)
     return scaled
+
+
+def _positions(value: int, shrinking: Shrinking) -> int:
+    """A number of positions in proportion; what a table has beyond the sequence, for a first entry that is not 0, stays."""
+    scaled = max(1, math.ceil(value * shrinking.positions))
+    beyond = math.ceil(value - PADDED_TOKENS / shrinking.positions) if shrinking.positions != 1.0 else 0
+    return max(scaled, PADDED_TOKENS + min(beyond, MOST_OFFSET)) if beyond > 0 else scaled
 
 
 def _fewer_experts(settings: dict[str, Any]) -> None:

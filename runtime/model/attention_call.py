@@ -37,7 +37,7 @@ def attention_form(
     if query.shape[2] != key.shape[2]:
         told = f"{query.shape[2]} queries on {key.shape[2]} keys: a key/value cache is not supported"
         raise UnsupportedError(told, field="attention")
-    if not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True) and not getattr(module, "is_decoder", False):  # a mask makes it causal
         raise UnsupportedError(f"{type(module).__name__} is not causal", field="is_causal")
     given = dict(keywords)
     softcap, sinks = given.pop("softcap", None), given.pop("s_aux", None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,6 +25,10 @@ LATENT, LATENT_KEY_PARTS = "kv_lora_rank", ("qk_nope_head_dim", "qk_rope_head_di
 VALUE_DIM = "v_head_dim"
 # What classes of these kinds multiply the stated K/V heads by, in some layers or all: a number, or a setting's name.
 TIMES_KV_HEADS: dict[str, int | str] = {"mimo_v2_flash": 2, "jetmoe": "num_experts_per_tok"}
+# Classes whose scores fall with distance (ALiBi), and the setting that says so, in a section or not; None: always.
+FALLING = {"bloom": None, "mpt": ("attn_config", "alibi"), "falcon": ("alibi",)}
+FALLING_DIMS = 4
+DIGIT = 256  # positions of 16-bit types are exact up to here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,35 @@ def head_sizes(config: Any, *, heads: int, layers: int) -> HeadSizes:
         stated = f"{_listed(kv_heads)} and {_listed(dims)}"
         raise UnsupportedError(f"are {stated} for {heads} heads, which one plan cannot compute",
                                field="num_key_value_heads, head_dim")  # fmt: skip
-    return HeadSizes(kv_heads=most, head_dim=max(dims))
+    return HeadSizes(kv_heads=most, head_dim=max(dims) + added_dims(config))
+
+
+def added_dims(config: Any) -> int:
+    """Return how many elements a head has beyond the model's own, for scores that fall with distance."""
+    kind = getattr(config, "model_type", "")
+    if kind not in FALLING:
+        return 0
+    value: Any = config
+    for name in FALLING[kind] or ():
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return FALLING_DIMS if value else 0
+
+
+def falling(q: Tensor, k: Tensor, *, slopes: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k [B, H, S, D + 4] whose scores have slope * position of the key added, of each head's slope.
+
+    That is what ALiBi adds but for a constant a row, which a softmax does not see. slopes: [H], or the same for every
+    sequence of the batch; positions int64 [B, S]. Positions are two digits and slopes two parts, so that 16-bit types
+    hold them: positions exactly up to 65,536, slopes to 16 bits.
+    """
+    batch, heads, tokens, _ = q.shape
+    exact = (slopes.reshape(-1, heads)[:1].double() / scale).expand(batch, heads)
+    coarse = exact.to(q.dtype)
+    fine = (exact - coarse.double()).to(q.dtype)
+    of_q = torch.stack([DIGIT * coarse, coarse, DIGIT * fine, fine], dim=-1)
+    digits = torch.stack([positions // DIGIT, positions % DIGIT] * 2, dim=-1).to(k.dtype).expand(batch, tokens, 4)
+    of_k = digits[:, None].expand(batch, k.shape[1], tokens, 4)
+    return torch.cat([q, of_q[:, :, None].expand(batch, heads, tokens, 4)], dim=-1), torch.cat([k, of_k], dim=-1)
 
 
 def fitted(q: Tensor, k: Tensor, v: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,8 +29,14 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_expe
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
+# Of models that have an encoder too, the causal language model is the decoder.
+OF_THE_DECODER = {"num_attention_heads": "decoder_attention_heads", "num_hidden_layers": "decoder_layers"}
+
+
 def setting(config: Any, name: str) -> Any:
     """Return one setting of a configuration, None where it has none, or where it differs from layer to layer."""
+    if type(own := getattr(config, OF_THE_DECODER.get(name, ""), None)) is int:
+        return own
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
@@ -128,19 +134,23 @@ def asks_for_router_loss(model: PreTrainedModel) -> bool:
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
     """Return the modules that call the attention interface: those that know their layer and whether they are causal."""
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-    if not modules:
-        raise UnsupportedError(f"{type(model).__name__} has no attention of transformers' interface", field="model")
-    return modules
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
 
 
 def model_body(model: PreTrainedModel) -> PreTrainedModel:
     """Return what computes hidden states below the head: transformers' base model, wherever the class keeps it."""
     body = model.base_model
-    if isinstance(body, PreTrainedModel) and body is not model:
-        return body
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if inner else model
+    if not isinstance(body, PreTrainedModel) or body is model:
+        inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        body = inner[0] if inner else model
+    while body is not model and isinstance(only := _only_child(body), PreTrainedModel):
+        body = only  # a wrapper around a decoder, which the model calls past it
+    return body
+
+
+def _only_child(module: Module) -> Module | None:
+    children = list(module.children())
+    return children[0] if len(children) == 1 else None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Module]:
