@@ -57,8 +57,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "xlm": {"causal": True, "is_encoder": False},
+    "xmod": {"default_language": "en_XX"},
 }
 WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "local_attention")
+POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 def main() -> int:
@@ -138,7 +141,7 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _audited(config: Any, model_class: type[PreTrainedModel], seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = next((found for name in POSITIONS if type(found := getattr(config, name, None)) is int), None)
     short = type(positions) is int and AUDITED_TOKENS <= positions < seq_len
     tokens = (positions - 2) // 64 * 64 if short else seq_len  # some tables begin with two rows for padding
     if mesh is None or mesh.rank == 0:

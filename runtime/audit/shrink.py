@@ -46,7 +46,7 @@ MOST_OFFSET = 8  # of positions in a table of them
 FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
-POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|model_max_length|max_length)$")
+POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|max_target_positions|model_max_length|max_length)$")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,9 +85,9 @@ def check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
         told = f"{type(model).__name__} never asks transformers' attention interface"
         raise UnsupportedError(told, field="attention")
     layers = [layer for layer, _ in calls]
-    if layers != list(range(shape.layers)):
+    if list(dict.fromkeys(layers)) != list(range(shape.layers)):
         shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-        told = f"is asked for by layers [{shown}] of {shape.layers}; each must ask, once and in order"
+        told = f"is asked for by layers [{shown}] of {shape.layers}; each must ask, in order"
         raise UnsupportedError(f"{told}: whatever else mixes tokens does so within a shard", field="attention")
     for layer, found in calls:
         for what, value in found.items():

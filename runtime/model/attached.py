@@ -34,7 +34,7 @@ from .shape import (
     model_body,
     model_shape,
 )
-from .written_out import WrittenOutLayers, no_mask
+from .written_out import WrittenOutLayers, zero_masks
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
@@ -274,4 +274,4 @@ def _attend(
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, refuse_masks)
-AttentionMaskInterface.register(WRITTEN_OUT_NAME, no_mask)
+AttentionMaskInterface.register(WRITTEN_OUT_NAME, zero_masks)

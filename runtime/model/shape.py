@@ -21,6 +21,8 @@ from .head_sizes import head_sizes
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
 WINDOW, CHUNK = "sliding_window", "attention_chunk_size"
+# GPT-Neo's words for the same: a list of "global" and "local", and how far the latter look.
+LOCAL_KINDS, LOCAL_WINDOW = "attention_layers", "window_size"
 ATTENTION_SOFTCAP = "attn_logit_softcapping"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -75,6 +77,10 @@ def layer_reaches(config: Any) -> tuple[Reach, ...]:
     count = layers if type(layers) is int else 0
     lengths = {name: found[name] if (found := positive_settings(text, (name,))) else 0 for name in (WINDOW, CHUNK)}
     window = lengths[WINDOW] if setting(text, "use_sliding_window") is not False else 0
+    local = setting(text, LOCAL_KINDS)
+    if isinstance(local, list | tuple) and len(local) == count:
+        near = Reach(window_tokens=positive_settings(text, (LOCAL_WINDOW,)).get(LOCAL_WINDOW, 0))
+        return tuple(near if kind == "local" else WHOLE for kind in local)
     if not isinstance(kinds, list | tuple) or len(kinds) != count:
         return (Reach(window_tokens=window, chunk_tokens=lengths[CHUNK]),) * count
     known = {"sliding_attention": Reach(window_tokens=window), "chunked_attention": Reach(chunk_tokens=lengths[CHUNK])}
@@ -158,7 +164,8 @@ def decoder_layers(model: PreTrainedModel) -> list[Module]:
 
     UnsupportedError when there is none.
     """
-    count = setting(text_config(model.config), "num_hidden_layers")
+    text = text_config(model.config)
+    count = setting(text, "num_hidden_layers")
     for module in model_body(model).modules():
         if isinstance(module, ModuleList) and len(module) == count:
             return list(module)

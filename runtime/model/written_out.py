@@ -21,7 +21,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from ...traces.errors import UnsupportedError
-from .attention_call import refuse_masks
+from .attention_call import no_mask, refuse_masks
 
 # q, k, v [B, H, S_own, D], as transformers' attention functions take them, the scale of scores, and slopes [.., H].
 Asked = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -235,13 +235,13 @@ class WrittenOutLayers:
             self._open.pop().__exit__(None, None, None)
 
 
-def no_mask(
+def zero_masks(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, *,
     attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, device: Any = None, **settings: Any,
 ) -> Tensor:  # fmt: skip
-    """Mask function for `AttentionMaskInterface`: zeros that take no memory, since classes look at a mask's shape.
+    """Mask function for `AttentionMaskInterface`: zeros, since classes look at a mask's shape.
 
     UnsupportedError for padding and caches.
     """
     refuse_masks(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask)
-    return torch.zeros((), dtype=dtype, device=device).expand(batch_size, 1, q_length, kv_length)
+    return no_mask(batch_size, q_length, kv_length, dtype=dtype, device=device)
