@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import sys
 import time
 import warnings
@@ -23,45 +22,26 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..runtime.audit.audit import audit, causal_class, small_model
+from ..runtime.audit.audit import audit, small_model
 from ..runtime.audit.proof import AUDITED_TOKENS, RANKS, Run, audited_plan, compare, random_batch, run_alone
 from ..runtime.audit.result import Audit
 from ..runtime.audit.twins import Double
 from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
 from ..runtime.comm.start import start_ranks
 from ..runtime.hf.attach import attach
+from ..runtime.model.attention_call import KEYS_OF_A_QUERY
 from ..runtime.model.shape import model_shape
 from ..runtime.model.shard import shard
 from ..traces.errors import InputError
 from .lib.common import ResultFile
+from .lib.families import audited_tokens, causal_form, not_causal_without_state
 from .lib.models_page import write_page
 
-DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
 KEPT = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "parameters", "seconds")
-TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
-# Where the default configuration makes no model, or hides what the family is.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "big_bird": {"attention_type": "original_full"},
-    "bamba": {"attn_layer_indices": [9, 18, 27]},
-    "cohere_compass_text": {"rope_parameters": TWO_ROPES},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
-    "deepseek_v2": {"num_experts_per_tok": 6},
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
-    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
-    "xlm": {"causal": True, "is_encoder": False},
-    "xmod": {"default_language": "en_XX"},
-}
 WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "local_attention")
-POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 def main() -> int:
@@ -110,40 +90,16 @@ def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str
         if not found.right and found.about in WINDOWS and window is not None:
             shorter = _audited(config, model_class, window, mesh, topic=f"{number} window")
             row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
+        if not found.right and (mesh is None or mesh.rank == 0):
+            row |= {"group": not_causal_without_state(config, model_class, arguments.seq_len)}
+        limits = [limit for name in KEYS_OF_A_QUERY if type(limit := getattr(config, name, None)) is int]
+        if found.right and limits:
+            row |= {"right_up_to_tokens": min(limits)}
         yield row
 
 
-def causal_form(family: str) -> tuple[Any, type[PreTrainedModel], str | None]:
-    """Return the configuration and class in which a family is a causal language model, and what that is, if not plain.
-
-    Dropout is off. Encoders are asked to be decoders, and of what holds more than a language model only that is taken.
-    """
-    default = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
-    config: Any = type(default).from_dict(_without_dropout(default.to_dict()))
-    model_class, text = causal_class(config), config.get_text_config(decoder=True)
-    if type(text) is not type(config):
-        own: Any = model_class.config_class
-        model_class = model_class if own is type(text) else causal_class(text)
-        return text, model_class, f"its language model alone, {model_class.__name__}"
-    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
-        config.is_decoder = True
-        return config, model_class, "a decoder, is_decoder: true"
-    return config, model_class, None
-
-
-def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            _without_dropout(value)
-        elif isinstance(name, str) and DROPOUT.search(name) and isinstance(value, int | float) and value:
-            settings[name] = 0.0
-    return settings
-
-
 def _audited(config: Any, model_class: type[PreTrainedModel], seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
-    positions = next((found for name in POSITIONS if type(found := getattr(config, name, None)) is int), None)
-    short = type(positions) is int and AUDITED_TOKENS <= positions < seq_len
-    tokens = (positions - 2) // 64 * 64 if short else seq_len  # some tables begin with two rows for padding
+    tokens = audited_tokens(config, seq_len)
     if mesh is None or mesh.rank == 0:
         found = audit(config, seq_len_tokens=tokens, model_class=model_class, cache=None)
         if mesh is not None:

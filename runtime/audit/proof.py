@@ -30,6 +30,7 @@ from ..model.attached import Attached
 from ..model.head_loss import ModelWithLoss
 from ..model.own_loss import computes_own_loss, token_loss
 from ..model.router_loss import router_loss_of
+from ..model.shape import model_body
 from ..model.shard import IGNORED_LABEL, shard
 from ..pattern.selectors import dense_pattern
 from .single_tokens import check_calls, random_ids
@@ -152,7 +153,7 @@ def run_alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     """Return what a model gives by its own attention and loss."""
     with Double():
         output = model(**batch)
-        if computes_own_loss(model) and not _shifts_labels(output, batch["labels"]):
+        if computes_own_loss(model, model_body(model)) and not _shifts_labels(output, batch["labels"]):
             output = model(**batch | {"labels": _shifted(batch["labels"])})
         output.loss.backward()
     return Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))

@@ -28,10 +28,11 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     positions = setting(text, "max_position_embeddings")
     is_static = type(positions) is int and seq_len_tokens <= positions  # `dynamic` begins to change beyond them
     _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
-    keys = setting(text, KEYS_OF_A_QUERY)
-    if type(keys) is int and keys < seq_len_tokens:
-        told = f"is {keys}, below the {seq_len_tokens} tokens of a sequence: the model chooses keys itself"
-        raise UnsupportedError(told, field=KEYS_OF_A_QUERY)
+    for name in KEYS_OF_A_QUERY:
+        keys = setting(text, name)
+        if type(keys) is int and keys < seq_len_tokens:
+            told = f"is {keys}, below the {seq_len_tokens} tokens of a sequence: the model chooses keys itself"
+            raise UnsupportedError(told, field=name)
     kinds = set(setting(text, "layer_types") or ())
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
         for name in () if type(setting(text, WINDOW)) is int or setting(text, LOCAL_KINDS) else WINDOWS:

@@ -29,7 +29,7 @@ SPECIAL_TOKEN = re.compile(r"_token_id$")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 HEAD_DIMS = re.compile(r"(^|_)(head_dim|d_head|dim_head|kv_channels|attention_head_dim)$|_head_?dim$")
 WIDTHS = re.compile(
-    r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|embed_dim|embedding_size|proj_dim|dff|width"
+    r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|emb(ed)?_dim|embedding_size|proj_dim|dff|width"
     r"|lora_rank|_rank$|d_ssm|rotary_dim|hidden_dim|d_ff|dim_ff|dim_model|mid_dim|channels|d_rel$)"
 )
 INNER_WIDTHS = re.compile(r"(intermediate|ffn|dff|d_ff|dim_ff|n_inner|mlp_dim)")
@@ -37,7 +37,7 @@ EXPERT_GROUPS = ("n_group", "num_expert_group")
 NO_WIDTHS = re.compile(r"(multipl|factor|ratio|scale|norm|dropout|vocab|laurel|init|std|cap$|multiple_of)")
 # Numbers that stay as they are: counts, states, scales. What is in no list and large is taken for a number of tokens.
 KEPT = re.compile(
-    r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks)"
+    r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks|codebook|quantizers)"
 )
 SMALLEST_LENGTH = 32
 HEAD_STD = 3.0
@@ -111,10 +111,11 @@ def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int) -> N
 def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if SPECIAL_TOKEN.search(name):
         return min(value, SMALL_VOCABULARY - 1)
-    if "vocab" in name:
+    if "vocab" in name or name == "n_words":
         return min(value, SMALL_VOCABULARY)
     if name in LAYER_COUNTS:
-        return shrinking.layers if shrinking.layers is not None and value == before else value
+        is_count = value > 1 and before % value == 0  # less where a decoder layer attends more than once
+        return shrinking.layers if shrinking.layers is not None and is_count else value
     if LENGTHS.search(name):
         return _length(value, shrinking)
     if POSITIONS.search(name):
@@ -186,6 +187,7 @@ def layers_to_keep(model: PreTrainedModel) -> int | None:
     except UnsupportedError:
         return None
     reaches = layer_reaches(model.config)
+    reaches = reaches[:: len(reaches) // len(layers)]
     kinds = [f"{reach} {_kind(layer)}" for reach, layer in zip(reaches, layers, strict=True)]
     return max([min(2, len(layers)), *(kinds.index(kind) + 1 for kind in kinds)])
 

@@ -74,7 +74,7 @@ def random_ids(model: PreTrainedModel, tokens: int, generator: torch.Generator) 
     for number, value in enumerate(special):
         if 0 <= value < config.vocab_size:
             ids[:, 5 + number :: 29] = value
-    uncounted = uncounted_token(model_body(model))
+    uncounted, _ = uncounted_token(model_body(model))
     return ids if uncounted is None else ids.masked_fill(ids == uncounted, (uncounted + 1) % config.vocab_size)
 
 

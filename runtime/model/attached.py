@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -20,8 +19,8 @@ from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
 from ..pattern.form import PLAIN, AttentionForm
-from .attention_call import attention_form, refuse_masks
-from .head_sizes import falling, fitted
+from .attention_call import attention_form, key_bias, refuse_masks
+from .head_sizes import biased, falling, fitted
 from .own_loss import OwnLoss
 from .placing import Placing, arguments
 from .positions import PositionGuard
@@ -117,14 +116,14 @@ class Attached:
 
     def _hooked(self, model: PreTrainedModel, body: Module) -> list[Any]:
         """Watch and complete the calls of the model and of its body, in this order."""
-        self._placing, self._own_loss = Placing(model, body), OwnLoss(model)
+        self._placing, self._own_loss = Placing(model, body), OwnLoss(model, body)
         uncompiled: Any = torch.compiler.disable  # the hooks look at values
 
         def before(module: Module, *steps: Any) -> list[Any]:
             return [module.register_forward_pre_hook(uncompiled(step), with_kwargs=True) for step in steps]
 
         def after(module: Module, *steps: Any) -> list[Any]:
-            return [module.register_forward_hook(uncompiled(partial(_of_output, step))) for step in steps]
+            return [module.register_forward_hook(uncompiled(_of_output(step))) for step in steps]
 
         placing, loss = self._placing, self._own_loss
         return [
@@ -226,9 +225,9 @@ class Attached:
             raise InputError("was detached from its plan; attach it again", field="model")
 
 
-def _of_output(step: Callable[[Any], Any], module: Module, args: Any, output: Any) -> Any:
-    """A hook that takes the output alone."""
-    return step(output)
+def _of_output(step: Callable[[Any], Any]) -> Callable[[Module, Any, Any], Any]:
+    """Return a hook that takes the output alone."""
+    return lambda module, args, output: step(output)
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -264,12 +263,15 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(low) for tensor in (query, key, value))
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    if (bias := key_bias(attention_mask)) is not None:
+        query, key = biased(query, key, bias=bias, scale=scaling)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
     mask = None if attached.masks is None else attached.masks(layer)
-    scale, value_dim = q.shape[3] ** -0.5 if scaling is None else scaling, v.shape[3]
+    value_dim = v.shape[3]
     q, k, v = fitted(q, k, v, attached.shape)
-    return attached.planned(q, k, v, mask, scale=scale, layer=layer, form=form)[..., :value_dim]
+    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form)[..., :value_dim]
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

@@ -19,7 +19,8 @@ HARMLESS = frozenset(
     {"cache_position", "labels", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits",
      "position_embeddings", "position_ids", "return_dict", "shift_labels", "use_cache"}
 )  # fmt: skip
-KEYS_OF_A_QUERY = "index_topk"
+# Up to how many keys a model leaves to a query: DeepSeek's sparse attention, Doge's dynamic mask.
+KEYS_OF_A_QUERY = ("index_topk", "keep_window_size")
 CHOSEN_KEYS = "indices"  # of models that choose keys for each query; the configuration says up to where that is all
 
 
@@ -32,7 +33,7 @@ def attention_form(
     query [B, H, S, D], key [B, H_kv, S, D] as transformers passes them: a sequence of seq_len_tokens, or a shard of it.
     reach: the layer's, as the configuration states it. UnsupportedError for anything else.
     """
-    if attention_mask is not None and not _is_no_mask(attention_mask):
+    if attention_mask is not None and not _is_no_mask(attention_mask) and key_bias(attention_mask) is None:
         raise UnsupportedError("an explicit attention mask is not supported", field="attention_mask")
     if dropout:
         raise UnsupportedError(f"is {dropout}; attention dropout is not supported", field="dropout")
@@ -69,6 +70,13 @@ def no_mask(batch_size: int, q_length: int, kv_length: int, *, dtype: torch.dtyp
     return torch.zeros((), dtype=dtype, device=device).expand(batch_size, 1, q_length, kv_length)
 
 
+def key_bias(mask: Tensor | None) -> Tensor | None:
+    """Return what a mask [B, H, q, kv] adds to a key's scores, the same for all queries, as [B, H, kv]; else None."""
+    if mask is None or _is_no_mask(mask) or mask.dim() != 4 or mask.stride(2) != 0 or not mask.is_floating_point():
+        return None
+    return mask[:, :, 0]
+
+
 def _is_no_mask(mask: Tensor) -> bool:
     """Whether a mask is what `no_mask` returned: of one number only."""
     return mask.dim() == 4 and not any(mask.stride())
@@ -89,6 +97,6 @@ def refuse_masks(
         raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")
     if q_length != kv_length or q_offset != kv_offset:
         raise UnsupportedError(f"{q_length} queries on {kv_length} keys: a cache is not supported", field="use_cache")
-    if type(getattr(settings.get("config"), KEYS_OF_A_QUERY, None)) is not int:
+    if type(getattr(settings.get("config"), KEYS_OF_A_QUERY[0], None)) is not int:
         return None
     return no_mask(batch_size, q_length, kv_length, dtype=settings["dtype"], device=settings["device"])

@@ -25,9 +25,9 @@ LATENT, LATENT_KEY_PARTS = "kv_lora_rank", ("qk_nope_head_dim", "qk_rope_head_di
 VALUE_DIM = "v_head_dim"
 # What classes of these kinds multiply the stated K/V heads by, in some layers or all: a number, or a setting's name.
 TIMES_KV_HEADS: dict[str, int | str] = {"mimo_v2_flash": 2, "jetmoe": "num_experts_per_tok"}
-# Classes whose scores fall with distance (ALiBi), and the setting that says so, in a section or not; None: always.
-FALLING = {"bloom": None, "mpt": ("attn_config", "alibi"), "falcon": ("alibi",)}
-FALLING_DIMS = 4
+# Classes that add something to all scores of a key (ALiBi, Doge's mask), and the setting that says so; (): always.
+ADDING: dict[str, tuple[str, ...]] = {"bloom": (), "doge": (), "mpt": ("attn_config", "alibi"), "falcon": ("alibi",)}
+ADDED_DIMS = 4
 DIGIT = 256  # positions of 16-bit types are exact up to here
 
 
@@ -63,14 +63,14 @@ def head_sizes(config: Any, *, heads: int, layers: int) -> HeadSizes:
 
 
 def added_dims(config: Any) -> int:
-    """Return how many elements a head has beyond the model's own, for scores that fall with distance."""
+    """Return how many elements a head has beyond the model's own, for what is added to the scores of a key."""
     kind = getattr(config, "model_type", "")
-    if kind not in FALLING:
+    if kind not in ADDING:
         return 0
     value: Any = config
-    for name in FALLING[kind] or ():
+    for name in ADDING[kind]:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-    return FALLING_DIMS if value else 0
+    return ADDED_DIMS if value else 0
 
 
 def falling(q: Tensor, k: Tensor, *, slopes: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +88,15 @@ def falling(q: Tensor, k: Tensor, *, slopes: Tensor, scale: float, positions: Te
     digits = torch.stack([positions // DIGIT, positions % DIGIT] * 2, dim=-1).to(k.dtype).expand(batch, tokens, 4)
     of_k = digits[:, None].expand(batch, k.shape[1], tokens, 4)
     return torch.cat([q, of_q[:, :, None].expand(batch, heads, tokens, 4)], dim=-1), torch.cat([k, of_k], dim=-1)
+
+
+def biased(q: Tensor, k: Tensor, *, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return q and k [B, H, S, D + 2] whose scores have bias [B, H, S] of the key added, which gets its gradient."""
+    inverse = torch.tensor(1.0 / scale, dtype=torch.float64)
+    coarse = inverse.to(q.dtype)
+    parts = torch.stack([coarse, (inverse - coarse.double()).to(q.dtype)]).to(q.device)
+    of_k = bias.to(k.dtype)[..., None].expand(*k.shape[:3], 2)
+    return torch.cat([q, parts.expand(*q.shape[:3], 2)], dim=-1), torch.cat([k, of_k], dim=-1)
 
 
 def fitted(q: Tensor, k: Tensor, v: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:

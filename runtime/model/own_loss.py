@@ -23,10 +23,18 @@ OWN = {"CrossEntropyLoss", "cross_entropy"}
 LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
-def computes_own_loss(model: Module) -> bool:
-    """Whether a class's forward calls torch's cross-entropy, rather than the loss function that transformers gives it."""
-    names = set(inspect.unwrap(type(model).forward).__code__.co_names)
-    return bool(names & OWN) and "loss_function" not in names
+def computes_own_loss(model: Module, body: Module) -> bool:
+    """Whether a class, or a head of it, calls torch's cross-entropy, rather than the loss that transformers gives it.
+
+    body: what computes hidden states, where no loss is.
+    """
+    heads = [child for child in model.children() if all(module is not child for module in body.modules())]
+    heads = [child for child in heads if all(module is not body for module in child.modules())]
+    for module in (model, *heads):
+        names = set(inspect.unwrap(type(module).forward).__code__.co_names)
+        if names & OWN and "loss_function" not in names:
+            return True
+    return False
 
 
 def token_loss(logits: Tensor, labels: Tensor, count: Any) -> Tensor:
@@ -40,8 +48,8 @@ def token_loss(logits: Tensor, labels: Tensor, count: Any) -> Tensor:
 class OwnLoss:
     """Takes over the loss of an attached model where its class computes it. A deep copy of the model shares it."""
 
-    def __init__(self, model: Module) -> None:
-        self.is_taken_over = computes_own_loss(model)
+    def __init__(self, model: Module, body: Module) -> None:
+        self.is_taken_over = computes_own_loss(model, body)
         self._waiting: tuple[Tensor, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

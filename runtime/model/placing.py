@@ -27,22 +27,23 @@ def arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, 
     return inspect.signature(module.forward).bind_partial(*args).arguments | keywords
 
 
-def uncounted_token(body: Module) -> int | None:
-    """Return the token that a model does not count when it makes positions: the first other one is at this plus 1.
+def uncounted_token(body: Module) -> tuple[int | None, int]:
+    """Return the token that a model leaves out when it counts tokens, and the position of the first other one.
 
-    None where positions are 0, 1, 2, ….
+    (None, 0) where all count.
     """
     for module in body.modules():
         if hasattr(module, COUNTING) and type(token := getattr(module, "padding_idx", None)) is int:
-            return token
-    return None
+            return token, token + 1
+    token = getattr(body, "pad_index", None)  # XLM's: how many others there are is the length of a sequence
+    return (token, 0) if type(token) is int else (None, 0)
 
 
 class Placing:
     """Hooks of one attached model that bring positions to where they are used. A deep copy of the model shares it."""
 
     def __init__(self, model: Module, body: Module) -> None:
-        self.uncounted = uncounted_token(body)
+        self.uncounted, self.first = uncounted_token(body)
         self._passes, self._takes = (_names_positions(module) for module in (model, body))
         self._waiting: Tensor | None = None
         self.current = torch.zeros(0, dtype=torch.int64)  # [B, S_own] of the call that runs
@@ -73,8 +74,7 @@ class Placing:
             return args, keywords
         self.current = given
         if self._takes:
-            first = 0 if self.uncounted is None else self.uncounted + 1
-            return args, keywords | {POSITIONS: given + first} if first else keywords
+            return args, keywords | {POSITIONS: given + self.first} if self.first else keywords
         if given.shape[0] > 1 and given.stride(0) != 0:
             raise UnsupportedError(f"differ between sequences; {type(module).__name__} has one row of them",
                                    field=POSITIONS)  # fmt: skip

@@ -5,6 +5,7 @@ Shape legend: H query heads, H_kv K/V heads, D head dim.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -139,8 +140,13 @@ def asks_for_router_loss(model: PreTrainedModel) -> bool:
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """Return the modules that call the attention interface: those that know their layer and whether they are causal."""
-    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    """Return the modules that call the attention interface: those that know their layer, and are causal or not or look
+    the interface up."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and (hasattr(m, "is_causal") or _looks_up(m))]
+
+
+def _looks_up(module: Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def model_body(model: PreTrainedModel) -> PreTrainedModel:
@@ -162,14 +168,16 @@ def _only_child(module: Module) -> Module | None:
 def decoder_layers(model: PreTrainedModel) -> list[Module]:
     """Return the decoder layers in order: the outermost list of modules with as many entries as the model has layers.
 
-    UnsupportedError when there is none.
+    Of a model whose decoder layers attend more than once, the list that its `num_layers` counts. UnsupportedError when
+    there is none.
     """
     text = text_config(model.config)
-    count = setting(text, "num_hidden_layers")
-    for module in model_body(model).modules():
-        if isinstance(module, ModuleList) and len(module) == count:
-            return list(module)
-    raise UnsupportedError(f"{type(model).__name__} has no list of {count} decoder layers", field="model")
+    counts = [found for name in ("num_hidden_layers", "num_layers") if type(found := setting(text, name)) is int]
+    for count in counts:
+        for module in model_body(model).modules():
+            if isinstance(module, ModuleList) and len(module) == count:
+                return list(module)
+    raise UnsupportedError(f"{type(model).__name__} has no list of {counts} decoder layers", field="model")
 
 
 def check_angles(model: Module) -> None:

@@ -98,6 +98,8 @@ class Scores:
                 return own @ others[0]
             if func is torch.nn.functional.dropout:
                 return own._undropped(*others, **given)
+            if func is torch.Tensor.expand_as and own is not args[0]:
+                return args[0].expand(own.shape)
             if func in CLAMPS or func is torch.where:
                 return own._masked()
         raise UnsupportedError(f"{getattr(func, '__name__', func)} of attention scores is not supported", field="attention")
@@ -159,6 +161,8 @@ class Scores:
     def masked_fill(self, mask: Any, value: Any) -> Self:
         """Take it for the mask of causal attention."""
         return self._masked()
+
+    masked_fill_ = masked_fill
 
     def softmax(self, dim: int | None = None, **settings: Any) -> Self:
         """Return the weights."""
