@@ -269,9 +269,11 @@ def _attend(
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
     mask = None if attached.masks is None else attached.masks(layer)
-    value_dim = v.shape[3]
+    heads, value_dim = q.shape[2], v.shape[3]
+    if heads < attached.shape.heads and form.sinks is not None:
+        raise UnsupportedError("are learned in a layer with fewer heads than others", field="s_aux")
     q, k, v = fitted(q, k, v, attached.shape)
-    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form)[..., :value_dim]
+    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form)[:, :, :heads, :value_dim]
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

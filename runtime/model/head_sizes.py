@@ -62,6 +62,11 @@ def head_sizes(config: Any, *, heads: int, layers: int) -> HeadSizes:
     return HeadSizes(kv_heads=most, head_dim=max(dims) + added_dims(config))
 
 
+def most_heads(config: Any, *, layers: int) -> int | None:
+    """Return the most query heads of any layer, None where the configuration states none."""
+    return max(_stated(config, "num_attention_heads", layers=layers), default=None)
+
+
 def added_dims(config: Any) -> int:
     """Return how many elements a head has beyond the model's own, for what is added to the scores of a key."""
     kind = getattr(config, "model_type", "")
@@ -109,6 +114,10 @@ def fitted(q: Tensor, k: Tensor, v: Tensor, shape: ModelShape) -> tuple[Tensor, 
     if v.shape[2] != kv_heads or q.shape[3] != k.shape[3]:
         told = f"are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: no heads of one attention"
         raise UnsupportedError(told, field="q, k, v")
+    if heads < shape.heads and heads * shape.kv_heads == kv_heads * shape.heads:  # whole groups of heads are missing
+        q, k, v = (pad(x, (0, 0, 0, most - x.shape[2])) for x, most in ((q, shape.heads), (k, shape.kv_heads),
+                                                                        (v, shape.kv_heads)))  # fmt: skip
+        heads, kv_heads = shape.heads, shape.kv_heads
     for name, own, planned in (("heads", heads, shape.heads), ("kv_heads", kv_heads, shape.kv_heads),
                                ("head_dim", dim, shape.head_dim)):  # fmt: skip
         fits = own == planned if name == "heads" else planned % own == 0 if name == "kv_heads" else own <= planned
@@ -124,25 +133,29 @@ def _widened(x: Tensor, dim: int) -> Tensor:
     return x if x.shape[3] == dim else pad(x, (0, dim - x.shape[3]))
 
 
+def _by_layer(config: Any, name: str, *, layers: int) -> list[Any]:
+    """Return a setting's values, of each layer in turn where it differs from one to the next."""
+    try:
+        return [getattr(config, name, None)] * layers
+    except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
+        return [getattr(config.per_layer_config[layer], name, None) for layer in range(layers)]
+
+
 def _stated(config: Any, name: str, *, layers: int) -> set[int]:
     """Return the values of a setting, over layers where it differs from one to the next; empty where there is none."""
-    try:
-        values = [getattr(config, name, None)]
-    except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
-        values = [getattr(config.per_layer_config[layer], name, None) for layer in range(layers)]
-    found = {value for value in values if value is not None}
+    found = {value for value in _by_layer(config, name, layers=layers) if value is not None}
     if any(type(value) is not int for value in found):
         raise UnsupportedError(f"is {shown(sorted(map(repr, found)))}, no number", field=name)
     return found
 
 
 def _widths(config: Any, parts: tuple[str, ...], *, layers: int) -> set[int]:
-    """Return the sum of settings that each have one value."""
+    """Return the sums of settings, of all layers."""
     values = [_stated(config, name, layers=layers) for name in parts]
-    if any(len(value) != 1 for value in values):
+    if not all(values):
         told = " and ".join(_listed(value) or "missing" for value in values)
-        raise UnsupportedError(f"are {told}, or not one for all layers", field=", ".join(parts))
-    return {sum(next(iter(value)) for value in values)}
+        raise UnsupportedError(f"are {told}", field=", ".join(parts))
+    return {sum(own) for own in zip(*(_by_layer(config, name, layers=layers) for name in parts), strict=True)}
 
 
 def _from_width(config: Any, heads: int) -> set[int]:

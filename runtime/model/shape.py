@@ -17,7 +17,7 @@ from ...planner.plan import ModelShape
 from ...traces.errors import UnsupportedError, shown
 from ...traces.validation import validated
 from ..pattern.form import WHOLE, Reach
-from .head_sizes import head_sizes
+from .head_sizes import head_sizes, most_heads
 
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
@@ -53,6 +53,8 @@ def model_shape(config: Any) -> ModelShape:
     """
     text = text_config(config)
     found = {name: setting(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")}
+    if found["num_attention_heads"] is None and type(found["num_hidden_layers"]) is int:
+        found["num_attention_heads"] = most_heads(text, layers=found["num_hidden_layers"])
     for name, value in found.items():
         if type(value) is not int or value < 1:
             raise UnsupportedError(f"is {shown(value)}, or not one for all layers", field=name)
