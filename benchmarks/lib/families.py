@@ -105,7 +105,7 @@ def not_causal_without_state(config: Any, model_class: type[PreTrainedModel], se
 
 
 def carries_state(model: PreTrainedModel) -> bool:
-    """Whether layers keep a state along the sequence: convolutions over it, or recurrences in the place of attention."""
+    """Whether layers keep a state along the sequence: convolutions over it, recurrences in the place of attention."""
     if any(isinstance(module, Conv1d) for module in model.modules()):
         return True
     attending = {module.layer_idx for module in attention_modules(model)}

@@ -46,7 +46,9 @@ MOST_OFFSET = 8  # of positions in a table of them
 FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
-POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|max_target_positions|model_max_length|max_length)$")
+POSITIONS = re.compile(
+    r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|max_target_positions|model_max_length|max_length)$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ def _length(value: int, shrinking: Shrinking) -> int:
 
 
 def _positions(value: int, shrinking: Shrinking) -> int:
-    """A number of positions in proportion; what a table has beyond the sequence, for a first entry that is not 0, stays."""
+    """A number of positions in proportion; rows beyond the sequence stay, for tables whose first is not position 0."""
     scaled = max(1, math.ceil(value * shrinking.positions))
     beyond = math.ceil(value - PADDED_TOKENS / shrinking.positions) if shrinking.positions != 1.0 else 0
     return max(scaled, PADDED_TOKENS + min(beyond, MOST_OFFSET)) if beyond > 0 else scaled

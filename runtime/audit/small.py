@@ -15,6 +15,8 @@ from .twins import Double
 
 AUDITED_TOKENS = 120  # 7.5 stripes of 16 tokens: the last one is padded to PADDED_TOKENS
 MOST_PARAMETERS = 75_000_000  # float64, three copies and their gradients stay within 4 GB
+
+
 class SmallCopies:
     """How small copies of one model are made: of widths that its class can make, the narrowest first."""
 

@@ -263,9 +263,9 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(low) for tensor in (query, key, value))
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
     if (bias := key_bias(attention_mask)) is not None:
-        query, key = biased(query, key, bias=bias, scale=scaling)
+        query, key = biased(query, key, bias=bias, scale=scale)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
     mask = None if attached.masks is None else attached.masks(layer)
@@ -273,7 +273,7 @@ def _attend(
     if heads < attached.shape.heads and form.sinks is not None:
         raise UnsupportedError("are learned in a layer with fewer heads than others", field="s_aux")
     q, k, v = fitted(q, k, v, attached.shape)
-    return attached.planned(q, k, v, mask, scale=scaling, layer=layer, form=form)[:, :, :heads, :value_dim]
+    return attached.planned(q, k, v, mask, scale=scale, layer=layer, form=form)[:, :, :heads, :value_dim]
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)

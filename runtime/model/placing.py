@@ -89,7 +89,7 @@ class Placing:
         return args, keywords | {POSITIONS: self._row}
 
     def uncounted_in(self, given: dict[str, Any], seq_len_tokens: int) -> Tensor | None:
-        """Return, as a bool scalar, whether a call has tokens that the model would not count; None where it counts all."""
+        """Return, as a bool scalar, whether a call has tokens that the model leaves out; None where it counts all."""
         ids, positions = given.get("input_ids"), given.get(POSITIONS)
         if self.uncounted is None or ids is None or positions is None:
             return None

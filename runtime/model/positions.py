@@ -62,7 +62,7 @@ class PositionGuard:
             event.synchronize()
         differs, uncounted = differs.tolist()
         if uncounted:
-            raise UnsupportedError("has padding, which this model does not count when it numbers tokens: a shard does not "
+            raise UnsupportedError("has padding, which this model leaves out when it numbers tokens: a shard does not "
                                    "know how many came before", field="input_ids")  # fmt: skip
         if differs:
             raise InputError("are not those of this rank's shard: call shard() with this rank's number",

@@ -2,8 +2,8 @@
 
 Older classes of transformers compute scores themselves. While one of their layers runs, a product of queries with keys
 gives `Scores`, which only remember what is done to them: scales, the mask of causal attention, a softmax, and at last
-the product with values, which is where attention over ranks is asked for. Whether that is what the class computes is
-for the audit's numbers to say: what is no plain attention (a relative bias, a mask that depends on tokens) differs there.
+the product with values, which is where attention over ranks is asked for. Whether that is what the class computes, the
+audit's numbers say: what is no plain attention (a relative bias, a mask that depends on tokens) differs there.
 
 Shape legend: B batch, H query heads, S_own tokens of a rank's shard, D head dim.
 """
@@ -102,7 +102,9 @@ class Scores:
                 return args[0].expand(own.shape)
             if func in CLAMPS or func is torch.where:
                 return own._masked()
-        raise UnsupportedError(f"{getattr(func, '__name__', func)} of attention scores is not supported", field="attention")
+        raise UnsupportedError(
+            f"{getattr(func, '__name__', func)} of attention scores is not supported", field="attention"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
