@@ -32,7 +32,7 @@ from ..runtime.audit.twins import Double
 from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
 from ..runtime.comm.start import start_ranks
 from ..runtime.hf.attach import attach
-from ..runtime.model.attention_call import KEYS_OF_A_QUERY
+from ..runtime.model.calls.asked import KEYS_OF_A_QUERY
 from ..runtime.model.shape import model_shape
 from ..runtime.model.shard import shard
 from ..traces.errors import InputError

@@ -27,8 +27,8 @@ from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_pl
 from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
+from ..model.calls.own_loss import computes_own_loss, token_loss
 from ..model.head_loss import ModelWithLoss
-from ..model.own_loss import computes_own_loss, token_loss
 from ..model.router_loss import router_loss_of
 from ..model.shape import model_body
 from ..model.shard import IGNORED_LABEL, shard

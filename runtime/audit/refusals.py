@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from ...traces.errors import UnsupportedError
-from ..model.attention_call import KEYS_OF_A_QUERY
+from ..model.calls.asked import KEYS_OF_A_QUERY
 from ..model.shape import LOCAL_KINDS, WINDOW, setting, text_config
 
 PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently

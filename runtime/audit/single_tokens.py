@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
-from ..model.placing import uncounted_token
+from ..model.calls.placing import uncounted_token
 from ..model.shape import model_body, model_shape, setting
 from ..pattern.form import PLAIN, AttentionForm
 from .twins import AttentionCall, Double, NotingAttention

@@ -19,8 +19,8 @@ from ..audit.audit import require_model
 from ..comm.mesh import Mesh, naming_lost_ranks
 from ..comm.reuse import common_group
 from ..model.attached import Attached, LayerMask, plain_model
+from ..model.calls.placing import uncounted_token
 from ..model.first_loss import check_first_loss
-from ..model.placing import uncounted_token
 from ..model.router_loss import router_loss_of
 from ..model.shape import check_angles, model_body, model_shape, setting
 

@@ -19,11 +19,12 @@ from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
 from ..pattern.form import PLAIN, AttentionForm
-from .attention_call import attention_form, key_bias, refuse_masks
+from .calls.asked import attention_form, key_bias, refuse_masks
+from .calls.own_loss import OwnLoss
+from .calls.placing import Placing, arguments
+from .calls.positions import PositionGuard
+from .calls.written_out import WrittenOutLayers, zero_masks
 from .head_sizes import biased, falling, fitted
-from .own_loss import OwnLoss
-from .placing import Placing, arguments
-from .positions import PositionGuard
 from .shape import (
     ROUTER_LOGITS,
     asks_for_router_loss,
@@ -33,7 +34,6 @@ from .shape import (
     model_body,
     model_shape,
 )
-from .written_out import WrittenOutLayers, zero_masks
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"

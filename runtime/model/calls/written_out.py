@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from ...traces.errors import UnsupportedError
-from .attention_call import no_mask, refuse_masks
+from ....traces.errors import UnsupportedError
+from .asked import no_mask, refuse_masks
 
 # q, k, v [B, H, S_own, D], as transformers' attention functions take them, the scale of scores, and slopes [.., H].
 Asked = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]

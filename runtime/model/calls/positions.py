@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...traces.errors import InputError, UnsupportedError
+from ....traces.errors import InputError, UnsupportedError
 
 
 class PositionGuard:

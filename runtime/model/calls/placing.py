@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module
 
-from ...traces.errors import UnsupportedError
+from ....traces.errors import UnsupportedError
 
 POSITIONS = "position_ids"
 COUNTING = "create_position_ids_from_input_ids"  # of transformers' embeddings whose positions depend on tokens

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ...traces.errors import UnsupportedError
-from .losses import IGNORED_LABEL
+from ....traces.errors import UnsupportedError
+from ..losses import IGNORED_LABEL
 
 OWN = {"CrossEntropyLoss", "cross_entropy"}
 LABELS = ("labels", "shift_labels", "num_items_in_batch")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...traces.errors import UnsupportedError
-from ..pattern.form import AttentionForm, Reach
+from ....traces.errors import UnsupportedError
+from ...pattern.form import AttentionForm, Reach
 
 # They describe the call and do not change what attention returns.
 HARMLESS = frozenset(
