@@ -105,7 +105,7 @@ class Attached:
 
     def _take_over(self, model: PreTrainedModel) -> str:
         """Have the model ask for its attention here; return the name under which it knows of that."""
-        if self._modules:
+        if self._modules and model._can_set_attn_implementation():
             model.set_attn_implementation(ATTENTION_NAME)
             if model.config._attn_implementation == ATTENTION_NAME:
                 return ATTENTION_NAME

@@ -39,11 +39,21 @@ class WrittenOut(TorchFunctionMode):
 
     def __init__(self, heads: int, asked: Asked) -> None:
         super().__init__()
-        self.heads, self.asked = heads, asked
+        self.heads, self._asked, self._is_asking = heads, asked, False
+
+    def ask(self, *given: Any) -> Tensor:
+        """Ask for attention, which multiplies by itself."""
+        self._is_asking = True
+        try:
+            return self._asked(*given)
+        finally:
+            self._is_asking = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, or remember it where it makes scores."""
         given = dict(kwargs or {})
+        if self._is_asking:
+            return func(*args, **given)
         if func in SCALED_PRODUCTS:
             added, *factors = (given.get(name, arg) for name, arg in _named(args, "input", "batch1", "batch2"))
             scale, bias = float(given.get("alpha", 1.0)), None if given.get("beta", 1.0) == 0.0 else added
@@ -177,8 +187,9 @@ class Scores:
         if not (self.softmaxed and isinstance(v, Tensor) and v.dim() == self.dim()):
             raise UnsupportedError("are multiplied before they are weights of values", field="attention scores")
         heads = self.road.heads
-        q, k, values = (x.reshape(-1, heads, *x.shape[-2:]) if x.dim() == 3 else x for x in (self.q, self.k, v))
-        out = self.road.asked(q, k, values, self.scale, self.slopes).transpose(1, 2)
+        own = (self.q.to(v.dtype), self.k.to(v.dtype), v)  # some classes multiply in float32 what came in 16 bits
+        q, k, values = (x.reshape(-1, heads, *x.shape[-2:]) if x.dim() == 3 else x for x in own)
+        out = self.road.ask(q, k, values, self.scale, self.slopes).transpose(1, 2)
         return out.reshape(*self.shape[:-1], v.shape[-1])
 
     matmul = bmm = __matmul__
