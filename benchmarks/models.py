@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..runtime.audit.audit import audit, small_model
 from ..runtime.audit.proof import AUDITED_TOKENS, RANKS, Run, audited_plan, compare, random_batch, run_alone
-from ..runtime.audit.result import Audit
 from ..runtime.audit.twins import Double
 from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
 from ..runtime.comm.start import start_ranks
@@ -73,39 +71,44 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
-    for number, family in enumerate(arguments.families):
-        row: dict[str, Any] = {"family": family}
-        try:
-            config, model_class, audited_as = causal_form(family)
-        except Exception as error:  # some configurations cannot be made from their defaults; the row says so
-            yield row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
-            continue
-        row |= {"audited_as": audited_as}
-        found = _audited(config, model_class, arguments.seq_len, mesh, topic=f"{number}")
-        errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
-        row |= {name: getattr(found, name) for name in KEPT} | errors
-        if found.right and mesh is not None:
-            row |= _verified(config, model_class, mesh)
-        window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
-        if not found.right and found.about in WINDOWS and window is not None:
-            shorter = _audited(config, model_class, window, mesh, topic=f"{number} window")
-            row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
-        if not found.right and (mesh is None or mesh.rank == 0):
-            row |= {"group": not_causal_without_state(config, model_class, arguments.seq_len)}
-        limits = [limit for name in KEYS_OF_A_QUERY if type(limit := getattr(config, name, None)) is int]
-        if found.right and limits:
-            row |= {"right_up_to_tokens": min(limits)}
-        yield row
+    """Yield a row a family, in order. Ranks audit a family each at a time, and attach together what is right."""
+    ranks = 1 if mesh is None else mesh.world_size
+    for first in range(0, len(arguments.families), ranks):
+        some = arguments.families[first : first + ranks]
+        own = [_row(family, arguments.seq_len) for family in some[0 if mesh is None else mesh.rank :][:1]]
+        for number, row in enumerate(own if mesh is None else _told(mesh, own, len(some))):
+            if row["right"] and mesh is not None:
+                config, model_class, _ = causal_form(some[number])
+                row |= _verified(config, model_class, mesh)
+            yield row
 
 
-def _audited(config: Any, model_class: type[PreTrainedModel], seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
+def _told(mesh: Mesh, own: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the rows of the first `count` ranks; own: this rank's, where it has one. Collective."""
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyone, own)
+    return [rows[0] for rows in everyone[:count]]
+
+
+def _row(family: str, seq_len: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"family": family}
+    try:
+        config, model_class, audited_as = causal_form(family)
+    except Exception as error:  # some configurations cannot be made from their defaults; the row says so
+        return row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
+    row |= {"audited_as": audited_as}
     tokens = audited_tokens(config, seq_len)
-    if mesh is None or mesh.rank == 0:
-        found = audit(config, seq_len_tokens=tokens, model_class=model_class, cache=None)
-        if mesh is not None:
-            mesh.broadcast(f"models {topic}", asdict(found))
-        return found
-    return Audit(**mesh.broadcast(f"models {topic}", None))
+    found = audit(config, seq_len_tokens=tokens, model_class=model_class, cache=None)
+    errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
+    row |= {name: getattr(found, name) for name in KEPT} | errors
+    limits = [limit for name in KEYS_OF_A_QUERY if type(limit := getattr(config, name, None)) is int]
+    if found.right:
+        return row | ({"right_up_to_tokens": min(limits)} if limits else {})
+    window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
+    if found.about in WINDOWS and window is not None:
+        shorter = audit(config, seq_len_tokens=window, model_class=model_class, cache=None)
+        row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
+    return row | {"group": not_causal_without_state(config, model_class, seq_len)}
 
 
 def _verified(config: Any, model_class: type[PreTrainedModel], mesh: Mesh) -> dict[str, Any]:

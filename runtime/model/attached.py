@@ -42,6 +42,7 @@ WRITTEN_OUT_NAME = "sparsering_written_out"
 OUR_NAMES = (ATTENTION_NAME, WRITTEN_OUT_NAME)
 # What the model's own loss needs beside labels, and what it would do without.
 LOSS_ARGUMENTS = {"shift_labels": "shift them again", "num_items_in_batch": "be this rank's own mean"}
+OTHER_SEQUENCES = ("encoder_hidden_states", "pixel_values")
 LayerMask = Callable[[int], AttentionMask | Chooser]
 FirstLoss = Callable[[Module, dict[str, Any]], None]  # of the model and its arguments, see `first_loss.py`
 
@@ -207,17 +208,29 @@ class Attached:
             self.require_attached()
             raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
                              "their shards", field="attn_implementation")  # fmt: skip
+        given = arguments(module, args, keywords)
+        self._refuse_other_inputs(given)
         embeddings = None
         with suppress(NotImplementedError):  # a class that does not say which they are
             embeddings = own.get_input_embeddings()
         if getattr(embeddings, "neftune_noise_alpha", None) and getattr(embeddings, "training", False):
             raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
-        given = arguments(module, args, keywords)
         self.positions.check(given.get("position_ids"), self._placing.uncounted_in(given, self.seq_len_tokens))
         tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
         if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
             raise UnsupportedError(f"is {tokens.shape[0]}; patterns are chosen for one sequence at a time",
                                    field="batch size")  # fmt: skip
+
+    def _refuse_other_inputs(self, given: dict[str, Any]) -> None:
+        """What is written out shows no mask to anybody, and cross-attention looks like any other."""
+        for name in OTHER_SEQUENCES:
+            if given.get(name) is not None:
+                raise UnsupportedError(
+                    "is another sequence; only a sequence's attention to itself is split", field=name
+                )
+        mask = given.get("attention_mask")
+        if self._name == WRITTEN_OUT_NAME and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")
 
     def require_attached(self) -> None:
         """Raise InputError once it is detached."""

@@ -40,10 +40,11 @@ class WrittenOut(TorchFunctionMode):
     def __init__(self, heads: int, asked: Asked) -> None:
         super().__init__()
         self.heads, self._asked, self._is_asking = heads, asked, False
+        self.times = 0
 
     def ask(self, *given: Any) -> Tensor:
-        """Ask for attention, which multiplies by itself."""
-        self._is_asking = True
+        """Ask for attention, which multiplies by itself. times: how often."""
+        self._is_asking, self.times = True, self.times + 1
         try:
             return self._asked(*given)
         finally:
@@ -228,28 +229,36 @@ class WrittenOutLayers:
     """Has decoder layers ask for the attention that they write out. A deep copy of the model shares it.
 
     layers: in order. heads: how many a model has. asked: called with the layer, its number, and what `Asked` says.
+    A layer's parts are watched too: where a checkpointed layer runs again for its backward, only they are called.
     """
 
     def __init__(self, layers: Iterable[Module], heads: int, asked: Callable[..., Tensor]) -> None:
         self._heads, self._asked = heads, asked
-        self._open: list[WrittenOut] = []
+        self._open: list[WrittenOut | None] = []
         self.hooks: list[Any] = []
         for number, layer in enumerate(layers):
-            self.hooks.append(layer.register_forward_pre_hook(partial(self._enter, number)))
-            self.hooks.append(layer.register_forward_hook(self._leave, always_call=True))
+            for module in (layer, *layer.children()):
+                self.hooks.append(module.register_forward_pre_hook(partial(self._enter, number)))
+                self.hooks.append(module.register_forward_hook(partial(self._leave, module is layer), always_call=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copies are called one after the other."""
         return self
 
     def _enter(self, number: int, module: Module, args: Any) -> None:
-        mode = WrittenOut(self._heads, partial(self._asked, module, number))
-        mode.__enter__()
+        mode = None if self._open else WrittenOut(self._heads, partial(self._asked, module, number))
+        if mode is not None:
+            mode.__enter__()
         self._open.append(mode)
 
-    def _leave(self, module: Module, args: Any, output: Any) -> None:
-        if self._open:
-            self._open.pop().__exit__(None, None, None)
+    def _leave(self, is_layer: bool, module: Module, args: Any, output: Any) -> None:
+        mode = self._open.pop() if self._open else None
+        if mode is None:
+            return
+        mode.__exit__(None, None, None)
+        if is_layer and output is not None and not mode.times:  # None: it has failed, and says why
+            told = f"is not recognised in {type(module).__name__}: it would be of this rank's shard alone"
+            raise UnsupportedError(told, field="attention")
 
 
 def zero_masks(

@@ -129,7 +129,9 @@ def test_patterns_captured_and_attended_are_the_same(name: str, tmp_path: Path, 
     assert 0 < np.mean([len(head) for layer in captured for head in layer]) < 250, "the choice leaves something out"
 
 
-@pytest.mark.parametrize("name", ["granite", "gemma3-capped", "cohere", "phi-bias", "qwen3-moe", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["granite", "gemma3-capped", "cohere", "phi-bias", "qwen3-moe", "gpt2", "falcon", "bert"]
+)
 def test_the_trainer_computes_the_models_own_loss(name: str, tmp_path: Path, rank_pools: Pools) -> None:
     steps = 2
     raw = write_run(
