@@ -1,6 +1,6 @@
 """Which families of transformers are right over several ranks: the audit of every causal language model it has.
 
-Each family is audited at its default configuration, dropout off, at --seq-len tokens (fewer where it has fewer
+Each family is audited in the form in which it is one (`lib/families.py`), at --seq-len tokens (fewer where it has fewer
 positions), and again at the length of its window where that is what refuses it. With --gloo, what the audit calls right
 is also run: the small copy attached to a plan over two gloo processes, in float64, against the small copy alone.
     python -m sparsering.benchmarks.models --gloo --page docs/models.md

@@ -14,7 +14,7 @@ from .shrink import PADDED_TOKENS, Shrinking, enliven, layers_to_keep, narrowest
 from .twins import Double
 
 AUDITED_TOKENS = 120  # 7.5 stripes of 16 tokens: the last one is padded to PADDED_TOKENS
-MOST_PARAMETERS = 75_000_000  # float64, three copies and their gradients stay within 4 GB
+MOST_PARAMETERS = 60_000_000  # float64, three copies and their gradients stay within 4 GB
 
 
 class SmallCopies:
