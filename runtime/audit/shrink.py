@@ -71,11 +71,16 @@ class Shrinking:
 def narrowest(config: Any) -> Shrinking:
     """Return how narrow a configuration can be made: heads stay at least 8 wide, lengths as they are."""
     stated = {name: value for name, value in config.to_dict().items() if HEAD_DIMS.search(name)}
-    own = model_shape(config).head_dim - added_dims(config)
+    shape = model_shape(config)
+    own = shape.head_dim - added_dims(config)
     dims = [own, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
     width = 1
     while all(dim % (4 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
         width *= 2  # to an even number: rotation takes elements in pairs
+    if width == 1 and not stated:  # heads share what there is, which need not be a power of two
+        for narrower in range(2, own // SMALLEST_HEAD_DIM + 1):
+            dim = -(-config.hidden_size // narrower) // shape.heads
+            width = narrower if dim >= SMALLEST_HEAD_DIM and dim % 2 == 0 else width
     return Shrinking(width=width)
 
 
