@@ -1,6 +1,6 @@
 """Which families of transformers are right over several ranks: the audit of every causal language model it has.
 
-Each family is audited at its default configuration, dropout off, at --seq-len tokens (fewer where it has fewer
+Each family is audited in the form in which it is one (`lib/families.py`), at --seq-len tokens (fewer where it has fewer
 positions), and again at the length of its window where that is what refuses it. With --gloo, what the audit calls right
 is also run: the small copy attached to a plan over two gloo processes, in float64, against the small copy alone.
     python -m sparsering.benchmarks.models --gloo --page docs/models.md
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +21,24 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..runtime.audit.audit import audit, causal_class, small_model
+from ..runtime.audit.audit import audit, small_model
 from ..runtime.audit.proof import AUDITED_TOKENS, RANKS, Run, audited_plan, compare, random_batch, run_alone
-from ..runtime.audit.result import Audit
 from ..runtime.audit.twins import Double
 from ..runtime.comm.mesh import Mesh, inherited_environment, is_rank, join, leave
 from ..runtime.comm.start import start_ranks
 from ..runtime.hf.attach import attach
+from ..runtime.model.calls.asked import KEYS_OF_A_QUERY
 from ..runtime.model.shape import model_shape
 from ..runtime.model.shard import shard
 from ..traces.errors import InputError
 from .lib.common import ResultFile
+from .lib.families import audited_tokens, causal_form, not_causal_without_state
 from .lib.models_page import write_page
 
-DROPOUT = re.compile("dropout|pdrop|layerdrop|jitter")
 KEPT = ("model_class", "seq_len_tokens", "right", "about", "reason", "layers", "parameters", "seconds")
-TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
-# Where the default configuration makes no model, or hides what the family is.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [9, 18, 27]},
-    "cohere_compass_text": {"rope_parameters": TWO_ROPES},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
-    "deepseek_v2": {"num_experts_per_tok": 6},
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
-    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 10 + ["conv", "conv"]},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
-}
 WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "local_attention")
 
 
@@ -89,51 +71,51 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rows(arguments: argparse.Namespace, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
-    for number, family in enumerate(arguments.families):
-        row: dict[str, Any] = {"family": family}
-        try:
-            default = CONFIG_MAPPING[family](**SETTINGS.get(family, {}))
-            config: Any = type(default).from_dict(_without_dropout(default.to_dict()))
-        except Exception as error:  # some configurations cannot be made from their defaults; the row says so
-            yield row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
-            continue
-        found = _audited(config, arguments.seq_len, mesh, topic=f"{number}")
-        errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
-        row |= {name: getattr(found, name) for name in KEPT} | errors
-        if found.right and mesh is not None:
-            row |= _verified(config, mesh)
-        window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
-        if not found.right and found.about in WINDOWS and window is not None:
-            shorter = _audited(config, window, mesh, topic=f"{number} window")
-            row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
-        yield row
+    """Yield a row a family, in order. Ranks audit a family each at a time, and attach together what is right."""
+    ranks = 1 if mesh is None else mesh.world_size
+    for first in range(0, len(arguments.families), ranks):
+        some = arguments.families[first : first + ranks]
+        own = [_row(family, arguments.seq_len) for family in some[0 if mesh is None else mesh.rank :][:1]]
+        for number, row in enumerate(own if mesh is None else _told(mesh, own, len(some))):
+            if row["right"] and mesh is not None:
+                config, model_class, _ = causal_form(some[number])
+                row |= _verified(config, model_class, mesh)
+            yield row
 
 
-def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            _without_dropout(value)
-        elif isinstance(name, str) and DROPOUT.search(name) and isinstance(value, int | float) and value:
-            settings[name] = 0.0
-    return settings
+def _told(mesh: Mesh, own: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the rows of the first `count` ranks; own: this rank's, where it has one. Collective."""
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyone, own)
+    return [rows[0] for rows in everyone[:count]]
 
 
-def _audited(config: Any, seq_len: int, mesh: Mesh | None, *, topic: str) -> Audit:
-    positions = getattr(config, "max_position_embeddings", None)
-    tokens = min(seq_len, positions) if type(positions) is int and positions >= AUDITED_TOKENS else seq_len
-    if mesh is None or mesh.rank == 0:
-        found = audit(config, seq_len_tokens=tokens, cache=None)
-        if mesh is not None:
-            mesh.broadcast(f"models {topic}", asdict(found))
-        return found
-    return Audit(**mesh.broadcast(f"models {topic}", None))
+def _row(family: str, seq_len: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"family": family}
+    try:
+        config, model_class, audited_as = causal_form(family)
+    except Exception as error:  # some configurations cannot be made from their defaults; the row says so
+        return row | {"right": False, "about": "configuration", "reason": f"{type(error).__name__}: {error}"}
+    row |= {"audited_as": audited_as}
+    tokens = audited_tokens(config, seq_len)
+    found = audit(config, seq_len_tokens=tokens, model_class=model_class, cache=None)
+    errors = {f"{road}_{kind}_error": error for road, all in found.errors.items() for kind, error in all.items()}
+    row |= {name: getattr(found, name) for name in KEPT} | errors
+    limits = [limit for name in KEYS_OF_A_QUERY if type(limit := getattr(config, name, None)) is int]
+    if found.right:
+        return row | ({"right_up_to_tokens": min(limits)} if limits else {})
+    window = min((w for name in WINDOWS if type(w := getattr(config, name, None)) is int and w > 64), default=None)
+    if found.about in WINDOWS and window is not None:
+        shorter = audit(config, seq_len_tokens=window, model_class=model_class, cache=None)
+        row |= {"right_up_to_tokens": window if shorter.right else None, "reason_at_window": shorter.reason}
+    return row | {"group": not_causal_without_state(config, model_class, seq_len)}
 
 
-def _verified(config: Any, mesh: Mesh) -> dict[str, Any]:
+def _verified(config: Any, model_class: type[PreTrainedModel], mesh: Mesh) -> dict[str, Any]:
     """Attach the small copy on both ranks and return how far loss and gradients are from the copy alone."""
     began = time.perf_counter()
-    model = small_model(config, causal_class(config), AUDITED_TOKENS).train()
-    batch = random_batch(model.config, seed=3)
+    model = small_model(config, model_class, AUDITED_TOKENS).train()
+    batch = random_batch(model, seed=3)
     alone = run_alone(copy.deepcopy(model), batch)
     plan = audited_plan(model_shape(model.config))
     attached = attach(model, plan, mesh)

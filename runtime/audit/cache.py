@@ -62,7 +62,7 @@ def _own_sources(here: Path) -> list[Path]:
     """Return the files that decide what an audit says: its own, and what reads a model and its calls."""
     return [
         *here.glob("*.py"),
-        *here.glob("../model/*.py"),
+        *here.glob("../model/**/*.py"),
         *here.glob("../pattern/*.py"),
         *here.glob("../experts/*.py"),
     ]

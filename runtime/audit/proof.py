@@ -27,8 +27,10 @@ from ...planner.plan import AttentionSpec, KernelSpec, ModelShape, Plan, make_pl
 from ...planner.schedule.placement import striped
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
+from ..model.calls.own_loss import computes_own_loss, token_loss
 from ..model.head_loss import ModelWithLoss
 from ..model.router_loss import router_loss_of
+from ..model.shape import model_body
 from ..model.shard import IGNORED_LABEL, shard
 from ..pattern.selectors import dense_pattern
 from .single_tokens import check_calls, random_ids
@@ -82,7 +84,7 @@ def prove(model: PreTrainedModel) -> dict[str, Errors]:
     What the model's own code raises comes through as it is.
     """
     model.train()
-    batches = [random_batch(model.config, seed) for seed in (1, 2)]
+    batches = [random_batch(model, seed) for seed in (1, 2)]
     with torch.no_grad():
         _, calls = _Split(model, _own_loss).together(batches[0])
     check_calls(calls, model)  # first: it turns many away in a moment
@@ -139,10 +141,10 @@ def audited_plan(model: ModelShape) -> Plan:
     )  # fmt: skip
 
 
-def random_batch(config: Any, seed: int) -> dict[str, Tensor]:
+def random_batch(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """Return "input_ids" and "labels" [1, AUDITED_TOKENS]; some labels do not count."""
     generator = torch.Generator().manual_seed(seed)
-    ids = random_ids(config, AUDITED_TOKENS, generator)
+    ids = random_ids(model, AUDITED_TOKENS, generator)
     ignored = torch.rand(ids.shape, generator=generator) < GAP_SHARE
     return {"input_ids": ids, "labels": ids.masked_fill(ignored, IGNORED_LABEL)}
 
@@ -151,8 +153,21 @@ def run_alone(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     """Return what a model gives by its own attention and loss."""
     with Double():
         output = model(**batch)
+        if computes_own_loss(model, model_body(model)) and not _shifts_labels(output, batch["labels"]):
+            output = model(**batch | {"labels": _shifted(batch["labels"])})
         output.loss.backward()
     return Run(loss=output.loss.item(), logits=output.logits.detach(), gradients=_gradients([model]))
+
+
+def _shifts_labels(output: Any, labels: Tensor) -> bool:
+    """Whether a class's own loss was of each label with the logits of the token before it, rather than its own."""
+    count = (labels != IGNORED_LABEL).sum()
+    own = float(token_loss(output.logits.detach(), labels, count))
+    return abs(float(output.loss) - own) > TOLERANCE * abs(own)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 @cache

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from ...traces.errors import UnsupportedError
-from ..model.shape import WINDOW, setting, text_config
+from ..model.calls.asked import KEYS_OF_A_QUERY
+from ..model.shape import LOCAL_KINDS, WINDOW, setting, text_config
 
 PER_LENGTH_ROPE = ("dynamic", "longrope")  # they look at the longest position, which every rank sees differently
 DROPOUT = re.compile(r"(dropout|pdrop|layerdrop|jitter|drop_path|stochastic_depth)")
@@ -27,9 +28,14 @@ def refuse_by_configuration(config: Any, *, seq_len_tokens: int) -> None:
     positions = setting(text, "max_position_embeddings")
     is_static = type(positions) is int and seq_len_tokens <= positions  # `dynamic` begins to change beyond them
     _refuse_rope(setting(text, "rope_parameters"), "rope_parameters", is_static=is_static)
+    for name in KEYS_OF_A_QUERY:
+        keys = setting(text, name)
+        if type(keys) is int and keys < seq_len_tokens:
+            told = f"is {keys}, below the {seq_len_tokens} tokens of a sequence: the model chooses keys itself"
+            raise UnsupportedError(told, field=name)
     kinds = set(setting(text, "layer_types") or ())
     if setting(text, "use_sliding_window") is not False and (not kinds or any("sliding" in kind for kind in kinds)):
-        for name in () if type(setting(text, WINDOW)) is int else WINDOWS:
+        for name in () if type(setting(text, WINDOW)) is int or setting(text, LOCAL_KINDS) else WINDOWS:
             window = setting(text, name)
             if type(window) is int and 0 < window < seq_len_tokens:
                 raise UnsupportedError(f"is {window}, below the {seq_len_tokens} tokens of a sequence", field=name)

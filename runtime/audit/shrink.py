@@ -18,6 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
+from ..model.head_sizes import added_dims
 from ..model.shape import EXPERTS, EXPERTS_OF_A_TOKEN, decoder_layers, layer_reaches, model_shape
 
 SMALLEST_HEAD_DIM = 8
@@ -25,10 +26,10 @@ SMALL_VOCABULARY = 256
 MOST_INNER_WIDTH = 64
 FEWEST_EXPERTS = 4
 SPECIAL_TOKEN = re.compile(r"_token_id$")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 HEAD_DIMS = re.compile(r"(^|_)(head_dim|d_head|dim_head|kv_channels|attention_head_dim)$|_head_?dim$")
 WIDTHS = re.compile(
-    r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|embed_dim|embedding_size|proj_dim|dff|width"
+    r"(hidden_size|intermediate|ffn|mlp_dim|d_model|d_inner|n_embd|n_inner|emb(ed)?_dim|embedding_size|proj_dim|dff|width"
     r"|lora_rank|_rank$|d_ssm|rotary_dim|hidden_dim|d_ff|dim_ff|dim_model|mid_dim|channels|d_rel$)"
 )
 INNER_WIDTHS = re.compile(r"(intermediate|ffn|dff|d_ff|dim_ff|n_inner|mlp_dim)")
@@ -36,14 +37,18 @@ EXPERT_GROUPS = ("n_group", "num_expert_group")
 NO_WIDTHS = re.compile(r"(multipl|factor|ratio|scale|norm|dropout|vocab|laurel|init|std|cap$|multiple_of)")
 # Numbers that stay as they are: counts, states, scales. What is in no list and large is taken for a number of tokens.
 KEPT = re.compile(
-    r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks)"
+    r"(heads|layers|experts|groups|types|scalar|seed|multiple|state|token|rank|buckets|parts|bins|blocks|codebook|quantizers)"
 )
 SMALLEST_LENGTH = 32
 HEAD_STD = 3.0
+PADDED_TOKENS = 128  # of the proof, AUDITED_TOKENS in whole stripes
+MOST_OFFSET = 8  # of positions in a table of them
 FIXED_BUFFERS = re.compile(r"(inv_freq|mask|bias$)")
 LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|index|number)$|^(idx|training)$")
 LENGTHS = re.compile(r"(sliding_window|window_size|attention_chunk_size|local_attention|window_len|rel_extent)$")
-POSITIONS = re.compile(r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|model_max_length|max_length)$")
+POSITIONS = re.compile(
+    r"(n_positions|max_seq_len|n_ctx|max_position_embeddings|max_target_positions|model_max_length|max_length)$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +71,16 @@ class Shrinking:
 def narrowest(config: Any) -> Shrinking:
     """Return how narrow a configuration can be made: heads stay at least 8 wide, lengths as they are."""
     stated = {name: value for name, value in config.to_dict().items() if HEAD_DIMS.search(name)}
-    dims = [model_shape(config).head_dim, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
+    shape = model_shape(config)
+    own = shape.head_dim - added_dims(config)
+    dims = [own, *(dim for dim in stated.values() if type(dim) is int and dim > 0)]
     width = 1
     while all(dim % (4 * width) == 0 and dim // (2 * width) >= SMALLEST_HEAD_DIM for dim in dims):
         width *= 2  # to an even number: rotation takes elements in pairs
+    if width == 1 and not stated:  # heads share what there is, which need not be a power of two
+        for narrower in range(2, own // SMALLEST_HEAD_DIM + 1):
+            dim = -(-config.hidden_size // narrower) // shape.heads
+            width = narrower if dim >= SMALLEST_HEAD_DIM and dim % 2 == 0 else width
     return Shrinking(width=width)
 
 
@@ -107,14 +118,15 @@ def _shrink(settings: dict[str, Any], shrinking: Shrinking, *, before: int) -> N
 def _number(name: str, value: int, shrinking: Shrinking, *, before: int) -> int:
     if SPECIAL_TOKEN.search(name):
         return min(value, SMALL_VOCABULARY - 1)
-    if "vocab" in name:
+    if "vocab" in name or name == "n_words":
         return min(value, SMALL_VOCABULARY)
     if name in LAYER_COUNTS:
-        return shrinking.layers if shrinking.layers is not None and value == before else value
+        is_count = value > 1 and before % value == 0  # less where a decoder layer attends more than once
+        return shrinking.layers if shrinking.layers is not None and is_count else value
     if LENGTHS.search(name):
         return _length(value, shrinking)
     if POSITIONS.search(name):
-        return max(1, math.ceil(value * shrinking.positions))
+        return _positions(value, shrinking)
     if shrinking.few and INNER_WIDTHS.search(name) and not NO_WIDTHS.search(name):
         return min(-(-value // shrinking.width), MOST_INNER_WIDTH)
     if HEAD_DIMS.search(name) or (WIDTHS.search(name) and not NO_WIDTHS.search(name)):
@@ -130,6 +142,13 @@ def _length(value: int, shrinking: Shrinking) -> int:
     if shrinking.within is not None and value * shrinking.window < shrinking.within:
         return min(scaled, shrinking.within - 1)
     return scaled
+
+
+def _positions(value: int, shrinking: Shrinking) -> int:
+    """A number of positions in proportion; rows beyond the sequence stay, for tables whose first is not position 0."""
+    scaled = max(1, math.ceil(value * shrinking.positions))
+    beyond = math.ceil(value - PADDED_TOKENS / shrinking.positions) if shrinking.positions != 1.0 else 0
+    return max(scaled, PADDED_TOKENS + min(beyond, MOST_OFFSET)) if beyond > 0 else scaled
 
 
 def _fewer_experts(settings: dict[str, Any]) -> None:
@@ -175,6 +194,7 @@ def layers_to_keep(model: PreTrainedModel) -> int | None:
     except UnsupportedError:
         return None
     reaches = layer_reaches(model.config)
+    reaches = reaches[:: len(reaches) // len(layers)]
     kinds = [f"{reach} {_kind(layer)}" for reach, layer in zip(reaches, layers, strict=True)]
     return max([min(2, len(layers)), *(kinds.index(kind) + 1 for kind in kinds)])
 

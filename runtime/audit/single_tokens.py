@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
 from ..model.attached import Attached
+from ..model.calls.placing import uncounted_token
 from ..model.shape import model_body, model_shape, setting
 from ..pattern.form import PLAIN, AttentionForm
 from .twins import AttentionCall, Double, NotingAttention
@@ -52,7 +53,7 @@ def check_single_tokens(model: PreTrainedModel, *, seq_len_tokens: int) -> None:
     affordable = min(MOST_TOKENS, int(MOST_PRODUCTS / model.num_parameters()))
     tokens = min(seq_len_tokens, max(FEWEST_TOKENS, affordable))
     positions = torch.linspace(0, seq_len_tokens - 1, tokens, dtype=torch.float64).long()[None]
-    ids = random_ids(model.config, tokens, torch.Generator().manual_seed(0))
+    ids = random_ids(model, tokens, torch.Generator().manual_seed(0))
     own = (torch.arange(tokens) // STRIPE) % 2 == 1
     local = TokenLocal()
     _hidden(model, local, ids[:, :FIRST_TOKENS], positions[:, :FIRST_TOKENS], seq_len_tokens)
@@ -65,14 +66,16 @@ def check_single_tokens(model: PreTrainedModel, *, seq_len_tokens: int) -> None:
         raise UnsupportedError(f"{told}: split over ranks it is another model", field="audit")
 
 
-def random_ids(config: Any, tokens: int, generator: torch.Generator) -> Tensor:
-    """Return random token ids [1, tokens] in which the special ones occur too."""
+def random_ids(model: PreTrainedModel, tokens: int, generator: torch.Generator) -> Tensor:
+    """Return random token ids [1, tokens] in which the special ones occur too, but for one that is not counted."""
+    config: Any = model.config
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator)
     special = [value for name in SPECIAL_TOKENS if type(value := setting(config, name)) is int]
     for number, value in enumerate(special):
         if 0 <= value < config.vocab_size:
             ids[:, 5 + number :: 29] = value
-    return ids
+    uncounted, _ = uncounted_token(model_body(model))
+    return ids if uncounted is None else ids.masked_fill(ids == uncounted, (uncounted + 1) % config.vocab_size)
 
 
 def check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
@@ -82,9 +85,9 @@ def check_calls(calls: list[AttentionCall], model: PreTrainedModel) -> None:
         told = f"{type(model).__name__} never asks transformers' attention interface"
         raise UnsupportedError(told, field="attention")
     layers = [layer for layer, _ in calls]
-    if layers != list(range(shape.layers)):
+    if list(dict.fromkeys(layers)) != list(range(shape.layers)):
         shown = ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-        told = f"is asked for by layers [{shown}] of {shape.layers}; each must ask, once and in order"
+        told = f"is asked for by layers [{shown}] of {shape.layers}; each must ask, in order"
         raise UnsupportedError(f"{told}: whatever else mixes tokens does so within a shard", field="attention")
     for layer, found in calls:
         for what, value in found.items():

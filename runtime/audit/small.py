@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ...traces.errors import UnsupportedError
-from .shrink import Shrinking, enliven, layers_to_keep, narrowest, shrunken_config
+from .shrink import PADDED_TOKENS, Shrinking, enliven, layers_to_keep, narrowest, shrunken_config
 from .twins import Double
 
-AUDITED_TOKENS, PADDED_TOKENS = 120, 128  # 7.5 stripes of 16 tokens: the last one is padded
+AUDITED_TOKENS = 120  # 7.5 stripes of 16 tokens: the last one is padded to PADDED_TOKENS
 MOST_PARAMETERS = 60_000_000  # float64, three copies and their gradients stay within 4 GB
 
 

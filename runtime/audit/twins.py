@@ -159,4 +159,6 @@ class Double(TorchFunctionMode):
             func = torch.Tensor.double
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        if func is torch.full and kwargs.get("dtype") is None and isinstance(args[-1], float):
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

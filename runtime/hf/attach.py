@@ -19,9 +19,10 @@ from ..audit.audit import require_model
 from ..comm.mesh import Mesh, naming_lost_ranks
 from ..comm.reuse import common_group
 from ..model.attached import Attached, LayerMask, plain_model
+from ..model.calls.placing import uncounted_token
 from ..model.first_loss import check_first_loss
 from ..model.router_loss import router_loss_of
-from ..model.shape import check_angles, model_shape, setting
+from ..model.shape import check_angles, model_body, model_shape, setting
 
 
 def attach(
@@ -38,7 +39,7 @@ def attach(
     plan.require(world_size=mesh.world_size, model=model_shape(body.config))
     check_angles(body)
     require_model(body, seq_len_tokens=plan.seq_len_tokens, mesh=mesh)
-    check_padding(body.config, plan)
+    check_padding(body.config, plan, first_position=uncounted_token(model_body(body))[1])
     bound = bind(plan, mesh)
     chosen = plan.pattern.source == "choose"
     masks = PlannedChoice(bound).of_layer if chosen else _replay(bound, trace, training_step)
@@ -49,12 +50,16 @@ def attach(
     )  # fmt: skip
 
 
-def check_padding(config: Any, plan: Plan) -> None:
-    """Refuse padding beyond a model's positions: a table of them, or angles that change there, must reach so far."""
+def check_padding(config: Any, plan: Plan, *, first_position: int = 0) -> None:
+    """Refuse padding beyond a model's positions: a table of them, or angles that change there, must reach so far.
+
+    first_position: where the first token is in the table.
+    """
     limit, rope = setting(config, "max_position_embeddings"), setting(config, "rope_parameters")
     padded_tokens = plan.make_placement().padded_tokens
     changes = rope is None or "dynamic" in str(rope)
-    if type(limit) is int and changes and plan.seq_len_tokens <= limit < padded_tokens:
+    limit = limit - first_position if type(limit) is int else None
+    if limit is not None and changes and plan.seq_len_tokens <= limit < padded_tokens:
         raise UnsupportedError(f"is {limit}; the plan pads {plan.seq_len_tokens} tokens to {padded_tokens}: choose a "
                                "length that its ranks share evenly", field="max_position_embeddings")  # fmt: skip
 

@@ -131,6 +131,7 @@ class _Recorder:
     ) -> None:
         self.step, self.settings, self.progress, self.documents = step, settings, progress, documents
         self.seen = 0
+        self._next = 0
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, scale: float | None = None,
@@ -141,6 +142,9 @@ class _Recorder:
             raise UnsupportedError(f"is {q.shape[0]}; one sequence at a time is captured", field="batch size")
         factor = float(q.shape[3] ** -0.5 if scale is None else scale)
         header = self.step.header
+        if layer < self._next:
+            raise UnsupportedError(f"{layer} attends twice in one pass; a trace has one pattern of it", field="layer")
+        self._next = layer + 1
         wanted, limited = layer in header.recorded_layers, form.reach.limits(header.seq_len_tokens)
         if limited:  # the model's own pattern: there is nothing to choose
             mask = self._whole_reach(form, q)

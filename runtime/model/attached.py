@@ -5,7 +5,6 @@ Shape legend: B batch, S_own tokens of this rank's shard, H query heads, H_kv K/
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol, Self
@@ -20,13 +19,17 @@ from ...kernels.mask import AttentionMask
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.heads import Chooser
 from ..pattern.form import PLAIN, AttentionForm
-from .attention_call import attention_form, refuse_masks
-from .head_sizes import fitted
-from .positions import PositionGuard
+from .calls.asked import attention_form, key_bias, refuse_masks
+from .calls.own_loss import OwnLoss
+from .calls.placing import Placing, arguments
+from .calls.positions import PositionGuard
+from .calls.written_out import WrittenOutLayers, zero_masks
+from .head_sizes import biased, falling, fitted
 from .shape import (
     ROUTER_LOGITS,
     asks_for_router_loss,
     attention_modules,
+    decoder_layers,
     layer_reaches,
     model_body,
     model_shape,
@@ -34,8 +37,12 @@ from .shape import (
 
 # transformers gives names that contain "flash" or "sdpa" a meaning of its own; this one has none.
 ATTENTION_NAME = "sparsering_planned"
+# Of classes that write their attention out and ask nobody.
+WRITTEN_OUT_NAME = "sparsering_written_out"
+OUR_NAMES = (ATTENTION_NAME, WRITTEN_OUT_NAME)
 # What the model's own loss needs beside labels, and what it would do without.
 LOSS_ARGUMENTS = {"shift_labels": "shift them again", "num_items_in_batch": "be this rank's own mean"}
+OTHER_SEQUENCES = ("encoder_hidden_states", "pixel_values")
 LayerMask = Callable[[int], AttentionMask | Chooser]
 FirstLoss = Callable[[Module, dict[str, Any]], None]  # of the model and its arguments, see `first_loss.py`
 
@@ -82,7 +89,7 @@ class Attached:
         seq_len_tokens: int, one_sequence: bool = False, first_loss: FirstLoss | None = None,
         router: Routers | None = None,
     ) -> None:  # fmt: skip
-        if model.config._attn_implementation == ATTENTION_NAME:
+        if model.config._attn_implementation in OUR_NAMES:
             raise InputError("is attached already: detach it first", field="model")
         self.model, self.planned, self.masks = model, planned, masks
         self.positions, self.seq_len_tokens = PositionGuard(positions), seq_len_tokens
@@ -90,21 +97,51 @@ class Attached:
         self._before = model.config._attn_implementation or "eager"
         self._modules, self.reaches = attention_modules(model), layer_reaches(model.config)
         self.shape = model_shape(model.config)
-        model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise UnsupportedError(f"{type(model).__name__} does not take its attention from outside", field="model")
+        self._hooks: list[Any] = []
+        self._name = self._take_over(model)
         for module in self._modules:
             module._sparsering = self
         self.router, self._adds_router_loss = router, False
-        body: Module = model_body(model)
+        self._hooks += self._hooked(model, model_body(model))
+
+    def _take_over(self, model: PreTrainedModel) -> str:
+        """Have the model ask for its attention here; return the name under which it knows of that."""
+        if self._modules and model._can_set_attn_implementation():
+            model.set_attn_implementation(ATTENTION_NAME)
+            if model.config._attn_implementation == ATTENTION_NAME:
+                return ATTENTION_NAME
+        self._modules = []
+        self._hooks += WrittenOutLayers(decoder_layers(model), self.shape.heads, self._asked).hooks
+        model.config._attn_implementation = WRITTEN_OUT_NAME  # masks are asked for by this name
+        return WRITTEN_OUT_NAME
+
+    def _hooked(self, model: PreTrainedModel, body: Module) -> list[Any]:
+        """Watch and complete the calls of the model and of its body, in this order."""
+        self._placing, self._own_loss = Placing(model, body), OwnLoss(model, body)
         uncompiled: Any = torch.compiler.disable  # the hooks look at values
-        self._hooks = [
-            model.register_forward_pre_hook(uncompiled(self._check_labels), with_kwargs=True),
-            model.register_forward_pre_hook(uncompiled(self._take_over_routers), with_kwargs=True),
-            model.register_forward_hook(uncompiled(lambda module, args, output: self._add_router_loss(output))),
-            body.register_forward_pre_hook(uncompiled(self._check_call), with_kwargs=True),
-            body.register_forward_hook(uncompiled(lambda module, args, output: self.positions.settle())),
+
+        def before(module: Module, *steps: Any) -> list[Any]:
+            return [module.register_forward_pre_hook(uncompiled(step), with_kwargs=True) for step in steps]
+
+        def after(module: Module, *steps: Any) -> list[Any]:
+            return [module.register_forward_hook(uncompiled(_of_output(step))) for step in steps]
+
+        placing, loss = self._placing, self._own_loss
+        return [
+            *before(model, self._check_labels, self._take_over_routers, loss.before_model, placing.before_model),
+            *after(model, loss.after_model, self._add_router_loss),
+            *before(body, placing.before_body, self._check_call, placing.place),
+            *after(body, lambda output: self.positions.settle()),
+            *placing.hooks(),
         ]
+
+    def _asked(
+        self, module: Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, slopes: Tensor | None
+    ) -> Tensor:
+        """Attention that a class writes out."""
+        if slopes is not None:
+            q, k = falling(q, k, slopes=slopes, scale=scale, positions=self._placing.current)
+        return _attend(self, module, q, k, v, None, layer=layer, scaling=scale)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of the model attends through the same channels: ranks must call copies in the same order."""
@@ -113,7 +150,10 @@ class Attached:
     def detach(self) -> None:
         """Give the model its own attention back. Channels stay, for what is attached next (comm/reuse.py)."""
         self._detached = True
-        self.model.set_attn_implementation(self._before)
+        if self._name == ATTENTION_NAME:
+            self.model.set_attn_implementation(self._before)
+        else:
+            self.model.config._attn_implementation = self._before
         for module in self._modules:
             del module._sparsering
         for hook in self._hooks:
@@ -124,7 +164,7 @@ class Attached:
 
     def _check_labels(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         """The model's own loss is right when it neither shifts labels again nor divides by this rank's count."""
-        given = _arguments(module, args, keywords)
+        given = arguments(module, args, keywords)
         if given.get("labels") is None:
             return
         for name, otherwise in LOSS_ARGUMENTS.items():
@@ -138,7 +178,7 @@ class Attached:
     def _take_over_routers(self, module: Module, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Have the model leave the loss of its routers to `_add_router_loss`: its own would be of this shard."""
         own: Any = module  # this model or a copy of it
-        asked = _arguments(module, args, keywords).get(ROUTER_LOGITS)
+        asked = arguments(module, args, keywords).get(ROUTER_LOGITS)
         wanted = asks_for_router_loss(own) if asked is None else bool(asked)
         self._adds_router_loss = wanted and self.router is not None
         if not wanted:
@@ -164,21 +204,33 @@ class Attached:
 
     def _check_call(self, module: Module, args: Any, keywords: dict[str, Any]) -> None:
         own: Any = module  # this model or a copy of it
-        if own.config._attn_implementation != ATTENTION_NAME:
+        if own.config._attn_implementation not in OUR_NAMES:
             self.require_attached()
             raise InputError(f"is {own.config._attn_implementation!r} since it was attached: ranks would attend within "
                              "their shards", field="attn_implementation")  # fmt: skip
+        given = arguments(module, args, keywords)
+        self._refuse_other_inputs(given)
         embeddings = None
         with suppress(NotImplementedError):  # a class that does not say which they are
             embeddings = own.get_input_embeddings()
         if getattr(embeddings, "neftune_noise_alpha", None) and getattr(embeddings, "training", False):
             raise UnsupportedError("depends on the length a rank sees; leave it out", field="neftune_noise_alpha")
-        given = _arguments(module, args, keywords)
-        self.positions.check(given.get("position_ids"))
+        self.positions.check(given.get("position_ids"), self._placing.uncounted_in(given, self.seq_len_tokens))
         tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
         if self._one_sequence and tokens is not None and tokens.shape[0] != 1:
             raise UnsupportedError(f"is {tokens.shape[0]}; patterns are chosen for one sequence at a time",
                                    field="batch size")  # fmt: skip
+
+    def _refuse_other_inputs(self, given: dict[str, Any]) -> None:
+        """What is written out shows no mask to anybody, and cross-attention looks like any other."""
+        for name in OTHER_SEQUENCES:
+            if given.get(name) is not None:
+                raise UnsupportedError(
+                    "is another sequence; only a sequence's attention to itself is split", field=name
+                )
+        mask = given.get("attention_mask")
+        if self._name == WRITTEN_OUT_NAME and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")
 
     def require_attached(self) -> None:
         """Raise InputError once it is detached."""
@@ -186,10 +238,9 @@ class Attached:
             raise InputError("was detached from its plan; attach it again", field="model")
 
 
-def _arguments(module: Module, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return what a module's forward is called with, by name, however it was given."""
-    given = inspect.signature(module.forward).bind_partial(*args, **keywords).arguments
-    return {name: value for name, value in given.items() if name != "kwargs"} | given.get("kwargs", {})
+def _of_output(step: Callable[[Any], Any]) -> Callable[[Module, Any, Any], Any]:
+    """Return a hook that takes the output alone."""
+    return lambda module, args, output: step(output)
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -209,7 +260,15 @@ def _planned_attention(
     attached: Attached | None = getattr(module, "_sparsering", None)
     if attached is None:
         raise UnsupportedError("has no plan: use sparsering.attach", field=type(module).__name__)
-    layer = module.layer_idx
+    return _attend(attached, module, query, key, value, attention_mask, layer=module.layer_idx, scaling=scaling,
+                   dropout=dropout, **keywords), None  # fmt: skip
+
+
+def _attend(
+    attached: Attached, module: Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    layer: int, scaling: float | None, dropout: float = 0.0, **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """Return attention [B, S, H, D] of one layer's [B, H, S, D]."""
     form = attention_form(
         module, query, key, attention_mask, dropout=dropout, keywords=keywords, reach=attached.reaches[layer],
         seq_len_tokens=attached.seq_len_tokens,
@@ -217,13 +276,19 @@ def _planned_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotation may have left queries and keys in float32
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(low) for tensor in (query, key, value))
+    scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
+    if (bias := key_bias(attention_mask)) is not None:
+        query, key = biased(query, key, bias=bias, scale=scale)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attached.require_attached()
     mask = None if attached.masks is None else attached.masks(layer)
-    scale, value_dim = q.shape[3] ** -0.5 if scaling is None else scaling, v.shape[3]
+    heads, value_dim = q.shape[2], v.shape[3]
+    if heads < attached.shape.heads and form.sinks is not None:
+        raise UnsupportedError("are learned in a layer with fewer heads than others", field="s_aux")
     q, k, v = fitted(q, k, v, attached.shape)
-    return attached.planned(q, k, v, mask, scale=scale, layer=layer, form=form)[..., :value_dim], None
+    return attached.planned(q, k, v, mask, scale=scale, layer=layer, form=form)[:, :, :heads, :value_dim]
 
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, refuse_masks)
+AttentionMaskInterface.register(WRITTEN_OUT_NAME, zero_masks)

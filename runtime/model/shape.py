@@ -5,6 +5,7 @@ Shape legend: H query heads, H_kv K/V heads, D head dim.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +17,13 @@ from ...planner.plan import ModelShape
 from ...traces.errors import UnsupportedError, shown
 from ...traces.validation import validated
 from ..pattern.form import WHOLE, Reach
-from .head_sizes import head_sizes
+from .head_sizes import head_sizes, most_heads
 
 # How a model scales its logits, by the name of the setting: as a factor of hidden @ weight.T.
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
 WINDOW, CHUNK = "sliding_window", "attention_chunk_size"
+# GPT-Neo's words for the same: a list of "global" and "local", and how far the latter look.
+LOCAL_KINDS, LOCAL_WINDOW = "attention_layers", "window_size"
 ATTENTION_SOFTCAP = "attn_logit_softcapping"
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -29,8 +32,14 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_expe
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
+# Of models that have an encoder too, the causal language model is the decoder.
+OF_THE_DECODER = {"num_attention_heads": "decoder_attention_heads", "num_hidden_layers": "decoder_layers"}
+
+
 def setting(config: Any, name: str) -> Any:
     """Return one setting of a configuration, None where it has none, or where it differs from layer to layer."""
+    if type(own := getattr(config, OF_THE_DECODER.get(name, ""), None)) is int:
+        return own
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers: "a per-layer attribute and may vary across layers"
@@ -44,6 +53,8 @@ def model_shape(config: Any) -> ModelShape:
     """
     text = text_config(config)
     found = {name: setting(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")}
+    if found["num_attention_heads"] is None and type(found["num_hidden_layers"]) is int:
+        found["num_attention_heads"] = most_heads(text, layers=found["num_hidden_layers"])
     for name, value in found.items():
         if type(value) is not int or value < 1:
             raise UnsupportedError(f"is {shown(value)}, or not one for all layers", field=name)
@@ -69,6 +80,10 @@ def layer_reaches(config: Any) -> tuple[Reach, ...]:
     count = layers if type(layers) is int else 0
     lengths = {name: found[name] if (found := positive_settings(text, (name,))) else 0 for name in (WINDOW, CHUNK)}
     window = lengths[WINDOW] if setting(text, "use_sliding_window") is not False else 0
+    local = setting(text, LOCAL_KINDS)
+    if isinstance(local, list | tuple) and len(local) == count:
+        near = Reach(window_tokens=positive_settings(text, (LOCAL_WINDOW,)).get(LOCAL_WINDOW, 0))
+        return tuple(near if kind == "local" else WHOLE for kind in local)
     if not isinstance(kinds, list | tuple) or len(kinds) != count:
         return (Reach(window_tokens=window, chunk_tokens=lengths[CHUNK]),) * count
     known = {"sliding_attention": Reach(window_tokens=window), "chunked_attention": Reach(chunk_tokens=lengths[CHUNK])}
@@ -127,32 +142,44 @@ def asks_for_router_loss(model: PreTrainedModel) -> bool:
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """Return the modules that call the attention interface: those that know their layer and whether they are causal."""
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-    if not modules:
-        raise UnsupportedError(f"{type(model).__name__} has no attention of transformers' interface", field="model")
-    return modules
+    """Return the modules that call the attention interface: those that know their layer, and are causal or not or look
+    the interface up."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and (hasattr(m, "is_causal") or _looks_up(m))]
+
+
+def _looks_up(module: Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def model_body(model: PreTrainedModel) -> PreTrainedModel:
     """Return what computes hidden states below the head: transformers' base model, wherever the class keeps it."""
     body = model.base_model
-    if isinstance(body, PreTrainedModel) and body is not model:
-        return body
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if inner else model
+    if not isinstance(body, PreTrainedModel) or body is model:
+        inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        body = inner[0] if inner else model
+    while body is not model and isinstance(only := _only_child(body), PreTrainedModel):
+        body = only  # a wrapper around a decoder, which the model calls past it
+    return body
+
+
+def _only_child(module: Module) -> Module | None:
+    children = list(module.children())
+    return children[0] if len(children) == 1 else None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Module]:
     """Return the decoder layers in order: the outermost list of modules with as many entries as the model has layers.
 
-    UnsupportedError when there is none.
+    Of a model whose decoder layers attend more than once, the list that its `num_layers` counts. UnsupportedError when
+    there is none.
     """
-    count = setting(text_config(model.config), "num_hidden_layers")
-    for module in model_body(model).modules():
-        if isinstance(module, ModuleList) and len(module) == count:
-            return list(module)
-    raise UnsupportedError(f"{type(model).__name__} has no list of {count} decoder layers", field="model")
+    text = text_config(model.config)
+    counts = [found for name in ("num_hidden_layers", "num_layers") if type(found := setting(text, name)) is int]
+    for count in counts:
+        for module in model_body(model).modules():
+            if isinstance(module, ModuleList) and len(module) == count:
+                return list(module)
+    raise UnsupportedError(f"{type(model).__name__} has no list of {counts} decoder layers", field="model")
 
 
 def check_angles(model: Module) -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
-from faulty_models import FAULTS, HIDDEN, MOE, SEQ_LEN_TOKENS, SMALL, OwnLlama, audited
+from faulty_models import FAULTS, HIDDEN, MOE, SEQ_LEN_TOKENS, SMALL, OwnLlama, ShiftsLabelsItself, audited
 from sparsering.runtime.audit.audit import small_model
 from sparsering.runtime.audit.proof import prove
 from sparsering.traces.errors import UnsupportedError
@@ -38,7 +38,7 @@ def test_a_planted_fault_is_caught_by_numbers(model_class: Any, config: Any, rea
 
 
 def test_a_class_of_ones_own_without_a_fault_is_right() -> None:
-    for found in (audited(OwnLlama), audited(Qwen3MoeForCausalLM, MOE)):
+    for found in (audited(OwnLlama), audited(Qwen3MoeForCausalLM, MOE), audited(ShiftsLabelsItself)):
         assert found.right, found.reason
         assert set(found.errors) == {"attach", "train"}
         assert all(0 <= error < 1e-12 for road in found.errors.values() for error in road.values())

@@ -26,7 +26,7 @@ def _one_line(arguments: list[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("name", ["lfm2", "falcon", "llama-dynamic", "llama4-temperature", "qwen3.5"])
+@pytest.mark.parametrize("name", ["lfm2", "cpmant", "llama-dynamic", "llama4-temperature", "qwen3.5"])
 def test_capture_attach_and_train_refuse_alike(
     name: str, tmp_path: Path, rank_pools: Callable[[int], RankPool]
 ) -> None:

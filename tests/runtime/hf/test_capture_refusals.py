@@ -20,7 +20,7 @@ from sparsering.runtime.hf.capture import (
     trace_header,
 )
 from sparsering.runtime.model.attached import ATTENTION_NAME, Attached
-from sparsering.runtime.model.attention_call import attention_form, refuse_masks
+from sparsering.runtime.model.calls.asked import attention_form, refuse_masks
 from sparsering.runtime.pattern.form import PLAIN, WHOLE, AttentionForm, Reach
 from sparsering.runtime.pattern.selectors import make_selector
 from sparsering.traces.dataset.writer import TraceWriter

@@ -225,7 +225,6 @@ FAULTS = [
     (RemembersTheLastCall, None, rf"off by .* when it is called a second time, alone|{OTHERS}"),
     (RoutesByTheBatch, MOE, OTHERS),
     (NoisyLayers, None, OTHERS),
-    (ShiftsLabelsItself, None, r"off by .* by the loss of attach"),
     (UsesSomeParametersOnly, None, rf"gets a gradient only from some tokens|{OTHERS}"),
 ]
 # What a small copy of few tokens, few layers, in training mode, would not show.

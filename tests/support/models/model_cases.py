@@ -33,6 +33,10 @@ NESTED_DYNAMIC = {
     "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OF_A_DECODER = {"d_model": 64, "decoder_layers": 2, "encoder_layers": 3, "decoder_attention_heads": 4,
+                "decoder_ffn_dim": 96, "encoder_attention_heads": 2, "dropout": 0.0}  # fmt: skip
+INDEXER = {"index_topk": 256, "index_n_heads": 2, "index_head_dim": 16}
 # name -> (family, settings, what the refusal says; None: it is right)
 CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "llama": ("llama", {}, None),
@@ -90,9 +94,23 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
               r"asked for by layers \[.*\] of 2"),
     "recurrent-gemma": ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 4096,
                                             "block_types": ["recurrent", "attention"]}, "asked for by layers"),
-    # attention that never asks the interface
-    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
-               "does not take its attention from outside"),
+    # attention that a class writes out: one K/V head, ALiBi, a window; positions that a class makes itself
+    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": False}, None),
+    "bloom": ("bloom", {}, None),
+    "gpt-neo": ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                            "window_size": 70}, None),
+    "bart": ("bart", OF_A_DECODER, None),
+    # encoders as decoders: a transform before the head; positions that begin after the padding's, and count tokens
+    "bert": ("bert", ENCODER | {"is_decoder": True}, None),
+    "roberta": ("roberta", ENCODER | {"is_decoder": True, "pad_token_id": 1, "bos_token_id": 0}, None),
+    # what is added to the scores of a key; layers that ask twice; layers with fewer heads; keys that a model chooses
+    "doge": ("doge", {"num_key_value_heads": 4}, None),
+    "diffllama": ("diffllama", {}, None),
+    "deepseek-v3.2": ("deepseek_v32", MLA | EXPERTS | INDEXER, None),
+    "deepseek-v3.2-chooses": ("deepseek_v32", MLA | EXPERTS | INDEXER | {"index_topk": 255},
+                              "index_topk: is 255, below the 256 tokens of a sequence: the model chooses keys itself"),
+    # attention that is no plain one, though it is written out
+    "cpmant": ("cpmant", {"dim_head": 16, "dim_ff": 96}, "attention scores"),
     # angles that depend on the length of what a rank sees, nested too
     "llama-dynamic": ("llama", {"max_position_embeddings": 96,
                                 "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -114,11 +132,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "router-losses-unknown": ("flint", {"output_router_logits": True, "num_experts_per_tok": 2},
                               "output_router_logits: is on, but FlintForCausalLM does not say which modules"),
     "router-losses-without": ("llama", {"output_router_logits": True}, "output_router_logits: is on, but "),
-    "bert": ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "is not causal"),
+    "bert-encoder": ("bert", ENCODER, "is not causal"),
 }  # fmt: skip
 RIGHT = [name for name, (_, _, refusal) in CASES.items() if refusal is None]
 REFUSED = [name for name, (_, _, refusal) in CASES.items() if refusal is not None]
-WITHOUT_KV_HEADS = {"falcon", "gpt2", "bert"}
+WITHOUT_KV_HEADS = {"falcon", "gpt2", "bert", "bloom", "gpt_neo", "bart", "roberta", "cpmant"}
 
 
 def case_config(name: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...traces.errors import InputError, UnsupportedError
+from ....traces.errors import InputError, UnsupportedError
 
 
 class PositionGuard:
@@ -30,9 +30,10 @@ class PositionGuard:
         """Take other positions [B, S_own] for right until told otherwise: documents that restart. None: the plan's."""
         self._expected = self._plan[None] if position_ids is None else position_ids
 
-    def check(self, position_ids: Tensor | None) -> None:
+    def check(self, position_ids: Tensor | None, uncounted: Tensor | None = None) -> None:
         """Refuse a call without positions or with another shape; begin to compare the values.
 
+        uncounted: bool scalar, whether there are tokens that the model leaves out when it counts.
         Raises UnsupportedError when there are none, InputError for shapes, and on a CPU for values.
         """
         if position_ids is None:
@@ -42,9 +43,10 @@ class PositionGuard:
             raise InputError(f"shape {tuple(position_ids.shape)} is not [B, {self._plan.numel()}] of this rank's shard",
                              field="position_ids")  # fmt: skip
         differs = (position_ids != self._expected.to(position_ids.device)).any()
+        differs = torch.stack([differs, torch.zeros_like(differs) if uncounted is None else uncounted])
         event = None
         if differs.device.type == "cuda":
-            differs = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+            differs = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending = differs, event
@@ -58,6 +60,10 @@ class PositionGuard:
         (differs, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
+        differs, uncounted = differs.tolist()
+        if uncounted:
+            raise UnsupportedError("has padding, which this model leaves out when it numbers tokens: a shard does not "
+                                   "know how many came before", field="input_ids")  # fmt: skip
         if differs:
             raise InputError("are not those of this rank's shard: call shard() with this rank's number",
                              field="position_ids")  # fmt: skip
