@@ -140,7 +140,8 @@ class Attached:
     ) -> Tensor:
         """Attention that a class writes out."""
         if slopes is not None:
-            q, k = falling(q, k, slopes=slopes, scale=scale, positions=self._placing.current)
+            at, length = self._placing.current, self.seq_len_tokens
+            q, k = falling(q, k, slopes=slopes, scale=scale, positions=at, seq_len_tokens=length)
         return _attend(self, module, q, k, v, None, layer=layer, scaling=scale)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -28,7 +28,9 @@ TIMES_KV_HEADS: dict[str, int | str] = {"mimo_v2_flash": 2, "jetmoe": "num_exper
 # Classes that add something to all scores of a key (ALiBi, Doge's mask), and the setting that says so; (): always.
 ADDING: dict[str, tuple[str, ...]] = {"bloom": (), "doge": (), "mpt": ("attn_config", "alibi"), "falcon": ("alibi",)}
 ADDED_DIMS = 4
-DIGIT = 256  # positions of 16-bit types are exact up to here
+DIGIT = 256  # a position is two digits to this base
+# Up to here every whole number is one of the type.
+WHOLE_NUMBERS = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,19 @@ def added_dims(config: Any) -> int:
     return ADDED_DIMS if value else 0
 
 
-def falling(q: Tensor, k: Tensor, *, slopes: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+def falling(
+    q: Tensor, k: Tensor, *, slopes: Tensor, scale: float, positions: Tensor, seq_len_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Return q and k [B, H, S, D + 4] whose scores have slope * position of the key added, of each head's slope.
 
     That is what ALiBi adds but for a constant a row, which a softmax does not see. slopes: [H], or the same for every
     sequence of the batch; positions int64 [B, S]. Positions are two digits and slopes two parts, so that 16-bit types
-    hold them: positions exactly up to 65,536, slopes to 16 bits.
+    hold them: slopes to 16 bits, positions exactly. UnsupportedError for sequences in which these would not be.
     """
+    most = DIGIT * WHOLE_NUMBERS.get(q.dtype, seq_len_tokens)
+    if seq_len_tokens > most:
+        told = f"of {seq_len_tokens} tokens would be rounded in {q.dtype}, which has them up to {most}"
+        raise UnsupportedError(told, field="positions that are added to scores")
     batch, heads, tokens, _ = q.shape
     exact = (slopes.reshape(-1, heads)[:1].double() / scale).expand(batch, heads)
     coarse = exact.to(q.dtype)

@@ -100,7 +100,7 @@ def test_slopes_and_biases_are_added_to_scores(dtype: torch.dtype, room: float) 
     positions = torch.arange(40_000, 40_000 + S)[None]
     slopes, scale = torch.tensor([0.7, 0.3, 0.011], dtype=torch.float64), D**-0.5
     q, k = torch.zeros(2, 1, H, S, D, dtype=dtype)
-    of_q, of_k = falling(q, k, slopes=slopes, scale=scale, positions=positions)
+    of_q, of_k = falling(q, k, slopes=slopes, scale=scale, positions=positions, seq_len_tokens=1 << 16)
     scores = scale * (of_q.double() @ of_k.double().transpose(-1, -2))
     wanted = slopes[:, None] * torch.arange(S)
     torch.testing.assert_close(scores[0, :, 0] - scores[0, :, 0, :1], wanted, rtol=room, atol=room)
@@ -108,6 +108,17 @@ def test_slopes_and_biases_are_added_to_scores(dtype: torch.dtype, room: float) 
     of_q, of_k = biased(q, k, bias=bias, scale=scale)
     scores = scale * (of_q.double() @ of_k.double().transpose(-1, -2))
     torch.testing.assert_close(scores[0, :, 0], bias[0].double(), rtol=room, atol=room)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 65_536), (torch.float16, 524_288)])
+def test_positions_that_would_be_rounded_are_refused(dtype: torch.dtype, most: int) -> None:
+    q, k = torch.zeros(2, 1, H, 2, D, dtype=dtype)
+    positions, slopes = torch.tensor([[most - 2, most - 1]]), torch.full((H,), 2.0**-8)
+    of_q, of_k = falling(q, k, slopes=slopes, scale=1.0, positions=positions, seq_len_tokens=most)
+    scores = (of_q.double() @ of_k.double().transpose(-1, -2))[0, 0, 0]
+    assert scores.tolist() == [(most - 2) * 2.0**-8, (most - 1) * 2.0**-8]
+    with pytest.raises(UnsupportedError, match=f"of {most + 1} tokens would be rounded in torch"):
+        falling(q, k, slopes=slopes, scale=1.0, positions=positions, seq_len_tokens=most + 1)
 
 
 class Counting(torch.nn.Module):
