@@ -246,7 +246,7 @@ def test_a_plan_that_leaves_out_pairs_has_no_dense_steps(tmp_path: Path) -> None
     apart.save(tmp_path / "plan.json")
     config["plan"] = {"file": str(tmp_path / "plan.json")}
     set_up(parse_config(config))
-    config["plan"]["choose"] = {"dense_from_step": 3}
+    config["plan"] = config["plan"] | {"choose": {"dense_from_step": 3}}
     with pytest.raises(InputError, match=r"plan\.json: plan\.choose: the plan leaves out pairs of shards"):
         set_up(parse_config(config))
 
