@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..traces.validation import validated
 
 MOST_US = 1e18  # more is a mistake
-NEEDED = ("evaluator", "forward_us", "backward_us", "step_time_us", "bound_us", "gap")  # beside `candidates`
+# Beside `candidates`.
+NEEDED = ("verdict", "evaluator", "forward_us", "backward_us", "step_time_us", "bound_us", "gap", "notes")
 
 
 class _Checked(BaseModel):
@@ -44,12 +45,15 @@ class _Predictions(_Checked):
     best_baseline: str | None = None
     best_baseline_us: float | None = Field(default=None, gt=0, le=MOST_US)
     candidates: tuple[_Candidate, ...] | None = Field(default=None, strict=False)
+    notes: tuple[str, ...] | None = Field(default=None, strict=False)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         missing = [name for name in NEEDED if self.candidates is not None and getattr(self, name) is None]
         if missing:
             raise ValueError(f"{missing[0]} is missing beside candidates")
+        if (self.best_baseline is None) != (self.best_baseline_us is None):
+            raise ValueError("best_baseline and best_baseline_us: one is there without the other")
         return self
 
 

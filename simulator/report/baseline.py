@@ -15,14 +15,14 @@ WORTH_IT = 0.01  # as the planner's verdict: a smaller gain is none
 
 def compared(plan: Plan) -> bool:
     """Return whether the plan's file holds a search's predictions: plans made by hand have none."""
-    return {"candidates", "step_time_us", "bound_us"} <= plan.predictions.keys()
+    return all(plan.predictions.get(name) is not None for name in ("candidates", "step_time_us", "bound_us"))
 
 
 def best_baseline(plan: Plan) -> Row | None:
     """Return the row of the plain layout that the plan is compared with, None where there is none."""
     told = plan.predictions
     best_us = told.get("best_baseline_us")
-    rows = [row for row in told.get("candidates", ()) if row["baseline"] and row["step_time_us"] == best_us]
+    rows = [row for row in told.get("candidates") or () if row["baseline"] and row["step_time_us"] == best_us]
     named = [row for row in rows if str(row["in_words"]) in str(told.get("best_baseline"))]
     return next(iter(named or rows), None)
 

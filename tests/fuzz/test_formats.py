@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from formats import LAPTOP, Format
 from many_inputs import changed_bytes, changed_values, many, refused_or_read
-from mutations import as_json
+from mutations import as_json, left_out, named_places, nulled
 
 if find_spec("torch") is not None:
     from torch_formats import FULL
@@ -71,6 +71,20 @@ def test_a_few(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
 @every_case
 def test_many(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
     fuzz(FORMATS[name], FORMATS[name].make(tmp_path), MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_without_any_one_value(name: str, tmp_path: Path) -> None:
+    """Each named value left out, and each in turn null: of lists the first and the last are looked into."""
+    format = FORMATS[name]
+    path = format.make(tmp_path)
+    assert format.document is not None and format.write is not None
+    document = format.document(path)
+    for place in [one for one in named_places(document) if one]:
+        for change in (left_out, nulled):
+            format.write(path, change(document, place))
+            refused_or_read(format, path)
 
 
 @pytest.mark.soak

@@ -40,6 +40,31 @@ def found(document: Any, place: Place) -> Any:
     return document
 
 
+def named_places(value: Any, here: Place = ()) -> Iterator[Place]:
+    """Yield the place of every value that has a name; of what a list holds, that of its first and last."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield (*here, key)
+            yield from named_places(one, (*here, key))
+    elif isinstance(value, list) and value:
+        for number in {0, len(value) - 1}:
+            yield from named_places(value[number], (*here, number))
+
+
+def left_out(document: Any, place: Place) -> Any:
+    """Return a copy without the value at a place."""
+    changed = deepcopy(document)
+    del found(changed, place[:-1])[place[-1]]
+    return changed
+
+
+def nulled(document: Any, place: Place) -> Any:
+    """Return a copy with null at a place."""
+    changed = deepcopy(document)
+    found(changed, place[:-1])[place[-1]] = None
+    return changed
+
+
 def _replace(holder: Any, key: Any, value: Any) -> None:
     holder[key] = value
 
