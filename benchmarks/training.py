@@ -228,7 +228,7 @@ def _medians(results: list[StepResult]) -> dict[str, float]:
     parts["attention_ms"] = [r.parts_ms["attention_forward"] + r.parts_ms["attention_backward"] for r in results]
     parts["step_ms"] = [r.seconds * 1e3 for r in results]
     exposed = [r.extra["exposed_communication_ms"] for r in results]
-    if None not in exposed:
+    if None not in exposed:  # not of layers that are CUDA graphs
         parts["exposed_communication_ms"] = exposed
     medians = {name: statistics.median(values) for name, values in parts.items()}
     return medians | {"memory_bytes": float(results[-1].extra["memory_bytes"] or 0)}

@@ -23,7 +23,7 @@ class Anchor(Selector):
     The anchors end with the first document. Without documents it is dense attention.
     """
 
-    name, causal, keeps_documents = "anchor", True, True
+    name, causal, keeps_documents, recordable = "anchor", True, True, True
     help = "whole documents, and first tokens that all of them attend"
     anchor_tokens: int = count(1, "first tokens that all documents attend", option="--anchors")
 

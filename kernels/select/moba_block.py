@@ -25,7 +25,7 @@ class MobaBlock(Selector):
     ValueError when the chunk is no multiple of the block.
     """
 
-    name, causal, keeps_documents, listed = "moba-block", True, True, True
+    name, causal, keeps_documents, listed, recordable = "moba-block", True, True, True, True
     help = "key chunks by their mean key"
     chunk_tokens: int = count(512, "tokens of a key chunk", option="--chunk")
     top_chunks: int = count(8, "chunks per query block")

@@ -44,6 +44,7 @@ class Selector(ABC):
     keeps_documents: packed documents may be laid over its masks
     listed:          its masks list active blocks one by one, rather than as diagonals
     lists_documents: they do where documents are packed
+    recordable:      without documents, a choice is the same launches whatever tensors say: a CUDA graph may replay it
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class Selector(ABC):
     keeps_documents: ClassVar[bool] = False
     listed: ClassVar[bool] = False
     lists_documents: ClassVar[bool] = False
+    recordable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for one in _settings(type(self)):
@@ -80,6 +82,10 @@ class Selector(ABC):
     def most_tokens_anywhere(self, block_size: int) -> int | None:
         """Return up to how many tokens a packed document need not begin with a block; None: any may begin anywhere."""
         return None
+
+    def of_layer(self, layer: int) -> Selector:
+        """Return the selector that one layer's masks are chosen by: this one, unless layers differ."""
+        return self
 
     def of_head(self, layer: int, head: int) -> Selector:
         """Return the selector that one head's row of a trace names: this one, unless heads differ."""

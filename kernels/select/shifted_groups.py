@@ -21,7 +21,7 @@ class ShiftedGroups(Selector):
     multiple of the block.
     """
 
-    name, causal, listed = "shifted-groups", True, True
+    name, causal, listed, recordable = "shifted-groups", True, True, True
     help = "groups of tokens, shifted by half for half of the heads"
     group_tokens: int = count(2048, "tokens of a group", option="--group")
 

@@ -24,7 +24,7 @@ class SinkWindow(Selector):
     tokens of their own.
     """
 
-    name, causal, keeps_documents = "sink-window", True, True
+    name, causal, keeps_documents, recordable = "sink-window", True, True, True
     help = "first and nearest tokens"
     sink_tokens: int = count(30, "first tokens kept", option="--sinks", least=0)
     window_tokens: int = count(1024, "nearest tokens kept", option="--window")

@@ -61,7 +61,7 @@ class VerticalSlashSelector(Selector):
     attended whole anyway must begin with a block; choosing raises ValueError otherwise.
     """
 
-    causal, keeps_documents, lists_documents = False, True, True
+    causal, keeps_documents, lists_documents, recordable = False, True, True, True
 
     @property
     @abstractmethod

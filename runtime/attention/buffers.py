@@ -110,8 +110,10 @@ class BufferPool:
     another direction has been played, and every transfer is waited for before a direction ends.
     kv_heads: how many K/V heads a slot of each schedule has, where that is not all of them.
     peers: where to allocate when ranks pull; it makes growing the arena collective, and torch's allocator, which does
-    not give this memory, does not count it.
+    not give this memory, does not count it. generation: another number as soon as slots lie in other memory.
     """
+
+    generation: int = 0
 
     def __init__(
         self,
@@ -154,6 +156,7 @@ class BufferPool:
         return self._arena.memory.nbytes if self._peers is not None else 0
 
     def _allocate(self, nbytes: int) -> Arena:
+        self.generation += 1
         if self._peers is not None and nbytes:
             return self._peers.allocate(nbytes)
         return Arena(memory=torch.empty(nbytes, dtype=torch.uint8, device=self._device))

@@ -6,7 +6,7 @@ Shape legend: B batch, S tokens of this rank's shard, H query heads, H_kv K/V he
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -24,10 +24,12 @@ from ..comm.reuse import common_channels
 from ..pattern.form import PLAIN, AttentionForm
 from .bound import BoundPlan
 from .buffers import BufferPool, Slots
+from .graphs.graphs import Graphs
+from .graphs.passes import Gradients, RecordedPasses, Results
 from .heads import Pattern
 from .launches import BackwardLaunches, ForwardLaunches
 from .layer import Layer, Tensors
-from .masks import Indexes, RunningHash
+from .masks import Indexes, MaskSource, RunningHash
 from .recompute import computed_once
 from .ring import play
 from .sums import KeySums
@@ -47,6 +49,11 @@ class Saved(NamedTuple):
     columns: Tensor | None
     kept_kv: Tensor | None
     indexes: Indexes
+
+    @property
+    def results(self) -> Results:
+        """All but the indexes."""
+        return Results(self.out, self.lse, self.columns, self.kept_kv)
 
 
 class PlayedForward(NamedTuple):
@@ -91,15 +98,20 @@ class PlannedAttention:
     """Attention by a bound plan: channels and buffers, shared by all layers.
 
     Making it is collective. channels: in place of those that all plans of the mesh share, and of its own where a
-    recorder notes what every call does. waiting: made around every wait for other ranks, to measure it. watch: is
-    shown every layer. poisons: whether buffers for other ranks' data are filled with NaN before every layer.
+    recorder notes what every call does. graphs: layers are played by recordings kept there (see `graphs_for`), unless
+    there is a recorder. waiting: made around every wait for other ranks, to measure it; while it does, graphs must be
+    paused. watch: is shown every layer. poisons: whether buffers for other ranks' data are filled with NaN before every
+    layer.
     """
 
     waiting: Waiting = nullcontext
     watch: Watch | None = None
     poisons: bool = False
 
-    def __init__(self, bound: BoundPlan, *, channels: Channels | None = None, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, bound: BoundPlan, *, channels: Channels | None = None, recorder: Recorder | None = None,
+        graphs: Graphs | None = None,
+    ) -> None:  # fmt: skip
         self.bound, self.recorder = bound, recorder
         programs, mesh = list(bound.programs.values()), bound.mesh
         schedules, kv_heads = [one.schedule for one in programs], [one.groups.kv_heads_of_one for one in programs]
@@ -110,6 +122,11 @@ class PlannedAttention:
         self.channels: Mapping[str, Channel] = self._channels.bind(schedules)
         self.pool = BufferPool(mesh.device, schedules, self._channels.peers, kv_heads=kv_heads)
         self._joined_positions: dict[tuple[int, ...], Tensor] = {}
+        self._recorded: RecordedPasses | None = None
+        if graphs is not None and recorder is None:
+            self._recorded = RecordedPasses(
+                self, graphs, indexed=self._indexes, generation=lambda: self.pool.generation
+            )  # fmt: skip
         self._pattern_hash = RunningHash(mesh.device)
         self._topic, self._agreements = f"{bound.topic} attention {next(_planned)}", 0
 
@@ -148,13 +165,27 @@ class PlannedAttention:
 
     def forward(self, qkv: Tensors, mask: Pattern, scale: float, form: AttentionForm = PLAIN) -> Saved:
         """Play the plan's forward on contiguous q, k, v; return its results and what backward needs."""
+        q, k, _ = qkv
+        indexes = self._indexes(
+            mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k, scale)), self.note_pattern
+        )
+        recorded = self._recorded
+        if recorded is not None and recorded.ready and recorded.takes(indexes.mask, q.shape[1]):
+            return Saved(*recorded.forward(qkv, indexes.mask, scale, form), indexes=indexes)
+        return Saved(*self.play_forward(qkv, indexes, scale, form), indexes=indexes)
+
+    def backward(
+        self, grad_out: Tensor, qkv: Tensors, saved: Saved, scale: float, form: AttentionForm = PLAIN
+    ) -> Gradients:
+        """Play the plan's backward. grad_out: contiguous."""
+        mask, recorded = saved.indexes.mask, self._recorded
+        if recorded is not None and recorded.ready and recorded.takes(mask, grad_out.shape[1]):
+            return recorded.backward(grad_out, qkv, saved.results, mask, scale, form)
+        return self.play_backward(grad_out, qkv, saved.results, saved.indexes, scale, form)
+
+    def play_forward(self, qkv: Tensors, indexes: Indexes, scale: float, form: AttentionForm) -> Results:
+        """Play forward, one launch after the other."""
         q, k, v = qkv
-        indexes = Indexes(
-            source=mask if isinstance(mask, AttentionMask) else (lambda: mask(q, k, scale)),
-            positions=self.bound.positions, rank=self.bound.mesh.rank, backend=self.bound.backend,
-            columns_capacity=self.bound.plan.columns_capacity, joined_positions=self._joined_positions,
-            chosen=self.note_pattern,
-        )  # fmt: skip
         kept_kv, program = None, self.bound.programs["forward"]
         if program.kept_slots:  # room for what a layer keeps of others' K/V until backward
             batch, tokens, _, head_dim = k.shape
@@ -166,30 +197,28 @@ class PlannedAttention:
         out, lse = layer.results
         if form.sinks is not None:
             out, lse = backend_of(self.bound.backend).with_sinks(out, lse, form.sinks.detach())
-        return Saved(out=out, lse=lse, columns=layer.columns, kept_kv=kept_kv, indexes=indexes)
+        return Results(out=out, lse=lse, columns=layer.columns, kept_kv=kept_kv)
 
-    def backward(
-        self, grad_out: Tensor, qkv: Tensors, saved: Saved, scale: float, form: AttentionForm = PLAIN
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Play the plan's backward; return dq in q's dtype, dk, dv and what this rank's queries give the sinks [H].
-
-        The latter three in the accumulator's type, None without sinks. grad_out: contiguous.
-        """
+    def play_backward(
+        self, grad_out: Tensor, qkv: Tensors, results: Results, indexes: Indexes, scale: float, form: AttentionForm
+    ) -> Gradients:
+        """Play backward, one launch after the other."""
         q, k, v = qkv
         program, dtype = self.bound.programs["backward"], accumulator_dtype(q.dtype)
         backend = backend_of(self.bound.backend)
-        delta = backend.row_products(grad_out, saved.out)
-        slots = self.slots("backward", k, saved.kept_kv)
+        delta = backend.row_products(grad_out, results.out)
+        slots = self.slots("backward", k, results.kept_kv)
         home = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
         sums = KeySums(slots=slots, groups=program.groups, home=home, backend=backend, dtype=q.dtype)
         layer = Layer(
-            program=program, indexes=saved.indexes, slots=slots, kv=(k, v), columns=saved.columns, sums=sums,
-            queries=(q, grad_out, saved.lse, delta),
+            program=program, indexes=indexes, slots=slots, kv=(k, v), columns=results.columns, sums=sums,
+            queries=(q, grad_out, results.lse, delta),
         )  # fmt: skip
         self._play(layer, BackwardLaunches(layer=layer, scale=scale, softcap=form.softcap))
         grad_q = torch.zeros_like(q) if layer.results is None else layer.results[0]
         grad_k, grad_v = sums.finish()
-        return grad_q, grad_k, grad_v, None if form.sinks is None else sink_gradients(saved.lse, delta, form.sinks)
+        of_sinks = None if form.sinks is None else sink_gradients(results.lse, delta, form.sinks)
+        return Gradients(q=grad_q, k=grad_k, v=grad_v, sinks=of_sinks)
 
     def slots(self, direction: Direction, k: Tensor, kept: Tensor | None = None) -> Slots:
         """Return the slots of one direction for K/V shaped like `k`; kept: those of the layer's own."""
@@ -223,6 +252,14 @@ class PlannedAttention:
         """End the channels that are its own."""
         if self._owns_channels:
             self._channels.close()
+
+    def _indexes(
+        self, source: AttentionMask | MaskSource, chosen: Callable[[AttentionMask], None] = lambda mask: None
+    ) -> Indexes:
+        return Indexes(
+            source=source, positions=self.bound.positions, rank=self.bound.mesh.rank, backend=self.bound.backend,
+            columns_capacity=self.bound.plan.columns_capacity, joined_positions=self._joined_positions, chosen=chosen,
+        )  # fmt: skip
 
     def _play(self, layer: Layer, launches: ForwardLaunches | BackwardLaunches) -> None:
         """Play one direction of one layer; RankLost names the ranks that stopped answering."""

@@ -13,6 +13,8 @@ from ...planner.plan import Plan
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError
 from ..attention.bound import BoundPlan, bind
+from ..attention.graphs.setting import graphs_for
+from ..attention.graphs.words import GraphsSetting
 from ..attention.patterns import PlannedChoice
 from ..attention.planned import PlannedAttention
 from ..audit.audit import require_model
@@ -26,12 +28,14 @@ from ..model.shape import check_angles, model_body, model_shape, setting
 
 
 def attach(
-    model: Module, plan: Plan, mesh: Mesh, *, trace: Trace | None = None, training_step: int | None = None
-) -> Attached:
+    model: Module, plan: Plan, mesh: Mesh, *, trace: Trace | None = None, training_step: int | None = None,
+    cuda_graphs: GraphsSetting = "auto",
+) -> Attached:  # fmt: skip
     """Make `model` compute its attention over the ranks of `mesh` as `plan` says. Collective.
 
     model: a transformers model, or a peft model around one. trace: whose patterns of `training_step` (default: the
-    last) are replayed, when the plan replays a trace.
+    last) are replayed, when the plan replays a trace. cuda_graphs: play layers as CUDA graphs; "auto": where they can
+    be and a rank's queries are small, "always", "never".
     Raises InputError when world size, model shape or trace are not the plan's, and UnsupportedError with the reason
     when the model does not pass the audit (`audit.py`), before any GPU work.
     """
@@ -42,10 +46,11 @@ def attach(
     check_padding(body.config, plan, first_position=uncounted_token(model_body(body))[1])
     bound = bind(plan, mesh)
     chosen = plan.pattern.source == "choose"
-    masks = PlannedChoice(bound).of_layer if chosen else _replay(bound, trace, training_step)
+    graphs = graphs_for(bound, cuda_graphs)
+    masks = PlannedChoice(bound, graphs=graphs).of_layer if chosen else _replay(bound, trace, training_step)
     return Attached(
-        body, PlannedAttention(bound), masks, positions=bound.own_positions, seq_len_tokens=plan.seq_len_tokens,
-        one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
+        body, PlannedAttention(bound, graphs=graphs), masks, positions=bound.own_positions,
+        seq_len_tokens=plan.seq_len_tokens, one_sequence=chosen, first_loss=partial(check_first_loss, mesh),
         router=router_loss_of(body, bound.own_positions < plan.seq_len_tokens, partial(_total, mesh)),
     )  # fmt: skip
 

@@ -29,6 +29,10 @@ class LayerSelectors(Selector):
         """The most of any layer."""
         return max(one.most_columns for one in self.layers)
 
+    def of_layer(self, layer: int) -> Selector:
+        """Return the layer's own."""
+        return self.layers[layer]
+
     def of_head(self, layer: int, head: int) -> Selector:
         """Return the layer's own."""
         return self.layers[layer].of_head(layer, head)

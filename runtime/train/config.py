@@ -21,6 +21,7 @@ from ...traces.errors import InputError
 from ...traces.files import canonical_json, sha256_of_bytes
 from ...traces.validation import validation_error
 from ...traces.yaml_files import read_yaml, with_settings
+from ..attention.graphs.words import GraphsSetting
 from ..pattern.section import PatternSection
 
 MAX_CONFIG_BYTES = 1 << 16
@@ -133,7 +134,9 @@ class PlanSection(_Section):
     """file: a plan; without one, a default plan is made of what follows. trace: what a plan with patterns replays.
 
     pattern: how patterns are chosen when the plan is made here, in all layers or by rules for some.
-    choose: in which steps patterns are chosen. layout: by name, as in plan files and `sparsering plan --layout`.
+    choose: in which steps patterns are chosen. cuda_graphs: play layers as CUDA graphs, which costs the host
+    microseconds instead of milliseconds a layer; auto: where they can be and a rank's queries are small.
+    layout: by name, as in plan files and `sparsering plan --layout`.
     layout_parameters: its own, as {chunks: 2, pull: true}; what is not given has the layout's default.
     """
 
@@ -145,6 +148,7 @@ class PlanSection(_Section):
     block_size: Literal[64, 128] = 128
     backend: str | None = None
     choose: ChooseSection = ChooseSection()
+    cuda_graphs: GraphsSetting = "auto"
 
     def make_layout(self) -> Layout:
         """Return the default plan's layout; InputError, naming field and value, where there is none that fits."""
@@ -242,12 +246,16 @@ class MetricsSection(_Section):
     kept_mass_every_steps: how often kept attention mass is weighed, which takes passes over all keys; None: only in
     the steps that are recorded for the trace.
 
+    exposure_every_steps: how often waiting for other ranks is measured where layers are CUDA graphs: such a step is
+    launched kernel by kernel. Elsewhere it is measured in every step that is written.
+
     expert_load: how often each expert of each layer is chosen, over all ranks, in every step that is written.
     """
 
     folder: RootedPath
     every_steps: int = Field(default=1, ge=1)
     kept_mass_every_steps: int | None = Field(default=None, ge=1)
+    exposure_every_steps: int = Field(default=10, ge=1)
     expert_load: bool = False
     tensorboard: bool = False
     wandb: WandbSection | None = None

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ...kernels.mask import AttentionMask
 from ..attention.bound import BoundPlan, bind
+from ..attention.graphs.graphs import Graphs
+from ..attention.graphs.setting import graphs_for
 from ..attention.planned import PlannedAttention
 from ..baselines.flash4 import NAME as FLASH4_RING
 from ..baselines.ring import ZigzagAttention
@@ -70,6 +72,7 @@ class Trainer:
             seed=setup.config.seed,
         )  # fmt: skip
         self.masks: LayerMasks | None = None
+        self.graphs: Graphs | None = None
         self._bound: BoundPlan | None = None
         attention = self._attention(replayed)
         device_mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("all",))
@@ -144,7 +147,9 @@ class Trainer:
         check = self.check if self.check is not None and self.check.is_due(self.next_step) else None
         if check is not None:
             check.begin(self.next_step)
-        self.exposure.on = observed.measured
+        self.exposure.on = observed.measured and (self.graphs is None or observed.exposed)
+        if self.graphs is not None:
+            self.graphs.paused = self.exposure.on
         if self.load is not None:
             self.load.on = observed.measured
         losses = self._forward_backward(batches, valid, observed)
@@ -182,11 +187,12 @@ class Trainer:
         if self.config.attention == "torch-context-parallel":
             return TorchContextParallel(self.mesh)
         self._bound = bound = bind(self.setup.plan, self.mesh)
-        planned = PlannedAttention(bound)
+        self.graphs = graphs_for(bound, self.config.plan.cuda_graphs)
+        planned = PlannedAttention(bound, graphs=self.graphs)
         planned.waiting = self.exposure.waiting
         self.masks = LayerMasks(
             bound, trace=self.setup.trace, clock=self.clock, exposure=self.exposure, seed=self.config.seed,
-            replayed=replayed,
+            replayed=replayed, graphs=self.graphs,
         )  # fmt: skip
         return planned
 
@@ -273,7 +279,8 @@ class Trainer:
             values["patterns_of_step"] = self.config.plan.choose.chosen_in(self.next_step - 1)
         if self.config.plan.choose.sometimes_dense:
             values["dense"] = self.config.plan.choose.dense_at(self.next_step - 1)
-        return values | {"exposed_communication_ms": self.exposure.take_ms() if seen_into else None}
+        measured = seen_into and self.exposure.on
+        return values | {"exposed_communication_ms": self.exposure.take_ms() if measured else None}
 
 
 def _over_all_ranks(counts: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def observed_of(config: TrainConfig, step: int) -> Observed:
     if metrics is None or step % metrics.every_steps:
         return Observed(weighed=recorded, recorded=recorded)
     weighed = metrics.kept_mass_every_steps is not None and step % metrics.kept_mass_every_steps == 0
-    return Observed(measured=True, weighed=weighed or recorded, recorded=recorded)
+    exposed = step % metrics.exposure_every_steps == 0
+    return Observed(measured=True, exposed=exposed, weighed=weighed or recorded, recorded=recorded)
 
 
 class Outputs:

@@ -22,6 +22,7 @@ from ...traces.dataset.rows import HeadChoice
 from ...traces.dataset.store import Trace
 from ...traces.dataset.writer import LayerRecord
 from ..attention.bound import BoundPlan, reach_of
+from ..attention.graphs.graphs import Graphs
 from ..attention.heads import Chooser
 from ..attention.masks import RunningHash, cut_diagonals
 from ..attention.patterns import PlannedChoice, collectives_over
@@ -34,11 +35,13 @@ from ..timing.spans import Clock, Exposure
 class Observed:
     """What a training step looks at beyond its loss; of patterns, those of its first microbatch.
 
-    measured: density, imbalance and exposed communication. weighed: also the mass that patterns keep. recorded: whole
+    measured: density, imbalance and exposed communication; exposed: the latter also where layers are CUDA graphs, which
+    are launched kernel by kernel then. weighed: also the mass that patterns keep. recorded: whole
     patterns, for the trace, which asks for their mass too.
     """
 
     measured: bool = False
+    exposed: bool = False
     weighed: bool = False
     recorded: bool = False
 
@@ -71,12 +74,12 @@ class LayerMasks:
     seed: of the sampled queries. replayed: one mask a layer, used in place of what would be. source: layer -> mask or
     chooser. documents int32 [S]: laid over the masks of this microbatch. observed: what is kept of them. again: use
     every layer's kept mask and choose none. keeping: keep every layer's mask, in the place of the one before. dense:
-    attend everything before a token instead.
+    attend everything before a token instead. graphs: of `PlannedChoice`.
     """
 
     def __init__(
         self, bound: BoundPlan, *, trace: Trace | None, clock: Clock, exposure: Exposure, seed: int,
-        replayed: Sequence[AttentionMask] | None = None,
+        replayed: Sequence[AttentionMask] | None = None, graphs: Graphs | None = None,
     ) -> None:  # fmt: skip
         self._bound, self._clock, self._seed, self._replayed = bound, clock, seed, replayed
         self.source: Callable[[int], AttentionMask | Chooser]
@@ -84,7 +87,7 @@ class LayerMasks:
         if trace is not None:
             self.source = bound.replayed(trace, trace.steps[-1]).__getitem__
         else:
-            self._choice = PlannedChoice(bound, exposure.waiting)
+            self._choice = PlannedChoice(bound, exposure.waiting, graphs=graphs)
             self.source = self._choice.of_layer
         self.documents: Tensor | None = None
         self.observed = NOTHING

@@ -29,7 +29,7 @@ class RowBlockSelector(Selector):
     Choosing raises ValueError when local tokens are not whole blocks.
     """
 
-    causal, keeps_documents, listed = True, True, True
+    causal, keeps_documents, listed, recordable = True, True, True, True
 
     def _choose(self, shard: ShardTensors, *, scale: float, layer: int, collectives: Collectives) -> AttentionMask:
         self._check(shard)
