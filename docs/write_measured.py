@@ -212,6 +212,25 @@ def layer_table(result: Result) -> list[str]:
     return table(columns, result.rows)
 
 
+def layers_table(result: Result) -> list[str]:
+    """Return short layers in a row: what each takes, and what it costs the host."""
+    same = ("seq_len", "heads", "kv_heads", "mask", "density", "columns")
+    host = [f"host_{direction}_ms" for direction in ("forward", "backward")]
+    columns = [
+        Column(heading="tokens", cell=tokens),
+        Column(heading="heads", cell=lambda row: f"{row['heads']}:{row['kv_heads']} of {row['head_dim']}"),
+        Column(heading="mask", cell=plain("mask")), Column(heading="density", cell=percent("density")),
+        Column(heading="columns", cell=plain("columns")), Column(heading="implementation", cell=plain("impl")),
+        Column(heading="forward, ms", cell=measured("forward_ms")),
+        Column(heading="backward, ms", cell=measured("backward_ms")),
+        Column(heading="÷ quickest", cell=quickest(result.rows, same, layer_ms)),
+        Column(heading="host, forward, ms", cell=measured(host[0])),
+        Column(heading="host, backward, ms", cell=measured(host[1])),
+        Column(heading="host ÷ quickest", cell=quickest(result.rows, same, lambda row: sum(row[one] for one in host))),
+    ]  # fmt: skip
+    return table(columns, result.rows)
+
+
 def shown_layout(row: Row) -> str:
     """Return placement and layout; of the peers' rings also whether their exchange of tokens is in the time."""
     if row["impl"].startswith("mtraining"):
@@ -308,7 +327,7 @@ def planner_table(result: Result) -> list[str]:
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "kernels": kernels_table, "choosing": choosing_table, "ring": layer_table, "rank": layer_table,
     "training": training_table, "simulator": simulator_table, "fidelity": fidelity_table,
-    "faults": faults_table, "planner": planner_table,
+    "faults": faults_table, "planner": planner_table, "layers": layers_table,
 }  # fmt: skip
 # benchmarks/models.py writes docs/models.md, write_learning.py docs/learning.md; docs/reliability.md tells of a soak.
 ELSEWHERE = frozenset({"eval", "models", "soak"})

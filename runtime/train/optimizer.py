@@ -61,7 +61,8 @@ def gradient_norms(parameters: Iterable[tuple[str, Parameter]]) -> GradientNorms
     """
     named = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
     local = [_local(gradient) for _, gradient in named]
-    squares = torch.stack([torch.linalg.vector_norm(part).double() for part in local]).square()
+    norms = torch._foreach_norm(local)  # pyright: ignore[reportPrivateImportUsage]  # a launch, not one a parameter
+    squares = torch.stack(norms).double().square()
     if dist.is_initialized():
         dist.all_reduce(squares)
     return GradientNorms(names=[name for name, _ in named], squares=squares)
@@ -72,9 +73,9 @@ def clip_gradients(parameters: Iterable[Parameter], norm: Tensor, limit: float |
     if limit is None:
         return
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _local(parameter.grad).mul_(factor)
+    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class TrainingError(RuntimeError):

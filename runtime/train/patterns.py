@@ -189,6 +189,8 @@ class LayerMasks:
 
 def block_rows(mask: AttentionMask) -> Tensor:
     """Return int64 [H, N]: how many key blocks are computed for each query block (causal; columns not counted)."""
+    if mask.windows is None:
+        return mask.active.long().cumsum(-1) if mask.is_toeplitz else mask.active.tril().sum(-1)
     cut = torch.from_numpy(cut_diagonals(mask)).to(mask.active.device)
     if mask.is_toeplitz:
         return (mask.active | cut).long().cumsum(-1)
