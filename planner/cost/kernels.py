@@ -80,6 +80,15 @@ class DatasheetCost(DeviceCost):
         total_us = kernels * self.gpu.launch_overhead_us + kernels_us + self._traffic_us(batch, work, direction)
         return np.where(batch.total(work.tile_pairs) > 0, total_us, 0.0)
 
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds of each launch, float64 [L]: in pieces its tasks take no less.
+
+        Of waves: what is shared out over programs adds up, over as many rows as any piece has or more; the longest row
+        is the sum of the pieces' longest, or the longest of any. Overheads, and what is read and written of the
+        queries, a launch pays once and pieces each; what is written of the keys adds up.
+        """
+        return self.launches_us(batch, work, direction)
+
     def _sharing(self, batch: LaunchBatch) -> NDArray[np.int64]:
         """Return how many of a launch's query heads share a K/V head [L]: a head group may have fewer of them."""
         shared = np.full(len(batch.launches), self.queries_per_kv_head, dtype=np.int64)

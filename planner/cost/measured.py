@@ -45,6 +45,18 @@ class MeasuredCost:
         us = prices.launch_us(counts, far=far, resumed=~batch.begins) + prices.index_us(counts)
         return np.where(batch.total(work.tile_pairs) > 0, us, 0.0)
 
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return the microseconds of each launch with K/V as near as a single shard's are, float64 [L].
+
+        In pieces its tasks take no less: no price is negative, and all counts of pieces add up to those of the launch
+        at least. Only the share of K/V that the cache cannot hold is smaller of fewer shards, and of none below one.
+        """
+        prices, counts = self._table(direction, work.mask).prices, BatchCounts.of(batch, work)
+        of_a_shard = np.minimum(counts.key_rows_of_a_head, counts.rows // batch.head_counts)
+        far = far_share(of_a_shard * self.key_bytes_of_a_tile, self.cache_bytes)
+        us = prices.launch_us(counts, far=far, resumed=np.zeros(len(batch.launches))) + prices.index_us(counts)
+        return np.where(batch.total(work.tile_pairs) > 0, us, 0.0)
+
     def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
         """Return the microseconds that the host takes to issue each launch, its index included, float64 [L]."""
         prices = self._table(direction, work.mask).prices

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
+
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KEPT, KV_HOME, Buffer, Communicator, Direction, Schedule, ShardId, Transfer
 from ..schedule.shape import AttentionShape
 from .draft import Draft, NodesBuilder, Route, slots
-from .layout import Layout, Offers, Transfers
+from .layout import Entering, Layout, Offers, Transfers
 from .registry import register
 
 MAX_GRAD_SETS = 3  # of dK/dV: being computed, being summed within the node, on the way to another node
@@ -62,6 +64,13 @@ class TwoLevel(Layout):
             for halves in (False, True)
             for size in offers.inner_sizes[:MAX_CANDIDATE_SIZES]
         ]
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """Where groups are nodes: from every other node the shard of the same place, and a sum of the own one."""
+        if self.inner_size != ranks_per_node:
+            return Entering.nothing(pairs.world_size)
+        others = np.full(pairs.world_size, pairs.world_size // ranks_per_node - 1)
+        return Entering(kv=others, dkv=others)
 
     @property
     def kept_slots(self) -> object | None:

@@ -1,0 +1,120 @@
+"""Which candidates are estimated: all of few ranks; of many only those that no lower bound says to be far behind.
+
+On many ranks schedules are long, and most layouts send too much to be quick. What a layout sends between nodes follows
+from the pairs alone, so those that cannot be quick are never built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from ...traces.progress import Progress
+from ..layouts.layout import VERY_MANY_RANKS, Layout
+from ..schedule.schedule import DIRECTIONS
+from .candidates import Candidate, PlacementChoice
+from .options import eligible_options, worth_placing
+from .scores import Rater, ScoreBoard, Step
+
+# What an irregular placement must gain over all others. Evaluators know how many blocks a rank computes, not in
+# which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
+# docs/measured/rank.md).
+IRREGULAR_MARGIN = 0.01
+# What is estimated to take so much longer than the best is not looked at further. The recurrence overlooks that calls
+# share links, so it is seldom above the simulator.
+SCREENED = 1.05
+# On more ranks only some layouts are tried under each placement: the plain ones (but of very many ranks), and
+# the best of each kind under the first placement, unless they took so many times the best there.
+ALL_PLACED_RANKS, PLACED = 16, 1.25
+
+
+def margin_of(placement: PlacementChoice, forward: Layout, backward: Layout) -> float:
+    """Return the share of its time that a step must gain over plain layouts, which have no margin."""
+    return (0.0 if placement.regular else IRREGULAR_MARGIN) + max(forward.margin, backward.margin)
+
+
+def competing_us(step: Step) -> float:
+    """Return the time by which a step competes, in microseconds: plain layouts have no margin, so none is quicker."""
+    return step.step_time_us * (1 + margin_of(step.placement, step.forward_layout, step.backward_layout))
+
+
+def estimates(
+    board: ScoreBoard, candidates: Sequence[Candidate], plain: Sequence[Candidate], rater: Rater, progress: Progress
+) -> tuple[dict[Candidate, Step], list[str]]:
+    """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
+
+    Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
+    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
+    hangs on the cluster more than on who has which blocks; and those are left out that send too much to be quick.
+    """
+    found = _Field(board=board, rater=rater, progress=progress, most=len(candidates))
+    world = board.problem.cluster.world_size
+    for one in plain:
+        found.estimate(one)
+    tried: set[Layout] | None = None
+    for choice, both in groupby(candidates, key=lambda one: one[0]):
+        group = [one for one in both if tried is None or one[1] in tried]
+        if world <= ALL_PLACED_RANKS:
+            found.look(choice, group, within=math.inf)
+        elif found.look(choice, group, within=PLACED if tried is None else SCREENED) and tried is None:
+            tried = worth_placing(eligible_options(group, found.steps), within=PLACED)
+            tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
+    progress("estimating", len(candidates), len(candidates))
+    return found.steps, found.notes
+
+
+@dataclass(kw_only=True, eq=False)
+class _Field:
+    """The candidates that were estimated. quickest_us: of those eligible; most: how many there may be."""
+
+    board: ScoreBoard
+    rater: Rater
+    progress: Progress
+    most: int
+    steps: dict[Candidate, Step] = field(default_factory=dict)
+    quickest_us: float = math.inf
+    beaten: list[PlacementChoice] = field(default_factory=list)
+    unbuilt: int = 0
+
+    def estimate(self, one: Candidate) -> None:
+        """Estimate a candidate, once."""
+        if one not in self.steps:
+            self.steps[one] = self.board.step(one[0], one[1], one[1], self.rater)
+            self.progress("estimating", min(len(self.steps), self.most), self.most)
+
+    def look(self, choice: PlacementChoice, group: Sequence[Candidate], *, within: float) -> bool:
+        """Estimate one placement's candidates, unless none of them can be quick, which is False.
+
+        within: those whose lower bounds are so many times the quickest are left out; the most promising come first.
+        """
+        least_us = self.board.least_us(choice, self.rater.samples)
+        floor_us = sum(least_us[way] for way in DIRECTIONS)
+        if floor_us > SCREENED * self.quickest_us:
+            self.beaten.append(choice)
+            return False
+        bounds_us = dict.fromkeys(group, floor_us)
+        if within < math.inf:
+            bounds_us = {one: self.board.least_with_us(choice, one[1], least_us) for one in group}
+        for one in sorted(group, key=bounds_us.__getitem__):
+            if bounds_us[one] > within * self.quickest_us:
+                self.unbuilt += one not in self.steps
+                continue
+            self.estimate(one)
+            if self.steps[one].eligible:
+                # An estimate may be below the bound, since it overlooks that links are shared: the bound is nearer.
+                self.quickest_us = min(self.quickest_us, max(competing_us(self.steps[one]), floor_us))
+        return True
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, and why."""
+        found = []
+        if self.beaten:
+            told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
+            found.append(told + ", ".join(map(str, self.beaten)))
+        if self.unbuilt:
+            told = "candidates were not estimated: what their layouts send between nodes alone takes too long"
+            found.append(f"{self.unbuilt} {told}")
+        return found
