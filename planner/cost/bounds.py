@@ -146,7 +146,13 @@ def slowed_bound_us(
 def layout_bound_us(
     cluster: Cluster, shape: AttentionShape, direction: Direction, layout: Layout, pairs: Pairs
 ) -> float:
-    """Return the time in which what a layout says that comes from other nodes enters by the busiest card."""
+    """Return the time in which what a layout moves crosses links: what splitting heads exchanges, or what enters nodes.
+
+    That is what the layout itself says that comes from other nodes, by the busiest card.
+    """
+    if layout.head_groups > 1:
+        moved = Allowed(pairs=pairs, keep_kv=layout.kept_slots is not None, narrow_gradients=layout.transfers.narrow)
+        return exchange_bound_us(cluster, shape, direction, moved, degree=layout.head_groups)
     if cluster.inter_node is None or cluster.nodes == 1:
         return 0.0
     entering = layout.entering(pairs, ranks_per_node=cluster.gpus_per_node)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 
 from ...traces.progress import Progress
 from ..layouts.layout import VERY_MANY_RANKS, Layout
-from ..schedule.schedule import DIRECTIONS
+from ..schedule.schedule import Direction
 from .candidates import Candidate, PlacementChoice
-from .options import eligible_options, worth_placing
+from .options import eligible_options, mixtures_of, worth_placing
 from .scores import Rater, ScoreBoard, Step
 
 # What an irregular placement must gain over all others. Evaluators know how many blocks a rank computes, not in
@@ -28,6 +29,8 @@ SCREENED = 1.05
 # On more ranks only some layouts are tried under each placement: the plain ones (but of very many ranks), and
 # the best of each kind under the first placement, unless they took so many times the best there.
 ALL_PLACED_RANKS, PLACED = 16, 1.25
+# There, what is so many times the quickest on one layer is not looked at on the others.
+PROBED = 1.1
 
 
 def margin_of(placement: PlacementChoice, forward: Layout, backward: Layout) -> float:
@@ -58,7 +61,9 @@ def estimates(
         group = [one for one in both if tried is None or one[1] in tried]
         if world <= ALL_PLACED_RANKS:
             found.look(choice, group, within=math.inf)
-        elif found.look(choice, group, within=PLACED if tried is None else SCREENED) and tried is None:
+        elif tried is not None:
+            found.look(choice, found.probed(choice, group), within=SCREENED)
+        elif found.look(choice, group, within=PLACED):
             tried = worth_placing(eligible_options(group, found.steps), within=PLACED)
             tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
     progress("estimating", len(candidates), len(candidates))
@@ -67,15 +72,17 @@ def estimates(
 
 @dataclass(kw_only=True, eq=False)
 class _Field:
-    """The candidates that were estimated. quickest_us: of those eligible; most: how many there may be."""
+    """The candidates that were estimated. most: how many there may be; quickest, quickest_us: of those eligible."""
 
     board: ScoreBoard
     rater: Rater
     progress: Progress
     most: int
     steps: dict[Candidate, Step] = field(default_factory=dict)
+    quickest: Candidate | None = None
     quickest_us: float = math.inf
     beaten: list[PlacementChoice] = field(default_factory=list)
+    behind: list[PlacementChoice] = field(default_factory=list)
     unbuilt: int = 0
 
     def estimate(self, one: Candidate) -> None:
@@ -89,23 +96,55 @@ class _Field:
 
         within: those whose lower bounds are so many times the quickest are left out; the most promising come first.
         """
+        if not group:
+            return False
         least_us = self.board.least_us(choice, self.rater.samples)
-        floor_us = sum(least_us[way] for way in DIRECTIONS)
+        floor_us = sum(least_us.values())
         if floor_us > SCREENED * self.quickest_us:
             self.beaten.append(choice)
             return False
-        bounds_us = dict.fromkeys(group, floor_us)
-        if within < math.inf:
-            bounds_us = {one: self.board.least_with_us(choice, one[1], least_us) for one in group}
+        bounds_us = {one: self._bound_us(one, least_us) if within < math.inf else floor_us for one in group}
         for one in sorted(group, key=bounds_us.__getitem__):
             if bounds_us[one] > within * self.quickest_us:
                 self.unbuilt += one not in self.steps
                 continue
             self.estimate(one)
-            if self.steps[one].eligible:
-                # An estimate may be below the bound, since it overlooks that links are shared: the bound is nearer.
-                self.quickest_us = min(self.quickest_us, max(competing_us(self.steps[one]), floor_us))
+            # An estimate may be below the bound, since it overlooks that links are shared: then the bound is nearer.
+            competing = max(competing_us(self.steps[one]), floor_us)
+            if self.steps[one].eligible and competing < self.quickest_us:
+                self.quickest, self.quickest_us = one, competing
         return True
+
+    def probed(self, choice: PlacementChoice, group: Sequence[Candidate]) -> list[Candidate]:
+        """Return those of one placement's candidates that are not far behind on a single layer; see PROBED.
+
+        Counting what ranks compute of a layer takes longest, and to most placements the middle one does no good.
+        """
+        if self.quickest is None or len(self.rater.samples) == 1:
+            return list(group)
+        quickest, layout = self.quickest
+        limit_us = PROBED * competing_us(self.board.step(quickest, layout, layout, self._one_layer))
+        least_us = self.board.least_us(choice, self._one_layer.samples)
+        bounds_us = {one: self._bound_us(one, least_us) for one in group}
+        steps = {one: self.board.step(choice, one[1], one[1], self._one_layer)
+                 for one in group if bounds_us[one] <= limit_us}  # fmt: skip
+        self.unbuilt += len(group) - len(steps)
+        options = eligible_options(list(steps), steps).get(choice)
+        both_us = {} if options is None else mixtures_of(options)
+        near = {layout for both, us in both_us.items() if us <= limit_us for layout in both}
+        if not near:
+            self.behind.append(choice)
+        return [one for one in steps if one[1] in near]
+
+    @cached_property
+    def _one_layer(self) -> Rater:
+        samples = self.rater.samples
+        return replace(self.rater, samples=(samples[len(samples) // 2],))
+
+    def _bound_us(self, one: Candidate, least_us: dict[Direction, float]) -> float:
+        """Return the lower bound by which a candidate competes; least_us: that of its placement."""
+        choice, layout = one
+        return self.board.least_with_us(choice, layout, least_us) * (1 + margin_of(choice, layout, layout))
 
     @property
     def notes(self) -> list[str]:
@@ -114,7 +153,10 @@ class _Field:
         if self.beaten:
             told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
             found.append(told + ", ".join(map(str, self.beaten)))
+        if self.behind:
+            told = f"not looked at further, since on one layer they are estimated {PROBED - 1:.0%} behind or more: "
+            found.append(told + ", ".join(map(str, self.behind)))
         if self.unbuilt:
-            told = "candidates were not estimated: what their layouts send between nodes alone takes too long"
+            told = "candidates were not estimated: what their layouts send takes too long by itself"
             found.append(f"{self.unbuilt} {told}")
         return found
