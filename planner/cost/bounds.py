@@ -155,13 +155,21 @@ def layout_bound_us(
         return exchange_bound_us(cluster, shape, direction, moved, degree=layout.head_groups)
     if cluster.inter_node is None or cluster.nodes == 1:
         return 0.0
+    ranks = range(cluster.world_size)
+    cards = [cluster.node_of(rank) * cluster.inter_node.nics_per_node + cluster.nic_of(rank) for rank in ranks]
+    return float(np.bincount(cards, weights=entering_us(cluster, shape, direction, layout, pairs)).max())
+
+
+def entering_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, layout: Layout, pairs: Pairs
+) -> NDArray[np.float64]:
+    """Return the time in which a card by itself brings each rank what a layout says comes from other nodes, [W]."""
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return np.zeros(cluster.world_size)
     entering = layout.entering(pairs, ranks_per_node=cluster.gpus_per_node)
     sent = Allowed(keep_kv=layout.kept_slots is not None, narrow_gradients=layout.transfers.narrow)
     kv_bytes, dkv_bytes = _moved_bytes(shape, direction, sent)
-    ranks = range(cluster.world_size)
-    cards = [cluster.node_of(rank) * cluster.inter_node.nics_per_node + cluster.nic_of(rank) for rank in ranks]
-    of_cards = np.bincount(cards, weights=entering.kv * kv_bytes + entering.dkv * dkv_bytes)
-    return float(of_cards.max()) / cluster.inter_node.bandwidth_bytes_per_us
+    return (entering.kv * kv_bytes + entering.dkv * dkv_bytes) / cluster.inter_node.bandwidth_bytes_per_us
 
 
 def communication_bound_us(

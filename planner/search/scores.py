@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cost.bounds import Allowed, layout_bound_us, lower_bound_us
+from ..cost.bounds import Allowed, entering_us, layout_bound_us, lower_bound_us
 from ..cost.evaluation import Evaluation, Evaluator, imbalance, step_imbalance
 from ..cost.memory import LayerMemory, layer_memory
 from ..layouts.layout import Layout
@@ -56,11 +56,6 @@ class Score:
     def makespan_us(self) -> float:
         """Mean over the layers."""
         return float(np.mean([evaluation.makespan_us for evaluation in self.evaluations]))
-
-    @cached_property
-    def computed_us(self) -> float:
-        """What the busiest rank computes, mean over the layers: whoever else evaluates this says no less."""
-        return float(np.mean([evaluation.compute_us.max() for evaluation in self.evaluations]))
 
     @property
     def eligible(self) -> bool:
@@ -238,10 +233,17 @@ class ScoreBoard:
     def known_us(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater, by: Rater) -> float:
         """Return what a rater says of one direction where that is known, else what it cannot be below.
 
-        by: evaluates the same layers, and takes launches to last as long or shorter.
+        That is what the busiest rank computes, and what any rank does while its compute is slowed by what comes to it
+        from other nodes (`bounds.slowed_bound_us`). by: evaluates the same layers, with launches that are as long.
         """
         known = self._scores.get((rater, choice, layout, direction))
-        return self.score(choice, layout, direction, by).computed_us if known is None else known.makespan_us
+        if known is not None:
+            return known.makespan_us
+        cluster, shape = self.problem.cluster, self.problem.shape(self.placement(choice))
+        share = 0.0 if rater.ever_full_speed else cluster.gpu.communication_slowdown
+        slowed_us = share * entering_us(cluster, shape, direction, layout, self.pairs(choice))
+        evaluations = self.score(choice, layout, direction, by).evaluations
+        return float(np.mean([(evaluation.compute_us + slowed_us).max() for evaluation in evaluations]))
 
     def step(self, choice: PlacementChoice, forward: Layout, backward: Layout, rater: Rater) -> Step:
         """Return forward and backward of a candidate."""

@@ -82,7 +82,9 @@ def select(
         screen = replace(screen, samples=samples)
         options = _finalists(options, steps, [one for one in plain if one in candidates])
         both_ways = [(choice, layout, layout) for choice, layout in plain]
-        within = SCREENED if problem.cluster.world_size > ALL_PLACED_RANKS else math.inf
+        # Of many ranks plain layouts that are estimated to take longer than one did are no better; those that come near
+        # the pick are simulated with the others.
+        within = 1.0 if problem.cluster.world_size > ALL_PLACED_RANKS else math.inf
         _rate_best(board, both_ways, rated, (rater, screen, within), "simulating plain layouts", progress)
     mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(mixtures_of(one))]
     _rate_best(board, mixtures, rated, (rater, screen, SCREENED), "choosing", progress)
