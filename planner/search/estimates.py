@@ -52,8 +52,8 @@ def estimates(
     are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
     hangs on the cluster more than on who has which blocks; and those are left out that send too much to be quick.
     """
-    found = _Field(board=board, rater=rater, progress=progress, most=len(candidates))
     world = board.problem.cluster.world_size
+    found = _Field(board=board, rater=rater, progress=progress, most=len(candidates), explores=world > VERY_MANY_RANKS)
     for one in plain:
         found.estimate(one)
     tried: set[Layout] | None = None
@@ -64,6 +64,7 @@ def estimates(
         elif tried is not None:
             found.look(choice, found.probed(choice, group), within=SCREENED)
         elif found.look(choice, group, within=PLACED):
+            found.explores = False
             tried = worth_placing(eligible_options(group, found.steps), within=PLACED)
             tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
     progress("estimating", len(candidates), len(candidates))
@@ -72,7 +73,11 @@ def estimates(
 
 @dataclass(kw_only=True, eq=False)
 class _Field:
-    """The candidates that were estimated. most: how many there may be; quickest, quickest_us: of those eligible."""
+    """The candidates that were estimated. most: how many there may be; quickest, quickest_us: of those eligible.
+
+    least_seen_us: of all, whether they can be executed or not. explores: whether layouts are met for the first time, of
+    so many ranks that schedules of those far behind are not kept.
+    """
 
     board: ScoreBoard
     rater: Rater
@@ -81,6 +86,8 @@ class _Field:
     steps: dict[Candidate, Step] = field(default_factory=dict)
     quickest: Candidate | None = None
     quickest_us: float = math.inf
+    least_seen_us: float = math.inf
+    explores: bool = False
     beaten: list[PlacementChoice] = field(default_factory=list)
     behind: list[PlacementChoice] = field(default_factory=list)
     unbuilt: int = 0
@@ -88,8 +95,12 @@ class _Field:
     def estimate(self, one: Candidate) -> None:
         """Estimate a candidate, once."""
         if one not in self.steps:
-            self.steps[one] = self.board.step(one[0], one[1], one[1], self.rater)
+            choice, layout = one
+            step = self.steps[one] = self.board.step(choice, layout, layout, self.rater)
             self.progress("estimating", min(len(self.steps), self.most), self.most)
+            self.least_seen_us = min(self.least_seen_us, step.step_time_us)
+            if self.explores and step.step_time_us > PLACED * self.least_seen_us:
+                self.board.forget(choice, layout)  # of hundreds of ranks each takes a hundred megabytes
 
     def look(self, choice: PlacementChoice, group: Sequence[Candidate], *, within: float) -> bool:
         """Estimate one placement's candidates, unless none of them can be quick, which is False.

@@ -192,6 +192,11 @@ class ScoreBoard:
             self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=self.pairs(choice))
         return self._schedules[key]
 
+    def forget(self, choice: PlacementChoice, layout: Layout) -> None:
+        """Let go of a candidate's schedules, and so of their events: scores stay, and others are built when needed."""
+        for way in DIRECTIONS:
+            self._schedules.pop(self._scheduled(choice, layout, way), None)
+
     def _scheduled(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Scheduled:
         """Return all that a schedule depends on: placements may have it in common."""
         pairs = self.pairs(choice) if layout.leaves_out else None
