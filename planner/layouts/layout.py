@@ -32,6 +32,7 @@ class Offers:
 
     pulls: ranks may read each other's memory. rounds_parts: what one
     kernel adds to dK/dV of another rank may travel in the inputs' type; rounds_sums: so may sums of several ranks.
+    columns: there may be some.
     named: the layouts that were asked for; empty: any.
     """
 
@@ -40,6 +41,7 @@ class Offers:
     pulls: bool = False
     rounds_parts: bool = False
     rounds_sums: bool = False
+    columns: bool = True
     named: frozenset[str] = frozenset()
 
     @property

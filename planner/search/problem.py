@@ -66,14 +66,15 @@ class SearchSpace:
         """Whether what one kernel adds to dK/dV may travel in 16 bits: in any case where it wrote no more."""
         return self.narrow_gradients or facts_of(self.kernels.backend).rounds_gradients
 
-    def offers(self, cluster: Cluster, *, restricted: bool = True) -> Offers:
-        """Return what layouts may make use of; restricted: whether those named alone are asked."""
+    def offers(self, cluster: Cluster, *, restricted: bool = True, columns: bool = True) -> Offers:
+        """Return what layouts may make use of; restricted: whether those named alone are asked; columns: if any."""
         return Offers(
             nodes=cluster.nodes,
             gpus_per_node=cluster.gpus_per_node,
             pulls=self.pulls and cluster.pulls,
             rounds_parts=self.rounds_parts,
             rounds_sums=self.narrow_gradients,
+            columns=columns,
             named=frozenset(self.layouts if restricted else ()),
         )
 
@@ -88,6 +89,10 @@ class Problem:
     attention: AttentionSpec
     samples: tuple[Recorded, ...]
     summary: TraceSummary
+
+    def offers(self, *, restricted: bool = True) -> Offers:
+        """Return what layouts may make use of; restricted: whether those named alone are asked."""
+        return self.space.offers(self.cluster, restricted=restricted, columns=self.attention.columns_capacity > 0)
 
     @property
     def backend(self) -> str:

@@ -310,5 +310,5 @@ class ScoreBoard:
         )
 
     def _layouts(self, choice: PlacementChoice) -> list[Layout]:
-        offers = self.problem.space.offers(self.problem.cluster, restricted=False)
+        offers = self.problem.offers(restricted=False)
         return [one for one in layout_choices(offers) if self.applies(choice, one)]

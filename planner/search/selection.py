@@ -65,7 +65,7 @@ def select(
     board = ScoreBoard(problem=problem)
     candidates, notes = _candidates(board)
     choices = tuple(dict.fromkeys(choice for choice, _ in candidates))
-    offers = problem.space.offers(problem.cluster, restricted=False)
+    offers = problem.offers(restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
     rater = screen = Rater(
         name=QUICK, evaluator=quick, samples=_samples(problem, ESTIMATED_RANKS), ever_full_speed=True
@@ -113,7 +113,7 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
     if attention.seq_len_tokens > MAX_TOKEN_STRIPING_TOKENS and any(one.granularity_tokens == 1 for one in choices):
         choices = [one for one in choices if one.granularity_tokens > 1]
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
-    for layout in layout_choices(space.offers(problem.cluster)):
+    for layout in layout_choices(problem.offers()):
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
         relevant = choices[:1] if layout.head_groups == world > 1 else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
