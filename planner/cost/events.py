@@ -20,7 +20,7 @@ import numpy as np
 from ...traces.errors import ScheduleError
 from ..schedule.batch import LaunchBatch, Numbers
 from ..schedule.launches import Launch, rank_launches
-from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer, transfer_id
+from ..schedule.schedule import ALL_RANKS, Direction, GroupCall, Phase, Schedule, Transfer, transfer_id
 from .cluster import Cluster
 from .constants import LayerConstants
 from .paths import Paths
@@ -72,7 +72,8 @@ class Events:
     """
 
     def __init__(self, schedule: Schedule, cluster: Cluster, backend: str) -> None:
-        self.direction, self.buffer_bytes = schedule.direction, schedule.buffer_bytes
+        self.direction: Direction = schedule.direction
+        self.buffer_bytes = schedule.buffer_bytes
         self._schedule = schedule
         self._links = _Links(cluster)
         self._period = _period(schedule, cluster)

@@ -157,6 +157,10 @@ class Layout(ABC):
         """How K/V and gradients travel."""
         return Transfers()
 
+    def played_as(self, direction: Direction) -> Layout:
+        """Return the plainest layout that has the same schedule in a direction: a parameter may concern one alone."""
+        return self
+
     def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
         """Return what comes to ranks from other nodes, at least: so a search need not build what cannot be quick.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -69,6 +69,9 @@ class TwoLevel(Layout):
             for halves, late in ways
             for size in offers.inner_sizes[:MAX_CANDIDATE_SIZES]
         ]
+
+    def played_as(self, direction: Direction) -> Layout:
+        return replace(self, late_columns=False) if direction == "backward" else self
 
     def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
         """Where groups are nodes: from every other node the shard of the same place, and a sum of the own one."""

@@ -31,15 +31,15 @@ def mixtures_of(options: Options) -> dict[tuple[Layout, Layout], float]:
 def eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
     """Return what can be executed within the memory limit, by placement, in the order of `candidates`.
 
-    Candidates without a step were left out.
+    Candidates without a step were left out; of layouts that play a direction alike the plainest is there.
     """
     found: dict[PlacementChoice, Options] = {}
     for choice, layout in candidates:
         options, step = found.setdefault(choice, {way: {} for way in DIRECTIONS}), steps.get((choice, layout))
-        if step is not None and step.forward.eligible:
-            options["forward"][layout] = step.forward.makespan_us
-        if step is not None and step.backward.eligible:
-            options["backward"][layout] = step.backward.makespan_us
+        for way in DIRECTIONS if step is not None else ():
+            score = step.forward if way == "forward" else step.backward
+            if score.eligible:
+                options[way].setdefault(layout.played_as(way), score.makespan_us)
     return found
 
 

@@ -200,7 +200,7 @@ class ScoreBoard:
     def _scheduled(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Scheduled:
         """Return all that a schedule depends on: placements may have it in common."""
         pairs = self.pairs(choice) if layout.leaves_out else None
-        return layout, direction, self.placement(choice).tokens_per_rank, pairs
+        return layout.played_as(direction), direction, self.placement(choice).tokens_per_rank, pairs
 
     def applies(self, choice: PlacementChoice, layout: Layout) -> bool:
         """Whether the layout can be built for these sizes at all."""
@@ -222,6 +222,7 @@ class ScoreBoard:
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
+        layout = layout.played_as(direction)
         key = (rater, choice, layout, direction)
         if key not in self._scores:
             problem, memory = self.problem, self.memory(choice, layout, direction)
@@ -241,7 +242,7 @@ class ScoreBoard:
         That is what the busiest rank computes, and what any rank does while its compute is slowed by what comes to it
         from other nodes (`bounds.slowed_bound_us`). by: evaluates the same layers, with launches that are as long.
         """
-        known = self._scores.get((rater, choice, layout, direction))
+        known = self._scores.get((rater, choice, layout.played_as(direction), direction))
         if known is not None:
             return known.makespan_us
         cluster, shape = self.problem.cluster, self.problem.shape(self.placement(choice))
@@ -265,10 +266,10 @@ class ScoreBoard:
         """Return the lower bound of a step: the least over these placements, mean over what the rater is shown."""
         allowed = {one: replace(self._allowed(one), ever_full_speed=rater.ever_full_speed) for one in choices}
         bounds_us = [
-            sum(np.array(self._bounds_us(one, rater.samples, way, what)) for way in DIRECTIONS)
+            np.sum([self._bounds_us(one, rater.samples, way, what) for way in DIRECTIONS], axis=0)
             for one, what in allowed.items()
         ]
-        return float(np.min(bounds_us, axis=0).mean())
+        return float(np.min(np.stack(bounds_us), axis=0).mean())
 
     def least_us(self, choice: PlacementChoice, samples: tuple[int, ...]) -> dict[Direction, float]:
         """Return lower bounds of both directions under one placement that cost little: memory is not looked at."""

@@ -96,12 +96,13 @@ class BlockMask:
     def keys_of_queries(self) -> NDArray[np.int64]:
         """Return int64 [N]: how many key blocks of each query block are active."""
         if self._counts is None:
-            if self._triangle is not None and self._packed_rows is None:
-                counts = ones_of_rows(self._triangle, self._blocks)
-            else:
-                counts = BITS_SET(self.rows).sum(axis=1, dtype=np.int64)
-            self._counts = counts
+            self._counts = self._counted_rows()
         return self._counts
+
+    def _counted_rows(self) -> NDArray[np.int64]:
+        if self._triangle is not None and self._packed_rows is None:
+            return ones_of_rows(self._triangle, self._blocks)
+        return BITS_SET(self.rows).sum(axis=1, dtype=np.int64)
 
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
