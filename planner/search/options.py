@@ -36,7 +36,9 @@ def eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Ste
     found: dict[PlacementChoice, Options] = {}
     for choice, layout in candidates:
         options, step = found.setdefault(choice, {way: {} for way in DIRECTIONS}), steps.get((choice, layout))
-        for way in DIRECTIONS if step is not None else ():
+        if step is None:
+            continue
+        for way in DIRECTIONS:
             score = step.forward if way == "forward" else step.backward
             if score.eligible:
                 options[way].setdefault(layout.played_as(way), score.makespan_us)

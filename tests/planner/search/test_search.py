@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from search_cases import BLOCK, allowing, of_model, problem, problems, senseless
-from sparsering.planner.cost.bounds import Allowed, compute_bound_us, lower_bound_us
+from sparsering.planner.cost.bounds import Allowed, compute_bound_us, entering_us, layout_bound_us, lower_bound_us
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.memory import layer_memory
@@ -24,10 +24,11 @@ from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.layouts.two_level import TwoLevel
 from sparsering.planner.layouts.ulysses import MARGIN_PER_RANK
 from sparsering.planner.plan import KernelSpec
+from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
-from sparsering.planner.search import selection
+from sparsering.planner.search import estimates, selection
 from sparsering.planner.search.candidates import baselines, layout_choices, placement_choices, why_not_executable
 from sparsering.planner.search.problem import Problem, SearchSpace
 from sparsering.planner.search.scores import ScoreBoard, Step
@@ -135,6 +136,24 @@ def test_kept_events_and_times_change_nothing(given_problem: Problem, data):
             simulated_us = simulated.makespan_us
             assert compute_bound <= other.makespan_us + 0.01
             assert bound_us <= simulated_us + 0.01
+            every = Pairs.all_of(cluster.world_size)
+            layout_us = layout_bound_us(cluster, shape, direction, layout, every)
+            moving_us = entering_us(cluster, shape, direction, layout, every)
+            slowed_us = (one.compute_us + cluster.gpu.communication_slowdown * moving_us).max()
+            assert max(layout_us, slowed_us) <= simulated_us + 0.01
+
+
+@pytest.mark.parametrize("kind", ["dense", "vertical-slash", "skewed", "packed-documents"])
+def test_what_is_left_out_on_many_ranks_would_not_have_been_picked(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Twenty ranks: most candidates are neither built nor simulated, and the pick is that of looking at all."""
+    many = problem(kind=kind, nodes=5, gpus=4, blocks=80, layers=3, nics=4, nic_bandwidth=200.0, slowdown=0.1)
+    found = select(many, quick=CompiledRecurrence(), final=simulate)
+    for module in (estimates, selection):
+        monkeypatch.setattr(module, "ALL_PLACED_RANKS", 1000)
+    every = select(many, quick=CompiledRecurrence(), final=simulate)
+    assert len(found.table) < len(every.table)
+    assert found.pick.step_time_us <= every.pick.step_time_us
+    assert found.bound_us == every.bound_us
 
 
 def test_memory_by_hand():
@@ -338,7 +357,8 @@ def test_the_best_few_of_every_way_to_transfer_have_the_last_word():
 
 
 def test_the_best_regular_placement_has_the_last_word_beside_the_best_few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(selection, "SCREENED", 100.0)  # bounds know nothing of what these evaluators say
+    for module in (estimates, selection):
+        monkeypatch.setattr(module, "SCREENED", 100.0)  # bounds know nothing of what these evaluators say
     given_problem = problem(kind="skewed", columns=0, blocks=48)
     irregular = {f"balanced {blocks * BLOCK}": 100.0 for blocks in (1, 2, 4)}
     evaluate = evaluator_by_placement(given_problem, irregular | {"striped 128": 100.5})
