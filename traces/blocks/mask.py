@@ -90,7 +90,11 @@ class BlockMask:
 
     def active_block_pairs(self, blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (query blocks, key blocks) of all active causal pairs."""
-        query, key = np.nonzero(self.block_bits(blocks))
+        self.check_blocks(blocks)
+        packed = self.rows.reshape(-1)
+        places = np.flatnonzero(packed)  # bytes with any pair: of a sparse mask few
+        nth = np.flatnonzero(np.unpackbits(packed[places]).view(bool))
+        query, key = np.divmod(8 * places[nth // 8] + nth % 8, 8 * self.rows.shape[1])
         return query, key
 
     def keys_of_queries(self) -> NDArray[np.int64]:
