@@ -17,8 +17,17 @@ from ..cost.evaluation import Evaluator
 from ..layouts.layout import VERY_MANY_RANKS, Layout
 from ..schedule.schedule import DIRECTIONS
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
-from .estimates import ALL_PLACED_RANKS, SCREENED, competing_us, estimates, margin_of
-from .options import Options, best_of_their_kind, eligible_options, mixtures_of
+from .estimates import (
+    ALL_PLACED_RANKS,
+    SCREENED,
+    Options,
+    best_of_their_kind,
+    competing_us,
+    eligible_options,
+    estimates,
+    margin_of,
+    mixtures_of,
+)
 from .problem import Problem
 from .sampling import evenly_spread
 from .scores import Rater, ScoreBoard, Step
