@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..schedule.heads import head_load
 from ..schedule.pairs import active_blocks
 from ..schedule.workload import unit_load
 from ..specs import MODEL, SelectorSpec
+from .problem import TraceSummary
 
 DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
@@ -31,28 +31,6 @@ MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
 # Of all causal block pairs: where some layers together activate so many, a pair of shards without any is not to be
 # hoped for, and block masks of further layers, which take long to read, need not be looked at.
 WIDE_SHARE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TraceSummary:
-    """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
-
-    head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
-    listed: whether any head lists its active blocks one by one. windowed: whether any head has a sliding window.
-    choices: by layer, how its heads were chosen, each way once.
-    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted: for
-    very long sequences, and where it would be most of what is causal.
-    """
-
-    columns_capacity: int
-    block_load: NDArray[np.float64]
-    loaded_layers: int
-    recorded_layers: int
-    active_blocks: NDArray[np.bool_] | None = None
-    head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
-    listed: bool = False
-    windowed: bool = False
-    choices: Mapping[int, tuple[SelectorSpec, ...]] = field(default_factory=dict)
 
 
 def take_samples(
