@@ -21,8 +21,7 @@ from ...planner.schedule.pairs import active_blocks, pattern_pairs
 from ...planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
 from ...planner.schedule.schedule import DIRECTIONS
 from ...planner.schedule.workload import unit_load
-from ...planner.search.problem import Problem, SearchSpace
-from ...planner.search.sampling import TraceSummary
+from ...planner.search.problem import Problem, SearchSpace, TraceSummary
 from ...planner.search.scores import ScoreBoard
 from ...planner.search.selection import select
 from ...planner.specs import DType

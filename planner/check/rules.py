@@ -6,7 +6,7 @@ The other parts of the proof (`check_order`, `check_contents`, `check`) rely on 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...traces.errors import ScheduleError
@@ -90,6 +90,7 @@ class Rules:
     """A schedule's statements, looked up by name, and the rules that follow from them."""
 
     schedule: Schedule
+    _proved: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @cached_property
     def buffers(self) -> dict[str, Buffer]:
@@ -188,17 +189,25 @@ class Rules:
                 site.require(of_all and of_group, "must be of a head group of all ranks")
             site.require(group == tuple(range(self.schedule.world_size)), f"goes over {group} alone")
             return
-        site.require(transfer.transport in POINT_TO_POINT, f"{transfer.kind} cannot go by {transfer.transport}")
+        if transfer.transport not in POINT_TO_POINT:
+            raise site.broken(f"{transfer.kind} cannot go by {transfer.transport}")
         site.require(site.rank in ends, "launched on a rank that is neither source nor destination")
         site.require(ends[0] != ends[1], "source and destination are the same rank")
-        site.require(set(ends) <= set(group), f"leaves the group {group} of {transfer.communicator}")
+        group_of = self.groups[transfer.communicator]
+        if any(group_of.get(end) is not group for end in ends):
+            raise site.broken(f"leaves the group {group} of {transfer.communicator}")
         site.require(transfer.shard is not None and self._exists(transfer.shard), "is of no shard")
 
     def _exists(self, shard: ShardId) -> bool:
         return 0 <= shard.sequence_part < self.schedule.world_size and 0 <= shard.head_group < self.head_groups
 
     def _check_buffers(self, site: Site, transfer: Transfer) -> None:
+        """Check what transfers of one kind between the same buffers have in common, once."""
         into = transfer.accumulate_into
+        alike = (transfer.kind, transfer.transport, transfer.source_buffer, transfer.buffer, into,
+                 transfer.capacity_bytes, transfer.narrow)  # fmt: skip
+        if alike in self._proved:
+            return
         site.require(transfer.capacity_bytes >= 1, f"capacity_bytes {transfer.capacity_bytes}")
         site.require(transfer.kind != "dkv" or self.schedule.direction == "backward", "gradients in forward")
         if transfer.narrow:
@@ -227,11 +236,13 @@ class Rules:
         site.require(not is_own(transfer.buffer), f"lands on the rank's own data {transfer.buffer}")
         if transfer.kind not in SUMS:
             site.require(into is None, f"{transfer.kind} cannot be added into {into}")
+            self._proved.add(alike)
             return
         site.require(not is_own(transfer.source_buffer), f"takes {transfer.source_buffer} from home")
         if into is not None:
             site.require(into != transfer.buffer, f"is added into {into}, where it lands")
             self._check_fits(site, transfer, into)
+        self._proved.add(alike)
 
     def _check_collective(self, site: Site, transfer: Transfer) -> None:
         """A slot per rank; K/V come from home, and sums of gradients go there."""

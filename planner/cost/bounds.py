@@ -2,7 +2,8 @@
 
 No schedule can beat these in which every rank computes its own queries and sees every K/V shard that it needs, or, of
 the degrees that are asked about, the queries of a group for its heads: neither the compute of the busiest rank, or
-group, nor the time in which the bytes that must move cross the links of the busiest rank and node.
+group, nor the time in which the bytes that must move cross the links of the busiest rank and node. Those of one layout
+are for searches: it moves more than it must.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..layouts.layout import Layout
+from ..schedule.batch import BatchWork, LaunchBatch
 from ..schedule.launches import Launch, launches_of
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import Direction, ShardId, Task
@@ -27,7 +30,8 @@ class Allowed:
 
     pairs: (query part, key part) pairs that are computed; None: all. keep_kv: backward may have kept forward's K/V.
     narrow_gradients: dK/dV may travel in the inputs' type. pulls: ranks may pull where the cluster can. degrees: sizes
-    of groups of ranks that heads may be split over.
+    of groups of ranks that heads may be split over. ever_full_speed: compute may be as quick while data move, as the
+    recurrence takes it to be.
     """
 
     pairs: Pairs | None = None
@@ -35,6 +39,7 @@ class Allowed:
     narrow_gradients: bool = False
     pulls: bool = True
     degrees: tuple[int, ...] = ()
+    ever_full_speed: bool = False
 
     def needed(self, shape: AttentionShape) -> NDArray[np.bool_]:
         """Return bool [query part, key part]: the pairs that are computed."""
@@ -54,17 +59,25 @@ def lower_bound_us(
 ) -> float:
     """Return the least microseconds of one direction of one layer. Tile pairs are those of `workload`'s placement.
 
-    The larger of compute and communication: at best one hides the other. Of the ways to split heads the least.
+    The largest of compute, communication, and compute that moving data slow: at best one hides the other. Of the ways
+    to split heads the least.
     """
+    entering_bytes = _entering_bytes(cluster, shape, direction, allowed)
     bounds_us = [
         max(
             compute_bound_us(workload, cost, direction, degree=1),
             communication_bound_us(cluster, shape, direction, allowed),
+            slowed_bound_us(workload, cluster, cost, direction, entering_bytes, allowed),
         )
     ]
     for degree in allowed.degrees:
-        exchange_us = exchange_bound_us(cluster, shape, direction, allowed, degree=degree)
-        bounds_us.append(max(compute_bound_us(workload, cost, direction, degree=degree), exchange_us))
+        _, entering_bytes = _exchanged_bytes(cluster, shape, direction, allowed, degree=degree)
+        bound_us = max(
+            compute_bound_us(workload, cost, direction, degree=degree),
+            exchange_bound_us(cluster, shape, direction, allowed, degree=degree),
+            slowed_bound_us(workload, cluster, cost, direction, entering_bytes, allowed),
+        )
+        bounds_us.append(bound_us)
     return min(bounds_us)
 
 
@@ -75,6 +88,9 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction, 
     models in which cutting a launch never makes it quicker. Of a group's ranks one has no less than an even share: of
     keys and columns together, so a launch of one tile pair of columns is given back, since the rank that has most need
     not be the one that has columns. A rank alone has what it has.
+
+    Nor has one of them less than the mean of what its ranks' own queries take in whatever launches (`joined_us`): that
+    knows their rows, and all keys whose gradients are written.
     """
     world, heads = workload.world_size, workload.active.shape[2]
     size = degree or world
@@ -100,7 +116,60 @@ def compute_bound_us(workload: Workload, cost: CostModel, direction: Direction, 
     busiest = int(np.argmax(of_blocks + of_columns))  # any group's is a bound; this one's is about the largest
     block_pairs, column_pairs = int(of_blocks[busiest]), int(of_columns[busiest])
     given_back_us = tasks_us({columns: 1}) if size > 1 and block_pairs and column_pairs else 0.0
-    return tasks_us({columns: column_pairs, block: block_pairs}) - given_back_us
+    even_us = tasks_us({columns: column_pairs, block: block_pairs}) - given_back_us
+    return max(even_us, float(joined_us(workload, cost, direction).reshape(-1, size).mean(axis=1).max()))
+
+
+def joined_us(workload: Workload, cost: CostModel, direction: Direction) -> NDArray[np.float64]:
+    """Return what each rank's own queries take at least with all keys and columns that they have, float64 [W]."""
+    batch = LaunchBatch.whole(workload)
+    return cost.least_us(batch, BatchWork.under(workload, batch), direction)
+
+
+def slowed_bound_us(
+    workload: Workload, cluster: Cluster, cost: CostModel, direction: Direction, entering_bytes: float, allowed: Allowed
+) -> float:
+    """Return the time of the mean rank's compute, and what it loses while data of other nodes come in.
+
+    entering_bytes: of the mean node. A rank computes a share less while data move to it. Where they move for M and it
+    computes for C at full speed, it is busy for C and a share of M, or idle meanwhile, which is longer: so it takes
+    C + share * M at least. Any byte that enters a rank from another node takes the time of a card by itself, so the
+    ranks' M add up to no less than all entering bytes do; and no schedule ends before its mean rank has.
+    """
+    share = 0.0 if allowed.ever_full_speed else cluster.gpu.communication_slowdown
+    if not share or cluster.inter_node is None:
+        return 0.0
+    moving_us = entering_bytes / (cluster.gpus_per_node * cluster.inter_node.bandwidth_bytes_per_us)
+    return float(joined_us(workload, cost, direction).mean()) + share * moving_us
+
+
+def layout_bound_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, layout: Layout, pairs: Pairs
+) -> float:
+    """Return the time in which what a layout moves crosses links: what splitting heads exchanges, or what enters nodes.
+
+    That is what the layout itself says that comes from other nodes, by the busiest card.
+    """
+    if layout.head_groups > 1:
+        moved = Allowed(pairs=pairs, keep_kv=layout.kept_slots is not None, narrow_gradients=layout.transfers.narrow)
+        return exchange_bound_us(cluster, shape, direction, moved, degree=layout.head_groups)
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return 0.0
+    ranks = range(cluster.world_size)
+    cards = [cluster.node_of(rank) * cluster.inter_node.nics_per_node + cluster.nic_of(rank) for rank in ranks]
+    return float(np.bincount(cards, weights=entering_us(cluster, shape, direction, layout, pairs)).max())
+
+
+def entering_us(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, layout: Layout, pairs: Pairs
+) -> NDArray[np.float64]:
+    """Return the time in which a card by itself brings each rank what a layout says comes from other nodes, [W]."""
+    if cluster.inter_node is None or cluster.nodes == 1:
+        return np.zeros(cluster.world_size)
+    entering = layout.entering(pairs, ranks_per_node=cluster.gpus_per_node)
+    sent = Allowed(keep_kv=layout.kept_slots is not None, narrow_gradients=layout.transfers.narrow)
+    kv_bytes, dkv_bytes = _moved_bytes(shape, direction, sent)
+    return (entering.kv * kv_bytes + entering.dkv * dkv_bytes) / cluster.inter_node.bandwidth_bytes_per_us
 
 
 def communication_bound_us(
@@ -114,10 +183,7 @@ def communication_bound_us(
     Where K/V are kept, backward moves none; narrow gradients are as small as K/V; pulls go at their rate within a node,
     where that is the larger.
     """
-    kv_bytes = 0 if direction == "backward" and allowed.keep_kv else shape.kv_bytes
-    dkv_bytes = 0
-    if direction == "backward":
-        dkv_bytes = shape.kv_bytes if allowed.narrow_gradients else shape.dkv_bytes
+    kv_bytes, dkv_bytes = _moved_bytes(shape, direction, allowed)
     needed = allowed.needed(shape)
     foreign = needed.sum(axis=1) - 1  # shards of others that each rank needs
     port_bytes_per_us = cluster.intra_node.bandwidth_bytes_per_us
@@ -141,18 +207,37 @@ def exchange_bound_us(
     that holds a part of a group, those of its heads, and the queries and results of the rest of the group. Where groups
     and nodes cut each other, nothing is said of nodes.
     """
+    bytes_of = _exchanged_bytes(cluster, shape, direction, allowed, degree=degree)
+    return _slower_us(cluster, cluster.intra_node.bandwidth_bytes_per_us, *bytes_of)
+
+
+def _exchanged_bytes(
+    cluster: Cluster, shape: AttentionShape, direction: Direction, allowed: Allowed, *, degree: int
+) -> tuple[float, float]:
+    """Return the bytes that come to the mean rank, and that enter the mean node, with heads split over groups."""
     sizes, needed, ranks = shape.group_bytes(direction, degree), allowed.needed(shape), cluster.gpus_per_node
     exchanged, of_keys = sizes["q"] + sizes["out"], sizes["kv"] + sizes.get("dkv", 0)
     by_group = needed.reshape(-1, degree, shape.world_size).any(axis=1)
     foreign = by_group.sum() * degree / shape.world_size - 1
-    rank_bytes = (degree - 1) * exchanged + foreign * of_keys
+    rank_bytes = float((degree - 1) * exchanged + foreign * of_keys)
+    if max(ranks, degree) % min(ranks, degree):
+        return rank_bytes, 0.0
     groups = min(ranks, degree)  # head groups that a node computes
     shared = max(1, degree // shape.kv_heads)  # head groups that may use one copy of their K/V
     node_bytes = float(_entering(cluster, needed).mean()) * of_keys * max(1, groups // shared)
-    node_bytes += ranks * max(0, degree - ranks) * exchanged
-    if max(ranks, degree) % min(ranks, degree):
-        node_bytes = 0.0
-    return _slower_us(cluster, cluster.intra_node.bandwidth_bytes_per_us, rank_bytes, node_bytes)
+    return rank_bytes, node_bytes + ranks * max(0, degree - ranks) * exchanged
+
+
+def _entering_bytes(cluster: Cluster, shape: AttentionShape, direction: Direction, allowed: Allowed) -> float:
+    """Return the bytes of K/V and gradients that enter the mean node."""
+    return float(_entering(cluster, allowed.needed(shape)).mean()) * sum(_moved_bytes(shape, direction, allowed))
+
+
+def _moved_bytes(shape: AttentionShape, direction: Direction, allowed: Allowed) -> tuple[int, int]:
+    """Return the bytes of a shard's K/V and of its gradients that move in a direction."""
+    if direction == "forward":
+        return shape.kv_bytes, 0
+    return 0 if allowed.keep_kv else shape.kv_bytes, shape.kv_bytes if allowed.narrow_gradients else shape.dkv_bytes
 
 
 def _entering(cluster: Cluster, needed: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ import numpy as np
 from ...traces.errors import ScheduleError
 from ..schedule.batch import LaunchBatch, Numbers
 from ..schedule.launches import Launch, rank_launches
-from ..schedule.schedule import ALL_RANKS, GroupCall, Phase, Schedule, Transfer, transfer_id
+from ..schedule.schedule import ALL_RANKS, Direction, GroupCall, Phase, Schedule, Transfer, transfer_id
 from .cluster import Cluster
 from .constants import LayerConstants
 from .paths import Paths
@@ -72,7 +72,9 @@ class Events:
     """
 
     def __init__(self, schedule: Schedule, cluster: Cluster, backend: str) -> None:
-        self.schedule = schedule
+        self.direction: Direction = schedule.direction
+        self.buffer_bytes = schedule.buffer_bytes
+        self._schedule = schedule
         self._links = _Links(cluster)
         self._period = _period(schedule, cluster)
         self._turns = schedule.world_size // self._period
@@ -107,6 +109,7 @@ class Events:
         self._weight = edges[:, 3].copy()
         shared = np.array(self._shared, dtype=np.int64)
         self._paths = Paths.through(self._nodes, edges[:, 0], edges[:, 1], edges[:, 2], shared)
+        del self._schedule, self._edges, self._transfers, self._groups  # what it was made of is many times as large
 
     def makespan_ns(self, phase_ns: Numbers, constants: LayerConstants, tokens_per_rank: int) -> int:
         """Return when the last event happens. phase_ns: int64 [cells], compute of each phase."""
@@ -118,7 +121,7 @@ class Events:
     def _with_constants(self, constants: LayerConstants, tokens: int) -> Numbers:
         """Return int64 [edges]: the edges' weights with these constants; that of compute is left at 0."""
         if self._constants is None or self._constants[:2] != (constants, tokens):
-            weight, direction = self._weight.copy(), self.schedule.direction
+            weight, direction = self._weight.copy(), self.direction
             weight[self._beginnings] = round(constants.begin_us(direction, tokens) * NS_PER_US)
             weight[self._endings] = round(constants.end_us(direction, tokens) * NS_PER_US)
             for edge, rank, transfers in self._landings:
@@ -190,14 +193,14 @@ class Events:
     def _group_of(self, communicator: str, rank: int) -> tuple[int, ...]:
         found = self._groups.get((communicator, rank))
         if found is None:
-            found = self.schedule.communicator(communicator).group_of(rank)
+            found = self._schedule.communicator(communicator).group_of(rank)
             self._groups.update(((communicator, member), found) for member in found)
         return found
 
     def _joined(self, call: GroupCall, transfer: Transfer, group: tuple[int, ...]) -> tuple[_Joined, int]:
         """Return a transfer, and the turn of its source: it is kept as what it is in the first turn."""
         if transfer.source == ALL_RANKS:
-            assert self._turns == 1 or len(group) == self.schedule.world_size
+            assert self._turns == 1 or len(group) == self._schedule.world_size
             turns, ends = 0, len(group) // self._turns
             key = call.communicator, group[0], transfer.id
         else:
@@ -212,7 +215,7 @@ class Events:
 
     def _first(self, transfer: Transfer, turns: int) -> str:
         """Return the id of the transfer of the first turn that this one is like."""
-        world, back, shard = self.schedule.world_size, turns * self._period, transfer.shard
+        world, back, shard = self._schedule.world_size, turns * self._period, transfer.shard
         return transfer_id(
             transfer.kind,
             None if shard is None else shard.moved(-back, world),

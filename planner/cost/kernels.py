@@ -65,20 +65,48 @@ class DatasheetCost(DeviceCost):
 
     def launches_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
         """Return the microseconds of each launch, float64 [L]."""
+        kernels_us = self._kernels_us(batch, work, direction, self._sharing(batch))
+        total_us = kernels_us + self._traffic_us(batch, work, direction)
+        return np.where(batch.total(work.tile_pairs) > 0, total_us, 0.0)
+
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return what each launch's tasks take at least, float64 [L]: in pieces, by shards or heads, no less.
+
+        Of waves: what is shared out over programs adds up, over as many rows as any piece has or more; the longest row
+        is the sum of the pieces' longest, or the longest of any. Pieces of few heads share key rows less, so here no
+        heads share any. Overheads a launch pays once and pieces each. Of accumulators only rows with work count, since
+        pieces without any are not launched: those of the queries once, those of the keys once for every shard.
+        """
+        kernels_us = self._kernels_us(batch, work, direction, np.ones(len(batch.launches), dtype=np.int64))
+        moved_bytes = batch.largest(work.rows_with_work) * float(self.element_bytes)
+        if direction == "backward":
+            written_bytes = 2 * max(ACCUMULATOR_BYTES, self.element_bytes) / self._sharing(batch)
+            moved_bytes += batch.total(work.key_rows_with_work * batch.keyed) * written_bytes
+        total_us = kernels_us + self._streamed_us(moved_bytes * self.block_size * self._kernel_head_dim)
+        return np.where(batch.total(work.tile_pairs) > 0, total_us, 0.0)
+
+    def _kernels_us(
+        self, batch: LaunchBatch, work: BatchWork, direction: Direction, sharing: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return overheads and waves of launches [L]. sharing: how many query heads a program for dK/dV walks."""
         pair_us = np.where(batch.keyed, self._pair_us("block", direction), self._pair_us("columns", direction))
         pairs_us, rows = work.tile_pairs * pair_us, batch.largest(work.rows_with_work)
         kernels_us = self._waves_us(batch.total(pairs_us), rows, batch.total(work.longest_row * pair_us))
         kernels: NDArray[np.float64] = np.ones(len(batch.launches))
         if direction == "backward":
             keyed, any_keys = batch.keyed, batch.largest(batch.keyed)
-            rows = -(-batch.total(work.key_rows_with_work * keyed) // self._sharing(batch))
+            rows = -(-batch.total(work.key_rows_with_work * keyed) // sharing)
             longest_us = batch.largest(work.longest_key_row * pair_us * keyed)
             of_keys_us = KEY_SHARE * self._waves_us(batch.total(pairs_us * keyed), rows, longest_us)
             of_columns_us = KEY_SHARE * batch.total(pairs_us * ~keyed)
             kernels_us = QUERY_SHARE * kernels_us + np.where(any_keys, of_keys_us, 0.0) + of_columns_us
             kernels += any_keys.astype(float) + batch.largest(~keyed)
-        total_us = kernels * self.gpu.launch_overhead_us + kernels_us + self._traffic_us(batch, work, direction)
-        return np.where(batch.total(work.tile_pairs) > 0, total_us, 0.0)
+        return kernels * self.gpu.launch_overhead_us + kernels_us
+
+    def _streamed_us(self, moved_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the time of bytes that memory reads and writes; none where its bandwidth is not said."""
+        bandwidth = self.gpu.memory_bandwidth_bytes_per_us
+        return np.zeros(len(moved_bytes)) if bandwidth is None else moved_bytes / bandwidth
 
     def _sharing(self, batch: LaunchBatch) -> NDArray[np.int64]:
         """Return how many of a launch's query heads share a K/V head [L]: a head group may have fewer of them."""

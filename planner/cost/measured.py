@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,25 @@ class MeasuredCost:
         prices, counts = self._table(direction, work.mask).prices, BatchCounts.of(batch, work)
         far = far_share(counts.key_rows_of_a_head * self.key_bytes_of_a_tile, self.cache_bytes)
         us = prices.launch_us(counts, far=far, resumed=~batch.begins) + prices.index_us(counts)
+        return np.where(batch.total(work.tile_pairs) > 0, us, 0.0)
+
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return what each launch's tasks take at least, float64 [L]: in pieces, by shards or heads, no less.
+
+        No price is negative, and the counts of pieces add up to those of the launch at least, of rows those that have
+        work, since pieces without any are not launched. Only the share of K/V that the cache cannot hold is smaller of
+        fewer shards, and of none below that of one.
+        """
+        prices, counts = self._table(direction, work.mask).prices, BatchCounts.of(batch, work)
+        of_a_shard = np.minimum(counts.key_rows_of_a_head, counts.rows // batch.head_counts)
+        far = far_share(of_a_shard * self.key_bytes_of_a_tile, self.cache_bytes)
+        counts = replace(
+            counts,
+            rows=batch.largest(work.rows_with_work),
+            key_rows=batch.total(work.key_rows_with_work * batch.keyed),
+            cells=np.zeros_like(counts.cells),
+        )
+        us = prices.launch_us(counts, far=far, resumed=np.zeros(len(batch.launches))) + prices.index_us(counts)
         return np.where(batch.total(work.tile_pairs) > 0, us, 0.0)
 
     def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:

@@ -39,6 +39,13 @@ class CostModel(Protocol):
         """Return what `launch_us` says of each launch of a batch, float64 [L]."""
         ...
 
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return what each launch's tasks take at least, however they are cut into launches and in whatever order.
+
+        float64 [L]; 0 says nothing. The first of these launches begins its rank's results, and the last ends them.
+        """
+        ...
+
     def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
         """Return what the host takes to issue each launch, float64 [L]; asked where `constants` has a host."""
         ...
@@ -60,6 +67,10 @@ class DeviceCost:
         """Return the microseconds of each launch, asked one by one."""
         pairs = zip(batch.launches, work.of_launches(batch), strict=True)
         return np.array([self.launch_us(launch, its, direction) for launch, its in pairs], dtype=np.float64)
+
+    def least_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
+        """Return 0 for each: nothing is said."""
+        return np.zeros(len(batch.launches))
 
     def hosts_us(self, batch: LaunchBatch, work: BatchWork, direction: Direction) -> NDArray[np.float64]:
         """Return nothing for each: the host is taken to be ahead of the device."""

@@ -14,6 +14,7 @@ launches take.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ from .timing import NS_PER_US, check_sizes, launches_ns
 
 @dataclass(kw_only=True, eq=False)
 class CompiledRecurrence:
-    """An `Evaluator` that keeps events of schedules; it keeps the objects too: ids stay theirs.
+    """An `Evaluator` that keeps events of schedules for as long as these live, and the clusters that they are on.
 
     A search evaluates a few schedules under many placements and layers.
     """
@@ -42,12 +43,13 @@ class CompiledRecurrence:
         key = (id(schedule), id(cluster), cost.backend)
         if key not in self._events:
             self._events[key] = Events(schedule, cluster, cost.backend), cluster
+            weakref.finalize(schedule, self._events.pop, key, None)  # before another schedule gets this id
         return _evaluated(self._events[key][0], workload, cost)
 
 
 def _evaluated(events: Events, workload: Workload, cost: CostModel) -> Evaluation:
     ranks, phases = events.cells
-    took_ns, _ = launches_ns(events.batch, workload, cost, events.schedule.direction)
+    took_ns, _ = launches_ns(events.batch, workload, cost, events.direction)
     # Sums of whole nanoseconds are exact in float64 below 2**53 of them: a hundred days.
     phase_ns = np.bincount(events.launch_cells, weights=took_ns, minlength=ranks * phases).astype(np.int64)
     by_rank = phase_ns.reshape(ranks, phases)
@@ -55,5 +57,5 @@ def _evaluated(events: Events, workload: Workload, cost: CostModel) -> Evaluatio
         makespan_us=events.makespan_ns(phase_ns, cost.constants, workload.tokens_per_rank) / NS_PER_US,
         compute_us=by_rank.sum(axis=1) / NS_PER_US,
         phase_us=by_rank / NS_PER_US,
-        peak_buffer_bytes=events.schedule.buffer_bytes,
+        peak_buffer_bytes=events.buffer_bytes,
     )

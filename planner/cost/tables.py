@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.optimize import nnls
 
 from ..schedule.schedule import Direction
 from ..schedule.workload import MaskKind
@@ -166,6 +165,8 @@ def fit_prices(points: Sequence[LaunchPoint], *, cache_bytes: int) -> tuple[Laun
 
 def _nonnegative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Least squares without negative coefficients, columns scaled alike."""
+    from scipy.optimize import nnls  # half a second of every command that plans: only calibrations need it
+
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0] = 1.0
     found, _ = nnls(matrix / scale, wanted)

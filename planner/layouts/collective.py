@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
+
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
 from .draft import Builder, Draft, Route, slots
-from .layout import Layout, Offers
+from .layout import Entering, Layout, Offers
 from .registry import register
 
 
@@ -30,6 +32,13 @@ class Collective(Layout):
 
     def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
         return _Collective(shape=shape, direction=direction, pairs=pairs).schedule(self.name)
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """Collectives are rings: all shards but one come into a node at its first rank, and as many sums."""
+        world = pairs.world_size
+        first = (np.arange(world) % ranks_per_node == 0) & (world > ranks_per_node)
+        through = np.where(first, world - 1, 0)
+        return Entering(kv=through, dkv=through)
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:

@@ -108,6 +108,10 @@ class Builder(ABC):
         """The phase in which backward computes the columns."""
         return 0
 
+    def columns_gathered(self, parts: Draft) -> int:
+        """Return the phase in which forward computes the columns, given all else: as soon as they have time to come."""
+        return 1
+
     @abstractmethod
     def communicators(self) -> list[Communicator]:
         """Return the communicators, in launch order."""
@@ -170,7 +174,7 @@ class Builder(ABC):
         return homes
 
     def _add_columns(self, rank: int, parts: Draft) -> None:
-        """Columns are summed over all ranks once. Forward: in flight during phase 0, computed first in phase 1.
+        """Columns are summed over all ranks once. Forward: in flight from phase 0 on, computed first in their phase.
 
         Backward keeps the gathered K and V: computed first in its phase, gradients summed while the rest goes on.
         """
@@ -181,8 +185,9 @@ class Builder(ABC):
             phase = self.columns_phase + 1
             parts.launch(phase, [self.columns_transfer()], wait=max(phase + 1, last))
         else:
-            parts.launch(0, [self.columns_transfer()], wait=1)
-            parts.compute(1, task, first=True)
+            phase = self.columns_gathered(parts)
+            parts.launch(0, [self.columns_transfer()], wait=phase)
+            parts.compute(phase, task, first=True)
 
     def columns_transfer(self) -> Transfer:
         """Return the sum of all ranks' columns (forward), or of their gradients, which then go to the owners' rows."""

@@ -25,7 +25,7 @@ from ..schedule.schedule import (
 )
 from ..schedule.shape import AttentionShape
 from .draft import Builder, Draft, Route, slots
-from .layout import Layout, Offers, Transfers
+from .layout import Entering, Layout, Offers, Transfers
 from .registry import register
 
 
@@ -77,6 +77,11 @@ class Gather(Layout):
     @classmethod
     def baselines(cls, offers: Offers) -> list[tuple[str, Self]]:
         return [("striped", cls(chunks=count)) for count in offers.counts(1, 2, 4, offers.world_size)]
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """Each rank fetches all that it needs by itself, and each owner is sent as many sums."""
+        away = pairs.between_nodes(ranks_per_node)
+        return Entering(kv=away.sum(axis=1), dkv=away.sum(axis=0))
 
     @property
     def kept_slots(self) -> object | None:

@@ -12,7 +12,7 @@ from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
 from .draft import Draft, NodesBuilder, Route, slots
-from .layout import Layout, Offers
+from .layout import Entering, Layout, Offers
 from .registry import register
 from .tour import Tour
 
@@ -40,6 +40,14 @@ class Hierarchical(Layout):
 
     def why_not(self, shape: AttentionShape) -> str | None:
         return shape.why_not_groups_of(self.inner_size)
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """Where groups are nodes: a shard comes to its owner's place in each that needs it, and a sum goes back."""
+        if self.inner_size != ranks_per_node:
+            return Entering.nothing(pairs.world_size)
+        needed = pairs.of_nodes(ranks_per_node)
+        by_place = needed.reshape(len(needed), -1, ranks_per_node).sum(axis=1)
+        return Entering(kv=by_place.reshape(-1), dkv=needed.sum(axis=0))
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...traces.errors import InputError, UnsupportedError
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import Direction, Schedule
@@ -29,6 +32,7 @@ class Offers:
 
     pulls: ranks may read each other's memory. rounds_parts: what one
     kernel adds to dK/dV of another rank may travel in the inputs' type; rounds_sums: so may sums of several ranks.
+    columns: there may be some.
     named: the layouts that were asked for; empty: any.
     """
 
@@ -37,6 +41,7 @@ class Offers:
     pulls: bool = False
     rounds_parts: bool = False
     rounds_sums: bool = False
+    columns: bool = True
     named: frozenset[str] = frozenset()
 
     @property
@@ -73,6 +78,19 @@ class Transfers:
 
     pull: bool = False
     narrow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entering:
+    """How many shards come from other nodes to each rank at least, int64 [W] each: K/V, and sums of their gradients."""
+
+    kv: NDArray[np.int64]
+    dkv: NDArray[np.int64]
+
+    @classmethod
+    def nothing(cls, world_size: int) -> Self:
+        """Say nothing."""
+        return cls(kv=np.zeros(world_size, dtype=np.int64), dkv=np.zeros(world_size, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +156,17 @@ class Layout(ABC):
     def transfers(self) -> Transfers:
         """How K/V and gradients travel."""
         return Transfers()
+
+    def played_as(self, direction: Direction) -> Layout:
+        """Return the plainest layout that has the same schedule in a direction: a parameter may concern one alone."""
+        return self
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """Return what comes to ranks from other nodes, at least: so a search need not build what cannot be quick.
+
+        By default nothing is said; where that is so, what no layout can do without is the bound all the same.
+        """
+        return Entering.nothing(pairs.world_size)
 
     @property
     def head_groups(self) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Self
+
+import numpy as np
 
 from ..schedule.pairs import Pairs
 from ..schedule.schedule import DKV_HOME, KV_HOME, Buffer, Communicator, Direction, Schedule
 from ..schedule.shape import AttentionShape
 from .draft import Builder, Draft, Route, slots
-from .layout import Layout, Offers
+from .layout import Entering, Layout, Offers
 from .registry import register
 from .tour import Tour
 
@@ -33,6 +35,12 @@ class Ring(Layout):
 
     def expand(self, shape: AttentionShape, direction: Direction, pairs: Pairs) -> Schedule:
         return _Ring(shape=shape, direction=direction, pairs=pairs, prefetch=self.prefetch).schedule(self.name)
+
+    def entering(self, pairs: Pairs, *, ranks_per_node: int) -> Entering:
+        """The ring comes into a node at its first rank; which way gradients go home from there is left open."""
+        first = np.arange(pairs.world_size) % ranks_per_node == 0
+        kv = np.where(first, np.repeat(pairs.of_nodes(ranks_per_node).sum(axis=1), ranks_per_node), 0)
+        return replace(Entering.nothing(pairs.world_size), kv=kv)
 
     @classmethod
     def candidates(cls, offers: Offers) -> list[Self]:

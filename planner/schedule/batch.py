@@ -55,6 +55,29 @@ class LaunchBatch:
             ranges=tuple(ranges),
         )
 
+    @classmethod
+    def whole(cls, workload: Workload) -> LaunchBatch:
+        """Put all that a rank has to compute into one launch, for every rank; pairs without work are left out.
+
+        These launches are of numbers alone: there is no asking for them one by one.
+        """
+        world, heads = workload.world_size, workload.active.shape[2]
+        found = workload.of_heads((0, heads))
+        has_work = np.concatenate([found.columns[:1].T, found.blocks[0]], axis=1) > 0  # [W, 1 + W]
+        has_work[np.arange(world), np.arange(world) + 1] = True  # a launch has a task at least
+        query, place = np.nonzero(has_work)
+        sizes = has_work.sum(axis=1)
+        return cls(
+            launches=[Launch(tasks=())] * world,
+            first_task=np.cumsum(sizes) - sizes,
+            begins=np.ones(world, dtype=bool),
+            ends=np.ones(world, dtype=bool),
+            query=query,
+            key=np.where(place == 0, COLUMNS, place - 1),
+            heads=np.zeros(query.size, dtype=np.int64),
+            ranges=((0, heads),),
+        )
+
     def turned(self, *, period: int, world_size: int) -> LaunchBatch:
         """Return the launches of all ranks, in their order; these are of the first `period`, whom the others are like.
 

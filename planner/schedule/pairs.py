@@ -70,6 +70,16 @@ class Pairs:
         key, distance = np.indices((self.world_size,) * 2)
         return self.matrix[(key + distance) % self.world_size, key]
 
+    def between_nodes(self, ranks_per_node: int) -> Bits:
+        """bool [query part, key part]: the pairs whose parts lie on different nodes."""
+        node = np.arange(self.world_size) // ranks_per_node
+        return np.logical_and(self.matrix, node[:, None] != node[None, :])
+
+    def of_nodes(self, ranks_per_node: int) -> Bits:
+        """bool [node, key part]: the parts of other nodes that some rank of a node needs."""
+        by_node = self.between_nodes(ranks_per_node).reshape(-1, ranks_per_node, self.world_size)
+        return np.any(by_node, axis=1)
+
     def period(self, step: int) -> int:
         """Return the least multiple of `step` by which all parts can be moved on without a change; all, if none."""
         world = self.world_size

@@ -203,6 +203,10 @@ class Schedule:
             self._expanded[rank] = self.program(rank)
         return self._expanded[rank]
 
+    def forget(self) -> None:
+        """Let go of expanded phases, which take gigabytes of hundreds of ranks; they are expanded anew when needed."""
+        self._expanded.clear()
+
     def communicator(self, name: str) -> Communicator:
         """Return the communicator of that name; InputError when the schedule has none."""
         for communicator in self.communicators:

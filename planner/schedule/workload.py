@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ...traces.pattern import HeadPattern, LayerPattern, VerticalSlash
-from .active import CONVOLVED_RANKS, active_pairs, convolved, keys_of_queries
+from .active import CONVOLVED_RANKS, active_pairs, convolved, counted_along, keys_of_queries
 from .placement import Placement
 
 RowLengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of query rows, of key rows
@@ -207,8 +207,9 @@ def _aligned_row_lengths(pattern: LayerPattern, head: HeadPattern, placement: Pl
     padded_blocks = placement.padded_tokens // pattern.block_size
     owner = np.repeat(placement.owner_of_units(), placement.granularity_tokens // pattern.block_size)
     blocks_of_rank = np.argsort(owner, kind="stable").reshape(world, tiles)
-    if isinstance(head, VerticalSlash) and pattern.documents is None and world <= CONVOLVED_RANKS:
-        by_query, by_key = convolved(head.diagonals, owner, blocks=pattern.num_blocks, world=world)
+    if isinstance(head, VerticalSlash) and pattern.documents is None:
+        counted = convolved if world <= CONVOLVED_RANKS else counted_along
+        by_query, by_key = counted(head.diagonals, owner, blocks=pattern.num_blocks, world=world)
         return by_query[blocks_of_rank], by_key[blocks_of_rank].transpose(2, 1, 0)
     query, key = active_pairs(pattern, head)
 
@@ -272,13 +273,9 @@ def _tile_blocks(pattern: LayerPattern, placement: Placement, rank: int, tiles: 
 
 
 def _column_row_lengths(pattern: LayerPattern, placement: Placement, tiles: int) -> NDArray[np.int64]:
-    size = pattern.block_size
-    lengths = np.zeros((placement.world_size, tiles, pattern.num_heads), dtype=np.int64)
-    for rank in range(placement.world_size):
-        positions = placement.positions(rank)
-        last = positions[np.minimum(np.arange(1, tiles + 1) * size, positions.size) - 1]
-        first = positions[np.arange(tiles) * size]
-        for number, head in enumerate(pattern.heads):
-            reached = np.searchsorted(head.columns[::size], last, side="right")
-            lengths[rank, :, number] = np.where(first < pattern.seq_len_tokens, reached, 0)
-    return lengths
+    size, positions = pattern.block_size, placement.permutation().reshape(placement.world_size, -1)
+    first = positions[:, ::size]
+    last = positions[:, np.minimum(np.arange(1, tiles + 1) * size, positions.shape[1]) - 1]
+    valid = first < pattern.seq_len_tokens
+    reached = [np.searchsorted(head.columns[::size], last, side="right") * valid for head in pattern.heads]
+    return np.stack(reached, axis=-1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...traces.errors import InputError, unknown_name
 from ..cost.cluster import Cluster
@@ -16,8 +20,7 @@ from ..schedule.heads import HeadOrder, balanced_order
 from ..schedule.pairs import Pairs, causal_pairs, pairs_of_blocks
 from ..schedule.placement import REGULAR_PLACEMENTS, Placement
 from ..schedule.shape import AttentionShape
-from ..specs import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec
-from .sampling import TraceSummary
+from ..specs import ELEMENT_BYTES, AttentionSpec, DType, KernelSpec, SelectorSpec
 
 DEFAULT_MEMORY_FRACTION = 0.5  # the rest is for weights, optimizer, activations of the other layers
 PLACEMENTS = (*REGULAR_PLACEMENTS, "balanced")
@@ -66,16 +69,39 @@ class SearchSpace:
         """Whether what one kernel adds to dK/dV may travel in 16 bits: in any case where it wrote no more."""
         return self.narrow_gradients or facts_of(self.kernels.backend).rounds_gradients
 
-    def offers(self, cluster: Cluster, *, restricted: bool = True) -> Offers:
-        """Return what layouts may make use of; restricted: whether those named alone are asked."""
+    def offers(self, cluster: Cluster, *, restricted: bool = True, columns: bool = True) -> Offers:
+        """Return what layouts may make use of; restricted: whether those named alone are asked; columns: if any."""
         return Offers(
             nodes=cluster.nodes,
             gpus_per_node=cluster.gpus_per_node,
             pulls=self.pulls and cluster.pulls,
             rounds_parts=self.rounds_parts,
             rounds_sums=self.narrow_gradients,
+            columns=columns,
             named=frozenset(self.layouts if restricted else ()),
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TraceSummary:
+    """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
+
+    head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
+    listed: whether any head lists its active blocks one by one. windowed: whether any head has a sliding window.
+    choices: by layer, how its heads were chosen, each way once.
+    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted: for
+    very long sequences, and where it would be most of what is causal.
+    """
+
+    columns_capacity: int
+    block_load: NDArray[np.float64]
+    loaded_layers: int
+    recorded_layers: int
+    active_blocks: NDArray[np.bool_] | None = None
+    head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    listed: bool = False
+    windowed: bool = False
+    choices: Mapping[int, tuple[SelectorSpec, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +114,10 @@ class Problem:
     attention: AttentionSpec
     samples: tuple[Recorded, ...]
     summary: TraceSummary
+
+    def offers(self, *, restricted: bool = True) -> Offers:
+        """Return what layouts may make use of; restricted: whether those named alone are asked."""
+        return self.space.offers(self.cluster, restricted=restricted, columns=self.attention.columns_capacity > 0)
 
     @property
     def backend(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,16 @@ from ...traces.dataset.rows import HeadRow
 from ...traces.dataset.store import Trace
 from ...traces.errors import InputError, UnsupportedError, unknown_name
 from ...traces.files import canonical_json
-from ...traces.pattern import has_windows, lists_blocks, num_blocks
+from ...traces.pattern import LayerPattern, has_windows, lists_blocks, num_blocks
 from ...traces.progress import Progress, no_progress
 from ..plan import ModelShape, PatternSpec
 from ..replay import Recorded
+from ..schedule.active import contents_of
 from ..schedule.heads import head_load
 from ..schedule.pairs import active_blocks
 from ..schedule.workload import unit_load
 from ..specs import MODEL, SelectorSpec
+from .problem import TraceSummary
 
 DEFAULT_LAYERS = 4
 MAX_LOADED_LAYERS = 64
@@ -29,28 +31,6 @@ MAX_COUNTED_BLOCKS = 16384  # their pairs are a quarter of a gigabyte
 # Of all causal block pairs: where some layers together activate so many, a pair of shards without any is not to be
 # hoped for, and block masks of further layers, which take long to read, need not be looked at.
 WIDE_SHARE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TraceSummary:
-    """What a whole trace says. block_load: float64 [N], work of each mask block as queries, over `loaded_layers`.
-
-    head_load: by layer, float64 [H]: the work of each query head, mean over steps; see `heads.head_load`.
-    listed: whether any head lists its active blocks one by one. windowed: whether any head has a sliding window.
-    choices: by layer, how its heads were chosen, each way once.
-    active_blocks: bool [N, N], what any head of any layer and step activates; None where that was not counted: for
-    very long sequences, and where it would be most of what is causal.
-    """
-
-    columns_capacity: int
-    block_load: NDArray[np.float64]
-    loaded_layers: int
-    recorded_layers: int
-    active_blocks: NDArray[np.bool_] | None = None
-    head_load: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
-    listed: bool = False
-    windowed: bool = False
-    choices: Mapping[int, tuple[SelectorSpec, ...]] = field(default_factory=dict)
 
 
 def take_samples(
@@ -73,32 +53,34 @@ def take_samples(
 def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary:
     """Read every layer of every step for columns and active blocks; the loads of at most 64 of them, evenly spread.
 
-    Those 64 are read first. Where they list blocks and activate most of what is causal, the others' are not counted.
+    Of a step those of the 64 are read first. Where there are more layers that list blocks, active ones are counted no
+    longer once most of what is causal is.
     """
     recorded = [(step, layer) for step in trace.steps for layer in trace.layers]
     loaded = set(evenly_spread(recorded, MAX_LOADED_LAYERS))
-    recorded.sort(key=lambda one: one not in loaded)
+    recorded.sort(key=lambda one: (trace.steps.index(one[0]), one not in loaded))  # a step's file is opened once
     header, most_columns, load, listed, windowed = trace.header, 0, 0.0, False, False
     blocks = num_blocks(header.seq_len_tokens, header.block_size)
     of_heads: dict[int, list[NDArray[np.float64]]] = {}
     choices: dict[int, tuple[SelectorSpec, ...]] = {}
     reach = np.zeros((blocks, blocks), dtype=bool) if blocks <= MAX_COUNTED_BLOCKS else None
+    last = _Counted()
     for number, (step, layer) in enumerate(recorded):
         rows = trace.layer_rows(step, layer)
         pattern = trace.pattern_of_rows(rows)
         choices[layer] = _ways([*choices.get(layer, ()), *_choices(rows)])
         most_columns = max(most_columns, pattern.max_columns)
-        of_heads.setdefault(layer, []).append(head_load(pattern))
+        last = last if last.is_of(pattern) else _Counted(pattern)
+        of_heads.setdefault(layer, []).append(last.head_load)
         of_blocks = lists_blocks(pattern)
         listed |= of_blocks
         windowed |= has_windows(pattern)
-        if reach is not None and of_blocks and (step, layer) not in loaded and _is_wide(reach):
+        if reach is not None and of_blocks and len(recorded) > len(loaded) and _is_wide(reach):
             reach = None
         if reach is not None:
-            reach |= active_blocks(pattern)
+            last.add_to(reach)
         if (step, layer) in loaded:
-            size = header.block_size
-            load = load + unit_load([pattern], granularity_tokens=size, padded_tokens=pattern.num_blocks * size)
+            load = load + last.block_load
         progress("reading the trace", number + 1, len(recorded))
     return TraceSummary(
         columns_capacity=-(-most_columns // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE,
@@ -111,6 +93,38 @@ def summarize(trace: Trace, *, progress: Progress = no_progress) -> TraceSummary
         windowed=windowed,
         choices=choices,
     )
+
+
+class _Counted:
+    """What is counted of one pattern, each number once: layers of a trace may follow each other that are alike."""
+
+    def __init__(self, pattern: LayerPattern | None = None) -> None:
+        self._contents = None if pattern is None else contents_of(pattern)
+        self._pattern, self._has_been_added = pattern, False
+
+    def is_of(self, pattern: LayerPattern) -> bool:
+        """Whether a pattern makes the same work."""
+        return self._contents == contents_of(pattern)
+
+    @cached_property
+    def head_load(self) -> NDArray[np.float64]:
+        """The work of every query head."""
+        assert self._pattern is not None
+        return head_load(self._pattern)
+
+    @cached_property
+    def block_load(self) -> NDArray[np.float64]:
+        """The work of every mask block as queries."""
+        assert self._pattern is not None
+        size = self._pattern.block_size
+        return unit_load([self._pattern], granularity_tokens=size, padded_tokens=self._pattern.num_blocks * size)
+
+    def add_to(self, reach: NDArray[np.bool_]) -> None:
+        """Add the active blocks, once."""
+        assert self._pattern is not None
+        if not self._has_been_added:
+            np.logical_or(reach, active_blocks(self._pattern), out=reach)
+            self._has_been_added = True
 
 
 def _is_wide(reach: NDArray[np.bool_]) -> bool:

@@ -5,17 +5,18 @@ A step is forward plus backward of one layer; times are means over the sampled l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cost.bounds import Allowed, lower_bound_us
+from ..cost.bounds import Allowed, entering_us, layout_bound_us, lower_bound_us
 from ..cost.evaluation import Evaluation, Evaluator, imbalance, step_imbalance
 from ..cost.memory import LayerMemory, layer_memory
 from ..layouts.layout import Layout
+from ..schedule.active import contents_of
 from ..schedule.pairs import Pairs
 from ..schedule.placement import Placement
 from ..schedule.schedule import DIRECTIONS, Direction, Schedule
@@ -23,14 +24,20 @@ from ..schedule.workload import Workload, workload
 from .candidates import PlacementChoice, layout_choices, why_not_executable
 from .problem import Problem
 
+Scheduled = tuple[Layout, Direction, int, Pairs | None]  # tokens of a rank; no pairs where the layout leaves out none
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rater:
-    """An evaluator with the name that it goes by, and the numbers of the samples that it is shown."""
+    """An evaluator with the name that it goes by, and the numbers of the samples that it is shown.
+
+    ever_full_speed: whether it takes compute to be as quick while data move.
+    """
 
     name: str
     evaluator: Evaluator
     samples: tuple[int, ...]
+    ever_full_speed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,8 +142,8 @@ class ScoreBoard:
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
     _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
-    _schedules: dict[tuple[Layout, Direction, int, Pairs], Schedule] = field(default_factory=dict)
-    _memories: dict[tuple[Layout, Direction, int, Pairs], LayerMemory] = field(default_factory=dict)
+    _schedules: dict[Scheduled, Schedule] = field(default_factory=dict)
+    _memories: dict[Scheduled, LayerMemory] = field(default_factory=dict)
     _scores: dict[tuple[Rater, PlacementChoice, Layout, Direction], Score] = field(default_factory=dict)
 
     def placement(self, choice: PlacementChoice) -> Placement:
@@ -160,13 +167,22 @@ class ScoreBoard:
         """Return the work of a sampled layer under a placement, its heads dealt out to `degree` groups."""
         key = (choice, sample, degree)
         if key not in self._workloads:
-            one = self.problem.samples[sample]
-            if degree == 1:
-                self._workloads[key] = workload(one.pattern, self.placement(choice))
-            else:
+            one, first = self.problem.samples[sample], self._first_alike[sample]
+            if degree > 1:
                 order = self.problem.head_order(one.layer, degree)
                 self._workloads[key] = self.workload(choice, sample).with_heads(order)
+            elif first != sample:
+                self._workloads[key] = self.workload(choice, first)
+            else:
+                self._workloads[key] = workload(one.pattern, self.placement(choice))
         return self._workloads[key]
+
+    @cached_property
+    def _first_alike(self) -> list[int]:
+        """The first sample that attends what each one attends: their work is counted once."""
+        first: dict[Hashable, int] = {}
+        contents = (contents_of(one.pattern) for one in self.problem.samples)
+        return [first.setdefault(content, number) for number, content in enumerate(contents)]
 
     def schedule(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Schedule:
         """Return the schedule; UnsupportedError where the layout does not apply."""
@@ -176,11 +192,15 @@ class ScoreBoard:
             self._schedules[key] = layout.build(shape=shape, direction=direction, pairs=self.pairs(choice))
         return self._schedules[key]
 
-    def _scheduled(
-        self, choice: PlacementChoice, layout: Layout, direction: Direction
-    ) -> tuple[Layout, Direction, int, Pairs]:
+    def forget(self, choice: PlacementChoice, layout: Layout) -> None:
+        """Let go of a candidate's schedules, and so of their events: scores stay, and others are built when needed."""
+        for way in DIRECTIONS:
+            self._schedules.pop(self._scheduled(choice, layout, way), None)
+
+    def _scheduled(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Scheduled:
         """Return all that a schedule depends on: placements may have it in common."""
-        return layout, direction, self.placement(choice).tokens_per_rank, self.pairs(choice)
+        pairs = self.pairs(choice) if layout.leaves_out else None
+        return layout.played_as(direction), direction, self.placement(choice).tokens_per_rank, pairs
 
     def applies(self, choice: PlacementChoice, layout: Layout) -> bool:
         """Whether the layout can be built for these sizes at all."""
@@ -202,6 +222,7 @@ class ScoreBoard:
 
     def score(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater) -> Score:
         """Return the score of one direction."""
+        layout = layout.played_as(direction)
         key = (rater, choice, layout, direction)
         if key not in self._scores:
             problem, memory = self.problem, self.memory(choice, layout, direction)
@@ -215,6 +236,21 @@ class ScoreBoard:
             )
         return self._scores[key]
 
+    def known_us(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater, by: Rater) -> float:
+        """Return what a rater says of one direction where that is known, else what it cannot be below.
+
+        That is what the busiest rank computes, and what any rank does while its compute is slowed by what comes to it
+        from other nodes (`bounds.slowed_bound_us`). by: evaluates the same layers, with launches that are as long.
+        """
+        known = self._scores.get((rater, choice, layout.played_as(direction), direction))
+        if known is not None:
+            return known.makespan_us
+        cluster, shape = self.problem.cluster, self.problem.shape(self.placement(choice))
+        share = 0.0 if rater.ever_full_speed else cluster.gpu.communication_slowdown
+        slowed_us = share * entering_us(cluster, shape, direction, layout, self.pairs(choice))
+        evaluations = self.score(choice, layout, direction, by).evaluations
+        return float(np.mean([(evaluation.compute_us + slowed_us).max() for evaluation in evaluations]))
+
     def step(self, choice: PlacementChoice, forward: Layout, backward: Layout, rater: Rater) -> Step:
         """Return forward and backward of a candidate."""
         return Step(
@@ -226,24 +262,42 @@ class ScoreBoard:
             rater=rater,
         )
 
-    def bound_us(self, samples: tuple[int, ...], choices: Iterable[PlacementChoice]) -> float:
-        """Return the lower bound of a step: the least over these placements, mean over these samples."""
-        bounds_us = [self._bounds_us(choice, samples, self._allowed(choice)) for choice in dict.fromkeys(choices)]
-        return float(np.min(bounds_us, axis=0).mean())
+    def bound_us(self, rater: Rater, choices: Iterable[PlacementChoice]) -> float:
+        """Return the lower bound of a step: the least over these placements, mean over what the rater is shown."""
+        allowed = {one: replace(self._allowed(one), ever_full_speed=rater.ever_full_speed) for one in choices}
+        bounds_us = [
+            np.sum([self._bounds_us(one, rater.samples, way, what) for way in DIRECTIONS], axis=0)
+            for one, what in allowed.items()
+        ]
+        return float(np.min(np.stack(bounds_us), axis=0).mean())
 
-    def least_us(self, choice: PlacementChoice, samples: tuple[int, ...]) -> float:
-        """Return a lower bound of a step under one placement that costs little: memory is not looked at."""
-        allowed = replace(self._links(choice), keep_kv=True)
-        return float(np.mean(self._bounds_us(choice, samples, allowed)))
+    def least_us(self, choice: PlacementChoice, samples: tuple[int, ...]) -> dict[Direction, float]:
+        """Return lower bounds of both directions under one placement that cost little: memory is not looked at."""
+        allowed = replace(self._links(choice), keep_kv=True, ever_full_speed=True)
+        return {way: float(np.mean(self._bounds_us(choice, samples, way, allowed))) for way in DIRECTIONS}
 
-    def _bounds_us(self, choice: PlacementChoice, samples: tuple[int, ...], allowed: Allowed) -> list[float]:
+    def least_with_us(self, choice: PlacementChoice, layout: Layout, least_us: dict[Direction, float]) -> float:
+        """Return a lower bound of steps that have this layout in one direction, and any in the other.
+
+        least_us: the lower bounds of the placement.
+        """
+        cluster, shape = self.problem.cluster, self.problem.shape(self.placement(choice))
+        pairs, both_us = self.pairs(choice), sum(least_us.values())
+        own_us = {way: layout_bound_us(cluster, shape, way, layout, pairs) for way in DIRECTIONS}
+        return both_us + min(max(0.0, own_us[way] - least_us[way]) for way in DIRECTIONS)
+
+    def _bounds_us(
+        self, choice: PlacementChoice, samples: tuple[int, ...], direction: Direction, allowed: Allowed
+    ) -> list[float]:
         cluster, cost, shape = self.problem.cluster, self.problem.cost, self.problem.shape(self.placement(choice))
         works = [self.workload(choice, sample) for sample in samples]
-        return [sum(lower_bound_us(work, cluster, cost, shape, way, allowed) for way in DIRECTIONS) for work in works]
+        return [lower_bound_us(work, cluster, cost, shape, direction, allowed) for work in works]
 
     def _allowed(self, choice: PlacementChoice) -> Allowed:
         """Return what any layout may do under a placement, those that were not asked for among them."""
-        keeping = (self.memory(choice, one, "backward") for one in self._layouts(choice) if one.kept_slots is not None)
+        keep = [one for one in self._layouts(choice) if one.kept_slots is not None]
+        keep.sort(key=lambda one: one.leaves_out)  # first those whose schedules placements have in common
+        keeping = (self.memory(choice, one, "backward") for one in keep)
         limit_bytes = self.problem.memory_limit_bytes
         return replace(self._links(choice), keep_kv=any(memory.total_bytes <= limit_bytes for memory in keeping))
 
@@ -257,5 +311,5 @@ class ScoreBoard:
         )
 
     def _layouts(self, choice: PlacementChoice) -> list[Layout]:
-        offers = self.problem.space.offers(self.problem.cluster, restricted=False)
+        offers = self.problem.offers(restricted=False)
         return [one for one in layout_choices(offers) if self.applies(choice, one)]

@@ -17,10 +17,11 @@ from ..cost.evaluation import Evaluator
 from ..cost.measured import cluster_cost
 from ..cost.model import CostModel
 from ..cost.recurrence import CompiledRecurrence
-from ..plan import AttentionSpec, PatternSpec, Plan, make_plan
+from ..layouts.layout import Layout
+from ..plan import AttentionSpec, PatternSpec, Plan, built_schedule, make_plan
 from ..resting import no_collections
 from ..schedule.backends import computed_head_dim, require_elements
-from ..schedule.schedule import DIRECTIONS
+from ..schedule.schedule import Direction
 from .problem import Problem, SearchSpace
 from .sampling import model_of, pattern_spec, summarize, take_samples
 from .scores import ScoreBoard, Step
@@ -96,20 +97,25 @@ def make_problem(
 def _seal(problem: Problem, pick: Step, pattern: PatternSpec) -> Plan:
     """Return the plan of the pick, its schedules proved."""
     board = ScoreBoard(problem=problem)
-    plan = make_plan(
+    placement, pairs = board.placement(pick.placement), board.pairs(pick.placement)
+    shape = problem.shape(placement)
+    layouts: dict[Direction, Layout] = {"forward": pick.forward_layout, "backward": pick.backward_layout}
+    schedules = {way: built_schedule(layout, shape, way, pairs) for way, layout in layouts.items()}
+    check_step(schedules["forward"], schedules["backward"])
+    for schedule in schedules.values():  # one after the other: of hundreds of ranks each takes a gigabyte, expanded
+        check(schedule, inactive=pairs.left_out())
+        schedule.sha256()
+        schedule.forget()
+    return make_plan(
         attention=problem.attention,
-        placement=board.placement(pick.placement),
+        placement=placement,
         forward=pick.forward_layout,
         backward=pick.backward_layout,
         pattern=pattern,
         kernels=problem.space.kernels,
-        pairs=board.pairs(pick.placement),
+        pairs=pairs,
         head_orders=problem.head_orders(max(pick.forward_layout.head_groups, pick.backward_layout.head_groups)),
     )
-    check_step(plan.schedule("forward"), plan.schedule("backward"))
-    for direction in DIRECTIONS:
-        check(plan.schedule(direction), inactive=plan.active_pairs().left_out())
-    return plan
 
 
 def _provenance(trace: Trace, cluster: Cluster) -> dict[str, Any]:

@@ -8,42 +8,39 @@ must gain more than a margin. No plain layout that is eligible is quicker.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, product
 
 from ...traces.errors import InputError
 from ...traces.progress import Progress, no_progress
 from ..cost.evaluation import Evaluator
 from ..layouts.layout import VERY_MANY_RANKS, Layout
-from ..schedule.schedule import DIRECTIONS, Direction
+from ..schedule.schedule import DIRECTIONS
 from .candidates import Candidate, PlacementChoice, baselines, layout_choices, placement_choices
+from .estimates import (
+    ALL_PLACED_RANKS,
+    SCREENED,
+    Options,
+    best_of_their_kind,
+    competing_us,
+    eligible_options,
+    estimates,
+    margin_of,
+    mixtures_of,
+)
 from .problem import Problem
 from .sampling import evenly_spread
 from .scores import Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
-FINAL_LAYOUTS = 2
-# What an irregular placement must gain over all others. Evaluators know how many blocks a rank computes, not in
-# which order its kernels meet them: rows of such placements share less of the cache (2 to 14 % of a layer,
-# docs/measured/rank.md).
-IRREGULAR_MARGIN = 0.01
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
 MAX_TOKEN_STRIPING_TOKENS = 128 * 1024
-# Mixtures that are estimated to take so much longer than the best that was simulated are not simulated. The recurrence
-# overlooks that calls share links, so it is seldom above the simulator.
-SCREENED = 1.05
 MOST_SIMULATED_RANKS = VERY_MANY_RANKS  # on more of them the recurrence has the last word
-# On more ranks only some layouts are tried under each placement: the plain ones (but of very many ranks), and
-# the best of each kind under the first placement, unless they took so many times the best there.
-ALL_PLACED_RANKS, PLACED = 16, 1.25
 # Ranks times layers, per candidate and direction, that are simulated, and that are estimated.
 SIMULATED_RANKS, ESTIMATED_RANKS = 32, 256
 QUICK, GOOD = "recurrence", "simulator"
 
 
-# Layouts that a placement may be combined with in each direction, and their times in microseconds.
-Options = dict[Direction, dict[Layout, float]]
 Mixture = tuple[PlacementChoice, Layout, Layout]  # forward's layout, backward's
 
 
@@ -67,18 +64,6 @@ class Selection:
         return min(eligible, key=lambda step: step.step_time_us, default=None)
 
 
-def _mixtures(options: Options) -> dict[tuple[Layout, Layout], float]:
-    """Return the (forward, backward) layouts that go together, and the microseconds of a step.
-
-    Both keep K/V in the same slots, or none does; and heads are dealt out in one order, to one number of groups.
-    """
-    return {
-        (forward, backward): options["forward"][forward] + options["backward"][backward]
-        for forward, backward in product(options["forward"], options["backward"])
-        if forward.kept_slots == backward.kept_slots and len({forward.head_groups, backward.head_groups} - {1}) < 2
-    }
-
-
 def select(
     problem: Problem, *, quick: Evaluator, final: Evaluator | None = None, progress: Progress = no_progress
 ) -> Selection:
@@ -88,24 +73,29 @@ def select(
     """
     board = ScoreBoard(problem=problem)
     candidates, notes = _candidates(board)
-    offers = problem.space.offers(problem.cluster, restricted=False)
+    choices = tuple(dict.fromkeys(choice for choice, _ in candidates))
+    offers = problem.offers(restricted=False)
     plain = baselines(offers, block_size=problem.attention.block_size)
-    rater = screen = Rater(name=QUICK, evaluator=quick, samples=_samples(problem, ESTIMATED_RANKS))
-    steps, left_out = _estimates(board, candidates, plain, rater, progress)
+    rater = screen = Rater(
+        name=QUICK, evaluator=quick, samples=_samples(problem, ESTIMATED_RANKS), ever_full_speed=True
+    )
+    steps, left_out = estimates(board, candidates, plain, rater, progress)
     candidates = [one for one in candidates if one in steps]
-    options = _eligible_options(candidates, steps)
-    if not any(_mixtures(one) for one in options.values()):
+    options = eligible_options(candidates, steps)
+    if not any(mixtures_of(one) for one in options.values()):
         raise _none_eligible(problem, [steps[one] for one in candidates])
     rated: dict[Mixture, Step] = {}
     if final is not None and problem.cluster.world_size <= MOST_SIMULATED_RANKS:
         samples = _samples(problem, SIMULATED_RANKS)
-        rater, screen = (replace(rater, name=name, evaluator=one, samples=samples)
-                         for name, one in ((GOOD, final), (QUICK, quick)))  # fmt: skip
+        rater = Rater(name=GOOD, evaluator=final, samples=samples)
+        screen = replace(screen, samples=samples)
         options = _finalists(options, steps, [one for one in plain if one in candidates])
         both_ways = [(choice, layout, layout) for choice, layout in plain]
-        within = SCREENED if problem.cluster.world_size > ALL_PLACED_RANKS else math.inf
+        # Of many ranks plain layouts that are estimated to take longer than one did are no better; those that come near
+        # the pick are simulated with the others.
+        within = 1.0 if problem.cluster.world_size > ALL_PLACED_RANKS else math.inf
         _rate_best(board, both_ways, rated, (rater, screen, within), "simulating plain layouts", progress)
-    mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(_mixtures(one))]
+    mixtures = [(choice, *both) for choice, one in options.items() for both in _plainest_first(mixtures_of(one))]
     _rate_best(board, mixtures, rated, (rater, screen, SCREENED), "choosing", progress)
     pick = min((rated[one] for one in mixtures if one in rated), key=competing_us)
     steps |= {(choice, forward): step for (choice, forward, backward), step in rated.items() if forward == backward}
@@ -113,7 +103,7 @@ def select(
         pick=pick,
         table=tuple(steps.values()),
         baselines=tuple(step for one, step in steps.items() if one in plain),
-        bound_us=board.bound_us(rater.samples, [choice for choice, _ in candidates]),
+        bound_us=board.bound_us(rater, choices),
         notes=(*notes, *left_out),
     )
 
@@ -132,7 +122,7 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
     if attention.seq_len_tokens > MAX_TOKEN_STRIPING_TOKENS and any(one.granularity_tokens == 1 for one in choices):
         choices = [one for one in choices if one.granularity_tokens > 1]
         notes.append(f"token striping is not looked at beyond {MAX_TOKEN_STRIPING_TOKENS} tokens")
-    for layout in layout_choices(space.offers(problem.cluster)):
+    for layout in layout_choices(problem.offers()):
         # A layout that computes whole sequences does the same work under every placement: one stands for all.
         relevant = choices[:1] if layout.head_groups == world > 1 else choices
         applicable = [choice for choice in relevant if board.applies(choice, layout)]
@@ -147,54 +137,6 @@ def _candidates(board: ScoreBoard) -> tuple[list[Candidate], list[str]]:
         raise InputError("nothing is left to choose from: " + "; ".join(notes), field="layout, placement")
     order = {choice: number for number, choice in enumerate(choices)}
     return sorted(found, key=lambda one: order[one[0]]), notes
-
-
-def _estimates(
-    board: ScoreBoard, candidates: Sequence[Candidate], plain: Sequence[Candidate], rater: Rater, progress: Progress
-) -> tuple[dict[Candidate, Step], list[str]]:
-    """Return the steps of candidates by a quick evaluator, those of plain layouts among them, and what was left out.
-
-    Left out is a placement whose lower bound, whatever the layout, is beyond what is left of the field when candidates
-    are screened. On many ranks the best layouts of the first placement are tried under the others: which ones are quick
-    hangs on the cluster more than on who has which blocks.
-    """
-    world, quickest_us = board.problem.cluster.world_size, math.inf
-    steps: dict[Candidate, Step] = {}
-    tried: set[Layout] | None = None
-
-    def look(group: Sequence[Candidate], least_us: float) -> bool:
-        """Estimate one placement's candidates, unless none of them can be quick; least_us: its lower bound."""
-        nonlocal quickest_us
-        if least_us > SCREENED * quickest_us:
-            return False
-        steps.update({one: board.step(one[0], one[1], one[1], rater) for one in group if one not in steps})
-        progress("estimating", min(len(steps), len(candidates)), len(candidates))
-        # An estimate may be below the bound, since it overlooks that links are shared: then the bound is nearer.
-        eligible_us = [max(competing_us(steps[one]), least_us) for one in group if steps[one].eligible]
-        quickest_us = min([quickest_us, *eligible_us])
-        return True
-
-    steps.update({one: board.step(one[0], one[1], one[1], rater) for one in plain})
-    beaten = []
-    for choice, both in groupby(candidates, key=lambda one: one[0]):
-        group = [one for one in both if tried is None or one[1] in tried]
-        if not look(group, board.least_us(choice, rater.samples)):
-            beaten.append(choice)
-        elif tried is None and world > ALL_PLACED_RANKS:
-            tried = _worth_placing(_eligible_options(group, steps))
-            tried |= set() if world > VERY_MANY_RANKS else {layout for _, layout in plain}
-    progress("estimating", len(candidates), len(candidates))
-    told = f"not looked at further, since no layout can bring them within {SCREENED - 1:.0%} of the best: "
-    return steps, [told + ", ".join(map(str, beaten))] if beaten else []
-
-
-def _worth_placing(options: dict[PlacementChoice, Options]) -> set[Layout]:
-    """Return the best layouts of each kind in either direction, but for those far behind the best of all."""
-    found: set[Layout] = set()
-    for times_us in (one[way] for one in options.values() for way in DIRECTIONS):
-        limit_us = PLACED * min(times_us.values(), default=0.0)
-        found |= {layout for layout in _best_of_their_kind(times_us) if times_us[layout] <= limit_us}
-    return found
 
 
 def _rate_best(
@@ -213,6 +155,8 @@ def _rate_best(
     for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
         if estimated_us[one] > within * quickest_us:
             break
+        if within < math.inf and _is_slower(board, one, (rater, screen), quickest_us):
+            continue
         rated[one] = board.step(*one, rater)
         if rated[one].eligible:
             quickest_us = min(quickest_us, competing_us(rated[one]))
@@ -220,16 +164,24 @@ def _rate_best(
     progress(stage, len(mixtures), len(mixtures))
 
 
-def _eligible_options(candidates: Sequence[Candidate], steps: dict[Candidate, Step]) -> dict[PlacementChoice, Options]:
-    """Return what can be executed within the memory limit, by placement, in the order of `candidates`."""
-    found: dict[PlacementChoice, Options] = {}
-    for choice, layout in candidates:
-        options, step = found.setdefault(choice, {way: {} for way in DIRECTIONS}), steps[choice, layout]
-        if step.forward.eligible:
-            options["forward"][layout] = step.forward.makespan_us
-        if step.backward.eligible:
-            options["backward"][layout] = step.backward.makespan_us
-    return found
+def _is_slower(board: ScoreBoard, one: Mixture, raters: tuple[Rater, Rater], limit_us: float) -> bool:
+    """Whether a mixture takes longer than the limit: by what it computes, or by its forward and what backward computes.
+
+    raters: who rates it, and who estimated it. Its forward is rated where that is needed to tell.
+    """
+    choice, forward, backward = one
+    rater, screen = raters
+    factor = 1 + margin_of(choice, forward, backward)
+
+    def floor_us() -> float:
+        known_us = (board.known_us(choice, forward, "forward", rater, screen),
+                    board.known_us(choice, backward, "backward", rater, screen))  # fmt: skip
+        return factor * sum(known_us)
+
+    if floor_us() > limit_us:
+        return True
+    board.score(choice, forward, "forward", rater)
+    return floor_us() > limit_us
 
 
 def _finalists(
@@ -240,34 +192,20 @@ def _finalists(
     The best few of each way to keep K/V, since both directions must agree on it, and of each way to transfer, since
     what transfers take from kernels is nothing that the recurrence sees.
     """
-    found = _eligible_options(plain, steps)
-    best_us = {choice: min(both.values()) for choice, one in options.items() if (both := _mixtures(one))}
+    found = eligible_options(plain, steps)
+    best_us = {choice: min(both.values()) for choice, one in options.items() if (both := mixtures_of(one))}
     quickest = sorted(best_us, key=best_us.__getitem__)
     regular = [choice for choice in quickest if choice.regular]
     for choice in dict.fromkeys([*quickest[:FINAL_PLACEMENTS], *regular[:1]]):
         kept = found.setdefault(choice, {way: {} for way in DIRECTIONS})
         for way, times_us in options[choice].items():
-            kept[way].update((layout, times_us[layout]) for layout in _best_of_their_kind(times_us))
+            kept[way].update((layout, times_us[layout]) for layout in best_of_their_kind(times_us))
     return found
-
-
-def _best_of_their_kind(times_us: dict[Layout, float]) -> list[Layout]:
-    groups: dict[Hashable, list[Layout]] = {}
-    for layout in times_us:
-        groups.setdefault((layout.kept_slots, layout.transfers, layout.head_groups > 1), []).append(layout)
-    return [one for alike in groups.values() for one in sorted(alike, key=times_us.__getitem__)[:FINAL_LAYOUTS]]
 
 
 def _plainest_first(mixtures: Iterable[tuple[Layout, Layout]]) -> list[tuple[Layout, Layout]]:
     """Return mixtures in order, the same layout in both directions before others: `min` keeps the first of equals."""
     return sorted(mixtures, key=lambda one: one[0] != one[1])
-
-
-def competing_us(step: Step) -> float:
-    """Return the time by which a step competes, in microseconds: plain layouts have no margin, so none is quicker."""
-    margin = 0.0 if step.placement.regular else IRREGULAR_MARGIN
-    margin += max(step.forward_layout.margin, step.backward_layout.margin)
-    return step.step_time_us * (1 + margin)
 
 
 def _none_eligible(problem: Problem, steps: Sequence[Step]) -> InputError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .sorted import sorted_unique
-from .triangle import BITS_SET, Bytes, checked_triangle, rows_of_triangle
+from .triangle import BITS_SET, Bytes, checked_triangle, ones_of, ones_of_rows, rows_of_triangle
 
 CHECKED_ROWS = 64
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -28,7 +28,7 @@ class BlockMask:
     It is kept at a bit for each pair: layers of many heads over long sequences would take gigabytes otherwise.
     """
 
-    __slots__ = ("_blocks", "_counts", "_packed_rows", "_triangle", "columns")
+    __slots__ = ("_blocks", "_counts", "_ones", "_packed_rows", "_triangle", "columns")
 
     def __init__(self, *, bits: NDArray[np.bool_], columns: Sequence[int] | NDArray[np.integer] = NOTHING) -> None:
         bits = np.asarray(bits, dtype=bool)
@@ -39,6 +39,7 @@ class BlockMask:
             raise InputError(f"query block {query} must not attend the later key block {key}", field="bits")
         self._blocks, self._packed_rows = bits.shape[0], np.packbits(bits, axis=1)
         self._counts: NDArray[np.int64] | None = None  # of ones in each row, once somebody asked
+        self._ones: int | None = None  # of all rows, once somebody asked
         self._triangle: Bytes | None = None
         self.columns: NDArray[np.int32] = sorted_unique(columns, "columns")
 
@@ -49,7 +50,7 @@ class BlockMask:
         Rows are made of it when they are first asked for: of most masks of a trace only the count is.
         """
         mask = cls.__new__(cls)
-        mask._blocks, mask._packed_rows, mask._counts = blocks, None, None
+        mask._blocks, mask._packed_rows, mask._counts, mask._ones = blocks, None, None, None
         mask._triangle = checked_triangle(data, blocks)
         mask.columns = sorted_unique(columns, "columns")
         return mask
@@ -89,21 +90,30 @@ class BlockMask:
 
     def active_block_pairs(self, blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (query blocks, key blocks) of all active causal pairs."""
-        query, key = np.nonzero(self.block_bits(blocks))
+        self.check_blocks(blocks)
+        packed = self.rows.reshape(-1)
+        places = np.flatnonzero(packed)  # bytes with any pair: of a sparse mask few
+        nth = np.flatnonzero(np.unpackbits(packed[places]).view(bool))
+        query, key = np.divmod(8 * places[nth // 8] + nth % 8, 8 * self.rows.shape[1])
         return query, key
 
     def keys_of_queries(self) -> NDArray[np.int64]:
         """Return int64 [N]: how many key blocks of each query block are active."""
         if self._counts is None:
-            counts: NDArray[np.int64] = BITS_SET(self.rows).sum(axis=1, dtype=np.int64)
-            self._counts = counts
+            self._counts = self._counted_rows()
         return self._counts
+
+    def _counted_rows(self) -> NDArray[np.int64]:
+        if self._triangle is not None and self._packed_rows is None:
+            return ones_of_rows(self._triangle, self._blocks)
+        return BITS_SET(self.rows).sum(axis=1, dtype=np.int64)
 
     def count_active_blocks(self, blocks: int) -> int:
         """Return the number of active causal block pairs."""
         self.check_blocks(blocks)
-        packed = self.rows if self._triangle is None else self._triangle
-        return int(BITS_SET(packed).sum(dtype=np.int64))
+        if self._ones is None:
+            self._ones = ones_of(self.rows.reshape(-1) if self._triangle is None else self._triangle)
+        return self._ones
 
 
 def _attends_later_blocks(bits: NDArray[np.bool_]) -> bool:

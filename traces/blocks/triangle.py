@@ -14,6 +14,28 @@ Bytes = NDArray[np.uint8]
 ONES_IN_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 BITS_SET = getattr(np, "bitwise_count", ONES_IN_A_BYTE.__getitem__)  # numpy's own since 2.0, ten times as fast
 
+WORD = np.dtype(np.uint64 if hasattr(np, "bitwise_count") else np.uint8)  # what ones are counted in at once
+
+
+def ones_of(packed: Bytes) -> int:
+    """Return how many bits are set."""
+    whole = packed.size - packed.size % WORD.itemsize
+    words, rest = packed[:whole].view(WORD), packed[whole:]
+    return int(BITS_SET(words).sum(dtype=np.int64)) + int(BITS_SET(rest).sum(dtype=np.int64))
+
+
+def ones_of_rows(triangle: Bytes, blocks: int) -> NDArray[np.int64]:
+    """Return int64 [N], how many bits of each row are set, without taking the rows apart.
+
+    Counted are the ones before every row: those of whole bytes, and of the bits that its first byte has from the row
+    before.
+    """
+    row = np.arange(blocks + 1)
+    first = row * (row + 1) // 2
+    before = np.concatenate([[0], np.cumsum(BITS_SET(triangle), dtype=np.int64)])
+    beginning = np.append(triangle, np.uint8(0))[first // 8] >> (8 - first % 8)
+    return np.diff(before[first // 8] + BITS_SET(beginning.astype(np.uint8)))
+
 
 def packed_bytes(blocks: int) -> int:
     """Return the bytes of one head's packed block bits."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import pytest
 
 import tiny
 from search_cases import BLOCK, problem
 from sparsering.planner.cost.bounds import Allowed, communication_bound_us, compute_bound_us, exchange_bound_us
+from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.recurrence import CompiledRecurrence
+from sparsering.planner.schedule.batch import BatchWork, LaunchBatch
+from sparsering.planner.schedule.launches import Launch
 from sparsering.planner.schedule.pairs import Pairs
-from sparsering.planner.schedule.schedule import DIRECTIONS
+from sparsering.planner.schedule.schedule import DIRECTIONS, Direction, ShardId, Task
 from sparsering.planner.schedule.shape import AttentionShape
-from sparsering.planner.schedule.workload import workload
+from sparsering.planner.schedule.workload import TaskWork, workload
 from sparsering.planner.search.candidates import PlacementChoice
 from sparsering.planner.search.selection import select
 
@@ -105,3 +110,43 @@ def test_the_bound_knows_pulls():
     found = select(slow, quick=CompiledRecurrence())
     assert found.pick.backward_layout.transfers.pull
     assert found.bound_us <= found.pick.step_time_us
+
+
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("seed", range(20))
+def test_no_cut_of_a_launch_takes_less_than_the_least(seed: int, direction: Direction, sharing: int):
+    """Three key shards of three tiles and four heads, some without work: cut by shards, by heads, by both, or whole."""
+    random, tiles, heads, shards, query = np.random.default_rng(seed), 3, 4, 3, ShardId(sequence_part=0)
+    share = random.choice([0.0, 0.1, 0.5, 1.0], size=(shards, heads, 1, 1))
+    active = random.random((shards, heads, tiles, tiles)) < share
+    gpu = tiny.cluster().gpu.model_copy(update={"memory_bandwidth_bytes_per_us": 1e3})
+    cost = DatasheetCost(gpu=gpu, head_dim=8, block_size=4, queries_per_kv_head=sharing, heads=heads)
+
+    def launch(keys: range, of_heads: range, *, begins: bool, ends: bool) -> tuple[Launch, list[TaskWork]]:
+        tasks = [
+            Task(query=query, key=ShardId(sequence_part=key), heads=(of_heads[0], of_heads[-1] + 1), key_buffer="")
+            for key in keys
+        ]
+        bits = [active[key, of_heads[0] : of_heads[-1] + 1] for key in keys]
+        works = [
+            TaskWork(
+                tile_pairs=int(one.sum()), rows_with_work=int(one.any(axis=2).sum()),
+                longest_row=int(one.sum(axis=2).max()), key_rows_with_work=int(one.any(axis=1).sum()),
+                longest_key_row=int(one.sum(axis=1).max()), rows=tiles * len(of_heads),
+            )
+            for one in bits
+        ]  # fmt: skip
+        return Launch(tasks=tuple(tasks), begins=begins, ends=ends), works
+
+    whole, works = launch(range(shards), range(heads), begins=True, ends=True)
+    (least_us,) = cost.least_us(LaunchBatch.of([whole]), BatchWork.of(works), direction)
+    assert least_us or not active.any()
+    for by_shard, group in product((False, True), (1, 2, 4)):
+        cuts = [range(key, key + 1) for key in range(shards)] if by_shard else [range(shards)]
+        took_us = 0.0
+        for first, (number, keys) in product(range(0, heads, group), enumerate(cuts)):
+            of_heads = range(first, first + group)
+            one = launch(keys, of_heads, begins=number == 0, ends=number == len(cuts) - 1)
+            took_us += cost.launch_us(*one, direction)
+        assert took_us >= least_us - 1e-9

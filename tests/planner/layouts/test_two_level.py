@@ -30,3 +30,32 @@ def test_halves_hide_sums_within_a_node_where_crossing_is_quick():
         assert halves.compute_us.sum() == pytest.approx(whole.compute_us.sum())
     slow = problem(kind="dense", nodes=2, gpus=2, blocks=16, nic_bandwidth=10.0)
     assert "halves" not in str(select(slow, quick=CompiledRecurrence()).pick.backward_layout)
+
+
+def test_late_columns_leave_the_links_to_shards():
+    """Four nodes of four with a card each: the sum of the columns crosses while all shards are computed."""
+    cluster, cost = tiny.cluster(nodes=4, gpus=4, nics=1), tiny.PairCost(us_per_pair=2.0)
+    work = tiny.dense_workload(16, "striped", blocks_per_rank=16)
+    early, late = (
+        simulate(
+            tiny.schedule(
+                "two_level",
+                16,
+                "forward",
+                blocks_per_rank=16,
+                columns=64,
+                inner_size=4,
+                halves=True,
+                late_columns=value,
+            ),
+            work,
+            cluster,
+            cost,
+        )
+        for value in (False, True)
+    )
+    assert late.makespan_us < early.makespan_us
+    assert late.compute_us.sum() == pytest.approx(early.compute_us.sum())
+    sparse, dense = problem(nodes=2, gpus=2), problem(kind="dense", nodes=2, gpus=2)
+    for given, offered in ((sparse, True), (dense, False)):
+        assert (given.attention.columns_capacity > 0, given.offers().columns) == (offered, offered)

@@ -46,6 +46,7 @@ def test_candidates_of_four_nodes_of_eight():
         *(f"gather (chunks {count}, keep_kv)" for count in (1, 2, 4, 31)),
         "two_level (inner_size 8)", "two_level (inner_size 4)",
         "two_level (inner_size 8, halves)", "two_level (inner_size 4, halves)",
+        "two_level (inner_size 8, halves, late_columns)", "two_level (inner_size 4, halves, late_columns)",
         *(f"ulysses (degree {degree}, chunks {chunks})" for degree in (2, 4, 8, 32) for chunks in (1, 2, 4)),
     ]  # fmt: skip
     long = problem().attention.model_copy(update={"seq_len_tokens": 512 * 1024, "block_size": 128})

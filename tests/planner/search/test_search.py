@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from search_cases import BLOCK, allowing, of_model, problem, problems, senseless
-from sparsering.planner.cost.bounds import Allowed, compute_bound_us, lower_bound_us
+from sparsering.planner.cost.bounds import Allowed, compute_bound_us, entering_us, layout_bound_us, lower_bound_us
 from sparsering.planner.cost.evaluation import Evaluation
 from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.cost.memory import layer_memory
@@ -24,10 +24,11 @@ from sparsering.planner.layouts.ring import Ring
 from sparsering.planner.layouts.two_level import TwoLevel
 from sparsering.planner.layouts.ulysses import MARGIN_PER_RANK
 from sparsering.planner.plan import KernelSpec
+from sparsering.planner.schedule.pairs import Pairs
 from sparsering.planner.schedule.schedule import DIRECTIONS
 from sparsering.planner.schedule.shape import AttentionShape
 from sparsering.planner.schedule.workload import workload
-from sparsering.planner.search import selection
+from sparsering.planner.search import estimates, selection
 from sparsering.planner.search.candidates import baselines, layout_choices, placement_choices, why_not_executable
 from sparsering.planner.search.problem import Problem, SearchSpace
 from sparsering.planner.search.scores import ScoreBoard, Step
@@ -135,6 +136,9 @@ def test_kept_events_and_times_change_nothing(given_problem: Problem, data):
             simulated_us = simulated.makespan_us
             assert compute_bound <= other.makespan_us + 0.01
             assert bound_us <= simulated_us + 0.01
+            sent = cluster, shape, direction, layout, Pairs.all_of(cluster.world_size)
+            slowed_us = (one.compute_us + cluster.gpu.communication_slowdown * entering_us(*sent)).max()
+            assert max(layout_bound_us(*sent), slowed_us) <= simulated_us + 0.01
 
 
 def test_memory_by_hand():
@@ -338,7 +342,8 @@ def test_the_best_few_of_every_way_to_transfer_have_the_last_word():
 
 
 def test_the_best_regular_placement_has_the_last_word_beside_the_best_few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(selection, "SCREENED", 100.0)  # bounds know nothing of what these evaluators say
+    for module in (estimates, selection):
+        monkeypatch.setattr(module, "SCREENED", 100.0)  # bounds know nothing of what these evaluators say
     given_problem = problem(kind="skewed", columns=0, blocks=48)
     irregular = {f"balanced {blocks * BLOCK}": 100.0 for blocks in (1, 2, 4)}
     evaluate = evaluator_by_placement(given_problem, irregular | {"striped 128": 100.5})

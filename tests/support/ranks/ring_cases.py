@@ -172,6 +172,7 @@ def _layouts(world_size: int) -> Iterator[Layout]:
     if world_size == 4:
         yield Hierarchical(inner_size=2)
         yield TwoLevel(inner_size=2)
+        yield TwoLevel(inner_size=2, halves=True, late_columns=True)
         yield TwoLevel(inner_size=2, halves=True)
 
 

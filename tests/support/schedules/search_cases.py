@@ -14,8 +14,7 @@ from sparsering.planner.cost.kernels import DatasheetCost
 from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape
 from sparsering.planner.replay import Recorded
 from sparsering.planner.schedule.workload import unit_load
-from sparsering.planner.search.problem import Problem, SearchSpace
-from sparsering.planner.search.sampling import TraceSummary
+from sparsering.planner.search.problem import Problem, SearchSpace, TraceSummary
 from sparsering.traces.synthetic import SyntheticSettings, synthesize
 
 BLOCK = 64
