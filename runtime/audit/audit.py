@@ -27,6 +27,7 @@ from ..comm.mesh import Mesh, agree
 from ..model.shape import model_shape
 from .cache import audit_digest, keep_audit, kept_audit, may_be_kept, model_digest, versions
 from .instance import class_name, plain_class, refuse_strangers
+from .mask_buffers import refuse_other_masks
 from .proof import Errors, prove
 from .refusals import refuse_by_configuration
 from .result import Audit
@@ -86,6 +87,8 @@ def require_model(
         found = _audited_by_rank_0(mesh, model.config, plain, seq_len_tokens)
     found.require()
     refuse_strangers(model, plain, set(found.modules), allow_hooks=allow_hooks)
+    if not allow_hooks:
+        refuse_other_masks(model)
     return found
 
 

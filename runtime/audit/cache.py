@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...traces.errors import InputError
 from ...traces.files import canonical_json, read_json, sha256_of_bytes, sha256_of_file, write_json
+from .instance import global_hooks
 from .result import Audit
 
 MAX_AUDIT_BYTES = 1 << 20
@@ -85,7 +89,17 @@ def may_be_kept(model_class: type, config: Any) -> bool:
     """
     homes = [type(config).__module__, *(base.__module__ for base in model_class.__mro__)]
     module = sys.modules.get(model_class.__module__)
+    if global_hooks() or any(map(_is_foreign, _registered())):
+        return False
     return all(map(_is_usual, homes)) and module is not None and not any(map(_is_foreign, vars(module).values()))
+
+
+def _registered() -> list[Any]:
+    """Return what transformers' models look up by name, and the functions that make their masks."""
+    known: list[Any] = [*LOSS_MAPPING.values(), *ROPE_INIT_FUNCTIONS.values(), *vars(masking_utils).values()]
+    for activation in ACT2FN.values():
+        known += activation if isinstance(activation, tuple) else [activation]
+    return known
 
 
 def _is_usual(home: object) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -41,6 +42,8 @@ def refuse_strangers(
 
     known: the classes of modules that it makes. allow_hooks: whole sequences run, so that hooks see what they would.
     """
+    if not allow_hooks:
+        _refuse_global_hooks()
     experts = getattr(model.config, "_experts_implementation", None)
     if experts not in PROVEN_EXPERTS:
         raise UnsupportedError(f"is {experts!r}: nothing was proven about it; take grouped_mm, batched_mm or eager",
@@ -53,7 +56,7 @@ def refuse_strangers(
         if plain not in known and not plain.startswith(HARMLESS_MODULES):
             told = f"is a {plain}, which {model_class.__name__} does not have by itself"
             raise UnsupportedError(f"{told}: the audit proves nothing about it", field=where)
-        for code in () if allow_hooks else _added_code(module):
+        for code in () if allow_hooks else _added_code(module, expected.get(name)):
             raise UnsupportedError(f"has a method or hook of {code}: the audit proves nothing about it", field=where)
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             raise UnsupportedError(f"drops {module.p}; dropout is not supported: set its p to 0", field=where)
@@ -77,18 +80,45 @@ def plain_class(one: type) -> type:
     return one
 
 
-def _added_code(module: Module) -> Iterator[str]:
-    """Yield where code comes from that somebody put into this module: its own `forward`, a loss, hooks."""
-    added = [vars(module)[name] for name in ("forward", "_loss_function") if name in vars(module)]
+def _added_code(module: Module, expected: Module | None) -> Iterator[str]:
+    """Yield where code comes from that somebody put into this module: methods, a loss, hooks.
+
+    expected: the module as its class makes it, which may have functions of its own too.
+    """
+    made = {} if expected is None else vars(expected)
+    added = [
+        value
+        for name, value in vars(module).items()
+        if name == "_loss_function" or (callable(value) and hasattr(type(module), name) and name not in made)
+    ]
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         added += list(getattr(module, hooks, {}).values())
-    for code in added:
-        while isinstance(code, functools.partial):
-            code = code.func
-        name = getattr(code, "__module__", None) or type(code).__module__
-        home = f"{name}.{getattr(code, '__qualname__', type(code).__qualname__)}"
+    for home in map(_home_of, added):
         if "neftune" in home or not f"{home}.".startswith(HARMLESS_CODE):
             yield home
+
+
+def _home_of(code: Any) -> str:
+    """Return where a function comes from, and what it is called."""
+    while isinstance(code, functools.partial):
+        code = code.func
+    name = getattr(code, "__module__", None) or type(code).__module__
+    return f"{name}.{getattr(code, '__qualname__', type(code).__qualname__)}"
+
+
+def _refuse_global_hooks() -> None:
+    """Refuse hooks that torch calls for every module of the process."""
+    for home in map(_home_of, global_hooks()):
+        if not f"{home}.".startswith(HARMLESS_CODE):
+            told = f"{home} is called for every module of this process: the audit proves nothing about it"
+            raise UnsupportedError(told, field="global hook")
+
+
+def global_hooks() -> list[Any]:
+    """Return what torch calls before and after every module of the process."""
+    names = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks",
+             "_global_backward_hooks")  # fmt: skip
+    return [hook for name in names for hook in getattr(torch.nn.modules.module, name, {}).values()]
 
 
 def _compare_settings(where: str, module: Module, expected: Module | None) -> None:

@@ -23,7 +23,7 @@ from .calls.asked import attention_form, key_bias, refuse_masks
 from .calls.own_loss import OwnLoss
 from .calls.placing import Placing, arguments
 from .calls.positions import PositionGuard
-from .calls.written_out import WrittenOutLayers, zero_masks
+from .calls.written_out import BODY_CALLS, WrittenOutLayers, zero_masks
 from .head_sizes import biased, falling, fitted
 from .shape import (
     ROUTER_LOGITS,
@@ -98,6 +98,7 @@ class Attached:
         self._modules, self.reaches = attention_modules(model), layer_reaches(model.config)
         self.shape = model_shape(model.config)
         self._hooks: list[Any] = []
+        self._written_out: WrittenOutLayers | None = None
         self._name = self._take_over(model)
         for module in self._modules:
             module._sparsering = self
@@ -111,7 +112,8 @@ class Attached:
             if model.config._attn_implementation == ATTENTION_NAME:
                 return ATTENTION_NAME
         self._modules = []
-        self._hooks += WrittenOutLayers(decoder_layers(model), self.shape.heads, self._asked).hooks
+        self._written_out = WrittenOutLayers(decoder_layers(model), self.shape.heads, self._asked)
+        self._hooks += self._written_out.hooks
         model.config._attn_implementation = WRITTEN_OUT_NAME  # masks are asked for by this name
         return WRITTEN_OUT_NAME
 
@@ -128,11 +130,31 @@ class Attached:
 
         placing, loss = self._placing, self._own_loss
         return [
+            *self._watch_written_out(body),
             *before(model, self._check_labels, self._take_over_routers, loss.before_model, placing.before_model),
             *after(model, loss.after_model, self._add_router_loss),
             *before(body, placing.before_body, self._check_call, placing.place),
             *after(body, lambda output: self.positions.settle()),
             *placing.hooks(),
+        ]
+
+    def _watch_written_out(self, body: Module) -> list[Any]:
+        """Know when the body is called, whatever ends the call; what an interrupted one left open is closed."""
+        layers = self._written_out
+        if layers is None:
+            return []
+
+        def begin(module: Module, args: Any) -> None:
+            layers.close()
+            BODY_CALLS.begin()
+
+        def end(module: Module, args: Any, output: Any) -> None:
+            BODY_CALLS.end()
+
+        uncompiled: Any = torch.compiler.disable
+        return [
+            body.register_forward_pre_hook(uncompiled(begin)),
+            body.register_forward_hook(uncompiled(end), always_call=True),
         ]
 
     def _asked(
@@ -151,6 +173,9 @@ class Attached:
     def detach(self) -> None:
         """Give the model its own attention back. Channels stay, for what is attached next (comm/reuse.py)."""
         self._detached = True
+        if self._written_out is not None:
+            self._written_out.close()
+            BODY_CALLS.end()
         if self._name == ATTENTION_NAME:
             self.model.set_attn_implementation(self._before)
         else:

@@ -10,6 +10,7 @@ Shape legend: B batch, H query heads, S_own tokens of a rank's shard, D head dim
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -166,7 +167,7 @@ class Scores:
         if other is None or _is_matrix(other):
             return self._masked()
         if _is_of_keys(other) and self.slopes is None and not self.softmaxed:
-            return replace(self, slopes=other[..., 0, 1] - other[..., 0, 0])
+            return replace(self, slopes=_slopes(other[..., 0, :]))
         raise UnsupportedError("something is added to scores that is no mask", field="attention")
 
     __radd__ = __iadd__ = __add__
@@ -215,6 +216,18 @@ class Scores:
         return float(value)
 
 
+def _slopes(row: Tensor) -> Tensor:
+    """Return by how much [.., keys] rises from key to key. UnsupportedError where it is not by the same throughout."""
+    slopes = row[..., 1] - row[..., 0]
+    keys = torch.arange(row.shape[-1], device=row.device, dtype=torch.float64)
+    straight = row[..., :1].double() + slopes[..., None].double() * keys
+    # Of the slope, of a product, and of their sum; classes make biases in float32 whatever their parameters are.
+    rounding = 4 * max(torch.finfo(row.dtype).eps, torch.finfo(torch.float32).eps)
+    if not bool(((row.double() - straight).abs() <= rounding * straight.abs()).all()):
+        raise UnsupportedError("that is added to scores of keys does not rise evenly", field="attention bias")
+    return slopes
+
+
 def _is_matrix(value: Any) -> bool:
     """Whether this has an entry for every query and key, or is spread over them."""
     return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-1] == value.shape[-2]
@@ -245,6 +258,13 @@ class WrittenOutLayers:
         """Copies are called one after the other."""
         return self
 
+    def close(self) -> None:
+        """End what an earlier call left open: torch calls no hook where a layer is interrupted (Ctrl-C)."""
+        while self._open:
+            mode = self._open.pop()
+            if mode is not None:
+                mode.__exit__(None, None, None)
+
     def _enter(self, number: int, module: Module, args: Any) -> None:
         mode = None if self._open else WrittenOut(self._heads, partial(self._asked, module, number))
         if mode is not None:
@@ -261,13 +281,40 @@ class WrittenOutLayers:
             raise UnsupportedError(told, field="attention")
 
 
+class BodyCalls:
+    """Whether the body of an attached model that writes attention out is being called, by thread."""
+
+    def __init__(self) -> None:
+        self._running = threading.local()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether one is, on this thread."""
+        return getattr(self._running, "calls", 0) > 0
+
+    def begin(self) -> None:
+        """A body is called; calls do not nest."""
+        self._running.calls = 1
+
+    def end(self) -> None:
+        """It returned, or raised."""
+        self._running.calls = 0
+
+
+BODY_CALLS = BodyCalls()
+
+
 def zero_masks(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, *,
     attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, device: Any = None, **settings: Any,
 ) -> Tensor:  # fmt: skip
     """Mask function for `AttentionMaskInterface`: zeros, since classes look at a mask's shape.
 
-    UnsupportedError for padding and caches.
+    UnsupportedError for padding and caches, and for a model that is not attached: masks are asked for by the name in a
+    configuration, which models may share.
     """
+    if not BODY_CALLS.is_running:
+        told = "is that of an attached model too: give this one, which is not attached, a copy of its own"
+        raise UnsupportedError(told, field="config")
     refuse_masks(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask)
     return no_mask(batch_size, q_length, kv_length, dtype=dtype, device=device)

@@ -147,3 +147,17 @@ def test_positions_begin_after_the_token_that_is_not_counted_and_that_token_is_r
         else:
             with pytest.raises(UnsupportedError, match="has padding"):
                 guard.check(positions, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_of_keys_that_does_not_rise_evenly_is_refused(dtype: torch.dtype) -> None:
+    row = (torch.tensor([0.5, 0.0625, 0.7071])[:, None] * torch.arange(S)).to(dtype)
+
+    def written(bias: Tensor) -> Written:
+        return lambda q, k, v: (q @ k.transpose(-1, -2) + bias[:, None]).softmax(-1) @ v
+
+    _, asked = run(written(row))
+    torch.testing.assert_close(asked[0][4], row[:, 1])
+    for bent in (row.clamp(max=1.5), row + (torch.arange(S) > 3), row.sqrt()):
+        with pytest.raises(UnsupportedError, match="does not rise evenly"):
+            run(written(bent.to(dtype)))
