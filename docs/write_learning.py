@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from write_measured import RESULTS, Column, number, table
+from table_cells import Column, number, table
+from write_measured import RESULTS
 
 DOCS = Path(__file__).resolve().parent
 STUDIES = DOCS.parent / "benchmarks/studies"
