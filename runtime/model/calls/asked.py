@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....traces.errors import UnsupportedError
 from ...pattern.form import AttentionForm, Reach
+from .mask_functions import refuse_own_functions
 
 # They describe the call and do not change what attention returns.
 HARMLESS = frozenset(
@@ -90,9 +91,11 @@ def refuse_masks(
 
     Raises UnsupportedError for padding and caches.
 
-    A padding mask of ones only is let through. What else transformers would mask is not looked at: positions of a shard
-    are not contiguous, which it takes for packed documents; windows are held to by `attention_form`.
+    A padding mask of ones only is let through. What else transformers would mask is not asked for: positions of a shard
+    are not contiguous, which it takes for packed documents; windows are held to by `attention_form`. Functions of a
+    model's own are refused.
     """
+    refuse_own_functions(settings.get("mask_function"), settings.get("config"))
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UnsupportedError("marks padding; shard() pads, the model must not", field="attention_mask")
     if q_length != kv_length or q_offset != kv_offset:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ....traces.errors import UnsupportedError
 from .asked import no_mask, refuse_masks
+from .mask_functions import refuse_own_functions
 
 # q, k, v [B, H, S_own, D], as transformers' attention functions take them, the scale of scores, and slopes [.., H].
 Asked = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -317,4 +318,5 @@ def zero_masks(
         told = "is that of an attached model too: give this one, which is not attached, a copy of its own"
         raise UnsupportedError(told, field="config")
     refuse_masks(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask)
+    refuse_own_functions(settings.get("mask_function"), settings.get("config"))
     return no_mask(batch_size, q_length, kv_length, dtype=dtype, device=device)

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import BloomForCausalLM
+from transformers import BloomForCausalLM, LlamaForCausalLM
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from model_cases import case_config, case_model, dense_plan
 from sparsering.runtime.audit.audit import audit
@@ -129,3 +132,56 @@ def test_an_audit_is_not_kept_where_a_loss_was_put_in_place_of_another(
     found = audit(model.config, seq_len_tokens=TOKENS, model_class=type(model), cache=tmp_path)
     assert not found.right
     assert not list(tmp_path.iterdir())
+
+
+class _NearModel(LlamaModel):
+    """Llama that looks `reach` tokens back, as its code says and its configuration does not."""
+
+    reach = 128
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by name
+        self, input_ids: Any = None, position_ids: Any = None, **settings: Any
+    ) -> Any:  # fmt: skip
+        hidden = self.embed_tokens(input_ids)
+        places = torch.arange(hidden.shape[1])[None] if position_ids is None else position_ids
+        given = {"config": self.config, "inputs_embeds": hidden, "attention_mask": None, "past_key_values": None}
+        mask = create_causal_mask(**given, position_ids=places, and_mask_function=self.near())
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=self.rotary_emb(hidden, places))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    def near(self) -> Any:
+        return lambda batch, head, query, key: query - key < self.reach
+
+
+class _WindowModel(_NearModel):
+    """The same by a part of transformers' own."""
+
+    def near(self) -> Any:
+        return sliding_window_overlay(self.reach)
+
+
+class _NearLM(LlamaForCausalLM):
+    body: type[LlamaModel] = _NearModel
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = self.body(config)
+        self.post_init()
+
+
+class _WindowLM(_NearLM):
+    body = _WindowModel
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(_NearLM, "masks attention: the audit proves nothing"), (_WindowLM, "a window of 128 tokens, the configuration")],
+)
+def test_a_mask_that_the_code_alone_knows_of_is_refused(kind: Any, told: str, mesh: Mesh) -> None:
+    """It is wider than what an audit looks at, which finds nothing wrong."""
+    config = case_config("llama")
+    config.sliding_window = None
+    model = kind._from_config(config, attn_implementation="eager").double()
+    with pytest.raises(UnsupportedError, match=told):
+        _attached(model, mesh)
