@@ -11,6 +11,7 @@ from sparsering.planner.search.selection import select
 from sparsering.simulator.engine import simulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "vertical-slash", "skewed", "packed-documents"])
 def test_what_is_left_out_on_many_ranks_would_not_have_been_picked(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Twenty ranks: most candidates are neither built nor simulated, and the pick is that of looking at all."""
