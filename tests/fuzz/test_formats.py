@@ -28,6 +28,7 @@ else:
 FORMATS = {one.name: one for one in [*LAPTOP, *FULL]}
 STRUCTURED = [name for name, one in FORMATS.items() if one.document is not None]
 FEW, MANY, SOAK = 20, 300, int(os.environ.get("SOAK_EXAMPLES", "50000"))
+PARTS = int(os.environ.get("SOAK_PARTS", "1"))  # of a format's inputs: more than one where many processors share them
 NO_CHECKS = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 Fuzz = Callable[[Format, Path, int], None]
 
@@ -90,13 +91,15 @@ def test_without_any_one_value(name: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 @every_case
-def test_soak(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_soak(part: int, name: str, fuzz: Fuzz, tmp_path: Path) -> None:
     """Twice as many as asked for of a format that has values and bytes: so many of each."""
     format = FORMATS[name]
     path = format.make(tmp_path)
     format.read(path)  # what it loads does not count
     changes = (changed_values if fuzz is change_values else changed_bytes)(format, path)
-    assert many(format, path, changes, SOAK) == []
+    first, end = (SOAK * one // PARTS for one in (part, part + 1))
+    assert many(format, path, changes, end - first, first=first) == []
 
 
 @every_case
