@@ -50,6 +50,7 @@ class Soak:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         tempfile.tempdir = str(self.temporary)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # which importing torch's compiler makes
         self.environment = os.environ | {MARK: self.mark, "TMPDIR": str(self.temporary), "PYTHONSAFEPATH": "1"}
         self.model, self.data = write_model_and_data(folder)
         self.pools: dict[int, Pool] = {}
