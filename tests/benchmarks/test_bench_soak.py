@@ -46,6 +46,8 @@ def test_configurations_are_json_and_say_all_of_a_case() -> None:
 def test_a_soak_begins_with_every_communicator() -> None:
     opened = list(draws.opening())
     assert {(one["kind"], one["world_size"]) for one in opened} >= {("attention", n) for n in range(1, 5)}
+    trained = [one for one in opened if one["kind"] == "training"]
+    assert {one["world_size"] for one in trained} == {1, 2, 3, 4} and all(one["trace_out"] for one in trained)
     assert {one["forward"] for one in opened if one["kind"] == "attention"} >= {"ring", "gather", "hierarchical"}
 
 

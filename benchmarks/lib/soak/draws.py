@@ -159,9 +159,10 @@ def _plain(layout: Layout, world_size: int, dice: random.Random) -> Values:
 
 
 def _training_of(layout: Layout, context: int, data: int, dice: random.Random) -> Values:
-    """Return a configuration of a training run with one layout, which writes checkpoints by a thread."""
-    split = {"world_size": context * data, "context": context, "data": data, "asynchronous": True}
-    return draw_training(dice) | split | {"layout": layout.name, "layout_parameters": asdict(layout)}
+    """Return a configuration of a training run with one layout that writes all a run can: a trace imports pandas."""
+    split = {"world_size": context * data, "context": context, "data": data}
+    writes = {"asynchronous": True, "trace_out": True, "metrics": True}
+    return draw_training(dice) | split | writes | {"layout": layout.name, "layout_parameters": asdict(layout)}
 
 
 @cache
