@@ -3,9 +3,9 @@
 Ranks 1 to 4 play drawn layers (mask, sizes, heads, placement, layout of each direction, type, documents), which are
 compared with the dense reference (float64 to 1e-8, other types with plain torch's error), and small training runs that
 check themselves every step and must give the same bits when stopped and resumed; now and then whole verbs run as
-processes of their own. Every so many configurations each process is looked into: private memory, descriptors, threads,
-listening sockets, children, shared memory, temporary files. What gains more an hour than `lib/soak/trends.py` allows,
-what is left at the end, and every wrong result is in the result file; exit code 1 where there is any.
+processes of their own. Every so many configurations each process is looked into: memory of its own, descriptors,
+threads, listening sockets, children, shared memory, temporary files. What gains more an hour than `lib/soak/trends.py`
+allows, what is left at the end, and every wrong result is in the result file; exit code 1 where there is any.
 
     python -m sparsering.benchmarks.soak --hours 2 --seed 0
     python -m sparsering.benchmarks.soak --play '{"kind": "attention", …}'    # one configuration of a result again
@@ -30,11 +30,10 @@ from typing import Any
 
 from .lib.common import RESULTS, ResultFile
 from .lib.soak.draws import Values, draw_training, opening, playable_attention
-from .lib.soak.jobs import rest
 from .lib.soak.pool import Answer, Pool
 from .lib.soak.trends import BOUNDS_AN_HOUR, Trend, trend_of
 from .lib.soak.verbs import draw_verbs, play_verbs, write_model_and_data
-from .lib.soak.watch import QUANTITIES, files_below, held_by, marked, shared_memory_of
+from .lib.soak.watch import QUANTITIES, files_below, held_by, marked, rest, shared_memory_of
 
 MARK = "SPARSERING_SOAK"
 TRAININGS, VERBS = 0.12, 0.015  # shares of the configurations; the others are layers
@@ -51,6 +50,7 @@ class Soak:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         tempfile.tempdir = str(self.temporary)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # which importing torch's compiler makes
         self.environment = os.environ | {MARK: self.mark, "TMPDIR": str(self.temporary), "PYTHONSAFEPATH": "1"}
         self.model, self.data = write_model_and_data(folder)
         self.pools: dict[int, Pool] = {}

@@ -131,15 +131,19 @@ class HostChannel:
 
     def _serve(self) -> None:
         while (pending := self._posted.get()) is not None:
-            pending.started = time.perf_counter_ns()
-            try:
-                for work in _transmit(self._group, pending.messages, self._first_process):
-                    work.wait()
-            except Exception as error:  # handed to whoever waits
-                pending.error = error
-            pending.ended = time.perf_counter_ns()
+            self._play(pending)
             pending.done.set()
             del pending  # or its tensors would live until something else is posted
+
+    def _play(self, pending: _HostPending) -> None:
+        """Carry one group to its end. No frame that goes on may name a work: each holds its tensors."""
+        pending.started = time.perf_counter_ns()
+        try:
+            for work in _transmit(self._group, pending.messages, self._first_process):
+                work.wait()
+        except Exception as error:  # handed to whoever waits
+            pending.error = error
+        pending.ended = time.perf_counter_ns()
 
 
 @dataclass(eq=False)

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsering.benchmarks.lib.soak import draws, trends, watch
+from sparsering.benchmarks.lib.soak import draws, pool, trends, watch
 from sparsering.benchmarks.lib.soak.trends import trend_of
+from sparsering.planner.layouts.registry import make_layout
+from sparsering.planner.schedule.schedule import DIRECTIONS, Communicator
 from sparsering.runtime.train.config import parse_config
 
 HOUR_S = 3600.0
@@ -44,7 +46,31 @@ def test_configurations_are_json_and_say_all_of_a_case() -> None:
 def test_a_soak_begins_with_every_communicator() -> None:
     opened = list(draws.opening())
     assert {(one["kind"], one["world_size"]) for one in opened} >= {("attention", n) for n in range(1, 5)}
+    trained = [one for one in opened if one["kind"] == "training"]
+    assert {one["world_size"] for one in trained} == {1, 2, 3, 4} and all(one["trace_out"] for one in trained)
     assert {one["forward"] for one in opened if one["kind"] == "attention"} >= {"ring", "gather", "hierarchical"}
+
+
+def test_no_draw_asks_for_a_communicator_that_is_not_open() -> None:
+    opened: dict[tuple[int, int], set[Communicator]] = {}
+    for values in draws.opening():
+        of_layer = values["kind"] == "attention"
+        split = (values["world_size"], 1) if of_layer else (values["context"], values["data"])
+        way = ("forward", "forward_parameters") if of_layer else ("layout", "layout_parameters")
+        layout = make_layout(values[way[0]], values[way[1]])
+        opened.setdefault(split, set()).update(draws.communicators_of(layout, split[0]))
+    dice, refused = random.Random(1), dict[str, int]()
+    for _ in range(150):
+        values = draws.draw_training(dice)
+        layout = make_layout(values["layout"], values["layout_parameters"])
+        asked = draws.communicators_of(layout, values["context"])
+        assert asked <= opened[values["context"], values["data"]], values
+    for _ in range(30):
+        values = draws.playable_attention(dice, refused)
+        plan = draws.attention_case(values).plan
+        asked = {one for way in DIRECTIONS for one in plan.schedule(way).communicators}
+        assert asked <= opened[values["world_size"], 1], values
+    assert set(opened) == set(draws.SPLITS)
 
 
 def test_training_configurations_are_taken(tmp_path: Path) -> None:
@@ -105,6 +131,51 @@ def test_everything_that_a_process_holds_is_seen(tmp_path: Path) -> None:
     assert more["descriptors"] == 5 + 1 + 1  # files, the socket, the pipe to the child
     assert (more["threads"], more["listening"], more["children"]) == (1, 1, 1)
     assert watch.files_below(tmp_path) == [str(number) for number in range(5)]
+
+
+def test_pages_of_files_are_nobodys_memory(tmp_path: Path) -> None:
+    (tmp_path / "library").write_bytes(b"1" * KEPT_BYTES)
+    with open(tmp_path / "library", "rb") as file:
+        mapped = mmap.mmap(file.fileno(), KEPT_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    before = watch.held_by(os.getpid())["memory_bytes"]
+    assert sum(mapped[at] for at in range(0, KEPT_BYTES, mmap.PAGESIZE))
+    assert watch.held_by(os.getpid())["memory_bytes"] - before < KEPT_BYTES // 2
+    mapped.close()
+
+
+# Threads that need memory at the same time, after one large array was freed, which makes glibc keep more.
+BUSY_THREADS = """
+import os, threading
+import numpy as np
+from sparsering.benchmarks.lib.soak.watch import held_by, rest
+meet, end = threading.Barrier(9), threading.Event()
+def work():
+    meet.wait()
+    arrays = [np.ones(12_000) for _ in range(200)]
+    meet.wait()
+    del arrays
+    meet.wait()
+    end.wait()
+large = np.ones(2_500_000)
+del large
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+rest()
+before = held_by(os.getpid())["memory_bytes"]
+for _ in range(3):
+    meet.wait()
+rest()
+print(held_by(os.getpid())["memory_bytes"] - before)
+end.set()
+"""
+
+
+def test_ranks_give_back_what_their_threads_have_freed() -> None:
+    environment = os.environ | pool.SETTLED | {"PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", BUSY_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=True)
+    assert int(done.stdout) < 8 << 20
 
 
 def _soak(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -20,7 +21,7 @@ from ....planner.layouts.registry import known_layouts, make_layout
 from ....planner.plan import AttentionSpec, KernelSpec, ModelShape, PatternSpec, Plan, make_plan
 from ....planner.schedule.pairs import pattern_pairs
 from ....planner.schedule.placement import REGULAR_PLACEMENTS, Placement, balanced
-from ....planner.schedule.schedule import DIRECTIONS
+from ....planner.schedule.schedule import DIRECTIONS, Communicator
 from ....planner.schedule.workload import unit_load
 from ....planner.specs import DType
 from ....traces.errors import InputError, ScheduleError, UnsupportedError
@@ -29,7 +30,8 @@ from ....traces.synthetic import GENERATORS, SyntheticSettings, synthesize
 
 Values = dict[str, Any]
 BLOCK_SIZES = (16, 64, 128)
-MOST_RANKS = 4
+# Of all processes: ranks that share a sequence, and replicas of them.
+SPLITS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4))
 MOST_TOKENS = 1200
 LEAST_EXACT_MULTIPLE = 64  # column capacities are multiples of it
 HEADS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (6, 3), (8, 2))
@@ -126,40 +128,57 @@ def attention_case(values: Values) -> AttentionCase:
 
 
 def opening() -> Iterator[Values]:
-    """Yield a configuration for every set of communicators that any layout asks for, so that all are open early.
+    """Yield a configuration for every set of communicators that any draw asks for, so that all are open early.
 
-    A process opens each once and keeps it: what it holds is flat from then on, not before.
+    A process opens each once and keeps it, for every way of splitting into replicas anew: what it holds is flat from
+    then on, not before.
     """
     dice, seen = random.Random(0), set()
-    for world_size in range(1, MOST_RANKS + 1):
-        for layout in _every_layout(world_size):
-            values = draw_attention(dice) | PLAIN | {"world_size": world_size}
-            for way in ("forward", "backward"):
-                values |= {way: layout.name, f"{way}_parameters": asdict(layout)}
-            try:
-                plan = attention_case(values).plan
-            except (InputError, UnsupportedError, ScheduleError):
-                continue
-            asked = {(world_size, one) for way in DIRECTIONS for one in plan.schedule(way).communicators}
+    for context, data in SPLITS:
+        trained = False
+        for layout in _every_layout(context):
+            asked = {(context, data, one) for one in communicators_of(layout, context)}
             if asked <= seen:
                 continue
             seen |= asked
-            yield values
-            if world_size == 2:  # the same among two replicas, over other groups
-                again = draw_training(dice) | {"world_size": 4, "context": 2, "data": 2, "layout": layout.name}
-                yield again | {"layout_parameters": asdict(layout)}
-    for world_size in range(1, MOST_RANKS + 1):
-        yield draw_training(dice) | {"world_size": world_size, "context": world_size, "data": 1, "layout": "gather",
-                                     "layout_parameters": {}}  # fmt: skip
-    for replicas in (2, 4):
-        yield draw_training(dice) | {"world_size": replicas, "context": 1, "data": replicas, "layout": "gather",
-                                     "layout_parameters": {}}  # fmt: skip
+            if data == 1:
+                yield _plain(layout, context, dice)
+            else:
+                trained = True
+                yield _training_of(layout, context, data, dice)
+        if not trained:  # a training run has groups beside those of its layout
+            yield _training_of(make_layout("gather", {}), context, data, dice)
+
+
+def _plain(layout: Layout, world_size: int, dice: random.Random) -> Values:
+    """Return a configuration of a layer that is played by one layout both ways."""
+    values = draw_attention(dice) | PLAIN | {"world_size": world_size}
+    for way in DIRECTIONS:
+        values |= {way: layout.name, f"{way}_parameters": asdict(layout)}
+    return values
+
+
+def _training_of(layout: Layout, context: int, data: int, dice: random.Random) -> Values:
+    """Return a configuration of a training run with one layout that writes all a run can: a trace imports pandas."""
+    split = {"world_size": context * data, "context": context, "data": data}
+    writes = {"asynchronous": True, "trace_out": True, "metrics": True}
+    return draw_training(dice) | split | writes | {"layout": layout.name, "layout_parameters": asdict(layout)}
+
+
+@cache
+def communicators_of(layout: Layout, world_size: int) -> frozenset[Communicator]:
+    """Return all that a layout opens among so many ranks; none where it does not apply to them."""
+    try:
+        plan = attention_case(_plain(layout, world_size, random.Random(0))).plan
+    except (InputError, UnsupportedError, ScheduleError):
+        return frozenset()
+    return frozenset(one for way in DIRECTIONS for one in plan.schedule(way).communicators)
 
 
 def draw_training(dice: random.Random) -> Values:
     """Return a configuration of a small training run, which is stopped and resumed."""
     selector = dice.choice(sorted(SELECTORS))
-    context, data = dice.choice(((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4)))
+    context, data = dice.choice(SPLITS)
     layout = _draw_layout(dice, context)
     steps = dice.randint(2, 4)
     return {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from ....runtime.train.config import parse_config
 from ....runtime.train.loop import Trainer
 from ....runtime.train.setup import set_up
 from .draws import Values, attention_case
+from .watch import rest
 
 TOLERANCE = 1e-8
 # Of a single run's tolerance, twice plain torch's largest error: over thousands of runs the largest of a few rows
@@ -167,10 +165,3 @@ def _rest(mesh: Mesh, values: Values) -> list[str]:
     """Let go of what nobody holds, and have the allocator give it back: what is left then is held by somebody."""
     rest()
     return []
-
-
-def rest() -> None:
-    """Do so in this process."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,11 @@ from ....runtime.comm.start import LOCAL, PACKAGE, TIED, free_port, rank_environ
 from .draws import Values
 
 RANK = f"{PACKAGE}.benchmarks.lib.soak.rank"
+# What rises for hours, ends by itself, and would hide what somebody holds:
+# - Gloo's flight recorder keeps the last 2000 collectives of a process, a kilobyte each and more. 0 records none.
+# - Threads share heaps, eight for each core. `malloc_trim` gives back the end of the first heap alone: the others keep
+#   the most that any thread ever needed. Where there is one heap, all that is free at rest is given back.
+SETTLED = {"TORCH_FR_BUFFER_SIZE": "0", "MALLOC_ARENA_MAX": "1"}
 ANSWER_TIMEOUT_S = 900.0  # more than a rank waits for others, also on a machine that is busy otherwise
 END_TIMEOUT_S = 30.0
 
@@ -42,7 +47,7 @@ class Pool:
         address = str(Path(self._folder.name) / "socket")
         listener, port = Listener(address, family="AF_UNIX"), free_port()
         alone = {name: value for name, value in LOCAL.items() if name != "TORCHELASTIC_USE_AGENT_STORE"}
-        fixed = {**environment, "OMP_NUM_THREADS": "1", **alone}
+        fixed = {**environment, "OMP_NUM_THREADS": "1", **SETTLED, **alone}
         command = [sys.executable, "-m", TIED, str(os.getpid()), RANK, address]
         self.processes = [
             subprocess.Popen(command, env=fixed | rank_environment(rank, world_size, port))

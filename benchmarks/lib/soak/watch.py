@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,19 +18,27 @@ QUANTITIES = ("memory_bytes", "descriptors", "threads", "listening", "children",
 def held_by(process: int) -> dict[str, int]:
     """Return what a process holds now, by QUANTITIES. FileNotFoundError or ProcessLookupError where it has ended."""
     own = PROC / str(process)
-    # Memory that it shares with others (libraries) is left out: who maps it first would be said to hold it.
+    # Pages of files are left out, libraries' above all: others share them, or happen not to at the moment, and the
+    # kernel takes them back when it likes.
     rollup = dict(line.split(":", 1) for line in (own / "smaps_rollup").read_text().splitlines()[1:])
-    private = sum(int(rollup[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
+    anonymous = int(rollup["Anonymous"].split()[0])
     targets = list(_targets(own / "fd"))
     sockets = {target[8:-1] for target in targets if target.startswith("socket:[")}
     return {
-        "memory_bytes": private * 1024,
+        "memory_bytes": anonymous * 1024,
         "descriptors": len(targets),
         "threads": len(os.listdir(own / "task")),
         "listening": len(sockets & _listening_sockets(own)),
         "children": len(children_of(process)),
         "shared_memory": sum(str(SHARED_MEMORY) in line for line in (own / "maps").read_text().splitlines()),
     }
+
+
+def rest() -> None:
+    """Let go of what nobody holds in this process, and have the allocator give it back."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def children_of(process: int) -> list[int]:
