@@ -20,7 +20,7 @@ from .metrics import timeline_metrics
 
 Quantity = Literal["forward", "backward", "step", "memory", "phase"]
 QUANTITIES: tuple[Quantity, ...] = ("forward", "backward", "step", "memory", "phase")
-MOST = 1e18  # microseconds or bytes: more is a mistake
+LEAST, MOST = 1e-9, 1e18  # microseconds, milliseconds or bytes: what is not between them is a mistake
 # Fields of a row that say which workload it is, the first three of them at least.
 NEEDED = ("seq_len", "heads", "world_size")
 WORKLOAD = (*NEEDED, "kv_heads", "head_dim", "dtype", "mask", "density", "columns", "seed", "nodes", "predicted_for")
@@ -70,16 +70,16 @@ class _Timed(_Row):
     """Of `fidelity` and `phases`."""
 
     configuration: str = Field(min_length=1)
-    measured_us: float = Field(gt=0, le=MOST)
-    predicted_us: float = Field(gt=0, le=MOST)
+    measured_us: float = Field(ge=LEAST, le=MOST)
+    predicted_us: float = Field(ge=LEAST, le=MOST)
     spread: float | None = Field(default=None, ge=0, le=1)
     calibration: bool = False
 
 
 class _Fidelity(_Timed):
     direction: Literal["forward", "backward", "step"]
-    measured_bytes: float | None = Field(default=None, gt=0, le=MOST)
-    predicted_bytes: float | None = Field(default=None, gt=0, le=MOST)
+    measured_bytes: float | None = Field(default=None, ge=LEAST, le=MOST)
+    predicted_bytes: float | None = Field(default=None, ge=LEAST, le=MOST)
 
 
 class _Phase(_Timed):
@@ -96,14 +96,14 @@ class _Layer(_Row):
     transport: str = "p2p"
     spread: float | None = Field(default=None, ge=0, le=1)
     calibration: bool = False
-    forward_ms: float | None = Field(default=None, gt=0, le=MOST)
-    backward_ms: float | None = Field(default=None, gt=0, le=MOST)
-    step_ms: float | None = Field(default=None, gt=0, le=MOST)
-    peak_bytes: float | None = Field(default=None, gt=0, le=MOST)
-    predicted_forward_ms: float | None = Field(default=None, gt=0, le=MOST)
-    predicted_backward_ms: float | None = Field(default=None, gt=0, le=MOST)
-    predicted_step_ms: float | None = Field(default=None, gt=0, le=MOST)
-    predicted_peak_bytes: float | None = Field(default=None, gt=0, le=MOST)
+    forward_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    backward_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    step_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    peak_bytes: float | None = Field(default=None, ge=LEAST, le=MOST)
+    predicted_forward_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    predicted_backward_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    predicted_step_ms: float | None = Field(default=None, ge=LEAST, le=MOST)
+    predicted_peak_bytes: float | None = Field(default=None, ge=LEAST, le=MOST)
 
 
 def read_comparisons(paths: Sequence[Path], *, spread: float) -> Comparisons:

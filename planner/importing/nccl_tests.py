@@ -25,6 +25,8 @@ FEWEST_SIZES = 3
 BANDWIDTH_FROM_BYTES = 8 << 20  # smaller messages do not fill a port
 LATENCY_UP_TO_BYTES = 1 << 20  # larger messages do not show what it takes to begin
 WIDTHS = range(10, 14)  # of a row, in words: with and without type, redop and root
+MOST_RANK_DIGITS = 9
+LEAST_US = 1e-9  # less is no time, and dividing by it is no rate
 MIDDLE = 8  # the words of a row's two measurements
 
 
@@ -76,7 +78,7 @@ def read_nccl_table(path: Path, *, test: str | None = None) -> NcclTable:
         place = re.search(r"\bRank\s+(\d+)\s.*\son\s+(\S+)\s+device\s+\d+\s+\[\S+\]\s+(\S.*)", line)
         words = line.split()
         if place:
-            ranks[int(place[1])] = place[2], place[3].strip()
+            ranks[_rank(place[1], path, number)] = place[2], place[3].strip()
         elif len(words) >= MIDDLE and words[0].isdecimal() and words[1].isdecimal():
             size, time_us, ratio = _row(words, path, number)
             if size:
@@ -109,6 +111,13 @@ def _test_name(lines: Sequence[str], given: str | None, path: Path) -> str:
     return given or found.pop()
 
 
+def _rank(text: str, path: Path, number: int) -> int:
+    """Return a rank; a number of thousands of digits, which Python does not convert, is none."""
+    if len(text) > MOST_RANK_DIGITS:
+        raise InputError(f"{shown(text)} is no rank", source=path, field=f"line {number}")
+    return int(text)
+
+
 def _row(words: Sequence[str], path: Path, number: int) -> tuple[float, float, float]:
     """Return a row's size in bytes, its time in microseconds and busbw over algbw, all out of place."""
     field = f"line {number}"
@@ -119,7 +128,7 @@ def _row(words: Sequence[str], path: Path, number: int) -> tuple[float, float, f
         wrong = 0.0 if words[-5] == "N/A" else float(words[-5])
     except ValueError as error:
         raise InputError(f"is no row of numbers ({error})", source=path, field=field) from error
-    if not (0.0 < time_us < math.inf and 0.0 <= algbw < math.inf and 0.0 <= busbw < math.inf and size < 1e15):
+    if not (LEAST_US <= time_us < math.inf and 0.0 <= algbw < math.inf and 0.0 <= busbw < math.inf and size < 1e15):
         raise InputError(f"{shown(words[-8])} us, {shown(words[-7])} GB/s cannot be", source=path, field=field)
     if wrong != 0.0:
         raise InputError(f"its results were wrong (#wrong {shown(words[-5])})", source=path, field=field)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ...traces.errors import InputError
+from ...traces.errors import InputError, shown
 from .lost import not_opened
 
 LOOPBACK, ANY = "127.0.0.1", ""
@@ -186,8 +187,8 @@ def _told(told: Mapping[str, str], name: str) -> str:
 
 def _number(told: Mapping[str, str], name: str, *, lowest: int, highest: int | None = None) -> int:
     text = _told(told, name)
-    number = int(text) if text.strip().lstrip("-").isdecimal() else None
+    number = int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else None
     if number is None or number < lowest or (highest is not None and number > highest):
         wanted = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
-        raise InputError(f"{text!r} is no whole number, {wanted}", field=name)
+        raise InputError(f"{shown(text)} is no whole number, {wanted}", field=name)
     return number

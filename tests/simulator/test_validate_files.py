@@ -42,7 +42,7 @@ def test_what_cannot_be_read_is_one_line(text: str, problem: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["measured_us", "predicted_us"])
-@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.inf, HUGE, "1", None, True, [1.0], 1e300])
+@pytest.mark.parametrize("value", [0, 0.0, 5e-324, -1.0, math.inf, HUGE, "1", None, True, [1.0], 1e300])
 def test_times_that_cannot_be_are_named(name: str, value: Any, tmp_path: Path) -> None:
     document = json.dumps(fidelity(steps()[0] | {name: value})).replace("Infinity", "1e999")
     (tmp_path / "f.json").write_text(document)

@@ -89,6 +89,8 @@ def test_a_size_of_nothing_is_passed_over(tmp_path: Path) -> None:
         (nccl_table().replace(" 20.01 ", " inf ", 1), "line 15: 'inf' us, '0.05' GB/s cannot be"),
         (nccl_table().replace(" 20.01 ", " -2 ", 1), "line 15: '-2' us, '0.05' GB/s cannot be"),
         (nccl_table().replace(" 20.01 ", " soon ", 1), "line 15: is no row of numbers"),
+        (nccl_table().replace(" 20.01 ", " 1e-320 ", 1), "line 15: '1e-320' us, '0.05' GB/s cannot be"),
+        (nccl_table().replace("Rank  3 ", f"Rank  {'3' * 5000} "), "is no rank"),
         (nccl_table(hosts=("node1",)), "1 ranks are listed under `Using devices`"),
         (nccl_table(sizes=(1024, 16 * MIB)), "has 2 sizes; a line needs 3"),
         (nccl_table(sizes=(1024, 2048, 4096)), "no port carried more than 4,096 bytes"),
