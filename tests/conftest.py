@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 # Tests share helpers (rank_pool, ring_cases, …); the safe path keeps their folder off sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "ranks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "definition"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "processes"))
 
 from quick_interpreter import quicken
 from rank_pool import RankPool

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rank_pool import RankFailure, RankPool
-from ring_cases import CASES, PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
+from ring_cases import CASES, IN_CASES, PATTERNS, TOLERANCE, Case, expected, largest_difference, make_case_plan
 from schedule_rewrites import Rewrite, columns_summed_last, heads_one_by_one, keys_pulled
 from sparsering.planner.check.check import check
 from sparsering.planner.layouts.collective import Collective
@@ -33,6 +34,22 @@ def test_every_rank_agrees_with_the_reference(case: Case, rank_pools: Callable[[
     form = PATTERNS[case.pattern].form
     results = rank_pools(case.world_size).run("attention", plan=plan, pattern=pattern, seed=7, **form)
     _check_all(case, plan, results)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_any_two_of_layout_placement_and_pattern_meet_in_a_case(world_size: int) -> None:
+    """But for head parallelism and patterns of other numbers of heads. All three together are drawn by `make soak`."""
+    cases = [case for case in CASES if case.world_size == world_size]
+    placements = {(case.placement, case.granularity_tokens) for case in cases}
+    layouts = {case.layout for case in cases}
+    assert len(placements) == 5 and {case.pattern for case in cases} == set(IN_CASES)
+    pairs = {((case.placement, case.granularity_tokens), case.layout) for case in cases}
+    assert pairs == set(product(placements, layouts))
+    pairs = {((case.placement, case.granularity_tokens), case.pattern) for case in cases}
+    assert pairs == set(product(placements, IN_CASES))
+    for layout in layouts:
+        met = {case.pattern for case in cases if case.layout == layout}
+        assert met == set(IN_CASES) or isinstance(layout, Ulysses)
 
 
 def _check_all(case: Case, plan: Plan, results: list[dict[str, Any]]) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
+from forked import Forked
 from rank_pool import free_port, rank_environment
 from sparsering.runtime.comm.mesh import join, usual_patience_s
 from sparsering.runtime.comm.sentinel import Silence, Watch
@@ -50,42 +50,39 @@ class Ranks:
     def __init__(self, commands: list[list[str]], folder: Path) -> None:
         port = free_port()
         self.errors = [folder / f"errors {rank}" for rank in range(len(commands))]
-        self.processes = [self._start(command, rank, len(commands), port) for rank, command in enumerate(commands)]
+        self.processes: list[Forked] = []
+        self.lines: list[tuple[TextIO, TextIO]] = []  # what each reads and writes
+        for rank, (script, *arguments) in enumerate(commands):
+            given = [part.replace("PORT", str(port)) for part in arguments]
+            self._start(Path(script), given, rank, rank_environment(rank, len(commands), port))
         for rank in range(len(commands)):
             assert self.hear(rank) == "ready", self.ends(rank)
 
-    def _start(self, command: list[str], rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
+    def _start(self, script: Path, arguments: list[str], rank: int, environment: dict[str, str]) -> None:
+        (read, tells), (hears, written) = os.pipe(), os.pipe()
         with self.errors[rank].open("w") as errors:
-            return subprocess.Popen(
-                [sys.executable, *(part.replace("PORT", str(port)) for part in command)],
-                env=rank_environment(rank, world_size, port),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            self.processes.append(Forked(script, arguments, environment, (read, written, errors.fileno())))
+        self.lines.append((os.fdopen(tells, "w"), os.fdopen(hears)))
+        os.close(read)
+        os.close(written)
 
     def tell(self, rank: int, word: str) -> None:
         """Have a rank's main thread do something."""
-        stdin = self.processes[rank].stdin
-        assert stdin is not None
-        stdin.write(f"{word}\n")
-        stdin.flush()
+        self.lines[rank][0].write(f"{word}\n")
+        self.lines[rank][0].flush()
 
     def hear(self, rank: int) -> str:
         """Return the next line that a rank prints."""
-        stdout = self.processes[rank].stdout
-        assert stdout is not None
-        return stdout.readline().strip()
+        return self.lines[rank][1].readline().strip()
 
     def ends(self, rank: int) -> tuple[int, str]:
         """Return a rank's exit code and what it said on stderr."""
-        code = self.processes[rank].wait(timeout=TIMEOUT_S)
+        code = self.processes[rank].wait(TIMEOUT_S)
         return code, self.errors[rank].read_text()
 
     def kill(self, rank: int) -> None:
         """End a rank as the kernel would."""
-        self.processes[rank].send_signal(signal.SIGKILL)
+        self.processes[rank].kill()
 
 
 @pytest.fixture
@@ -99,10 +96,11 @@ def started(tmp_path: Path) -> Iterator[Callable[[list[list[str]]], Ranks]]:
 
     yield start
     for ranks in all_ranks:
-        for process in ranks.processes:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+        for process, lines in zip(ranks.processes, ranks.lines, strict=True):
+            process.kill()
+            process.wait(TIMEOUT_S)
+            for line in lines:
+                line.close()
 
 
 def _watching(world_size: int = WORLD_SIZE) -> list[list[str]]:
@@ -175,8 +173,10 @@ def test_a_pause_shorter_than_the_patience_is_no_loss(started: Callable[..., Ran
     assert [ranks.ends(rank)[0] for rank in (0, 1)] == [0, 0]
 
 
-def test_the_main_thread_raises_at_its_next_check(started: Callable[..., Ranks]) -> None:
-    ranks = started([["-c", JOINING, str(PATIENCE_S)] for _ in range(2)])
+def test_the_main_thread_raises_at_its_next_check(started: Callable[..., Ranks], tmp_path: Path) -> None:
+    script = tmp_path / "joining.py"
+    script.write_text(JOINING)
+    ranks = started([[str(script), str(PATIENCE_S)] for _ in range(2)])
     ranks.kill(1)
     code, errors = ranks.ends(0)
     assert code == 3

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from forked import Forked
+
 WORKER = Path(__file__).with_name("rank_worker.py")
 START_TIMEOUT_S = 120.0
 
@@ -59,13 +61,13 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         address = str(Path(self._folder.name) / "socket")
         self._listener = Listener(address, family="AF_UNIX")
+        given, extra = [address, device, *patience], environment or {}
+        environments = [rank_environment(rank, world_size, port, **extra.get(rank, {})) for rank in range(world_size)]
         self._processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), address, device, *patience],
-                env=rank_environment(rank, world_size, port, **(environment or {}).get(rank, {})),
-            )
-            for rank in range(world_size)
-        ]
+            Forked(WORKER, given, own) if device == "cpu" and sys.platform == "linux" else
+            subprocess.Popen([sys.executable, str(WORKER), *given], env=own)
+            for own in environments
+        ]  # fmt: skip
         self._connections: dict[int, Connection] = {}
         while len(self._connections) < world_size:
             connection = self._listener.accept()
