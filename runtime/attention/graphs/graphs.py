@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ....traces.errors import UnsupportedError
+from .endings import end_before_groups
 
 EAGER_CALLS = 2  # of every key, before it is recorded: kernels are compiled and tables made in them
 Inputs = Mapping[str, Tensor | None]
@@ -32,6 +33,10 @@ class Recording(Protocol):
 
     def replay(self) -> None:
         """Do the work again. On GPUs it is enqueued on the current stream."""
+        ...
+
+    def drop(self) -> None:
+        """Let go of the work, not of `outputs`: it is not replayed any more."""
         ...
 
 
@@ -68,6 +73,9 @@ class _CudaGraph:
     def replay(self) -> None:
         self.graph.replay()
 
+    def drop(self) -> None:
+        self.graph.reset()
+
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
@@ -89,6 +97,7 @@ class Graphs:
         self._kept: dict[Hashable, _Kept] = {}
         self._calls: dict[Hashable, int] = {}
         self._rooms: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+        end_before_groups(self)
 
     def call(self, key: Hashable, compute: Compute, inputs: Inputs, *, unshared: Collection[str] = ()) -> Outputs:
         """Return what `compute` returns for these inputs, in tensors of the caller's own.
@@ -112,7 +121,9 @@ class Graphs:
         return tuple(None if x is None else x.clone() for x in kept.recording.outputs)
 
     def forget(self) -> None:
-        """Forget all recordings: memory that they point into is gone."""
+        """Forget all recordings: memory that they point into is gone, or groups that they communicate in end."""
+        for kept in self._kept.values():
+            kept.recording.drop()
         self._kept.clear()
         self._calls.clear()
 

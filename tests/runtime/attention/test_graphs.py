@@ -98,6 +98,9 @@ def test_what_returns_is_the_callers_own_and_inputs_of_one_name_share_a_tensor()
                 if kept is not None and fresh is not None:
                     kept.copy_(fresh)
 
+        def drop(self) -> None:
+            pass
+
     def double(given: Inputs) -> Outputs:
         x, y = given["x"], given["y"]
         assert x is not None and y is not None

@@ -38,6 +38,9 @@ class _DoneAgain:
             if kept is not None and fresh is not None:
                 kept.copy_(fresh)
 
+    def drop(self) -> None:
+        pass
+
 
 class _Recorder:
     """Records with CUDA graphs on GPUs; counts recordings."""

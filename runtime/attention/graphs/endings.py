@@ -1,0 +1,54 @@
+"""Recordings end before communicators do.
+
+NCCL ends no communicator, and aborts none, as long as a CUDA graph lives that has its transfers: the call never
+returns. Whoever ends the process group (a script, `leave`, a trainer of others, the interpreter) knows nothing of our
+graphs, and an error on its way out keeps them alive in its frames. So they are dropped where every group ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch.distributed as dist
+
+
+class Recordings(Protocol):
+    """What holds recordings."""
+
+    def forget(self) -> None:
+        """Drop them all, whoever else refers to them."""
+        ...
+
+
+_alive: WeakSet[Any] = WeakSet()
+
+
+def end_before_groups(recordings: Recordings) -> None:
+    """Have recordings forgotten before any process group of this process ends, or is aborted, and at its exit.
+
+    They may be made anew afterwards, for groups that live.
+    """
+    if not _alive and not getattr(dist.ProcessGroup.shutdown, "ends_recordings", False):
+        for name in ("shutdown", "abort"):  # of the class: every way to end a group comes through one of them
+            setattr(dist.ProcessGroup, name, _after_recordings(getattr(dist.ProcessGroup, name)))
+        atexit.register(_forget_all)
+    _alive.add(recordings)
+
+
+def _forget_all() -> None:
+    for recordings in list(_alive):
+        recordings.forget()
+
+
+def _after_recordings(end: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(end, assigned=())
+    def ended(*arguments: Any, **named: Any) -> Any:
+        _forget_all()
+        return end(*arguments, **named)
+
+    ended.ends_recordings = True  # pyright: ignore[reportFunctionMemberAccess]
+    return ended
