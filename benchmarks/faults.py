@@ -104,9 +104,10 @@ def prepared(folder: Path, *, gpus: int) -> Workplace:
     for layout in ("gather", "ring") if not gpus else ():
         for ranks in (2, 3, 4):
             _write_plan(folder / f"plan-{layout}-{ranks}.json", layout, ranks)
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for GPUs cannot be forked
         forked.preload()
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     return Workplace(folder=folder, environment=environment | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -32,11 +32,15 @@ def end_before_groups(recordings: Recordings) -> None:
 
     They may be made anew afterwards, for groups that live.
     """
-    if not _alive and not getattr(dist.ProcessGroup.shutdown, "ends_recordings", False):
-        for name in ("shutdown", "abort"):  # of the class: every way to end a group comes through one of them
-            setattr(dist.ProcessGroup, name, _after_recordings(getattr(dist.ProcessGroup, name)))
-        atexit.register(_forget_all)
+    _listen()
     _alive.add(recordings)
+
+
+@cache
+def _listen() -> None:
+    for name in ("shutdown", "abort"):  # of the class: every way to end a group comes through one of them
+        setattr(dist.ProcessGroup, name, _after_recordings(getattr(dist.ProcessGroup, name)))
+    atexit.register(_forget_all)
 
 
 def _forget_all() -> None:
@@ -50,5 +54,4 @@ def _after_recordings(end: Callable[..., Any]) -> Callable[..., Any]:
         _forget_all()
         return end(*arguments, **named)
 
-    ended.ends_recordings = True  # pyright: ignore[reportFunctionMemberAccess]
     return ended

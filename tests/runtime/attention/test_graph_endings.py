@@ -37,7 +37,8 @@ ENDINGS = {
     "a script ends the groups": "join(); called(graphs); destroy_process_group(); print('ended')",
     "a script ends one group": "join(); group = dist.new_group([0]); called(graphs); "
                                "destroy_process_group(group); print('ended')",
-    "a script aborts the groups": "join(); called(graphs); dist.distributed_c10d._abort_process_group(); print('ended')",
+    "a script aborts the groups": "join(); called(graphs); "
+                                  "dist.distributed_c10d._abort_process_group(); print('ended')",
     "leave": "join(); called(graphs); leave(); print('ended')",
     "an error that holds them": """
 join()
