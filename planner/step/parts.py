@@ -128,15 +128,17 @@ def _offloaded_us(settings: StepSettings, cluster: Cluster) -> float:
 
 
 def _waited_us(sizes: TransformerSizes, settings: StepSettings, cluster: Cluster, a_layer_us: float) -> float:
-    """Return what of gathering and scattering does not hide: the root's, the first layer's, and what exceeds a layer.
+    """Return what of gathering and scattering does not hide: the root's, the first unit's, and what exceeds a layer.
 
-    A layer's parameters are gathered in forward and again in backward, where its gradients are scattered too.
+    A unit is one layer or several. Its parameters are gathered in forward and again in backward, where its gradients
+    are scattered too.
     """
     if settings.ranks == 1:
         return 0.0
     rate = shard_link_bytes_per_us(cluster, settings.ranks)
     layer, root = sizes.layer_parameters, sizes.root_parameters
     layer_us = (2 * gathered_bytes(layer, settings) + scattered_bytes(layer, settings)) / rate
-    first_us = (2 * gathered_bytes(layer + root, settings) + scattered_bytes(root, settings)) / rate
+    first = settings.unit_layers * layer + root
+    first_us = (2 * gathered_bytes(first, settings) + scattered_bytes(root, settings)) / rate
     exceeding_us = max(0.0, layer_us - a_layer_us) * sizes.attention.layers
     return (first_us + exceeding_us) * settings.microbatches

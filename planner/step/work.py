@@ -38,6 +38,7 @@ class StepSettings:
     attention. fused_layers: norms, rotation and the MLP's activation are one kernel each. fused_loss: the head's logits
     and their gradients are made and used up in one kernel. mlp_tiles: pieces of the tokens in which the MLP is
     computed, once more where there are several. offloaded_bytes: that a microbatch brings to the host, and back.
+    unit_layers: layers whose parameters are gathered together.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class StepSettings:
     master_bytes: int
     mlp_tiles: int = 1
     offloaded_bytes: int = 0
+    unit_layers: int = 1
 
 
 def layer_runs(sizes: TransformerSizes, settings: StepSettings) -> int:

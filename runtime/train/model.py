@@ -27,6 +27,7 @@ from ..model.losses import pick_implementation
 from ..model.rope import replace_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
 from .config import ModelSection, TrainConfig
+from .units import layers_of_a_unit, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class ModelFacts:
     parameters: int
     matrix_parameters: int | None
     layer_parameters: int
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters of the layers that are gathered together."""
+        return self.layer_parameters * layers_of_a_unit(self.shape.layers, self.layer_parameters)
 
 
 def read_model_config(section: ModelSection) -> Any:
@@ -89,7 +95,7 @@ def build_model(section: ModelSection, config: Any, *, device: torch.device, dty
 
 
 def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> ModelWithLoss:
-    """Checkpoint and shard a model over all processes of `mesh`, layer by layer, and return it with its loss."""
+    """Checkpoint and shard a model over all processes of `mesh`, in units of layers, and return it with its loss."""
     layers = decoder_layers(model)
     if config.memory.fused_layers:  # norms, rotation and MLP; attention and loss stay ours
         fuse_layers(model)
@@ -103,8 +109,8 @@ def shard_model(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     implementation = pick_implementation(config.memory.loss, torch.device(mesh.device_type))
     whole = ModelWithLoss(model, implementation, chunk_tokens=config.memory.loss_chunk_tokens)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for unit in units(layers):
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy)
     fully_shard(whole, mesh=mesh, mp_policy=policy)
     return whole
 

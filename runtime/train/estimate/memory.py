@@ -26,13 +26,14 @@ def memory_bytes(config: TrainConfig, model_config: Any, facts: ModelFacts, plan
     whole = min(memory.whole_layers, layers) if memory.checkpoint_layers else layers
     own, element = _Layer(config, model_config, plan), ELEMENT_BYTES[config.dtype]
     masters = master_dtype(config).itemsize * facts.parameters // ranks
-    gathered = element * 2 * (facts.parameters - (layers - 1) * facts.layer_parameters)
+    outside = facts.parameters - layers * facts.layer_parameters
+    gathered = element * 2 * (outside + facts.unit_parameters)
     kept = 0 if memory.offload else (layers - whole) * own.kept
     again = max(own.all, own.attention) - whole * own.all if whole < layers else 0
     parts = {
         "parameters": masters,
         "optimizer": 2 * masters,
-        "gathered_parameters": gathered + master_dtype(config).itemsize * facts.layer_parameters,
+        "gathered_parameters": gathered + master_dtype(config).itemsize * facts.unit_parameters,
         "kept_for_backward": kept,
         "whole_layers": whole * own.all,
         "kept_patterns": 0 if config.plan.choose.always else layers * _listed_bytes(plan),

@@ -48,5 +48,6 @@ def step_settings(config: TrainConfig, model_config: Any, facts: ModelFacts, pla
         element_bytes=ELEMENT_BYTES[config.dtype],
         master_bytes=master_dtype(config).itemsize,
         mlp_tiles=memory.mlp_tiles,
+        unit_layers=facts.unit_parameters // facts.layer_parameters,
         offloaded_bytes=offloaded_bytes(config, model_config, facts, plan),
     )
