@@ -37,6 +37,7 @@ METRICS = "training metrics"
 TRACE_KIND = "sparsering-trace"
 DEMO_KIND = "sparsering-demo"
 YAML_MARKS = b"gpus_per_node", b"seq_len_tokens"  # of clusters, of configurations of training runs
+YAML_SUFFIXES = ".yaml", ".yml"
 
 
 class ValidatedErrors(BaseModel):
@@ -261,10 +262,12 @@ def _part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """Return a YAML file's mapping, an empty one where it holds none."""
+    """Return a YAML file's mapping, an empty one where it holds none, or was meant to be JSON."""
     try:
         data = read_bytes(path, max_bytes=MAX_CLUSTER_BYTES)
         if not any(mark in data for mark in YAML_MARKS):
+            return {}
+        if data.lstrip().startswith(b"{") and path.suffix not in YAML_SUFFIXES:  # JSON that is none, read slowly
             return {}
         document = read_yaml(path, max_bytes=MAX_CLUSTER_BYTES)
     except InputError:

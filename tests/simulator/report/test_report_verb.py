@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from report_files import (
     DENSE,
@@ -23,6 +24,7 @@ from report_files import (
 )  # fmt: skip
 from sparsering.planner.cost.cluster import load_cluster
 from sparsering.planner.plan import load_plan
+from sparsering.simulator.report.inputs import read_inputs
 from sparsering.simulator.report.spread import spread_loads
 from sparsering.traces.dataset.store import Trace
 
@@ -148,6 +150,16 @@ def test_nothing_known_and_damaged_files_are_one_line(
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert complaint in result.stderr
     assert not (tmp_path / "report.html").exists()
+
+
+def test_broken_json_is_not_read_as_yaml(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML's parser takes minutes for what JSON's refuses at once."""
+    cluster = json.dumps(yaml.safe_load((made / "cluster.yaml").read_text()))
+    (tmp_path / "flow.yaml").write_text(cluster.replace('"', ""))
+    assert len(read_inputs([tmp_path / "flow.yaml"]).clusters) == 1
+    monkeypatch.setattr("sparsering.simulator.report.inputs.read_yaml", None)
+    (tmp_path / "plan.json").write_text((made / "plan.json").read_text()[:-9])
+    assert read_inputs([made / "plan.json", tmp_path / "plan.json"]).unknown == [tmp_path / "plan.json"]
 
 
 def test_wrong_paths_are_one_line(made: Path, tmp_path: Path) -> None:
