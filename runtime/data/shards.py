@@ -104,6 +104,8 @@ class TokenData:
         data = cls(folder, parse_model(DataManifest, raw, source=path))
         item_bytes = np.dtype(data.manifest.dtype).itemsize
         sizes = {shard.file: shard.tokens * item_bytes for shard in data.manifest.shards}
+        if len(sizes) < len(data.manifest.shards):
+            raise InputError("names a file twice", source=path, field="shards")
         for name, size_bytes in (sizes | {DOCUMENTS_NAME: data.manifest.documents * 8}).items():
             try:
                 actual = (folder / name).stat().st_size

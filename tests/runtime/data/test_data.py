@@ -20,6 +20,7 @@ from sparsering.runtime.train.batch import cut
 from sparsering.runtime.train.config import parse_config
 from sparsering.runtime.train.setup import set_up
 from sparsering.traces.errors import InputError
+from sparsering.traces.files import sealed
 from train_runs import write_run
 
 TEXTS = [b"first document", b"second, with \xff a byte that is no text", b"third"]
@@ -93,6 +94,17 @@ def test_altered_and_truncated_files_are_refused(name: str, tmp_path: Path) -> N
     path.write_bytes(flipped)
     with pytest.raises(InputError, match=name):
         TokenData.open(path.parent).verify()
+
+
+@pytest.mark.parametrize("tokens", [1, 10**9])
+def test_a_file_that_is_listed_twice_is_refused(tokens: int, tmp_path: Path) -> None:
+    """What the first entry says of it would be compared with nothing, and believed."""
+    path = _data(tmp_path).folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["shards"].insert(0, raw["shards"][0] | {"tokens": tokens})
+    path.write_text(json.dumps(sealed({name: value for name, value in raw.items() if name != "digest"})))
+    with pytest.raises(InputError, match=r"manifest\.json: shards: names a file twice"):
+        TokenData.open(path.parent)
 
 
 def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
