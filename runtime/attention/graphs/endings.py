@@ -3,11 +3,15 @@
 NCCL ends no communicator, and aborts none, as long as a CUDA graph lives that has its transfers: the call never
 returns. Whoever ends the process group (a script, `leave`, a trainer of others, the interpreter) knows nothing of our
 graphs, and an error on its way out keeps them alive in its frames. So they are dropped where every group ends.
+
+Only the main thread drops them, which replays them. Where a rank is lost, the sentinel aborts groups from threads of
+its own while a replay may be under way: the transfers end at once, and the process after them.
 """
 
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, Protocol
@@ -28,7 +32,7 @@ _alive: WeakSet[Any] = WeakSet()
 
 
 def end_before_groups(recordings: Recordings) -> None:
-    """Have recordings forgotten before any process group of this process ends, or is aborted, and at its exit.
+    """Have recordings forgotten before the main thread ends or aborts any process group, and when the process exits.
 
     They may be made anew afterwards, for groups that live.
     """
@@ -51,7 +55,8 @@ def _forget_all() -> None:
 def _after_recordings(end: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(end, assigned=())
     def ended(*arguments: Any, **named: Any) -> Any:
-        _forget_all()
+        if threading.current_thread() is threading.main_thread():
+            _forget_all()
         return end(*arguments, **named)
 
     return ended

@@ -122,9 +122,8 @@ class Graphs:
 
     def forget(self) -> None:
         """Forget all recordings: memory that they point into is gone, or groups that they communicate in end."""
-        for kept in self._kept.values():
-            kept.recording.drop()
-        self._kept.clear()
+        while self._kept:
+            self._kept.popitem()[1].recording.drop()
         self._calls.clear()
 
     def _shared_room(self, name: str, x: Tensor) -> Tensor:

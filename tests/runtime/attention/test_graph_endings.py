@@ -14,6 +14,7 @@ from rank_pool import free_port, rank_environment
 
 SCRIPT = """
 from torch.distributed import destroy_process_group  # a name that was bound before anything was recorded
+import threading
 import torch
 import torch.distributed as dist
 from sparsering.runtime.attention.graphs.graphs import EAGER_CALLS, Graphs
@@ -51,9 +52,20 @@ print('ended')
 """,
     "they are recorded anew": "join(); called(graphs); destroy_process_group(dist.new_group([0])); called(graphs); "
                               "leave(); print('ended')",
+    "a thread of the sentinel aborts": """
+join()
+called(graphs)
+thread = threading.Thread(target=dist.group.WORLD.abort)
+thread.start()
+thread.join()
+print('aborted')
+""",
     "nobody ends anything": "join(); called(graphs)",
 }  # fmt: skip
-SAID = {"they are recorded anew": "dropped True\ndropped True\nended\n", "nobody ends anything": "dropped True\n"}
+SAID = {
+    "they are recorded anew": "dropped True\ndropped True\nended\n", "nobody ends anything": "dropped True\n",
+    "a thread of the sentinel aborts": "aborted\ndropped True\n",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ENDINGS)
