@@ -50,6 +50,7 @@ def test_flipped_bits_under_a_digest_are_refused(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SEALED)
 def test_many_flipped_bits_under_a_digest_are_refused(tmp_path: Path, name: str) -> None:
     assert accepted(FORMATS[name].make(tmp_path), MANY, FORMATS[name].read) == []

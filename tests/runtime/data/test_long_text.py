@@ -193,13 +193,18 @@ def _workers(command: Command) -> list[int]:
     return [one for one in command.processes() if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
+def _at_work(command: Command) -> bool:
+    """Whether both workers were told what they are: before that, Python says so itself when nobody tells them."""
+    return sum("numpy" in Path(f"/proc/{one}/maps").read_text() for one in _workers(command)) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "worker killed", "killed"])
 def test_whatever_ends_it_no_process_and_no_half_folder_is_left(how: str, model: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "in", documents=40, bytes_each=1_000_000)
     arguments = f"data in -o out --tokenizer {model} --workers 2"
     with started(arguments, tmp_path) as command:
-        command.wait_for(lambda one: len(_workers(one)) == 2)
+        command.wait_for(_at_work)
         if how == "Ctrl-C":
             command.interrupt()
         else:
