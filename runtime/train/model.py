@@ -22,12 +22,12 @@ from ..model.config_file import read_config_file, told
 from ..model.head_loss import ModelWithLoss
 from ..model.layers.fused import fuse_layers
 from ..model.layers.tiled_mlp import tile_mlp
+from ..model.layers.units import layers_of_a_unit, units
 from ..model.load import pretrained
 from ..model.losses import pick_implementation
 from ..model.rope import replace_rope
 from ..model.shape import active_parameters, check_angles, decoder_layers, model_shape
 from .config import ModelSection, TrainConfig
-from .units import layers_of_a_unit, units
 
 
 @dataclass(frozen=True, kw_only=True)

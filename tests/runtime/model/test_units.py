@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from rank_pool import RankPool
-from sparsering.runtime.train.units import UNIT_PARAMETERS, layers_of_a_unit, units
+from sparsering.runtime.model.layers.units import UNIT_PARAMETERS, layers_of_a_unit, units
 from train_alone import assert_same_training, trained_alone
 from train_runs import write_run
 
