@@ -19,7 +19,7 @@ import pytest
 
 from forked import Forked
 from rank_pool import free_port, processes_of, rank_environment
-from sparsering.runtime.comm.place import served_store
+from sparsering.runtime.comm.place import Place, served_store
 from sparsering.runtime.comm.roll_call import require_fitting
 from sparsering.traces.errors import InputError
 
@@ -232,6 +232,14 @@ def test_how_closely_versions_agree(package: str, versions: tuple[str | None, st
     with pytest.raises(InputError, match=f"^{package}: ") as raised:
         require_fitting(told)
     assert f"rank 1 has {versions[1] or 'none'}, rank 0 has {versions[0]}: install the same" in str(raised.value)
+
+
+@pytest.mark.parametrize("rank", ["--1", "9" * 5000, "one", "-1", "²", "3"])
+def test_a_rank_that_is_no_number_is_refused(rank: str) -> None:
+    told = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(InputError, match="RANK") as caught:
+        Place.parsed(told, launcher_hosts=False)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
 def test_a_store_is_served_at_its_address_alone() -> None:
