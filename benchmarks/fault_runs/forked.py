@@ -95,6 +95,14 @@ def _run(main: Callable[[], object], arguments: list[str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
         code = 1
+    end_with_code(code)
+
+
+def end_with_code(code: Any) -> NoReturn:
+    """End this process as the interpreter does at SystemExit: threads first, then what is registered for the exit.
+
+    code: of the SystemExit; a text is printed, and stands for 1.
+    """
     if isinstance(code, str):
         print(code, file=sys.stderr)
     try:

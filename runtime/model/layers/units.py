@@ -1,6 +1,6 @@
 """Which layers FSDP gathers together: each transfer and its copies cost the host time, whatever they carry.
 
-Thirty layers of 7 MB would wait for the launches of sixty collectives a pass, not for the links.
+Thirty layers of 7 MB are thirty collectives a pass one by one, five in units of seven.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_nothing_known_and_damaged_files_are_one_line(
 
 
 def test_broken_json_is_not_read_as_yaml(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """YAML's parser takes minutes for what JSON's refuses at once."""
+    """YAML's parser takes long for what JSON's refuses at once."""
     cluster = json.dumps(yaml.safe_load((made / "cluster.yaml").read_text()))
     (tmp_path / "flow.yaml").write_text(cluster[:-1] + ", }")  # YAML, and no JSON
     assert len(read_inputs([tmp_path / "flow.yaml"]).clusters) == 1

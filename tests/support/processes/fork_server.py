@@ -18,11 +18,12 @@ import runpy
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from sparsering.benchmarks.fault_runs.forked import end_with_code
 
 MAX_REQUEST = 1 << 18
 SUPPORT = Path(__file__).resolve().parents[1]
@@ -80,15 +81,7 @@ def _be(request: dict[str, Any], descriptors: array.array[int] | Sequence[int]) 
     except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    try:
-        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    end_with_code(code)
 
 
 if __name__ == "__main__":
