@@ -44,7 +44,7 @@ test-many-ranks: $(STAMP)  ## 32 processes on this machine: minutes, 12 GB
 test-gpu: $(STAMP)  ## the tests that need NVIDIA GPUs
 	$(BIN)/pytest -m gpu --durations=15
 
-soak: $(STAMP)  ## 2 hours of random configurations, 50,000 hostile files a format, 700 kills (SOAK_HOURS, SOAK_EXAMPLES, SOAK_PARTS)
+soak: $(STAMP)  ## 2 hours of random configurations, 50,000 hostile files a format, 700 kills (SOAK_HOURS, SOAK_EXAMPLES, SOAK_KILLS, SOAK_PARTS)
 	$(BIN)/python -m sparsering.benchmarks.soak --hours $${SOAK_HOURS:-2}
 	$(BIN)/pytest -m soak --durations=0
 

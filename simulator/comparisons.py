@@ -203,9 +203,8 @@ def _pairs(timelines: Sequence[tuple[Path, Timeline]]) -> Iterator[tuple[tuple[P
     simulated: dict[str, tuple[Path, Timeline]] = {}
     measured: list[tuple[str, tuple[Path, Timeline]]] = []
     for path, timeline in timelines:
-        metadata = timeline.metadata
-        digest = metadata.get("plan_digest") if isinstance(metadata, dict) else None
-        if not isinstance(digest, str):
+        digest = timeline.plan_digest
+        if digest is None:
             raise InputError("does not say its plan's digest", source=path, field="metadata.plan_digest")
         if timeline.source == "measured":
             measured.append((digest, (path, timeline)))
@@ -230,7 +229,7 @@ def _compared(
     (other, predicted), (path, found) = simulated, measured
     if predicted.world_size != found.world_size:
         raise InputError(f"has {found.world_size} ranks, {other} has {predicted.world_size}", source=path)
-    digest = found.metadata["plan_digest"]
+    digest = found.plan_digest or ""  # never empty: by it the two were paired
     own = {"source": path.name, "configuration": f"plan {digest[:12]}", "spread": spread}
     spans = {one.direction: one.makespan_us for one in _metrics(path, found)}
     expected = {one.direction: one.makespan_us for one in _metrics(other, predicted)}

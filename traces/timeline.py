@@ -67,7 +67,10 @@ class Flow:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """Spans and flows of one layer's forward and backward on all ranks, with where they come from."""
+    """Spans and flows of one layer's forward and backward on all ranks, with where they come from.
+
+    metadata: what else is known; its "plan_digest", if any, is the digest of the plan whose timeline this is.
+    """
 
     source: str
     world_size: int
@@ -78,9 +81,18 @@ class Timeline:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise InputError(f"must be one of {SOURCES}, not {shown(self.source)}", field="source")
+        if not isinstance(self.metadata, dict):
+            raise InputError(f"an object is expected, not {shown(self.metadata)}", field="metadata")
+        if not isinstance(digest := self.metadata.get("plan_digest"), str | None):
+            raise InputError(f"a text is expected, not {shown(digest)}", field="metadata.plan_digest")
         for span in self.spans:
             if not 0 <= span.rank < self.world_size or span.duration_us < 0:
                 raise InputError(f"{shortened(str(span), 300)} does not fit {self.world_size} ranks", field="spans")
+
+    @property
+    def plan_digest(self) -> str | None:
+        """The digest of the plan whose timeline this is; None where nothing says."""
+        return self.metadata.get("plan_digest")
 
     @property
     def makespan_us(self) -> float:

@@ -89,13 +89,19 @@ def _run(main: Callable[[], object], arguments: list[str]) -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        code = 130
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
-        code = 1
+    except BaseException as error:
+        end_with_code(told_uncaught(error))
     end_with_code(code)
+
+
+def told_uncaught(error: BaseException) -> int:
+    """Print an error that nobody caught, and remember it, as the interpreter does; return the exit code."""
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    if isinstance(error, KeyboardInterrupt):
+        traceback.print_exc()
+        return 130
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
 
 
 def end_with_code(code: Any) -> NoReturn:

@@ -80,7 +80,7 @@ def calibrate(cluster: Cluster, plan: Plan, pattern: LayerPattern, measured: Tim
     backend = plan.kernels.backend
     if facts_of(backend).joins_keys or facts_of(backend).fuses_columns:
         raise InputError(f"{backend!r} computes several tasks in one launch", source="calibration", field="backend")
-    if measured.metadata.get("plan_digest") != plan.digest:
+    if measured.plan_digest != plan.digest:
         raise InputError("is of another plan", source="calibration", field="plan_digest")
     points: dict[Key, list[tuple[TaskWork, float]]] = defaultdict(list)
     for key, work, duration_us in _measured_tasks(plan, pattern, measured):

@@ -43,7 +43,7 @@ def headline(inputs: Inputs) -> Plan | None:
     """Return the plan that the answer is about: one that was compared, of the most ranks, of equals one that ran."""
     plans = [plan for _, plan in inputs.plans]
     judged = [plan for plan in plans if compared(plan)]
-    played = {line.metadata.get("plan_digest") for _, line in inputs.timelines}
+    played = {line.plan_digest for _, line in inputs.timelines}
     return max(judged or plans, key=lambda plan: (plan.world_size, plan.digest in played), default=None)
 
 

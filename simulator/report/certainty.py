@@ -43,8 +43,7 @@ def _paired_timelines(inputs: Inputs) -> list[list[Path]]:
     """Return [simulated, measured] paths for each plan of which both are there; of several, the first of each."""
     pairs: dict[str, dict[str, Path]] = {}
     for path, line in inputs.timelines:
-        digest = line.metadata.get("plan_digest")
-        if isinstance(digest, str):
+        if (digest := line.plan_digest) is not None:
             pairs.setdefault(digest, {}).setdefault(line.source, path)
     return [[one["simulated"], one["measured"]] for one in pairs.values() if len(one) == 2]
 

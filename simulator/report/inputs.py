@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Inputs:
 
     def timeline_of(self, plan: Plan, source: str) -> Timeline | None:
         """Return the simulated or the measured timeline of a plan."""
-        wanted = (line for _, line in self.timelines if line.metadata.get("plan_digest") == plan.digest)
+        wanted = (line for _, line in self.timelines if line.plan_digest == plan.digest)
         return next((line for line in wanted if line.source == source), None)
 
 
@@ -194,8 +194,6 @@ def _read_file(path: Path, found: Inputs, lines: dict[Path, list[Any]]) -> None:
     document, kind = _object(path), None
     if "traceEvents" in document and "schema_version" in _part(document, "otherData"):
         timeline = from_chrome(document, source=path)
-        if not isinstance(timeline.metadata, dict):
-            timeline = replace(timeline, metadata={})
         found.timelines.append((path, timeline))
         kind = f"{timeline.source} timeline"
     elif {"placement", "forward", "backward", "kernels", "digest"} <= document.keys():

@@ -68,6 +68,10 @@ CHANGES = {
     "does not fit 2 ranks": span_with(dur=-1.0),
     "is not a timeline of this tool: 99 is missing": span_with(tid=99),
     "is not a timeline of this tool (": span_with(args=3),
+    "metadata: an object is expected, not [3]": lambda document: document["otherData"].update(metadata=[3]),
+    "metadata.plan_digest: a text is expected, not ['0']": lambda document: document["otherData"]["metadata"].update(
+        plan_digest=["0"]
+    ),
     "is not a timeline of this tool: (0, 'f') is missing": lambda document: document["traceEvents"].pop(),
 }
 

@@ -37,7 +37,7 @@ def waterfall_part(
     groups = []
     plans = {plan.digest: plan for plan in ordered}
     simulated = {plan.digest: loads for plan, _, loads in spread}
-    given = {line.metadata.get("plan_digest") for _, line in inputs.timelines}
+    given = {line.plan_digest for _, line in inputs.timelines}
     for digest in [*plans, *(one for one in given if one not in plans)]:
         steps = _steps(inputs, digest, simulated.get(str(digest), []))
         if steps and len(groups) < MOST_GROUPS:
@@ -48,7 +48,7 @@ def waterfall_part(
 
 
 def _steps(inputs: Inputs, digest: Any, loads: Sequence[Loads]) -> list[Step]:
-    own = [(path, line) for path, line in inputs.timelines if line.metadata.get("plan_digest") == digest]
+    own = [(path, line) for path, line in inputs.timelines if line.plan_digest == digest]
     sources = {line.source for _, line in own}
     steps = [
         Step(name=f"{'the plan' if one.role == 'plan' else 'the baseline'}, simulated", role=one.role,
@@ -101,7 +101,7 @@ def timelines_part(inputs: Inputs) -> Part | None:
     groups: dict[Any, list[tuple[Path, Timeline]]] = {}
     for path, line in inputs.timelines:
         if line.spans:
-            groups.setdefault(line.metadata.get("plan_digest"), []).append((path, line))
+            groups.setdefault(line.plan_digest, []).append((path, line))
     if not groups:
         return None
     plans = {plan.digest: plan for _, plan in inputs.plans}

@@ -23,7 +23,8 @@ from interrupts import started
 from mistakes import PLAN, TRACE, assert_one_line, listing, used
 from train_runs import write_run
 
-KILLS = {"slow": 2, "soak": 100}  # of every verb
+KILLS = {"slow": 2, "soak": int(os.environ.get("SOAK_KILLS", "100"))}  # of every verb
+PARTS = int(os.environ.get("SOAK_PARTS", "1"))  # of a verb's kills: more than one where many processors share them
 PLANNED = PLAN.replace("--evaluator recurrence", "")
 
 
@@ -115,9 +116,12 @@ def _left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if ".partial" in path.name)
 
 
-def _kill_and_go_on(folder: Path, verb: str, kills: int) -> None:
-    """Kill a verb at random moments of its work; after each, look at what is there and run it again to its end."""
-    writing, moments = VERBS[verb], random.Random(verb)
+def _kill_and_go_on(folder: Path, verb: str, kills: int, *, part: int = 0) -> None:
+    """Kill a verb at random moments of its work; after each, look at what is there and run it again to its end.
+
+    folder: what the verb needs, where nothing else works; part: other moments for another number.
+    """
+    writing, moments = VERBS[verb], random.Random(f"{verb} {part}")
     output = folder / writing.output
     began = time.monotonic()
     assert _run(writing.arguments, folder).returncode == 0
@@ -154,8 +158,10 @@ def test_a_killed_verb_goes_on_or_begins_anew(folder: Path, verb: str) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_may_be_killed_at_any_moment(folder: Path, verb: str) -> None:
-    _kill_and_go_on(folder, verb, KILLS["soak"])
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_verb_may_be_killed_at_any_moment(folder: Path, part: int, verb: str) -> None:
+    first, end = (KILLS["soak"] * one // PARTS for one in (part, part + 1))
+    _kill_and_go_on(folder, verb, end - first, part=part)
 
 
 @pytest.mark.slow

@@ -18,12 +18,11 @@ import runpy
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsering.benchmarks.fault_runs.forked import end_with_code
+from sparsering.benchmarks.fault_runs.forked import end_with_code, told_uncaught
 
 MAX_REQUEST = 1 << 18
 SUPPORT = Path(__file__).resolve().parents[1]
@@ -78,9 +77,8 @@ def _be(request: dict[str, Any], descriptors: array.array[int] | Sequence[int]) 
         runpy.run_path(request["script"], run_name="__main__")
     except SystemExit as end:
         code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        code = told_uncaught(error)
     end_with_code(code)
 
 
