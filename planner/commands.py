@@ -28,6 +28,7 @@ from .search.problem import DEFAULT_MEMORY_FRACTION, PLACEMENTS, SearchSpace
 from .search.search import plan_trace
 from .search.selection import SIMULATED_RANKS
 from .shown import PROVED, show_plan, show_proof
+from .spawned import available_cores
 from .specs import DType
 
 BACKENDS = known_backends()
@@ -83,6 +84,10 @@ def plan(
     ] = False,
     settings: SetOption = None,
     pattern: Annotated[str, typer.Option(help="trace: replay its patterns; choose: choose anew as it did.")] = "trace",
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=2, help="2: score both directions at once, on many ranks. Default: as cores allow."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Recorded in the plan's provenance.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -118,6 +123,7 @@ def plan(
             evaluator=context.obj["evaluator"] if evaluator == "simulator" else None,
             provenance={"command": shlex.join(["sparsering", *sys.argv[1:]]), "seed": seed},
             progress=report,
+            processes=min(2, processes or available_cores()),
         )
     made.save(output)
     if as_json:

@@ -118,10 +118,14 @@ class _Field:
             self.beaten.append(choice)
             return False
         bounds_us = {one: self._bound_us(one, least_us) if within < math.inf else floor_us for one in group}
-        for one in sorted(group, key=bounds_us.__getitem__):
+        ordered = sorted(group, key=bounds_us.__getitem__)
+        for number, one in enumerate(ordered):
             if bounds_us[one] > within * self.quickest_us:
                 self.unbuilt += one not in self.steps
                 continue
+            for near in ordered[number : number + 2]:  # who scores aside goes on with the next
+                if near not in self.steps and bounds_us[near] <= within * self.quickest_us:
+                    self.board.ask(*near, self.rater)
             self.estimate(one)
             # An estimate may be below the bound, since it overlooks that links are shared: then the bound is nearer.
             competing = max(competing_us(self.steps[one]), floor_us)

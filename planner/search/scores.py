@@ -5,9 +5,11 @@ A step is forward plus backward of one layer; times are means over the sampled l
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,17 +136,33 @@ class Step:
             yield one.compute_us + other.compute_us, np.concatenate([one.phase_us, other.phase_us], axis=1)
 
 
+_Key: TypeAlias = tuple[Rater, PlacementChoice, Layout, Direction]
+
+
+class Aside(Protocol):
+    """Who scores forward meanwhile: see `aside.ForwardScorer`."""
+
+    def ask(self, choice: PlacementChoice, layout: Layout, rater: Rater) -> None: ...
+    def answer(self) -> Score: ...
+    def forget(self, choice: PlacementChoice, layout: Layout) -> None: ...
+
+
 @dataclass(kw_only=True, eq=False)
 class ScoreBoard:
-    """Scores under one problem, each computed once. Placements, workloads and schedules are shared by evaluators."""
+    """Scores under one problem, each computed once. Placements, workloads and schedules are shared by evaluators.
+
+    aside: scores forward while backward is scored here; None: both are scored here, one after the other.
+    """
 
     problem: Problem
+    aside: Aside | None = None
     _placements: dict[PlacementChoice, Placement] = field(default_factory=dict)
     _workloads: dict[tuple[PlacementChoice, int, int], Workload] = field(default_factory=dict)
     _pairs: dict[PlacementChoice, Pairs] = field(default_factory=dict)
     _schedules: dict[Scheduled, Schedule] = field(default_factory=dict)
     _memories: dict[Scheduled, LayerMemory] = field(default_factory=dict)
-    _scores: dict[tuple[Rater, PlacementChoice, Layout, Direction], Score] = field(default_factory=dict)
+    _scores: dict[_Key, Score] = field(default_factory=dict)
+    _asked: deque[_Key] = field(default_factory=deque)  # what is not answered yet
 
     def placement(self, choice: PlacementChoice) -> Placement:
         """Return the placement of a choice."""
@@ -196,6 +214,8 @@ class ScoreBoard:
         """Let go of a candidate's schedules, and so of their events: scores stay, and others are built when needed."""
         for way in DIRECTIONS:
             self._schedules.pop(self._scheduled(choice, layout, way), None)
+        if self.aside is not None:
+            self.aside.forget(choice, layout)
 
     def _scheduled(self, choice: PlacementChoice, layout: Layout, direction: Direction) -> Scheduled:
         """Return all that a schedule depends on: placements may have it in common."""
@@ -224,6 +244,10 @@ class ScoreBoard:
         """Return the score of one direction."""
         layout = layout.played_as(direction)
         key = (rater, choice, layout, direction)
+        if key not in self._scores and self.aside is not None and direction == "forward":
+            self.ask(choice, layout, rater)
+            while key not in self._scores:
+                self._scores[self._asked.popleft()] = self.aside.answer()
         if key not in self._scores:
             problem, memory = self.problem, self.memory(choice, layout, direction)
             schedule = self.schedule(choice, layout, direction)
@@ -235,6 +259,14 @@ class ScoreBoard:
                 fits_memory=memory.total_bytes <= problem.memory_limit_bytes,
             )
         return self._scores[key]
+
+    def ask(self, choice: PlacementChoice, layout: Layout, rater: Rater) -> None:
+        """Have forward scored meanwhile, where anybody does; `score` waits for it."""
+        layout = layout.played_as("forward")
+        key: _Key = (rater, choice, layout, "forward")
+        if self.aside is not None and key not in self._scores and key not in self._asked:
+            self.aside.ask(choice, layout, rater)
+            self._asked.append(key)
 
     def known_us(self, choice: PlacementChoice, layout: Layout, direction: Direction, rater: Rater, by: Rater) -> float:
         """Return what a rater says of one direction where that is known, else what it cannot be below.
@@ -253,12 +285,14 @@ class ScoreBoard:
 
     def step(self, choice: PlacementChoice, forward: Layout, backward: Layout, rater: Rater) -> Step:
         """Return forward and backward of a candidate."""
+        self.ask(choice, forward, rater)
+        backward_score = self.score(choice, backward, "backward", rater)
         return Step(
             placement=choice,
             forward_layout=forward,
             backward_layout=backward,
             forward=self.score(choice, forward, "forward", rater),
-            backward=self.score(choice, backward, "backward", rater),
+            backward=backward_score,
             rater=rater,
         )
 

@@ -22,10 +22,12 @@ from ..plan import AttentionSpec, PatternSpec, Plan, built_schedule, make_plan
 from ..resting import no_collections
 from ..schedule.backends import computed_head_dim, require_elements
 from ..schedule.schedule import Direction
+from .aside import forward_scorer
+from .estimates import ALL_PLACED_RANKS
 from .problem import Problem, SearchSpace
 from .sampling import model_of, pattern_spec, summarize, take_samples
 from .scores import ScoreBoard, Step
-from .selection import select
+from .selection import GOOD, QUICK, select
 from .verdict import predictions
 
 ANY = SearchSpace()
@@ -40,21 +42,29 @@ def plan_trace(
     cost: CostModel | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
+    processes: int = 1,
 ) -> Plan:
     """Return the best executable plan for the trace's patterns on all GPUs of the cluster.
 
     space: what may be picked. evaluator: has the last word over the best few and all plain layouts (the simulator's);
     None: the recurrence alone. cost: times of launches; by default from the cluster's datasheet. provenance: to be
-    recorded in the plan beside what is known here.
+    recorded in the plan beside what is known here. processes: 2: another one scores forward while this one scores
+    backward, where there are so many ranks that it pays; the plan is the same. It is started anew, so a script must be
+    one that can be imported (`if __name__ == "__main__"`), and evaluators must be functions that can be pickled.
     Raises InputError, in one line, for what cannot be planned.
     """
     if trace.header.origin == "real" and trace.header.audit_sha256 is None:
         raise UnsupportedError("is missing: nobody audited the model; capture it anew", source=trace.folder,
                                field="audit_sha256")  # fmt: skip
-    problem = make_problem(trace, cluster, space, cost=cost, progress=progress)
-    pattern = pattern_spec(trace, space.pattern, problem.samples, summary=problem.summary)
+    with forward_scorer(wanted=processes > 1 and cluster.world_size > ALL_PLACED_RANKS) as aside:
+        problem = make_problem(trace, cluster, space, cost=cost, progress=progress)
+        pattern = pattern_spec(trace, space.pattern, problem.samples, summary=problem.summary)
+        if aside is not None:
+            aside.begin(problem, {QUICK: CompiledRecurrence()} | ({} if evaluator is None else {GOOD: evaluator}))
+        with no_collections():
+            quick = CompiledRecurrence()
+            selection = select(problem, quick=quick, final=evaluator, progress=progress, aside=aside)
     with no_collections():
-        selection = select(problem, quick=CompiledRecurrence(), final=evaluator, progress=progress)
         plan = _seal(problem, selection.pick, pattern)
     return plan.with_record(
         predictions=predictions(problem, selection), provenance=_provenance(trace, cluster) | dict(provenance or {})

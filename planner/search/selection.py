@@ -30,7 +30,7 @@ from .estimates import (
 )
 from .problem import Problem
 from .sampling import evenly_spread
-from .scores import Rater, ScoreBoard, Step
+from .scores import Aside, Rater, ScoreBoard, Step
 
 FINAL_PLACEMENTS = 3
 # Counting the tile pairs of token striping is quadratic in the sequence's blocks, whatever the density.
@@ -65,13 +65,15 @@ class Selection:
 
 
 def select(
-    problem: Problem, *, quick: Evaluator, final: Evaluator | None = None, progress: Progress = no_progress
-) -> Selection:
+    problem: Problem, *, quick: Evaluator, final: Evaluator | None = None, progress: Progress = no_progress,
+    aside: Aside | None = None,
+) -> Selection:  # fmt: skip
     """Return the best candidate; InputError when none can be executed within the memory limit.
 
-    final: evaluates the best few and all plain layouts; None: `quick` has the last word.
+    final: evaluates the best few and all plain layouts; None: `quick` has the last word. aside: scores forward by
+    evaluators of the names QUICK and GOOD, which are those.
     """
-    board = ScoreBoard(problem=problem)
+    board = ScoreBoard(problem=problem, aside=aside)
     candidates, notes = _candidates(board)
     choices = tuple(dict.fromkeys(choice for choice, _ in candidates))
     offers = problem.offers(restricted=False)
@@ -152,9 +154,16 @@ def _rate_best(
     quickest_us = min((competing_us(rated[one]) for one in mixtures if one in rated and rated[one].eligible),
                       default=math.inf)  # fmt: skip
     estimated_us = {one: competing_us(board.step(*one, screen)) for one in mixtures}
-    for number, one in enumerate(sorted(mixtures, key=estimated_us.__getitem__)):
+    ordered = sorted(mixtures, key=estimated_us.__getitem__)
+    for number, one in enumerate(ordered):
         if estimated_us[one] > within * quickest_us:
             break
+        for choice, forward, backward in ordered[number : number + 2]:  # who scores aside goes on with the next
+            near = (choice, forward, backward)
+            if estimated_us[near] <= within * quickest_us and (
+                within == math.inf or _floor_us(board, near, (rater, screen)) <= quickest_us
+            ):
+                board.ask(choice, forward, rater)
         if within < math.inf and _is_slower(board, one, (rater, screen), quickest_us):
             continue
         rated[one] = board.step(*one, rater)
@@ -169,19 +178,20 @@ def _is_slower(board: ScoreBoard, one: Mixture, raters: tuple[Rater, Rater], lim
 
     raters: who rates it, and who estimated it. Its forward is rated where that is needed to tell.
     """
+    if _floor_us(board, one, raters) > limit_us:
+        return True
+    choice, forward, _ = one
+    board.score(choice, forward, "forward", raters[0])
+    return _floor_us(board, one, raters) > limit_us
+
+
+def _floor_us(board: ScoreBoard, one: Mixture, raters: tuple[Rater, Rater]) -> float:
+    """Return what the time by which a mixture competes is not below, by what is known of it; see `_is_slower`."""
     choice, forward, backward = one
     rater, screen = raters
-    factor = 1 + margin_of(choice, forward, backward)
-
-    def floor_us() -> float:
-        known_us = (board.known_us(choice, forward, "forward", rater, screen),
-                    board.known_us(choice, backward, "backward", rater, screen))  # fmt: skip
-        return factor * sum(known_us)
-
-    if floor_us() > limit_us:
-        return True
-    board.score(choice, forward, "forward", rater)
-    return floor_us() > limit_us
+    known_us = (board.known_us(choice, forward, "forward", rater, screen),
+                board.known_us(choice, backward, "backward", rater, screen))  # fmt: skip
+    return (1 + margin_of(choice, forward, backward)) * sum(known_us)
 
 
 def _finalists(

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ...planner.spawned import available_cores
 from ...traces.errors import InputError
 from ...traces.progress import shown_progress
 from .reading import TEXT_SUFFIXES, Join, Wanted
 from .shards import MAX_ALIGN_TOKENS, TokenData
-from .workers import available_cores
 from .writer import SHARD_TOKENS, Outputs, Shape, byte_tokenizer, model_tokenizer, write_folders
 
 

@@ -6,19 +6,15 @@ the batches, and nobody runs far ahead: memory stays bounded, and nothing depend
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...planner.spawned import Spawned, spawned
 from ...traces.errors import InputError
 from .reading import Piece
 
@@ -27,16 +23,6 @@ BATCHES_AHEAD = 3  # for each process: batches that were taken, and not given ba
 EncodeBytes: TypeAlias = Callable[[bytes], NDArray[np.int64]]
 Ids: TypeAlias = list[NDArray[np.int64]]
 Tokenised: TypeAlias = Iterator[tuple[Piece, NDArray[np.int64]]]
-
-
-class _Worker(NamedTuple):
-    process: SpawnProcess
-    connection: Connection
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -48,32 +34,15 @@ def tokenised(pieces: Iterable[Piece], encode: EncodeBytes, workers: int) -> Ite
     if workers == 1:
         yield ((piece, _ids(piece, encode)) for piece in pieces)
         return
-    started: list[_Worker] = []
+    started: list[Spawned] = []
     try:
-        started += (_started() for _ in range(workers))
+        started += (spawned(_work) for _ in range(workers))
         for worker in started:  # which start side by side meanwhile
             _send(worker.connection, encode)
         yield _spread(_batches(pieces), [worker.connection for worker in started])
     finally:
-        for process, connection in started:
-            process.terminate()  # nothing is waited for: all is done, or nothing counts
-            process.join()
-            connection.close()
-
-
-def _started() -> _Worker:
-    """Start a process, which inherits that Ctrl-C is not for it: this one ends it."""
-    context = multiprocessing.get_context("spawn")  # a copy of this process would have threads and locks of libraries
-    ours, its = context.Pipe()
-    process = context.Process(target=_work, args=(its,), daemon=True)
-    resource_tracker.ensure_running()  # starting it, as the first process would, lets Ctrl-C through again
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        its.close()  # so that either side notices when the other is no more
-    return _Worker(process, ours)
+        for worker in started:
+            worker.end()
 
 
 def _work(connection: Connection) -> None:

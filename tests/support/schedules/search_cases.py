@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from hypothesis import strategies as st
@@ -15,6 +15,7 @@ from sparsering.planner.plan import AttentionSpec, KernelSpec, ModelShape
 from sparsering.planner.replay import Recorded
 from sparsering.planner.schedule.workload import unit_load
 from sparsering.planner.search.problem import Problem, SearchSpace, TraceSummary
+from sparsering.traces.errors import ScheduleError
 from sparsering.traces.synthetic import SyntheticSettings, synthesize
 
 BLOCK = 64
@@ -95,3 +96,8 @@ def senseless(makespan_us: float, world_size: int) -> Evaluation:
         phase_us=np.ones((world_size, 1)),
         peak_buffer_bytes=0,
     )
+
+
+def refuses(schedule, workload, cluster, cost) -> NoReturn:
+    """Say that nothing ever ends; other processes can import this evaluator."""
+    raise ScheduleError("rank 3 waits for ever")
