@@ -41,6 +41,7 @@ RUNNING = {
 PLACES = STARTING | TRAINING | SAVING | ENDING
 ANYWHERE, AT_WORK = tuple(PLACES), (*TRAINING, *SAVING)
 JOINED = ("preparing", "building the model", *AT_WORK)
+STEPS = 4  # that a training is to make
 LAUNCHERS = ("train", "torchrun", "by hand", "run")
 ERRORS = ("OSError", "RuntimeError", "ValueError", "KeyError", "AssertionError", "MemoryError", "TypeError")
 

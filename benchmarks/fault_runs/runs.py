@@ -20,13 +20,12 @@ from typing import Any
 
 from ...traces.yaml_files import yaml_text
 from . import cases
-from .cases import KINDS, PLACES, Case
+from .cases import KINDS, PLACES, STEPS, Case
 from .judged import EXIT_CODE, PLANTED, VERSION, Seen, limit_s
 from .plant import FAULT, LAUNCHER, Planted
 from .watched import MARK, Watched, listens
 
 SITE = Path(__file__).parent / "site"
-STEPS = 4
 TRAIN = ["train", "config.yaml"]
 SEQ_LEN_TOKENS = {"cpu": 256, "cuda": 1024}
 STARTING_S = 900.0  # in which a busy machine starts the ranks

@@ -87,22 +87,21 @@ def _work(connection: Connection) -> None:
         board = ScoreBoard(problem=problem)
         with no_collections():
             while True:
-                _serve(connection, board, evaluators, connection.recv())
+                asked: _Asked = connection.recv()
+                if asked.rater:
+                    connection.send(_scored(board, evaluators[asked.rater], asked))
+                else:
+                    board.forget(asked.choice, asked.layout)
     except (EOFError, OSError):
         return
 
 
-def _serve(connection: Connection, board: ScoreBoard, evaluators: Mapping[str, Evaluator], asked: _Asked) -> None:
-    if not asked.rater:
-        board.forget(asked.choice, asked.layout)
-        return
-    rater = Rater(name=asked.rater, evaluator=evaluators[asked.rater], samples=asked.samples)
+def _scored(board: ScoreBoard, evaluator: Evaluator, asked: _Asked) -> Score | Exception:
+    rater = Rater(name=asked.rater, evaluator=evaluator, samples=asked.samples)
     try:
-        connection.send(board.score(asked.choice, asked.layout, "forward", rater))
-    except OSError:
-        raise
+        return board.score(asked.choice, asked.layout, "forward", rater)
     except Exception as error:  # raised where it is read
-        connection.send(error)
+        return error
 
 
 def _killed() -> InputError:

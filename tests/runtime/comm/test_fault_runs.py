@@ -60,6 +60,23 @@ def test_a_run_is_judged_by_what_was_seen(changes: dict, problem: str | None) ->
     assert found == [] if problem is None else len(found) == 1 and problem in found[0]
 
 
+@pytest.mark.parametrize(
+    ("place", "codes", "complete", "wrong"),
+    [
+        ("leaving", (0, 130), [3, 4], []),
+        ("leaving", (0, 130), [3], ["exit code 0"]),  # a step was missing
+        ("leaving", (0, 1), [3, 4], ["exit code 0"]),
+        ("forward", (0, 130), [3, 4], ["exit code 0"]),
+    ],
+)
+def test_ctrl_c_may_find_ranks_that_have_done_all(place: str, codes: tuple, complete: list, wrong: list) -> None:
+    case = Case(number=0, kind="Ctrl-C of ranks started by hand", place=place, launcher="by hand", rank=1, ranks=2,
+                steps=2, detail="SIGINT")  # fmt: skip
+    seen = Seen(codes={f"rank {rank}": code for rank, code in enumerate(codes)}, seconds=1.0, fired=True, said="",
+                complete=complete)  # fmt: skip
+    assert problems(case, seen) == wrong
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_selection_of_runs_ends_as_it_must(tmp_path: Path) -> None:
